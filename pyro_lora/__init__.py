@@ -1,0 +1,44 @@
+"""Bayesian LoRA adapters as Pyro random variables."""
+
+from pyro_lora import models
+from pyro_lora.curvature.structures import dense, diagonal, kfac_expand, kfac_reduce
+from pyro_lora.export import plots
+from pyro_lora.export.adapters import export_adapters
+from pyro_lora.export.checkpoint import load, save
+from pyro_lora.export.datatree import to_datatree
+from pyro_lora.infer import kernels
+from pyro_lora.infer.auto_laplace import AutoLaplace
+from pyro_lora.infer.laplace_posterior import LaplacePosterior
+from pyro_lora.infer.mixture_posterior import MixturePosterior
+from pyro_lora.infer.particle_posterior import ParticlePosterior
+from pyro_lora.infer.svgd import SVGD
+from pyro_lora.lifting import priors
+from pyro_lora.lifting.lifted_network import LiftedNetwork, lift
+from pyro_lora.predict.predict import predict
+from pyro_lora.predict.prediction import Prediction, auroc, fit_temperature
+
+__all__ = [
+    "SVGD",
+    "AutoLaplace",
+    "LaplacePosterior",
+    "LiftedNetwork",
+    "MixturePosterior",
+    "ParticlePosterior",
+    "Prediction",
+    "auroc",
+    "dense",
+    "diagonal",
+    "export_adapters",
+    "fit_temperature",
+    "kernels",
+    "kfac_expand",
+    "kfac_reduce",
+    "lift",
+    "load",
+    "models",
+    "plots",
+    "predict",
+    "priors",
+    "save",
+    "to_datatree",
+]

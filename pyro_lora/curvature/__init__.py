@@ -1,0 +1,1 @@
+"""Observed site -> Fisher information -> precision of the lifted sites."""

@@ -1,0 +1,182 @@
+"""Gaussian with one block for each matrix, diagonal in an eigenbasis of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+from torch.distributions.transforms import ReshapeTransform
+
+from pyro_lora.curvature.kronecker_normal import KroneckerNormal
+from pyro_lora.curvature.structures import DiagonalFactors, KroneckerFactors
+from pyro_lora.curvature.weight_gaussian import WeightGaussian, Weights
+
+
+@dataclass(frozen=True)
+class Eigenblocks:
+    """Fisher information of one site in a basis where each layer's is diagonal.
+
+    Attributes:
+        values: Eigenvalues, (L, O, I), float64, nats, full data; I is 1 for a bias.
+        rows: Basis on the output side, (L, O, O), in the factors' dtype; None is the
+            identity.
+        columns: Basis on the input side, (L, I, I), likewise.
+    """
+
+    values: Tensor
+    rows: Tensor | None
+    columns: Tensor | None
+
+
+def eigenblocks(
+    factors: Sequence[KroneckerFactors] | Sequence[DiagonalFactors],
+) -> Eigenblocks:
+    """Diagonalise the factors of one site's layers.
+
+    Args:
+        factors: One for each layer, summed over all data.
+
+    Returns:
+        The eigenvalues and bases; eigendecompositions run in float64.
+    """
+    diagonals = [f.diagonal for f in factors if isinstance(f, DiagonalFactors)]
+    if diagonals:
+        return Eigenblocks(torch.stack(diagonals).double(), None, None)
+    layers = [_eigenblock(f) for f in factors if isinstance(f, KroneckerFactors)]
+    return Eigenblocks(*(torch.stack(part) for part in zip(*layers, strict=True)))
+
+
+def _eigenblock(factors: KroneckerFactors) -> tuple[Tensor, Tensor, Tensor]:
+    a, g = factors.a, factors.g
+    a_values, columns = torch.linalg.eigh(a.double() / factors.count.clamp_min(1))
+    g_values, rows = torch.linalg.eigh(g.double())
+    # Gram matrices have no negative eigenvalues; what is below zero is rounding.
+    values = g_values.clamp_min(0)[:, None] * a_values.clamp_min(0)
+    return values, rows.to(g), columns.to(a)
+
+
+@dataclass(frozen=True, eq=False)
+class BlockGaussian(WeightGaussian):
+    """Independent matrices; the Kronecker and the diagonal structures.
+
+    Attributes:
+        loc: The mode, site -> (L, O, I) or (L, O).
+        prior_precision: Site -> tau. Where the basis isn't the identity, tau is
+            constant inside each matrix.
+        blocks: Site -> the Fisher information.
+    """
+
+    loc: Weights
+    prior_precision: Weights
+    blocks: Mapping[str, Eigenblocks]
+
+    def with_prior_precision(
+        self, prior_precision: Mapping[str, Tensor]
+    ) -> BlockGaussian:
+        """See the base class; tau is averaged over a matrix that has a basis."""
+        return replace(self, prior_precision=self._isotropic(prior_precision))
+
+    def sample(self, num_samples: int) -> Weights:
+        """See the base class."""
+        shape = torch.Size([num_samples])
+        return {site: fn.sample(shape) for site, fn in self._distributions().items()}
+
+    def log_prob(self, weights: Mapping[str, Tensor]) -> Tensor:
+        """See the base class."""
+        return sum(  # type: ignore[return-value]
+            fn.log_prob(weights[site]) for site, fn in self._distributions().items()
+        )
+
+    def variance(self) -> Weights:
+        """See the base class."""
+        return {
+            site: self._normal(site).variance.reshape(loc.shape)
+            for site, loc in self.loc.items()
+        }
+
+    def log_det(self, prior_precision: Mapping[str, Tensor]) -> Tensor:
+        """See the base class."""
+        tau = self._isotropic(prior_precision)
+        return sum(self._precision(site, tau).log().sum() for site in self.blocks)  # type: ignore[return-value]
+
+    def effective_parameters(self) -> Tensor:
+        """See the base class."""
+        return sum(  # type: ignore[return-value]
+            (block.values / self._precision(site, self.prior_precision)).sum()
+            for site, block in self.blocks.items()
+        )
+
+    def covariance(
+        self,
+        jacobians: Iterable[tuple[str, Tensor]],
+        prior_precisions: Sequence[Mapping[str, Tensor]],
+    ) -> Tensor:
+        """See the base class; O(D) for each datum, one layer at a time."""
+        taus = [self._isotropic(p) for p in prior_precisions]
+        layer = dict.fromkeys(self.blocks, 0)
+        total: Tensor | float = 0.0
+        for site, j in jacobians:
+            i = layer[site]
+            layer[site] += 1
+            block = self.blocks[site]
+            if block.rows is not None and block.columns is not None:
+                j = block.rows[i].to(j).mT @ j @ block.columns[i].to(j)
+            flat = j.flatten(2)  # (B, M, O I)
+            variances = torch.stack(
+                [1 / self._precision(site, tau)[i].flatten() for tau in taus]
+            ).to(flat)  # (Q, O I)
+            if flat.shape[1] == 1:
+                total = total + (flat[:, 0].square() @ variances.mT).mT[..., None, None]
+            else:
+                total = total + torch.stack([(flat * v) @ flat.mT for v in variances])
+        assert isinstance(total, Tensor)
+        return total
+
+    def pyro_sample(self, infer: Mapping[str, Any]) -> Weights:
+        """See the base class."""
+        return {
+            site: pyro.sample(site, fn, infer=infer.get(site, {}))
+            for site, fn in self._distributions().items()
+        }
+
+    def _precision(self, site: str, tau: Mapping[str, Tensor]) -> Tensor:
+        values = self.blocks[site].values
+        shift = tau[site].double()
+        if self.loc[site].ndim == 2:  # a bias is a matrix of one column
+            shift = shift[..., None]
+        return values + shift
+
+    def _isotropic(self, tau: Mapping[str, Tensor]) -> Weights:
+        result = {}
+        for site, value in tau.items():
+            loc = self.loc[site]
+            inner = tuple(range(1 - loc.ndim, 0))
+            full = value.expand(loc.shape)
+            rotated = self.blocks[site].rows is not None
+            result[site] = full.mean(inner, keepdim=True) if rotated else full
+        return result
+
+    def _normal(self, site: str) -> KroneckerNormal:
+        loc, block = self.loc[site], self.blocks[site]
+        return KroneckerNormal(
+            loc.reshape(block.values.shape),
+            self._precision(site, self.prior_precision).to(loc),
+            None if block.rows is None else block.rows.to(loc),
+            None if block.columns is None else block.columns.to(loc),
+            validate_args=False,
+        )
+
+    def _distributions(self) -> dict[str, dist.TorchDistribution]:
+        result = {}
+        for site, loc in self.loc.items():
+            fn: dist.TorchDistribution = self._normal(site).to_event(1)
+            if loc.ndim == 2:
+                reshape = ReshapeTransform(torch.Size([*loc.shape, 1]), loc.shape)
+                fn = dist.TransformedDistribution(fn, [reshape])
+            result[site] = fn
+        return result

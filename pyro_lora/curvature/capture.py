@@ -1,0 +1,216 @@
+"""Inputs and output gradients of every lifted layer, for one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_lora.curvature.structures import at_least_float32
+from pyro_lora.lifting.lifted_network import LiftedNetwork
+from pyro_lora.lifting.slots import LinearSlot
+
+
+@dataclass(frozen=True)
+class LayerCapture:
+    """One layer of one site: what the curvature structures are functions of.
+
+    Attributes:
+        site: The site's name.
+        inputs: (B, T, I); ones (B, T, 1) for a bias.
+        gradients: Of the Fisher terms w.r.t. the layer's outputs, (M, B, T, O).
+    """
+
+    site: str
+    inputs: Tensor
+    gradients: Tensor
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of a slot, and the versions of its tensors at that time."""
+
+    input: Tensor
+    output: Tensor
+    versions: tuple[int, int]
+
+    @property
+    def overwritten(self) -> bool:
+        """Whether a later operation wrote into the input or the output."""
+        return (self.input._version, self.output._version) != self.versions
+
+
+@dataclass
+class Recording:
+    """What the forward hooks saw: for each slot, its calls."""
+
+    calls: dict[LinearSlot, list[_Call]] = field(default_factory=dict)
+
+
+@contextmanager
+def recording(networks: Iterable[LiftedNetwork]) -> Iterator[Recording]:
+    """Record inputs and outputs of every slot while the block runs."""
+    record = Recording()
+
+    def hook(slot: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        x = inputs[0].detach()
+        call = _Call(x, output, (x._version, output._version))
+        record.calls.setdefault(slot, []).append(call)
+
+    handles = [
+        slot.register_forward_hook(hook)
+        for slot in {s for lora in networks for m in lora.slots.values() for s, _ in m}
+    ]
+    try:
+        yield record
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def capture_layers(
+    networks: Iterable[LiftedNetwork], record: Recording, terms: Tensor
+) -> list[LayerCapture]:
+    """Gradients of every term at every recorded layer: one backward pass a term.
+
+    Args:
+        networks: The lifted networks that were recorded.
+        record: Filled by :func:`recording` around the forward pass.
+        terms: (M, B), each datum's terms depending on that datum alone.
+
+    Returns:
+        One capture for each layer of each site, sites in order, layers in order; a
+        layer that wasn't called or has no gradient has zero gradients.
+
+    Raises:
+        ValueError: If a layer's input isn't batch first, or is overwritten in place.
+    """
+    batch_size = terms.shape[1]
+    calls = [call for of_slot in record.calls.values() for call in of_slot]
+    if any(call.overwritten for call in calls):
+        raise ValueError(
+            "The network overwrites inputs or outputs of a lifted layer in place, so "
+            "their gradients can't be read. Set inplace=False in its activations."
+        )
+    outputs = [call.output for call in calls]
+    rows = [
+        _output_gradients(term, outputs, i == len(terms) - 1)
+        for i, term in enumerate(terms)
+    ]
+    columns = iter(zip(*rows, strict=True))  # for each call, its M gradients
+    inputs: dict[LinearSlot, Tensor] = {}
+    gradients: dict[LinearSlot, Tensor] = {}
+    for slot, of_slot in record.calls.items():
+        inputs[slot] = torch.cat([_by_token(c.input, batch_size) for c in of_slot], 1)
+        per_call = [
+            torch.stack([_by_token(g, batch_size) for g in next(columns)])
+            for _ in of_slot
+        ]
+        gradients[slot] = torch.cat(per_call, 2)
+    captures = []
+    for lora in networks:
+        for site, members in lora.slots.items():
+            for slot, attribute in members:
+                if slot in record.calls:
+                    a, g = inputs[slot], gradients[slot]
+                else:
+                    a = terms.new_zeros(batch_size, 1, slot.in_features)
+                    g = terms.new_zeros(len(terms), batch_size, 1, slot.out_features)
+                if attribute == "bias":
+                    a = torch.ones_like(a[..., :1])
+                captures.append(LayerCapture(site, a, g))
+    return captures
+
+
+def without_padding(captures: Sequence[LayerCapture]) -> list[LayerCapture]:
+    """Set to exactly zero the gradients of the tokens that don't count for a layer.
+
+    A token counts where its largest gradient exceeds 1e3 eps times the largest
+    gradient of its datum over all layers: attention leaves 1e-19 or 0 at the same
+    padded token, depending on the padding, and a maximum over the batch would depend
+    on how the data are split.
+
+    Args:
+        captures: All layers of one batch.
+
+    Returns:
+        The same captures with gradients masked.
+    """
+    sizes = [c.gradients.abs().amax((0, 3)) for c in captures]  # (B, T) each
+    largest = torch.stack([s.amax(1) for s in sizes]).amax(0)  # (B,)
+    result = []
+    for capture, size in zip(captures, sizes, strict=True):
+        # Half precision rounds each gradient, but what should be zero stays near zero.
+        dtype = torch.promote_types(size.dtype, torch.float32)
+        counts = (size > 1e3 * torch.finfo(dtype).eps * largest[:, None])[..., None]
+        result.append(
+            LayerCapture(capture.site, capture.inputs, capture.gradients * counts)
+        )
+    return result
+
+
+def _output_gradients(
+    term: Tensor, outputs: Sequence[Tensor], last: bool
+) -> list[Tensor]:
+    wanted = [out for out in outputs if out.requires_grad]
+    found = iter(
+        torch.autograd.grad(
+            term.sum(), wanted, retain_graph=not last, allow_unused=True
+        )
+        if wanted
+        else ()
+    )
+    gradients = []
+    for out in outputs:
+        gradient = next(found) if out.requires_grad else None
+        gradients.append(torch.zeros_like(out) if gradient is None else gradient)
+    return gradients
+
+
+def _by_token(x: Tensor, batch_size: int) -> Tensor:
+    if x.shape[0] % batch_size != 0:
+        raise ValueError(
+            f"A lifted layer has an input or output of shape {tuple(x.shape)} for "
+            f"{batch_size} data: its first dim must be the batch, or batch times "
+            "tokens. Networks that route tokens across data aren't supported."
+        )
+    return x.reshape(batch_size, -1, x.shape[-1])
+
+
+def score_gradients(
+    captures: Iterable[LayerCapture], coordinates: Tensor
+) -> dict[str, list[Tensor]]:
+    r"""Gradient of the log likelihood, :math:`\sum_{m,b} \alpha_{mb} \nabla c_{mb}`.
+
+    Args:
+        captures: All layers of one batch.
+        coordinates: :math:`\alpha`, (M, B).
+
+    Returns:
+        Site -> one (O, I) for each layer, nats, summed over the batch.
+    """
+    result: dict[str, list[Tensor]] = {}
+    for c in captures:
+        a, gradients = at_least_float32(c.inputs), at_least_float32(c.gradients)
+        g = torch.einsum("mb,mbto->bto", coordinates.to(gradients), gradients)
+        gradient = g.flatten(0, 1).mT @ a.flatten(0, 1)
+        result.setdefault(c.site, []).append(gradient)
+    return result
+
+
+def jacobians(captures: Iterable[LayerCapture]) -> Iterator[tuple[str, Tensor]]:
+    r"""Per datum :math:`\sum_t g_{mbt} a_{bt}^T`, one layer at a time.
+
+    Args:
+        captures: All layers of one batch.
+
+    Yields:
+        Site and (B, M, O, I), in the order of the captures.
+    """
+    for c in captures:
+        a, g = at_least_float32(c.inputs), at_least_float32(c.gradients)
+        yield c.site, (g.mT @ a).transpose(0, 1)

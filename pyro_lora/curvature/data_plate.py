@@ -1,0 +1,62 @@
+"""The data dimension of an observed site, and its scale without subsampling."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class DataPlate:
+    """Where the data are in an observed site.
+
+    Attributes:
+        dim: The data's batch dim, negative; None where there is a single datum.
+        size: Data in this batch, B.
+        full_size: Data in all, N.
+        scale: The site's scale with the plates' subsampling divided out.
+        mask: The site's mask, None where there is none.
+    """
+
+    dim: int | None
+    size: int
+    full_size: int
+    scale: Tensor | float
+    mask: Tensor | bool | None
+
+    def data_last(self, value: Tensor, batch_shape: torch.Size) -> Tensor:
+        """(..., M) with ... broadcasting to the batch shape -> (M', B)."""
+        value = value.expand(*batch_shape, value.shape[-1])
+        if self.dim is None:
+            return value.reshape(-1, 1)
+        return value.movedim(self.dim - 1, -1).flatten(0, -2)
+
+
+def data_plate(site: dict[str, Any]) -> DataPlate:
+    """Find the data plate of an observed site in a trace.
+
+    The subsampled plate, else the rightmost one, else the last batch dim.
+
+    Args:
+        site: A node of a trace, of type sample.
+
+    Returns:
+        The data's dim, sizes, and the scale that isn't due to subsampling.
+    """
+    frames = [f for f in site["cond_indep_stack"] if f.vectorized]
+    subsampling = 1.0
+    for frame in frames:
+        subsampling *= (frame.full_size or frame.size) / frame.size
+    scale = site["scale"] / subsampling
+    batch_shape = site["fn"].batch_shape
+    if not frames:
+        size = batch_shape[-1] if batch_shape else 1
+        dim = -1 if batch_shape else None
+        return DataPlate(dim, size, size, scale, site["mask"])
+    subsampled = [f for f in frames if (f.full_size or f.size) != f.size]
+    frame = subsampled[0] if subsampled else max(frames, key=lambda f: f.dim)
+    full_size = frame.full_size or frame.size
+    return DataPlate(frame.dim, frame.size, full_size, scale, site["mask"])

@@ -1,0 +1,144 @@
+"""Gaussian with one full precision matrix over all sites; for small models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from pyro_lora.curvature.weight_gaussian import WeightGaussian, Weights
+
+
+def flatten_weights(
+    weights: Mapping[str, Tensor], like: Mapping[str, Tensor]
+) -> Tensor:
+    """Weight sets as vectors: sites in the order of ``like``, each row-major.
+
+    Args:
+        weights: Site -> value with any leading dims.
+        like: Site -> one value without leading dims.
+
+    Returns:
+        (..., D).
+    """
+    return torch.cat(
+        [
+            weights[site].reshape(
+                *weights[site].shape[: weights[site].ndim - x.ndim], x.numel()
+            )
+            for site, x in like.items()
+        ],
+        -1,
+    )
+
+
+def unflatten_weights(flat: Tensor, like: Mapping[str, Tensor]) -> Weights:
+    """The inverse of :func:`flatten_weights`.
+
+    Args:
+        flat: (..., D).
+        like: Site -> one value without leading dims.
+
+    Returns:
+        Site -> (..., *event shape).
+    """
+    parts = flat.split([x.numel() for x in like.values()], -1)
+    return {
+        site: part.reshape(flat.shape[:-1] + x.shape)
+        for (site, x), part in zip(like.items(), parts, strict=True)
+    }
+
+
+@dataclass(frozen=True, eq=False)
+class DenseGaussian(WeightGaussian):
+    """One Gaussian over all weights together.
+
+    Attributes:
+        loc: The mode, site -> value.
+        prior_precision: Site -> tau, any shape that broadcasts over the site.
+        fisher: (D, D), float64, nats, full data.
+    """
+
+    loc: Weights
+    prior_precision: Weights
+    fisher: Tensor
+
+    def with_prior_precision(
+        self, prior_precision: Mapping[str, Tensor]
+    ) -> DenseGaussian:
+        """See the base class."""
+        return replace(self, prior_precision=dict(prior_precision))
+
+    def sample(self, num_samples: int) -> Weights:
+        """See the base class."""
+        return unflatten_weights(
+            self._normal.sample(torch.Size([num_samples])), self.loc
+        )
+
+    def log_prob(self, weights: Mapping[str, Tensor]) -> Tensor:
+        """See the base class."""
+        return self._normal.log_prob(flatten_weights(weights, self.loc))
+
+    def variance(self) -> Weights:
+        """See the base class."""
+        return unflatten_weights(self._normal.variance, self.loc)
+
+    def log_det(self, prior_precision: Mapping[str, Tensor]) -> Tensor:
+        """See the base class."""
+        return 2 * self._cholesky(prior_precision).diagonal().log().sum()
+
+    def effective_parameters(self) -> Tensor:
+        """See the base class."""
+        root = self._cholesky(self.prior_precision)
+        return torch.cholesky_solve(self.fisher, root).diagonal().sum()
+
+    def covariance(
+        self,
+        jacobians: Iterable[tuple[str, Tensor]],
+        prior_precisions: Sequence[Mapping[str, Tensor]],
+    ) -> Tensor:
+        """See the base class."""
+        j = torch.cat([j.flatten(2) for _, j in jacobians], -1)  # (B, M, D)
+        flat = j.flatten(0, 1).double()
+        result = []
+        for tau in prior_precisions:
+            white = torch.linalg.solve_triangular(
+                self._cholesky(tau), flat.mT, upper=False
+            ).mT.reshape(j.shape)
+            result.append(white @ white.mT)
+        return torch.stack(result).to(j)
+
+    def pyro_sample(self, infer: Mapping[str, Any]) -> Weights:
+        """See the base class; one auxiliary joint variable, the sites Deltas of it."""
+        flat = pyro.sample("lora_joint", self._normal, infer={"is_auxiliary": True})
+        return {
+            site: pyro.sample(
+                site,
+                dist.Delta(value, event_dim=self.loc[site].ndim),
+                infer=infer.get(site, {}),
+            )
+            for site, value in unflatten_weights(flat, self.loc).items()
+        }
+
+    def _cholesky(self, tau: Mapping[str, Tensor]) -> Tensor:
+        full = {
+            site: tau[site].double().expand(x.shape) for site, x in self.loc.items()
+        }
+        shift = flatten_weights(full, self.loc)
+        return torch.linalg.cholesky(self.fisher + torch.diag_embed(shift))
+
+    @cached_property
+    def _normal(self) -> dist.MultivariateNormal:
+        # From the precision's Cholesky factor P = R R^T: the covariance is R^-T R^-1.
+        root = self._cholesky(self.prior_precision)
+        covariance = torch.cholesky_inverse(root)
+        loc = flatten_weights(self.loc, self.loc)
+        return dist.MultivariateNormal(
+            loc, scale_tril=torch.linalg.cholesky(covariance).to(loc)
+        )

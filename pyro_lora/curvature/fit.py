@@ -1,0 +1,303 @@
+"""One pass over the data: Fisher information, gradient and log joint at the mode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from pyro_lora.curvature import structures
+from pyro_lora.curvature.block_gaussian import BlockGaussian, eigenblocks
+from pyro_lora.curvature.capture import (
+    Recording,
+    capture_layers,
+    recording,
+    score_gradients,
+    without_padding,
+)
+from pyro_lora.curvature.data_plate import data_plate
+from pyro_lora.curvature.dense_gaussian import DenseGaussian
+from pyro_lora.curvature.fisher import FisherTerms
+from pyro_lora.curvature.prior_moments import prior_at_mode
+from pyro_lora.curvature.structures import DenseFactors, Structure
+from pyro_lora.curvature.weight_gaussian import WeightGaussian, Weights
+from pyro_lora.lifting.lifted_network import LiftedNetwork
+from pyro_lora.lifting.model_trace import Batch, Model, observed_site, trace_at
+
+TermsFunction = Callable[[Any, Tensor], FisherTerms]
+
+NO_BATCHES = (
+    "There are no batches. Give a re-iterable of batches, such as a list or a "
+    "DataLoader; a generator may be used up already."
+)
+
+
+@dataclass(frozen=True, eq=False)
+class FisherFit:
+    """What one pass over the data found at the mode.
+
+    Attributes:
+        gaussian: Mode, Fisher information and prior precision.
+        prior_mean: Site -> mean of the prior.
+        log_likelihood: Of all data, nats, float64.
+        log_prior: Of the lifted sites, nats, float64.
+        gradient: Site -> gradient of the log joint of all data, nats.
+        obs_site: The likelihood's name.
+    """
+
+    gaussian: WeightGaussian
+    prior_mean: Weights
+    log_likelihood: Tensor
+    log_prior: Tensor
+    gradient: Weights
+    obs_site: str
+
+
+@dataclass(frozen=True, eq=False)
+class _DataSums:
+    """What adds up over batches.
+
+    Attributes:
+        factors: One for each layer of each site, or one for all (dense).
+        score: Site -> gradient of the log likelihood, (O, I) for each layer.
+        log_likelihood: Nats, float64.
+        num_data: Data seen.
+    """
+
+    factors: list[Any]
+    score: dict[str, list[Tensor]]
+    log_likelihood: Tensor
+    num_data: int
+
+    def __add__(self, other: _DataSums) -> _DataSums:
+        return _DataSums(
+            [a + b for a, b in zip(self.factors, other.factors, strict=True)],
+            {
+                site: [a + b for a, b in zip(layers, other.score[site], strict=True)]
+                for site, layers in self.score.items()
+            },
+            self.log_likelihood + other.log_likelihood,
+            self.num_data + other.num_data,
+        )
+
+
+def fit_fisher(
+    model: Model,
+    mode: Mapping[str, Tensor],
+    networks: Sequence[LiftedNetwork],
+    batches: Iterable[Batch],
+    *,
+    structure: Structure,
+    fisher_terms: TermsFunction,
+    obs_site: str | None = None,
+) -> FisherFit:
+    """Fisher information of the obs site in all lifted sites, for the full data.
+
+    One forward pass and one backward pass for each Fisher term and batch.
+
+    Args:
+        model: A Pyro model.
+        mode: Site -> value, each of the site's shape.
+        networks: The lifted networks in the model.
+        batches: Mappings of model keyword arguments that cover all data once.
+        structure: ``kfac_expand``, ``kfac_reduce``, ``diagonal``, ``dense``, or your
+            own function of (layer inputs, output gradients).
+        fisher_terms: A function of the obs site's distribution and value.
+        obs_site: The likelihood's site; None is the only observed one.
+
+    Returns:
+        The Fisher information with the prior's precision, and the mode's gradient.
+
+    Raises:
+        ValueError: If labels are missing, a batch gives NaN, a latent site isn't
+            lifted, or the batches don't hold exactly the plate's number of data.
+    """
+    loc = {s: mode[s].detach() for lora in networks for s in lora.sites}
+    leaves = {site: value.clone().requires_grad_() for site, value in loc.items()}
+    trace: Any = None
+    sums: _DataSums | None = None
+    for index, batch in enumerate(batches):
+        with torch.enable_grad():
+            with naming_batch(index), recording(networks) as record:
+                trace = trace_at(model, leaves, batch)
+            site = observed_site(trace, obs_site)
+            check_latent_sites(trace)
+            _check_plates(site)
+            with naming_batch(index):
+                terms, log_prob = _data_terms(site, fisher_terms)
+            _check_dependence(terms.terms, site)
+            found = _batch_sums(terms, log_prob, leaves, networks, record, structure)
+        del record  # or its tensors would live through the next forward pass
+        _check_finite(found, index, site["name"])
+        sums = found if sums is None else sums + found
+    if sums is None:
+        raise ValueError(NO_BATCHES)
+    site = observed_site(trace, obs_site)
+    _check_number(sums.num_data, data_plate(site).full_size, site)
+    prior = prior_at_mode(trace, loc)
+    return FisherFit(
+        _gaussian(sums.factors, networks, loc, prior.precision),
+        prior.mean,
+        sums.log_likelihood,
+        prior.log_prob,
+        {
+            s: torch.stack(sums.score[s]).reshape(x.shape).to(x) + prior.gradient[s]
+            for s, x in loc.items()
+        },
+        site["name"],
+    )
+
+
+@contextmanager
+def naming_batch(index: int) -> Iterator[None]:
+    """Say in an error of the model, such as Pyro's on NaN logits, which batch it was.
+
+    Args:
+        index: The batch's place.
+
+    Raises:
+        ValueError: If the block raises one.
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(
+            f"The model failed on batch {index}: {error}\nIf it runs on others, check "
+            "that batch's inputs and labels."
+        ) from error
+
+
+def check_latent_sites(trace: Any) -> None:
+    """Check that the lifted sites are the only latent ones.
+
+    Args:
+        trace: A trace of the model.
+
+    Raises:
+        ValueError: If there are others.
+    """
+    for name, site in trace.nodes.items():
+        latent = site["type"] == "sample" and not site["is_observed"]
+        if latent and "lora" not in site["infer"] and not site_is_subsample(site):
+            raise ValueError(
+                f"Latent site {name!r} isn't part of a lifted network; AutoLaplace "
+                "covers lifted sites only. Fix it to a value by "
+                "pyro.poutine.condition, or make it a constant of the model."
+            )
+
+
+def _data_terms(
+    site: dict[str, Any], fisher_terms: TermsFunction
+) -> tuple[FisherTerms, Tensor]:
+    """Fisher terms (M, B) and the log likelihood, scaled and masked as by the user."""
+    fn, value, plate = site["fn"], site["value"], data_plate(site)
+    log_prob = scale_and_mask(fn.log_prob(value), plate.scale, plate.mask)
+    found = fisher_terms(fn, value)
+    if plate.mask is not None:
+        found = found.where(plate.mask)
+    # A scaled Fisher information has a root scaled by the scale's square root.
+    scale = torch.as_tensor(plate.scale, dtype=torch.float64, device=log_prob.device)
+    root = scale.sqrt()[..., None]
+    found = found.map(lambda x: plate.data_last(x * root.to(x), fn.batch_shape))
+    return found, log_prob
+
+
+def _batch_sums(
+    found: FisherTerms,
+    log_prob: Tensor,
+    leaves: Mapping[str, Tensor],
+    networks: Sequence[LiftedNetwork],
+    record: Recording,
+    structure: Structure,
+) -> _DataSums:
+    if found.coordinates is None:
+        score = _autograd_score(log_prob.sum(), leaves)
+    captures = capture_layers(networks, record, found.terms)
+    if found.coordinates is not None:
+        score = score_gradients(captures, found.coordinates)
+    captures = without_padding(captures)
+    a, g = [c.inputs for c in captures], [c.gradients for c in captures]
+    if structure is structures.dense:
+        factors: list[Any] = [structures.dense(a, g)]
+    else:
+        layer_structure = cast(structures.LayerStructure, structure)
+        factors = [layer_structure(a_l, g_l) for a_l, g_l in zip(a, g, strict=True)]
+    num_data = found.terms.shape[1]
+    return _DataSums(factors, score, log_prob.detach().double().sum(), num_data)
+
+
+def _autograd_score(
+    log_likelihood: Tensor, leaves: Mapping[str, Tensor]
+) -> dict[str, list[Tensor]]:
+    found = torch.autograd.grad(
+        log_likelihood, list(leaves.values()), retain_graph=True, allow_unused=True
+    )
+    return {
+        site: list(torch.zeros_like(leaf) if g is None else g)
+        for (site, leaf), g in zip(leaves.items(), found, strict=True)
+    }
+
+
+def _gaussian(
+    factors: list[Any],
+    networks: Sequence[LiftedNetwork],
+    loc: Weights,
+    precision: Weights,
+) -> WeightGaussian:
+    if isinstance(factors[0], DenseFactors):
+        return DenseGaussian(loc, precision, factors[0].matrix.double())
+    blocks, rest = {}, iter(factors)
+    for lora in networks:
+        for site, members in lora.slots.items():
+            blocks[site] = eigenblocks([next(rest) for _ in members])
+    return BlockGaussian(loc, precision, blocks).with_prior_precision(precision)
+
+
+def _check_plates(site: dict[str, Any]) -> None:
+    frames = [f for f in site["cond_indep_stack"] if f.vectorized and f.size > 1]
+    if len(frames) > 1 and all(f.full_size in (None, f.size) for f in frames):
+        raise ValueError(
+            f"Site {site['name']!r} is in the plates {[f.name for f in frames]}, none "
+            "of them subsampled, so the data's can't be told from the others. Declare "
+            "the others as event dims, by .to_event(...) on the distribution."
+        )
+
+
+def _check_dependence(terms: Tensor, site: dict[str, Any]) -> None:
+    if not terms.requires_grad:
+        raise ValueError(
+            f"The likelihood of site {site['name']!r} doesn't depend on the lifted "
+            "network: no gradient reaches its outputs. Call the network that lora() "
+            "returns inside the model, without torch.no_grad() or detach()."
+        )
+
+
+def _check_finite(found: _DataSums, index: int, site: str) -> None:
+    remedy = "Check that batch's inputs and labels, and the adapter."
+    if not torch.isfinite(found.log_likelihood):
+        raise ValueError(
+            f"Batch {index}: the log likelihood of site {site!r} is NaN or infinite. "
+            f"{remedy}"
+        )
+    for name, layers in found.score.items():
+        if not all(bool(torch.isfinite(layer).all()) for layer in layers):
+            raise ValueError(
+                f"Batch {index}: the gradient of site {name!r} has NaN or infinite "
+                f"values. {remedy}"
+            )
+
+
+def _check_number(num_seen: int, full_size: int, site: dict[str, Any]) -> None:
+    if num_seen != full_size:
+        raise ValueError(
+            f"The batches hold {num_seen} data, but the plate of site "
+            f"{site['name']!r} says {full_size}. Give batches that cover every datum "
+            "exactly once (drop_last=False, no repeats), or correct num_data in the "
+            "model's pyro.plate."
+        )

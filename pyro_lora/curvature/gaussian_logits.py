@@ -1,0 +1,162 @@
+"""Gaussian logits and the integrals of class probabilities over them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.quasirandom import SobolEngine
+
+# Sobol points. The error in a probability is 1e-4 at most for 3 classes and logits of sd
+# 1, .003 for 5 classes and sd 10.
+_NUM_POINTS = 4096
+_WIDE = 1.5  # sd from which the integral runs over the logit instead of the noise
+
+
+@dataclass(frozen=True, eq=False)
+class GaussianLogits:
+    """A Gaussian over the logits of each datum (their mean over classes removed).
+
+    Attributes:
+        mean: (B, C).
+        covariance_matrix: (B, C, C), singular: only C - 1 contrasts vary. A Normal
+            likelihood has C = 1, its location.
+    """
+
+    mean: Tensor
+    covariance_matrix: Tensor
+
+    def rsample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
+        """Draws of the logits, (*sample_shape, B, C)."""
+        noise = torch.randn(
+            *sample_shape,
+            *self.mean.shape,
+            dtype=self.mean.dtype,
+            device=self.mean.device,
+        )
+        root = _square_root(self.covariance_matrix).to(self.mean)
+        return self.mean + (root @ noise[..., None])[..., 0]
+
+
+def class_log_probs(logits: GaussianLogits) -> Tensor:
+    r"""Log of :math:`E[\mathrm{softmax}(f)]` for Gaussian f.
+
+    Two classes: a quadrature of relative error below 1e-8 at any standard deviation,
+    also where the probability is as small as 1e-300.
+    More classes: quasi-Monte Carlo with 4096 fixed Sobol points, an absolute error of
+    1e-4 for narrow Gaussians and .003 for wide ones.
+
+    Args:
+        logits: Mean (B, C) and covariance (B, C, C), C of at least two.
+
+    Returns:
+        Log-probabilities, (B, C), float64, nats.
+
+    Raises:
+        ValueError: If there is one output only, which has no classes.
+    """
+    mean, sd = _binary(logits)
+    if sd is None:
+        return _sobol_logits(logits).log_softmax(-1).logsumexp(0) - math.log(
+            _NUM_POINTS
+        )
+    return torch.stack(
+        [_log_expected_sigmoid(-mean, sd), _log_expected_sigmoid(mean, sd)], -1
+    )
+
+
+def expected_entropy(logits: GaussianLogits) -> Tensor:
+    r""":math:`E[H(\mathrm{softmax}(f))]` for Gaussian f, by the same integrals.
+
+    Args:
+        logits: Mean (B, C) and covariance (B, C, C), C of at least two.
+
+    Returns:
+        Entropy, (B,), float64, nats.
+
+    Raises:
+        ValueError: If there is one output only.
+    """
+    mean, sd = _binary(logits)
+    if sd is None:
+        log_p = _sobol_logits(logits).log_softmax(-1)
+        return -(log_p.exp() * log_p).sum(-1).mean(0)
+    # Narrow: trapezoid over the noise. Wide: over the logit, where H has width ~ 1.
+    z = torch.arange(-9, 9.01, 0.05, dtype=mean.dtype, device=mean.device)
+    narrow = (_binary_entropy(mean[:, None] + sd[:, None] * z) * _density(z)).sum(-1)
+    f = torch.arange(-45, 45.01, 0.1, dtype=mean.dtype, device=mean.device)
+    wide_sd = sd.clamp_min(_WIDE)[:, None]
+    wide = (_binary_entropy(f) * _density((f - mean[:, None]) / wide_sd) / wide_sd).sum(
+        -1
+    )
+    return torch.where(sd < _WIDE, narrow * 0.05, wide * 0.1)
+
+
+def _binary(logits: GaussianLogits) -> tuple[Tensor, Tensor | None]:
+    """Mean and sd of the one contrast f_1 - f_0; sd None for more classes.
+
+    Raises:
+        ValueError: If there is one output only.
+    """
+    mean, covariance = logits.mean.double(), logits.covariance_matrix.double()
+    if mean.shape[-1] == 1:
+        raise ValueError(
+            "The likelihood has one output and no classes, so there are no class "
+            "probabilities. Use .mean and .covariance_matrix of the linearized output."
+        )
+    if mean.shape[-1] > 2:
+        return mean, None
+    contrast = torch.tensor([-1.0, 1.0], dtype=mean.dtype, device=mean.device)
+    variance = contrast @ covariance @ contrast
+    return mean @ contrast, variance.clamp_min(0).sqrt()
+
+
+def _log_expected_sigmoid(mean: Tensor, sd: Tensor) -> Tensor:
+    # Both integrands are analytic in a strip, so the trapezoid rule converges
+    # exponentially. Narrow: over the noise z. Wide: sigmoid(f) = P(x < f) for logistic
+    # x, so E sigmoid(f) = E_x Phi((mean - x) / sd), smooth however large sd is.
+    z = torch.arange(-9, 9.01, 0.05, dtype=mean.dtype, device=mean.device)
+    shifted = mean[:, None] + sd[:, None] * z
+    narrow = (torch.nn.functional.logsigmoid(shifted) + _log_density(z)).logsumexp(-1)
+    # Its integrand peaks near mean + sd^2 where that is negative, as wide as the noise.
+    peak = (mean + sd.square()).clamp_max(0)
+    reach = 45 + 10 * sd * (peak < 0)
+    unit = torch.linspace(-1, 1, 901, dtype=mean.dtype, device=mean.device)
+    x = peak[:, None] + reach[:, None] * unit
+    log_logistic = -x.abs() - 2 * torch.log1p((-x.abs()).exp())
+    standard = (mean[:, None] - x) / sd.clamp_min(_WIDE)[:, None]
+    wide = (torch.special.log_ndtr(standard) + log_logistic).logsumexp(-1)
+    return torch.where(sd < _WIDE, narrow + math.log(0.05), wide + (reach / 450).log())
+
+
+def _log_density(z: Tensor) -> Tensor:
+    return -0.5 * z.square() - 0.5 * math.log(2 * math.pi)
+
+
+def _density(z: Tensor) -> Tensor:
+    return _log_density(z).exp()
+
+
+def _binary_entropy(f: Tensor) -> Tensor:
+    # H = log(1 + e^-|f|) + |f| sigmoid(-|f|)
+    size = f.abs()
+    return torch.log1p((-size).exp()) + size * (-size).sigmoid()
+
+
+def _sobol_logits(logits: GaussianLogits) -> Tensor:
+    mean = logits.mean.double()  # (B, C)
+    engine = SobolEngine(mean.shape[-1], scramble=True, seed=0)
+    uniform = engine.draw(_NUM_POINTS, dtype=torch.float64).to(mean.device)
+    normal = torch.special.ndtri(uniform.clamp(1e-12, 1 - 1e-12))  # (points, C)
+    root = _square_root(logits.covariance_matrix)
+    return mean + (root @ normal[:, None, :, None])[..., 0]
+
+
+def _square_root(covariance: Tensor) -> Tensor:
+    # Singular by construction, so no Cholesky factor; eigenvalues below zero are
+    # rounding errors of a positive semi-definite matrix.
+    # Largest first, since the first dims of a Sobol sequence are its most even ones.
+    values, vectors = torch.linalg.eigh(covariance.double())
+    return (vectors * values.clamp_min(0).sqrt()[..., None, :]).flip(-1)

@@ -1,0 +1,149 @@
+"""Curvature structures: functions of (layer inputs, output gradients)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class KroneckerFactors:
+    r"""Sums for one linear layer whose block is :math:`F \approx G \otimes A / n`.
+
+    Attributes:
+        a: Sum of input outer products over the tokens that count, (I, I).
+        g: Sum of gradient outer products, (O, O), nats, full data.
+        count: n, the number of tokens that count.
+    """
+
+    a: Tensor
+    g: Tensor
+    count: Tensor
+
+    def __add__(self, other: KroneckerFactors) -> KroneckerFactors:
+        return KroneckerFactors(
+            self.a + other.a, self.g + other.g, self.count + other.count
+        )
+
+
+@dataclass(frozen=True)
+class DiagonalFactors:
+    """The exact diagonal of one linear layer's Fisher block, (O, I)."""
+
+    diagonal: Tensor
+
+    def __add__(self, other: DiagonalFactors) -> DiagonalFactors:
+        return DiagonalFactors(self.diagonal + other.diagonal)
+
+
+@dataclass(frozen=True)
+class DenseFactors:
+    """The Fisher matrix of all layers together, (D, D)."""
+
+    matrix: Tensor
+
+    def __add__(self, other: DenseFactors) -> DenseFactors:
+        return DenseFactors(self.matrix + other.matrix)
+
+
+LayerStructure = Callable[[Tensor, Tensor], KroneckerFactors | DiagonalFactors]
+JointStructure = Callable[[Sequence[Tensor], Sequence[Tensor]], DenseFactors]
+Structure = LayerStructure | JointStructure
+
+
+def kfac_expand(a: Tensor, g: Tensor) -> KroneckerFactors:
+    r"""KFAC-expand, every token a datum of its own: :math:`F \approx G \otimes A / n`.
+
+    :math:`A = \sum_{b,t} a_{bt} a_{bt}^T` over the n tokens that count and
+    :math:`G = \sum_{m,b,t} g_{mbt} g_{mbt}^T`. Exact for one token and one datum.
+    Eschenhagen et al. (2023), https://arxiv.org/abs/2311.00636, eq. 18.
+
+    Args:
+        a: Layer inputs, (B, T, I).
+        g: Gradients of the Fisher terms w.r.t. the layer's outputs, (M, B, T, O),
+            exactly zero at the tokens that don't count.
+
+    Returns:
+        Factors that add up over batches, in the dtype of ``a`` or float32 if wider.
+
+    >>> factors = kfac_expand(torch.ones(1, 2, 3), torch.ones(1, 1, 2, 4))
+    >>> factors.a.shape, factors.g.shape, factors.count
+    (torch.Size([3, 3]), torch.Size([4, 4]), tensor(2.))
+    """
+    a, g = at_least_float32(a), at_least_float32(g)
+    counts = _counts(g)
+    rows = (a * counts[..., None]).flatten(0, 1)
+    grads = g.flatten(0, 2)
+    return KroneckerFactors(rows.mT @ rows, grads.mT @ grads, counts.sum())
+
+
+def kfac_reduce(a: Tensor, g: Tensor) -> KroneckerFactors:
+    r"""KFAC-reduce: inputs averaged and gradients summed over the tokens of a datum.
+
+    Eschenhagen et al. (2023), https://arxiv.org/abs/2311.00636, eq. 22.
+
+    Args:
+        a: Layer inputs, (B, T, I).
+        g: Gradients of the Fisher terms, (M, B, T, O), zero where a token doesn't
+            count.
+
+    Returns:
+        Factors with n the number of data that have a token that counts.
+    """
+    a, g = at_least_float32(a), at_least_float32(g)
+    counts = _counts(g)
+    tokens = counts.sum(-1, keepdim=True)  # (B, 1)
+    rows = (a * counts[..., None]).sum(1) / tokens.clamp_min(1)
+    grads = g.sum(2).flatten(0, 1)
+    return KroneckerFactors(rows.mT @ rows, grads.mT @ grads, (tokens > 0).sum().to(a))
+
+
+def diagonal(a: Tensor, g: Tensor) -> DiagonalFactors:
+    r"""The exact diagonal, :math:`\sum_{m,b} (\sum_t g_{mbt} a_{bt}^T)^2`.
+
+    Args:
+        a: Layer inputs, (B, T, I).
+        g: Gradients of the Fisher terms, (M, B, T, O).
+
+    Returns:
+        The diagonal, (O, I).
+    """
+    a, g = at_least_float32(a), at_least_float32(g)
+    total = torch.zeros(g.shape[-1], a.shape[-1], dtype=a.dtype, device=a.device)
+    for g_m in g:
+        total += (g_m.mT @ a).square().sum(0)
+    return DiagonalFactors(total)
+
+
+def dense(a: Sequence[Tensor], g: Sequence[Tensor]) -> DenseFactors:
+    r"""The whole Fisher matrix, :math:`\sum_{m,b} j_{mb} j_{mb}^T`; for small models.
+
+    Args:
+        a: Inputs of every layer, each (B, T, I).
+        g: Gradients of every layer, each (M, B, T, O).
+
+    Returns:
+        The matrix over all weights, layer after layer, row-major, (D, D).
+    """
+    jacobian = torch.cat(
+        [
+            (g_l.mT @ a_l).flatten(0, 1).flatten(1)
+            for a_l, g_l in zip(
+                map(at_least_float32, a), map(at_least_float32, g), strict=True
+            )
+        ],
+        1,
+    )
+    return DenseFactors(jacobian.mT @ jacobian)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Sums of many terms need float32 or wider; float64 stays float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _counts(g: Tensor) -> Tensor:
+    return (g != 0).any(-1).any(0).to(g)  # (B, T)

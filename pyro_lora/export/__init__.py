@@ -1,0 +1,1 @@
+"""Posterior -> files, ArviZ, PEFT adapters, pictures."""

@@ -1,0 +1,217 @@
+"""Weights as named arrays with dims and coordinates, as ArviZ shows them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_lora.lifting.lifted_network import LiftedNetwork
+
+# Heads with more weights than this are given by their norm: a table of 600,000 rows
+# (a 768 x 768 layer before the classifier) helps nobody.
+MAX_HEAD_WEIGHTS = 10_000
+MAX_RAW_VALUES = 50_000_000  # 200 MB in float32
+
+Coordinates = Sequence[int] | Sequence[str]
+
+
+@dataclass
+class Variables:
+    """Arrays with the names of their dims, as ``arviz_base.from_dict`` wants them.
+
+    Attributes:
+        values: Name -> (S, ...).
+        dims: Name -> names of the dims after S.
+        coords: Dim -> values along it.
+    """
+
+    values: dict[str, np.ndarray] = field(default_factory=dict)
+    dims: dict[Hashable, Sequence[Hashable]] = field(default_factory=dict)
+    coords: dict[Any, Any] = field(default_factory=dict)
+
+    def add(
+        self,
+        name: str,
+        value: Tensor,
+        dims: Mapping[str, Coordinates],
+        owner: str,
+    ) -> None:
+        """Add one variable.
+
+        Args:
+            name: Its name.
+            value: (S, ...).
+            dims: Dim -> coordinate values; a dim that is taken by other values gets
+                ``owner`` put after its name.
+            owner: What the dims belong to.
+        """
+        self.values[name] = value.detach().cpu().numpy()
+        self.dims[name] = [
+            self._dim(dim, owner, list(coord)) for dim, coord in dims.items()
+        ]
+
+    def _dim(self, dim: str, owner: str, coord: list[Any]) -> str:
+        if self.coords.setdefault(dim, coord) != coord:
+            dim = f"{dim}_{owner}"
+            self.coords[dim] = coord
+        return dim
+
+
+def delta_variables(
+    loras: Sequence[LiftedNetwork], weights: Mapping[str, Tensor]
+) -> Variables:
+    r"""What the data can identify: the update of each layer, not its factors.
+
+    For each kind of layer, stacked over the layers: the singular values of
+    :math:`\Delta W = s B A`, its Frobenius norm and its stable rank
+    :math:`\|\Delta W\|_F^2 / \sigma_1^2` (0 where :math:`\Delta W = 0`). Heads and
+    other sites come as they are, large heads by their Frobenius norm.
+
+    Args:
+        loras: The lifted networks.
+        weights: Site -> (S, ...); other latent sites are added as they are.
+
+    Returns:
+        Variables named ``delta.<path>.singular_values`` and so on.
+    """
+    result = Variables()
+    matrices: set[str] = set()
+    for lora in loras:
+        own = {site: weights[site] for site in lora.sites}
+        factors = lora.delta_weight_factors(own)
+        for (site_a, site_b), paths in _modules(lora).items():
+            matrices |= {site_a, site_b}
+            singular = torch.stack([_singular_values(*factors[p]) for p in paths], 1)
+            norm = singular.square().sum(-1).sqrt()
+            largest = singular[..., 0].square()
+            rank = torch.where(largest > 0, norm.square() / largest, 0.0)
+            stem = _stem(site_a, site_b)
+            layer = _layers(paths)
+            if not layer:
+                singular, norm, rank = singular[:, 0], norm[:, 0], rank[:, 0]
+            component = {"component": range(singular.shape[-1])}
+            name = f"delta.{stem}"
+            result.add(f"{name}.singular_values", singular, layer | component, stem)
+            result.add(f"{name}.frobenius_norm", norm, layer, stem)
+            result.add(f"{name}.stable_rank", rank, layer, stem)
+    _add_sites(result, loras, weights, weights.keys() - matrices, MAX_HEAD_WEIGHTS)
+    return result
+
+
+def raw_variables(
+    loras: Sequence[LiftedNetwork], weights: Mapping[str, Tensor]
+) -> Variables:
+    """Every site as it is.
+
+    Args:
+        loras: The lifted networks.
+        weights: Site -> (S, ...).
+
+    Returns:
+        Variables named as the sites.
+    """
+    result = Variables()
+    _add_sites(result, loras, weights, weights.keys(), None)
+    return result
+
+
+def check_raw_size(weights: Mapping[str, Tensor]) -> None:
+    """Refuse to store enormous arrays.
+
+    Raises:
+        ValueError: If there are more than 50 million values.
+    """
+    size = sum(value.numel() for value in weights.values())
+    if size > MAX_RAW_VALUES:
+        raise ValueError(
+            f"weights='raw' would store {size:,} values, more than "
+            f"{MAX_RAW_VALUES:,}. Lower num_samples, or use weights='delta'."
+        )
+
+
+def without_adapter_name(parameter: str) -> str:
+    """A parameter's name as it would be under any other adapter name.
+
+    >>> without_adapter_name("layers.3.query.lora_A.default.weight")
+    'layers.3.query.lora_A.weight'
+    """
+    return re.sub(r"\.(lora_[AB]|modules_to_save)\.[^.]+", r".\1", parameter)
+
+
+def _add_sites(
+    result: Variables,
+    loras: Sequence[LiftedNetwork],
+    weights: Mapping[str, Tensor],
+    chosen: AbstractSet[str],
+    max_weights: int | None,
+) -> None:
+    parameters = {site: names for lora in loras for site, names in lora.sites.items()}
+    for site, value in weights.items():
+        if site not in chosen:
+            continue
+        if site not in parameters:
+            result.values[site] = value.detach().cpu().numpy()
+            continue
+        layer = _layers(parameters[site])
+        value = value if layer else value[:, 0]
+        if max_weights is not None and value[0].numel() > max_weights:
+            event = tuple(range(1 + len(layer), value.ndim))
+            norm = torch.linalg.vector_norm(value, dim=event)
+            result.add(f"{site}.frobenius_norm", norm, layer, site)
+            continue
+        names = _event_dims(site)[: value.ndim - 1 - len(layer)]
+        sizes = value.shape[1 + len(layer) :]
+        event_dims = {n: range(s) for n, s in zip(names, sizes, strict=True)}
+        result.add(site, value, layer | event_dims, site)
+
+
+def _event_dims(site: str) -> tuple[str, ...]:
+    role = site.rpartition(".")[2].partition("_")[0]
+    return {"A": ("rank", "in_feature"), "B": ("out_feature", "rank")}.get(
+        role, ("out_feature", "in_feature")
+    )
+
+
+def _modules(lora: LiftedNetwork) -> dict[tuple[str, str], list[str]]:
+    """Paths of the adapted layers by the pair of sites that hold their A and B."""
+    site_of = {name: site for site, names in lora.sites.items() for name in names}
+    result: dict[tuple[str, str], list[str]] = {}
+    for name, site in site_of.items():
+        path, mark, rest = name.rpartition(".lora_A.")
+        if mark and rest.endswith("weight"):
+            pair = (site, site_of[f"{path}.lora_B.{rest}"])
+            result.setdefault(pair, []).append(path)
+    return result
+
+
+def _stem(site_a: str, site_b: str) -> str:
+    """The sites' common path, with the suffix of the one that has one."""
+    path, _, end_a = site_a.removeprefix("lora.").rpartition(".")
+    suffixes = (end_a.removeprefix("A"), site_b.rpartition(".")[2].removeprefix("B"))
+    return path + "".join(suffixes)
+
+
+def _layers(paths: Sequence[str]) -> dict[str, Coordinates]:
+    """The dim "layer" with the indices in the paths; empty where there are none."""
+    bare = map(without_adapter_name, paths)  # an adapter may be called "0"
+    indices = [re.findall(r"(?<=\.)\d+(?=\.|$)", path) for path in bare]
+    if not indices[0]:
+        return {}
+    if all(len(found) == 1 for found in indices):
+        return {"layer": [int(found[0]) for found in indices]}
+    return {"layer": [".".join(found) for found in indices]}
+
+
+def _singular_values(b: Tensor, a: Tensor) -> Tensor:
+    """Singular values of B A, (S, R), largest first, without forming B A."""
+    # B = Q_b R_b and A^T = Q_a R_a, so B A = Q_b (R_b R_a^T) Q_a^T.
+    r_b = torch.linalg.qr(b.double()).R
+    r_a = torch.linalg.qr(a.double().mT).R
+    return torch.linalg.svdvals(r_b @ r_a.mT)

@@ -1,0 +1,1 @@
+"""Model and batches -> posterior, which is a guide."""

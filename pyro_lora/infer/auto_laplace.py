@@ -1,0 +1,204 @@
+"""AutoLaplace: MAP guide first, Gaussian around the mode afterwards."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from functools import partial
+from operator import attrgetter
+from typing import Any, Literal
+
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoDelta
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pyro_lora.curvature.fisher import empirical_terms, exact_terms, mc_terms
+from pyro_lora.curvature.fit import (
+    NO_BATCHES,
+    FisherFit,
+    TermsFunction,
+    check_latent_sites,
+    fit_fisher,
+    naming_batch,
+)
+from pyro_lora.curvature.structures import Structure, kfac_expand
+from pyro_lora.infer.laplace_posterior import LaplacePosterior
+from pyro_lora.lifting.lifted_network import LiftedNetwork
+from pyro_lora.lifting.model_trace import (
+    Batch,
+    Model,
+    evaluating,
+    lifted_networks,
+    observed_site,
+)
+
+
+class AutoLaplace(AutoDelta):
+    """MAP guide whose :meth:`laplace_approximation` is a posterior.
+
+    Train it by SVI like ``AutoDelta``, or start from an adapter that is trained
+    already and skip SVI. As with every Pyro guide, SVI keeps the parameters in the
+    global param store: clear it before you train a second guide of the same model.
+
+    Args:
+        model: A Pyro model that calls a lifted network.
+        init_loc_fn: Where to start, for example ``lora.init_to_adapter()``.
+        structure: The form of the Fisher information: ``kfac_expand``,
+            ``kfac_reduce``, ``diagonal``, ``dense``, or your own function.
+        fisher: ``"exact"``: closed form, C - 1 backward passes for C classes.
+            ``"mc"``: labels sampled from the model, any likelihood.
+            ``"empirical"``: the given labels.
+        num_fisher_samples: Labels for each datum with ``fisher="mc"``.
+        obs_site: The likelihood's site; None is the only observed one.
+
+    Raises:
+        ValueError: If ``fisher`` or ``num_fisher_samples`` is something else.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        init_loc_fn: Callable[[dict[str, Any]], Tensor],
+        structure: Structure = kfac_expand,
+        fisher: Literal["exact", "mc", "empirical"] = "exact",
+        num_fisher_samples: int = 1,
+        obs_site: str | None = None,
+    ) -> None:
+        if num_fisher_samples < 1:
+            raise ValueError(f"num_fisher_samples is {num_fisher_samples}; at least 1.")
+        terms: dict[str, TermsFunction] = {
+            "exact": exact_terms,
+            "mc": partial(mc_terms, num_samples=num_fisher_samples),
+            "empirical": empirical_terms,
+        }
+        if fisher not in terms:
+            raise ValueError(
+                f"fisher must be one of {sorted(terms)}, found {fisher!r}."
+            )
+        super().__init__(model, init_loc_fn=init_loc_fn)
+        self._user_model = (model,)
+        self._structure = structure
+        self._fisher_terms = terms[fisher]
+        self._obs_site = obs_site
+
+    def laplace_approximation(
+        self, batches: Iterable[Batch], *, progress_bar: bool = False
+    ) -> LaplacePosterior:
+        """Fit the Gaussian: one pass over the data at the guide's present mode.
+
+        Nothing is trained; dropout is off during the pass and restored after it.
+
+        Args:
+            batches: Re-iterable of mappings of model keyword arguments, labels
+                included, that cover all data exactly once.
+            progress_bar: Show one.
+
+        Returns:
+            The posterior, which is a guide.
+
+        Raises:
+            ValueError: If there are no batches or no labels, values are NaN, the
+                batches don't cover the plate's number of data, or the model has
+                latent sites besides the lifted ones.
+        """
+        if self.prototype_trace is None:
+            self._start(batches)
+        networks = _networks_in(self.prototype_trace)
+        # Read outside of a Pyro context: calling the guide would look the values up in
+        # the global param store, where another guide's may stand under the same names.
+        mode = {
+            site: attrgetter(site)(self).detach().clone()
+            for lora in networks
+            for site in lora.sites
+        }
+        _check_mode(mode)
+        (model,) = self._user_model
+        with evaluating(networks):
+            fit = fit_fisher(
+                model,
+                mode,
+                networks,
+                tqdm(batches, desc="Fisher", disable=not progress_bar),
+                structure=self._structure,
+                fisher_terms=self._fisher_terms,
+                obs_site=self._obs_site,
+            )
+        _warn_if_not_stationary(fit)
+        return LaplacePosterior(
+            fit.gaussian,
+            fit.prior_mean,
+            fit.log_likelihood,
+            fit.log_prior,
+            lambda lora: lora.prior(lora),
+            networks,
+            model,
+            fit.obs_site,
+        )
+
+    def _start(self, batches: Iterable[Batch]) -> None:
+        """Take the initial values, as the first step of SVI would.
+
+        Raises:
+            ValueError: If there is nothing to take them from.
+        """
+        if iter(batches) is batches:
+            raise ValueError(
+                "The batches are an iterator, which can be read once only. Give a list "
+                "or a DataLoader."
+            )
+        first = next(iter(batches), None)
+        if first is None:
+            raise ValueError(NO_BATCHES)
+        # AutoDelta would take a missing label for a parameter, so look first.
+        with naming_batch(0):
+            trace = poutine.block(poutine.trace(self.model).get_trace)(**first)
+        _networks_in(trace)
+        observed_site(trace, self._obs_site)
+        check_latent_sites(trace)
+        self._setup_prototype(**first)
+
+
+def _networks_in(trace: Any) -> tuple[LiftedNetwork, ...]:
+    networks = lifted_networks(trace)
+    if not networks:
+        raise ValueError(
+            "The model has no lifted network. Call lora() inside the model, with "
+            "lora = pyro_lora.lift(peft_model)."
+        )
+    return networks
+
+
+def _check_mode(mode: dict[str, Tensor]) -> None:
+    for site, value in mode.items():
+        if not torch.isfinite(value).all():
+            raise ValueError(
+                f"Site {site!r}: the mode has NaN or infinite values. Restart the "
+                "training from finite weights, with a smaller learning rate."
+            )
+
+
+def _warn_if_not_stationary(fit: FisherFit) -> None:
+    # At a mode a Newton step gains nothing; from here it would gain g' P^-1 g / 2.
+    layers = (
+        (site, layer.reshape(1, 1, layer.shape[0], -1))
+        for site, gradient in fit.gradient.items()
+        for layer in gradient
+    )
+    newton = float(
+        fit.gaussian.covariance(layers, [fit.gaussian.prior_precision]).squeeze()
+    )
+    effective = float(fit.gaussian.effective_parameters())
+    if newton > effective:
+        norm = float(sum(g.square().sum() for g in fit.gradient.values())) ** 0.5
+        largest = max(fit.gradient, key=lambda s: float(fit.gradient[s].norm()))
+        warnings.warn(
+            "The weights aren't a mode of the log joint: its gradient has norm "
+            f"{norm:.3g}, most of it at site {largest!r}, and g' P^-1 g = {newton:.3g} "
+            f"exceeds the effective number of parameters, {effective:.3g}. Train "
+            "longer, or check that the training used the same prior and data.",
+            UserWarning,
+            stacklevel=3,
+        )

@@ -1,0 +1,204 @@
+"""Laplace posterior: a Gaussian around the mode, as a Pyro guide."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import pyro
+import pyro.distributions as dist
+from torch import Tensor
+
+from pyro_lora.curvature.gaussian_logits import GaussianLogits
+from pyro_lora.curvature.linearize import linearized_logits
+from pyro_lora.curvature.weight_gaussian import WeightGaussian, Weights
+from pyro_lora.infer import prior_tuning
+from pyro_lora.lifting.lifted_network import LiftedNetwork
+from pyro_lora.lifting.model_trace import Batch, Model, evaluating
+from pyro_lora.lifting.priors import Prior
+
+
+@dataclass(frozen=True, eq=False)
+class LaplacePosterior:
+    r"""Gaussian :math:`N(\hat w, (F + \mathrm{diag}\,\tau)^{-1})` over lifted sites.
+
+    A Pyro guide: called with the model's arguments, it samples the sites. Made by
+    ``AutoLaplace.laplace_approximation``; every method gives a new value and leaves
+    this one as it is.
+
+    Attributes:
+        gaussian: Mode, Fisher information of all data (nats), prior precision.
+        prior_mean: Site -> mean of the prior.
+        log_likelihood: Of all data at the mode, nats, float64.
+        log_prior: At the mode, nats, float64.
+        prior: The prior that this posterior was made with.
+        loras: The lifted networks in the model.
+        model: The Pyro model; None where the posterior was loaded without one.
+        obs_site: The likelihood's site.
+    """
+
+    gaussian: WeightGaussian
+    prior_mean: Weights
+    log_likelihood: Tensor
+    log_prior: Tensor
+    prior: Prior
+    loras: tuple[LiftedNetwork, ...]
+    model: Model | None
+    obs_site: str | None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Weights:
+        """Sample the sites: the guide's statements, whatever the model's arguments."""
+        infer = {site: {"lora": (lora,)} for lora in self.loras for site in lora.sites}
+        return self.gaussian.pyro_sample(infer)
+
+    def mode(self) -> Weights:
+        """The mode, site -> value of the site's shape."""
+        return {site: value.clone() for site, value in self.gaussian.loc.items()}
+
+    def sample(self, num_samples: int) -> Weights:
+        """Draws, site -> value with a leading (S,)."""
+        return self.gaussian.sample(num_samples)
+
+    def log_prob(self, weights: Mapping[str, Tensor]) -> Tensor:
+        """Log density in nats, (S,) for weights with a leading (S,)."""
+        return self.gaussian.log_prob(weights)
+
+    def mean(self) -> Weights:
+        """The mean, which is the mode."""
+        return self.mode()
+
+    def variance(self) -> Weights:
+        """Marginal variances, each of its site's shape."""
+        return self.gaussian.variance()
+
+    @property
+    def prior_precision(self) -> Weights:
+        r"""Site -> :math:`\tau`, broadcasting over the site."""
+        return self.gaussian.prior_precision
+
+    def log_evidence(self) -> Tensor:
+        r"""Laplace's log marginal likelihood of all data.
+
+        :math:`\log p(y, \hat w) - \log q(\hat w) = \log p(y | \hat w) + \log p(\hat w)
+        + \frac{D}{2} \log 2 \pi - \frac12 \log \det P` (MacKay 1992, eq. 6).
+
+        Returns:
+            A scalar, nats, float64.
+        """
+        num_weights = sum(x.numel() for x in self.gaussian.loc.values())
+        log_det = self.gaussian.log_det(self.prior_precision)
+        log_q = 0.5 * log_det - 0.5 * num_weights * math.log(2 * math.pi)
+        return self.log_likelihood + self.log_prior - log_q
+
+    def with_prior_precision(
+        self, value: float | Tensor | Mapping[str, float | Tensor]
+    ) -> LaplacePosterior:
+        r"""The same mode and curvature under the prior N(prior mean, :math:`1/\tau`).
+
+        Args:
+            value: :math:`\tau`, one number, or one for each site, of a shape that
+                broadcasts over the site, () or (L, 1, 1). Kronecker structures take
+                its average over each matrix.
+
+        Returns:
+            A new posterior; the model keeps its own prior.
+
+        Raises:
+            ValueError: If a site is missing or unknown, or a value isn't positive and
+                within 1e-8 to 1e8, or doesn't broadcast.
+        """
+        tau = prior_tuning.checked_precision(value, self.gaussian.loc)
+        gaussian = self.gaussian.with_prior_precision(tau)
+        tau = gaussian.prior_precision
+        log_prior = sum(
+            dist.Normal(self.prior_mean[s].double(), tau[s].double().rsqrt())
+            .log_prob(x.double())
+            .sum()
+            for s, x in gaussian.loc.items()
+        )
+        prior = _normal_prior(self.prior_mean, tau)
+        return replace(self, gaussian=gaussian, log_prior=log_prior, prior=prior)
+
+    def optimize_prior(
+        self,
+        *,
+        per: Literal["all", "site", "layer"] = "all",
+        objective: Literal["evidence", "nll"] = "evidence",
+        batches: Iterable[Batch] | None = None,
+    ) -> LaplacePosterior:
+        """Choose the prior precision by the evidence or by held-out data.
+
+        Args:
+            per: One precision for all weights, for each site, or for each layer of
+                each site.
+            objective: ``"evidence"``: maximise :meth:`log_evidence`, no pass over the
+                data. ``"nll"``: minimise the negative log likelihood of the
+                linearised predictive on held-out ``batches``, one pass over them;
+                with ``per="all"`` only.
+            batches: Held-out batches with labels.
+
+        Returns:
+            A new posterior.
+
+        Raises:
+            ValueError: If the arguments don't fit, or held-out labels are missing.
+        """
+        if objective == "evidence":
+            tau = prior_tuning.maximize_evidence(self.gaussian, self.prior_mean, per)
+            return self.with_prior_precision(tau)
+        if objective != "nll" or per != "all" or batches is None:
+            raise ValueError(
+                f"optimize_prior got per={per!r}, objective={objective!r}, batches="
+                f"{'None' if batches is None else 'given'}: objective is 'evidence' or "
+                "'nll', and 'nll' needs held-out batches and per='all'."
+            )
+        model = self._model("optimize_prior(objective='nll')")
+        with evaluating(self.loras):
+            best = prior_tuning.minimize_nll(
+                model, self.gaussian, self.loras, batches, self.obs_site
+            )
+        return self.with_prior_precision(best)
+
+    def linearized(self, batch: Batch) -> GaussianLogits:
+        r"""Gaussian over the logits of a batch, :math:`N(f(x), J P^{-1} J^T)`.
+
+        Args:
+            batch: The model's keyword arguments; labels aren't needed.
+
+        Returns:
+            Mean (B, C), its mean over classes removed, and covariance (B, C, C).
+
+        Raises:
+            ValueError: If this posterior was loaded without a model, or the
+                likelihood isn't Categorical, Bernoulli or Normal.
+        """
+        model = self._model("linearized")
+        with evaluating(self.loras):
+            return linearized_logits(
+                model, self.gaussian, self.loras, batch, self.obs_site
+            )[0]
+
+    def _model(self, caller: str) -> Model:
+        if self.model is None:
+            raise ValueError(
+                f"{caller} needs the model, but this posterior was loaded without one. "
+                "Use load(path, lora, model=model)."
+            )
+        return self.model
+
+
+def _normal_prior(mean: Weights, precision: Weights) -> Prior:
+    def prior(lora: LiftedNetwork) -> Weights:
+        return {
+            site: pyro.sample(
+                site,
+                dist.Normal(
+                    mean[site], precision[site].rsqrt().expand(mean[site].shape)
+                ).to_event(mean[site].ndim),
+            )
+            for site in lora.sites
+        }
+
+    return prior

@@ -1,0 +1,135 @@
+"""Mixture of posteriors, for example a Laplace approximation at each particle."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Union
+
+import torch
+from torch import Tensor
+
+from pyro_lora.infer.joint_distribution import check_num_samples, sample_jointly
+from pyro_lora.infer.laplace_posterior import LaplacePosterior
+from pyro_lora.infer.particle_posterior import ParticlePosterior
+from pyro_lora.lifting.lifted_network import LiftedNetwork
+from pyro_lora.lifting.model_trace import Model
+
+Weights = dict[str, Tensor]
+Posterior = Union[LaplacePosterior, ParticlePosterior, "MixturePosterior"]
+
+
+class MixturePosterior:
+    r"""Mixture :math:`q(w) = \sum_n \pi_n q_n(w)`, as a Pyro guide.
+
+    Args:
+        components: Posteriors over the same sites.
+        weights: :math:`\pi`, one for each component, normalised here; None is equal.
+
+    Raises:
+        ValueError: If there are no components, their sites or shapes differ, or the
+            weights don't fit.
+    """
+
+    def __init__(
+        self,
+        components: Sequence[Posterior],
+        weights: Tensor | Sequence[float] | None = None,
+    ) -> None:
+        if not components:
+            raise ValueError("A mixture needs at least one component; found none.")
+        self.components = tuple(components)
+        self._like = components[0].mean()
+        for index, component in enumerate(self.components):
+            shapes = {s: x.shape for s, x in component.mean().items()}
+            for site in shapes.keys() | self._like.keys():
+                expected = self._like[site].shape if site in self._like else None
+                if shapes.get(site) != expected:
+                    raise ValueError(
+                        f"Component {index}, site {site!r}: expected shape "
+                        f"{expected}, as in component 0, found {shapes.get(site)}. Mix "
+                        "posteriors of one model."
+                    )
+        self.weights = _normalised(weights, self.components, self._like)
+        self.loras: tuple[LiftedNetwork, ...] = components[0].loras
+        self.model: Model | None = components[0].model
+        self.obs_site: str | None = components[0].obs_site
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Weights:
+        """Sample the sites, whatever the model's arguments."""
+        return sample_jointly(self, self._like, self.loras)
+
+    def sample(self, num_samples: int) -> Weights:
+        """Draws in random order of components, site -> value with a leading (S,).
+
+        Raises:
+            ValueError: If S isn't positive.
+        """
+        check_num_samples(num_samples)
+        drawn = torch.multinomial(self.weights, num_samples, replacement=True)
+        counts = torch.bincount(drawn, minlength=len(self.components)).tolist()
+        parts = [
+            component.sample(n)
+            for component, n in zip(self.components, counts, strict=True)
+            if n > 0
+        ]
+        # Sorting by component twice over puts each draw where its component was drawn.
+        place = drawn.argsort(stable=True).argsort()
+        return {s: torch.cat([part[s] for part in parts])[place] for s in self._like}
+
+    def log_prob(self, weights: Mapping[str, Tensor]) -> Tensor:
+        """Log density in nats, (S,) for weights with a leading (S,).
+
+        Raises:
+            ValueError: If a component has no density.
+        """
+        log_probs = torch.stack([c.log_prob(weights) for c in self.components], -1)
+        return (log_probs + self.weights.log().to(log_probs)).logsumexp(-1)
+
+    def mean(self) -> Weights:
+        """The mean, each of its site's shape."""
+        means = [component.mean() for component in self.components]
+        return {
+            site: torch.tensordot(
+                self.weights.to(like), torch.stack([m[site] for m in means]), 1
+            )
+            for site, like in self._like.items()
+        }
+
+    def variance(self) -> Weights:
+        """Marginal variances by the law of total variance, each of its site's shape."""
+        result, mean = {}, self.mean()
+        within = [component.variance() for component in self.components]
+        means = [component.mean() for component in self.components]
+        for site, like in self._like.items():
+            pi = self.weights.to(like)
+            distance = torch.stack([m[site] for m in means]) - mean[site]
+            between = torch.tensordot(pi, distance.square(), 1)
+            inside = torch.tensordot(pi, torch.stack([v[site] for v in within]), 1)
+            result[site] = inside + between
+        return result
+
+    def mode(self) -> Weights:
+        """Not defined.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError("A mixture has no single mode. Use those of .components.")
+
+
+def _normalised(
+    weights: Tensor | Sequence[float] | None,
+    components: Sequence[Posterior],
+    like: Weights,
+) -> Tensor:
+    device = next(iter(like.values())).device
+    if weights is None:
+        weights = [1.0] * len(components)
+    pi = torch.as_tensor(weights, dtype=torch.float64, device=device)
+    valid = torch.isfinite(pi).all() and (pi >= 0).all() and pi.sum() > 0
+    if pi.shape != (len(components),) or not valid:
+        raise ValueError(
+            f"Mixture weights must be {len(components)} non-negative numbers, one for "
+            f"each component, not all zero; found {pi.tolist()}."
+        )
+    return pi / pi.sum()

@@ -1,0 +1,394 @@
+"""Stein variational gradient descent over adapters."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from operator import length_hint
+from typing import Any, Literal
+
+import torch
+from pyro.optim import PyroOptim
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pyro_lora.infer.function_space import (
+    Strength,
+    function_space_direction,
+    gated_strength,
+)
+from pyro_lora.infer.kernels import RBF, Kernel, Zero, check_kernel
+from pyro_lora.infer.optimizer_state import (
+    check_optimizer,
+    optimizer_state,
+    restore_optimizer,
+    step_schedulers,
+)
+from pyro_lora.infer.particle_model import (
+    InitFn,
+    ParticleModel,
+    check_finite,
+    check_shapes,
+    initial_particles,
+    particle_model,
+    warn_if_together,
+)
+from pyro_lora.infer.particle_posterior import ParticlePosterior, Weights
+from pyro_lora.infer.transport import spread
+from pyro_lora.infer.weight_space import weight_space_direction
+from pyro_lora.lifting.model_trace import Batch, Model
+
+# Mean kernel value between different particles below which they don't interact.
+COLLAPSED = 1e-6
+
+Schedule = Callable[[float], float]
+Repulsion = Callable[[float, float], float]
+
+
+class SVGD:
+    r"""An ensemble of adapters whose members repel one another.
+
+    ``transport="stein"`` (Liu & Wang 2016, https://arxiv.org/abs/1608.04471, eq. 8)
+    moves particle i along :math:`\phi_i = \frac1K \sum_j [k(x_j, x_i) \nabla \log
+    p(x_j) / T + \nabla_{x_j} k(x_j, x_i)]`. ``"repulsive"`` (D'Angelo & Fortuin 2021,
+    https://arxiv.org/abs/2106.11642, eq. 8): :math:`\phi_i = \nabla \log p(x_i) / T -
+    \beta \nabla_{x_i} \log \sum_j k(x_i, x_j)`, other particles held fixed. With
+    ``kernels.Zero()``: :math:`\phi_i = \nabla \log p(x_i) / T`, a deep ensemble, or MAP
+    with one particle. :math:`\log p` is the log joint of the full data, in nats.
+
+    The particles live in this object, not in Pyro's param store. ``optim`` must not
+    have per-parameter callables, since Pyro would look their names up in that store.
+
+    ``temperature`` and ``repulsion`` may be functions of the fraction of :meth:`run`
+    that is done: 0 at its first step and 1 at its last (rising once an epoch where the
+    batches have no length), 1 for a :meth:`step` outside of it.
+
+    Args:
+        model: A Pyro model, as a rule one that calls a lifted network.
+        kernel: ``kernels.RBF(...)``, ``kernels.Zero()``, or a function of squared
+            distances (K, K) -> (K, K) over all weights jointly.
+        optim: A ``pyro.optim`` optimiser or scheduler. It sees one tensor a site with
+            all particles, so that clipping by norm is by the norm over them.
+        num_particles: K.
+        max_plate_nesting: Batch dims that the model's sites take; None finds out.
+        temperature: T, a positive number or a function of the fraction.
+        transport: None is ``"repulsive"`` in function space, ``"stein"`` elsewhere.
+        repulsion: :math:`\beta` of the repulsive transport: a number, or a function of
+            (fraction, minibatch loss in nats per datum, mean over particles). None is 1
+            in weight space; in function space it is 0.4 N while the particles fit the
+            minibatch better than 0.3 nats per datum, fading to 0 at that loss.
+        chunk_size: Particles in one forward pass; None is all. Same numbers, less
+            memory; function space then needs a second forward pass.
+        init_loc_fn: Where particles start, for example
+            ``lora.init_to_adapter(jitter=0.01)`` or ``lora.init_to_fresh()``.
+        obs_site: The likelihood's site (function space); None is the only one.
+
+    Attributes:
+        diagnostics: Series with one value a step: ``loss`` (nats, full data),
+            ``attraction`` and ``repulsion`` (norms, in function space those of the
+            directions of the logits), ``spread`` (root mean square distance of the
+            particles to their mean), ``mean_kernel`` (off the diagonal).
+
+    Raises:
+        TypeError: If kernel or optimiser are no such thing.
+        ValueError: If an argument is out of its range, or would have no effect.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        kernel: Kernel | Zero,
+        optim: PyroOptim,
+        num_particles: int,
+        max_plate_nesting: int | None = None,
+        *,
+        temperature: float | Schedule = 1.0,
+        transport: Literal["stein", "repulsive"] | None = None,
+        repulsion: float | Repulsion | None = None,
+        chunk_size: int | None = None,
+        init_loc_fn: InitFn,
+        obs_site: str | None = None,
+    ) -> None:
+        if num_particles < 1:
+            raise ValueError(
+                f"num_particles must be at least 1, found {num_particles}."
+            )
+        if not callable(temperature):
+            _check_temperature(temperature)
+        if chunk_size is not None and not 1 <= chunk_size <= num_particles:
+            raise ValueError(
+                f"chunk_size must lie between 1 and num_particles={num_particles}, "
+                f"found {chunk_size}."
+            )
+        check_kernel(kernel)
+        check_optimizer(optim)
+        self._space = kernel.space if isinstance(kernel, RBF) else "joint"
+        in_function_space = self._space == "function"
+        if transport is None:
+            transport = "repulsive" if in_function_space else "stein"
+        if transport not in ("stein", "repulsive"):
+            raise ValueError(f"transport: 'stein' or 'repulsive', found {transport!r}.")
+        if in_function_space and transport == "stein":
+            raise ValueError(
+                "Function space has the repulsive transport only. Leave transport=None."
+            )
+        if repulsion is not None:
+            if transport == "stein" or isinstance(kernel, Zero):
+                raise ValueError(
+                    f"repulsion={repulsion} has no effect: it is the strength of the "
+                    "repulsive transport. Add transport='repulsive' and a kernel, or "
+                    "leave it out."
+                )
+            if not callable(repulsion) and not repulsion >= 0:
+                raise ValueError(f"repulsion must not be negative, found {repulsion}.")
+        self._model, self._kernel, self._optim = model, kernel, optim
+        self._num_particles = num_particles
+        self._max_plate_nesting = max_plate_nesting
+        self._temperature, self._transport = temperature, transport
+        self._repulsion = repulsion
+        self._chunk_size = chunk_size or num_particles
+        self._init_loc_fn, self._obs_site = init_loc_fn, obs_site
+        self._particles: Weights | None = None
+        self._target: ParticleModel | None = None
+        self._fraction = 1.0  # of the run that is done; 1 outside of run()
+        self._warned = False
+        self.diagnostics: dict[str, list[float]] = {}
+
+    def step(self, *args: Any, **kwargs: Any) -> float:
+        """One update of all particles on one batch.
+
+        Args:
+            *args: The model's positional arguments.
+            **kwargs: The model's keyword arguments.
+
+        Returns:
+            Mean over particles of minus the log joint of the full data, nats
+            (``pyro.infer.SVGD`` returns a dict of squared gradients instead).
+
+        Raises:
+            ValueError: If the model can't be run by particles, or a log density or
+                direction is NaN or infinite; no particle is changed then.
+        """
+        target, particles = self._set_up(args, kwargs)
+        check_finite(particles, "value")
+        direction, found = self._direction(target, particles, args, kwargs)
+        check_finite(direction, "direction")
+        log_joint = found.pop("log_joint")
+        found = {"loss": -log_joint.mean(), **found, "spread": spread(particles)}
+        for site, particle in particles.items():
+            particle.grad = -direction[site]
+        self._optim(list(particles.values()))
+        for particle in particles.values():
+            particle.grad = None
+        values = torch.stack([x.double() for x in found.values()]).tolist()
+        for name, value in zip(found, values, strict=True):
+            self.diagnostics.setdefault(name, []).append(value)
+        self._warn_if_collapsed()
+        return self.diagnostics["loss"][-1]
+
+    def run(
+        self, batches: Iterable[Batch], *, num_epochs: int, progress_bar: bool = True
+    ) -> None:
+        """Step through the batches, and a scheduler once an epoch.
+
+        Args:
+            batches: Re-iterable of mappings of model keyword arguments.
+            num_epochs: Passes over the batches.
+            progress_bar: Show loss, spread and repulsion.
+
+        Raises:
+            ValueError: As :meth:`step`, or if there is nothing to step through.
+        """
+        if num_epochs < 1:
+            raise ValueError(f"num_epochs must be at least 1, found {num_epochs}.")
+        total = num_epochs * length_hint(batches) or None
+        try:
+            with tqdm(total=total, desc="SVGD", disable=not progress_bar) as bar:
+                done = 0
+                for epoch in range(num_epochs):
+                    losses = []
+                    for batch in batches:
+                        self._fraction = (
+                            _fraction(done, total)
+                            if total
+                            else _fraction(epoch, num_epochs)
+                        )
+                        losses.append(self.step(**batch))
+                        done += 1
+                        bar.set_postfix(self._progress(), refresh=False)
+                        bar.update()
+                    if not losses:
+                        raise ValueError(
+                            f"Epoch {epoch + 1} found no batches. Give a list or a "
+                            "DataLoader, which can be gone through again, not an "
+                            "iterator."
+                        )
+                    assert self._particles is not None
+                    step_schedulers(
+                        self._optim, self._particles.values(), sum(losses) / len(losses)
+                    )
+        finally:
+            self._fraction = 1.0
+
+    def get_named_particles(self) -> Weights:
+        """The particles, site -> (K, ...).
+
+        Raises:
+            ValueError: Before the first step.
+        """
+        if self._particles is None or self._target is None:
+            raise ValueError("There are no particles before the first step.")
+        with torch.no_grad():
+            values = self._target.constrained(self._particles)
+        return {site: value.detach().clone() for site, value in values.items()}
+
+    def get_samples(
+        self, num_samples: int | None = None, group_by_chain: bool = False
+    ) -> Weights:
+        """Particles as MCMC would give draws.
+
+        Args:
+            num_samples: S; None gives each particle once.
+            group_by_chain: Put a chain dim of size 1 in front.
+
+        Returns:
+            Site -> (S, ...), or (1, S, ...).
+
+        Raises:
+            ValueError: Before the first step, or if S isn't positive.
+        """
+        posterior = self.posterior()
+        if num_samples is None:
+            num_samples = posterior.num_particles
+        draws = posterior.sample(num_samples)
+        return {s: x[None] for s, x in draws.items()} if group_by_chain else draws
+
+    def posterior(self) -> ParticlePosterior:
+        """The particles as a guide.
+
+        Raises:
+            ValueError: Before the first step.
+        """
+        particles = self.get_named_particles()
+        assert self._target is not None
+        return ParticlePosterior(
+            particles, self._target.networks, self._model, self._obs_site
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Particles, the optimiser's state and the diagnostics.
+
+        Raises:
+            ValueError: Before the first step.
+        """
+        if self._particles is None:
+            raise ValueError("There is no state before the first step.")
+        return {
+            "particles": {s: x.detach().clone() for s, x in self._particles.items()},
+            "optim": {
+                s: optimizer_state(self._optim, x) for s, x in self._particles.items()
+            },
+            "diagnostics": {k: list(v) for k, v in self.diagnostics.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved state; works before the first step.
+
+        Args:
+            state: From :meth:`state_dict` of an engine with the same model and K.
+
+        Raises:
+            ValueError: If the state is that of another model, K or optimiser; this
+                object is then unchanged.
+        """
+        if not state.keys() >= {"particles", "optim", "diagnostics"}:
+            raise ValueError(
+                f"Expected a state from SVGD.state_dict(), found keys {sorted(state)}."
+            )
+        particles = {
+            s: x.detach().clone().requires_grad_()
+            for s, x in state["particles"].items()
+        }
+        check_shapes(particles, self._num_particles, self._target)
+        restore_optimizer(
+            self._optim,
+            [(x, state["optim"][s]) for s, x in particles.items()],
+            replaced=(self._particles or {}).values(),
+        )
+        self._particles = particles
+        self.diagnostics = {k: list(v) for k, v in state["diagnostics"].items()}
+
+    def _set_up(self, args: Any, kwargs: Any) -> tuple[ParticleModel, Weights]:
+        if self._target is None:
+            target = particle_model(
+                self._model, self._init_loc_fn, self._max_plate_nesting, args, kwargs
+            )
+            if self._particles is not None:
+                check_shapes(self._particles, self._num_particles, target)
+            self._target = target
+        if self._particles is None:
+            self._particles = initial_particles(
+                self._target, self._init_loc_fn, self._num_particles, args, kwargs
+            )
+            warn_if_together(self._particles)
+        return self._target, self._particles
+
+    def _direction(
+        self, target: ParticleModel, particles: Weights, args: Any, kwargs: Any
+    ) -> tuple[Weights, dict[str, Tensor]]:
+        now, temperature, repulsion = self._fraction, self._temperature, self._repulsion
+        if callable(temperature):
+            temperature = temperature(now)
+        _check_temperature(temperature)
+        strength: float | Strength
+        if callable(repulsion):
+            strength = lambda loss, num_data: repulsion(now, loss)  # noqa: E731
+        elif repulsion is None:
+            strength = gated_strength if self._space == "function" else 1.0
+        else:
+            strength = repulsion
+        common: dict[str, Any] = {
+            "kernel": self._kernel,
+            "temperature": temperature,
+            "strength": strength,
+            "chunk_size": self._chunk_size,
+            "obs_site": self._obs_site,
+            "args": args,
+            "kwargs": kwargs,
+        }
+        if self._space == "function":
+            return function_space_direction(target, particles, **common)
+        return weight_space_direction(
+            target, particles, space=self._space, form=self._transport, **common
+        )
+
+    def _progress(self) -> dict[str, str]:
+        last = {name: series[-1] for name, series in self.diagnostics.items()}
+        return {
+            "loss": f"{last['loss']:.1f}",
+            "spread": f"{last['spread']:.3g}",
+            "repulsion": f"{last['repulsion']:.2g}",
+        }
+
+    def _warn_if_collapsed(self) -> None:
+        alone = isinstance(self._kernel, Zero) or self._num_particles == 1
+        value = self.diagnostics["mean_kernel"][-1]
+        if alone or self._warned or value >= COLLAPSED:
+            return
+        self._warned = True
+        warnings.warn(
+            f"The kernel has collapsed: its mean value between different particles is "
+            f"{value:.2g}, so they don't repel and are independent runs. Use "
+            "bandwidth=None (the median heuristic) or a larger bandwidth.",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _fraction(done: int, total: int) -> float:
+    return min(done / (total - 1), 1.0) if total > 1 else 1.0
+
+
+def _check_temperature(temperature: float) -> None:
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, found {temperature}.")

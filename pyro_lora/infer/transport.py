@@ -1,0 +1,129 @@
+"""Directions in which particles move: functions of particles, gradients, kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from pyro_lora.infer.kernels import Kernel
+
+
+def squared_distances(particles: Tensor) -> Tensor:
+    """Squared distances between particles, by a Gram matrix.
+
+    Args:
+        particles: (K, ...).
+
+    Returns:
+        (K, K), zero on the diagonal.
+    """
+    flat = _rows(particles)
+    flat = flat - flat.mean(0)  # distances don't change, cancellation shrinks
+    gram = flat @ flat.mT
+    norms = gram.diagonal()
+    sq_dists = (norms[:, None] + norms[None, :] - 2 * gram).clamp_min(0)
+    return sq_dists - torch.diag_embed(sq_dists.diagonal())
+
+
+def gram_and_slope(kernel: Kernel, sq_dists: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Kernel and its derivative :math:`\kappa'` in the squared distance.
+
+    Args:
+        kernel: A function (K, K) -> (K, K), elementwise in the squared distances.
+        sq_dists: (K, K).
+
+    Returns:
+        Gram matrix and slopes, both (K, K), constants.
+
+    Raises:
+        ValueError: If the kernel doesn't give a (K, K) matrix.
+    """
+    with torch.enable_grad():
+        leaf = sq_dists.detach().requires_grad_()
+        gram = kernel(leaf)
+        if gram.shape != leaf.shape:
+            raise ValueError(
+                f"The kernel maps squared distances {tuple(leaf.shape)} to shape "
+                f"{tuple(gram.shape)}; it must give the Gram matrix of the same shape."
+            )
+        (slope,) = torch.autograd.grad(gram.sum(), leaf)
+    slope.fill_diagonal_(0)  # a particle doesn't repel itself, even if the slope is inf
+    return gram.detach(), slope
+
+
+def stein(
+    particles: Tensor, gradients: Tensor, gram: Tensor, slope: Tensor
+) -> tuple[Tensor, Tensor]:
+    r"""Attraction and repulsion of SVGD, for one site.
+
+    :math:`\phi_i = \frac1K \sum_j [k(x_j, x_i) \nabla_{x_j} \log p(x_j) +
+    \nabla_{x_j} k(x_j, x_i)]` (Liu & Wang 2016, https://arxiv.org/abs/1608.04471,
+    eq. 8).
+
+    Args:
+        particles: (K, ...).
+        gradients: Of the (tempered) log joint of the full data, (K, ...), nats.
+        gram: (K, K).
+        slope: Derivative of the kernel in the squared distance, (K, K).
+
+    Returns:
+        Both terms, (K, ...).
+    """
+    num_particles = particles.shape[0]
+    attraction = gram.to(gradients) @ _rows(gradients) / num_particles
+    repulsion = -_slope_times_difference(particles, slope) / num_particles
+    return attraction.reshape(particles.shape), repulsion
+
+
+def repel(particles: Tensor, gram: Tensor, slope: Tensor) -> Tensor:
+    r"""Gradient of minus the log kernel density, other particles held fixed.
+
+    :math:`-\nabla_{x_i} \log \sum_j k(x_i, x_j)`, j including i (D'Angelo & Fortuin
+    2021, https://arxiv.org/abs/2106.11642, eq. 8).
+
+    Args:
+        particles: (K, ...).
+        gram: (K, K).
+        slope: Derivative of the kernel in the squared distance, (K, K).
+
+    Returns:
+        (K, ...).
+    """
+    density = gram.to(particles).sum(1).reshape(-1, *[1] * (particles.ndim - 1))
+    return -_slope_times_difference(particles, slope) / density
+
+
+def spread(particles: Mapping[str, Tensor]) -> Tensor:
+    """Root mean square distance of the particles from their mean, a scalar."""
+    centred = {s: x.detach() - x.detach().mean(0) for s, x in particles.items()}
+    return norm(centred)
+
+
+def mean_off_diagonal(gram: Tensor) -> Tensor:
+    """Mean kernel value between different particles; 1 where there is just one."""
+    num_particles = gram.shape[0]
+    if num_particles == 1:
+        return gram.new_ones(())
+    total = gram.sum() - gram.diagonal().sum()
+    return total / (num_particles * (num_particles - 1))
+
+
+def norm(values: Mapping[str, Tensor]) -> Tensor:
+    """Root mean square over particles of the norm over all sites, a scalar."""
+    squares = [_rows(x).square().sum(1) for x in values.values()]
+    return torch.stack(squares).sum(0).mean().sqrt()
+
+
+def _rows(particles: Tensor) -> Tensor:
+    return particles.reshape(particles.shape[0], -1)  # (K, D), D = 1 for scalars
+
+
+def _slope_times_difference(particles: Tensor, slope: Tensor) -> Tensor:
+    # sum_j 2 kappa'_ij (x_i - x_j), without a (K, K, D) tensor
+    flat = _rows(particles)
+    flat = flat - flat.mean(0)
+    slope = slope.to(flat)
+    result = 2 * (slope.sum(1, keepdim=True) * flat - slope @ flat)
+    return result.reshape(particles.shape)

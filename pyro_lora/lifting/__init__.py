@@ -1,0 +1,1 @@
+"""PEFT network -> Pyro sample sites."""

@@ -1,0 +1,143 @@
+"""Running a user's model at given weights, and finding its parts in the trace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_factor, site_is_subsample
+from torch import Tensor, nn
+
+from pyro_lora.lifting.lifted_network import LiftedNetwork
+
+Model = Callable[..., Any]
+Batch = Mapping[str, Any]
+
+
+class _AtWeights(Messenger):
+    """Latent sites take given values and stay latent."""
+
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.weights = weights
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not msg["is_observed"] and msg["name"] in self.weights:
+            msg["value"] = self.weights[msg["name"]]
+
+
+def trace_at(model: Model, weights: Mapping[str, Tensor], batch: Batch) -> Any:
+    """Trace of the model with its latent sites at ``weights``.
+
+    Args:
+        model: A Pyro model.
+        weights: Site -> value; sites that aren't named are sampled.
+        batch: The model's keyword arguments.
+
+    Returns:
+        A ``pyro.poutine.Trace``.
+    """
+    with _AtWeights(weights):
+        return poutine.trace(model).get_trace(**batch)
+
+
+def lifted_networks(trace: Any) -> tuple[LiftedNetwork, ...]:
+    """The lifted networks whose sites appear in a trace, each once."""
+    found: dict[int, LiftedNetwork] = {}
+    for site in trace.nodes.values():
+        if site["type"] == "sample":
+            for lora in site["infer"].get("lora", ()):
+                found[id(lora)] = lora
+    return tuple(found.values())
+
+
+def _random_sites(trace: Any) -> dict[str, dict[str, Any]]:
+    """The sample sites that are neither subsamples, factors nor deterministic."""
+    return {
+        name: site
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample"
+        and not site_is_subsample(site)
+        and not site_is_factor(site)
+        and not site["infer"].get("_deterministic", False)
+    }
+
+
+def observed_site(trace: Any, obs_site: str | None) -> dict[str, Any]:
+    """The observed site: ``obs_site``, else the only one that there is.
+
+    Raises:
+        ValueError: If there is none, more than one to choose from, or the one named
+            isn't observed (labels missing, perhaps).
+    """
+    sites = {k: site for k, site in _random_sites(trace).items() if site["is_observed"]}
+    if obs_site is None:
+        if not sites:
+            raise ValueError(
+                "The model observed nothing, so there is no likelihood. Put labels "
+                "into the batches (they go to obs= of the likelihood's pyro.sample)."
+            )
+        if len(sites) > 1:
+            raise ValueError(
+                f"The model has {len(sites)} observed sites, {sorted(sites)}. Name "
+                "the likelihood by obs_site=."
+            )
+        return next(iter(sites.values()))
+    if obs_site not in sites:
+        raise ValueError(
+            f"Site {obs_site!r} isn't observed; observed are {sorted(sites)}. Put "
+            "labels into the batches, or name another site by obs_site=."
+        )
+    return sites[obs_site]
+
+
+def likelihood_site(
+    trace: Any, obs_site: str | None, latent: Iterable[str]
+) -> dict[str, Any]:
+    """The likelihood's site in a trace that need not have labels.
+
+    ``obs_site``, else the only observed site, else the one sample site that isn't
+    ``latent``.
+
+    Raises:
+        ValueError: If the rule leaves no site or more than one.
+    """
+    sites = _random_sites(trace)
+    if obs_site is not None:
+        if obs_site not in sites:
+            raise ValueError(
+                f"The model has no site {obs_site!r}; it has {sorted(sites)}. Name "
+                "the likelihood by obs_site=."
+            )
+        return sites[obs_site]
+    candidates = [n for n, site in sites.items() if site["is_observed"]]
+    if not candidates:
+        candidates = sorted(sites.keys() - set(latent))
+    if len(candidates) != 1:
+        raise ValueError(
+            f"Expected one likelihood site, found {candidates}. Name it by obs_site=."
+        )
+    return sites[candidates[0]]
+
+
+@contextmanager
+def evaluating(networks: Iterable[LiftedNetwork]) -> Iterator[None]:
+    """Dropout off for one block; every module's mode is restored after it."""
+    with ExitStack() as stack:
+        for lora in networks:
+            stack.enter_context(_evaluating(lora.network))
+        yield
+
+
+@contextmanager
+def _evaluating(network: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

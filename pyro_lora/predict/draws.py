@@ -1,0 +1,231 @@
+"""Draws of the weights, and the likelihood's site under many draws at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from pyro_lora.infer.laplace_posterior import LaplacePosterior
+from pyro_lora.infer.mixture_posterior import MixturePosterior
+from pyro_lora.infer.particle_posterior import ParticlePosterior
+from pyro_lora.lifting.model_trace import (
+    Batch,
+    Model,
+    evaluating,
+    likelihood_site,
+    trace_at,
+)
+
+Weights = dict[str, Tensor]
+Guide = Callable[..., Any]  # any Pyro guide
+LORA_POSTERIORS = (LaplacePosterior, ParticlePosterior, MixturePosterior)
+
+# Draws folded into one forward pass: a few fill the processor, more cost memory.
+DRAWS_AT_ONCE = 8
+
+
+@torch.no_grad()
+def draw_weights(
+    posterior: Guide, num_samples: int | None, default: int, batch: Batch
+) -> Weights:
+    """Draws of every site that a posterior samples.
+
+    Args:
+        posterior: One of ours, or any Pyro guide without local latent variables.
+        num_samples: S; None is K for particles, else ``default``.
+        default: S where nothing says otherwise.
+        batch: The arguments that a guide is called with.
+
+    Returns:
+        Site -> (S, ...).
+
+    Raises:
+        ValueError: If S isn't positive.
+    """
+    if num_samples is None and isinstance(posterior, ParticlePosterior):
+        num_samples = posterior.num_particles
+    num_samples = default if num_samples is None else num_samples
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1, found {num_samples}.")
+    if isinstance(posterior, LORA_POSTERIORS):
+        return posterior.sample(num_samples)
+    draws = [_guide_draw(posterior, batch) for _ in range(num_samples)]
+    return {site: torch.stack([d[site] for d in draws]) for site in draws[0]}
+
+
+def _guide_draw(guide: Guide, batch: Batch) -> Weights:
+    trace: Any = poutine.trace(guide).get_trace(**batch)
+    return {
+        name: site["value"]
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample"
+        and not site["is_observed"]
+        and not site_is_subsample(site)
+        and not site["infer"].get("is_auxiliary")
+    }
+
+
+def without_labels(batch: Batch) -> dict[str, Any]:
+    """The batch with its labels, where there are any, set to None."""
+    return {name: None if name == "labels" else x for name, x in batch.items()}
+
+
+class _DropoutOff(Messenger):
+    """Lifted networks evaluate from the moment that they are sampled in a model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._stack = ExitStack()
+        self._seen: set[int] = set()
+
+    def _pyro_sample(self, msg: Any) -> None:
+        for lora in msg["infer"].get("lora", ()):
+            if id(lora) not in self._seen:
+                self._seen.add(id(lora))
+                self._stack.enter_context(evaluating((lora,)))
+
+    def __exit__(self, *exc_info: Any) -> None:
+        super().__exit__(*exc_info)
+        self._stack.close()
+
+
+@dataclass(frozen=True, eq=False)
+class ModelAtDraws:
+    """A model at S draws of its latent sites.
+
+    Attributes:
+        model: The Pyro model.
+        weights: Site -> (S, 1, ..., 1, *shape): batch dims are padded up to the
+            model's plates, so that the draws are the leftmost batch dim everywhere.
+        obs_site: The likelihood's site.
+        batch_first: Whether a batch's first tensor has one row for each datum.
+    """
+
+    model: Model
+    weights: Weights
+    obs_site: str
+    batch_first: bool
+
+    @property
+    def num_draws(self) -> int:
+        """S."""
+        return next(iter(self.weights.values())).shape[0]
+
+    def traces(self, batch: Batch) -> Iterator[Any]:
+        """Traces of the model, a few draws at a time, dropout off.
+
+        Args:
+            batch: The model's keyword arguments.
+
+        Yields:
+            Traces in which the likelihood's distribution has batch shape (S', B).
+
+        Raises:
+            ValueError: If the distribution has other batch dims.
+        """
+        for start in range(0, self.num_draws, DRAWS_AT_ONCE):
+            some = {
+                s: x[start : start + DRAWS_AT_ONCE] for s, x in self.weights.items()
+            }
+            with _DropoutOff():
+                trace = trace_at(self.model, some, batch)
+            found = tuple(trace.nodes[self.obs_site]["fn"].batch_shape)
+            some_draws = min(DRAWS_AT_ONCE, self.num_draws - start)
+            size = _num_rows(batch) if self.batch_first else found[-1:]
+            if found != (some_draws, *size):
+                raise ValueError(
+                    f"Site {self.obs_site!r}: {some_draws} draws at once should give "
+                    f"the batch shape {(some_draws, *size)}, found {found}. Index the "
+                    "network's outputs from the right (logits[..., -1, :])."
+                )
+            yield trace
+
+
+@torch.no_grad()
+def model_at_draws(
+    model: Model, weights: Mapping[str, Tensor], batch: Batch, obs_site: str | None
+) -> ModelAtDraws:
+    """Trace the model once, at the first draw, and fit the draws to its plates.
+
+    Args:
+        model: A Pyro model.
+        weights: Site -> (S, ...), all latent sites of the model.
+        batch: The first batch, labels or not.
+        obs_site: The likelihood's site, or None.
+
+    Returns:
+        The model at the draws.
+
+    Raises:
+        ValueError: If the likelihood isn't found or gives more than one outcome a
+            datum, a latent site isn't sampled by the posterior, or is local to a
+            datum.
+    """
+    with _DropoutOff():
+        trace = trace_at(model, {s: x[0] for s, x in weights.items()}, batch)
+    obs = likelihood_site(trace, obs_site, weights)
+    if len(obs["fn"].batch_shape) != 1:
+        raise ValueError(
+            f"Site {obs['name']!r} has batch shape {tuple(obs['fn'].batch_shape)}; "
+            "expected (B,), one likelihood value for each datum. Declare the other "
+            "dims as one event, by .to_event(1)."
+        )
+    nodes = {
+        name: node
+        for name, node in trace.nodes.items()
+        if node["type"] == "sample" and not site_is_subsample(node)
+    }
+    for name, node in nodes.items():
+        if not node["is_observed"] and name != obs["name"] and name not in weights:
+            raise ValueError(
+                f"The model's site {name!r} isn't among those that the posterior "
+                f"samples, {sorted(weights)}. Use the model that the posterior was "
+                "made for, with every latent site in the guide."
+            )
+    # Not those of pyro.deterministic: what it records may have any number of dims.
+    nesting = _plate_nesting([obs, *(n for s, n in nodes.items() if s in weights)])
+    padded = {
+        name: _padded(name, node, obs, weights[name], nesting)
+        for name, node in nodes.items()
+        if name in weights
+    }
+    batch_first = _num_rows(batch) == tuple(obs["fn"].batch_shape)
+    return ModelAtDraws(model, padded, obs["name"], batch_first)
+
+
+def _num_rows(batch: Batch) -> tuple[int, ...]:
+    """(B,) by the batch's first tensor with dims; () if it has none."""
+    tensors = (x for x in batch.values() if isinstance(x, Tensor) and x.ndim > 0)
+    return next((tuple(x.shape[:1]) for x in tensors), ())
+
+
+def _plate_nesting(nodes: Sequence[Mapping[str, Any]]) -> int:
+    frames = [f for node in nodes for f in node["cond_indep_stack"] if f.vectorized]
+    dims = [-frame.dim for frame in frames]
+    return max(1, *dims, *(len(node["fn"].batch_shape) for node in nodes))
+
+
+def _padded(
+    name: str, node: Mapping[str, Any], obs: Mapping[str, Any], value: Tensor, nest: int
+) -> Tensor:
+    shared = {f.name for f in node["cond_indep_stack"]} & {
+        f.name for f in obs["cond_indep_stack"]
+    }
+    if shared:
+        raise ValueError(
+            f"Site {name!r} is inside the plate {shared.pop()!r} of the data, so its "
+            "draws for one batch say nothing about another. Only sites outside of the "
+            "data's plate can be predicted from."
+        )
+    num_draws, *shape = value.shape
+    event_dim = node["fn"].event_dim
+    missing = nest - (len(shape) - event_dim)
+    return value.reshape(num_draws, *[1] * missing, *shape)

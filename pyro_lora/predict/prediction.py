@@ -1,0 +1,242 @@
+"""Predicted class probabilities and how good they are."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torchmetrics.functional.classification import (
+    binary_auroc,
+    multiclass_calibration_error,
+)
+
+NUM_BINS = 15  # equal widths, the field's usual number for the calibration error
+COVERAGE = 0.8  # share of the data that selective accuracy keeps
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-2, 1e2
+_NUM_BISECTIONS = 60  # halves log(1e4) to below 1e-16
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Prediction:
+    """Class probabilities of N data, averaged over the posterior.
+
+    Attributes:
+        log_probs: Log of the averaged probabilities, (N, C), nats.
+        aleatoric_entropy: Entropy of each draw's probabilities, averaged over the
+            draws, (N,), nats: the doubt that more training data would leave.
+        labels: True classes, (N,), integers, or None.
+
+    Raises:
+        ValueError: If shapes don't fit, there are no data, a log probability is NaN
+            or not normalised, or a label isn't one of 0 ... C - 1.
+
+    >>> p = torch.tensor([[0.9, 0.1], [0.4, 0.6]])
+    >>> entropy = -(p * p.log()).sum(-1)
+    >>> labels = torch.tensor([0, 0])
+    >>> prediction = Prediction(
+    ...     log_probs=p.log(), aleatoric_entropy=entropy, labels=labels
+    ... )
+    >>> prediction.metrics()["accuracy"]
+    0.5
+    """
+
+    log_probs: Tensor
+    aleatoric_entropy: Tensor
+    labels: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        shape = self.log_probs.shape
+        if len(shape) != 2 or shape[0] < 1 or shape[1] < 2:
+            raise ValueError(
+                f"log_probs has shape {tuple(shape)}; expected (N, C) with at least "
+                "one datum and two classes."
+            )
+        if self.aleatoric_entropy.shape != shape[:1]:
+            raise ValueError(
+                f"aleatoric_entropy has shape {tuple(self.aleatoric_entropy.shape)}; "
+                f"expected ({shape[0]},), one value for each row of log_probs."
+            )
+        if not (self.log_probs.double().logsumexp(-1).abs() < 1e-3).all():
+            raise ValueError(
+                "log_probs has NaN values or rows whose probabilities don't sum to 1. "
+                "Pass logits.log_softmax(-1), and check the network's outputs."
+            )
+        if self.labels is not None:
+            self._check_labels(self.labels)
+
+    def _check_labels(self, labels: Tensor) -> None:
+        num_data, num_classes = self.log_probs.shape
+        if labels.shape != (num_data,):
+            raise ValueError(
+                f"labels have shape {tuple(labels.shape)}; expected ({num_data},), "
+                "one class for each datum."
+            )
+        wrong = (labels < 0) | (labels >= num_classes) | (labels != labels.long())
+        if wrong.any():
+            raise ValueError(
+                f"labels must be classes 0 to {num_classes - 1}, found "
+                f"{labels[wrong][0].item()}. Leave unlabelled data out."
+            )
+
+    @cached_property
+    def probs(self) -> Tensor:
+        """Probabilities, (N, C)."""
+        # Rounding may end at 1 + 1e-16, which torchmetrics would take for a logit.
+        return self.log_probs.exp().clamp_max(1)
+
+    @cached_property
+    def total_entropy(self) -> Tensor:
+        """Entropy of the averaged probabilities, (N,), nats."""
+        return torch.special.entr(self.probs).sum(-1)
+
+    @cached_property
+    def epistemic_entropy(self) -> Tensor:
+        """Total minus aleatoric entropy, (N,), nats: how far the draws disagree.
+
+        The mutual information between label and weights (Houlsby et al. 2011,
+        https://arxiv.org/abs/1112.5745).
+        """
+        return (self.total_entropy - self.aleatoric_entropy).clamp_min(0)
+
+    def metrics(self) -> dict[str, float]:
+        r"""Quality against the labels.
+
+        - ``accuracy``: share of data whose most probable class is the label.
+        - ``nll``: mean of :math:`-\log p(y)`, nats.
+        - ``ece``: expected calibration error, 15 bins of equal width, l1.
+        - ``overconfidence``: mean probability of the predicted class minus accuracy;
+          negative where the prediction is under-confident.
+        - ``brier``: mean over data of :math:`\sum_c (p_c - 1[y = c])^2`, from 0 to 2
+          (some divide it by C, or by 2 for two classes).
+        - ``selective_accuracy``: accuracy on the 80% of the data with the largest
+          probability of the predicted class.
+
+        Returns:
+            Name -> value.
+
+        Raises:
+            ValueError: If there are no labels.
+        """
+        labels = self._labels("metrics")
+        num_classes = self.log_probs.shape[1]
+        confidence, predicted = self.probs.max(-1)
+        correct = (predicted == labels).to(confidence)
+        ece = multiclass_calibration_error(
+            self.probs, labels, num_classes=num_classes, n_bins=NUM_BINS, norm="l1"
+        )
+        one_hot = torch.nn.functional.one_hot(labels, num_classes)
+        num_kept = math.ceil(COVERAGE * len(labels))
+        kept = confidence.argsort(descending=True, stable=True)[:num_kept]
+        values = {
+            "accuracy": correct.mean(),  # torchmetrics' would be rounded to float32
+            "nll": torch.nn.functional.nll_loss(self.log_probs, labels),
+            "ece": ece,
+            "overconfidence": confidence.mean() - correct.mean(),
+            "brier": (self.probs - one_hot).square().sum(-1).mean(),
+            "selective_accuracy": correct[kept].mean(),
+        }
+        return {name: float(value) for name, value in values.items()}
+
+    def with_temperature(self, temperature: float) -> Prediction:
+        r"""The prediction :math:`\mathrm{softmax}(\log p / T)`.
+
+        A temperature acts on the averaged probabilities, where nothing is left of
+        the draws: all entropy of the result counts as aleatoric, none as epistemic.
+
+        Args:
+            temperature: T; above 1 makes the prediction less confident.
+
+        Returns:
+            A new prediction with the same labels.
+
+        Raises:
+            ValueError: If T isn't positive and finite.
+        """
+        if not (temperature > 0 and math.isfinite(temperature)):
+            raise ValueError(
+                f"temperature must be positive and finite, found {temperature}."
+            )
+        log_probs = (self.log_probs / temperature).log_softmax(-1)
+        return Prediction(
+            log_probs=log_probs,
+            aleatoric_entropy=torch.special.entr(log_probs.exp()).sum(-1),
+            labels=self.labels,
+        )
+
+    def _labels(self, caller: str) -> Tensor:
+        if self.labels is None:
+            raise ValueError(
+                f"{caller} needs labels, and this prediction has none. Put 'labels' "
+                "into every batch given to predict."
+            )
+        return self.labels.long()
+
+
+def fit_temperature(held_out: Prediction) -> float:
+    r"""The temperature with the smallest NLL on held-out data (Guo et al. 2017).
+
+    https://arxiv.org/abs/1706.04599. The NLL of :math:`\mathrm{softmax}(\beta \log p)`
+    is convex in :math:`\beta = 1 / T`, so its derivative is bisected.
+
+    Args:
+        held_out: A prediction with labels, of data that weren't trained on.
+
+    Returns:
+        T, within 0.01 to 100: at an end of it where the NLL falls beyond (0.01 if
+        all held-out data are classified correctly).
+
+    Raises:
+        ValueError: If there are no labels.
+    """
+    labels = held_out._labels("fit_temperature")
+    # A class of probability 0 has none at any temperature; -inf would become NaN.
+    log_probs = held_out.log_probs.double().clamp_min(-1e4)
+    chosen = log_probs.gather(1, labels[:, None])
+
+    def slope(log_temperature: float) -> float:
+        p = (log_probs * math.exp(-log_temperature)).softmax(-1)
+        return float((p * (log_probs - chosen)).sum(-1).mean())
+
+    low, high = math.log(MIN_TEMPERATURE), math.log(MAX_TEMPERATURE)
+    for _ in range(_NUM_BISECTIONS):
+        middle = (low + high) / 2
+        # dNLL/dbeta > 0: beta is too large, so the temperature is too small.
+        low, high = (middle, high) if slope(middle) > 0 else (low, middle)
+    return math.exp((low + high) / 2)
+
+
+def auroc(
+    in_domain: Prediction,
+    out_of_domain: Prediction,
+    score: Literal["total", "epistemic"] = "total",
+) -> float:
+    """Area under the ROC curve for telling out-of-domain data by their entropy.
+
+    Args:
+        in_domain: Prediction for data like those trained on.
+        out_of_domain: Prediction for other data.
+        score: The entropy that should be larger out of domain.
+
+    Returns:
+        The probability that a datum out of domain has the larger score than one in
+        domain, ties counting half.
+
+    Raises:
+        ValueError: If ``score`` is something else.
+    """
+    if score not in ("total", "epistemic"):
+        raise ValueError(f"score must be 'total' or 'epistemic', found {score!r}.")
+    inside, outside = (
+        p.total_entropy if score == "total" else p.epistemic_entropy
+        for p in (in_domain, out_of_domain)
+    )
+    scores = torch.cat([inside, outside.to(inside)])
+    outside_mark = torch.arange(len(scores), device=scores.device) >= len(inside)
+    # torchmetrics takes scores above 1 for logits, and its sigmoid would tie small
+    # ones, so it gets ranks.
+    _, ranks = scores.unique(return_inverse=True)
+    return float(binary_auroc(ranks.double() / len(scores), outside_mark.long()))

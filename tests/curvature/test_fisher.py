@@ -1,0 +1,253 @@
+"""Square roots of the Fisher information, against its definition by automatic sums."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor
+
+from pyro_lora.curvature.fisher import (
+    FisherTerms,
+    empirical_terms,
+    exact_terms,
+    fisher_root,
+    mc_terms,
+)
+from tests.curvature.gauss_newton import assert_same
+
+Likelihood = Callable[[Tensor], Any]  # parameters (..., P) -> distribution
+
+
+def categorical(logits: Tensor) -> Any:
+    return dist.Categorical(logits=logits)
+
+
+def categorical_probs(logits: Tensor) -> Any:
+    return dist.Categorical(probs=logits.softmax(-1))
+
+
+def bernoulli(logits: Tensor) -> Any:
+    return dist.Bernoulli(logits=logits[..., 0])
+
+
+def bernoulli_probs(logits: Tensor) -> Any:
+    return dist.Bernoulli(probs=logits[..., 0].sigmoid())
+
+
+def normal(parameters: Tensor) -> Any:
+    return dist.Normal(parameters[..., 0], 0.3)
+
+
+def normal_with_scale(parameters: Tensor) -> Any:
+    return dist.Normal(parameters[..., 0], parameters[..., 1].exp())
+
+
+def score(likelihood: Likelihood, parameters: Tensor, value: Tensor) -> Tensor:
+    """Gradient of log p(y) in the parameters, (..., P)."""
+    leaf = parameters.detach().requires_grad_()
+    total = likelihood(leaf).log_prob(value).sum()
+    return torch.autograd.grad(total, leaf)[0]
+
+
+def fisher_by_definition(likelihood: Likelihood, parameters: Tensor) -> Tensor:
+    """E[s s^T] over a discrete support, or by Gauss-Hermite quadrature, (P, P)."""
+    fn = likelihood(parameters.detach())
+    if fn.has_enumerate_support:
+        values = list(fn.enumerate_support())
+        weights = [fn.log_prob(value).exp() for value in values]
+    else:  # a polynomial of degree 4 in y: exact with 3 points or more
+        points, mass = torch.linalg.eigh(  # Golub-Welsch, for the standard normal
+            torch.diag(torch.arange(1.0, 6).double().sqrt(), 1)
+            + torch.diag(torch.arange(1.0, 6).double().sqrt(), -1)
+        )
+        values = [fn.loc + fn.scale * point for point in points]
+        weights = list(mass[0].square())
+    scores = [score(likelihood, parameters, value) for value in values]
+    return sum(w * torch.outer(s, s) for w, s in zip(weights, scores, strict=True))
+
+
+def term_gradients(found: FisherTerms, parameters: Tensor) -> Tensor:
+    """Gradient of every term in the parameters, (M, *parameters.shape)."""
+    terms = found.terms.flatten(0, -2).sum(0)
+    one_each = torch.eye(len(terms), dtype=terms.dtype)
+    return torch.autograd.grad(
+        terms, parameters, one_each, retain_graph=True, is_grads_batched=True
+    )[0]
+
+
+CASES = [
+    pytest.param(categorical, [0.3, -1.2], 1, id="categorical-2"),
+    pytest.param(categorical, [0.3, -1.2, 2.0], 2, id="categorical-3"),
+    pytest.param(categorical, [0.3, -1.2, 2.0, 0.0, -3.0], 4, id="categorical-5"),
+    pytest.param(categorical, [30.0, 0.0, -2.0], 2, id="categorical-nearly-first"),
+    pytest.param(categorical, [-4.0, 0.0, 25.0], 2, id="categorical-nearly-last"),
+    pytest.param(categorical_probs, [0.3, -1.2, 2.0], 2, id="categorical-probs"),
+    pytest.param(bernoulli, [0.7], 1, id="bernoulli"),
+    pytest.param(bernoulli, [-30.0], 1, id="bernoulli-nearly-zero"),
+    pytest.param(bernoulli_probs, [0.7], 1, id="bernoulli-probs"),
+    pytest.param(normal, [0.4], 1, id="normal"),
+    pytest.param(normal_with_scale, [0.4, -0.5], 2, id="normal-with-scale"),
+]
+
+
+@pytest.mark.parametrize(("likelihood", "parameters", "rank"), CASES)
+def test_exact_terms_span_fisher_and_score(
+    likelihood: Likelihood, parameters: list[float], rank: int
+) -> None:
+    leaf = torch.tensor(parameters, dtype=torch.float64, requires_grad=True)
+    fn = likelihood(leaf)
+    value = fn.sample()
+    found = exact_terms(fn, value)
+    root = term_gradients(FisherTerms(found.terms[None], None), leaf)  # (M, P)
+    assert len(root) == rank
+    # Relative: a saturated class has a Fisher information of 1e-13, not of 0.
+    expected = fisher_by_definition(likelihood, leaf)
+    assert_same(root.mT @ root, expected, atol=1e-11 * float(expected.max()))
+    assert found.coordinates is not None
+    assert_same(found.coordinates @ root, score(likelihood, leaf, value))
+
+
+@pytest.mark.parametrize("likelihood", [categorical, bernoulli])
+@pytest.mark.parametrize("label", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_saturated_probabilities_give_finite_terms(
+    likelihood: Likelihood, label: int, dtype: torch.dtype
+) -> None:
+    logits = torch.tensor([[500.0, 0.0], [-500.0, 0.0], [60.0, 0.0]], dtype=dtype)
+    value = torch.full((3,), float(label), dtype=dtype)
+    found = fisher_root(likelihood(logits), value)
+    assert torch.isfinite(found.root).all()
+    assert torch.isfinite(found.coordinates).all()
+    recovered = (found.root @ found.coordinates[..., None])[..., 0]
+    expected = score(likelihood, logits, value)
+    tolerance = 10 * torch.finfo(dtype).eps
+    expected = expected[..., : recovered.shape[-1]]
+    assert_same(recovered, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("x", [0.0, 5.0, 38.0, -38.0])
+def test_two_classes_are_a_bernoulli(x: float) -> None:
+    logits = torch.tensor([0.0, x], dtype=torch.float64)
+    for label in range(2):
+        value = torch.tensor(label)
+        found = fisher_root(categorical(logits), value)
+        alone = fisher_root(bernoulli(logits[1:]), value)
+        assert_same(found.root[1].abs(), alone.root[0], atol=0.0)
+        assert_same(found.coordinates, -alone.coordinates, atol=0.0)
+
+
+def test_one_root_for_each_datum() -> None:
+    logits = torch.randn(2, 4, 3, dtype=torch.float64)
+    value = torch.randint(3, (2, 4))
+    found = fisher_root(categorical(logits), value)
+    for index in torch.cartesian_prod(torch.arange(2), torch.arange(4)):
+        i = tuple(index)
+        alone = fisher_root(categorical(logits[i]), value[i])
+        assert_same(found.root[i], alone.root)
+        assert_same(found.coordinates[i], alone.coordinates)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_mc_converges_to_exact(seed: int) -> None:
+    torch.manual_seed(seed)
+    num_samples = 2_000
+    leaf = torch.randn(1, 3, dtype=torch.float64, requires_grad=True)
+    found = mc_terms(categorical(leaf), torch.tensor([0]), num_samples)
+    assert found.coordinates is None
+    root = term_gradients(found, leaf)[:, 0]
+    exact = fisher_by_definition(categorical, leaf[0])
+    probs = leaf.detach()[0].softmax(-1)
+    scores = torch.eye(3, dtype=torch.float64) - probs  # of each label
+    squares = torch.einsum("l,li,lj->ij", probs, scores.square(), scores.square())
+    standard_error = ((squares - exact.square()) / num_samples).sqrt()
+    assert ((root.mT @ root - exact).abs() < 4 * standard_error).all()
+
+
+def test_mc_needs_no_closed_form() -> None:
+    num_samples = 2_000
+    rate = torch.tensor([2.0], dtype=torch.float64, requires_grad=True)
+    found = mc_terms(dist.Poisson(rate), torch.zeros(1), num_samples)
+    root = term_gradients(found, rate)
+    # Fisher information 1 / rate; the score (y / rate - 1) has fourth moment
+    # (rate + 3 rate^2) / rate^4 = .875, so the mean of its squares has this error.
+    standard_error = ((0.875 - 0.25) / num_samples) ** 0.5
+    assert abs(float(root.square().sum()) - 0.5) < 4 * standard_error
+
+
+def test_empirical_terms_are_the_score_of_the_given_labels() -> None:
+    leaf = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    value = torch.tensor([0, 1, 2, 1])
+    found = empirical_terms(categorical(leaf), value)
+    assert_same(term_gradients(found, leaf)[0], score(categorical, leaf, value))
+    assert_same(found.coordinates, torch.ones(4, 1, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("event_dims", [1, 2])
+def test_event_dims_are_terms_of_their_own(event_dims: int) -> None:
+    leaf = torch.randn(2, 4, 3, 3, dtype=torch.float64, requires_grad=True)
+    value = torch.randint(3, (2, 4, 3))
+    flat = exact_terms(categorical(leaf), value)
+    found = exact_terms(categorical(leaf).to_event(event_dims), value)
+    assert_same(found.terms, flat.terms.flatten(-1 - event_dims))
+    assert found.coordinates is not None
+    assert flat.coordinates is not None
+    assert_same(found.coordinates, flat.coordinates.flatten(-1 - event_dims))
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_masked_outcomes_have_no_information(inside: bool) -> None:
+    leaf = torch.randn(2, 3, 2, dtype=torch.float64, requires_grad=True)
+    value = torch.randint(2, (2, 3))
+    mask = torch.tensor([[True, False, True], [False, False, True]])
+    if inside:  # some tokens of each datum
+        fn = categorical(leaf).mask(mask).to_event(1)
+    else:  # all tokens of the second datum
+        mask = torch.tensor([True, False])
+        fn = categorical(leaf).to_event(1).mask(mask)
+        mask = mask[:, None].expand(2, 3)
+    found = exact_terms(fn, value)
+    gradients = term_gradients(found, leaf)
+    assert found.coordinates is not None
+    assert_same(
+        torch.einsum("bm,mbtc->btc", found.coordinates, gradients),
+        torch.autograd.grad(fn.log_prob(value).sum(), leaf)[0],
+    )
+    fisher = torch.einsum("mbtc,mbtd->btcd", gradients, gradients)
+    full = torch.stack(
+        [fisher_by_definition(categorical, x) for x in leaf.detach().flatten(0, 1)]
+    ).reshape(2, 3, 2, 2)
+    assert_same(fisher, full * mask[..., None, None])
+
+
+def test_missing_values_may_be_nan_behind_a_mask() -> None:
+    loc = torch.randn(3, dtype=torch.float64, requires_grad=True)
+    value = torch.tensor([0.5, math.nan, 1.0], dtype=torch.float64)
+    fn = dist.Normal(loc, 1.0, validate_args=False).mask(~value.isnan())
+    found = exact_terms(fn, value)
+    assert found.coordinates is not None
+    assert_same(found.coordinates[1], torch.zeros(1, dtype=torch.float64))
+
+
+def test_unknown_distribution_suggests_mc() -> None:
+    with pytest.raises(TypeError, match=r"Poisson.*fisher='mc'"):
+        exact_terms(dist.Poisson(torch.ones(3)), torch.ones(3))
+
+
+def test_a_user_may_register_a_root() -> None:
+    class Likelihood(dist.Normal):
+        pass
+
+    try:
+        fisher_root.register(
+            Likelihood, lambda fn, value: fisher_root(dist.Normal(fn.loc, 2.0), value)
+        )
+        fn = Likelihood(torch.zeros(3, requires_grad=True), 1.0)
+        assert_same(
+            term_gradients(exact_terms(fn, torch.ones(3)), fn.loc)[0, 0],
+            0.5 * torch.ones(()),
+        )
+    finally:
+        fisher_root.register(Likelihood, fisher_root.dispatch(dist.Normal))

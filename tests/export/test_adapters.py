@@ -1,0 +1,144 @@
+"""Adapters that PEFT loads, and a network that stays what it was."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+import pyro_lora as pl
+from tests import networks
+from tests.predict import models
+
+
+def base_model(network: PeftModel) -> Any:
+    """A copy of what the adapter was put on."""
+    return copy.deepcopy(network).unload()
+
+
+def state(network: PeftModel) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in network.state_dict().items()}
+
+
+def assert_state(network: PeftModel, expected: dict[str, Tensor]) -> None:
+    found = network.state_dict()
+    assert list(found) == list(expected)
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
+
+
+@pytest.mark.parametrize(
+    ("network", "settings"),
+    [
+        (networks.bert, {}),
+        (networks.bert, {"bias": "lora_only"}),
+        (networks.bert, {"use_rslora": True}),
+        (networks.llama, {}),
+        (networks.llama, {"num_labels": None}),
+    ],
+)
+def test_peft_loads_the_draws(
+    network: Any, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    peft_model = network(**settings)
+    fresh = network(**settings)
+    fresh.load_state_dict(peft_model.state_dict())
+    lora = pl.lift(peft_model)
+    posterior = pl.ParticlePosterior(models.jittered(lora, 3), (lora,), None, "y")
+    before = state(peft_model)
+    pl.export_adapters(posterior, tmp_path / "adapters", 3)
+    assert_state(peft_model, before)
+    batch = networks.inputs(networks.batch())
+    names = sorted(file.name for file in (tmp_path / "adapters").iterdir())
+    assert names == ["draw_000", "draw_001", "draw_002"]
+    for index, name in enumerate(names):
+        # In its own network, without anything of pyro_lora.
+        loaded = PeftModel.from_pretrained(
+            base_model(fresh), str(tmp_path / "adapters" / name)
+        ).double()
+        with torch.no_grad(), lora.bind(models.draw(posterior.particles, index)) as net:
+            expected = net(**batch).logits
+            found = loaded(**batch).logits
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    assert not torch.allclose(expected, peft_model(**batch).logits, atol=1e-3)
+
+
+def test_an_adapter_of_another_name(tmp_path: Path) -> None:
+    network = networks.bert()
+    network.add_adapter("other", network.peft_config["default"])
+    network.set_adapter("other")
+    networks.randomize_adapter(network)
+    lora = pl.lift(network)
+    posterior = pl.ParticlePosterior(models.jittered(lora, 2), (lora,), None, "y")
+    network.set_adapter("default")  # what is active now doesn't matter
+    pl.export_adapters(posterior, tmp_path, 2)
+    base = networks.bert().unload()
+    base.load_state_dict(base_model(network).state_dict())
+    loaded = PeftModel.from_pretrained(base, str(tmp_path / "draw_001")).double()
+    network.set_adapter("other")
+    batch = networks.inputs(networks.batch())
+    with torch.no_grad(), lora.bind(models.draw(posterior.particles, 1)) as net:
+        torch.testing.assert_close(loaded(**batch).logits, net(**batch).logits)
+
+
+def test_laplace_draws(tmp_path: Path) -> None:
+    lora, model = models.classifier()
+    posterior = models.laplace(lora, model, models.two_batches())
+    pl.export_adapters(posterior, tmp_path, 2)
+    files = [tmp_path / f"draw_00{i}" / "adapter_model.safetensors" for i in range(2)]
+    assert files[0].read_bytes() != files[1].read_bytes()
+
+
+def test_a_failure_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lora, model = models.classifier()
+    posterior = models.particles(lora, model)
+    before = state(lora.network)
+    save = PeftModel.save_pretrained
+    calls = []
+
+    def fail_at_the_second(self: PeftModel, *args: Any, **kwargs: Any) -> None:
+        calls.append(1)
+        save(self, *args, **kwargs)
+        if len(calls) == 2:
+            raise OSError("no space left on device")
+
+    monkeypatch.setattr(PeftModel, "save_pretrained", fail_at_the_second)
+    with pytest.raises(OSError, match="no space"):
+        pl.export_adapters(posterior, tmp_path, 3)
+    assert_state(lora.network, before)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_old_draws_are_not_mixed_with_new_ones(tmp_path: Path) -> None:
+    lora, model = models.classifier()
+    posterior = models.particles(lora, model)
+    pl.export_adapters(posterior, tmp_path, 3)
+    with pytest.raises(ValueError, match="holds draws already"):
+        pl.export_adapters(posterior, tmp_path, 2)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_what_peft_would_lose_is_refused(tmp_path: Path) -> None:
+    network = networks.bert()
+    layer = network.base_model.model.bert.pooler.dense
+    layer.bias.requires_grad_(True)
+    lora = pl.lift(network)
+    posterior = pl.ParticlePosterior(models.jittered(lora, 2), (lora,), None, "y")
+    with pytest.raises(ValueError, match=r"'base\.bert\.pooler\.dense\.bias'.*PEFT"):
+        pl.export_adapters(posterior, tmp_path, 2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_peft_model_is_needed(tmp_path: Path) -> None:
+    linear = torch.nn.Linear(3, 2)
+    lora = pl.lift(linear)
+    posterior = pl.ParticlePosterior(models.jittered(lora, 2), (lora,), None, "y")
+    with pytest.raises(ValueError, match="is a LinearSlot; expected a PeftModel"):
+        pl.export_adapters(posterior, tmp_path, 2)
+    two = pl.ParticlePosterior(posterior.particles, (lora, lora), None, "y")
+    with pytest.raises(ValueError, match="2 lifted networks; expected one"):
+        pl.export_adapters(two, tmp_path, 2)

@@ -1,0 +1,309 @@
+"""Posteriors that come back the same, and files that are refused."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyro
+import pytest
+import torch
+from torch import Tensor
+
+import pyro_lora as pl
+from pyro_lora.export import checkpoint
+from tests import networks
+from tests.predict import models
+
+Kind = Callable[[pl.LiftedNetwork, Any, list[dict[str, Tensor]]], Any]
+
+
+def tuned_laplace(lora: Any, model: Any, batches: Any) -> pl.LaplacePosterior:
+    return models.laplace(lora, model, batches).optimize_prior(per="layer")
+
+
+def diagonal_laplace(lora: Any, model: Any, batches: Any) -> pl.LaplacePosterior:
+    return models.laplace(lora, model, batches, pl.diagonal)
+
+
+def dense_laplace(lora: Any, model: Any, batches: Any) -> pl.LaplacePosterior:
+    return models.laplace(lora, model, batches, pl.dense)
+
+
+def some_particles(lora: Any, model: Any, batches: Any) -> pl.ParticlePosterior:
+    return models.particles(lora, model)
+
+
+def mixture(lora: Any, model: Any, batches: Any) -> pl.MixturePosterior:
+    laplace = models.laplace(lora, model, batches)
+    inner = pl.MixturePosterior([laplace, laplace.with_prior_precision(30.0)], [1, 2])
+    return pl.MixturePosterior([inner, dense_laplace(lora, model, batches)], [0.7, 0.3])
+
+
+KINDS = [tuned_laplace, diagonal_laplace, dense_laplace, some_particles, mixture]
+
+
+def tensor_file(folder: Path) -> Path:
+    (file,) = folder.glob("*.safetensors")
+    return file
+
+
+def assert_same_draws(one: Any, other: Any) -> None:
+    pyro.set_rng_seed(4)
+    expected = one.sample(5)
+    pyro.set_rng_seed(4)
+    found = other.sample(5)
+    assert list(found) == list(expected)
+    for site, value in expected.items():
+        assert torch.equal(found[site], value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_posterior_comes_back_the_same(kind: Kind, tmp_path: Path) -> None:
+    lora, model = models.classifier()
+    batches = models.two_batches()
+    posterior = kind(lora, model, batches)
+    pl.save(posterior, tmp_path / "new" / "folder")
+    state = torch.get_rng_state()
+    again = pl.load(tmp_path / "new" / "folder", lora, model=model)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert type(again) is type(posterior)
+    assert again.obs_site == "y"
+    assert again.loras == (lora,)
+    assert_same_draws(posterior, again)
+    if kind is some_particles:
+        return
+    draws = posterior.sample(3)
+    assert torch.equal(again.log_prob(draws), posterior.log_prob(draws))
+    found = pl.predict(model, again, batches, method="linearized")
+    expected = pl.predict(model, posterior, batches, method="linearized")
+    assert torch.equal(found.log_probs, expected.log_probs)
+
+
+@pytest.mark.parametrize("kind", [tuned_laplace, diagonal_laplace, dense_laplace])
+def test_a_laplace_posterior_can_be_worked_on(kind: Kind, tmp_path: Path) -> None:
+    lora, model = models.classifier()
+    posterior = kind(lora, model, models.two_batches())
+    pl.save(posterior, tmp_path)
+    again = pl.load(tmp_path, lora)
+    assert again.log_evidence() == posterior.log_evidence()
+    for site, tau in posterior.prior_precision.items():
+        assert torch.equal(again.prior_precision[site], tau)
+    found = again.optimize_prior().log_evidence()
+    assert found == pytest.approx(float(posterior.optimize_prior().log_evidence()))
+    draws = posterior.sample(2)
+    priors = [
+        pl.to_datatree(p, num_samples=200)["prior"]["head.classifier.weight"].values
+        for p in (posterior, again)
+    ]
+    assert priors[1].std() == pytest.approx(priors[0].std(), rel=0.1)
+    assert set(draws) == set(again.prior(lora))
+
+
+def test_the_network_may_have_another_prior(tmp_path: Path) -> None:
+    lora, model = models.classifier(prior=0.5)
+    pl.save(models.laplace(lora, model, models.two_batches()), tmp_path)
+    other = pl.lift(lora.network, prior=pl.priors.normal(scale=9.0))
+    drawn = pl.load(tmp_path, other).prior(other)["head.classifier.weight"]
+    assert drawn.std() < 1
+
+
+def test_without_a_model_what_needs_one_says_so(tmp_path: Path) -> None:
+    lora, model = models.classifier()
+    batches = models.two_batches()
+    pl.save(models.laplace(lora, model, batches), tmp_path)
+    posterior = pl.load(tmp_path, lora)
+    assert posterior.model is None
+    with pytest.raises(ValueError, match=r"load\(path, lora, model=model\)"):
+        posterior.linearized(batches[0])
+    sampled = pl.predict(model, posterior, batches, num_samples=2)
+    assert len(sampled.probs) == 10
+
+
+def test_repeated_values_are_stored_once(tmp_path: Path) -> None:
+    lora, model = models.classifier()
+    posterior = models.laplace(lora, model, models.two_batches(), pl.diagonal)
+    pl.save(posterior, tmp_path)
+    weights = sum(x.numel() for x in lora.weights().values())
+    # The mode and the diagonal; prior mean and precision are one number a site.
+    assert tensor_file(tmp_path).stat().st_size < 8 * weights * 2 + 8_000
+
+
+def test_saving_again_replaces_the_old_file(tmp_path: Path) -> None:
+    lora, model = models.classifier()
+    (tmp_path / "notes.txt").write_text("mine")
+    pl.save(models.particles(lora, model), tmp_path)
+    first = tensor_file(tmp_path)
+    second = models.particles(lora, model, num=5)
+    pl.save(second, tmp_path)
+    assert tensor_file(tmp_path) != first
+    assert_same_draws(second, pl.load(tmp_path, lora))
+    names = {file.name for file in tmp_path.iterdir()}
+    assert names == {"notes.txt", "manifest.json", tensor_file(tmp_path).name}
+    pl.save(second, tmp_path)
+    assert_same_draws(second, pl.load(tmp_path, lora))
+
+
+@pytest.mark.parametrize("step", ["save_file", "first rename", "second rename"])
+def test_a_crash_leaves_the_old_checkpoint(
+    step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lora, model = models.classifier()
+    old = models.particles(lora, model)
+    pl.save(old, tmp_path)
+    renames = []
+
+    def crash(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    def rename(source: Any, target: Any) -> None:
+        renames.append(target)
+        if step == ("first rename" if len(renames) == 1 else "second rename"):
+            raise KeyboardInterrupt
+        shutil.move(source, target)
+
+    with monkeypatch.context() as patch:
+        if step == "save_file":
+            patch.setattr(checkpoint, "save_file", crash)
+        patch.setattr(os, "replace", rename)
+        with pytest.raises(KeyboardInterrupt):
+            pl.save(models.particles(lora, model, num=4), tmp_path)
+    assert_same_draws(old, pl.load(tmp_path, lora))
+    if step == "save_file":
+        assert len(list(tmp_path.iterdir())) == 2
+    pl.save(old, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2  # what the crash left is gone
+
+
+def test_files_have_ordinary_permissions(tmp_path: Path) -> None:
+    lora, model = models.classifier()
+    pl.save(models.particles(lora, model), tmp_path)
+    (tmp_path / "ordinary").touch()
+    modes = {file.stat().st_mode for file in tmp_path.iterdir()}
+    assert len(modes) == 1
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> tuple[pl.LiftedNetwork, Path]:
+    lora, model = models.classifier()
+    pl.save(models.particles(lora, model), tmp_path)
+    return lora, tmp_path
+
+
+def refuses(saved: tuple[pl.LiftedNetwork, Path], message: str) -> None:
+    lora, folder = saved
+    with pytest.raises(ValueError, match=message):
+        pl.load(folder, lora)
+
+
+def edit_manifest(folder: Path, *, sign: bool, **changes: Any) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text()) | changes
+    if sign:
+        manifest["manifest_sha256"] = checkpoint._digest(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_a_truncated_tensor_file_is_refused(saved: Any) -> None:
+    file = tensor_file(saved[1])
+    os.truncate(file, file.stat().st_size - 1)
+    refuses(saved, rf"{file.name} has \d+ bytes, expected \d+: it was truncated")
+
+
+def test_an_altered_tensor_file_is_refused(saved: Any) -> None:
+    file = tensor_file(saved[1])
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 1
+    file.write_bytes(data)
+    refuses(saved, f"{file.name} was altered")
+
+
+def test_a_missing_tensor_file_is_refused(saved: Any) -> None:
+    file = tensor_file(saved[1])
+    file.unlink()
+    refuses(saved, f"{file.name} doesn't exist")
+
+
+def test_a_truncated_manifest_is_refused(saved: Any) -> None:
+    file = saved[1] / "manifest.json"
+    os.truncate(file, file.stat().st_size // 2)
+    refuses(saved, r"manifest\.json is truncated, or no manifest")
+
+
+def test_an_altered_manifest_is_refused(saved: Any) -> None:
+    edit_manifest(saved[1], sign=False, expanded={"x": [1]})
+    refuses(saved, r"manifest\.json was altered")
+
+
+def test_a_newer_version_is_refused(saved: Any) -> None:
+    edit_manifest(saved[1], sign=True, version=2)
+    refuses(saved, r"manifest\.json has version 2; this pyro_lora reads up to 1")
+
+
+@pytest.mark.parametrize("text", ['{"format": "other"}', "[1]", "{}", "\xff"])
+def test_a_foreign_manifest_is_refused(saved: Any, text: str) -> None:
+    (saved[1] / "manifest.json").write_text(text, "latin-1")
+    refuses(saved, r"manifest\.json (has the format 'other'|is truncated, or no)")
+    lora, model = models.classifier()
+    with pytest.raises(ValueError, match="Use another folder"):
+        pl.save(models.particles(lora, model), saved[1])
+    assert (saved[1] / "manifest.json").read_text("latin-1") == text
+
+
+def test_a_folder_without_a_manifest_is_refused(tmp_path: Path) -> None:
+    lora, _ = models.classifier()
+    refuses((lora, tmp_path), r"manifest\.json doesn't exist.*no checkpoint")
+    refuses((lora, tmp_path / "nowhere"), "doesn't exist")
+
+
+def test_an_unknown_kind_is_refused(saved: Any) -> None:
+    edit_manifest(saved[1], sign=True, posterior={"kind": "flow"})
+    refuses(saved, r"manifest\.json: '.*' is missing or unknown")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_labels": 3}, r"head\.classifier\.weight' .*shape \[1, 3, 16\].*2, 16"),
+        ({"r": 4}, r"query\.A' .*\[2, 4, 16\], the saved posterior has \[2, 3, 16\]"),
+        ({"target_modules": ["query"]}, r"value\.A' holds .*nothing in this network"),
+        ({"target_modules": ["key"]}, r"key\.A' .*no such site"),
+        ({"lora_alpha": 12}, r"scaling 2\.0 in the saved posterior, and 4\.0"),
+        ({"num_layers": 3, "layers_to_transform": [0, 2]}, r"layer\.1.*layer\.2"),
+    ],
+)
+def test_another_network_is_refused(
+    saved: Any, settings: dict[str, Any], message: str
+) -> None:
+    other = pl.lift(networks.bert(**settings))
+    refuses((other, saved[1]), message)
+
+
+def test_the_adapters_name_does_not_matter(tmp_path: Path) -> None:
+    lora, model = models.classifier()
+    posterior = models.particles(lora, model)
+    pl.save(posterior, tmp_path)
+    network = networks.bert()
+    network.add_adapter("other", network.peft_config["default"])
+    network.set_adapter("other")
+    renamed = pl.lift(network)
+    assert_same_draws(posterior, pl.load(tmp_path, renamed))
+
+
+def test_what_is_no_posterior_of_ours_is_refused(tmp_path: Path) -> None:
+    lora, _ = models.classifier()
+    with pytest.raises(ValueError, match="can't store a function"):
+        pl.save(models.guide_over(lora.weights()), tmp_path / "x")  # type: ignore[arg-type]
+    assert not (tmp_path / "x").exists()
+
+
+def test_two_networks_in_one_model(tmp_path: Path) -> None:
+    loras = tuple(pl.lift(networks.bert(), name=name) for name in ("one", "two"))
+    weights = models.jittered(loras[0], 3) | models.jittered(loras[1], 3)
+    posterior = pl.ParticlePosterior(weights, loras, None, "y")
+    pl.save(posterior, tmp_path)
+    again = pl.load(tmp_path, loras)
+    assert again.loras == loras
+    assert_same_draws(posterior, again)
+    refuses((loras[0], tmp_path), "nothing in this network")

@@ -1,0 +1,425 @@
+"""The groups against brute force, and ArviZ's own functions on the tree."""
+
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import arviz_stats
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+import xarray
+from pyro import poutine
+from pyro.infer import autoguide
+from torch import Tensor
+
+import pyro_lora as pl
+from pyro_lora.export import weight_variables
+from tests import networks
+from tests.predict import models
+
+QUERY = "delta.bert.encoder.layer.attention.self.query"
+
+
+def delta_weight(
+    lora: pl.LiftedNetwork, weights: dict[str, Tensor], layer: int
+) -> Tensor:
+    """Dense s B A of one query projection, from the matrices themselves."""
+    site = "lora.bert.encoder.layer.attention.self.query"
+    return 2.0 * weights[f"{site}.B"][layer] @ weights[f"{site}.A"][layer]  # 6 / 3
+
+
+def allclose(found: Any, expected: Any, tolerance: float = 1e-9) -> None:
+    np.testing.assert_allclose(
+        np.asarray(found), np.asarray(expected), rtol=tolerance, atol=tolerance
+    )
+
+
+def test_delta_weights_equal_dense_svds() -> None:
+    lora, model = models.classifier()
+    posterior = models.particles(lora, model, num=4)
+    tree = pl.to_datatree(posterior)
+    found = tree["posterior"]
+    for s in range(4):
+        for layer in range(2):
+            dense = delta_weight(lora, models.draw(posterior.particles, s), layer)
+            singular = torch.linalg.svdvals(dense)
+            norm = dense.square().sum().sqrt()
+            at = {"chain": 0, "draw": s, "layer": layer}
+            allclose(found[f"{QUERY}.singular_values"].sel(at), singular[:3])
+            allclose(found[f"{QUERY}.frobenius_norm"].sel(at), norm)
+            allclose(found[f"{QUERY}.stable_rank"].sel(at), (norm / singular[0]) ** 2)
+    head = found["head.classifier.weight"]
+    assert head.dims == ("chain", "draw", "out_feature", "in_feature")
+    allclose(head[0], posterior.particles["head.classifier.weight"][:, 0])
+
+
+def test_a_delta_weight_of_zero_has_stable_rank_zero() -> None:
+    lora, model = models.classifier()
+    weights = {s: torch.zeros_like(x) for s, x in models.jittered(lora, 2).items()}
+    posterior = pl.ParticlePosterior(weights, (lora,), model, "y")
+    tree = pl.to_datatree(posterior)
+    allclose(tree["posterior"][f"{QUERY}.stable_rank"], np.zeros((1, 2, 2)))
+
+
+def test_dims_say_which_layer() -> None:
+    # Query in the last layer only, value in both, at two ranks.
+    network = networks.bert(
+        target_modules=[
+            "encoder.layer.1.attention.self.query",
+            "encoder.layer.0.attention.self.value",
+            "encoder.layer.1.attention.self.value",
+        ],
+        rank_pattern={"query": 2},
+    )
+    lora, model = models.classifier(network=network)
+    tree = pl.to_datatree(models.particles(lora, model))
+    value = QUERY.replace("query", "value")
+    found = tree["posterior"]
+    query_values = found[f"{QUERY}.singular_values"]
+    value_values = found[f"{value}.singular_values"]
+    assert query_values.sizes[query_values.dims[2]] == 1
+    assert query_values[query_values.dims[2]].values.tolist() == [1]
+    assert value_values[value_values.dims[2]].values.tolist() == [0, 1]
+    assert query_values.shape == (1, 3, 1, 2)
+    assert value_values.shape == (1, 3, 2, 3)
+
+
+def test_an_adapter_with_a_number_for_a_name_is_no_layer() -> None:
+    network = networks.bert()
+    network.add_adapter("7", network.peft_config["default"])
+    network.set_adapter("7")
+    networks.randomize_adapter(network)
+    lora, model = models.classifier(network=network)
+    found = pl.to_datatree(models.particles(lora, model), weights="raw")["posterior"]
+    site = "lora.bert.encoder.layer.attention.self.query.A"
+    assert found[site].coords["layer"].values.tolist() == [0, 1]
+    assert "layer" not in found["head.classifier.weight"].dims
+
+
+def test_raw_weights_only_when_asked() -> None:
+    lora, model = models.classifier()
+    posterior = models.particles(lora, model)
+    site = "lora.bert.encoder.layer.attention.self.query.A"
+    assert site not in pl.to_datatree(posterior)["posterior"]
+    raw = pl.to_datatree(posterior, weights="raw")["posterior"]
+    assert set(raw.data_vars) == set(lora.sites)
+    assert raw[site].dims == ("chain", "draw", "layer", "rank", "in_feature")
+    for name, value in posterior.particles.items():
+        allclose(raw[name][0].values.ravel(), value.flatten())
+
+
+def test_too_many_raw_weights_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    lora, model = models.classifier()
+    monkeypatch.setattr(weight_variables, "MAX_RAW_VALUES", 500)
+    with pytest.raises(ValueError, match="Lower num_samples, or use weights='delta'"):
+        pl.to_datatree(models.particles(lora, model), weights="raw")
+
+
+def test_large_heads_are_given_by_their_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    lora, model = models.classifier()
+    posterior = models.particles(lora, model)
+    monkeypatch.setattr(weight_variables, "MAX_HEAD_WEIGHTS", 31)  # it has 2 x 16
+    found = pl.to_datatree(posterior)["posterior"]
+    assert "head.classifier.weight" not in found
+    norm = posterior.particles["head.classifier.weight"].flatten(1).norm(dim=1)
+    allclose(found["head.classifier.weight.frobenius_norm"][0], norm)
+    assert "head.classifier.bias" in found
+
+
+def test_log_likelihood_equals_a_loop() -> None:
+    lora, model = models.classifier(3)
+    batches = models.two_batches(3)
+    posterior = models.particles(lora, model, num=11)
+    tree = pl.to_datatree(posterior, batches=batches)
+    expected = torch.stack(
+        [
+            torch.cat(
+                [
+                    models.logits_at(lora, models.draw(posterior.particles, s), b)
+                    .log_softmax(-1)
+                    .gather(1, b["labels"][:, None])[:, 0]
+                    for b in batches
+                ]
+            )
+            for s in range(11)
+        ]
+    )
+    found = tree["log_likelihood"]["y"]
+    assert found.dims == ("chain", "draw", "datum")
+    assert found.dtype == np.float64
+    allclose(found[0], expected)
+    labels = torch.cat([b["labels"] for b in batches])
+    assert tree["observed_data"]["y"].values.tolist() == labels.tolist()
+
+
+def test_lp_is_the_log_joint_of_all_data() -> None:
+    lora, model = models.classifier()
+    batches = models.two_batches()
+    posterior = models.particles(lora, model)
+    tree = pl.to_datatree(posterior, batches=batches)
+    (whole,) = models.resized(batches, models.NUM_DATA)
+    for s in range(3):
+        at = models.draw(posterior.particles, s)
+        joint = poutine.trace(poutine.condition(model, at)).get_trace(**whole)
+        log_joint = joint.log_prob_sum()
+        allclose(tree["sample_stats"]["lp"][0, s], log_joint.detach(), 1e-6)
+        prior = sum(
+            dist.Normal(0.0, 0.5).log_prob(value).sum() for value in at.values()
+        )
+        total = sum(float(x[0, s]) for x in tree["log_prior"].data_vars.values())
+        allclose(total, prior, 1e-6)
+    assert set(tree["log_prior"].data_vars) == set(lora.sites)
+    assert "log_q" not in tree["sample_stats"]  # particles have no density
+
+
+def test_lp_keeps_a_scale_of_the_users() -> None:
+    lora, model = models.classifier()
+    batches = models.two_batches()
+    posterior = models.particles(lora, model)
+    plain = pl.to_datatree(posterior, batches=batches)
+    half = poutine.scale(model, 0.5)
+    scaled = pl.to_datatree(posterior, model=half, batches=batches)
+    log_prior = sum(x.values for x in plain["log_prior"].data_vars.values())
+    likelihood = plain["log_likelihood"]["y"].sum("datum").values
+    allclose(plain["sample_stats"]["lp"], log_prior + likelihood)
+    allclose(scaled["sample_stats"]["lp"], log_prior + 0.5 * likelihood)
+    allclose(scaled["log_likelihood"]["y"], plain["log_likelihood"]["y"])
+
+
+def test_laplace_brings_density_evidence_and_its_own_prior() -> None:
+    lora, model = models.classifier()
+    batches = models.two_batches()
+    posterior = models.laplace(lora, model, batches).with_prior_precision(7.0)
+    pyro.set_rng_seed(2)
+    tree = pl.to_datatree(posterior, batches=batches, num_samples=5)
+    pyro.set_rng_seed(2)
+    draws = posterior.sample(5)
+    allclose(tree["sample_stats"]["log_q"][0], posterior.log_prob(draws))
+    for site, value in draws.items():
+        normal = dist.Normal(torch.zeros_like(value), 7.0**-0.5)
+        expected = normal.log_prob(value).flatten(1).sum(1)
+        allclose(tree["log_prior"][site][0], expected, 1e-6)
+    attributes = tree["posterior"].attrs
+    assert attributes["posterior"] == "LaplacePosterior"
+    assert attributes["log_evidence"] == pytest.approx(float(posterior.log_evidence()))
+    assert attributes["prior_precision.head.classifier.bias"] == pytest.approx(7.0)
+
+
+def test_prior_draws_are_the_posteriors_prior() -> None:
+    lora, model = models.classifier()
+    posterior = models.laplace(lora, model, models.two_batches())
+    narrow = pl.to_datatree(posterior.with_prior_precision(1e4), num_samples=50)
+    sd = narrow["prior"]["head.classifier.weight"].values.std()
+    assert sd == pytest.approx(0.01, rel=0.1)  # 1,600 values: its own sd is 2 %
+    own = pl.to_datatree(models.particles(lora, model, num=50))
+    assert own["prior"]["head.classifier.weight"].values.std() == pytest.approx(
+        0.5, rel=0.1
+    )
+
+
+def test_outcomes_are_drawn_from_the_likelihood() -> None:
+    lora, model = models.classifier(3)
+    batches = models.two_batches(3)
+    particle = models.jittered(lora, 1)
+    many = {s: x.expand(800, *x.shape[1:]) for s, x in particle.items()}
+    posterior = pl.ParticlePosterior(many, (lora,), model, "y")
+    outcomes = pl.to_datatree(posterior, batches=batches)["posterior_predictive"]["y"]
+    assert outcomes.shape == (1, 800, 10)
+    probs = torch.cat(
+        [
+            models.logits_at(lora, models.draw(particle, 0), b).softmax(-1)
+            for b in batches
+        ]
+    )
+    for c in range(3):
+        found = (outcomes[0] == c).mean("draw").values
+        error = np.abs(found - probs[:, c].numpy())
+        assert error.max() < 4 * 0.5 / math.sqrt(800)
+
+
+def test_integer_inputs_are_kept_padded_with_zeros() -> None:
+    lora, model = models.classifier()
+    batches = models.two_batches()
+    tree = pl.to_datatree(models.particles(lora, model), batches=batches)
+    constant = tree["constant_data"]
+    (whole,) = models.resized(batches, models.NUM_DATA)
+    assert set(constant.data_vars) == {"input_ids", "attention_mask"}
+    assert constant["input_ids"].dims == ("datum", "token")
+    allclose(constant["input_ids"], whole["input_ids"])
+    allclose(constant["attention_mask"], whole["attention_mask"])
+
+
+def test_without_batches_only_what_needs_no_data() -> None:
+    lora, model = models.classifier()
+    posterior = models.laplace(lora, model, models.two_batches())
+    tree = pl.to_datatree(posterior)
+    assert set(tree.children) == {"posterior", "prior", "log_prior", "sample_stats"}
+    assert set(tree["sample_stats"].data_vars) == {"log_q"}
+    assert tree["posterior"].sizes["draw"] == 100
+
+
+def test_without_labels_there_is_no_likelihood() -> None:
+    lora, model = models.classifier()
+    batches = [networks.inputs(b) for b in models.two_batches()]
+    tree = pl.to_datatree(models.particles(lora, model), batches=batches)
+    assert "posterior_predictive" in tree.children
+    assert not {"log_likelihood", "observed_data", "sample_stats"} & set(tree.children)
+
+
+def test_other_latent_variables_are_in_every_group() -> None:
+    lora, _ = models.classifier(1)
+
+    def model(labels: Tensor | None = None, **inputs: Tensor) -> None:
+        noise = pyro.sample("noise", dist.LogNormal(0.0, 1.0))
+        mean = lora()(**inputs).logits[..., 0]
+        with pyro.plate("data", models.NUM_DATA, subsample=inputs["input_ids"]):
+            pyro.sample("y", dist.Normal(mean, noise), obs=labels)
+
+    batches = models.two_batches()
+    for batch in batches:
+        batch["labels"] = torch.randn(len(batch["labels"]), dtype=torch.float64)
+    weights = models.jittered(lora, 4)
+    weights["noise"] = torch.rand(4, dtype=torch.float64) + 0.5
+    posterior = pl.ParticlePosterior(weights, (lora,), model, "y")
+    tree = pl.to_datatree(posterior, batches=batches)
+    allclose(tree["posterior"]["noise"][0], weights["noise"])
+    expected = dist.LogNormal(0.0, 1.0).log_prob(weights["noise"])
+    allclose(tree["log_prior"]["noise"][0], expected)
+    (whole,) = models.resized(batches, models.NUM_DATA)
+    for s in range(4):
+        at = models.draw(weights, s)
+        trace = poutine.trace(poutine.condition(model, at)).get_trace(**whole)
+        log_joint = trace.log_prob_sum().detach()
+        allclose(tree["sample_stats"]["lp"][0, s], log_joint, 1e-6)
+
+
+def test_a_mask_takes_data_out_of_the_likelihood() -> None:
+    lora, plain = models.classifier()
+    batches = models.two_batches()
+    keep = {6: torch.arange(6) > 1, 4: torch.arange(4) > 1}
+
+    def model(labels: Tensor | None = None, **inputs: Tensor) -> None:
+        with poutine.mask(mask=keep[len(inputs["input_ids"])]):
+            logits = lora()(**inputs).logits
+            with pyro.plate("data", models.NUM_DATA, subsample=inputs["input_ids"]):
+                pyro.sample("y", dist.Categorical(logits=logits), obs=labels)
+
+    posterior = models.particles(lora, plain)
+    found = pl.to_datatree(posterior, model=model, batches=batches)["log_likelihood"]
+    whole = pl.to_datatree(posterior, batches=batches)["log_likelihood"]["y"]
+    mask = torch.cat([keep[6], keep[4]]).numpy()
+    allclose(found["y"], np.where(mask, whole, 0.0))
+
+
+def test_a_stock_guide_needs_model_and_batches() -> None:
+    lora, model = models.classifier()
+    batches = models.two_batches()
+    guide = autoguide.AutoNormal(model, init_loc_fn=lora.init_to_adapter())
+    guide(**batches[0])
+    tree = pl.to_datatree(guide, model=model, batches=batches, num_samples=6)
+    assert tree["log_likelihood"]["y"].shape == (1, 6, 10)
+    assert f"{QUERY}.frobenius_norm" in tree["posterior"]
+    with pytest.raises(ValueError, match=r"AutoNormal.*Pass model= and batches="):
+        pl.to_datatree(guide, model=model)
+
+
+def test_arguments_are_checked() -> None:
+    lora, model = models.classifier()
+    batches = models.two_batches()
+    posterior = models.particles(lora, model)
+    with pytest.raises(ValueError, match="'delta' or 'raw', found 'all'"):
+        pl.to_datatree(posterior, weights="all")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="no batches"):
+        pl.to_datatree(posterior, batches=[])
+    alone = pl.ParticlePosterior(posterior.particles, (lora,), None, "y")
+    with pytest.raises(ValueError, match="Pass model="):
+        pl.to_datatree(alone, batches=batches)
+    mixed = [batches[0], networks.inputs(batches[1])]
+    with pytest.raises(ValueError, match=r"Batch 1.*whether they have labels"):
+        pl.to_datatree(posterior, batches=mixed)
+
+
+@pytest.fixture
+def tree() -> xarray.DataTree:
+    """Of a posterior that is narrow enough for importance sampling."""
+    lora, model = models.classifier(prior=0.02)
+    batches = models.two_batches()
+    posterior = models.laplace(lora, model, batches)
+    return pl.to_datatree(posterior, batches=batches)
+
+
+def test_arviz_summarizes(tree: xarray.DataTree) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        table = arviz_stats.summary(tree, round_to="none")
+    norms = tree["posterior"][f"{QUERY}.frobenius_norm"]
+    # One row for each scalar, none constant.
+    size = sum(x[0, 0].size for x in tree["posterior"].data_vars.values())
+    assert len(table) == size
+    assert table.loc[f"{QUERY}.frobenius_norm[1]", "mean"] == pytest.approx(
+        float(norms.sel(layer=1).mean())
+    )
+    assert (table["ess_bulk"] > 20).all()
+
+
+# arviz_stats 0.8 with pandas 3.1.
+@pytest.mark.filterwarnings("ignore:The inplace keyword in DataFrame")
+def test_arviz_cross_validates(tree: xarray.DataTree) -> None:
+    found = arviz_stats.loo(tree, pointwise=True)
+    assert found.n_samples == 100
+    assert found.n_data_points == 10
+    # With the weights almost known, leaving one datum out changes nothing.
+    lppd = torch.as_tensor(tree["log_likelihood"]["y"].values[0]).logsumexp(
+        0
+    ) - math.log(100)
+    assert found.elpd == pytest.approx(float(lppd.sum()), abs=0.05)
+    assert (found.pareto_k < 0.7).all()
+    table = arviz_stats.compare({"one": tree, "two": tree})
+    assert list(table.index) == ["one", "two"]
+
+
+# arviz_stats 0.8 with later versions of xarray.
+@pytest.mark.filterwarnings("ignore:In a future version of xarray:FutureWarning")
+def test_arviz_scales_prior_and_likelihood(tree: xarray.DataTree) -> None:
+    table = arviz_stats.psense_summary(
+        tree, var_names=["head.classifier.bias", f"{QUERY}.frobenius_norm"]
+    )
+    # The prior is 0.02 wide, so that it, not the data, says where the weights are.
+    assert (table["prior"] > table["likelihood"]).all()
+
+
+@pytest.mark.parametrize("kind", ["netcdf", "zarr"])
+def test_files_hold_all_of_it(tree: xarray.DataTree, kind: str, tmp_path: Path) -> None:
+    if kind == "netcdf":
+        tree.to_netcdf(tmp_path / "tree.nc")
+        again = xarray.open_datatree(tmp_path / "tree.nc", engine="h5netcdf")
+    else:
+        tree.to_zarr(tmp_path / "tree.zarr", consolidated=False)
+        again = xarray.open_datatree(tmp_path / "tree.zarr", consolidated=False)
+    again.load()
+    xarray.testing.assert_identical(again, tree)
+    again.close()
+
+
+def test_a_single_particle_will_do(tmp_path: Path) -> None:
+    lora, model = models.classifier()
+    posterior = models.particles(lora, model, num=1)
+    tree = pl.to_datatree(posterior, batches=models.two_batches())
+    assert tree["posterior"].sizes["draw"] == 1
+    tree.to_netcdf(tmp_path / "tree.nc")
+
+
+def test_a_mixture_says_its_weights() -> None:
+    lora, model = models.classifier()
+    batches = models.two_batches()
+    laplace = models.laplace(lora, model, batches)
+    both = pl.MixturePosterior([laplace, laplace], [1, 3])
+    tree = pl.to_datatree(both, batches=batches, num_samples=4)
+    assert tree["posterior"].attrs["component_weights"] == [0.25, 0.75]
+    assert "log_q" in tree["sample_stats"]
+    some = pl.MixturePosterior([laplace, models.particles(lora, model)])
+    assert "log_q" not in pl.to_datatree(some, batches=batches)["sample_stats"]

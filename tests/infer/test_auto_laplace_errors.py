@@ -1,0 +1,306 @@
+"""What AutoLaplace refuses, and what it says then."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import SVI, Trace_ELBO
+from pyro.optim import Adam
+from torch import Tensor
+
+import pyro_lora as pl
+from tests.curvature.gauss_newton import laplace, split
+from tests.networks import batch, bert, inputs
+
+pytestmark = pytest.mark.filterwarnings("ignore:The weights aren't a mode")
+
+Model = Callable[..., Any]
+
+
+@pytest.fixture
+def lora() -> pl.LiftedNetwork:
+    return pl.lift(bert(3))
+
+
+@pytest.fixture
+def texts() -> dict[str, Tensor]:
+    return batch(7, num_labels=3)
+
+
+def guide(lora: pl.LiftedNetwork, model: Model | None = None, **options: Any) -> Any:
+    model = pl.models.classification(lora, 7) if model is None else model
+    return pl.AutoLaplace(model, init_loc_fn=lora.init_to_adapter(), **options)
+
+
+def trained(lora: pl.LiftedNetwork, texts: dict[str, Tensor]) -> Any:
+    """A guide after a step of SVI."""
+    model = pl.models.classification(lora, 7)
+    found = guide(lora, model)
+    SVI(model, found, Adam({"lr": 1e-3}), Trace_ELBO()).step(**texts)
+    return found
+
+
+@pytest.mark.parametrize("after_svi", [False, True])
+@pytest.mark.parametrize("missing", ["none", "left out", "in a later batch"])
+def test_missing_labels(
+    lora: pl.LiftedNetwork, texts: dict[str, Tensor], missing: str, after_svi: bool
+) -> None:
+    batches: list[dict[str, Any]] = list(split(texts, 3))
+    for one in batches[1:] if missing == "in a later batch" else batches:
+        one["labels"] = None
+        if missing == "left out":
+            del one["labels"]
+    start = trained(lora, texts) if after_svi else guide(lora)
+    with pytest.raises(ValueError, match=r"observed nothing.*Put labels into the ba"):
+        start.laplace_approximation(batches)
+
+
+@pytest.mark.parametrize("after_svi", [False, True])
+@pytest.mark.parametrize("chosen", [[0], [0, 0, 1], [0, 1, 2, 0]])
+def test_batches_that_do_not_cover_the_data_once(
+    lora: pl.LiftedNetwork,
+    texts: dict[str, Tensor],
+    chosen: list[int],
+    after_svi: bool,
+) -> None:
+    batches = split(texts, 3)
+    seen = sum(len(batches[i]["labels"]) for i in chosen)
+    start = trained(lora, texts) if after_svi else guide(lora)
+    with pytest.raises(ValueError, match=rf"hold {seen} data.*'y' says 7.*every datum"):
+        start.laplace_approximation([batches[i] for i in chosen])
+
+
+@pytest.mark.parametrize("after_svi", [False, True])
+def test_no_batches(
+    lora: pl.LiftedNetwork, texts: dict[str, Tensor], after_svi: bool
+) -> None:
+    start = trained(lora, texts) if after_svi else guide(lora)
+    with pytest.raises(ValueError, match=r"no batches.*re-iterable"):
+        start.laplace_approximation([])
+
+
+def test_batches_that_can_be_read_once(
+    lora: pl.LiftedNetwork, texts: dict[str, Tensor]
+) -> None:
+    with pytest.raises(ValueError, match=r"iterator.*Give a list or a DataLoader"):
+        guide(lora).laplace_approximation(iter(split(texts, 3)))
+
+
+def test_a_mode_with_nan(lora: pl.LiftedNetwork, texts: dict[str, Tensor]) -> None:
+    start = trained(lora, texts)
+    site = list(lora.sites)[1]
+    with torch.no_grad():
+        pyro.param(f"AutoLaplace.{site}").flatten()[3] = math.nan
+    with pytest.raises(ValueError, match=rf"{site}.*NaN.*smaller learning rate"):
+        start.laplace_approximation([texts])
+
+
+@pytest.mark.parametrize("index", [0, 2])
+def test_nan_in_a_batch(
+    lora: pl.LiftedNetwork, texts: dict[str, Tensor], index: int
+) -> None:
+    def model(factor: Tensor, labels: Tensor | None = None, **texts: Tensor) -> Tensor:
+        logits = lora()(**texts).logits * factor
+        with pyro.plate("data", 7, subsample=logits):
+            return pyro.sample("y", dist.Categorical(logits=logits), obs=labels)
+
+    batches = [{**one, "factor": torch.tensor(1.0)} for one in split(texts, 3)]
+    batches[index]["factor"] = torch.tensor(math.nan)
+    with pytest.raises(ValueError, match=rf"batch {index}: (.|\n)*inputs and labels"):
+        guide(lora, model).laplace_approximation(batches)
+    with pyro.validation_enabled(False):  # then Pyro leaves it to us
+        with pytest.raises(ValueError, match=rf"Batch {index}: .*'y' is NaN.*inputs"):
+            guide(lora, model).laplace_approximation(batches)
+
+
+def test_a_gradient_with_nan(lora: pl.LiftedNetwork, texts: dict[str, Tensor]) -> None:
+    def model(labels: Tensor | None = None, **texts: Tensor) -> Tensor:
+        logits = lora()(**texts).logits
+        # The square root has no slope at zero, though its value is fine.
+        logits = logits + (logits - logits).sqrt().nan_to_num()
+        with pyro.plate("data", 7, subsample=logits):
+            return pyro.sample("y", dist.Categorical(logits=logits), obs=labels)
+
+    with pytest.raises(ValueError, match=r"Batch 0: the gradient of site '(lora|head)"):
+        guide(lora, model).laplace_approximation(split(texts, 3))
+
+
+def test_labels_outside_of_the_classes(
+    lora: pl.LiftedNetwork, texts: dict[str, Tensor]
+) -> None:
+    texts["labels"][4] = 3
+    with pytest.raises(ValueError, match=r"batch 1: (.|\n)*support(.|\n)*labels"):
+        guide(lora).laplace_approximation(split(texts, 3))
+
+
+def test_a_label_of_probability_zero(
+    lora: pl.LiftedNetwork, texts: dict[str, Tensor]
+) -> None:
+    def model(labels: Tensor | None = None, **texts: Tensor) -> Tensor:
+        logits = lora()(**texts).logits
+        logits = torch.cat(
+            [logits[:, :2], torch.full_like(logits[:, :1], -math.inf)], 1
+        )
+        with pyro.plate("data", 7, subsample=logits):
+            return pyro.sample("y", dist.Categorical(logits=logits), obs=labels)
+
+    texts["labels"] = torch.tensor([0, 1, 0, 1, 2, 1, 0])
+    with pytest.raises(ValueError, match=r"Batch 1: the log likelihood.*infinite"):
+        guide(lora, model).laplace_approximation(split(texts, 3))
+
+
+def test_a_model_without_a_lifted_network(texts: dict[str, Tensor]) -> None:
+    def model(labels: Tensor | None = None, **texts: Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+        with pyro.plate("data", 7, subsample=labels):
+            pyro.sample("y", dist.Categorical(logits=w.expand(7, 3)), obs=labels)
+
+    start = pl.AutoLaplace(model, init_loc_fn=lambda site: site["fn"].sample())
+    with pytest.raises(ValueError, match=r"no lifted network.*pyro_lora.lift"):
+        start.laplace_approximation([texts])
+
+
+def test_a_likelihood_that_ignores_the_network(
+    lora: pl.LiftedNetwork, texts: dict[str, Tensor]
+) -> None:
+    def model(labels: Tensor | None = None, **texts: Tensor) -> Tensor:
+        logits = lora()(**texts).logits.detach()
+        with pyro.plate("data", 7, subsample=logits):
+            return pyro.sample("y", dist.Categorical(logits=logits), obs=labels)
+
+    with pytest.raises(ValueError, match=r"'y' doesn't depend.*without torch.no_grad"):
+        guide(lora, model).laplace_approximation([texts])
+
+
+def with_temperature(lora: pl.LiftedNetwork) -> Model:
+    def model(labels: Tensor | None = None, **texts: Tensor) -> Tensor:
+        temperature = pyro.sample("temperature", dist.LogNormal(0.0, 1.0))
+        logits = lora()(**texts).logits / temperature
+        with pyro.plate("data", 7, subsample=logits):
+            return pyro.sample("y", dist.Categorical(logits=logits), obs=labels)
+
+    return model
+
+
+@pytest.mark.parametrize("after_svi", [False, True])
+def test_a_latent_site_outside_of_the_network(
+    lora: pl.LiftedNetwork, texts: dict[str, Tensor], after_svi: bool
+) -> None:
+    model = with_temperature(lora)
+    start = guide(lora, model)
+    if after_svi:
+        SVI(model, start, Adam({"lr": 1e-3}), Trace_ELBO()).step(**texts)
+    with pytest.raises(ValueError, match=r"'temperature'.*poutine.condition"):
+        start.laplace_approximation([texts])
+
+
+def test_the_remedy_for_a_latent_site(
+    lora: pl.LiftedNetwork, texts: dict[str, Tensor]
+) -> None:
+    model = poutine.condition(
+        with_temperature(lora), {"temperature": torch.tensor(1.0)}
+    )
+    start = guide(lora, model)
+    with pytest.raises(ValueError, match=r"\['temperature', 'y'\]. Name.*obs_site="):
+        start.laplace_approximation(split(texts, 3))
+    found = guide(lora, model, obs_site="y").laplace_approximation(split(texts, 3))
+    expected = laplace(lora, texts, 3)
+    assert float(found.log_evidence()) == pytest.approx(float(expected.log_evidence()))
+    assert found.obs_site == "y"
+
+
+def two_sites(lora: pl.LiftedNetwork) -> Model:
+    def model(labels: Tensor, score: Tensor, **texts: Tensor) -> None:
+        logits = lora()(**texts).logits
+        with pyro.plate("data", 7, subsample=logits):
+            pyro.sample("y", dist.Categorical(logits=logits), obs=labels)
+            pyro.sample("score", dist.Normal(logits[:, 0], 1.0), obs=score)
+
+    return model
+
+
+def test_two_observed_sites(lora: pl.LiftedNetwork, texts: dict[str, Tensor]) -> None:
+    texts["score"] = torch.randn(7, dtype=torch.float64)
+    model = two_sites(lora)
+    with pytest.raises(ValueError, match=r"2 observed sites, .*obs_site="):
+        guide(lora, model).laplace_approximation([texts])
+    with pytest.raises(ValueError, match="'z' isn't observed.*'score', 'y'"):
+        guide(lora, model, obs_site="z").laplace_approximation([texts])
+    found = guide(lora, model, obs_site="score").laplace_approximation([texts])
+    assert found.linearized(texts).mean.shape == (7, 1)
+
+
+def test_an_unknown_fisher(lora: pl.LiftedNetwork) -> None:
+    with pytest.raises(ValueError, match=r"'empirical', 'exact', 'mc'.*'kfac'"):
+        guide(lora, fisher="kfac")
+    with pytest.raises(ValueError, match="num_fisher_samples is 0"):
+        guide(lora, fisher="mc", num_fisher_samples=0)
+
+
+def poisson(lora: pl.LiftedNetwork) -> Model:
+    def model(labels: Tensor, **texts: Tensor) -> Tensor:
+        rate = lora()(**texts).logits[:, 0].exp()
+        with pyro.plate("data", 7, subsample=rate):
+            return pyro.sample("y", dist.Poisson(rate), obs=labels.double())
+
+    return model
+
+
+def test_a_likelihood_without_exact_fisher(
+    lora: pl.LiftedNetwork, texts: dict[str, Tensor]
+) -> None:
+    with pytest.raises(TypeError, match=r"Poisson.*fisher='mc'"):
+        guide(lora, poisson(lora)).laplace_approximation([texts])
+    start = guide(lora, poisson(lora), fisher="mc", num_fisher_samples=3)
+    posterior = start.laplace_approximation(split(texts, 3))
+    assert float(posterior.gaussian.effective_parameters()) > 0.1
+    with pytest.raises(ValueError, match="No linear predictor for Poisson"):
+        posterior.linearized(texts)
+
+
+def prior_of(fn: Callable[[Tensor], Any]) -> Any:
+    def prior(lora: pl.LiftedNetwork) -> dict[str, Tensor]:
+        return {
+            site: pyro.sample(site, fn(zeros).to_event(zeros.ndim))
+            for site, zeros in lora.zeros().items()
+        }
+
+    return prior
+
+
+@pytest.mark.parametrize(
+    ("fn", "message"),
+    [
+        (lambda z: dist.Normal(z, z + 1e30), r"must be positive.*found values from 0"),
+        (lambda z: dist.ImproperUniform(dist.constraints.real, z.shape, ()), "proper"),
+        (lambda z: dist.Cauchy(z, z + 1.0), "Normal prior, found Cauchy.*register"),
+    ],
+)
+def test_priors_that_are_improper_or_have_no_gaussian_form(
+    texts: dict[str, Tensor], fn: Any, message: str
+) -> None:
+    lora = pl.lift(bert(3, dtype=torch.float32), prior=prior_of(fn))
+    with pytest.raises(ValueError, match=rf"Site 'lora.*{message}"):
+        laplace(lora, texts)
+
+
+def test_a_prior_that_is_masked(texts: dict[str, Tensor]) -> None:
+    normal = prior_of(lambda zeros: dist.Normal(zeros, zeros + 1))
+    lora = pl.lift(bert(3), prior=poutine.mask(normal, mask=False))
+    with pytest.raises(ValueError, match=r"Site 'lora.*Use a proper prior"):
+        laplace(lora, texts)
+
+
+def test_without_a_model(lora: pl.LiftedNetwork, texts: dict[str, Tensor]) -> None:
+    posterior = replace(laplace(lora, texts), model=None)
+    assert torch.isfinite(posterior.optimize_prior().log_evidence())
+    with pytest.raises(ValueError, match=r"linearized needs the model.*model=model"):
+        posterior.linearized(inputs(texts))
+    with pytest.raises(ValueError, match=r"nll.*needs the model.*model=model"):
+        posterior.optimize_prior(objective="nll", batches=[texts])

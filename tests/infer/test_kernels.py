@@ -1,0 +1,88 @@
+"""Kernels and directions against their formulas, entry by entry."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from pyro_lora import kernels
+from pyro_lora.infer import transport
+
+
+def distances(num_particles: int) -> Tensor:
+    x = torch.randn(num_particles, 3).double()
+    return torch.cdist(x, x).square()
+
+
+def test_rbf_with_a_bandwidth() -> None:
+    sq_dists = distances(4)
+    gram = kernels.RBF(bandwidth=0.7)(sq_dists)
+    for i in range(4):
+        for j in range(4):
+            expected = math.exp(-sq_dists[i, j].item() / (2 * 0.7**2))
+            assert gram[i, j].item() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("num_particles", [2, 3, 4, 5])
+def test_the_median_is_the_lower_one_over_pairs(num_particles: int) -> None:
+    # 1, 3, 6 and 10 pairs: the lower median is number 1, 2, 3 and 5 of them.
+    sq_dists = distances(num_particles)
+    pairs = sorted(
+        sq_dists[i, j].item() for i in range(num_particles) for j in range(i)
+    )
+    number = {2: 1, 3: 2, 4: 3, 5: 5}[num_particles]
+    twice_square = pairs[number - 1] / math.log(num_particles + 1)
+    gram = kernels.RBF()(sq_dists)
+    assert_close(gram, (-sq_dists / twice_square).exp(), rtol=1e-12, atol=1e-12)
+
+
+def test_no_gradient_through_the_median() -> None:
+    sq_dists = distances(4)
+    twice_square = -sq_dists[0, 1] / kernels.RBF()(sq_dists)[0, 1].log()
+    _, slope = transport.gram_and_slope(kernels.RBF(), sq_dists)
+    expected = -(-sq_dists / twice_square).exp() / twice_square
+    expected.fill_diagonal_(0)
+    assert_close(slope, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_particles_that_coincide() -> None:
+    gram, slope = transport.gram_and_slope(kernels.RBF(), torch.zeros(3, 3))
+    assert torch.equal(gram, torch.ones(3, 3))
+    assert torch.isfinite(slope).all()
+    assert torch.equal(kernels.RBF()(torch.zeros(1, 1)), torch.ones(1, 1))
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3, 4)])
+def test_squared_distances(shape: tuple[int, ...]) -> None:
+    x = torch.randn(5, *shape).double()
+    found = transport.squared_distances(x)
+    expected = torch.stack(
+        [torch.stack([(a - b).square().sum() for b in x]) for a in x]
+    )
+    assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    assert (found.diagonal() == 0).all()
+
+
+def test_squared_distances_far_from_the_origin() -> None:
+    # In float32, |x|^2 + |y|^2 - 2 xy alone would lose everything here.
+    x = torch.randn(4, 50)
+    found = transport.squared_distances(100 + 1e-3 * x)
+    y = (100 + 1e-3 * x).double()
+    expected = (y[:, None] - y).square().sum(-1)
+    assert_close(found.double(), expected, rtol=1e-2, atol=0)
+
+
+def test_spread_and_means() -> None:
+    values = {"a": torch.randn(4, 2).double(), "b": torch.randn(4).double()}
+    flat = torch.cat([values["a"], values["b"][:, None]], 1)
+    centre = sum(flat) / 4
+    squares = [(x - centre).square().sum().item() for x in flat]
+    rms = math.sqrt(sum(squares) / 4)
+    assert transport.spread(values).item() == pytest.approx(rms, rel=1e-12)
+    gram = torch.rand(3, 3).double()
+    off = [gram[i, j].item() for i in range(3) for j in range(3) if i != j]
+    mean = transport.mean_off_diagonal(gram).item()
+    assert mean == pytest.approx(sum(off) / 6, rel=1e-12)
+    assert transport.mean_off_diagonal(torch.ones(1, 1)) == 1

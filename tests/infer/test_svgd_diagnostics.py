@@ -1,0 +1,127 @@
+"""What SVGD reports: series, warnings, particles."""
+
+from typing import Any
+
+import pytest
+import torch
+from pyro.optim import SGD
+from torch.testing import assert_close
+
+import pyro_lora as pl
+from pyro_lora import kernels
+from tests import networks
+from tests.infer import double_loop
+from tests.infer.engines import engine
+from tests.infer.targets import NUM_DATA, Target, bert, hierarchical_regression
+
+
+def test_diagnostics_have_one_value_a_step() -> None:
+    target = hierarchical_regression(4)
+    svgd = engine(target, SGD({"lr": 0.01}), kernels.RBF(space="site"))
+    expected: dict[str, list[float]] = {name: [] for name in DIAGNOSTICS}
+    svgd.step(**target.batch)  # so that there are particles to start from
+    svgd.diagnostics.clear()
+    for _ in range(3):
+        at = double_loop.points(svgd.state_dict()["particles"])
+        svgd.step(**target.batch)
+        by_site = double_loop.site_rbf(at, None)
+        for name, value in diagnostics(target, at, by_site).items():
+            expected[name].append(value)
+    assert svgd.diagnostics.keys() == expected.keys()
+    for name, series in expected.items():
+        assert svgd.diagnostics[name] == pytest.approx(series, rel=1e-10), name
+
+
+DIAGNOSTICS = ("loss", "attraction", "repulsion", "spread", "mean_kernel")
+
+
+def diagnostics(
+    target: Target,
+    at: list[double_loop.Point],
+    by_site: dict[str, double_loop.PairKernel],
+) -> dict[str, float]:
+    num_particles = len(at)
+    attraction, repulsion = double_loop.attraction_and_repulsion(
+        at, target.log_joint, by_site
+    )
+
+    def rms(directions: list[double_loop.Point]) -> float:
+        squares = [sum(x.square().sum().item() for x in d.values()) for d in directions]
+        return (sum(squares) / num_particles) ** 0.5
+
+    mean = {s: torch.stack([x[s] for x in at]).mean(0) for s in at[0]}
+    off_diagonal = [
+        kernel(x, y).item()
+        for kernel in by_site.values()
+        for x in at
+        for y in at
+        if x is not y
+    ]
+    return {
+        "loss": -sum(target.log_joint(x).item() for x in at) / num_particles,
+        "attraction": rms(attraction),
+        "repulsion": rms(repulsion),
+        "spread": rms([{s: x[s] - mean[s] for s in x} for x in at]),
+        "mean_kernel": sum(off_diagonal) / len(off_diagonal),
+    }
+
+
+@pytest.mark.parametrize("kernel", [kernels.Zero(), kernels.RBF()])
+def test_diagnostics_of_zero_and_of_one_particle(kernel: Any) -> None:
+    target = hierarchical_regression(3 if kernel == kernels.Zero() else 1)
+    svgd = engine(target, SGD({"lr": 0.01}), kernel)
+    for _ in range(2):
+        svgd.step(**target.batch)
+    assert svgd.diagnostics["repulsion"] == [0, 0]
+    scores = [
+        double_loop.gradient(target.log_joint, p)
+        for p in double_loop.points(target.particles)
+    ]
+    squares = [sum(x.square().sum().item() for x in p.values()) for p in scores]
+    rms = (sum(squares) / len(squares)) ** 0.5
+    assert svgd.diagnostics["attraction"][0] == pytest.approx(rms, rel=1e-12)
+
+
+@pytest.mark.parametrize("space", ["joint", "site", "function"])
+def test_a_collapsed_kernel_is_reported_once(space: Any) -> None:
+    target = bert(3)
+    svgd = engine(target, SGD({"lr": 1e-6}), kernels.RBF(space=space, bandwidth=1e-4))
+    with pytest.warns(UserWarning, match="collapsed") as caught:
+        svgd.step(**target.batch)
+    svgd.step(**target.batch)  # a second warning would be an error
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+
+
+def test_particles_at_one_point_are_reported() -> None:
+    lora = pl.lift(networks.bert())
+    svgd = pl.SVGD(
+        pl.models.classification(lora, NUM_DATA),
+        kernels.RBF(),
+        SGD({"lr": 0.01}),
+        3,
+        init_loc_fn=lora.init_to_adapter(),
+    )
+    with pytest.warns(UserWarning, match="start at one point") as caught:
+        svgd.step(**networks.batch())
+    svgd.step(**networks.batch())
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+
+
+def test_named_particles_and_samples() -> None:
+    target = hierarchical_regression(4)
+    svgd = engine(target, SGD({"lr": 0.0}))
+    svgd.step(**target.batch)
+    expected = {**target.particles, "tau": target.particles["tau"].exp()}
+    particles = svgd.get_named_particles()
+    assert_close(particles, expected, rtol=1e-14, atol=1e-14)
+    particles["w"].zero_()
+    assert_close(svgd.get_samples(), expected, rtol=1e-14, atol=1e-14)
+    by_chain = svgd.get_samples(group_by_chain=True)
+    assert_close(by_chain, {s: x[None] for s, x in expected.items()})
+    assert svgd.get_samples(2)["m"].shape == (2, 2, 3)
+    assert svgd.get_samples(9, group_by_chain=True)["tau"].shape == (1, 9)
+    for num_samples in (0, -1):
+        with pytest.raises(ValueError, match="num_samples"):
+            svgd.get_samples(num_samples)

@@ -1,0 +1,277 @@
+"""What SVGD refuses, with words, and without moving a particle."""
+
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer.autoguide.initialization import init_to_sample
+from pyro.optim import SGD, Adam
+from torch import Tensor
+from torch.testing import assert_close
+
+import pyro_lora as pl
+from pyro_lora import kernels
+from tests import networks
+from tests.infer.targets import NUM_DATA, bert, hierarchical_regression
+
+
+def svgd(model: Any, num_particles: int = 3, **settings: Any) -> pl.SVGD:
+    arguments: dict[str, Any] = {
+        "kernel": kernels.RBF(),
+        "optim": SGD({"lr": 0.1}),
+        "init_loc_fn": init_to_sample,
+        **settings,
+    }
+    return pl.SVGD(model, num_particles=num_particles, **arguments)
+
+
+def model() -> None:
+    pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"num_particles": 0}, "num_particles must be at least 1, found 0"),
+        ({"temperature": 0.0}, r"temperature must be positive, found 0\.0"),
+        ({"temperature": -1.0}, "temperature must be positive"),
+        ({"temperature": float("nan")}, "temperature must be positive"),
+        ({"chunk_size": 4}, "chunk_size must lie between 1 and num_particles=3"),
+        ({"chunk_size": 0}, "chunk_size must lie between"),
+        ({"transport": "annealed"}, "'stein' or 'repulsive', found 'annealed'"),
+        (
+            {"kernel": kernels.RBF(space="function"), "transport": "stein"},
+            "repulsive transport only",
+        ),
+        ({"repulsion": 2.0}, "has no effect"),
+        ({"repulsion": 2.0, "transport": "stein"}, "has no effect"),
+        (
+            {"repulsion": 2.0, "transport": "repulsive", "kernel": kernels.Zero()},
+            "has no effect",
+        ),
+        ({"repulsion": -1.0, "transport": "repulsive"}, "must not be negative"),
+        ({"repulsion": float("nan"), "transport": "repulsive"}, "must not be negative"),
+        ({"optim": Adam(lambda name: {"lr": 0.1})}, "Per-parameter callables"),
+        (
+            {"optim": Adam({"lr": 0.1}, lambda module, name: {"clip_norm": 1.0})},
+            "Per-parameter callables",
+        ),
+    ],
+)
+def test_arguments_out_of_range(settings: dict[str, Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        svgd(model, **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"kernel": "rbf"}, "kernel must be .* found 'rbf'"),
+        ({"kernel": kernels.RBF}, "kernel must be"),
+        ({"kernel": kernels.Zero}, "kernel must be"),
+        ({"optim": torch.optim.Adam}, "pyro.optim"),
+        ({"optim": torch.optim.Adam([torch.zeros(1)])}, "pyro.optim"),
+    ],
+)
+def test_arguments_of_a_wrong_type(settings: dict[str, Any], match: str) -> None:
+    with pytest.raises(TypeError, match=match):
+        svgd(model, **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"space": "weights"}, "'weights'"),
+        ({"bandwidth": 0.0}, "bandwidth must be positive"),
+        ({"bandwidth": -1.0}, "bandwidth must be positive"),
+        ({"bandwidth": float("nan")}, "bandwidth must be positive"),
+    ],
+)
+def test_kernels_out_of_range(settings: dict[str, Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        kernels.RBF(**settings)
+
+
+def test_a_schedule_that_leaves_its_range() -> None:
+    engine = svgd(model, temperature=lambda fraction: 1 - fraction)
+    with pytest.raises(ValueError, match=r"temperature must be positive, found 0\.0"):
+        engine.step()
+
+
+def test_nothing_before_the_first_step() -> None:
+    engine = svgd(model)
+    for function in (
+        engine.get_named_particles,
+        engine.get_samples,
+        engine.posterior,
+        engine.state_dict,
+    ):
+        with pytest.raises(ValueError, match="before the first step"):
+            function()
+
+
+def test_no_latents() -> None:
+    def observed() -> None:
+        pyro.sample("y", dist.Normal(torch.zeros(()), 1.0), obs=torch.ones(()))
+
+    with pytest.raises(ValueError, match="no latent sites"):
+        svgd(observed).step()
+
+
+def test_a_discrete_latent() -> None:
+    def discrete() -> None:
+        pyro.sample("x", dist.Normal(torch.zeros(()), 1.0))
+        pyro.sample("z", dist.Bernoulli(torch.tensor(0.5)))
+
+    with pytest.raises(ValueError, match=r"'z' is discrete"):
+        svgd(discrete).step()
+
+
+def test_labels_missing() -> None:
+    lora = pl.lift(networks.bert())
+    engine = svgd(
+        pl.models.classification(lora, NUM_DATA),
+        init_loc_fn=lora.init_to_adapter(jitter=0.1),
+    )
+    with pytest.raises(ValueError, match=r"'y' is discrete.* labels"):
+        engine.step(**networks.inputs(networks.batch()))
+
+
+def test_a_support_without_a_transform() -> None:
+    def mixture() -> None:
+        weights = dist.Categorical(torch.ones(2))
+        pyro.sample("x", dist.MixtureSameFamily(weights, dist.Normal(torch.ones(2), 1)))
+
+    with pytest.raises(ValueError, match=r"'x': there is no transform"):
+        svgd(mixture).step()
+
+
+def test_labels_missing_in_a_regression() -> None:
+    target = hierarchical_regression(3)
+
+    def unlabelled(x: Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(x.new_zeros(3), 1.0).to_event(1))
+        with pyro.plate("data", NUM_DATA, subsample=x):
+            pyro.sample("y", dist.Normal((x * w).sum(-1), 1.0))
+
+    with pytest.raises(ValueError, match=r"'y' belongs to the data of a minibatch"):
+        svgd(unlabelled).step(target.batch["x"])
+
+
+def test_plates_deeper_than_said() -> None:
+    target = bert(3)
+    engine = svgd(target.model, init_loc_fn=target.init, max_plate_nesting=0)
+    with pytest.raises(ValueError, match=r"'y' takes 1 batch dims.*nesting=0"):
+        engine.step(**target.batch)
+
+
+def test_a_start_at_nan() -> None:
+    engine = svgd(model, init_loc_fn=lambda site: torch.full((2,), torch.nan))
+    with pytest.raises(ValueError, match=r"'x': a particle starts at NaN"):
+        engine.step()
+
+
+def test_a_kernel_of_a_wrong_shape() -> None:
+    engine = svgd(model, kernel=lambda sq_dists: sq_dists.exp().sum(1))
+    with pytest.raises(ValueError, match=r"\(3, 3\) to shape \(3,\)"):
+        engine.step()
+
+
+def assert_nothing_moves(
+    engine: pl.SVGD, match: str, *args: Any, **kwargs: Any
+) -> None:
+    before = engine.state_dict()
+    with pytest.raises(ValueError, match=match):
+        engine.step(*args, **kwargs)
+    after = engine.state_dict()
+    assert_close(after["particles"], before["particles"], rtol=0, atol=0)
+    assert after["diagnostics"] == before["diagnostics"]
+    assert str(after["optim"]) == str(before["optim"])
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1, 2])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"kernel": kernels.RBF()},
+        {"kernel": kernels.Zero()},
+        {"kernel": kernels.RBF(), "transport": "repulsive"},
+    ],
+)
+def test_nan_names_site_and_particle(
+    settings: dict[str, Any], chunk_size: int | None
+) -> None:
+    # The Stein direction would spread one particle's NaN to all of them. With its
+    # validation on, Pyro itself refuses such a factor.
+    def broken(bad: Tensor) -> None:
+        x = pyro.sample("x", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        y = pyro.sample("y", dist.Normal(torch.zeros(()), 1.0))
+        pyro.factor("f", (1 - x[..., 0] * bad).log() + y)
+
+    def init(site: dict[str, Any]) -> Tensor:
+        if site["name"] == "y":
+            return torch.tensor(0.5)
+        return torch.tensor(0.1 * (1 + site["infer"].get("particle", 0))).repeat(3)
+
+    engine = svgd(
+        broken,
+        init_loc_fn=init,
+        optim=Adam({"lr": 0.0}),
+        chunk_size=chunk_size,
+        **settings,
+    )
+    engine.step(torch.tensor(1.0))
+    # x is .1, .2, .3: the argument of the logarithm is negative at the last, 0 there,
+    # or negative at the last two.
+    assert_nothing_moves(engine, "log_factor", torch.tensor(4.0))
+    with pyro.validation_enabled(False):
+        text = r"'f': the log density of particle\(s\) \[2\] is NaN"
+        assert_nothing_moves(engine, text, torch.tensor(4.0))
+        assert_nothing_moves(engine, r"'f'.*\[2\]", 1 / torch.tensor(0.3))
+        last_two = r"'f'.*\[1\]" if chunk_size == 1 else r"'f'.*\[1"
+        assert_nothing_moves(engine, last_two, torch.tensor(6.0))
+
+
+def test_nan_gradients_name_site_and_particle() -> None:
+    def broken(bad: Tensor) -> None:
+        x = pyro.sample("x", dist.Normal(torch.zeros(()), 1.0))
+        pyro.factor("f", -(bad * (x - 1)).abs().sqrt())
+
+    engine = svgd(
+        broken,
+        init_loc_fn=lambda site: torch.tensor(float(site["infer"].get("particle", 0))),
+        optim=Adam({"lr": 0.0}),
+    )
+    with pytest.raises(ValueError, match=r"'x': the gradient of particle\(s\) \[1\]"):
+        engine.step(torch.tensor(1.0))
+
+
+def test_a_kernel_that_gives_nan() -> None:
+    engine = svgd(model, kernel=lambda sq_dists: (sq_dists - 1e9).sqrt())
+    with pytest.raises(ValueError, match=r"'x': the direction of particle"):
+        engine.step()
+
+
+def test_particles_that_ran_away() -> None:
+    engine = svgd(model, optim=SGD({"lr": float("inf")}))
+    engine.step()
+    with pytest.raises(ValueError, match=r"'x': the value of particle.*learning rate"):
+        engine.step()
+
+
+def test_logits_that_overflow() -> None:
+    # Pyro's own check speaks first, and names the distribution.
+    lora = pl.lift(networks.bert(dtype=torch.float32))
+    engine = svgd(
+        pl.models.classification(lora, NUM_DATA),
+        init_loc_fn=lora.init_to_adapter(jitter=0.1),
+    )
+    batch = networks.batch()
+    engine.step(**batch)
+    state = engine.state_dict()
+    for x in state["particles"].values():
+        x[1] *= 1e30
+    engine.load_state_dict(state)
+    assert_nothing_moves(engine, "logits", **batch)

@@ -1,0 +1,264 @@
+"""SVGD as an engine: optimisers, schedules, and what it leaves alone."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.optim import SGD, Adam
+from pyro.optim.clipped_adam import ClippedAdam
+from torch import Tensor
+from torch.testing import assert_close
+from torch.utils.data import DataLoader, IterableDataset
+
+import pyro_lora as pl
+from pyro_lora import kernels
+from tests import networks
+from tests.infer import double_loop
+from tests.infer.engines import (
+    OPTIMIZERS,
+    assert_same,
+    engine,
+    exponential,
+    regression_batches,
+)
+from tests.infer.targets import NUM_DATA, hierarchical_regression
+
+
+@pytest.mark.parametrize("name", ["Adam", "ClippedAdam", "SGD", "clipped"])
+def test_optimizers_follow_the_direction(name: str) -> None:
+    # Two steps, the second with momentum, against the optimiser on plain tensors.
+    target = hierarchical_regression(3)
+    svgd = engine(target, OPTIMIZERS[name]())
+    leaves = {s: x.clone().requires_grad_() for s, x in target.particles.items()}
+    oracle = {
+        "Adam": lambda x: torch.optim.Adam(x, lr=0.05),
+        "ClippedAdam": lambda x: ClippedAdam(x, lr=0.05, clip_norm=1.0),
+        "SGD": lambda x: torch.optim.SGD(x, lr=0.01, momentum=0.9),
+        "clipped": lambda x: torch.optim.Adam(x, lr=0.05),
+    }[name](list(leaves.values()))
+    for _ in range(2):
+        svgd.step(**target.batch)
+        at = double_loop.points({s: x.detach() for s, x in leaves.items()})
+        by_site = double_loop.joint_rbf(at, None)
+        phi = double_loop.stein(at, target.log_joint, by_site)
+        for site, x in leaves.items():
+            x.grad = -phi[site]
+            if name == "clipped":
+                torch.nn.utils.clip_grad_norm_(x, 3.0)
+        oracle.step()
+    expected = {site: x.detach() for site, x in leaves.items()}
+    found = svgd.state_dict()["particles"]
+    assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("name", "factors"),
+    [
+        ("ExponentialLR", [1.0, 0.5, 0.25]),
+        ("LambdaLR", [1.0, 1 / 2, 1 / 3]),
+        ("ReduceLROnPlateau", [1.0, 1.0, 0.1]),
+    ],
+)
+def test_run_steps_a_scheduler_once_an_epoch(name: str, factors: list[float]) -> None:
+    optim = OPTIMIZERS[name]()
+    rates: list[float] = []
+
+    class Watched(list[dict[str, Tensor]]):
+        def __iter__(self) -> Iterator[dict[str, Tensor]]:
+            for batch in super().__iter__():
+                yield batch
+                inner = next(iter(optim.optim_objs.values()))
+                rates.append(inner.optimizer.param_groups[0]["lr"])
+
+    target = hierarchical_regression(3)
+    svgd = engine(target, optim)
+    svgd.run(Watched(regression_batches(2)), num_epochs=3, progress_bar=False)
+    start = rates[0]
+    expected = [start * factor for factor in factors for _ in range(2)]
+    assert rates == pytest.approx(expected)
+    assert start in (0.1, 0.01)
+
+
+def test_a_shared_scheduler_steps_for_one_engine_at_a_time() -> None:
+    optim = exponential()
+    target = hierarchical_regression(2)
+    one, other = engine(target, optim), engine(target, optim)
+    batches = regression_batches(1)
+    one.run(batches, num_epochs=2, progress_bar=False)
+    other.run(batches, num_epochs=2, progress_bar=False)
+    assert_same(one.get_named_particles(), other.get_named_particles())
+
+
+def test_two_engines_side_by_side() -> None:
+    # In turn they do what each does alone.
+    targets = hierarchical_regression(3), hierarchical_regression(3)
+    alone = []
+    for target in targets:
+        svgd = engine(target, Adam({"lr": 0.05}))
+        for _ in range(3):
+            svgd.step(**target.batch)
+        alone.append(svgd.get_named_particles())
+    optim = Adam({"lr": 0.05})  # even with one optimiser for both
+    both = [engine(target, optim) for target in targets]
+    for _ in range(3):
+        for svgd, target in zip(both, targets, strict=True):
+            svgd.step(**target.batch)
+    for svgd, expected in zip(both, alone, strict=True):
+        assert_same(svgd.get_named_particles(), expected)
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    [kernels.RBF(), kernels.RBF(space="function"), kernels.Zero()],
+)
+def test_network_and_param_store_stay_as_they_were(kernel: Any) -> None:
+    network = networks.bert()
+    before = {name: x.clone() for name, x in network.state_dict().items()}
+    trainable = [n for n, p in network.named_parameters() if p.requires_grad]
+    lora = pl.lift(network)
+    svgd = pl.SVGD(
+        pl.models.classification(lora, NUM_DATA),
+        kernel,
+        Adam({"lr": 0.1}),
+        3,
+        init_loc_fn=lora.init_to_adapter(jitter=0.1),
+    )
+    svgd.run([networks.batch(), networks.batch()], num_epochs=2, progress_bar=False)
+    svgd.posterior()
+    assert list(network.state_dict()) == list(before)
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert [n for n, p in network.named_parameters() if p.requires_grad] == trainable
+    assert all(p.grad is None for p in network.parameters())
+    assert len(pyro.get_param_store()) == 0
+
+
+@pytest.mark.parametrize("num_epochs", [1, 3])
+@pytest.mark.parametrize("repulsive", [True, False])
+def test_schedules_run_from_0_to_1(num_epochs: int, repulsive: bool) -> None:
+    target = hierarchical_regression(3)
+    seen: list[float] = []
+    strengths: list[float] = []
+
+    def temperature(fraction: float) -> float:
+        seen.append(fraction)
+        return 1 + fraction
+
+    def repulsion(fraction: float, loss: float) -> float:
+        strengths.append(fraction)
+        return 1.0
+
+    svgd = engine(
+        target,
+        SGD({"lr": 0.01}),
+        temperature=temperature,
+        **({"transport": "repulsive", "repulsion": repulsion} if repulsive else {}),
+    )
+    svgd.run(regression_batches(2), num_epochs=num_epochs, progress_bar=False)
+    steps = 2 * num_epochs
+    expected = [step / (steps - 1) for step in range(steps)]
+    assert seen == pytest.approx(expected, abs=1e-15)
+    assert seen[0] == 0
+    assert seen[-1] == 1
+    assert strengths == (seen if repulsive else [])
+    svgd.step(**target.batch)
+    assert seen[-1] == 1
+
+
+def test_the_schedule_of_a_single_step_is_at_its_end() -> None:
+    target = hierarchical_regression(2)
+    seen: list[float] = []
+    svgd = engine(
+        target, SGD({"lr": 0.01}), temperature=lambda u: seen.append(u) or 1.0
+    )
+    svgd.run([target.batch], num_epochs=1, progress_bar=False)
+    assert seen == [1.0]
+
+
+def test_a_schedule_sets_the_temperature() -> None:
+    target = hierarchical_regression(3)
+    batches = regression_batches(3)
+    svgd = engine(target, SGD({"lr": 0.01}), temperature=lambda u: 4.0 - 3 * u)
+    svgd.run(batches, num_epochs=1, progress_bar=False)
+    at = engine(target, SGD({"lr": 0.01}), temperature=4.0)
+    at.step(**batches[0])
+    for temperature, batch in ((2.5, batches[1]), (1.0, batches[2])):
+        again = engine(target, SGD({"lr": 0.01}), temperature=temperature)
+        again.load_state_dict(at.state_dict())
+        again.step(**batch)
+        at = again
+    assert_close(
+        svgd.get_named_particles(), at.get_named_particles(), rtol=1e-12, atol=1e-12
+    )
+
+
+class Stream(IterableDataset[dict[str, Tensor]]):
+    """Batches whose number isn't known."""
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        torch.manual_seed(0)
+        yield from regression_batches(2)
+
+
+def test_batches_without_a_length() -> None:
+    target = hierarchical_regression(2)
+    seen: list[float] = []
+    svgd = engine(
+        target, SGD({"lr": 0.01}), temperature=lambda u: seen.append(u) or 1.0
+    )
+    loader = DataLoader(Stream(), batch_size=None)
+    svgd.run(loader, num_epochs=3, progress_bar=False)
+    assert seen == [0, 0, 0.5, 0.5, 1, 1]
+    seen.clear()
+    svgd.run(loader, num_epochs=1, progress_bar=False)
+    assert seen == [1, 1]
+
+
+def test_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:
+    target = hierarchical_regression(3)
+    svgd = engine(target, SGD({"lr": 0.01}))
+    svgd.run(regression_batches(2), num_epochs=2)
+    shown = capsys.readouterr()
+    assert "4/4" in shown.err
+    loss = svgd.diagnostics["loss"][-1]
+    for text in (f"loss={loss:.1f}", "spread=", "repulsion="):
+        assert text in shown.err
+    svgd.run(regression_batches(2), num_epochs=2, progress_bar=False)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_batches_must_be_there_again() -> None:
+    target = hierarchical_regression(2)
+    svgd = engine(target, SGD({"lr": 0.01}))
+    with pytest.raises(ValueError, match="Epoch 2 found no batches"):
+        svgd.run(iter(regression_batches(2)), num_epochs=2, progress_bar=False)
+    with pytest.raises(ValueError, match="Epoch 1 found no batches"):
+        svgd.run([], num_epochs=2, progress_bar=False)
+    with pytest.raises(ValueError, match="num_epochs"):
+        svgd.run(regression_batches(), num_epochs=0, progress_bar=False)
+
+
+def test_float32_particles_and_a_float64_latent() -> None:
+    lora = pl.lift(networks.bert(dtype=torch.float32))
+    batch = networks.batch()
+
+    def model(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> None:
+        bias = pyro.sample(
+            "bias", dist.Normal(torch.zeros(2).double(), 1.0).to_event(1)
+        )
+        logits = lora()(input_ids=input_ids, attention_mask=attention_mask).logits
+        with pyro.plate("data", NUM_DATA, subsample=input_ids):
+            pyro.sample("y", dist.Categorical(logits=logits + bias), obs=labels)
+
+    svgd = pl.SVGD(
+        model,
+        kernels.RBF(),
+        SGD({"lr": 0.01}),
+        3,
+        init_loc_fn=lora.init_to_adapter(jitter=0.1),
+    )
+    svgd.step(**batch)
+    assert svgd.get_named_particles()["bias"].dtype == torch.float64

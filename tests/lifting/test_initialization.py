@@ -1,0 +1,219 @@
+"""Where inference starts: at the adapter, at given weights, or anew."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from pyro.infer.autoguide import AutoDelta, AutoNormal
+from torch import Tensor
+from torch.testing import assert_close
+
+import pyro_lora as pl
+from tests.networks import (
+    adapted,
+    batch,
+    bert,
+    classifier,
+    llama,
+    particles,
+    without_peft,
+)
+
+QUERY = "lora.bert.encoder.layer.attention.self.query"
+InitFn = Callable[[dict[str, Any]], Tensor]
+
+
+def start(lora: pl.LiftedNetwork, init: InitFn, **infer: Any) -> dict[str, Tensor]:
+    return {site: init({"name": site, "infer": infer}) for site in lora.sites}
+
+
+def assert_moments(draws: Tensor, mean: float, deviation: float) -> None:
+    """Within five standard errors: s / sqrt(n), and at most s / sqrt(2 n) for s."""
+    n = draws.numel()
+    assert abs(draws.mean() - mean) < 5 * deviation / n**0.5
+    assert abs(draws.std() - deviation) < 5 * deviation / (2 * n) ** 0.5
+
+
+# init_to_adapter
+
+
+@pytest.mark.parametrize("guide_kind", [AutoDelta, AutoNormal])
+def test_a_guide_starts_at_the_adapter(guide_kind: Any) -> None:
+    lora = pl.lift(bert())
+    guide = guide_kind(classifier(lora), init_loc_fn=lora.init_to_adapter())
+    guide(**batch())
+    for site, value in lora.weights().items():
+        assert_close(guide.median()[site], value, rtol=0, atol=1e-12)
+
+
+def test_the_adapter_is_read_when_the_start_is_chosen_and_not_shared() -> None:
+    lora = pl.lift(bert())
+    weights = lora.weights()
+    init = lora.init_to_adapter()
+    lora.load(particles(lora))
+    for value in start(lora, init).values():
+        value.zero_()
+    for site, value in start(lora, init).items():
+        assert torch.equal(value, weights[site])
+
+
+def test_jitter_is_normal_noise_anew_for_each_particle() -> None:
+    lora = pl.lift(bert(hidden_size=64))
+    init = lora.init_to_adapter(jitter=0.02)
+    one, two = start(lora, init), start(lora, init)
+    for site, value in lora.weights().items():
+        for other in (one[site] - value, two[site] - value, one[site] - two[site]):
+            assert (other != 0).all()
+    noise = [(one[site] - value).flatten() for site, value in lora.weights().items()]
+    assert_moments(torch.cat(noise), 0.0, 0.02)
+
+
+@pytest.mark.parametrize("rule", ["init_to_adapter", "init_to", "init_to_fresh"])
+def test_other_latents_start_at_their_median(rule: str) -> None:
+    lora = pl.lift(bert())
+    given = (lora.weights(),) if rule == "init_to" else ()
+
+    def model(**texts: Tensor) -> None:
+        pyro.sample("noise", dist.LogNormal(2.0, 1e-3))
+        classifier(lora)(**texts)
+
+    guide = AutoDelta(model, init_loc_fn=getattr(lora, rule)(*given))
+    guide(**batch())
+    assert_close(
+        guide.median()["noise"], torch.tensor(math.exp(2.0)), rtol=0.01, atol=0
+    )
+
+
+# init_to
+
+
+def test_one_weight_set_is_the_start_of_every_particle() -> None:
+    lora = pl.lift(bert())
+    weights = particles(lora)
+    for infer in ({}, {"particle": 3}):
+        for site, value in start(lora, lora.init_to(weights), **infer).items():
+            assert torch.equal(value, weights[site])
+
+
+def test_each_particle_starts_at_its_own_weights() -> None:
+    lora = pl.lift(bert())
+    weights = particles(lora, 3)
+    init = lora.init_to(weights)
+    for k in range(3):
+        for site, value in start(lora, init, particle=k).items():
+            assert torch.equal(value, weights[site][k])
+    for site, value in start(lora, init).items():  # a guide, which has no particles
+        assert torch.equal(value, weights[site][0])
+
+
+def test_more_particles_than_weights_are_refused() -> None:
+    lora = pl.lift(bert())
+    with pytest.raises(ValueError, match=rf"'{QUERY}\.A'.*particle 4.*hold 3"):
+        start(lora, lora.init_to(particles(lora, 3)), particle=3)
+
+
+def replaced(weights: dict[str, Tensor], value: Tensor | None) -> dict[str, Tensor]:
+    rest = {site: v for site, v in weights.items() if site != f"{QUERY}.A"}
+    return rest if value is None else {f"{QUERY}.A": value, **rest}
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (None, rf"'{QUERY}\.A' is missing"),
+        (torch.zeros(2, 3, 17), r"\(2, 3, 16\), or \(K, \.\.\.\).*\(2, 3, 17\)"),
+        (torch.zeros(4, 4, 2, 3, 16), rf"'{QUERY}\.A'.*\(4, 4, 2, 3, 16\)"),
+        (torch.zeros(2, 2, 3, 16), "different numbers of particles"),
+        (torch.full((2, 3, 16), torch.nan), rf"'{QUERY}\.A'.*NaN"),
+    ],
+)
+def test_wrong_weights_are_refused_at_once(value: Tensor | None, message: str) -> None:
+    lora = pl.lift(bert())
+    with pytest.raises(ValueError, match=message):
+        lora.init_to(replaced(lora.weights(), value))
+
+
+# init_to_fresh
+
+
+def fresh_adapters(
+    make: Callable[[], PeftModel], num: int
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Per site: ``init_to_fresh``'s draws, and those of PEFT itself."""
+    lora = pl.lift(make())
+    init = lora.init_to_fresh()
+    ours = [start(lora, init) for _ in range(num)]
+    theirs = [pl.lift(make()).weights() for _ in range(num)]
+    return {
+        site: (
+            torch.stack([w[site] for w in ours]),
+            torch.stack([w[site] for w in theirs]),
+        )
+        for site in lora.sites
+    }
+
+
+@pytest.mark.parametrize("rule", [True, "gaussian", False])
+def test_fresh_weights_have_pefts_own_distribution(rule: Any) -> None:
+    def make() -> PeftModel:
+        network = without_peft(bert(target_modules=["query"]))
+        config = LoraConfig(
+            r=4, target_modules=["query"], task_type="SEQ_CLS", init_lora_weights=rule
+        )
+        return get_peft_model(network, config)
+
+    for site, (ours, theirs) in fresh_adapters(make, 40).items():
+        if site.startswith("head."):
+            continue  # PEFT copies it from the network
+        if not theirs.any():
+            assert not ours.any()
+            assert site.endswith(".B")
+            continue
+        assert (ours[0] != ours[1]).all()
+        assert_moments(ours, 0.0, float(theirs.std()))
+        gaussian = rule == "gaussian"
+        uniform_bound = 1 / math.sqrt(ours.shape[-1])
+        # Kaiming's uniform rule with a = sqrt(5), PEFT's for A and PyTorch's for all.
+        assert_moments(ours, 0.0, 1 / 4 if gaussian else uniform_bound / math.sqrt(3))
+        assert gaussian or ours.abs().max() <= uniform_bound
+
+
+def test_a_fresh_head_has_the_networks_own_distribution() -> None:
+    lora = pl.lift(bert(20, hidden_size=32))  # its initializer_range is 0.2
+    fresh = start(lora, lora.init_to_fresh())
+    assert_moments(fresh["head.classifier.weight"], 0.0, 0.2)
+    assert not fresh["head.classifier.bias"].any()
+
+
+def test_pretrained_biases_stay_in_a_fresh_start() -> None:
+    lora = pl.lift(bert(bias="lora_only", lora_bias=True))
+    fresh = start(lora, lora.init_to_fresh())
+    base = "base.bert.encoder.layer.attention.self.query.bias"
+    assert torch.equal(fresh[base], lora.weights()[base])
+    assert not fresh[f"{QUERY}.bias"].any()
+
+
+def test_fresh_weights_follow_the_seed() -> None:
+    lora = pl.lift(llama())
+    pyro.set_rng_seed(5)
+    one = start(lora, lora.init_to_fresh())
+    pyro.set_rng_seed(5)
+    two = start(lora, lora.init_to_fresh())
+    assert all(torch.equal(one[site], two[site]) for site in lora.sites)
+
+
+def test_an_init_that_depends_on_the_base_weights_is_refused() -> None:
+    lora = pl.lift(
+        adapted(
+            without_peft(bert(dtype=torch.float32)),
+            target_modules=["query"],
+            init_lora_weights="pissa",
+        )
+    )
+    with pytest.raises(ValueError, match=r"query.*'pissa'.*init_to_adapter"):
+        start(lora, lora.init_to_fresh())

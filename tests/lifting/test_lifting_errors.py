@@ -1,0 +1,396 @@
+"""Bad input: an error that names the site and the remedy, and a network unharmed."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from torch import Tensor, nn
+
+import pyro_lora as pl
+from pyro_lora.lifting.slots import LinearSlot
+from tests.networks import (
+    batch,
+    bert,
+    classifier,
+    inputs,
+    llama,
+    particles,
+    without_peft,
+)
+
+QUERY = "lora.bert.encoder.layer.attention.self.query"
+LAYER = r"base_model\.model\.bert\.encoder\.layer\.0\.attention\.self\.query"
+
+
+@contextmanager
+def refused(
+    network: nn.Module, message: str, error: type[Exception] = ValueError
+) -> Iterator[None]:
+    """The error is raised, and what the network computes and holds stays the same."""
+    texts = inputs(batch())
+    before = network(**texts).logits
+    values = {name: value.clone() for name, value in network.state_dict().items()}
+    with pytest.raises(error, match=message):
+        yield
+    assert torch.equal(network(**texts).logits, before)
+    after = network.state_dict()
+    assert [name for name in values if not torch.equal(values[name], after[name])] == []
+
+
+# What lift refuses.
+
+
+def test_a_trainable_layer_norm() -> None:
+    network = bert()
+    norm = network.base_model.model.bert.embeddings.LayerNorm
+    norm.weight.requires_grad_(True)
+    with refused(network, r"embeddings\.LayerNorm\.weight.*LayerNorm.*requires_grad_"):
+        pl.lift(network)
+    norm.weight.requires_grad_(False)
+    pl.lift(network)
+
+
+def test_nothing_trainable_and_no_adapter() -> None:
+    network = without_peft(bert()).requires_grad_(False)
+    with refused(network, "Nothing to lift.*get_peft_model"):
+        pl.lift(network)
+
+
+def test_no_adapter_but_one_was_named() -> None:
+    network = without_peft(bert())
+    with refused(network, "adapter='default'.*the model has none"):
+        pl.lift(network, adapter="default")
+
+
+def test_an_unknown_adapter() -> None:
+    network = bert()
+    with refused(network, r"No adapter 'other'.*\['default'\].*adapter="):
+        pl.lift(network, adapter="other")
+
+
+def two_adapters(network: PeftModel) -> PeftModel:
+    layers = [name.split(".")[-1] for name in network.targeted_module_names]
+    network.add_adapter("other", LoraConfig(r=2, target_modules=layers))
+    return network
+
+
+def test_an_adapter_that_is_not_active() -> None:
+    network = two_adapters(bert())
+    with refused(network, rf"{LAYER}.*'other' is not active.*set_adapter\('other'\)"):
+        pl.lift(network, adapter="other")
+    network.set_adapter("other")
+    pl.lift(network, adapter="other")
+
+
+def test_several_active_adapters() -> None:
+    network = two_adapters(llama(None))
+    network.base_model.set_adapter(["default", "other"])
+    with refused(network, r"\['default', 'other'\].*adapter="):
+        pl.lift(network)
+
+
+def test_a_second_trainable_adapter() -> None:
+    network = two_adapters(llama(None))
+    network.base_model.set_adapter(["default", "other"])
+    with refused(network, r"\.other\.weight' belongs to an adapter that isn't lifted"):
+        pl.lift(network, adapter="default")
+
+
+def test_a_merged_adapter_before_and_after_lifting() -> None:
+    network = bert()
+    network.merge_adapter()
+    with refused(network, rf"{LAYER}.*merged.*unmerge_adapter\(\)"):
+        pl.lift(network)
+    network.unmerge_adapter()
+    lora = pl.lift(network)
+    weights = particles(lora)
+    network.merge_adapter()
+    with refused(network, rf"{LAYER}.*merged.*unmerge_adapter\(\)"), lora.bind(weights):
+        pass
+    with refused(network, rf"{LAYER}.*merged.*unmerge_adapter\(\)"):
+        lora()
+
+
+def test_a_disabled_adapter_before_and_after_lifting() -> None:
+    network = bert()
+    message = rf"{LAYER}.*disabled.*enable_adapter_layers\(\)"
+    with network.disable_adapter(), refused(network, message):
+        pl.lift(network)
+    lora = pl.lift(network)
+    with network.disable_adapter(), refused(network, message):
+        lora()
+    with lora.bind(particles(lora)):
+        pass
+
+
+def test_dora() -> None:
+    network = bert(use_dora=True)
+    with refused(network, rf"{LAYER}.*DoraLinearVariant.*plain LoRA"):
+        pl.lift(network)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["word_embeddings"]},
+        {"target_modules": ["query"], "target_parameters": ["key.weight"]},
+    ],
+)
+@pytest.mark.parametrize("trainable", [True, False])
+def test_lora_that_does_not_call_its_layers(
+    settings: dict[str, Any], trainable: bool
+) -> None:
+    network = bert(**settings)
+    if not trainable:  # as an adapter that was loaded for inference
+        network.requires_grad_(False)
+    with refused(network, r"can't be lifted.*Adapt torch\.nn\.Linear only"):
+        pl.lift(network)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_an_adapter_with_nan(value: float) -> None:
+    network = bert()
+    layer = network.get_submodule(LAYER.replace("\\", ""))
+    with torch.no_grad():
+        layer.lora_B["default"].weight[1, 2] = value
+    message = rf"'{QUERY}\.B'.*layer\.0\.attention.*NaN.*re-initialise"
+    with pytest.raises(ValueError, match=message):
+        pl.lift(network)
+    assert not any(isinstance(module, LinearSlot) for module in network.modules())
+
+
+class OtherLinear(nn.Linear):
+    pass
+
+
+def tied() -> nn.Sequential:
+    layers = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    layers[1].weight = layers[0].weight
+    return layers
+
+
+def hooked() -> nn.Sequential:
+    layers = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    forward = layers[1].forward
+    layers[1].forward = lambda x: 2 * forward(x)  # as accelerate does
+    return layers
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        (tied, r"'0\.weight'.*2 layers share it.*Untie or freeze"),
+        (hooked, r"'1\.weight'.*replaced by a hook.*freeze"),
+        (
+            lambda: nn.Sequential(nn.Linear(3, 3), OtherLinear(3, 3)),
+            r"'1\.weight'.*torch\.nn\.Linear, found 'weight' of OtherLinear",
+        ),
+        (
+            lambda: nn.Sequential(nn.Linear(3, 3), nn.Conv1d(2, 2, 1)),
+            r"'1\.weight'.*torch\.nn\.Linear, found 'weight' of Conv1d",
+        ),
+        (
+            lambda: nn.Sequential(
+                nn.Linear(3, 3), nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))
+            ),
+            r"'1\.bias'.*torch\.nn\.Linear, found 'bias' of ParametrizedLinear",
+        ),
+    ],
+)
+def test_layers_that_a_slot_would_get_wrong(
+    layers: Callable[[], nn.Module], message: str
+) -> None:
+    network = layers()
+    with pytest.raises(ValueError, match=message):
+        pl.lift(network)
+    assert not any(isinstance(module, LinearSlot) for module in network.modules())
+
+
+# What bind and load refuse.
+
+
+def without_query(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {site: value for site, value in weights.items() if site != f"{QUERY}.A"}
+
+
+def with_query(value: Tensor) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+    return lambda weights: {**weights, f"{QUERY}.A": value}
+
+
+WRONG_WEIGHTS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
+    "missing": (without_query, rf"missing \['{QUERY}\.A'\].*lora\.sites"),
+    "unknown": (
+        lambda weights: {**weights, "head.other": torch.zeros(1)},
+        r"unknown \['head\.other'\].*lora\.sites",
+    ),
+    "wrong shape": (
+        with_query(torch.zeros(2, 3, 17)),
+        rf"'{QUERY}\.A': expected shape \(\.\.\., 2, 3, 16\), found \(2, 3, 17\)",
+    ),
+    "too few dims": (
+        with_query(torch.zeros(3, 16)),
+        rf"'{QUERY}\.A': expected shape \(\.\.\., 2, 3, 16\), found \(3, 16\)",
+    ),
+    "nan": (with_query(torch.full((2, 3, 16), torch.nan)), rf"'{QUERY}\.A'.*NaN"),
+    "infinite": (
+        with_query(torch.full((2, 3, 16), -torch.inf)),
+        rf"'{QUERY}\.A'.*every value must be finite",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", list(WRONG_WEIGHTS))
+@pytest.mark.parametrize("method", ["bind", "load"])
+def test_wrong_weights(method: str, case: str) -> None:
+    network = bert()
+    lora = pl.lift(network)
+    change, message = WRONG_WEIGHTS[case]
+    weights = change(particles(lora))
+    with refused(network, message):
+        if method == "load":
+            lora.load(weights)
+        with lora.bind(weights):
+            pass
+    with lora.bind(particles(lora)):
+        pass
+
+
+def test_load_takes_no_particles() -> None:
+    network = bert()
+    lora = pl.lift(network)
+    with refused(network, rf"'{QUERY}\.A': load takes one.*\(3, 2, 3, 16\).*Pick one"):
+        lora.load(particles(lora, 3))
+
+
+def test_particle_dims_that_do_not_broadcast() -> None:
+    network = bert()
+    lora = pl.lift(network)
+    weights = {**particles(lora, 3), f"{QUERY}.A": particles(lora, 2)[f"{QUERY}.A"]}
+    message = rf"broadcast: '{QUERY}\.A' has \(2,\), '{QUERY}\.B' has \(3,\).*same"
+    with refused(network, message), lora.bind(weights):
+        pass
+
+
+def test_no_particles_at_all() -> None:
+    network = bert()
+    lora = pl.lift(network)
+    with refused(network, r"\(0,\) hold no particle"), lora.bind(particles(lora, 0)):
+        pass
+
+
+# What a bound network refuses.
+
+
+@pytest.mark.parametrize("lead", [(), (3,)])
+def test_a_bound_network_after_its_block(lead: tuple[int, ...]) -> None:
+    network, texts = bert(), inputs(batch())
+    lora = pl.lift(network)
+    with lora.bind(particles(lora, *lead)) as net:
+        net(**texts)
+    with refused(network, "after its `with", RuntimeError):
+        net(**texts)
+    with pytest.raises(ZeroDivisionError), lora.bind(particles(lora)) as net:
+        raise ZeroDivisionError
+    with refused(network, "after its `with", RuntimeError):
+        net(**texts)
+
+
+@pytest.mark.parametrize("lead", [(), (3,)])
+def test_binding_inside_binding(lead: tuple[int, ...]) -> None:
+    network, texts = bert(), inputs(batch())
+    lora = pl.lift(network)
+    with lora.bind(particles(lora, *lead)) as outer:
+        expected = outer(**texts).logits
+        with (
+            pytest.raises(RuntimeError, match=r"Other weights.*before binding"),
+            lora.bind(particles(lora)),
+        ):
+            pass
+        sampled = lora()
+        with pytest.raises(RuntimeError, match="Other weights are bound"):
+            sampled(**texts)
+        assert torch.equal(outer(**texts).logits, expected)
+    with refused(network, "after its `with", RuntimeError):
+        outer(**texts)
+    assert sampled(**texts).logits.shape == (5, 2)
+
+
+def test_the_original_network_while_particles_are_bound() -> None:
+    network, texts = bert(), inputs(batch())
+    lora = pl.lift(network)
+    with (
+        refused(network, "need folded inputs.*lora", RuntimeError),
+        lora.bind(particles(lora, 3)),
+    ):
+        network(**texts)
+
+
+def test_labels_with_several_particles() -> None:
+    network, texts = bert(), batch()
+    lora = pl.lift(network)
+    weights = particles(lora, 3)
+    with refused(network, "'loss'.*mixes.*3 particles.*without labels"):
+        with lora.bind(weights) as net:
+            net(**texts)
+    one = {site: value[:1] for site, value in weights.items()}
+    with lora.bind(one) as net:
+        assert net(**texts).loss.shape == ()
+
+
+def test_inputs_that_cannot_be_folded() -> None:
+    network, texts = llama(None), inputs(batch(padding="left"))
+    lora = pl.lift(network)
+    with lora.bind(particles(lora, 3)) as net:
+        cache = net(**texts, use_cache=True).past_key_values
+        with pytest.raises(ValueError, match=r"'past_key_values'.*one particle"):
+            net(input_ids=texts["input_ids"][:, -1:], past_key_values=cache)
+        with pytest.raises(ValueError, match=r"'attention_mask'.*dict.*one particle"):
+            net(texts["input_ids"], attention_mask={"full": texts["attention_mask"]})
+        with pytest.raises(ValueError, match=r"'attention_mask'.*\(4, 7\).*batch of 5"):
+            net(texts["input_ids"], attention_mask=texts["attention_mask"][:4])
+        with pytest.raises(ValueError, match="No tensor input"):
+            net()
+        assert net(**texts).logits.shape == (3, 5, 7, 50)
+
+
+# What a model refuses.
+
+
+def sampled_without(missing: str | None) -> Callable[[pl.LiftedNetwork], Any]:
+    def prior(lora: pl.LiftedNetwork) -> Any:
+        weights = {
+            site: pyro.sample(site, dist.Normal(zeros, zeros + 1).to_event(zeros.ndim))
+            for site, zeros in lora.zeros().items()
+            if site != missing
+        }
+        return None if missing is None else weights
+
+    return prior
+
+
+def test_a_prior_that_misses_a_site() -> None:
+    network = bert()
+    lora = pl.lift(network, prior=sampled_without(f"{QUERY}.A"))
+    with refused(network, rf"missing \['{QUERY}\.A'\].*lora\.sites"):
+        classifier(lora)(**batch())
+
+
+def test_a_prior_that_forgets_to_return() -> None:
+    network = bert()
+    lora = pl.lift(network, prior=sampled_without(None))
+    with refused(network, r"returns.*by site.*NoneType", TypeError):
+        classifier(lora)(**batch())
+
+
+def test_a_prior_of_a_wrong_shape() -> None:
+    network = bert()
+    lora = pl.lift(
+        network, prior=lambda lora: {k: v[0] for k, v in lora.zeros().items()}
+    )
+    with refused(network, rf"'{QUERY}\.A': expected shape.*lora\.weights\(\)"):
+        classifier(lora)(**batch())

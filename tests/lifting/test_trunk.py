@@ -1,0 +1,174 @@
+"""Layers below the first adapted one run once for all particles, and change nothing."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+import pyro_lora as pl
+from tests.networks import batch, bert, inputs, llama, particles
+
+
+def bert_on_top(**settings: Any) -> PeftModel:
+    return bert(3, num_layers=3, layers_to_transform=[2], **settings)
+
+
+def llama_on_top() -> PeftModel:
+    return llama(3, num_layers=3, layers_to_transform=[2])
+
+
+def layers(network: PeftModel) -> nn.ModuleList:
+    """The stack of its three layers."""
+    return next(
+        module for module in network.modules() if isinstance(module, nn.ModuleList)
+    )
+
+
+@contextmanager
+def rows_seen(network: PeftModel) -> Iterator[list[int]]:
+    """How many rows each layer was called with."""
+    seen: list[int] = []
+    handles = [
+        next(
+            m for m in layer.modules() if isinstance(m, nn.Linear)
+        ).register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+        for layer in layers(network)
+    ]
+    yield seen
+    for handle in handles:
+        handle.remove()
+
+
+def loop(
+    lora: pl.LiftedNetwork,
+    weights: dict[str, Tensor],
+    call: Callable[[Any], Tensor],
+) -> list[Tensor]:
+    outputs = []
+    for i in range(next(iter(weights.values())).shape[0]):
+        with lora.bind({site: value[i] for site, value in weights.items()}) as net:
+            outputs.append(call(net))
+    return outputs
+
+
+@pytest.mark.parametrize("kind", [bert_on_top, llama_on_top])
+@pytest.mark.parametrize("length", [7, 15, 5])
+def test_particles_are_a_loop_over_one_particle(
+    kind: Callable[[], PeftModel], length: int
+) -> None:
+    network, texts = kind(), inputs(batch(length=length))
+    lora = pl.lift(network)
+    weights = particles(lora, 3)
+    with lora.bind(weights) as net, rows_seen(network) as seen:
+        together = net(**texts).logits
+    # With 15 tokens in each of 3 x 5 rows, rows and tokens can't be told apart.
+    assert seen == ([15, 15, 15] if length == 15 else [5, 5, 15])
+    expected = loop(lora, weights, lambda net: net(**texts).logits)
+    assert_close(together, torch.stack(expected), rtol=0, atol=1e-12)
+
+
+def test_gradients_are_those_of_the_loop() -> None:
+    network, texts = bert_on_top(), inputs(batch())
+    lora = pl.lift(network)
+    weights = {k: v.requires_grad_() for k, v in particles(lora, 3).items()}
+    with lora.bind(weights) as net:
+        together = net(**texts).logits.square().sum()
+    one_by_one = loop(lora, weights, lambda net: net(**texts).logits.square().sum())
+    found = torch.autograd.grad(together, list(weights.values()))
+    expected = torch.autograd.grad(sum(one_by_one), list(weights.values()))
+    assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_a_key_value_cache_holds_every_particle() -> None:
+    network = llama(None, num_layers=3, layers_to_transform=[2])
+    lora = pl.lift(network)
+    with lora.bind(particles(lora, 3)) as net:
+        cache = net(**inputs(batch()), use_cache=True).past_key_values
+    assert [len(layer.keys) for layer in cache.layers] == [15, 15, 15]
+
+
+def test_every_layers_states_are_there_when_asked_for() -> None:
+    network, texts = bert_on_top(), inputs(batch())
+    lora = pl.lift(network)
+    weights = particles(lora, 3)
+    with lora.bind(weights) as net:
+        states = net(**texts, output_hidden_states=True).hidden_states
+    assert [state.shape for state in states] == [(3, 5, 7, 16)] * 4
+
+
+def test_dropout_stays_independent_between_particles() -> None:
+    network, texts = bert_on_top(dropout=0.5), inputs(batch())
+    lora = pl.lift(network)
+    same = {k: v.expand(3, *v.shape) for k, v in lora.weights().items()}
+    with lora.bind(same) as net, rows_seen(network) as seen:
+        net(**texts)
+    assert seen == [5, 5, 15]
+    network.train()
+    with lora.bind(same) as net, rows_seen(network) as seen:
+        logits = net(**texts).logits
+    assert seen == [15, 15, 15]
+    assert (logits[0] - logits[1]).abs().min() > 1e-6
+    network.eval()
+    with lora.bind(same) as net:
+        logits = net(**texts).logits
+    assert_close(logits[0], logits[1], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_cache": False}, {"num_beams": 2}])
+def test_generate_equals_sequential_calls(settings: dict[str, Any]) -> None:
+    network = llama(None, num_layers=3, layers_to_transform=[2])
+    texts = inputs(batch(padding="left"))
+    # No end of a text: every row of every particle is as long as the others.
+    settings = {
+        "max_new_tokens": 12,
+        "do_sample": False,
+        "eos_token_id": -1,
+        **settings,
+    }
+    lora = pl.lift(network)
+    weights = particles(lora, 3, spread=1.0)
+    with lora.bind(weights) as net:
+        together = net.generate(**texts, **settings)
+    expected = loop(lora, weights, lambda net: net.generate(**texts, **settings))
+    assert torch.equal(together, torch.stack(expected))
+    assert not torch.equal(together[0], together[1])
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
+@pytest.mark.parametrize("kind", [bert_on_top, llama_on_top])
+def test_gradients_are_equal_with_checkpointing(kind: Callable[[], PeftModel]) -> None:
+    network, texts = kind(), inputs(batch())
+    lora = pl.lift(network)
+    weights = {k: v.requires_grad_() for k, v in particles(lora, 3).items()}
+
+    def gradients() -> tuple[Tensor, ...]:
+        with lora.bind(weights) as net:
+            loss = net(**texts).logits.square().sum()
+        return torch.autograd.grad(loss, list(weights.values()))
+
+    expected = gradients()
+    settings = {"use_reentrant": False, "context_fn": lora.context_fn}
+    network.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+    network.train()
+    assert_close(gradients(), expected, rtol=0, atol=1e-12)
+
+
+def test_the_layers_are_as_before_after_a_call_and_after_an_exception() -> None:
+    network, texts = bert_on_top(), inputs(batch())
+    expected = network(**texts).logits
+    lora = pl.lift(network)
+    weights = particles(lora, 3)
+    with lora.bind(weights) as net:
+        net(**texts)
+    assert torch.equal(network(**texts).logits, expected)
+    handle = layers(network)[1].register_forward_hook(lambda *_: 1 / 0)
+    with lora.bind(weights) as net, pytest.raises(ZeroDivisionError):
+        net(**texts)
+    handle.remove()
+    assert not any("forward" in vars(layer) for layer in layers(network))
+    assert torch.equal(network(**texts).logits, expected)

@@ -1,0 +1,173 @@
+"""Tiny PEFT networks with random weights, and padded batches for them."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import pyro
+import pyro.distributions as dist
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    LlamaConfig,
+)
+
+from pyro_lora import LiftedNetwork
+
+PAD = 0
+VOCABULARY = 50
+
+
+def bert(
+    num_labels: int = 2,
+    *,
+    num_layers: int = 2,
+    hidden_size: int = 16,
+    dropout: float = 0.0,
+    attention: Literal["sdpa", "eager"] = "sdpa",
+    dtype: torch.dtype = torch.float64,
+    **lora: Any,
+) -> PeftModel:
+    """A BERT classifier with LoRA on query and value, and a trained head.
+
+    Args:
+        lora: Fields of ``peft.LoraConfig`` that differ from :func:`adapted`'s.
+    """
+    config = BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=hidden_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=2,
+        intermediate_size=2 * hidden_size,
+        max_position_embeddings=32,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+        initializer_range=0.2,  # the default would make the outputs nearly constant
+        num_labels=num_labels,
+        pad_token_id=PAD,
+        attn_implementation=attention,
+    )
+    network = AutoModelForSequenceClassification.from_config(config)
+    return adapted(
+        network.to(dtype),
+        **{"target_modules": ["query", "value"], "task_type": "SEQ_CLS", **lora},
+    )
+
+
+def llama(
+    num_labels: int | None = 2,
+    *,
+    num_layers: int = 2,
+    hidden_size: int = 16,
+    attention: Literal["sdpa", "eager"] = "sdpa",
+    dtype: torch.dtype = torch.float64,
+    **lora: Any,
+) -> PeftModel:
+    """A Llama with LoRA on the query and value projections.
+
+    Args:
+        num_labels: Classes of its trained head, None for a causal language model.
+        lora: Fields of ``peft.LoraConfig`` that differ from :func:`adapted`'s.
+    """
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=hidden_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=2 * hidden_size,
+        max_position_embeddings=32,
+        initializer_range=0.2,
+        pad_token_id=PAD,
+        attn_implementation=attention,
+        **({} if num_labels is None else {"num_labels": num_labels}),
+    )
+    kind: Any = (
+        AutoModelForCausalLM
+        if num_labels is None
+        else AutoModelForSequenceClassification
+    )
+    task = "CAUSAL_LM" if num_labels is None else "SEQ_CLS"
+    return adapted(
+        kind.from_config(config).to(dtype),
+        **{"target_modules": ["q_proj", "v_proj"], "task_type": task, **lora},
+    )
+
+
+def adapted(network: nn.Module, **lora: Any) -> PeftModel:
+    """The network with LoRA, r=3 and alpha=6, whose B isn't zero.
+
+    Args:
+        lora: Further fields of ``peft.LoraConfig``.
+    """
+    peft_model = get_peft_model(
+        network, LoraConfig(**{"r": 3, "lora_alpha": 6, **lora})
+    )
+    randomize_adapter(peft_model)
+    return peft_model.eval()
+
+
+def without_peft(peft_model: PeftModel) -> Any:
+    """The network under the adapter."""
+    network = peft_model.unload()
+    vars(network).pop("peft_config", None)  # which peft < 0.18 leaves there
+    return network
+
+
+@torch.no_grad()
+def randomize_adapter(peft_model: nn.Module) -> None:
+    """Give LoRA's B, zero at first, and trained biases values that matter."""
+    for name, parameter in peft_model.named_parameters():
+        if "lora_B" in name or (name.endswith("bias") and parameter.requires_grad):
+            parameter.normal_(std=0.3)
+
+
+def batch(
+    batch_size: int = 5,
+    length: int = 7,
+    *,
+    num_labels: int = 2,
+    padding: Literal["left", "right"] = "right",
+) -> dict[str, Tensor]:
+    """Texts of different lengths, padded, with labels."""
+    ids = torch.randint(1, VOCABULARY, (batch_size, length))
+    lengths = length - torch.arange(batch_size) % (length - 1)
+    mask = torch.arange(length) < lengths[:, None]
+    mask = mask.flip(1) if padding == "left" else mask
+    return {
+        "input_ids": ids.where(mask, torch.tensor(PAD)),
+        "attention_mask": mask.long(),
+        "labels": torch.randint(num_labels, (batch_size,)),
+    }
+
+
+def inputs(texts: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The batch without its labels: what the network itself takes."""
+    return {name: value for name, value in texts.items() if name != "labels"}
+
+
+def particles(
+    lora: LiftedNetwork, *lead: int, spread: float = 0.3
+) -> dict[str, Tensor]:
+    """The adapter's weights plus normal noise of standard deviation ``spread``."""
+    return {
+        site: value + spread * torch.randn(*lead, *value.shape, dtype=value.dtype)
+        for site, value in lora.weights().items()
+    }
+
+
+def classifier(lora: LiftedNetwork, num_data: int = 100) -> Callable[..., Tensor]:
+    """The Pyro model of a lifted classifier."""
+
+    def model(
+        input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None
+    ) -> Tensor:
+        net = lora()
+        logits = net(input_ids=input_ids, attention_mask=attention_mask).logits
+        with pyro.plate("data", num_data, subsample=input_ids):
+            return pyro.sample("y", dist.Categorical(logits=logits), obs=labels)
+
+    return model

@@ -1,0 +1,185 @@
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
+
+from examples import demo, vader
+from examples.rows import Row, read_corpus
+
+GOOD = ["fine", "good", "great", "lovely"]
+BAD = ["awful", "bad", "dull", "poor"]
+SPECIAL = ["[PAD]", "[UNK]"]
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A folder with a random two-layer BERT and a tokenizer of ten words."""
+    folder = tmp_path / "model"
+    words = {word: i for i, word in enumerate([*SPECIAL, "film", *GOOD, *BAD])}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]"
+    ).save_pretrained(folder)
+    config = BertConfig(
+        vocab_size=len(words),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=32,
+        pad_token_id=0,
+    )
+    BertForSequenceClassification(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    """32 rows of two or three words, in a file of JSON lines."""
+    records = [
+        {"text": f"{first} {second}{' film' * (i % 2)}", "label": label}
+        for label, words in {"pro": GOOD, "contra": BAD}.items()
+        for i, first in enumerate(words)
+        for second in words
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(record) for record in records) + "\n")
+    return path
+
+
+def run_demo(model: Path, rows: Path, out: Path, *options: str) -> dict[str, Any]:
+    demo.main(
+        [
+            f"--model={model}",
+            f"--train={rows}",
+            f"--test={rows}",
+            f"--out={out}",
+            "--epochs=2",
+            "--num-particles=2",
+            *options,
+        ]
+    )
+    return json.loads((out / "table.json").read_text())["rows"]
+
+
+@pytest.mark.filterwarnings("ignore:The weights aren't a mode")
+def test_demo_prints_every_method_and_writes_its_files(
+    model: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    found = run_demo(model, rows, out)
+    assert list(found) == [
+        "MAP",
+        "MAP + temperature scaling",
+        "deep ensemble",
+        "Laplace (evidence)",
+        "Laplace (held-out nll)",
+        "SVGD (all weights)",
+        "SVGD (function space)",
+        "mixture of Laplace at these particles",
+    ]
+    for values in found.values():
+        assert 0 <= values["accuracy"] <= 1
+        assert values["auroc"] is None  # there are no other domains
+        assert values["spearman"] is None  # nor ratings
+    table = (out / "table.txt").read_text()
+    assert table.strip() in capsys.readouterr().out
+    for line in table.splitlines():
+        if line.startswith("MAP  "):
+            assert line.split()[5:7] == ["-", "-"]
+    for name in ("laplace.nc", "svgd.nc", "reliability.png", "evidence.png"):
+        assert (out / name).stat().st_size > 0
+    assert list((out / "adapters" / "laplace").glob("**/adapter_model.safetensors"))
+
+
+@pytest.mark.filterwarnings("ignore:The weights aren't a mode")
+def test_quick_demo_is_map_temperature_scaling_and_laplace(
+    model: Path, rows: Path, tmp_path: Path
+) -> None:
+    found = run_demo(model, rows, tmp_path / "out", "--quick", "--layers=all")
+    assert list(found) == ["MAP", "MAP + temperature scaling", "Laplace (evidence)"]
+
+
+def test_demo_says_what_is_wrong_without_a_traceback(model: Path, rows: Path) -> None:
+    with pytest.raises(SystemExit, match="give both or none"):
+        demo.main([f"--train={rows}"])
+    with pytest.raises(SystemExit, match=r"absent\.jsonl"):
+        demo.main([f"--model={model}", f"--train={rows}", "--test=absent.jsonl"])
+
+
+def test_labels_may_be_numbers_or_names_in_either_format(tmp_path: Path) -> None:
+    train, test = tmp_path / "train.csv", tmp_path / "test.jsonl"
+    train.write_text('text,label\n"one, two",10\nthree,9\n')
+    test.write_text('{"text": "four", "label": 10}\n\n')
+    corpus = read_corpus(train, test)
+    assert corpus.classes == ("9", "10")
+    assert corpus.train == [Row("one, two", 1), Row("three", 0)]
+    assert corpus.test == [Row("four", 1)]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "no rows"),
+        ('{"text": "a", "label": 1}\n', "at least two"),
+        ('{"text": "a", "label": 1}\n{"text": "b"}\n', "line 2: expected the fields"),
+        ('{"text": "a", "label": 1}\n[1]\n', "line 2: expected the fields"),
+        ('{"text": "a", "label": 1}\n{"te', "line 2: not JSON"),
+    ],
+)
+def test_a_bad_file_of_rows_is_named(
+    tmp_path: Path, content: str, message: str
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message) as raised:
+        read_corpus(path, path)
+    assert str(path) in str(raised.value)
+
+
+def test_a_label_that_training_never_saw_is_refused(tmp_path: Path) -> None:
+    train, test = tmp_path / "train.jsonl", tmp_path / "test.jsonl"
+    train.write_text('{"text": "a", "label": 0}\n{"text": "b", "label": 1}\n')
+    test.write_text('{"text": "a", "label": 2}\n')
+    with pytest.raises(ValueError, match="label '2' is not among"):
+        read_corpus(train, test)
+
+
+@pytest.mark.parametrize("fetched", [None, b"something else"])
+def test_a_failed_download_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fetched: bytes | None
+) -> None:
+    def pip(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        if fetched is None:
+            return subprocess.CompletedProcess(command, 1, "", "ERROR: no connection")
+        folder = Path(command[command.index("-d") + 1])
+        (folder / vader.ARCHIVE).write_bytes(fetched)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", pip)
+    cache = tmp_path / "cache"
+    error, message = (
+        (RuntimeError, "no connection\nCheck")
+        if fetched is None
+        else (ValueError, "nothing was kept")
+    )
+    with pytest.raises(error, match=message):
+        vader.fetch(cache)
+    assert not list(cache.iterdir())
+
+
+def test_a_damaged_archive_in_the_cache_is_refused(tmp_path: Path) -> None:
+    (tmp_path / vader.ARCHIVE).write_bytes(b"half of it")
+    with pytest.raises(ValueError, match=r"Delete .* and run again"):
+        vader.load(tmp_path)
