@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 STAMP := .venv/.installed-$(VERSION)
 
 export TOKENIZERS_PARALLELISM := false
-test demo: export HF_HUB_OFFLINE := 1
+test: export HF_HUB_OFFLINE := 1
 
 .PHONY: .venv test lint demo docs
 .DEFAULT_GOAL := test

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import pyro
 from peft import PeftModel
 from torch import Tensor
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 import pyro_lora as pl
@@ -185,15 +186,23 @@ class _Method:
         return pl.MixturePosterior(components)
 
     def add(self, predict: Predictor) -> None:
+        """Predict the test rows and the other domains; stop the clock."""
         corpus = self._task.corpus
+        predictions = {
+            domain: predict(
+                tqdm(
+                    self._task.ordered(rows),
+                    desc=f"{self._name}: predict {domain}",
+                    unit="batch",
+                )
+            )
+            for domain, rows in {"test": corpus.test, **corpus.domains}.items()
+        }
         self._study.outcomes.append(
             Outcome(
                 name=self._name,
-                test=predict(self._task.ordered(corpus.test)),
-                domains={
-                    domain: predict(self._task.ordered(rows))
-                    for domain, rows in corpus.domains.items()
-                },
+                test=predictions.pop("test"),
+                domains=predictions,
                 seconds=time.perf_counter() - self._start,
             )
         )
@@ -202,7 +211,7 @@ class _Method:
 def _at_mode(model: Callable[..., Tensor], guide: pl.AutoLaplace) -> Predictor:
     def predict(data: Batches) -> pl.Prediction:
         with pyro.get_param_store().scope():  # a store of its own, as in fit_map
-            return pl.predict(model, guide, data, num_samples=1, progress_bar=True)
+            return pl.predict(model, guide, data, num_samples=1)
 
     return predict
 
@@ -210,16 +219,14 @@ def _at_mode(model: Callable[..., Tensor], guide: pl.AutoLaplace) -> Predictor:
 def _sampled(
     model: Callable[..., Tensor], particles: pl.ParticlePosterior
 ) -> Predictor:
-    return lambda data: pl.predict(model, particles, data, progress_bar=True)
+    return lambda data: pl.predict(model, particles, data)
 
 
 def _linearized(
     model: Callable[..., Tensor],
     posterior: pl.LaplacePosterior | pl.MixturePosterior,
 ) -> Predictor:
-    return lambda data: pl.predict(
-        model, posterior, data, method="linearized", progress_bar=True
-    )
+    return lambda data: pl.predict(model, posterior, data, method="linearized")
 
 
 def _split(rows: list[Row], seed: int) -> tuple[list[Row], list[Row]]:

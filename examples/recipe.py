@@ -136,7 +136,7 @@ def decaying_adam(num_steps: int) -> pyro.optim.PyroLRScheduler:
     def factor(step: int) -> float:
         return min((step + 1) / NUM_WARMUP_STEPS, 1.0) * (1 - step / num_steps)
 
-    return pyro.optim.LambdaLR(
+    return pyro.optim.LambdaLR(  # type: ignore[attr-defined]  # made at import
         {
             "optimizer": torch.optim.Adam,
             "optim_args": {"lr": LEARNING_RATE},

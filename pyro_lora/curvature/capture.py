@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -97,17 +98,16 @@ def capture_layers(
             "their gradients can't be read. Set inplace=False in its activations."
         )
     outputs = [call.output for call in calls]
-    rows = [
-        _output_gradients(term, outputs, i == len(terms) - 1)
+    rows = [  # M queues, from which each gradient is taken once, to free its memory
+        deque(_output_gradients(term, outputs, i == len(terms) - 1))
         for i, term in enumerate(terms)
     ]
-    columns = iter(zip(*rows, strict=True))  # for each call, its M gradients
     inputs: dict[LinearSlot, Tensor] = {}
     gradients: dict[LinearSlot, Tensor] = {}
     for slot, of_slot in record.calls.items():
         inputs[slot] = torch.cat([_by_token(c.input, batch_size) for c in of_slot], 1)
         per_call = [
-            torch.stack([_by_token(g, batch_size) for g in next(columns)])
+            torch.stack([_by_token(row.popleft(), batch_size) for row in rows])
             for _ in of_slot
         ]
         gradients[slot] = torch.cat(per_call, 2)
@@ -126,7 +126,7 @@ def capture_layers(
     return captures
 
 
-def without_padding(captures: Sequence[LayerCapture]) -> list[LayerCapture]:
+def without_padding(captures: Sequence[LayerCapture]) -> Iterator[LayerCapture]:
     """Set to exactly zero the gradients of the tokens that don't count for a layer.
 
     A token counts where its largest gradient exceeds 1e3 eps times the largest
@@ -137,20 +137,16 @@ def without_padding(captures: Sequence[LayerCapture]) -> list[LayerCapture]:
     Args:
         captures: All layers of one batch.
 
-    Returns:
+    Yields:
         The same captures with gradients masked.
     """
     sizes = [c.gradients.abs().amax((0, 3)) for c in captures]  # (B, T) each
     largest = torch.stack([s.amax(1) for s in sizes]).amax(0)  # (B,)
-    result = []
     for capture, size in zip(captures, sizes, strict=True):
         # Half precision rounds each gradient, but what should be zero stays near zero.
         dtype = torch.promote_types(size.dtype, torch.float32)
         counts = (size > 1e3 * torch.finfo(dtype).eps * largest[:, None])[..., None]
-        result.append(
-            LayerCapture(capture.site, capture.inputs, capture.gradients * counts)
-        )
-    return result
+        yield replace(capture, gradients=capture.gradients * counts)
 
 
 def _output_gradients(

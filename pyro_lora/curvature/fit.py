@@ -221,13 +221,13 @@ def _batch_sums(
     captures = capture_layers(networks, record, found.terms)
     if found.coordinates is not None:
         score = score_gradients(captures, found.coordinates)
-    captures = without_padding(captures)
-    a, g = [c.inputs for c in captures], [c.gradients for c in captures]
+    counted = without_padding(captures)
     if structure is structures.dense:
+        a, g = zip(*((c.inputs, c.gradients) for c in counted), strict=True)
         factors: list[Any] = [structures.dense(a, g)]
     else:
-        layer_structure = cast(structures.LayerStructure, structure)
-        factors = [layer_structure(a_l, g_l) for a_l, g_l in zip(a, g, strict=True)]
+        of_layer = cast(structures.LayerStructure, structure)
+        factors = [of_layer(c.inputs, c.gradients) for c in counted]
     num_data = found.terms.shape[1]
     return _DataSums(factors, score, log_prob.detach().double().sum(), num_data)
 
@@ -286,7 +286,7 @@ def _check_finite(found: _DataSums, index: int, site: str) -> None:
             f"{remedy}"
         )
     for name, layers in found.score.items():
-        if not all(bool(torch.isfinite(layer).all()) for layer in layers):
+        if not torch.stack([layer.isfinite().all() for layer in layers]).all():
             raise ValueError(
                 f"Batch {index}: the gradient of site {name!r} has NaN or infinite "
                 f"values. {remedy}"

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.quasirandom import SobolEngine
 
-# Sobol points. The error in a probability is 1e-4 at most for 3 classes and logits of sd
-# 1, .003 for 5 classes and sd 10.
+# Sobol points. The error in a probability is 1e-4 at most for 3 classes and logits of
+# sd 1, .003 for 5 classes and sd 10.
 _NUM_POINTS = 4096
 _WIDE = 1.5  # sd from which the integral runs over the logit instead of the noise
 

@@ -107,7 +107,7 @@ def linearized_logits(
             )
         values, basis = contrasts(fn)
         terms = data_plate(site).data_last(values, fn.batch_shape)  # (M, B)
-    captures = capture_layers(networks, record, terms)
+        captures = capture_layers(networks, record, terms)
     covariances = gaussian.covariance(
         jacobians(captures), prior_precisions or [gaussian.prior_precision]
     )

@@ -32,7 +32,7 @@ from pyro_lora.predict.draws import (
 )
 
 if TYPE_CHECKING:
-    from xarray import Dataset, DataTree
+    from xarray import DataTree
 
 DEFAULT_NUM_SAMPLES = 100  # PSIS needs 25; quantiles want a few more
 
@@ -79,9 +79,17 @@ def to_datatree(
         ``.to_zarr(path)`` write it.
 
     Raises:
+        ImportError: If ArviZ isn't installed.
         ValueError: If the model is missing or doesn't fit the posterior, ``batches``
             is empty, only some batches have labels, or raw weights are too many.
     """
+    try:  # an extra: the rest of pyro_lora runs without it
+        from arviz_base import dict_to_dataset
+        from xarray import DataTree
+    except ImportError as error:
+        raise ImportError(
+            "to_datatree needs ArviZ. Install it by: pip install 'pyro-lora[arviz]'"
+        ) from error
     if weights not in ("delta", "raw"):
         raise ValueError(f"weights must be 'delta' or 'raw', found {weights!r}.")
     variables = delta_variables if weights == "delta" else raw_variables
@@ -123,29 +131,19 @@ def to_datatree(
         **_data_groups(data),
     }
     attrs = {"posterior": _attributes(posterior)}
-    from xarray import DataTree  # comes with arviz_base
-
+    datasets = {}
     # Group by group: a site's draws and its log prior have one name and other dims.
-    return DataTree.from_dict(
-        {
-            name: _dataset(group, name, attrs.get(name, {}))
-            for name, group in groups.items()
-            if group.values
-        }
-    )
-
-
-def _dataset(variables: Variables, group: str, attrs: dict[str, Any]) -> Dataset:
-    import arviz_base  # an extra: the rest of pyro_lora runs without it
-
-    per_draw = not group.endswith("_data")
-    return arviz_base.dict_to_dataset(
-        {n: x[None] if per_draw else x for n, x in variables.values.items()},
-        dims=variables.dims,
-        coords=variables.coords,
-        sample_dims=["chain", "draw"] if per_draw else [],
-        attrs={"inference_library": "pyro_lora", **attrs},
-    )
+    for name, group in groups.items():
+        per_draw = not name.endswith("_data")
+        if group.values:
+            datasets[name] = dict_to_dataset(
+                {n: x[None] if per_draw else x for n, x in group.values.items()},
+                dims=group.dims,
+                coords=group.coords,
+                sample_dims=["chain", "draw"] if per_draw else [],
+                attrs={"inference_library": "pyro_lora", **attrs.get(name, {})},
+            )
+    return DataTree.from_dict(datasets)
 
 
 def _first_batch(

@@ -5,19 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import pyro
-import pyro.distributions as dist
 from torch import Tensor
 
 from pyro_lora.curvature.block_gaussian import BlockGaussian, Eigenblocks
 from pyro_lora.curvature.dense_gaussian import DenseGaussian
 from pyro_lora.curvature.weight_gaussian import WeightGaussian, Weights
-from pyro_lora.infer.laplace_posterior import LaplacePosterior
+from pyro_lora.infer.laplace_posterior import LaplacePosterior, normal_prior
 from pyro_lora.infer.mixture_posterior import MixturePosterior
 from pyro_lora.infer.particle_posterior import ParticlePosterior
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.lifting.model_trace import Model
-from pyro_lora.lifting.priors import Prior
 
 Posterior = LaplacePosterior | ParticlePosterior | MixturePosterior
 Tensors = dict[str, Tensor]
@@ -115,7 +112,7 @@ def restore(
         mean,
         tensors[f"{prefix}log_likelihood"],
         tensors[f"{prefix}log_prior"],
-        _normal_prior(mean, gaussian.prior_precision),
+        normal_prior(mean, gaussian.prior_precision),
         loras,
         model,
         description["obs_site"],
@@ -160,18 +157,6 @@ def _restore_gaussian(
         for site in sites
     }
     return BlockGaussian(loc, tau, blocks)
-
-
-def _normal_prior(mean: Weights, precision: Weights) -> Prior:
-    def prior(lora: LiftedNetwork) -> Weights:
-        weights = {}
-        for site in lora.sites:
-            scale = precision[site].rsqrt().expand(mean[site].shape)
-            fn = dist.Normal(mean[site], scale).to_event(scale.ndim)
-            weights[site] = pyro.sample(site, fn)
-        return weights
-
-    return prior
 
 
 def _named(prefix: str, values: Mapping[str, Tensor]) -> Tensors:

@@ -144,12 +144,13 @@ class AutoLaplace(AutoDelta):
         Raises:
             ValueError: If there is nothing to take them from.
         """
-        if iter(batches) is batches:
+        iterator = iter(batches)
+        if iterator is batches:
             raise ValueError(
                 "The batches are an iterator, which can be read once only. Give a list "
                 "or a DataLoader."
             )
-        first = next(iter(batches), None)
+        first = next(iterator, None)
         if first is None:
             raise ValueError(NO_BATCHES)
         # AutoDelta would take a missing label for a parameter, so look first.

@@ -118,7 +118,7 @@ class LaplacePosterior:
             .sum()
             for s, x in gaussian.loc.items()
         )
-        prior = _normal_prior(self.prior_mean, tau)
+        prior = normal_prior(self.prior_mean, tau)
         return replace(self, gaussian=gaussian, log_prior=log_prior, prior=prior)
 
     def optimize_prior(
@@ -189,7 +189,9 @@ class LaplacePosterior:
         return self.model
 
 
-def _normal_prior(mean: Weights, precision: Weights) -> Prior:
+def normal_prior(mean: Weights, precision: Weights) -> Prior:
+    """The prior N(mean, 1 / precision), both by site."""
+
     def prior(lora: LiftedNetwork) -> Weights:
         return {
             site: pyro.sample(

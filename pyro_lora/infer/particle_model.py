@@ -255,7 +255,7 @@ def particle_model(
             continue
         frames = [f for f in site["cond_indep_stack"] if f.vectorized]
         fn = site["fn"]
-        needed[name] = max([len(fn.batch_shape), *[-f.dim for f in frames]])
+        needed[name] = len(fn.batch_shape)
         if site["is_observed"]:
             continue
         if fn.support.is_discrete:

@@ -75,8 +75,9 @@ class SVGD:
         transport: None is ``"repulsive"`` in function space, ``"stein"`` elsewhere.
         repulsion: :math:`\beta` of the repulsive transport: a number, or a function of
             (fraction, minibatch loss in nats per datum, mean over particles). None is 1
-            in weight space; in function space it is 0.4 N while the particles fit the
-            minibatch better than 0.3 nats per datum, fading to 0 at that loss.
+            in weight space. In function space it is 0.4 N at a loss of 0, falling to 0
+            at 0.3 nats per datum; that is for class labels, since the loss of a Normal
+            depends on its units.
         chunk_size: Particles in one forward pass; None is all. Same numbers, less
             memory; function space then needs a second forward pass.
         init_loc_fn: Where particles start, for example
@@ -149,6 +150,7 @@ class SVGD:
         self._chunk_size = chunk_size or num_particles
         self._init_loc_fn, self._obs_site = init_loc_fn, obs_site
         self._particles: Weights | None = None
+        self._loaded_values: Weights = {}
         self._target: ParticleModel | None = None
         self._fraction = 1.0  # of the run that is done; 1 outside of run()
         self._warned = False
@@ -236,10 +238,12 @@ class SVGD:
         Raises:
             ValueError: Before the first step.
         """
-        if self._particles is None or self._target is None:
+        if self._particles is None:
             raise ValueError("There are no particles before the first step.")
-        with torch.no_grad():
-            values = self._target.constrained(self._particles)
+        values = self._loaded_values  # until a step has seen the sites' supports
+        if self._target is not None:
+            with torch.no_grad():
+                values = self._target.constrained(self._particles)
         return {site: value.detach().clone() for site, value in values.items()}
 
     def get_samples(
@@ -267,10 +271,13 @@ class SVGD:
         """The particles as a guide.
 
         Raises:
-            ValueError: Before the first step.
+            ValueError: Before the first step (of this object, if a state was loaded).
         """
         particles = self.get_named_particles()
-        assert self._target is not None
+        if self._target is None:
+            raise ValueError(
+                "Step once after loading a state: the model is unknown yet."
+            )
         return ParticlePosterior(
             particles, self._target.networks, self._model, self._obs_site
         )
@@ -284,6 +291,7 @@ class SVGD:
         if self._particles is None:
             raise ValueError("There is no state before the first step.")
         return {
+            "values": self.get_named_particles(),
             "particles": {s: x.detach().clone() for s, x in self._particles.items()},
             "optim": {
                 s: optimizer_state(self._optim, x) for s, x in self._particles.items()
@@ -301,7 +309,7 @@ class SVGD:
             ValueError: If the state is that of another model, K or optimiser; this
                 object is then unchanged.
         """
-        if not state.keys() >= {"particles", "optim", "diagnostics"}:
+        if not state.keys() >= {"values", "particles", "optim", "diagnostics"}:
             raise ValueError(
                 f"Expected a state from SVGD.state_dict(), found keys {sorted(state)}."
             )
@@ -315,7 +323,7 @@ class SVGD:
             [(x, state["optim"][s]) for s, x in particles.items()],
             replaced=(self._particles or {}).values(),
         )
-        self._particles = particles
+        self._particles, self._loaded_values = particles, dict(state["values"])
         self.diagnostics = {k: list(v) for k, v in state["diagnostics"].items()}
 
     def _set_up(self, args: Any, kwargs: Any) -> tuple[ParticleModel, Weights]:

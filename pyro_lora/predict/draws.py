@@ -210,7 +210,7 @@ def _num_rows(batch: Batch) -> tuple[int, ...]:
 def _plate_nesting(nodes: Sequence[Mapping[str, Any]]) -> int:
     frames = [f for node in nodes for f in node["cond_indep_stack"] if f.vectorized]
     dims = [-frame.dim for frame in frames]
-    return max(1, *dims, *(len(node["fn"].batch_shape) for node in nodes))
+    return max(*dims, *(len(node["fn"].batch_shape) for node in nodes))
 
 
 def _padded(

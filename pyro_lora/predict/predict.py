@@ -186,7 +186,8 @@ def _check_linearizable(posterior: Guide, obs_site: str | None) -> None:
 def _linearized(posterior: Any, inputs: Batch) -> tuple[Tensor, Tensor]:
     """Log of the mean probability (B, C), and the mean entropy (B,)."""
     if isinstance(posterior, LaplacePosterior):
-        logits = posterior.linearized(inputs)
+        with torch.enable_grad():  # for the Jacobian, wherever predict is called
+            logits = posterior.linearized(inputs)
         log_p = class_log_probs(logits).log_softmax(-1)  # the integrals' last 1e-8
         return log_p, expected_entropy(logits)
     assert isinstance(posterior, MixturePosterior)

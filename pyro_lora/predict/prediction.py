@@ -191,6 +191,14 @@ def fit_temperature(held_out: Prediction) -> float:
 
     Raises:
         ValueError: If there are no labels.
+
+    >>> p = torch.tensor([[0.9, 0.1]] * 4, dtype=torch.float64)  # right 3 times in 4
+    >>> labels = torch.tensor([0, 0, 0, 1])
+    >>> sure = Prediction(
+    ...     log_probs=p.log(), aleatoric_entropy=torch.zeros(4), labels=labels
+    ... )
+    >>> round(fit_temperature(sure), 3)
+    2.0
     """
     labels = held_out._labels("fit_temperature")
     # A class of probability 0 has none at any temperature; -inf would become NaN.
@@ -227,6 +235,12 @@ def auroc(
 
     Raises:
         ValueError: If ``score`` is something else.
+
+    >>> def prediction(p):
+    ...     probs = torch.tensor([[p, 1 - p]])
+    ...     return Prediction(log_probs=probs.log(), aleatoric_entropy=torch.zeros(1))
+    >>> auroc(prediction(0.99), prediction(0.6))
+    1.0
     """
     if score not in ("total", "epistemic"):
         raise ValueError(f"score must be 'total' or 'epistemic', found {score!r}.")

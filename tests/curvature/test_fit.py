@@ -1,4 +1,4 @@
-"""What a fit sums over: batches, scales, masks, and the gradient it finds on the way."""
+"""What a fit sums over: batches, scales and masks; the gradient it finds on the way."""
 
 import math
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from pyro_lora.curvature.fisher import (
     mc_terms,
 )
 from pyro_lora.curvature.fit import FisherFit, fit_fisher
-from pyro_lora.curvature.structures import Structure
+from pyro_lora.curvature.structures import KroneckerFactors, Structure
 from tests.curvature.gauss_newton import (
     assert_same,
     brute_force,
@@ -76,6 +76,31 @@ def test_any_split_gives_the_same(build: Any, structure: Structure) -> None:
     for batch_size in (1, 4, 5):
         found = laplace(lora, texts, batch_size, structure=structure)
         assert_same_posterior(found, expected)
+
+
+def test_tokens_of_a_datum_without_doubt_count_in_any_batch() -> None:
+    # Its gradients are 1e-5 of the others', but then so is what counts as zero.
+    lora, texts = pl.lift(bert(2, dtype=torch.float32)), batch(5)
+    texts["certain"] = torch.tensor([0.0, 0.0, 12.0, 0.0, 0.0])
+
+    def model(certain: Tensor, labels: Tensor | None = None, **texts: Tensor) -> Tensor:
+        logits = lora()(**texts).logits + torch.stack([certain, -certain], -1)
+        with pyro.plate("data", 5, subsample=logits):
+            return pyro.sample("y", dist.Categorical(logits=logits), obs=labels)
+
+    def num_tokens(batch_size: int) -> int:
+        counts = []
+
+        def spy(a: Tensor, g: Tensor) -> KroneckerFactors:
+            factors = pl.kfac_expand(a, g)
+            counts.append(int(factors.count))
+            return factors
+
+        guide = pl.AutoLaplace(model, init_loc_fn=lora.init_to_adapter(), structure=spy)
+        guide.laplace_approximation(split(texts, batch_size))
+        return sum(counts)
+
+    assert num_tokens(5) == num_tokens(1)
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
@@ -162,11 +187,32 @@ def test_masked_data_have_no_information(kind: str, terms: Any) -> None:
         assert_same(fisher(found), fisher(only))
 
 
+def test_pyros_obs_mask() -> None:
+    # It makes "y_observed" and a latent "y_unobserved", to be hidden from autoguides.
+    lora, texts = pl.lift(bert(3)), batch(7, num_labels=3)
+    mask = torch.tensor([True, False, True, True, False, True, True])
+
+    def model(mask: Any, labels: Tensor | None = None, **texts: Tensor) -> Tensor:
+        logits = lora()(**texts).logits
+        with pyro.plate("data", 7, subsample=logits):
+            fn = dist.Categorical(logits=logits)
+            return pyro.sample("y", fn, obs=labels, obs_mask=mask)
+
+    guide = pl.AutoLaplace(
+        poutine.block(model, hide=["y_unobserved"]),
+        init_loc_fn=lora.init_to_adapter(),
+        structure=pl.dense,
+    )
+    found = guide.laplace_approximation(split({**texts, "mask": mask}, 3))
+    only = {name: value[mask] for name, value in texts.items()}
+    assert_same_posterior(found, laplace(lora, only, structure=pl.dense))
+
+
 def test_nan_labels_behind_a_mask_do_no_harm() -> None:
     lora, texts = pl.lift(bert(1)), batch(5)
     y = torch.tensor([0.1, math.nan, 0.3, math.nan, -1.0], dtype=torch.float64)
 
-    def model(y: Tensor, num_data: int = 5, **texts: Tensor) -> Tensor:
+    def model(y: Any, num_data: int = 5, **texts: Tensor) -> Tensor:
         loc = lora()(**texts).logits[:, 0]
         fn = dist.Normal(loc, 0.5, validate_args=False)
         with pyro.plate("data", num_data), poutine.mask(mask=~y.isnan()):

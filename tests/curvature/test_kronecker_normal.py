@@ -138,7 +138,7 @@ def test_as_a_sample_site_in_a_plate() -> None:
         with pyro.plate("particles", 5, dim=-2), pyro.plate("layers", 2, dim=-1):
             return pyro.sample("w", q)
 
-    trace = poutine.trace(model).get_trace()
+    trace: Any = poutine.trace(model).get_trace()
     trace.compute_log_prob()
     value = trace.nodes["w"]["value"]
     assert value.shape == (5, 2, O, I)

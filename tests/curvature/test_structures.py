@@ -1,7 +1,6 @@
 """Each structure against the exact Gauss-Newton matrix, where it should be equal."""
 
 from collections.abc import Callable
-from typing import Any
 
 import pyro
 import pyro.distributions as dist

@@ -1,6 +1,8 @@
 """The groups against brute force, and ArviZ's own functions on the tree."""
 
 import math
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -297,6 +299,53 @@ def test_other_latent_variables_are_in_every_group() -> None:
         allclose(tree["sample_stats"]["lp"][0, s], log_joint, 1e-6)
 
 
+def test_a_prior_with_scales_of_its_own() -> None:
+    def prior(lora: pl.LiftedNetwork) -> dict[str, Tensor]:
+        with pyro.plate("two", 2):
+            scale = pyro.sample("scale", dist.HalfCauchy(torch.tensor(1.0).double()))
+        return {
+            site: pyro.sample(
+                site,
+                dist.Normal(zeros, zeros + scale[..., :1, None, None]).to_event(
+                    zeros.ndim
+                ),
+            )
+            for site, zeros in lora.zeros().items()
+        }
+
+    lora = pl.lift(networks.bert(), prior=prior)
+    model = pl.models.classification(lora, models.NUM_DATA)
+    batches = models.two_batches()
+    weights = models.jittered(lora, 3) | {"scale": torch.rand(3, 2).double() + 0.5}
+    posterior = pl.ParticlePosterior(weights, (lora,), model, "y")
+    tree = pl.to_datatree(posterior, batches=batches)
+    expected = dist.HalfCauchy(1.0).log_prob(weights["scale"]).sum(1)
+    allclose(tree["log_prior"]["scale"][0], expected, 1e-6)
+    (whole,) = models.resized(batches, models.NUM_DATA)
+    for s in range(3):
+        at = models.draw(weights, s)
+        trace = poutine.trace(poutine.condition(model, at)).get_trace(**whole)
+        log_joint = trace.log_prob_sum().detach()
+        allclose(tree["sample_stats"]["lp"][0, s], log_joint, 1e-6)
+    assert (tree["prior"]["scale"] > 0).all()
+    assert tree["prior"]["scale"].shape == (1, 3, 2)
+
+
+def test_lp_is_left_out_where_the_likelihood_is_not_all() -> None:
+    lora, _ = models.classifier()
+
+    def model(labels: Tensor | None = None, **inputs: Tensor) -> None:
+        logits = lora()(**inputs).logits
+        with pyro.plate("data", models.NUM_DATA, subsample=inputs["input_ids"]):
+            pyro.sample("y", dist.Categorical(logits=logits), obs=labels)
+            pyro.sample("z", dist.Normal(logits[..., 0], 1.0), obs=torch.tensor(0.0))
+
+    posterior = models.particles(lora, model)
+    tree = pl.to_datatree(posterior, batches=models.two_batches())
+    assert "sample_stats" not in tree.children
+    assert set(tree["log_likelihood"].data_vars) == {"y"}
+
+
 def test_a_mask_takes_data_out_of_the_likelihood() -> None:
     lora, plain = models.classifier()
     batches = models.two_batches()
@@ -318,12 +367,15 @@ def test_a_mask_takes_data_out_of_the_likelihood() -> None:
 def test_a_stock_guide_needs_model_and_batches() -> None:
     lora, model = models.classifier()
     batches = models.two_batches()
-    guide = autoguide.AutoNormal(model, init_loc_fn=lora.init_to_adapter())
+    guide = autoguide.AutoLowRankMultivariateNormal(
+        model, init_loc_fn=lora.init_to_adapter()
+    )
     guide(**batches[0])
     tree = pl.to_datatree(guide, model=model, batches=batches, num_samples=6)
     assert tree["log_likelihood"]["y"].shape == (1, 6, 10)
     assert f"{QUERY}.frobenius_norm" in tree["posterior"]
-    with pytest.raises(ValueError, match=r"AutoNormal.*Pass model= and batches="):
+    assert not [name for name in tree["posterior"].data_vars if "latent" in name]
+    with pytest.raises(ValueError, match=r"AutoLowRank.*Pass model= and batches="):
         pl.to_datatree(guide, model=model)
 
 
@@ -341,6 +393,20 @@ def test_arguments_are_checked() -> None:
     mixed = [batches[0], networks.inputs(batches[1])]
     with pytest.raises(ValueError, match=r"Batch 1.*whether they have labels"):
         pl.to_datatree(posterior, batches=mixed)
+
+
+def test_without_arviz_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    lora, model = models.classifier()
+    monkeypatch.setitem(sys.modules, "arviz_base", None)
+    with pytest.raises(ImportError, match=r"pip install 'pyro-lora\[arviz\]'"):
+        pl.to_datatree(models.particles(lora, model))
+
+
+def test_the_package_imports_no_extras() -> None:
+    code = (
+        "import sys, pyro_lora; assert not {'arviz_base', 'xarray'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.fixture

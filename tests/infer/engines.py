@@ -50,12 +50,13 @@ def by_lambda() -> PyroOptim:
     return pyro.optim.LambdaLR(settings)
 
 
-def plateau() -> PyroOptim:
+def plateau(threshold: float = 1e9) -> PyroOptim:
+    """The rate falls after an epoch unless the loss fell by the threshold."""
     settings = {
         "optimizer": torch.optim.SGD,
         "optim_args": {"lr": 0.01},
         "patience": 0,
-        "threshold": 1e9,
+        "threshold": threshold,
         "threshold_mode": "abs",
     }
     return pyro.optim.ReduceLROnPlateau(settings)

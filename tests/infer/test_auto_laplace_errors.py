@@ -230,7 +230,7 @@ def test_two_observed_sites(lora: pl.LiftedNetwork, texts: dict[str, Tensor]) ->
     model = two_sites(lora)
     with pytest.raises(ValueError, match=r"2 observed sites, .*obs_site="):
         guide(lora, model).laplace_approximation([texts])
-    with pytest.raises(ValueError, match="'z' isn't observed.*'score', 'y'"):
+    with pytest.raises(ValueError, match=r"'z' isn't observed.*'score', 'y'"):
         guide(lora, model, obs_site="z").laplace_approximation([texts])
     found = guide(lora, model, obs_site="score").laplace_approximation([texts])
     assert found.linearized(texts).mean.shape == (7, 1)

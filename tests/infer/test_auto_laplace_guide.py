@@ -33,8 +33,8 @@ def converged(lora: pl.LiftedNetwork, texts: dict[str, Tensor]) -> pl.AutoLaplac
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        trace = poutine.trace(poutine.condition(model, leaves)).get_trace(**texts)
-        value: Tensor = -trace.log_prob_sum()
+        trace: Any = poutine.trace(poutine.condition(model, leaves)).get_trace(**texts)
+        value: Any = -trace.log_prob_sum()
         value.backward()
         return value
 
@@ -109,7 +109,7 @@ def test_importance_weights_of_an_exact_posterior_are_equal(
 def test_sites_name_their_network(structure: Structure) -> None:
     lora, texts = pl.lift(bert(3)), batch(5, num_labels=3)
     posterior = laplace(lora, texts, structure=structure)
-    trace = poutine.trace(posterior).get_trace(**texts)
+    trace: Any = poutine.trace(posterior).get_trace(**texts)
     for site, value in lora.weights().items():
         node = trace.nodes[site]
         assert node["infer"]["lora"] == (lora,)
@@ -117,7 +117,7 @@ def test_sites_name_their_network(structure: Structure) -> None:
         assert node["value"].dtype == value.dtype
     drawn = posterior(**texts)
     assert drawn.keys() == lora.sites.keys()
-    log_q = poutine.trace(posterior).get_trace(**texts)
+    log_q: Any = poutine.trace(posterior).get_trace(**texts)
     assert_same(
         log_q.log_prob_sum(),
         posterior.log_prob({site: log_q.nodes[site]["value"] for site in drawn}),
@@ -130,7 +130,7 @@ def test_sites_in_a_plate_of_particles(structure: Structure) -> None:
     lora, texts = pl.lift(bert(3)), batch(5, num_labels=3)
     posterior = laplace(lora, texts, structure=structure)
     with pyro.plate("particles", 4, dim=-2):
-        trace = poutine.trace(posterior).get_trace(**texts)
+        trace: Any = poutine.trace(posterior).get_trace(**texts)
     for site, value in lora.weights().items():
         assert trace.nodes[site]["value"].shape == (4, 1, *value.shape)
     trace.compute_log_prob()
@@ -224,7 +224,7 @@ def test_the_network_is_as_before(build: Any) -> None:
 
 @pytest.mark.filterwarnings(NOT_A_MODE)
 def test_dropout_is_off_during_the_pass_and_restored() -> None:
-    network = bert(3, dropout=0.5, lora_dropout=0.5)
+    network: Any = bert(3, dropout=0.5, lora_dropout=0.5)
     lora, texts = pl.lift(network), batch(7, num_labels=3)
     expected = laplace(lora, texts, 3)
     network.train()

@@ -1,6 +1,7 @@
 """The Laplace posterior against closed forms and brute force."""
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import pyro
@@ -259,8 +260,8 @@ def test_one_precision_for_each_layer(structure: Structure, mean: float) -> None
         shape = posterior.mode()[site].shape
         assert_same(tau.expand(shape), scales[site].expand(shape) ** -2)
     # The posterior's own prior is that one.
-    trace = poutine.trace(found.prior).get_trace(lora)
-    expected_fn = poutine.trace(other.prior).get_trace(other)
+    trace: Any = poutine.trace(found.prior).get_trace(lora)
+    expected_fn: Any = poutine.trace(other.prior).get_trace(other)
     for site, value in posterior.mode().items():
         assert_same(
             trace.nodes[site]["fn"].log_prob(value),
@@ -289,7 +290,7 @@ def test_kronecker_structures_average_a_precision_over_each_matrix() -> None:
 def test_the_prior_before_any_change_is_the_models() -> None:
     lora = pl.lift(bert(2), prior=pl.priors.normal(scale=0.3))
     posterior = laplace(lora, batch(5))
-    trace = poutine.trace(posterior.prior).get_trace(lora)
+    trace: Any = poutine.trace(posterior.prior).get_trace(lora)
     for site in lora.sites:
         assert trace.nodes[site]["fn"].base_dist.scale.unique().item() == 0.3
     assert posterior.prior_precision.keys() == lora.sites.keys()
@@ -371,11 +372,12 @@ def test_more_freedom_gives_more_evidence(structure: Structure, seed: int) -> No
     lora, texts = pl.lift(bert(3)), batch(9, num_labels=3)
     posterior = laplace(lora, texts, structure=structure)
     values = [posterior.log_evidence()]
-    for per in ("all", "site", "layer"):
-        best = posterior.optimize_prior(per=per)  # type: ignore[arg-type]
+    choices: list[Any] = ["all", "site", "layer"]
+    for per in choices:
+        best = posterior.optimize_prior(per=per)
         values.append(best.log_evidence())
-        assert_same(best.optimize_prior(per=per).log_evidence(), values[-1])  # type: ignore[arg-type]
-    assert all(b >= a - 1e-9 for a, b in zip(values, values[1:], strict=False))
+        assert_same(best.optimize_prior(per=per).log_evidence(), values[-1])
+    assert all(b >= a - 1e-9 for a, b in pairwise(values))
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)

@@ -37,6 +37,7 @@ def test_resumed_is_uninterrupted(name: str, fresh: bool) -> None:
     if not fresh:
         second.run(batches, num_epochs=1, progress_bar=False)
     second.load_state_dict(state)
+    assert_same(second.get_named_particles(), first.get_named_particles())
     second.run(batches, num_epochs=2, progress_bar=False)
     assert_same(second.get_named_particles(), whole.get_named_particles())
     assert second.diagnostics == whole.diagnostics

@@ -1,6 +1,7 @@
 """SVGD as an engine: optimisers, schedules, and what it leaves alone."""
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import pyro
@@ -22,6 +23,7 @@ from tests.infer.engines import (
     assert_same,
     engine,
     exponential,
+    plateau,
     regression_batches,
 )
 from tests.infer.targets import NUM_DATA, hierarchical_regression
@@ -82,13 +84,27 @@ def test_run_steps_a_scheduler_once_an_epoch(name: str, factors: list[float]) ->
     assert start in (0.1, 0.01)
 
 
+def test_a_plateau_is_one_of_the_loss() -> None:
+    optim = plateau(threshold=1e-3)
+    target = hierarchical_regression(3)
+    svgd = engine(target, optim, kernels.Zero())
+    svgd.run([target.batch], num_epochs=5, progress_bar=False)
+    losses = svgd.diagnostics["loss"]
+    assert all(after < before - 1e-3 for before, after in pairwise(losses))
+    rates = [
+        inner.optimizer.param_groups[0]["lr"] for inner in optim.optim_objs.values()
+    ]
+    assert rates == [0.01] * len(target.particles)
+
+
 def test_a_shared_scheduler_steps_for_one_engine_at_a_time() -> None:
     optim = exponential()
     target = hierarchical_regression(2)
     one, other = engine(target, optim), engine(target, optim)
     batches = regression_batches(1)
-    one.run(batches, num_epochs=2, progress_bar=False)
+    one.run(batches, num_epochs=1, progress_bar=False)
     other.run(batches, num_epochs=2, progress_bar=False)
+    one.run(batches, num_epochs=1, progress_bar=False)
     assert_same(one.get_named_particles(), other.get_named_particles())
 
 
@@ -176,6 +192,18 @@ def test_the_schedule_of_a_single_step_is_at_its_end() -> None:
     )
     svgd.run([target.batch], num_epochs=1, progress_bar=False)
     assert seen == [1.0]
+
+
+def test_the_schedule_is_at_its_end_after_a_run_that_broke() -> None:
+    target = hierarchical_regression(2)
+    seen: list[float] = []
+    svgd = engine(
+        target, SGD({"lr": 0.01}), temperature=lambda u: seen.append(u) or 1.0
+    )
+    with pytest.raises(TypeError):
+        svgd.run([target.batch, {"wrong": 1}], num_epochs=2, progress_bar=False)
+    svgd.step(**target.batch)
+    assert seen == [0.0, pytest.approx(1 / 3), 1.0]
 
 
 def test_a_schedule_sets_the_temperature() -> None:

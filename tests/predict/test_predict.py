@@ -37,13 +37,21 @@ def test_particles_equal_a_loop(num_labels: int) -> None:
 
 
 def test_more_draws_than_one_pass_holds_equal_a_loop() -> None:
-    lora, model = models.classifier()
+    lora, plain = models.classifier()
+    at_once = []
+
+    def model(**batch: Any) -> Tensor:
+        labels = plain(**batch)
+        at_once.append(labels.numel() // len(batch["input_ids"]))
+        return labels
+
     batches = models.two_batches()
     posterior = models.particles(lora, model, num=2 * draws.DRAWS_AT_ONCE + 1)
     probs, aleatoric = models.averaged(lora, posterior.particles, batches)
     found = pl.predict(model, posterior, batches)
     assert_close(found.probs, probs, rtol=0, atol=1e-10)
     assert_close(found.aleatoric_entropy, aleatoric, rtol=0, atol=1e-10)
+    assert at_once == [1, 8, 8, 1, 8, 8, 1]  # the first finds the model's plates
 
 
 def test_as_many_draws_as_data_are_not_mixed_up() -> None:
@@ -304,6 +312,20 @@ def test_nothing_is_trained_or_stored() -> None:
     assert len(pyro.get_param_store()) == 0
 
 
+def test_parameters_of_the_model_leave_no_graph() -> None:
+    lora, _ = models.classifier()
+
+    def model(labels: Tensor | None = None, **inputs: Tensor) -> None:
+        shift = pyro.param("shift", torch.ones(2, dtype=torch.float64))
+        logits = lora()(**inputs).logits + shift
+        with pyro.plate("data", models.NUM_DATA, subsample=inputs["input_ids"]):
+            pyro.sample("y", dist.Categorical(logits=logits), obs=labels)
+
+    posterior = models.particles(lora, model)
+    found = pl.predict(model, posterior, models.two_batches())
+    assert not found.log_probs.requires_grad
+
+
 def test_batches_are_streamed() -> None:
     lora, model = models.classifier()
     alive: list[weakref.ref[Tensor]] = []
@@ -350,6 +372,18 @@ def test_linearized_integrates_over_gaussian_logits() -> None:
     assert_close(found.probs[:, 1], torch.cat(p), rtol=1e-7, atol=0)
     assert (found.epistemic_entropy > 0).all()
     assert found.labels is not None
+
+
+def test_linearized_works_without_grad_and_leaves_no_graph() -> None:
+    lora, model = models.classifier()
+    batches = models.two_batches()
+    posterior = models.laplace(lora, model, batches)
+    expected = pl.predict(model, posterior, batches, method="linearized")
+    assert not expected.log_probs.requires_grad
+    assert not expected.aleatoric_entropy.requires_grad
+    with torch.no_grad():
+        found = pl.predict(model, posterior, batches, method="linearized")
+    assert torch.equal(found.log_probs, expected.log_probs)
 
 
 def test_linearized_needs_no_labels() -> None:
