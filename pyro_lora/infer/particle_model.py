@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 from torch.distributions.transforms import Transform
 
+from pyro_lora.infer.particle_checks import check_finite
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.lifting.model_trace import Model, lifted_networks, trace_at
 
@@ -118,32 +118,6 @@ def chunks(num_particles: int, chunk_size: int) -> list[slice]:
         slice(start, min(start + chunk_size, num_particles))
         for start in range(0, num_particles, chunk_size)
     ]
-
-
-def check_finite(values: Mapping[str, Tensor], what: str, first: int = 0) -> None:
-    """Refuse particles with values that are NaN or infinite.
-
-    Args:
-        values: Site -> (K, ...).
-        what: What the values are.
-        first: Number of the first particle.
-
-    Raises:
-        ValueError: Naming the first such site and its particles.
-    """
-    finite = torch.stack(
-        [torch.isfinite(x).reshape(x.shape[0], -1).all(1) for x in values.values()]
-    )
-    if finite.all():
-        return
-    for site, row in zip(values, finite, strict=True):
-        if not row.all():
-            bad = [first + k for k in (~row).nonzero().flatten().tolist()]
-            raise ValueError(
-                f"Site {site!r}: the {what} of particle(s) {bad} is NaN or infinite. "
-                "No particle was moved. Check the batch and the model, or go back to "
-                "an earlier state with a lower learning rate."
-            )
 
 
 def check_shapes(
@@ -339,18 +313,6 @@ def initial_particles(
                 "init_loc_fn and the adapter's weights."
             )
     return {s: x.detach().clone().requires_grad_() for s, x in particles.items()}
-
-
-def warn_if_together(particles: Mapping[str, Tensor]) -> None:
-    """Warn about particles that start at one point, to SVGD's caller."""
-    num_particles = next(iter(particles.values())).shape[0]
-    if num_particles > 1 and all((x == x[:1]).all() for x in particles.values()):
-        warnings.warn(
-            f"All {num_particles} particles start at one point, where nothing drives "
-            "them apart. Use init_to_adapter(jitter=...) or init_to_fresh().",
-            UserWarning,
-            stacklevel=4,
-        )
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from operator import length_hint
 from typing import Any, Literal
@@ -24,22 +23,22 @@ from pyro_lora.infer.optimizer_state import (
     restore_optimizer,
     step_schedulers,
 )
+from pyro_lora.infer.particle_checks import (
+    check_finite,
+    warn_if_collapsed,
+    warn_if_together,
+)
 from pyro_lora.infer.particle_model import (
     InitFn,
     ParticleModel,
-    check_finite,
     check_shapes,
     initial_particles,
     particle_model,
-    warn_if_together,
 )
 from pyro_lora.infer.particle_posterior import ParticlePosterior, Weights
 from pyro_lora.infer.transport import spread
 from pyro_lora.infer.weight_space import weight_space_direction
 from pyro_lora.lifting.model_trace import Batch, Model
-
-# Mean kernel value between different particles below which they don't interact.
-COLLAPSED = 1e-6
 
 Schedule = Callable[[float], float]
 Repulsion = Callable[[float, float], float]
@@ -185,7 +184,9 @@ class SVGD:
         values = torch.stack([x.double() for x in found.values()]).tolist()
         for name, value in zip(found, values, strict=True):
             self.diagnostics.setdefault(name, []).append(value)
-        self._warn_if_collapsed()
+        alone = isinstance(self._kernel, Zero) or self._num_particles == 1
+        if not alone and not self._warned:
+            self._warned = warn_if_collapsed(self.diagnostics["mean_kernel"][-1])
         return self.diagnostics["loss"][-1]
 
     def run(
@@ -377,20 +378,6 @@ class SVGD:
             "spread": f"{last['spread']:.3g}",
             "repulsion": f"{last['repulsion']:.2g}",
         }
-
-    def _warn_if_collapsed(self) -> None:
-        alone = isinstance(self._kernel, Zero) or self._num_particles == 1
-        value = self.diagnostics["mean_kernel"][-1]
-        if alone or self._warned or value >= COLLAPSED:
-            return
-        self._warned = True
-        warnings.warn(
-            f"The kernel has collapsed: its mean value between different particles is "
-            f"{value:.2g}, so they don't repel and are independent runs. Use "
-            "bandwidth=None (the median heuristic) or a larger bandwidth.",
-            UserWarning,
-            stacklevel=3,
-        )
 
 
 def _fraction(done: int, total: int) -> float:

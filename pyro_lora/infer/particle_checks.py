@@ -1,0 +1,71 @@
+"""What can go wrong with particles: errors and warnings that say what to do."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+# Mean kernel value between different particles below which they don't interact.
+COLLAPSED = 1e-6
+
+
+def check_finite(values: Mapping[str, Tensor], what: str, first: int = 0) -> None:
+    """Refuse particles with values that are NaN or infinite.
+
+    Args:
+        values: Site -> (K, ...).
+        what: What the values are.
+        first: Number of the first particle.
+
+    Raises:
+        ValueError: Naming the first such site and its particles.
+    """
+    finite = torch.stack(
+        [torch.isfinite(x).reshape(x.shape[0], -1).all(1) for x in values.values()]
+    )
+    if finite.all():
+        return
+    for site, row in zip(values, finite, strict=True):
+        if not row.all():
+            bad = [first + k for k in (~row).nonzero().flatten().tolist()]
+            raise ValueError(
+                f"Site {site!r}: the {what} of particle(s) {bad} is NaN or infinite. "
+                "No particle was moved. Check the batch and the model, or go back to "
+                "an earlier state with a lower learning rate."
+            )
+
+
+def warn_if_together(particles: Mapping[str, Tensor]) -> None:
+    """Warn about particles that start at one point, to SVGD's caller."""
+    num_particles = next(iter(particles.values())).shape[0]
+    if num_particles > 1 and all((x == x[:1]).all() for x in particles.values()):
+        warnings.warn(
+            f"All {num_particles} particles start at one point, where nothing drives "
+            "them apart. Use init_to_adapter(jitter=...) or init_to_fresh().",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+def warn_if_collapsed(mean_kernel: float) -> bool:
+    """Warn, to the caller of SVGD's step, of particles that don't interact.
+
+    Args:
+        mean_kernel: Mean kernel value between different particles.
+
+    Returns:
+        Whether it warned.
+    """
+    if mean_kernel >= COLLAPSED:
+        return False
+    warnings.warn(
+        f"The kernel has collapsed: its mean value between different particles is "
+        f"{mean_kernel:.2g}, so they don't repel and are independent runs. Use "
+        "bandwidth=None (the median heuristic) or a larger bandwidth.",
+        UserWarning,
+        stacklevel=3,
+    )
+    return True
