@@ -1,11 +1,9 @@
 """AutoLaplace and its posterior as citizens of Pyro."""
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import pyro
-import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
@@ -16,7 +14,7 @@ from torch import Tensor
 import pyro_lora as pl
 from pyro_lora.curvature.structures import Structure
 from tests.curvature.gauss_newton import assert_same, flatten, laplace, split
-from tests.infer.linear_regression import LinearRegression, linear_regression
+from tests.infer.linear_regression import linear_regression
 from tests.networks import batch, bert, inputs, llama, particles
 
 NOT_A_MODE = "ignore:The weights aren't a mode"
@@ -392,15 +390,3 @@ def test_everything_stays_on_the_gpu(structure: Structure) -> None:
     assert_same(
         covariance.cpu(), expected.linearized(texts).covariance_matrix, rtol=1e-6
     )
-
-
-def test_types_are_what_they_say() -> None:
-    task: LinearRegression = linear_regression()
-    posterior = task.laplace()
-    assert isinstance(posterior, pl.LaplacePosterior)
-    assert isinstance(posterior, Callable)  # type: ignore[arg-type]
-    assert isinstance(posterior.log_evidence(), Tensor)
-    assert posterior.log_evidence().shape == ()
-    assert isinstance(posterior.prior_precision, dict)
-    fn: Any = poutine.trace(posterior).get_trace().nodes["base.weight"]["fn"]
-    assert isinstance(fn, dist.Independent)

@@ -1,0 +1,322 @@
+"""Another prior for the same mode: given, or chosen by evidence or held-out data."""
+
+import math
+from itertools import pairwise
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from torch import Tensor
+
+import pyro_lora as pl
+from pyro_lora.curvature.block_gaussian import BlockGaussian, Eigenblocks
+from pyro_lora.curvature.gaussian_logits import class_log_probs
+from pyro_lora.curvature.structures import Structure
+from pyro_lora.infer.prior_tuning import checked_precision, maximize_evidence
+from tests.curvature.gauss_newton import (
+    assert_same,
+    flatten,
+    laplace,
+    precision_matrix,
+    split,
+)
+from tests.networks import batch, bert, inputs
+
+pytestmark = pytest.mark.filterwarnings("ignore:The weights aren't a mode")
+
+STRUCTURES = [pl.kfac_expand, pl.kfac_reduce, pl.diagonal, pl.dense]
+
+
+# Another prior.
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("kind", ["number", "tensor", "by site"])
+def test_another_precision_is_another_prior(kind: str, structure: Structure) -> None:
+    network, texts = bert(3), batch(6, num_labels=3)
+    lora = pl.lift(network)
+    scales: Any = 0.6
+    precision: Any = 1 / 0.36
+    if kind == "tensor":
+        precision = torch.tensor(precision)
+    elif kind == "by site":
+        scales = {site: 0.3 + 0.1 * i for i, site in enumerate(lora.sites)}
+        precision = {site: scale**-2 for site, scale in scales.items()}
+    posterior = laplace(lora, texts, structure=structure)
+    found = posterior.with_prior_precision(precision)
+    other = pl.lift(network, prior=pl.priors.normal(scales))
+    expected = laplace(other, texts, structure=structure)
+    tolerance = 1e-6 if kind == "tensor" else 1e-11  # the tensor is float32
+    assert_same(found.log_evidence(), expected.log_evidence(), rtol=tolerance)
+    assert_same(flatten(found.variance()), flatten(expected.variance()), rtol=tolerance)
+    found_covariance = found.linearized(texts).covariance_matrix
+    expected_covariance = expected.linearized(texts).covariance_matrix
+    assert_same(found_covariance, expected_covariance, rtol=10 * tolerance)
+    # The first posterior is as before.
+    again = laplace(lora, texts, structure=structure)
+    assert_same(posterior.log_evidence(), again.log_evidence())
+
+
+def layerwise(lora: pl.LiftedNetwork, scales: dict[str, Tensor], mean: float) -> Any:
+    return {
+        site: pyro.sample(
+            site, dist.Normal(mean + zeros, scales[site] + zeros).to_event(zeros.ndim)
+        )
+        for site, zeros in lora.zeros().items()
+    }
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("mean", [0.0, 0.4])
+def test_one_precision_for_each_layer(structure: Structure, mean: float) -> None:
+    network, texts = bert(3), batch(6, num_labels=3)
+    first = {s: torch.tensor(0.9).double() for s in pl.lift(network).sites}
+    lora = pl.lift(network, prior=lambda lora: layerwise(lora, first, mean))
+    scales = {
+        site: torch.linspace(0.4, 0.7, value.shape[0])
+        .double()
+        .reshape(-1, *[1] * (value.ndim - 1))
+        for site, value in lora.weights().items()
+    }
+    posterior = laplace(lora, texts, structure=structure)
+    found = posterior.with_prior_precision({s: x**-2 for s, x in scales.items()})
+    other = pl.lift(network, prior=lambda lora: layerwise(lora, scales, mean))
+    expected = laplace(other, texts, structure=structure)
+    assert_same(found.log_evidence(), expected.log_evidence())
+    assert_same(flatten(found.variance()), flatten(expected.variance()))
+    for site, tau in found.prior_precision.items():
+        shape = posterior.mode()[site].shape
+        assert_same(tau.expand(shape), scales[site].expand(shape) ** -2)
+    # The posterior's own prior is that one.
+    trace: Any = poutine.trace(found.prior).get_trace(lora)
+    expected_fn: Any = poutine.trace(other.prior).get_trace(other)
+    for site, value in posterior.mode().items():
+        assert_same(
+            trace.nodes[site]["fn"].log_prob(value),
+            expected_fn.nodes[site]["fn"].log_prob(value),
+        )
+
+
+def test_kronecker_structures_average_a_precision_over_each_matrix() -> None:
+    lora, texts = pl.lift(bert(3)), batch(6, num_labels=3)
+    full = {s: 0.5 + torch.rand_like(x) for s, x in lora.weights().items()}
+    mean = {
+        site: tau.mean(tuple(range(1, tau.ndim)), keepdim=True)
+        for site, tau in full.items()
+    }
+    posterior = laplace(lora, texts)
+    found, expected = map(posterior.with_prior_precision, (full, mean))
+    assert_same(found.log_evidence(), expected.log_evidence())
+    assert_same(flatten(found.variance()), flatten(expected.variance()))
+    for structure in (pl.diagonal, pl.dense):  # these take every value
+        found = laplace(lora, texts, structure=structure).with_prior_precision(full)
+        exact = laplace(lora, texts, structure=structure)
+        p = precision_matrix(exact) + torch.diag(flatten(full) - 1)
+        assert_same(precision_matrix(found), p)
+
+
+def test_the_prior_before_any_change_is_the_models() -> None:
+    lora = pl.lift(bert(2), prior=pl.priors.normal(scale=0.3))
+    posterior = laplace(lora, batch(5))
+    trace: Any = poutine.trace(posterior.prior).get_trace(lora)
+    for site in lora.sites:
+        assert trace.nodes[site]["fn"].base_dist.scale.unique().item() == 0.3
+    assert posterior.prior_precision.keys() == lora.sites.keys()
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (0.0, "between 1e-08 and 1e\\+08, found 0"),
+        (-1.0, "between"),
+        (1e9, "between"),
+        (math.nan, "between"),
+        (torch.ones(7), r"shape \(1, 1, 7\) doesn't broadcast .*\(2, 1, 1\)"),
+        (torch.ones(2, 1, 1, 1), "doesn't broadcast"),
+        ({"nothing": 1.0}, "differ in .*'nothing'"),
+    ],
+)
+def test_impossible_precisions_are_refused(value: Any, message: str) -> None:
+    posterior = laplace(pl.lift(bert(2)), batch(5))
+    with pytest.raises(ValueError, match=message):
+        posterior.with_prior_precision(value)
+
+
+# Choosing the prior.
+
+
+def groups(posterior: pl.LaplacePosterior, per: str) -> list[list[tuple[str, int]]]:
+    """What shares one precision: lists of (site, layer)."""
+    layers = [(s, i) for s, x in posterior.mode().items() for i in range(x.shape[0])]
+    if per == "all":
+        return [layers]
+    if per == "layer":
+        return [[one] for one in layers]
+    return [[one for one in layers if one[0] == site] for site in posterior.mode()]
+
+
+def expanded(posterior: pl.LaplacePosterior) -> dict[str, Tensor]:
+    """Precisions of shape (L, 1, ...)."""
+    return {
+        site: tau.expand(
+            tau.shape if tau.shape[0] > 1 else (x.shape[0], *tau.shape[1:])
+        )
+        .flatten(1)[:, 0]
+        .reshape(-1, *[1] * (x.ndim - 1))
+        .clone()
+        for (site, tau), x in zip(
+            posterior.prior_precision.items(), posterior.mode().values(), strict=True
+        )
+    }
+
+
+@pytest.mark.parametrize("structure", [pl.kfac_expand, pl.diagonal, pl.dense])
+@pytest.mark.parametrize("per", ["all", "site", "layer"])
+def test_evidence_is_stationary_in_each_precision(
+    per: Any, structure: Structure
+) -> None:
+    lora, texts = pl.lift(bert(3, hidden_size=8)), batch(9, num_labels=3)
+    posterior = laplace(lora, texts, structure=structure)
+    best = posterior.optimize_prior(per=per)
+    tau = expanded(best)
+    for group in groups(posterior, per):
+        shared = torch.stack([tau[site].flatten()[layer] for site, layer in group])
+        assert_same(shared, shared[0].expand_as(shared))
+        values = []
+        for step in (-1e-3, 0.0, 1e-3):  # in log tau
+            moved = {site: x.clone() for site, x in tau.items()}
+            for site, layer in group:
+                moved[site][layer] *= math.exp(step)
+            values.append(float(posterior.with_prior_precision(moved).log_evidence()))
+        below, at, above = values
+        assert abs(above - below) / 2e-3 < 1e-4  # the slope
+        assert above - 2 * at + below < 0  # a maximum
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("seed", range(2))
+def test_more_freedom_gives_more_evidence(structure: Structure, seed: int) -> None:
+    torch.manual_seed(seed)
+    lora, texts = pl.lift(bert(3)), batch(9, num_labels=3)
+    posterior = laplace(lora, texts, structure=structure)
+    values = [posterior.log_evidence()]
+    choices: list[Any] = ["all", "site", "layer"]
+    for per in choices:
+        best = posterior.optimize_prior(per=per)
+        values.append(best.log_evidence())
+        assert_same(best.optimize_prior(per=per).log_evidence(), values[-1])
+    assert all(b >= a - 1e-9 for a, b in pairwise(values))
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_evidence_of_one_precision_against_a_grid(structure: Structure) -> None:
+    lora, texts = pl.lift(bert(3)), batch(9, num_labels=3)
+    posterior = laplace(lora, texts, structure=structure)
+    best = posterior.optimize_prior()
+    found = float(next(iter(best.prior_precision.values())).flatten()[0])
+    grid = torch.linspace(-2, 2, 201).exp() * found
+    values = [posterior.with_prior_precision(float(t)).log_evidence() for t in grid]
+    assert int(torch.stack(values).argmax()) == 100
+    assert max(values) <= best.log_evidence() + 1e-9
+
+
+def synthetic(seed: int) -> BlockGaussian:
+    """Modes and eigenvalues that differ by decades between the layers."""
+    torch.manual_seed(seed)
+
+    def decades(low: float, high: float, *shape: int) -> Tensor:
+        return 10 ** (low + (high - low) * torch.rand(*shape, dtype=torch.float64))
+
+    loc, blocks = {}, {}
+    for site in ("a", "b"):
+        loc[site] = torch.randn(4, 3, 5).double() * decades(-4, 4, 4, 1, 1)
+        values = decades(-4, 4, 4, 1, 1) * decades(-5, 5, 4, 3, 5)
+        values[torch.rand(4, 3, 5) < 0.3] = 0
+        blocks[site] = Eigenblocks(values, None, None)
+    return BlockGaussian(loc, {s: torch.ones(4, 1, 1) for s in loc}, blocks)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_precisions_decades_apart_are_found(seed: int) -> None:
+    gaussian = synthetic(seed)
+    mean = {site: torch.zeros_like(x) for site, x in gaussian.loc.items()}
+    found = maximize_evidence(gaussian, mean, "layer")
+    grid = torch.logspace(-8, 8, 4001, dtype=torch.float64)
+
+    def log_evidence(site: str, layer: int, tau: Tensor) -> Tensor:
+        w, values = gaussian.loc[site][layer], gaussian.blocks[site].values[layer]
+        log_det = (values.flatten() + tau[:, None]).log().sum(1)
+        return 0.5 * (w.numel() * tau.log() - tau * w.square().sum() - log_det)
+
+    for site, tau in found.items():
+        for layer in range(4):
+            best = log_evidence(site, layer, grid).max()
+            gap = best - log_evidence(site, layer, tau[layer].flatten())
+            assert float(gap) < 2e-3
+
+
+def test_precisions_stay_within_their_bounds() -> None:
+    values = torch.full((2, 3, 5), 1e12, dtype=torch.float64)
+    loc = torch.zeros_like(values)
+    loc[1] = 1e6  # so far out that the best precision is 1e-12
+    gaussian = BlockGaussian(
+        {"a": loc}, {"a": torch.ones(2, 1, 1)}, {"a": Eigenblocks(values, None, None)}
+    )
+    found = maximize_evidence(gaussian, {"a": torch.zeros_like(loc)}, "layer")["a"]
+    assert_same(found.flatten(), torch.tensor([1e8, 1e-8]).double(), rtol=0.0)
+    checked_precision({"a": found}, {"a": loc})  # isn't refused for its rounding
+
+
+def test_weights_at_their_prior_mean_have_no_best_precision() -> None:
+    network = bert(3)
+    with torch.no_grad():  # LoRA's B before training
+        for name, parameter in network.named_parameters():
+            if "lora_B" in name:
+                parameter.zero_()
+    posterior = laplace(pl.lift(network), batch(9, num_labels=3))
+    best = posterior.optimize_prior(per="site")
+    tau = dict(best.prior_precision)
+    for site in tau:
+        if site.endswith(".B"):  # the evidence grows towards a limit
+            assert float(tau[site].max()) > 100
+            tau[site] = torch.full_like(tau[site], 1e8)
+    limit = posterior.with_prior_precision(tau).log_evidence()
+    assert 0 <= float(limit - best.log_evidence()) < 1e-2
+
+
+def test_held_out_nll_picks_the_best_of_the_grid() -> None:
+    lora, texts = pl.lift(bert(3)), batch(9, num_labels=3)
+    posterior = laplace(lora, texts)
+    held_out = batch(8, num_labels=3)
+    best = posterior.optimize_prior(objective="nll", batches=split(held_out, 3))
+    found = float(next(iter(best.prior_precision.values())).flatten()[0])
+    grid = torch.logspace(-4, 6, 81, dtype=torch.float64)
+    losses = []
+    for tau in grid:
+        logits = posterior.with_prior_precision(float(tau)).linearized(held_out)
+        log_p = class_log_probs(logits).gather(1, held_out["labels"][:, None])
+        losses.append(-float(log_p.sum()))
+    expected = float(grid[torch.tensor(losses).argmin()])
+    assert found == pytest.approx(expected, rel=1e-12)
+    assert min(losses) < losses[0]
+    assert min(losses) < losses[-1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"per": "matrix"}, "per must be one of .*'layer', 'site'.*'matrix'"),
+        ({"objective": "accuracy"}, "'evidence' or 'nll'"),
+        ({"objective": "nll"}, "needs held-out batches"),
+        ({"objective": "nll", "per": "site", "batches": [{}]}, "per='all'"),
+        ({"objective": "nll", "batches": []}, "no batches"),
+        ({"objective": "nll", "batches": [inputs(batch(3))]}, "batch 0 .*'labels'"),
+    ],
+)
+def test_impossible_searches_are_refused(options: Any, message: str) -> None:
+    posterior = laplace(pl.lift(bert(2)), batch(5))
+    with pytest.raises(ValueError, match=message):
+        posterior.optimize_prior(**options)
