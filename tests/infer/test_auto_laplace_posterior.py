@@ -185,6 +185,17 @@ def test_leading_dims_of_the_density(structure: Structure) -> None:
     assert_same(posterior.log_prob(one), found[3, 1])
 
 
+def test_gradients_need_not_be_on() -> None:
+    lora, texts = pl.lift(bert(3)), batch(num_labels=3)
+    posterior = laplace(lora, texts)
+    expected = posterior.linearized(inputs(texts))
+    with torch.no_grad():
+        again, found = laplace(lora, texts), posterior.linearized(inputs(texts))
+    assert_same(again.log_evidence(), posterior.log_evidence())
+    assert_same(found.mean, expected.mean)
+    assert_same(found.covariance_matrix, expected.covariance_matrix)
+
+
 def test_mode_is_a_copy() -> None:
     lora = pl.lift(bert(2))
     posterior = laplace(lora, batch(5))
