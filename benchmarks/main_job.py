@@ -134,7 +134,8 @@ def main() -> None:
         "# Cost of the main job",
         "",
         "MiniLM (22.7M parameters), 1,000 sentences of at most 32 tokens, batch 32, "
-        f"LoRA r=8, two classes; an epoch or a fit is 32 batches, steps are {NUM_STEPS}. "
+        f"LoRA r=8, two classes; an epoch or a fit is 32 batches, "
+        f"steps are {NUM_STEPS}. "
         f"Medians of {args.repeats}, the jobs taking turns.",
         "",
         f"{date.today()}, {machine}, Python {platform.python_version()}, "
