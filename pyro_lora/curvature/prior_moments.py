@@ -66,14 +66,15 @@ def prior_at_mode(trace: Any, mode: Mapping[str, Tensor]) -> PriorAtMode:
     """
     mean, precision, log_probs = {}, {}, []
     leaves = {s: value.detach().requires_grad_() for s, value in mode.items()}
-    for name, leaf in leaves.items():
-        site = trace.nodes[name]
-        mean[name], precision[name] = _site_moments(site, leaf.detach())
-        with torch.enable_grad():
+    for name, value in mode.items():
+        mean[name], precision[name] = _site_moments(trace.nodes[name], value.detach())
+    with torch.enable_grad():
+        for name, leaf in leaves.items():
+            site = trace.nodes[name]
             log_prob = site["fn"].log_prob(leaf)
             scaled = scale_and_mask(log_prob, site["scale"], site["mask"])
             log_probs.append(scaled.double().sum())
-    total = torch.stack(log_probs).sum()
+        total = torch.stack(log_probs).sum()
     gradient = torch.autograd.grad(total, list(leaves.values()))
     return PriorAtMode(
         mean, precision, total.detach(), dict(zip(leaves, gradient, strict=True))
