@@ -22,6 +22,7 @@ class CleanPyro:
     def clean_pyro(self) -> Iterator[None]:
         pyro.clear_param_store()
         pyro.set_rng_seed(0)
+        pyro.enable_validation(True)  # importing torch.compile's parts turns it off
         yield
         pyro.clear_param_store()
 

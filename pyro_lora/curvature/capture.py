@@ -9,11 +9,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_lora.curvature.structures import at_least_float32
 from pyro_lora.lifting.lifted_network import LiftedNetwork
-from pyro_lora.lifting.slots import LinearSlot
+from pyro_lora.lifting.sites import LiftedParameter
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class _Call:
 class Recording:
     """What the forward hooks saw: for each slot, its calls."""
 
-    calls: dict[LinearSlot, list[_Call]] = field(default_factory=dict)
+    calls: dict[nn.Module, list[_Call]] = field(default_factory=dict)
 
 
 @contextmanager
@@ -62,10 +62,8 @@ def recording(networks: Iterable[LiftedNetwork]) -> Iterator[Recording]:
         call = _Call(x, output, (x._version, output._version))
         record.calls.setdefault(slot, []).append(call)
 
-    handles = [
-        slot.register_forward_hook(hook)
-        for slot in {s for lora in networks for m in lora.slots.values() for s, _ in m}
-    ]
+    layers = {layer for lora in networks for layer, _ in linear_layers(lora)}
+    handles = [layer.register_forward_hook(hook) for layer in layers]
     try:
         yield record
     finally:
@@ -102,8 +100,8 @@ def capture_layers(
         deque(_output_gradients(term, outputs, i == len(terms) - 1))
         for i, term in enumerate(terms)
     ]
-    inputs: dict[LinearSlot, Tensor] = {}
-    gradients: dict[LinearSlot, Tensor] = {}
+    inputs: dict[nn.Module, Tensor] = {}
+    gradients: dict[nn.Module, Tensor] = {}
     for slot, of_slot in record.calls.items():
         inputs[slot] = torch.cat([_by_token(c.input, batch_size) for c in of_slot], 1)
         per_call = [
@@ -113,17 +111,41 @@ def capture_layers(
         gradients[slot] = torch.cat(per_call, 2)
     captures = []
     for lora in networks:
-        for site, members in lora.slots.items():
-            for slot, attribute in members:
-                if slot in record.calls:
-                    a, g = inputs[slot], gradients[slot]
-                else:
-                    a = terms.new_zeros(batch_size, 1, slot.in_features)
-                    g = terms.new_zeros(len(terms), batch_size, 1, slot.out_features)
-                if attribute == "bias":
-                    a = torch.ones_like(a[..., :1])
-                captures.append(LayerCapture(site, a, g))
+        for layer, p in linear_layers(lora):
+            if layer in record.calls:
+                a, g = inputs[layer], gradients[layer]
+            else:
+                a = terms.new_zeros(batch_size, 1, layer.in_features)
+                g = terms.new_zeros(len(terms), batch_size, 1, layer.out_features)
+            if p.locations[0][1] == "bias":
+                a = torch.ones_like(a[..., :1])
+            captures.append(LayerCapture(p.site, a, g))
     return captures
+
+
+def linear_layers(lora: LiftedNetwork) -> list[tuple[nn.Linear, LiftedParameter]]:
+    """The linear layers of all sites in order, with the parameter that is lifted.
+
+    Args:
+        lora: A lifted network.
+
+    Raises:
+        ValueError: If a parameter isn't the weight or bias of an ``nn.Linear``.
+    """
+    found = []
+    for site, members in lora.parameters.items():
+        for p in members:
+            holder = p.locations[0][0]
+            if p.owner is not holder or not isinstance(holder, nn.Linear):
+                owner = type(p.owner or lora.network)
+                raise ValueError(
+                    f"Site {site!r}: curvature is that of torch.nn.Linear layers, but "
+                    f"{p.name!r} is computed with by {owner.__module__}."
+                    f"{owner.__qualname__}. Use SVGD or a Pyro guide, or freeze it "
+                    "(requires_grad_(False)) before lifting."
+                )
+            found.append((holder, p))
+    return found
 
 
 def without_padding(captures: Sequence[LayerCapture]) -> Iterator[LayerCapture]:

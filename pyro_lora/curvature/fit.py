@@ -124,7 +124,7 @@ def fit_fisher(
     sums: _DataSums | None = None
     for index, batch in enumerate(batches):
         with torch.enable_grad():
-            with naming_batch(index), recording(networks) as record:
+            with recording(networks) as record, naming_batch(index):
                 trace = trace_at(model, leaves, batch)
             site = observed_site(trace, obs_site)
             check_latent_sites(trace)
@@ -254,7 +254,7 @@ def _gaussian(
         return DenseGaussian(loc, precision, factors[0].matrix.double())
     blocks, rest = {}, iter(factors)
     for lora in networks:
-        for site, members in lora.slots.items():
+        for site, members in lora.parameters.items():
             blocks[site] = eigenblocks([next(rest) for _ in members])
     return BlockGaussian(loc, precision, blocks).with_prior_precision(precision)
 

@@ -74,11 +74,8 @@ def _one_adapter(posterior: Posterior) -> tuple[LiftedNetwork, PeftModel, str]:
             f"The lifted network is a {type(network).__name__}; expected a PeftModel. "
             "Wrap it by peft.get_peft_model before lifting."
         )
-    pattern = re.compile(r"\.(?:lora_[AB]|modules_to_save)\.([^.]+)\.")
-    matches = [pattern.search(n) for names in lora.sites.values() for n in names]
-    found = sorted({match[1] for match in matches if match})
-    assert len(found) == 1, found  # one adapter is lifted at a time
-    return lora, network, found[0]
+    assert lora.adapter is not None  # a PeftModel has one
+    return lora, network, lora.adapter
 
 
 def _check_saved_by_peft(lora: LiftedNetwork, network: PeftModel, adapter: str) -> None:
@@ -88,7 +85,8 @@ def _check_saved_by_peft(lora: LiftedNetwork, network: PeftModel, adapter: str) 
     for site, names in lora.sites.items():
         for name in names:
             key = name.replace(f".modules_to_save.{adapter}.", ".")
-            key = re.sub(rf"\.(lora_[AB])\.{re.escape(adapter)}\.", r".\1.", key)
+            # lora_A.default.weight, lora_embedding_A.default
+            key = re.sub(rf"(\.lora_\w+)\.{re.escape(adapter)}(?=\.|$)", r"\1", key)
             if key not in saved:
                 raise ValueError(
                     f"Site {site!r}: PEFT doesn't save the parameter {name!r} with the "

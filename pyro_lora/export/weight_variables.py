@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Any
@@ -86,13 +86,13 @@ def delta_variables(
     for lora in loras:
         own = {site: weights[site] for site in lora.sites}
         factors = lora.delta_weight_factors(own)
-        for (site_a, site_b), paths in _modules(lora).items():
-            matrices |= {site_a, site_b}
+        for sites, paths in _modules(lora, factors).items():
+            matrices |= {*sites}
             singular = torch.stack([_singular_values(*factors[p]) for p in paths], 1)
             norm = singular.square().sum(-1).sqrt()
             largest = singular[..., 0].square()
             rank = torch.where(largest > 0, norm.square() / largest, 0.0)
-            stem = _stem(site_a, site_b)
+            stem = _stem(sites)
             layer = _layers(paths)
             if not layer:
                 singular, norm, rank = singular[:, 0], norm[:, 0], rank[:, 0]
@@ -142,7 +142,7 @@ def without_adapter_name(parameter: str) -> str:
     >>> without_adapter_name("layers.3.query.lora_A.default.weight")
     'layers.3.query.lora_A.weight'
     """
-    return re.sub(r"\.(lora_[AB]|modules_to_save)\.[^.]+", r".\1", parameter)
+    return re.sub(r"\.(lora_\w+|modules_to_save)\.[^.]+", r".\1", parameter)
 
 
 def _add_sites(
@@ -166,36 +166,39 @@ def _add_sites(
             norm = torch.linalg.vector_norm(value, dim=event)
             result.add(f"{site}.frobenius_norm", norm, layer, site)
             continue
-        names = _event_dims(site)[: value.ndim - 1 - len(layer)]
+        names = _event_dims(site, value.ndim - 1 - len(layer))
         sizes = value.shape[1 + len(layer) :]
         event_dims = {n: range(s) for n, s in zip(names, sizes, strict=True)}
         result.add(site, value, layer | event_dims, site)
 
 
-def _event_dims(site: str) -> tuple[str, ...]:
+def _event_dims(site: str, num_dims: int) -> tuple[str, ...]:
     role = site.rpartition(".")[2].partition("_")[0]
-    return {"A": ("rank", "in_feature"), "B": ("out_feature", "rank")}.get(
-        role, ("out_feature", "in_feature")
-    )
+    names = {"A": ("rank", "in_feature"), "B": ("out_feature", "rank"), "E": ("rank",)}
+    kernel = tuple(f"kernel_{i}" for i in range(num_dims))
+    return (*names.get(role, ("out_feature", "in_feature")), *kernel)[:num_dims]
 
 
-def _modules(lora: LiftedNetwork) -> dict[tuple[str, str], list[str]]:
-    """Paths of the adapted layers by the pair of sites that hold their A and B."""
-    site_of = {name: site for site, names in lora.sites.items() for name in names}
-    result: dict[tuple[str, str], list[str]] = {}
-    for name, site in site_of.items():
-        path, mark, rest = name.rpartition(".lora_A.")
-        if mark and rest.endswith("weight"):
-            pair = (site, site_of[f"{path}.lora_B.{rest}"])
-            result.setdefault(pair, []).append(path)
+def _modules(
+    lora: LiftedNetwork, layers: Iterable[str]
+) -> dict[tuple[str, ...], list[str]]:
+    """Paths of the adapted layers by the sites that hold their A and B."""
+    sites: dict[str, list[str]] = {}
+    for site, names in lora.sites.items():
+        for name in names:
+            path, mark, _ = name.rpartition(".lora_")
+            if mark and site.rpartition(".")[2][0] in "ABE":
+                sites.setdefault(path, []).append(site)
+    result: dict[tuple[str, ...], list[str]] = {}
+    for path in layers:
+        result.setdefault(tuple(sites[path]), []).append(path)
     return result
 
 
-def _stem(site_a: str, site_b: str) -> str:
-    """The sites' common path, with the suffix of the one that has one."""
-    path, _, end_a = site_a.removeprefix("lora.").rpartition(".")
-    suffixes = (end_a.removeprefix("A"), site_b.rpartition(".")[2].removeprefix("B"))
-    return path + "".join(suffixes)
+def _stem(sites: Sequence[str]) -> str:
+    """The sites' common path, with the suffixes of those that have one."""
+    path = sites[0].removeprefix("lora.").rpartition(".")[0]
+    return path + "".join(site.rpartition(".")[2][1:] for site in sites)
 
 
 def _layers(paths: Sequence[str]) -> dict[str, Coordinates]:

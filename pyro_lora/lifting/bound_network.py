@@ -1,22 +1,90 @@
-"""A network with one set of weights, or a stack of them, in place of its adapter."""
+"""A network with one set of weights, or a stack of them, in place of its own."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
+import logging
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache
+from transformers import PreTrainedModel
 
-from pyro_lora.lifting.slots import BoundLinear, LinearSlot
+from pyro_lora.lifting.binding import (
+    Binding,
+    Bindings,
+    Values,
+    checkpoint_contexts,
+)
+from pyro_lora.lifting.folding import (
+    batch_size,
+    check_batch_norm,
+    check_no_cache,
+    check_zero_elsewhere,
+    fold_input,
+    is_ambiguous,
+    num_choices,
+    particle_outputs,
+    stack_outputs,
+    tensors_in,
+    unchanged_buffers,
+    unfold_output,
+)
+from pyro_lora.lifting.sites import LiftedParameter
+from pyro_lora.lifting.slots import Fold, LinearSlot, NotFoldable
 from pyro_lora.lifting.trunk import Trunk
 
-Weights = Mapping[str, Tensor]
-SlotValues = dict[LinearSlot, BoundLinear]
+_logger = logging.getLogger(__name__)
+
+Members = Mapping[str, tuple[LiftedParameter, ...]]
+
+
+@dataclass
+class Host:
+    """A network that takes bound weights, and what is known of how it does.
+
+    Attributes:
+        network: The network.
+        members: Site -> its parameters, in layer order.
+        trunk: The layers that are the same for all particles.
+        bindings: What is bound at the moment.
+        checkpointed: The modules that transformers can checkpoint, by path.
+        is_pretrained: Whether it is one of transformers', which are batch first.
+        context_fn: Contexts that recompute with what is bound at the moment.
+        has_slots: Whether every lifted parameter belongs to a slot.
+        checked: The forms of call, by input names, that are known to take particles.
+        unfoldable: Those that need one particle at a time.
+    """
+
+    network: nn.Module
+    members: Members
+    trunk: Trunk
+    bindings: Bindings = field(default_factory=Bindings)
+    checkpointed: Mapping[str, nn.Module] = field(init=False)
+    context_fn: Callable[[], Any] = field(init=False)
+    has_slots: bool = field(init=False)
+    is_pretrained: bool = field(init=False)
+    checked: set[tuple[Any, ...]] = field(default_factory=set)
+    unfoldable: set[tuple[Any, ...]] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.checkpointed = {
+            path: module
+            for path, module in self.network.named_modules()
+            if getattr(module, "gradient_checkpointing", None) is not None
+        }
+        # torch.compile takes a partial, but no bound method.
+        self.context_fn = functools.partial(checkpoint_contexts, self.bindings)
+        owners = [p.owner for ps in self.members.values() for p in ps]
+        self.has_slots = None not in owners
+        get_base = getattr(self.network, "get_base_model", lambda: self.network)
+        network = type(getattr(get_base(), "_orig_mod", get_base()))
+        known = network.__module__.startswith("transformers.")
+        self.is_pretrained = known and issubclass(network, PreTrainedModel)
 
 
 class BoundNetwork:
@@ -27,32 +95,27 @@ class BoundNetwork:
     a ``pyro.plate`` of data at dim -1 sees ``(S, B)``.
     """
 
-    def __init__(
-        self,
-        network: nn.Module,
-        slots: Mapping[str, tuple[tuple[LinearSlot, str], ...]],
-        weights: Weights,
-        checkpointed: Mapping[str, nn.Module],
-        context_fn: Callable[..., Any],
-        trunk: Trunk,
-    ) -> None:
-        self._network = network
-        self._trunk = trunk
-        self._checkpointed = checkpointed
-        self._context_fn = context_fn
+    def __init__(self, host: Host, weights: Mapping[str, Tensor]) -> None:
+        self._host = host
         self._closed = False
-        self._lead, self._values = _slot_values(slots, weights)
+        self._own: Binding | None = None  # that of the `with` block
+        self._lead, self._values = _values(host, weights)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The network's output, tensors as ``(*lead, B, ...)``.
 
+        All particles run at once, folded into the batch. Where a network can't take
+        that, they run one at a time, and a message in the log says why.
+
         Raises:
             RuntimeError: After the ``with lora.bind(...)`` block has ended, or while
                 other weights are bound.
-            ValueError: If an input or output can't be split by particle, or gradient
-                checkpointing would recompute with other weights.
+            ValueError: If a key-value cache is given to several particles, batch norm
+                would mix them, or gradient checkpointing would recompute with other
+                weights.
         """
-        return self._run(self._network, args, kwargs, self._trunk)
+        host = self._host
+        return self._run(host.network, args, kwargs, host.trunk, ())
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The network's ``generate`` under every particle at once: ``(*lead, B, T)``.
@@ -65,93 +128,191 @@ class BoundNetwork:
             RuntimeError: As for a call.
             ValueError: As for a call.
         """
-        generate: Any = self._network.generate
-        return self._run(generate, args, kwargs, Trunk([]))  # caches: nothing shared
+        generate: Any = self._host.network.generate
+        beams = range(1, sys.maxsize)  # and nothing is shared
+        return self._run(generate, args, kwargs, Trunk([]), beams)
 
     @contextmanager
     def bound_for_block(self) -> Iterator[None]:
-        """Bind the slots for a block; afterwards this network refuses calls."""
+        """Bind the weights for a block; afterwards this network refuses calls.
+
+        Raises:
+            RuntimeError: If other weights are bound.
+        """
+        self._check_none_bound()
+        stacked = self._lead.numel() > 1  # without dims it is 1
+        num_particles = self._lead.numel() if stacked else None
+        self._own = Binding(self._host.bindings, self._values, num_particles)
         try:
-            with self._bound(self._values):
+            with self._own:
                 yield
         finally:
             self._closed = True
 
-    def _bound(self, values: SlotValues) -> AbstractContextManager[None]:
-        if any(
-            slot.bound is not None and slot.bound is not own
-            for slot, own in self._values.items()
-        ):
+    def _check_none_bound(self) -> None:
+        active = self._host.bindings.active
+        if active and active[-1] is not self._own:
             raise RuntimeError(
                 "Other weights are bound to this network at the moment. Leave the "
                 "`with lora.bind(...)` block before binding again."
             )
-        return BoundSlots(values)
 
     def _run(
-        self, function: Callable[..., Any], args: Any, kwargs: Any, trunk: Trunk
+        self,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        trunk: Trunk,
+        repeats: Sequence[int],
     ) -> Any:
+        host, lead = self._host, self._lead
         if self._closed:
             raise RuntimeError(
                 "This bound network was used after its `with lora.bind(...)` block. "
                 "Call it inside the block."
             )
-        if self._network.training:
-            _check_checkpointing(self._checkpointed, self._context_fn)
-        if not self._lead:
-            with self._bound(self._values):
-                return function(*args, **kwargs)
-        num_particles = self._lead.numel()
-        batch_size = _batch_size([*args, *kwargs.values()])
+        self._check_none_bound()
+        if host.network.training:
+            _check_checkpointing(host)
+        if not lead:
+            return self._one(function, args, kwargs, 0)
+        num_particles = lead.numel()
         if num_particles > 1:
-            args = [_fold(v, "input", num_particles, batch_size) for v in args]
-            kwargs = {
-                k: _fold(v, k, num_particles, batch_size) for k, v in kwargs.items()
-            }
+            check_no_cache([*enumerate(args), *kwargs.items()], num_particles)
+            check_batch_norm(host.network)
             if trunk.caches:  # of no use to the caller: a cache can't be given back
                 kwargs.setdefault("use_cache", False)
-        folded = {
-            slot: replace(value, folded=(num_particles, batch_size))
-            for slot, value in self._values.items()
+            form = (len(args), *kwargs)
+            if form not in host.unfoldable:
+                try:
+                    return self._folded(function, args, kwargs, trunk, repeats)
+                except NotFoldable as reason:
+                    host.unfoldable.add(form)
+                    # Slower and right, so nothing that should stop a strict run.
+                    _logger.warning(
+                        "The particles run one at a time, which is slower: %s.", reason
+                    )
+        outputs = [self._one(function, args, kwargs, s) for s in range(num_particles)]
+        return stack_outputs(outputs, "output", lead)
+
+    def _one(
+        self,
+        function: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
+        particle: int,
+    ) -> Any:
+        values = {
+            p: v if v.ndim == p.parameter.ndim else v[particle]
+            for p, v in self._values.items()
         }
-        inputs = {**dict(enumerate(args)), **kwargs}
-        with self._bound(folded), trunk.shared(num_particles, batch_size, inputs):
+        with Binding(self._host.bindings, values):
+            return function(*args, **kwargs)
+
+    def _folded(
+        self,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        trunk: Trunk,
+        repeats: Sequence[int],
+    ) -> Any:
+        host, given, form = self._host, [*args, *kwargs.values()], (len(args), *kwargs)
+        if not host.has_slots:
+            raise NotFoldable(
+                "a parameter is read by several layers, or by the network"
+            )
+        fold = Fold(
+            self._lead.numel(),
+            torch.empty(batch_size(given), 0),
+            repeats or (1, num_choices(given)),
+        )
+        if form in host.checked or repeats or torch.compiler.is_compiling():
+            return self._call_folded(self._values, function, args, kwargs, trunk, fold)
+        if not host.is_pretrained:
+            self._check_independent(function, args, kwargs, fold)
+        elif is_ambiguous(given, fold):
+            self._check_batch_first(function, args, kwargs, fold)
+        output = self._call_folded(self._values, function, args, kwargs, trunk, fold)
+        if host.is_pretrained and is_ambiguous(tensors_in(output), fold):
+            self._check_independent(function, args, kwargs, fold)
+        host.checked.add(form)
+        return output
+
+    def _call_folded(
+        self,
+        values: Values,
+        function: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
+        trunk: Trunk,
+        fold: Fold,
+    ) -> Any:
+        args = tuple(fold_input(v, f"{i}", fold) for i, v in enumerate(args))
+        kwargs = {k: fold_input(v, k, fold) for k, v in kwargs.items()}
+        binding = Binding(self._host.bindings, values, fold.num_particles, fold)
+        with binding, trunk.shared(fold, {**dict(enumerate(args)), **kwargs}):
             output = function(*args, **kwargs)
-        lead = self._lead
-        lead = lead[:-1] if len(lead) > 1 and lead[-1] == 1 else lead
-        return _unfold(output, "output", lead, num_particles * batch_size)
+        return unfold_output(output, "output", self._lead, fold)
+
+    @torch.no_grad()
+    def _check_batch_first(
+        self, function: Callable[..., Any], args: Any, kwargs: Any, fold: Fold
+    ) -> None:
+        """Run one particle, to see in every slot where its batch is.
+
+        transformers' networks are batch first, but not all of their layers are.
+        """
+        one = {
+            p: v[None] if v.ndim == p.parameter.ndim else v[:1]
+            for p, v in self._values.items()
+        }
+        with Binding(self._host.bindings, one, 1, replace(fold, num_particles=1)):
+            function(*args, **kwargs)
+
+    def _check_independent(
+        self, function: Callable[..., Any], args: Any, kwargs: Any, fold: Fold
+    ) -> None:
+        """Check that no particle's outputs have a gradient in another's weights.
+
+        Raises:
+            NotFoldable: If they have, or the network keeps a state.
+        """
+        leaves = {p: v.detach().clone() for p, v in self._values.items()}
+        stacks = [v for p, v in leaves.items() if v.ndim > p.parameter.ndim]
+        with torch.enable_grad(), unchanged_buffers(self._host.network):
+            for stack in stacks:
+                stack.requires_grad_()
+            try:
+                output = self._call_folded(
+                    leaves, function, args, kwargs, Trunk([]), fold
+                )
+            except RuntimeError as error:
+                raise NotFoldable(f"with particles in its batch, {error}") from error
+            for s in (0, fold.num_particles - 1):
+                outputs = particle_outputs(output, self._lead, s)
+                gradients = torch.autograd.grad(
+                    sum((x.sum() for x in outputs), torch.zeros(())),
+                    stacks,
+                    retain_graph=True,
+                    allow_unused=True,
+                )
+                check_zero_elsewhere(gradients, s)
 
 
-class BoundSlots(AbstractContextManager[None]):
-    """Slots bound while a block runs; then what was bound before is bound again.
+def _values(
+    host: Host, weights: Mapping[str, Tensor]
+) -> tuple[torch.Size, dict[LiftedParameter, Tensor]]:
+    """Particle dims, and each parameter's value: of its shape, or a stack (S, ...).
 
-    It can be entered again and again: gradient checkpointing recomputes once for each
-    backward pass.
+    Raises:
+        ValueError: If the particle dims don't broadcast, or hold no particle.
     """
-
-    def __init__(self, values: SlotValues) -> None:
-        self._values = values
-        self._before: list[dict[LinearSlot, BoundLinear | None]] = []
-
-    def __enter__(self) -> None:
-        self._before.append({slot: slot.bound for slot in self._values})
-        for slot, value in self._values.items():
-            slot.bound = value
-
-    def __exit__(self, *exception: object) -> None:
-        for slot, previous in self._before.pop().items():
-            slot.bound = previous
-
-
-def _slot_values(
-    slots: Mapping[str, tuple[tuple[LinearSlot, str], ...]], weights: Weights
-) -> tuple[torch.Size, SlotValues]:
+    event_dims = {site: 1 + ps[0].parameter.ndim for site, ps in host.members.items()}
     leads = {
         # A torch.Size also for Pyro's provenance tensors, whose shape is a tuple.
-        site: torch.Size(
-            weights[site].shape[: weights[site].ndim - _event_dim(members)]
-        )
-        for site, members in slots.items()
+        site: torch.Size(weights[site].shape[: weights[site].ndim - event_dim])
+        for site, event_dim in event_dims.items()
     }
     try:
         lead = torch.broadcast_shapes(*leads.values())
@@ -166,106 +327,30 @@ def _slot_values(
             f"Weights with leading dims {tuple(lead)} hold no particle: expected one "
             "or more."
         )
-    parts: dict[LinearSlot, dict[str, Tensor]] = {}
-    for site, members in slots.items():
-        value = weights[site]
-        event_shape = value.shape[value.ndim - _event_dim(members) :]
+    values = {}
+    for site, members in host.members.items():
+        value, event_dim = weights[site], event_dims[site]
+        event_shape = value.shape[value.ndim - event_dim :]
         if leads[site].numel() == 1 and lead.numel() == 1:
             value = value.reshape(event_shape)
         elif leads[site]:
             value = value.expand(*lead, *event_shape).reshape(-1, *event_shape)
-        layers = value.unbind(value.ndim - _event_dim(members))
-        for (slot, attribute), layer_value in zip(members, layers, strict=True):
-            parts.setdefault(slot, {})[attribute] = layer_value
-    return lead, {
-        slot: BoundLinear(part.get("weight"), part.get("bias"), None)
-        for slot, part in parts.items()
-    }
+        for p, of_layer in zip(members, value.unbind(-event_dim), strict=True):
+            own = host.bindings.parameter(p)
+            # A linear slot casts them to the type of its inputs.
+            dtype = of_layer.dtype if isinstance(p.owner, LinearSlot) else own.dtype
+            values[p] = of_layer.to(own.device, dtype)
+    return lead, values
 
 
-def _event_dim(members: tuple[tuple[LinearSlot, str], ...]) -> int:
-    return 3 if members[0][1] == "weight" else 2
-
-
-def _batch_size(values: list[Any]) -> int:
-    sizes = [v.shape[0] for v in values if isinstance(v, Tensor) and v.ndim > 0]
-    if not sizes:
-        raise ValueError(
-            "No tensor input with a batch dimension was found, so particles can't be "
-            "folded into the batch. Pass tensors, batch first."
-        )
-    # A 1 is the batch size only if all are 1: position_ids, say, may be (1, T).
-    return next((size for size in sizes if size != 1), 1)
-
-
-def _fold(value: Any, name: str, num_particles: int, batch_size: int) -> Any:
-    if isinstance(value, Tensor) and value.ndim > 0:
-        if value.shape[0] == batch_size:
-            return value.repeat(num_particles, *[1] * (value.ndim - 1))
-        if value.shape[0] == 1:
-            return value
-        raise ValueError(
-            f"Input {name!r} has shape {tuple(value.shape)}, but {num_particles} "
-            f"particles are folded into a batch of {batch_size}: its first dim must "
-            "be the batch or 1. Pass one particle at a time, or batch first."
-        )
-    if _holds_tensors(value) or isinstance(value, Cache):
-        raise ValueError(
-            f"Input {name!r} is a {type(value).__name__}, which can't be folded over "
-            f"{num_particles} particles. Pass one particle at a time."
-        )
-    return value
-
-
-def _holds_tensors(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        value = tuple(value.values())
-    if isinstance(value, tuple | list):
-        return any(isinstance(v, Tensor) or _holds_tensors(v) for v in value)
-    return False
-
-
-def _unfold(value: Any, name: str, lead: torch.Size, folded_batch: int) -> Any:
-    if isinstance(value, Tensor):
-        if value.ndim > 0 and value.shape[0] == folded_batch:
-            return value.reshape(
-                *lead, folded_batch // max(lead.numel(), 1), *value.shape[1:]
-            )
-        if lead.numel() == 1:
-            return value
-        raise ValueError(
-            f"Output {name!r} has shape {tuple(value.shape)}, which mixes or drops the "
-            f"{lead.numel()} particles (a loss, perhaps). Call the network without "
-            "labels, or one particle at a time."
-        )
-    if isinstance(value, Mapping):
-        return type(value)(
-            **{k: _unfold(v, k, lead, folded_batch) for k, v in value.items()}
-        )
-    if isinstance(value, tuple | list):
-        return type(value)(_unfold(v, name, lead, folded_batch) for v in value)
-    return value
-
-
-def checkpointed_modules(network: nn.Module) -> dict[str, nn.Module]:
-    """The modules that transformers can checkpoint, by path."""
-    return {
-        path: module
-        for path, module in network.named_modules()
-        if getattr(module, "gradient_checkpointing", None) is not None
-    }
-
-
-def _check_checkpointing(
-    modules: Mapping[str, nn.Module], context_fn: Callable[..., Any]
-) -> None:
-    for path, module in modules.items():
+def _check_checkpointing(host: Host) -> None:
+    for path, module in host.checkpointed.items():
         if not module.gradient_checkpointing:
             continue
         function = getattr(module, "_gradient_checkpointing_func", None)
         settings = function.keywords if isinstance(function, functools.partial) else {}
         given = settings.get("context_fn")
-        if settings.get("use_reentrant", True) or given != context_fn:
+        if settings.get("use_reentrant", True) or given is not host.context_fn:
             raise ValueError(
                 f"Gradient checkpointing at {path!r} would recompute without the bound "
                 "weights. Enable it by model.gradient_checkpointing_enable("

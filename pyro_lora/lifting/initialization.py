@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import re
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft.tuners.adalora.layer import AdaLoraLayer
 from pyro.infer.autoguide.initialization import init_to_median
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from pyro_lora.lifting.sites import LiftedParameter
+from pyro_lora.lifting.slots import swapped
 
 if TYPE_CHECKING:
     from pyro_lora.lifting.lifted_network import LiftedNetwork
@@ -95,48 +101,69 @@ def init_to_fresh(lora: LiftedNetwork) -> InitFn:
 
 @torch.no_grad()
 def _fresh(lora: LiftedNetwork, site: str) -> Tensor:
-    if site.startswith("base."):
-        return lora.weights()[site]  # pretrained, nothing to draw anew
-    zeros = lora.zeros()[site]
-    values = []
-    for name in lora.sites[site]:
-        path, _, attribute = name.rpartition(".")
-        layer = lora.network.get_submodule(path)
-        assert isinstance(layer, nn.Linear)
-        copy = nn.Linear(  # PyTorch's Kaiming-uniform rule, which is PEFT's for A
-            layer.in_features,
-            layer.out_features,
-            bias=layer.bias is not None,
-            device=zeros.device,
-            dtype=zeros.dtype,
+    kind = site.partition(".")[0]
+    if kind not in ("lora", "head", "base"):
+        raise ValueError(
+            f"Site {site!r}: init_to_fresh knows how LoRA and heads start, not this "
+            "kind of adapter. Use init_to_adapter(jitter=...)."
         )
-        if site.startswith("lora."):
-            _reset_lora(lora, path, copy)
-        elif (base := _pretrained(lora.network)) is not None:
-            base._init_weights(copy)
-        values.append(getattr(copy, attribute).detach())
+    now = lora.weights()[site]
+    if kind == "base":
+        return now  # pretrained, nothing to draw anew
+    draw = _fresh_head if kind == "head" else _fresh_lora
+    values = [
+        draw(lora, p, value.clone())
+        for p, value in zip(lora.parameters[site], now, strict=True)
+    ]
     return torch.stack(values)
 
 
-def _reset_lora(lora: LiftedNetwork, path: str, layer: nn.Linear) -> None:
-    parent, adapter = path.split(".")[-2:]
-    configs: Mapping[str, Any] = lora.network.peft_config  # type: ignore[assignment]
-    rule = configs[adapter].init_lora_weights
+def _fresh_head(lora: LiftedNetwork, p: LiftedParameter, value: Tensor) -> Tensor:
+    layer, attribute = _new_layer(p, value)
+    for module in lora.network.modules():
+        if isinstance(module, PreTrainedModel):
+            module._init_weights(layer)
+            break
+    return layer._parameters[attribute].detach()
+
+
+def _new_layer(p: LiftedParameter, value: Tensor) -> tuple[Any, str]:
+    """A copy of the parameter's layer, with PyTorch's own initialisation."""
+    holder, attribute = p.locations[0]
+    layer: Any = copy.deepcopy(holder).to(value)
+    layer.reset_parameters()
+    return layer, attribute
+
+
+def _fresh_lora(lora: LiftedNetwork, p: LiftedParameter, value: Tensor) -> Tensor:
+    path = re.split(r"\.lora_[^.]+\.", p.name)[0]
+    layer: Any = lora.network.get_submodule(path)
+    configs: Any = lora.network.peft_config
+    rule = configs[lora.adapter].init_lora_weights
     if not (isinstance(rule, bool) or rule == "gaussian"):
         raise ValueError(
-            f"Site of {path!r}: init_lora_weights={rule!r} starts from the base weight "
+            f"Site {p.site!r}: init_lora_weights={rule!r} starts from the base weight "
             "and has no random init to repeat. Use init_to_adapter(jitter=...) instead "
             "of init_to_fresh()."
         )
-    if parent == "lora_B" and rule is not False:
-        for parameter in layer.parameters():
-            nn.init.zeros_(parameter)
-    elif rule == "gaussian":
-        nn.init.normal_(layer.weight, std=1 / layer.out_features)
-
-
-def _pretrained(network: nn.Module) -> PreTrainedModel | None:
-    for module in network.modules():
-        if isinstance(module, PreTrainedModel):
-            return module
-    return None
+    if rule is False:  # PEFT leaves its matrices as PyTorch makes them
+        if isinstance(p.locations[0][0], nn.ParameterDict):
+            return torch.randn_like(value)
+        layer, attribute = _new_layer(p, value)
+        return layer._parameters[attribute].detach()
+    # PEFT's own rule, run on copies in the adapter's place. What it doesn't draw, such
+    # as DoRA's magnitude, keeps its value.
+    copies = {
+        (holder, name): nn.Parameter(parameter.to(value.dtype, copy=True))
+        for part in layer.adapter_layer_names
+        for holder in getattr(layer, part, nn.Module()).modules()
+        for name, parameter in holder._parameters.items()
+        if parameter is not None
+    }
+    copies[p.locations[0]] = nn.Parameter(value)
+    with swapped(copies):
+        if isinstance(layer, AdaLoraLayer):
+            layer.reset_lora_parameters(lora.adapter)
+        else:
+            layer.reset_lora_parameters(lora.adapter, rule)
+    return copies[p.locations[0]].detach()

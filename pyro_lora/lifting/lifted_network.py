@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 from pyro import poutine
 from torch import Tensor, nn
 
 from pyro_lora.lifting import initialization, priors
-from pyro_lora.lifting.bound_network import (
-    BoundNetwork,
-    BoundSlots,
-    checkpointed_modules,
-)
-from pyro_lora.lifting.priors import Prior
-from pyro_lora.lifting.sites import (
+from pyro_lora.lifting.adapter import (
     adapter_modules,
     adapter_name,
     check_in_use,
-    lifted_parameters,
 )
-from pyro_lora.lifting.slots import LinearSlot, as_slot
+from pyro_lora.lifting.bound_network import BoundNetwork, Host
+from pyro_lora.lifting.low_rank import has_one_update, rank_masks, update_factors
+from pyro_lora.lifting.priors import Prior
+from pyro_lora.lifting.refusals import (
+    check_network,
+    keep_bitsandbytes_differentiable,
+)
+from pyro_lora.lifting.sites import LiftedParameter, lifted_parameters
+from pyro_lora.lifting.slots import as_slot
 from pyro_lora.lifting.trunk import find_trunk
+
+# The lifted networks that are in use, to tell when a parameter is lifted twice.
+_IN_USE: weakref.WeakSet[LiftedNetwork] = weakref.WeakSet()
 
 
 def lift(
@@ -37,14 +41,16 @@ def lift(
 ) -> LiftedNetwork:
     """Turn the adapter weights of a network into Pyro random variables.
 
-    LoRA matrices of one role and shape are stacked over the layers into one site,
+    Whatever is trainable is lifted, with any PEFT method or without PEFT. Weights of
+    one role and shape are stacked over the layers into one site: LoRA's are
     ``lora.<path>.A`` of event shape (L, R, I) and ``lora.<path>.B`` of (L, O, R);
-    heads in ``modules_to_save`` are ``head.<path>.weight`` (L, O, I) and ``.bias``
-    (L, O), other trainable linear parameters ``base.<path>...``; L is 1 where there
-    is one layer. The network itself computes as before whenever nothing is bound.
+    those of other adapters start with the adapter's name (``ia3.<path>.l``), heads in
+    ``modules_to_save`` are ``head.<path>.weight`` (L, O, I) and ``.bias`` (L, O), other
+    trainable parameters ``base.<path>...``; L is 1 where there is one layer. The
+    network itself computes as before whenever nothing is bound.
 
     Args:
-        model: A ``peft.PeftModel``, or any module with trainable linear layers.
+        model: A ``peft.PeftModel``, or any module with trainable parameters.
         prior: A function of the lifted network that samples every site; None is
             ``priors.normal(scale=1.0)``.
         adapter: The adapter to lift; None is the active one.
@@ -55,10 +61,16 @@ def lift(
         The lifted network; call it inside a Pyro model.
 
     Raises:
+        TypeError: If ``model`` isn't a module.
         ValueError: If there is nothing to lift, the adapter is unknown, merged or
-            inactive, a trainable parameter isn't part of an ``nn.Linear``, or a
-            value is NaN or infinite.
+            inactive, a trainable parameter can't be lifted or is lifted already, or
+            a value is NaN or infinite.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"lift takes a torch.nn.Module, a PeftModel for one, but found a "
+            f"{type(model).__name__}. Pass the network itself."
+        )
     return LiftedNetwork(
         model, priors.normal(scale=1.0) if prior is None else prior, adapter, name
     )
@@ -70,38 +82,41 @@ class LiftedNetwork:
     Attributes:
         network: The original network.
         prior: The function that samples the sites.
+        adapter: The name of the adapter that is lifted, None without PEFT.
         sites: Site name -> parameter names as in ``network.named_parameters()``,
             in layer order.
-        slots: Site name -> its layers and which of their parameters, in layer order.
+        parameters: Site name -> its parameters and where they are, in layer order.
+        initial_weights: Site name -> the values at the time of lifting, (L, ...).
     """
 
     def __init__(
         self, model: nn.Module, prior: Prior, adapter: str | None, name: str | None
     ) -> None:
-        self._adapter = adapter_name(model, adapter)
-        found = lifted_parameters(model, self._adapter, name)
-        self._adapter_modules = adapter_modules(model, self._adapter)
-        self._checkpointed = checkpointed_modules(model)
+        check_network(model)
+        self.adapter = adapter_name(model, adapter)
+        self._adapter_modules = adapter_modules(model, self.adapter)
+        check_in_use(self._adapter_modules, self.adapter)
         self.network = model
         self.prior = prior
-        names: dict[str, list[str]] = {}
-        slots: dict[str, list[tuple[LinearSlot, str]]] = {}
-        for p in found:
-            names.setdefault(p.site, []).append(p.name)
-        self.sites: dict[str, tuple[str, ...]] = {k: tuple(v) for k, v in names.items()}
-        parameters = dict(model.named_parameters())
-        for site, members in self.sites.items():
-            for member in members:
-                if not torch.isfinite(parameters[member]).all():
-                    raise ValueError(
-                        f"Site {site!r}: parameter {member!r} has NaN or infinite "
-                        "values. Restore or re-initialise the adapter before lifting."
-                    )
-        for p in found:
-            slots.setdefault(p.site, []).append((as_slot(p.layer), p.attribute))
-        self.slots = {site: tuple(members) for site, members in slots.items()}
-        adapted = {slot for members in self.slots.values() for slot, _ in members}
-        self._trunk = find_trunk(model, adapted)
+        found: dict[str, list[LiftedParameter]] = {}
+        for p in lifted_parameters(model, self.adapter, name):
+            found.setdefault(p.site, []).append(p)
+        self.parameters = {site: tuple(ps) for site, ps in found.items()}
+        self.sites: dict[str, tuple[str, ...]] = {
+            site: tuple(p.name for p in ps) for site, ps in self.parameters.items()
+        }
+        everything = [p for ps in self.parameters.values() for p in ps]
+        _check_finite(everything)
+        _check_free(everything)
+        owners = {p.owner for p in everything if p.owner is not None}
+        self._host = Host(model, self.parameters, find_trunk(model, owners))
+        keep_bitsandbytes_differentiable(model)
+        if self._host.has_slots:
+            for owner in owners:
+                as_slot(owner)
+        self._masks = rank_masks(model, self.adapter, self.parameters)
+        self.initial_weights = self.weights()
+        _IN_USE.add(self)
 
     def __call__(self) -> BoundNetwork:
         """Sample the sites by the prior and return the network bound to the values.
@@ -147,27 +162,25 @@ class LiftedNetwork:
 
     def _bound_network(self, weights: Mapping[str, Tensor]) -> BoundNetwork:
         self._check_shapes(weights)
-        check_in_use(self._adapter_modules, self._adapter)
-        return BoundNetwork(
-            self.network,
-            self.slots,
-            weights,
-            self._checkpointed,
-            self.context_fn,
-            self._trunk,
-        )
+        check_in_use(self._adapter_modules, self.adapter)
+        masked = {site: weights[site] * mask for site, mask in self._masks.items()}
+        return BoundNetwork(self._host, {**weights, **masked})
+
+    def _own(self, site: str) -> list[nn.Parameter]:
+        return [self._host.bindings.parameter(p) for p in self.parameters[site]]
 
     @torch.no_grad()
     def weights(self) -> dict[str, Tensor]:
         """The adapter's present values, stacked as sites, copied.
 
-        Values in half precision come as float32, as sites are.
+        Values in half precision come as float32, as sites are. A site whose layers are
+        on several devices is on the first one's.
         """
         return {
-            site: torch.stack([getattr(slot, attr) for slot, attr in members]).to(
-                _site_dtype(members)
+            site: torch.stack(
+                [p.to(zeros.device, zeros.dtype) for p in self._own(site)]
             )
-            for site, members in self.slots.items()
+            for site, zeros in self.zeros().items()
         }
 
     def zeros(self) -> dict[str, Tensor]:
@@ -176,9 +189,11 @@ class LiftedNetwork:
         What a prior needs: ``dist.Normal(zeros, 1 + zeros).to_event(zeros.ndim)``.
         """
         result = {}
-        for site, members in self.slots.items():
-            first = getattr(*members[0])
-            zero = torch.zeros((), dtype=_site_dtype(members), device=first.device)
+        for site, members in self.parameters.items():
+            first = self._own(site)[0]
+            half = first.dtype in (torch.float16, torch.bfloat16)
+            dtype = torch.float32 if half else first.dtype
+            zero = torch.zeros((), dtype=dtype, device=first.device)
             result[site] = zero.expand(len(members), *first.shape)
         return result
 
@@ -199,9 +214,10 @@ class LiftedNetwork:
                     f"{tuple(zeros.shape)}, found {tuple(weights[site].shape)}. "
                     "Pick one particle or draw first."
                 )
-        for site, members in self.slots.items():
-            for (slot, attr), value in zip(members, weights[site], strict=True):
-                getattr(slot, attr).copy_(value)
+        for site in self.parameters:
+            values = weights[site] * self._masks.get(site, 1)
+            for parameter, value in zip(self._own(site), values, strict=True):
+                parameter.copy_(value)
 
     def init_to_adapter(self, jitter: float = 0.0) -> initialization.InitFn:
         """``init_loc_fn``: the adapter's present values.
@@ -227,20 +243,22 @@ class LiftedNetwork:
         """
         return initialization.init_to_fresh(self)
 
-    def context_fn(self) -> tuple[AbstractContextManager[Any], ...]:
+    @property
+    def context_fn(self) -> Callable[[], tuple[AbstractContextManager[Any], ...]]:
         """Contexts that make gradient checkpointing recompute with the bound weights.
 
         Pass it in ``gradient_checkpointing_kwargs={"use_reentrant": False,
         "context_fn": lora.context_fn}``.
         """
-        slots = {slot for members in self.slots.values() for slot, _ in members}
-        bound = {slot: slot.bound for slot in slots if slot.bound is not None}
-        return nullcontext(), BoundSlots(bound)
+        return self._host.context_fn
 
     def delta_weight_factors(
         self, weights: Mapping[str, Tensor]
     ) -> dict[str, tuple[Tensor, Tensor]]:
         r"""Factors of every layer's update :math:`\Delta W = s B A`.
+
+        Convolutions' matrices are flattened over the kernel. For AdaLoRA, E is in the
+        first factor; for DoRA, it is the update before the columns are normalised.
 
         Args:
             weights: Site -> value, any leading dims.
@@ -250,20 +268,16 @@ class LiftedNetwork:
             scaling s is in the first.
         """
         self._check_shapes(weights)
-        by_name = {
-            name: weights[site].select(-3 if name.endswith(".weight") else -2, i)
-            for site, names in self.sites.items()
-            for i, name in enumerate(names)
+        values = {
+            p.locations[0]: weights[site].select(-1 - p.parameter.ndim, i)
+            for site, members in self.parameters.items()
+            for i, p in enumerate(members)
         }
-        factors = {}
-        for name, a in by_name.items():
-            path, mark, rest = name.rpartition(".lora_A.")
-            if mark:
-                layer = self.network.get_submodule(path)
-                assert isinstance(layer, LoraLayer)
-                scaling = layer.scaling[rest.removesuffix(".weight")]
-                factors[path] = (scaling * by_name[f"{path}.lora_B.{rest}"], a)
-        return factors
+        return {
+            path: update_factors(layer, self.adapter, values)
+            for path, layer in self._adapter_modules.items()
+            if has_one_update(layer)
+        }
 
     def _check_shapes(self, weights: Mapping[str, Tensor]) -> None:
         zeros = self.zeros()
@@ -285,6 +299,8 @@ class LiftedNetwork:
                 )
 
     def _check_values(self, weights: Mapping[str, Tensor]) -> None:
+        if torch.compiler.is_compiling():  # it would break the graph, and compile anew
+            return
         for site, value in weights.items():
             if not torch.isfinite(value).all():
                 raise ValueError(
@@ -293,6 +309,27 @@ class LiftedNetwork:
                 )
 
 
-def _site_dtype(members: tuple[tuple[LinearSlot, str], ...]) -> torch.dtype:
-    dtype: torch.dtype = getattr(*members[0]).dtype
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+def _check_finite(parameters: Iterable[LiftedParameter]) -> None:
+    for p in parameters:
+        if not torch.isfinite(p.parameter).all():
+            raise ValueError(
+                f"Site {p.site!r}: parameter {p.name!r} has NaN or infinite values. "
+                "Restore or re-initialise the adapter before lifting."
+            )
+
+
+def _check_free(parameters: Iterable[LiftedParameter]) -> None:
+    taken = {
+        location
+        for lora in _IN_USE
+        for members in lora.parameters.values()
+        for p in members
+        for location in p.locations
+    }
+    for p in parameters:
+        if not taken.isdisjoint(p.locations):
+            raise ValueError(
+                f"Site {p.site!r}: parameter {p.name!r} is lifted already. Use that "
+                "lifted network (for another prior set its .prior), or drop it by del "
+                "before lifting again."
+            )

@@ -2,46 +2,55 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
-from peft.tuners.lora.layer import (
-    Embedding,
-    LoraLayer,
-    MultiheadAttention,
-    ParamWrapper,
-)
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
-from pyro_lora.lifting.slots import LinearSlot
+from pyro_lora.lifting.owners import find_owners
+from pyro_lora.lifting.refusals import check_parameter
+from pyro_lora.lifting.slots import Location
 
-_LORA_MATRICES = {"lora_A": "A", "lora_B": "B"}
-# These read the values of A and B and don't call them as layers, so slots in them would
-# be passed by.
-_UNLIFTABLE_LORA = (Embedding, MultiheadAttention, ParamWrapper)
+# PEFT's names of an adapter's parts -> kind and role in the site's name; of the others
+# the kind is what stands before the first underscore: ia3_l, vera_lambda_b.
+_ROLES = {
+    "lora_embedding_A": ("lora", "A"),
+    "lora_embedding_B": ("lora", "B"),
+    "lora_magnitude_vector": ("lora", "magnitude"),
+    "ln_tuning_layers": ("ln_tuning", ""),
+    "trainable_tokens_delta": ("trainable_tokens", "delta"),
+}
+_COMPILED = "_orig_mod"  # the part of a path that torch.compile adds
+# What isn't part of the adapter, and is lifted only if it is trainable.
+_OUTSIDE = ("base", "prompt", "other adapter")
 
 
-AdapterModules = Mapping[str, LoraLayer | ModulesToSaveWrapper]
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LiftedParameter:
-    """One parameter that is lifted: its full name, its layer and its site's name."""
+    """One parameter that is lifted.
+
+    Attributes:
+        name: As in ``network.named_parameters()``.
+        site: Its site's name.
+        owner: The module whose forward alone reads it; None: the network's.
+        locations: All places that hold it, more than one if it is tied.
+    """
 
     name: str
-    layer: nn.Module
-    attribute: str  # "weight" or "bias"
     site: str
+    owner: nn.Module | None
+    locations: tuple[Location, ...]
 
     @property
-    def shape(self) -> torch.Size:
-        """The parameter's shape."""
-        parameter: nn.Parameter = getattr(self.layer, self.attribute)
-        return parameter.shape
+    def parameter(self) -> nn.Parameter:
+        """The parameter itself."""
+        holder, attribute = self.locations[0]
+        return cast(nn.Parameter, holder._parameters[attribute])
 
 
 def lifted_parameters(
@@ -49,196 +58,111 @@ def lifted_parameters(
 ) -> list[LiftedParameter]:
     """All parameters to lift, in the order of ``model.named_parameters()``.
 
-    Lifted are the adapter's own matrices (trainable or frozen, since an adapter
+    Lifted are the adapter's own weights (trainable or frozen, since an adapter
     loaded for inference is frozen), its ``modules_to_save``, and whatever else is
     trainable.
 
     Args:
         model: The network.
-        adapter: The adapter's name, see :func:`adapter_name`.
+        adapter: The adapter's name.
         name: Put into the site names.
 
     Raises:
-        ValueError: If there is nothing to lift, the adapter is merged or disabled, or
-            a trainable parameter can't be lifted.
+        ValueError: If there is nothing to lift, or a trainable parameter can't be
+            lifted.
     """
-    in_use = adapter_modules(model, adapter)
-    check_in_use(in_use, adapter)
-    _check_lora_layers(in_use, adapter)
-    modules = dict(model.named_modules())
-    lora_layers = [p for p, m in modules.items() if isinstance(m, LoraLayer)]
-    wrappers = [p for p, m in modules.items() if isinstance(m, ModulesToSaveWrapper)]
-    uses = Counter(
-        id(p) for module in modules.values() for p in module.parameters(recurse=False)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    aliases: dict[int, list[str]] = {}
+    for full_name, parameter in model.named_parameters(remove_duplicate=False):
+        aliases.setdefault(id(parameter), []).append(full_name)
+    found = {
+        full_name: (parameter, *_named(modules, full_name, adapter))
+        for full_name, parameter in model.named_parameters()
+    }
+    # An adapter that was loaded for inference is frozen as a whole.
+    training = any(p.requires_grad and k not in _OUTSIDE for p, k, *_ in found.values())
+    sites: dict[str, str] = {}
+    for full_name, (parameter, kind, path, role) in found.items():
+        own = kind not in _OUTSIDE and not training
+        if parameter.requires_grad or (own and not _always_frozen(modules, full_name)):
+            check_parameter(full_name, kind, parameter, modules)
+            sites[full_name] = ".".join(
+                p for p in (kind, name, _short(path), role) if p
+            )
+    if not sites:
+        raise ValueError(
+            "Nothing to lift: the model has no adapter and no trainable parameter. "
+            "Wrap it with peft.get_peft_model first, or set requires_grad on the "
+            "parameters that should be random."
+        )
+    for full_name, site in sites.items():
+        if any(other.startswith(f"{site}.") for other in sites.values()):
+            sites[full_name] = f"{site}.weight"  # no site is a prefix of another
+    lifted = []
+    for full_name, site in sites.items():
+        names = aliases[id(found[full_name][0])]
+        locations = dict.fromkeys(_location(modules, alias) for alias in names)
+        lifted.append(LiftedParameter(full_name, site, None, tuple(locations)))
+    owners = find_owners(model, {n: aliases[id(found[n][0])] for n in sites}, adapter)
+    return _with_shape_suffixes(replace(p, owner=owners[p.name]) for p in lifted)
+
+
+def _location(modules: Mapping[str, nn.Module], full_name: str) -> Location:
+    path, _, attribute = full_name.rpartition(".")
+    return modules[path], attribute
+
+
+def _always_frozen(modules: Mapping[str, nn.Module], full_name: str) -> bool:
+    """Whether PEFT never trains this weight of an adapter."""
+    parts = full_name.split(".")
+    return any(
+        isinstance(module := modules[".".join(parts[:i])], BaseTunerLayer)
+        and parts[i] in module.frozen_peft_weight_names.get(parts[i + 1], ())
+        for i in range(1, len(parts) - 1)
     )
-    found = []
-    for full_name, parameter in model.named_parameters():
-        path, _, attribute = full_name.rpartition(".")
-        module_path, kind, role = _locate(path, lora_layers, wrappers, adapter)
-        if kind in ("base", "other adapter") and not parameter.requires_grad:
-            continue
-        layer = modules[path]
-        _check_liftable(full_name, kind, layer, attribute, uses[id(parameter)])
-        suffix = {"lora": role, "head": attribute, "base": attribute}[kind]
-        if kind == "lora" and attribute == "bias":
-            suffix = "bias"
-        middle = [part for part in (name, _short(module_path)) if part]
-        site = ".".join([kind, *middle, suffix])
-        found.append(LiftedParameter(full_name, layer, attribute, site))
-    if not found:
-        raise ValueError(
-            "Nothing to lift: the model has no LoRA adapter and no trainable "
-            "parameter. Wrap it with peft.get_peft_model first, or set "
-            "requires_grad on the parameters that should be random."
-        )
-    return _with_shape_suffixes(found)
 
 
-def adapter_name(model: nn.Module, adapter: str | None) -> str | None:
-    """The adapter to lift: the one named, else the active one, None without PEFT.
-
-    Raises:
-        ValueError: If there is no such adapter, or several are active.
-    """
-    configs = getattr(model, "peft_config", None)
-    if configs is None:
-        if adapter is not None:
-            raise ValueError(f"adapter={adapter!r} was given, but the model has none.")
-        return None
-    if adapter is None:
-        active = {
-            active
-            for module in model.modules()
-            if isinstance(module, BaseTunerLayer | ModulesToSaveWrapper)
-            for active in module.active_adapters
-        }
-        candidates = sorted(active or configs)
-        if len(candidates) > 1:
-            raise ValueError(
-                f"Expected one active adapter, found {candidates}. "
-                "Name the one to lift by adapter=."
-            )
-        adapter = candidates[0]
-    if adapter not in configs:
-        raise ValueError(
-            f"No adapter {adapter!r}: the model has {sorted(configs)}. "
-            "Name one of them by adapter=."
-        )
-    return adapter
-
-
-def adapter_modules(model: nn.Module, adapter: str | None) -> AdapterModules:
-    """The modules that hold weights of the adapter, by path."""
-    found: dict[str, LoraLayer | ModulesToSaveWrapper] = {}
-    for path, module in model.named_modules():
-        if isinstance(module, LoraLayer) and adapter in module.r:
-            found[path] = module
-        elif isinstance(module, ModulesToSaveWrapper):
-            if adapter in module.modules_to_save.keys():
-                found[path] = module
-    return found
-
-
-def check_in_use(modules: AdapterModules, adapter: str | None) -> None:
-    """Check that the network computes with the adapter's layers.
-
-    Raises:
-        ValueError: If the adapter is merged, disabled or not the active one, so that
-            weights bound to it would change nothing.
-    """
-    for path, module in modules.items():
-        if isinstance(module, LoraLayer) and module.merged:
-            raise ValueError(
-                f"{path}: the adapter is merged into the base weight. "
-                "Call model.unmerge_adapter() first."
-            )
-        if module.disable_adapters:
-            raise ValueError(
-                f"{path}: adapters are disabled. Leave `with model.disable_adapter()`, "
-                "or call model.enable_adapter_layers()."
-            )
-        if adapter not in module.active_adapters:
-            raise ValueError(
-                f"{path}: adapter {adapter!r} is not active (active: "
-                f"{module.active_adapters}). Call model.set_adapter({adapter!r})."
-            )
-
-
-def _check_lora_layers(modules: AdapterModules, adapter: str | None) -> None:
-    for path, layer in modules.items():
-        if isinstance(layer, _UNLIFTABLE_LORA):
-            raise ValueError(
-                f"{path}: LoRA of an embedding, a parameter or nn.MultiheadAttention "
-                f"({type(layer).__name__}) can't be lifted. Adapt torch.nn.Linear only."
-            )
-        if isinstance(layer, LoraLayer) and adapter in layer.lora_variant:
-            raise ValueError(
-                f"{path}: this LoRA variant "
-                f"({type(layer.lora_variant[adapter]).__name__}) reads its matrices "
-                "outside of their layers and can't be lifted. Use plain LoRA or rsLoRA."
-            )
-
-
-def _locate(
-    path: str, lora_layers: list[str], wrappers: list[str], adapter: str | None
+def _named(
+    modules: Mapping[str, nn.Module], full_name: str, adapter: str | None
 ) -> tuple[str, str, str]:
-    """Module path, kind of site and role (A or B) of the layer at ``path``."""
-    for root in lora_layers:
-        rest = path[len(root) + 1 :].split(".")
-        if path.startswith(root + ".") and rest[0] in _LORA_MATRICES:
-            kind = "lora" if rest[1:] == [adapter] else "other adapter"
-            return root, kind, _LORA_MATRICES[rest[0]]
-    for root in wrappers:
-        inner = f"{root}.modules_to_save."
-        if path.startswith(inner):
-            name, _, rest_path = path[len(inner) :].partition(".")
-            kind = "head" if name == adapter else "other adapter"
-            return f"{root}.{rest_path}".rstrip("."), kind, ""
-    return path.replace(".base_layer", ""), "base", ""
-
-
-def _check_liftable(
-    name: str, kind: str, layer: nn.Module, attribute: str, num_uses: int
-) -> None:
-    if kind == "other adapter":
-        raise ValueError(
-            f"Trainable parameter {name!r} belongs to an adapter that isn't lifted. "
-            "Freeze it, or lift that adapter by adapter=."
-        )
-    if type(layer) not in (nn.Linear, LinearSlot):
-        raise ValueError(
-            f"Parameter {name!r} can't be lifted: expected the weight or bias of "
-            f"torch.nn.Linear, found {attribute!r} of {type(layer).__name__}. "
-            "Freeze it (requires_grad_(False)), or adapt linear layers only."
-        )
-    if attribute not in ("weight", "bias") or "forward" in vars(layer):
-        raise ValueError(
-            f"Parameter {name!r} can't be lifted: the forward or the weights of its "
-            "layer were replaced by a hook. Remove the hook, or freeze the parameter "
-            "(requires_grad_(False))."
-        )
-    if num_uses > 1:
-        raise ValueError(
-            f"Parameter {name!r} can't be lifted: {num_uses} layers share it, and a "
-            "site would replace it in one of them only. Untie or freeze it "
-            "(requires_grad_(False))."
-        )
+    """The kind of a parameter, the path of the layer that it adapts, and its role."""
+    parts = full_name.split(".")
+    for i in range(len(parts) - 1, 0, -1):  # the innermost adapter layer has it
+        path, rest = ".".join(parts[:i]), parts[i:]
+        module: Any = modules.get(path)
+        if isinstance(module, ModulesToSaveWrapper) and rest[0] == "modules_to_save":
+            kind = "head" if rest[1] == adapter else "other adapter"
+            return kind, ".".join([path, *rest[2:-1]]), rest[-1]
+        if isinstance(module, BaseTunerLayer) and rest[0] in module.adapter_layer_names:
+            kind, role = _ROLES.get(rest[0], rest[0].split("_", 1))
+            # lora_A.default.weight is A itself; a trained bias has a name of its own.
+            tail = [] if role and rest[2:] == ["weight"] else rest[2:]
+            suffix = tail if kind == "lora" and tail else [role, *tail]
+            kind = kind if rest[1] == adapter else "other adapter"
+            return kind, path, ".".join(part for part in suffix if part)
+    if "prompt_encoder" in parts[:2]:  # PEFT's prompt learning, compiled perhaps
+        _, name, *inner, role = parts[parts.index("prompt_encoder") :]
+        return "prompt" if name == adapter else "other adapter", ".".join(inner), role
+    role = "" if parts[-1].isdigit() else parts[-1]
+    return "base", ".".join(p for p in parts[:-1] if p != "base_layer"), role
 
 
 def _short(module_path: str) -> str:
-    """The path without PEFT's wrapper, a leading ``model.`` and layer indices."""
-    path = module_path.removeprefix("base_model.model.").removeprefix("model.")
+    """The path without wrappers, a leading ``model.`` and layer indices."""
+    path = ".".join(p for p in module_path.split(".") if p != _COMPILED)
+    path = path.removeprefix("base_model.model.").removeprefix("model.")
     return ".".join(part for part in path.split(".") if not part.isdigit())
 
 
-def _with_shape_suffixes(found: list[LiftedParameter]) -> list[LiftedParameter]:
+def _with_shape_suffixes(found: Iterable[LiftedParameter]) -> list[LiftedParameter]:
     """Give sites that would mix shapes a suffix such as ``_4x64``."""
-    shapes = defaultdict(set)
+    found = list(found)
+    shapes: defaultdict[str, set[torch.Size]] = defaultdict(set)
     for p in found:
-        shapes[p.site].add(p.shape)
+        shapes[p.site].add(p.parameter.shape)
     return [
         p
         if len(shapes[p.site]) == 1
-        else replace(p, site=p.site + "_" + "x".join(map(str, p.shape)))
+        else replace(p, site=p.site + "_" + "x".join(map(str, p.parameter.shape)))
         for p in found
     ]

@@ -1,36 +1,121 @@
-"""Slots: linear layers that use a bound tensor while there is one."""
+"""Slots: layers that compute with each particle's own weights on folded inputs."""
 
 from __future__ import annotations
 
+import functools
+import types
+from collections.abc import Container, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# Where a parameter lives: the module that holds it, and the attribute.
+Location = tuple[nn.Module, str]
+
+
+class NotFoldable(ValueError):
+    """Particles can't be folded into the batch of this network."""
+
+
+@dataclass(frozen=True)
+class Fold:
+    """How particles are folded into the batch: (S * B, ...), particle-major.
+
+    Attributes:
+        num_particles: S.
+        rows: Of shape (B, 0): torch.compile would compile anew for every number that it
+            reads, but not for every shape.
+        repeats: How often a datum may come, in a row: as beams or choices do.
+    """
+
+    num_particles: int
+    rows: Tensor
+    repeats: Container[int] = (1,)
+
+    @property
+    def batch_size(self) -> int:
+        """B."""
+        return self.rows.shape[0]
+
+    @property
+    def folded_size(self) -> int:
+        """S * B."""
+        return self.num_particles * self.batch_size
+
+    def is_folded(self, x: Tensor) -> bool:
+        """Whether the first dim of ``x`` holds the particles' batches."""
+        if x.ndim == 0 or self.folded_size == 0:
+            return False
+        if 1 in self.repeats and x.shape[0] == self.folded_size:
+            return True  # the rest can't be traced with symbolic sizes
+        repeat, rest = divmod(x.shape[0], self.folded_size)
+        return rest == 0 and repeat in self.repeats
+
+    def check(self, layer: nn.Module, x: Tensor) -> None:
+        """Check that the input of a layer is folded.
+
+        Raises:
+            NotFoldable: If it isn't.
+        """
+        if not self.is_folded(x):
+            raise NotFoldable(
+                f"a lifted {type(layer).__name__} got an input of shape "
+                f"{tuple(x.shape)}, which isn't {self.num_particles} particles of a "
+                f"batch of {self.batch_size}"
+            )
+
 
 @dataclass(frozen=True)
 class BoundLinear:
-    """What a slot uses for one call, in place of its own parameters.
+    """What a :class:`LinearSlot` uses for one call, in place of its own parameters.
 
     ``weight`` is (O, I) or (S, O, I), ``bias`` is (O,) or (S, O); None means the
-    layer's own. ``folded`` is (S, B) where the inputs were folded to (S * B, ...),
-    None where they were not.
+    layer's own. ``fold`` is None where the inputs aren't folded.
     """
 
     weight: Tensor | None
     bias: Tensor | None
-    folded: tuple[int, int] | None
+    fold: Fold | None
 
 
-class LinearSlot(nn.Linear):
-    """An ``nn.Linear`` that computes with bound tensors while there are any.
+@dataclass(frozen=True)
+class BoundModule:
+    """What a :class:`ModuleSlot` uses for one call: values (S, ...) by location."""
 
-    A layer becomes a slot by ``layer.__class__ = LinearSlot`` (as
+    values: Mapping[Location, Tensor]
+    fold: Fold | None
+
+
+class Slot(nn.Module):
+    """A layer that computes with bound tensors while there are any.
+
+    A layer becomes a slot by assigning its ``__class__`` (as
     ``torch.nn.utils.parametrize`` does), so that parameters, hooks, ``state_dict``
     and every reference that PEFT keeps stay what they were.
     """
+
+    @property
+    def bound(self) -> Any:
+        """The tensors bound at the moment, None where there are none."""
+        return self.__dict__["_bound"]
+
+    @bound.setter
+    def bound(self, value: Any) -> None:
+        # Not through nn.Module.__setattr__: a bound tensor is no part of the module.
+        self.__dict__["_bound"] = value
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # By its plain class, since a slot's class is made when it is needed.
+        plain = next(c for c in type(self).__mro__ if not issubclass(c, Slot))
+        return _new_slot, (plain,), {**self.__dict__, "_bound": None}
+
+
+class LinearSlot(Slot, nn.Linear):
+    """An ``nn.Linear`` that runs all particles at once."""
 
     def forward(self, input: Tensor) -> Tensor:
         """``x W^T + b``; with particle dims, particle s sees its own W_s, b_s.
@@ -44,9 +129,9 @@ class LinearSlot(nn.Linear):
         Raises:
             RuntimeError: If weights with particle dims are bound, but the inputs
                 weren't folded.
-            ValueError: If the input isn't made of one part for each particle.
+            NotFoldable: If the input isn't made of one part for each particle.
         """
-        bound = self.bound
+        bound = cast("BoundLinear | None", self.bound)
         if bound is None:
             return F.linear(input, self.weight, self.bias)
         weight = self.weight if bound.weight is None else bound.weight
@@ -55,55 +140,140 @@ class LinearSlot(nn.Linear):
         bias = None if bias is None else bias.to(input.dtype)
         if weight.ndim == 2 and (bias is None or bias.ndim == 1):
             return F.linear(input, weight, bias)
-        if bound.folded is None:
-            raise RuntimeError(
-                "Weights with particle dims need folded inputs: call the network that "
-                "lora() or lora.bind(weights) returns, not the PEFT model itself."
+        fold = _fold_of(bound)
+        fold.check(self, input)
+        x = input.reshape(fold.num_particles, -1, input.shape[-1])  # (S, B T, I)
+        out = torch.bmm(x, weight.mT) if weight.ndim == 3 else F.linear(x, weight)
+        if bias is not None:
+            # Under autocast the product has another type than its inputs.
+            out = out + (bias[:, None] if bias.ndim == 2 else bias).to(out.dtype)
+        return out.reshape(*input.shape[:-1], out.shape[-1])
+
+
+class ModuleSlot(Slot):
+    """Any other layer, run once for each particle with its parameters swapped."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The layer's own forward; with particle dims, one call for each particle.
+
+        Args:
+            args: Tensors with first dim S * B are split; others, with first dim 1 or
+                none, go to every particle.
+            kwargs: As ``args``.
+
+        Returns:
+            A tensor, or a tuple of tensors, with first dim S * B.
+
+        Raises:
+            RuntimeError: If weights with particle dims are bound, but the inputs
+                weren't folded.
+            NotFoldable: If an input or output isn't made of one part for each
+                particle.
+        """
+        bound = cast("BoundModule | None", self.bound)
+        if bound is None:
+            return super().forward(*args, **kwargs)
+        fold = _fold_of(bound)
+        tensors = [x for x in [*args, *kwargs.values()] if isinstance(x, Tensor)]
+        # A table of positions, say, is looked up once for the whole batch.
+        shared = isinstance(self, nn.Embedding) and tensors[0].shape[0] == 1
+        if not shared:
+            fold.check(self, tensors[0])
+        outputs = []
+        for s in range(fold.num_particles):
+            part = [_part(self, x, fold, s) for x in args]
+            named = {k: _part(self, x, fold, s) for k, x in kwargs.items()}
+            with swapped({at: v[s] for at, v in bound.values.items()}):
+                out = super().forward(*part, **named)
+            outputs.append(
+                out.expand(fold.batch_size, *out.shape[1:]) if shared else out
             )
-        return _particle_linear(input, weight, bias, bound.folded)
-
-    @property
-    def bound(self) -> BoundLinear | None:
-        """The tensors bound at the moment, None where there are none."""
-        return cast("BoundLinear | None", self.__dict__.get("_bound"))
-
-    @bound.setter
-    def bound(self, value: BoundLinear | None) -> None:
-        # Not through nn.Module.__setattr__: a bound tensor is no part of the module.
-        self.__dict__["_bound"] = value
+        return _joined(self, outputs)
 
 
-def _particle_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, folded_dims: tuple[int, int]
-) -> Tensor:
-    num_particles, batch_size = folded_dims
-    # Beams, or tokens flattened into the batch, make the first dim a multiple.
-    if x.shape[0] % (num_particles * batch_size) != 0:
-        raise ValueError(
-            f"A lifted layer got an input of shape {tuple(x.shape)}, which isn't "
-            f"{num_particles} particles of a batch of {batch_size} (relative position "
-            "embeddings, perhaps). Bind one particle at a time, or don't adapt that "
-            "layer."
+def _fold_of(bound: BoundLinear | BoundModule) -> Fold:
+    if bound.fold is None:
+        raise RuntimeError(
+            "Weights with particle dims need folded inputs: call the network that "
+            "lora() or lora.bind(weights) returns, not the PEFT model itself."
         )
-    folded = x.reshape(num_particles, -1, x.shape[-1])  # (S, B T, I)
-    if weight.ndim == 2:
-        out = F.linear(folded, weight)
-    else:
-        out = torch.bmm(folded, weight.mT)
-    if bias is not None:
-        out = out + (bias[:, None] if bias.ndim == 2 else bias)
-    return out.reshape(*x.shape[:-1], out.shape[-1])
+    return bound.fold
 
 
-def as_slot(layer: nn.Module) -> LinearSlot:
-    """Turn a plain ``nn.Linear`` into a slot, in place; a slot stays as it is.
+def _part(layer: nn.Module, x: Any, fold: Fold, particle: int) -> Any:
+    """What one particle gets of an argument.
 
     Raises:
-        TypeError: If the layer is not exactly an ``nn.Linear``.
+        NotFoldable: If it isn't clear how to split it.
     """
-    if isinstance(layer, LinearSlot):
-        return layer
-    if type(layer) is not nn.Linear:
-        raise TypeError(f"expected torch.nn.Linear, found {type(layer).__name__}")
-    layer.__class__ = LinearSlot
-    return cast(LinearSlot, layer)
+    if isinstance(x, Tensor) and x.ndim > 0 and x.shape[0] != 1:
+        fold.check(layer, x)
+        return x.chunk(fold.num_particles)[particle]
+    if isinstance(x, list | tuple):
+        if len(x) == fold.folded_size:  # one item for each datum
+            first = particle * fold.batch_size
+            return x[first : first + fold.batch_size]
+        return type(x)(_part(layer, item, fold, particle) for item in x)
+    if isinstance(x, Tensor | bool | int | float | str | None):
+        return x
+    raise NotFoldable(
+        f"a lifted {type(layer).__name__} got a {type(x).__name__}, which can't be "
+        "split by particle"
+    )
+
+
+def _joined(layer: nn.Module, outputs: list[Any]) -> Any:
+    first = outputs[0]
+    if first is None:
+        return None
+    if isinstance(first, Tensor):
+        return torch.cat(outputs)
+    if type(first) is tuple:
+        return tuple(_joined(layer, list(x)) for x in zip(*outputs, strict=True))
+    raise NotFoldable(
+        f"a lifted {type(layer).__name__} returns a {type(first).__name__}, which "
+        "can't be joined over particles"
+    )
+
+
+@contextmanager
+def swapped(values: Mapping[Location, Tensor]) -> Iterator[None]:
+    """Parameters replaced by tensors while a block runs.
+
+    Args:
+        values: Location -> tensor of the parameter's shape.
+    """
+    before = [(holder, name, holder._parameters[name]) for holder, name in values]
+    try:
+        for (holder, name), value in values.items():
+            holder._parameters[name] = cast(nn.Parameter, value)
+        yield
+    finally:
+        for holder, name, parameter in before:
+            holder._parameters[name] = parameter
+
+
+@functools.cache
+def _slot_class(cls: Any) -> type[Slot]:
+    if cls is nn.Linear:
+        return LinearSlot
+    name = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    bases = (ModuleSlot, cls)
+    slot = types.new_class(cls.__name__, bases, exec_body=lambda ns: ns.update(name))
+    return cast("type[Slot]", slot)
+
+
+def _new_slot(cls: Any) -> Slot:
+    slot = _slot_class(cls)
+    return slot.__new__(slot)
+
+
+def as_slot(layer: nn.Module) -> None:
+    """Turn a layer into a slot, in place; a slot stays as it is."""
+    if not isinstance(layer, Slot):
+        cls: Any = type(layer)
+        layer.__class__ = _slot_class(cls)
+        # torch.compile doesn't guard against what isn't there, but against a None.
+        layer.__dict__["_bound"] = None
+    if "_old_forward" in vars(layer):  # what the forward of accelerate's hook calls
+        vars(layer)["_old_forward"] = types.MethodType(type(layer).forward, layer)

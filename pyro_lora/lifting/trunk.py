@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_lora.lifting.slots import LinearSlot
+from pyro_lora.lifting.slots import Fold
 
 
 def _caches(network: nn.Module) -> bool:
@@ -21,23 +21,24 @@ def _caches(network: nn.Module) -> bool:
     return bool(wants) and "use_cache" in inspect.signature(base.forward).parameters
 
 
-def find_trunk(network: nn.Module, slots: Iterable[LinearSlot]) -> Trunk:
+def find_trunk(network: nn.Module, adapted: Iterable[nn.Module]) -> Trunk:
     """The trunk of a network.
 
     Args:
         network: The network.
-        slots: Its adapted layers.
+        adapted: Its adapted layers.
 
     Returns:
         The trunk, which may be empty.
     """
-    return Trunk(_trunk_layers(network, slots), _caches(network))
+    return Trunk(_trunk_layers(network, set(adapted)), _caches(network))
 
 
-def _trunk_layers(network: nn.Module, slots: Iterable[LinearSlot]) -> list[nn.Module]:
+def _trunk_layers(network: nn.Module, adapted: set[nn.Module]) -> list[nn.Module]:
     """The layers of a stack that come before its first adapted layer."""
     order = {module: i for i, module in enumerate(network.modules())}
-    adapted = set(slots)
+    if not adapted:
+        return []
     first_slot = min(order[slot] for slot in adapted)
     for stack in network.modules():
         if not isinstance(stack, nn.ModuleList):
@@ -65,9 +66,7 @@ class Trunk:
         self._checked = False  # that particles really are the same there
 
     @contextmanager
-    def shared(
-        self, num_particles: int, batch_size: int, inputs: Mapping[str, Any]
-    ) -> Iterator[None]:
+    def shared(self, fold: Fold, inputs: Mapping[Any, Any]) -> Iterator[None]:
         """Share the trunk between particles while the block runs, where it's safe.
 
         It isn't where every layer's states or caches are asked for, where dropout
@@ -75,28 +74,26 @@ class Trunk:
         as the folded batch, so that the two can't be told apart.
 
         Args:
-            num_particles: S.
-            batch_size: B.
+            fold: How particles are folded into the inputs.
             inputs: The network's folded inputs, by name.
         """
-        folded = num_particles * batch_size
         sizes = {
             n for x in inputs.values() if isinstance(x, Tensor) for n in x.shape[1:]
         }
         asks = ("output_hidden_states", "output_attentions")
-        safe = folded not in sizes and not any(inputs.get(name) for name in asks)
+        safe = fold.folded_size not in sizes and not any(
+            inputs.get(name) for name in asks
+        )
         safe = safe and not inputs.get("use_cache", self.caches)
         safe = safe and not any(layer.training for layer in self._layers)
-        if not (self._layers and safe and num_particles > 1):
+        if not (self._layers and safe and fold.num_particles > 1):
             yield
             return
         layers = self._layers
         before = [layer.__dict__.get("forward") for layer in layers]
         for i, layer in enumerate(layers):
             last = i == len(layers) - 1
-            layer.forward = self._sharing(
-                layer.forward, num_particles, batch_size, last
-            )
+            layer.forward = self._sharing(layer.forward, fold, last)
         try:
             yield
         finally:
@@ -106,26 +103,20 @@ class Trunk:
                     layer.__dict__["forward"] = forward
 
     def _sharing(
-        self,
-        forward: Callable[..., Any],
-        num_particles: int,
-        batch_size: int,
-        last: bool,
+        self, forward: Callable[..., Any], fold: Fold, last: bool
     ) -> Callable[..., Any]:
-        folded = num_particles * batch_size
-
         def one_copy(x: Tensor) -> Tensor:
-            return x[:batch_size] if x.ndim > 1 and x.shape[0] == folded else x
+            folded = x.ndim > 1 and x.shape[0] == fold.folded_size
+            return x[: fold.batch_size] if folded else x
 
         def differs(x: Tensor) -> bool:
-            return one_copy(x) is not x and not torch.equal(
-                x[:batch_size], x[batch_size : 2 * batch_size]
-            )
+            second = x[fold.batch_size : 2 * fold.batch_size]
+            return one_copy(x) is not x and not torch.equal(one_copy(x), second)
 
         def all_copies(x: Tensor) -> Tensor:
-            if x.ndim < 2 or x.shape[0] != batch_size:
+            if x.ndim < 2 or x.shape[0] != fold.batch_size:
                 return x
-            return x.repeat(num_particles, *[1] * (x.ndim - 1))
+            return x.repeat(fold.num_particles, *[1] * (x.ndim - 1))
 
         def shared_forward(*args: Any, **kwargs: Any) -> Any:
             if not self._checked:

@@ -1,5 +1,6 @@
 """Posteriors that come back the same, and files that are refused."""
 
+import copy
 import json
 import os
 import shutil
@@ -105,7 +106,8 @@ def test_a_laplace_posterior_can_be_worked_on(kind: Kind, tmp_path: Path) -> Non
 def test_the_network_may_have_another_prior(tmp_path: Path) -> None:
     lora, model = models.classifier(prior=0.5)
     pl.save(models.laplace(lora, model, models.two_batches()), tmp_path)
-    other = pl.lift(lora.network, prior=pl.priors.normal(scale=9.0))
+    network = copy.deepcopy(lora.network)
+    other = pl.lift(network, prior=pl.priors.normal(scale=9.0))
     drawn = pl.load(tmp_path, other).prior(other)["head.classifier.weight"]
     assert drawn.std() < 1
 

@@ -429,7 +429,9 @@ def test_arviz_summarizes(tree: xarray.DataTree) -> None:
     assert table.loc[f"{QUERY}.frobenius_norm[1]", "mean"] == pytest.approx(
         float(norms.sel(layer=1).mean())
     )
-    assert (table["ess_bulk"] > 20).all()
+    # Of 100 independent draws the estimate is 100 on average, and seldom 10.
+    assert table["ess_bulk"].median() > 60
+    assert (table["ess_bulk"] > 5).all()
 
 
 # arviz_stats 0.8 with pandas 3.1.

@@ -304,3 +304,18 @@ def test_without_a_model(lora: pl.LiftedNetwork, texts: dict[str, Tensor]) -> No
         posterior.linearized(inputs(texts))
     with pytest.raises(ValueError, match=r"nll.*needs the model.*model=model"):
         posterior.optimize_prior(objective="nll", batches=[texts])
+
+
+@pytest.mark.parametrize("structure", [pl.kfac_expand, pl.dense])
+def test_layers_that_have_no_curvature_here(
+    structure: Any, texts: dict[str, Tensor]
+) -> None:
+    lora = pl.lift(bert(3, use_dora=True))
+    message = (
+        r"'lora\.bert.*query\.(A|magnitude)'.*nn\.Linear layers.*"
+        r"peft\.tuners\.lora\.layer\.Linear\. Use SVGD"
+    )
+    fit = guide(lora, structure=structure).laplace_approximation
+    with pytest.raises(ValueError, match=message) as raised:
+        fit([texts])
+    assert "batch 0" not in str(raised.value)

@@ -326,7 +326,7 @@ def test_the_warning_is_about_a_newton_step() -> None:
 def test_half_precision_networks(adapter: torch.dtype, structure: Structure) -> None:
     network = bert(3)
     texts = batch(7, num_labels=3)
-    expected = laplace(pl.lift(network), texts, structure=structure)
+    expected = laplace(pl.lift(copy.deepcopy(network)), texts, structure=structure)
     network.to(torch.bfloat16)
     for parameter in network.parameters():
         if parameter.requires_grad:
@@ -351,7 +351,7 @@ def test_half_precision_networks(adapter: torch.dtype, structure: Structure) -> 
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_float32_networks_agree_with_float64(structure: Structure) -> None:
     network, texts = bert(3), batch(7, num_labels=3)
-    expected = laplace(pl.lift(network), texts, structure=structure)
+    expected = laplace(pl.lift(copy.deepcopy(network)), texts, structure=structure)
     expected = expected.optimize_prior(per="site")
     found = laplace(pl.lift(network.float()), texts, structure=structure)
     found = found.optimize_prior(per="site")
@@ -376,7 +376,7 @@ def particles_of(posterior: pl.LaplacePosterior) -> dict[str, Tensor]:
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_everything_stays_on_the_gpu(structure: Structure) -> None:
     network, texts = bert(3), batch(7, num_labels=3)
-    expected = laplace(pl.lift(network), texts, structure=structure)
+    expected = laplace(pl.lift(copy.deepcopy(network)), texts, structure=structure)
     lora = pl.lift(network.cuda())
     on_gpu = {name: value.cuda() for name, value in texts.items()}
     found = laplace(lora, on_gpu, 3, structure=structure).optimize_prior()

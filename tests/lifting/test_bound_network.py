@@ -243,14 +243,21 @@ class RelativePositions(nn.Module):
         return self.project(x) + self.project(self.positions).mean(1)
 
 
-def test_a_layer_whose_input_has_no_batch_is_refused() -> None:
+def test_a_layer_whose_input_has_no_batch_sees_one_particle_at_a_time(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     # Folding would give each particle some of the positions.
     x, lora = torch.randn(5, 4), pl.lift(RelativePositions())
-    with (
-        lora.bind(particles(lora, 2)) as net,
-        pytest.raises(ValueError, match=r"\(1, 8, 4\).*one particle at a time"),
-    ):
-        net(x)
+    weights = particles(lora, 2)
+    with lora.bind(weights) as net:
+        together, again = net(x), net(x)
+    assert torch.equal(together, again)
+    (record,) = caplog.records  # once
+    assert "one at a time" in record.message
+    assert "(1, 8, 4)" in record.message
+    for out, one in zip(together, one_by_one(lora, weights, 2), strict=True):
+        with lora.bind(one) as net:
+            assert torch.equal(net(x), out)
     with lora.bind(lora.weights()) as net:
         assert torch.equal(net(x), lora.network(x))
 
@@ -308,7 +315,8 @@ def test_gradients_are_equal_with_checkpointing(
     network.train()
     expected = gradients()
     calls = []
-    first_slot = next(iter(lora.slots.values()))[0][0]
+    first_slot = next(iter(lora.parameters.values()))[0].owner
+    assert first_slot is not None
     first_slot.register_forward_pre_hook(lambda *_: calls.append(1))
     checkpoint(network, use_reentrant=False, context_fn=lora.context_fn)
     assert_close(gradients(), expected, rtol=0, atol=1e-12)
@@ -410,7 +418,9 @@ def test_the_adapter_is_back_after_an_exception_in_the_forward(
         bound_logits(lora, particles(lora, *lead), texts)
     handle.remove()
     assert torch.equal(logits(network, texts), expected)
-    assert not any(slot.bound for members in lora.slots.values() for slot, _ in members)
+    slots = [m for m in network.modules() if isinstance(m, LinearSlot)]
+    assert len(slots) == 9
+    assert [slot.bound for slot in slots] == [None] * 9
 
 
 def test_a_lifted_network_can_be_copied_and_pickled() -> None:
@@ -436,12 +446,13 @@ def test_a_lifted_network_can_be_copied_and_pickled() -> None:
 
 def test_lifting_again_gives_the_same_sites() -> None:
     network, texts = bert(), batch()
-    one, two = pl.lift(network), pl.lift(network)
-    assert one.sites == two.sites
-    weights = particles(one, 3)
-    assert torch.equal(
-        bound_logits(one, weights, texts), bound_logits(two, weights, texts)
-    )
+    lora = pl.lift(network)
+    sites, weights = lora.sites, particles(lora, 3)
+    expected = bound_logits(lora, weights, texts)
+    del lora
+    again = pl.lift(network)
+    assert again.sites == sites
+    assert torch.equal(bound_logits(again, weights, texts), expected)
 
 
 def test_slots_do_not_stop_torch_compile() -> None:

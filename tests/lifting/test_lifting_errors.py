@@ -45,16 +45,6 @@ def refused(
 # What lift refuses.
 
 
-def test_a_trainable_layer_norm() -> None:
-    network = bert()
-    norm = network.base_model.model.bert.embeddings.LayerNorm
-    norm.weight.requires_grad_(True)
-    with refused(network, r"embeddings\.LayerNorm\.weight.*LayerNorm.*requires_grad_"):
-        pl.lift(network)
-    norm.weight.requires_grad_(False)
-    pl.lift(network)
-
-
 def test_nothing_trainable_and_no_adapter() -> None:
     network = without_peft(bert()).requires_grad_(False)
     with refused(network, "Nothing to lift.*get_peft_model"):
@@ -128,28 +118,21 @@ def test_a_disabled_adapter_before_and_after_lifting() -> None:
         pass
 
 
-def test_dora() -> None:
-    network = bert(use_dora=True)
-    with refused(network, rf"{LAYER}.*DoraLinearVariant.*plain LoRA"):
-        pl.lift(network)
+def test_lifting_twice() -> None:
+    network = bert()
+    lora = pl.lift(network)
+    with refused(network, rf"attention.*{LAYER}.*lifted already.*prior.*del"):
+        pl.lift(network, name="again")
+    with lora.bind(particles(lora)):
+        pass
+    del lora
+    pl.lift(network)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"target_modules": ["word_embeddings"]},
-        {"target_modules": ["query"], "target_parameters": ["key.weight"]},
-    ],
-)
-@pytest.mark.parametrize("trainable", [True, False])
-def test_lora_that_does_not_call_its_layers(
-    settings: dict[str, Any], trainable: bool
-) -> None:
-    network = bert(**settings)
-    if not trainable:  # as an adapter that was loaded for inference
-        network.requires_grad_(False)
-    with refused(network, r"can't be lifted.*Adapt torch\.nn\.Linear only"):
-        pl.lift(network)
+def test_what_is_not_a_module() -> None:
+    lora = pl.lift(bert())
+    with pytest.raises(TypeError, match=r"torch\.nn\.Module.*found a LiftedNetwork"):
+        pl.lift(lora)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -164,51 +147,20 @@ def test_an_adapter_with_nan(value: float) -> None:
     assert not any(isinstance(module, LinearSlot) for module in network.modules())
 
 
-class OtherLinear(nn.Linear):
-    pass
-
-
-def tied() -> nn.Sequential:
-    layers = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
-    layers[1].weight = layers[0].weight
-    return layers
-
-
-def hooked() -> nn.Sequential:
-    layers = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
-    forward = layers[1].forward
-    layers[1].forward = lambda x: 2 * forward(x)  # as accelerate does
-    return layers
-
-
 @pytest.mark.parametrize(
-    ("layers", "message"),
+    ("layer", "message"),
     [
-        (tied, r"'0\.weight'.*2 layers share it.*Untie or freeze"),
-        (hooked, r"'1\.weight'.*replaced by a hook.*freeze"),
-        (
-            lambda: nn.Sequential(nn.Linear(3, 3), OtherLinear(3, 3)),
-            r"'1\.weight'.*torch\.nn\.Linear, found 'weight' of OtherLinear",
-        ),
-        (
-            lambda: nn.Sequential(nn.Linear(3, 3), nn.Conv1d(2, 2, 1)),
-            r"'1\.weight'.*torch\.nn\.Linear, found 'weight' of Conv1d",
-        ),
-        (
-            lambda: nn.Sequential(
-                nn.Linear(3, 3), nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))
-            ),
-            r"'1\.bias'.*torch\.nn\.Linear, found 'bias' of ParametrizedLinear",
-        ),
+        (nn.LSTM(3, 3), r"'0\.weight_ih_l0'.*LSTM keeps references.*Freeze it"),
+        (nn.Linear(3, 3, device="meta"), r"'0\.weight'.*meta device.*Load the network"),
     ],
 )
-def test_layers_that_a_slot_would_get_wrong(
-    layers: Callable[[], nn.Module], message: str
-) -> None:
-    network = layers()
+def test_layers_that_cannot_be_lifted(layer: nn.Module, message: str) -> None:
+    network = nn.Sequential(layer, nn.Linear(3, 3))
     with pytest.raises(ValueError, match=message):
         pl.lift(network)
     assert not any(isinstance(module, LinearSlot) for module in network.modules())
+    layer.requires_grad_(False)
+    pl.lift(network)
 
 
 # What bind and load refuse.
@@ -330,32 +282,25 @@ def test_the_original_network_while_particles_are_bound() -> None:
         network(**texts)
 
 
-def test_labels_with_several_particles() -> None:
-    network, texts = bert(), batch()
-    lora = pl.lift(network)
-    weights = particles(lora, 3)
-    with refused(network, "'loss'.*mixes.*3 particles.*without labels"):
-        with lora.bind(weights) as net:
-            net(**texts)
-    one = {site: value[:1] for site, value in weights.items()}
-    with lora.bind(one) as net:
-        assert net(**texts).loss.shape == ()
-
-
-def test_inputs_that_cannot_be_folded() -> None:
+def test_a_cache_that_particles_would_share() -> None:
     network, texts = llama(None), inputs(batch(padding="left"))
     lora = pl.lift(network)
     with lora.bind(particles(lora, 3)) as net:
         cache = net(**texts, use_cache=True).past_key_values
         with pytest.raises(ValueError, match=r"'past_key_values'.*one particle"):
             net(input_ids=texts["input_ids"][:, -1:], past_key_values=cache)
-        with pytest.raises(ValueError, match=r"'attention_mask'.*dict.*one particle"):
-            net(texts["input_ids"], attention_mask={"full": texts["attention_mask"]})
-        with pytest.raises(ValueError, match=r"'attention_mask'.*\(4, 7\).*batch of 5"):
-            net(texts["input_ids"], attention_mask=texts["attention_mask"][:4])
-        with pytest.raises(ValueError, match="No tensor input"):
-            net()
         assert net(**texts).logits.shape == (3, 5, 7, 50)
+
+
+def test_batch_norm_in_training_mode() -> None:
+    network = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
+    lora, x = pl.lift(network), torch.randn(5, 4)
+    weights = particles(lora, 3)
+    with lora.bind(weights) as net:
+        with pytest.raises(ValueError, match=r"1: batch norm.*\.eval\(\)"):
+            net(x)
+        network.eval()
+        assert net(x).shape == (3, 5, 2)
 
 
 # What a model refuses.

@@ -1,0 +1,218 @@
+"""Particles as parts of the batch, and outputs as one part for each particle."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+
+from pyro_lora.lifting.slots import Fold, NotFoldable
+
+
+def batch_size(values: Iterable[Any]) -> int:
+    """The batch size that the inputs tell.
+
+    Raises:
+        NotFoldable: If no input has a batch dim.
+    """
+    sizes = [v.shape[0] for v in values if isinstance(v, Tensor) and v.ndim > 0]
+    if not sizes:
+        raise NotFoldable("no tensor input has a batch dim")
+    # A 1 is the batch size only if all are 1: position_ids, say, may be (1, T).
+    return next((size for size in sizes if size != 1), 1)
+
+
+def num_choices(values: Iterable[Any]) -> int:
+    """Texts of one datum: c where multiple choice gives ids of shape (B, c, T)."""
+    return next(
+        (
+            v.shape[1]
+            for v in values
+            if isinstance(v, Tensor) and v.ndim == 3 and not v.is_floating_point()
+        ),
+        1,
+    )
+
+
+def is_ambiguous(values: Iterable[Any], fold: Fold) -> bool:
+    """Whether another dim of a tensor is as long as the folded batch."""
+    return any(
+        isinstance(v, Tensor) and fold.folded_size in v.shape[1:] for v in values
+    )
+
+
+def fold_input(value: Any, name: str, fold: Fold) -> Any:
+    """An input, (B, ...), repeated for each particle, (S * B, ...).
+
+    Raises:
+        NotFoldable: If its first dim is neither the batch nor 1, or it holds tensors
+            in another form.
+    """
+    if isinstance(value, Tensor) and value.ndim > 0:
+        if value.shape[0] == fold.batch_size:
+            return value.repeat(fold.num_particles, *[1] * (value.ndim - 1))
+        if value.shape[0] == 1:
+            return value
+        raise NotFoldable(
+            f"input {name!r} has shape {tuple(value.shape)}, whose first dim is "
+            f"neither the batch's, {fold.batch_size}, nor 1"
+        )
+    if not isinstance(value, Tensor) and tensors_in(value):
+        raise NotFoldable(f"input {name!r} is a {type(value).__name__}")
+    return value
+
+
+def unfold_output(value: Any, name: str, lead: torch.Size, fold: Fold) -> Any:
+    """An output, (S * B, ...), as ``(*lead, B, ...)``, where lead holds S particles.
+
+    Raises:
+        NotFoldable: If a tensor in it isn't made of one part for each particle.
+    """
+    if isinstance(value, Tensor):
+        if fold.is_folded(value):
+            size = value.shape[0] // fold.num_particles
+            return value.reshape(*batch_lead(lead), size, *value.shape[1:])
+        raise NotFoldable(
+            f"output {name!r} has shape {tuple(value.shape)}, which mixes or drops "
+            "the particles (a loss, perhaps)"
+        )
+    if isinstance(value, Mapping):
+        return type(value)(
+            **{k: unfold_output(v, k, lead, fold) for k, v in value.items()}
+        )
+    if isinstance(value, tuple | list):
+        return type(value)(unfold_output(v, name, lead, fold) for v in value)
+    return value
+
+
+def stack_outputs(outputs: list[Any], name: str, lead: torch.Size) -> Any:
+    """One output of each particle, tensors as ``(*lead, B, ...)``.
+
+    Raises:
+        ValueError: If their shapes differ.
+    """
+    first = outputs[0]
+    if isinstance(first, Tensor):
+        if any(out.shape != first.shape for out in outputs):
+            raise ValueError(
+                f"Output {name!r} has shapes {[tuple(out.shape) for out in outputs]}, "
+                "which differ between particles. Bind one particle at a time."
+            )
+        lead = batch_lead(lead) if first.ndim else lead
+        return torch.stack(outputs).reshape(*lead, *first.shape)
+    if isinstance(first, Mapping):
+        return type(first)(
+            **{k: stack_outputs([out[k] for out in outputs], k, lead) for k in first}
+        )
+    if isinstance(first, tuple | list):
+        return type(first)(
+            stack_outputs(list(parts), name, lead)
+            for parts in zip(*outputs, strict=True)
+        )
+    return first
+
+
+def batch_lead(lead: torch.Size) -> torch.Size:
+    """The particle dims of what has a batch dim, which takes the place of a last 1."""
+    return lead[:-1] if len(lead) > 1 and lead[-1] == 1 else lead
+
+
+def particle_outputs(output: Any, lead: torch.Size, particle: int) -> list[Tensor]:
+    """A particle's part of the tensors that have gradients, in ``(*lead, B, ...)``."""
+    num_dims = len(batch_lead(lead))
+    return [
+        x.flatten(0, num_dims - 1)[particle]
+        for x in tensors_in(output)
+        if x.requires_grad
+    ]
+
+
+def check_zero_elsewhere(gradients: Iterable[Tensor | None], particle: int) -> None:
+    """Check that gradients, (S, ...), of a particle's outputs are all in its own part.
+
+    Raises:
+        NotFoldable: If one isn't.
+    """
+    for gradient in gradients:
+        if gradient is None:
+            continue
+        others = torch.arange(len(gradient), device=gradient.device) != particle
+        if gradient[others].any():
+            raise NotFoldable(
+                "a particle's outputs depend on the others': the inputs aren't batch "
+                "first, or the network mixes the data of a batch"
+            )
+
+
+@contextmanager
+def unchanged_buffers(network: nn.Module) -> Iterator[None]:
+    """Put buffers back that a block has changed.
+
+    Raises:
+        NotFoldable: If it has changed one: a state that the particles would share.
+    """
+    before = [(b, b.clone(), b._version) for b in network.buffers()]
+    try:
+        yield
+    finally:
+        changed = [(b, value) for b, value, version in before if b._version != version]
+        with torch.no_grad():
+            for buffer, value in changed:
+                buffer.copy_(value)
+    if changed:
+        raise NotFoldable("the network writes into its buffers")
+
+
+@contextmanager
+def evaluation_mode(network: nn.Module) -> Iterator[None]:
+    """Dropout off for one block; every module's mode is restored after it."""
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def check_no_cache(values: Iterable[tuple[Any, Any]], num_particles: int) -> None:
+    """Check that no key-value cache is given, which the particles would share.
+
+    Raises:
+        ValueError: If one is.
+    """
+    for name, value in values:
+        if isinstance(value, Cache):
+            raise ValueError(
+                f"Input {name!r} is a {type(value).__name__}, which {num_particles} "
+                "particles can't share. Pass one particle at a time."
+            )
+
+
+def check_batch_norm(network: nn.Module) -> None:
+    """Check that no batch norm is in training mode.
+
+    Raises:
+        ValueError: If one is: it mixes the particles' data, and keeps statistics.
+    """
+    for path, module in network.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+            raise ValueError(
+                f"{path}: batch norm in training mode mixes the particles. Put it in "
+                "evaluation mode, by .eval(), or bind one particle at a time."
+            )
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """All tensors in nested tuples, lists and mappings."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        value = tuple(value.values())
+    if isinstance(value, tuple | list):
+        return [x for v in value for x in tensors_in(v)]
+    return []

@@ -1,0 +1,30 @@
+"""Priors: functions ``f(lora) -> weights`` that call ``pyro.sample`` for every site.
+
+Each function here returns one. A function of your own works the same way: it samples
+every name in ``lora.sites``, with all dims of ``lora.zeros()[name]`` as event dims, and
+returns the values by name.
+"""
+
+from pyro_lora.lifting.priors.hierarchical import hierarchical
+from pyro_lora.lifting.priors.horseshoe import horseshoe
+from pyro_lora.lifting.priors.independent import laplace, normal, student_t
+from pyro_lora.lifting.priors.orthogonal import orthogonal
+from pyro_lora.lifting.priors.previous_posterior import from_posterior
+from pyro_lora.lifting.priors.prior import Prior
+from pyro_lora.lifting.priors.rank_ard import rank_ard
+from pyro_lora.lifting.priors.site_priors import by_site
+from pyro_lora.lifting.priors.spectral import spectral
+
+__all__ = [
+    "Prior",
+    "by_site",
+    "from_posterior",
+    "hierarchical",
+    "horseshoe",
+    "laplace",
+    "normal",
+    "orthogonal",
+    "rank_ard",
+    "spectral",
+    "student_t",
+]

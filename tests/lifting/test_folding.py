@@ -1,0 +1,155 @@
+"""Networks that can't take particles in their batch: one at a time, never wrong."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+import pyro_lora as pl
+from tests.networks import batch, bert, inputs, llama, particles
+
+torch_double = {"dtype": torch.float64}
+
+
+def loop(lora: pl.LiftedNetwork, weights: dict[str, Tensor], *x: Any) -> Tensor:
+    """The network's own outputs with each particle's weights in its parameters."""
+    own, outputs = lora.weights(), []
+    for i in range(len(next(iter(weights.values())))):
+        lora.load({site: value[i] for site, value in weights.items()})
+        outputs.append(lora.network(*x))
+    lora.load(own)
+    return torch.stack(outputs)
+
+
+class SequenceFirst(nn.Module):
+    """Takes (T, B, I); the batch is the second dim."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(4, 3, **torch_double)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.project(x).cumsum(0)
+
+
+class SequenceFirstInside(nn.Module):
+    """Takes (B, T, I), and has the tokens first inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(4, 3, **torch_double)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.project(x.transpose(0, 1)).cumsum(0).transpose(0, 1)
+
+
+class Routed(nn.Module):
+    """Each expert sees the tokens that are sent to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(4, 4, **torch_double) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.reshape(-1, 4)
+        out = torch.zeros_like(tokens)
+        for i, expert in enumerate(self.experts):
+            chosen = (tokens[:, 0] > 0).long() == i
+            out[chosen] = expert(tokens[chosen])
+        return out.reshape(x.shape)
+
+
+def tied() -> nn.Sequential:
+    layers = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)).double()
+    layers[2].weight = layers[0].weight
+    return layers
+
+
+def hooked() -> nn.Sequential:
+    layers = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).double()
+    forward = layers[1].forward
+    layers[1].forward = lambda x: 2 * forward(x)  # as accelerate does
+    return layers
+
+
+def parametrized() -> nn.Sequential:
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+    return nn.Sequential(nn.Linear(4, 4), layer).double()
+
+
+def read_by_value() -> nn.TransformerEncoderLayer:
+    return nn.TransformerEncoderLayer(4, 2, 8, 0.0, batch_first=True).double().eval()
+
+
+NETWORKS: list[Callable[[], nn.Module]] = [
+    SequenceFirst,
+    SequenceFirstInside,
+    Routed,
+    tied,
+    hooked,
+    parametrized,
+    read_by_value,
+]
+
+
+@pytest.mark.parametrize("shape", [(5, 7, 4), (2, 6, 4), (6, 2, 4), (1, 3, 4)])
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_particles_are_a_loop_over_the_plain_network(
+    kind: Callable[[], nn.Module], shape: tuple[int, ...]
+) -> None:
+    network, x = kind(), torch.randn(shape, **torch_double)
+    lora = pl.lift(network)
+    weights = particles(lora, 3)
+    expected = loop(lora, weights, x)
+    with lora.bind(weights) as net:
+        for _ in range(2):
+            assert_close(net(x), expected, rtol=0, atol=1e-12)
+    assert_close(loop(lora, weights, x), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_gradients_are_those_of_the_parameters(kind: Callable[[], nn.Module]) -> None:
+    network, x = kind(), torch.randn(5, 7, 4, **torch_double)
+    lora = pl.lift(network)
+    network(x).square().sum().backward()
+    weights = {k: v.requires_grad_() for k, v in lora.weights().items()}
+    with lora.bind(weights) as net:
+        net(x).square().sum().backward()
+    parameters = dict(network.named_parameters())
+    for site, names in lora.sites.items():
+        expected = torch.stack([parameters[name].grad for name in names])
+        assert_close(weights[site].grad, expected, rtol=0, atol=1e-12)
+
+
+def test_a_loss_is_one_for_each_particle() -> None:
+    lora, texts = pl.lift(bert()), batch()
+    weights = particles(lora, 3)
+    with lora.bind(weights) as net:
+        out = net(**texts)
+    assert out.logits.shape == (3, 5, 2)
+    for i in range(3):
+        with lora.bind({site: value[i] for site, value in weights.items()}) as net:
+            one = net(**texts)
+        assert_close(out.loss[i], one.loss, rtol=0, atol=1e-12)
+        assert_close(out.logits[i], one.logits, rtol=0, atol=1e-12)
+    with lora.bind({k: v[:, None] for k, v in weights.items()}) as net:
+        out = net(**texts)
+    assert (out.loss.shape, out.logits.shape) == ((3, 1), (3, 5, 2))
+    with lora.bind({k: v[:1] for k, v in weights.items()}) as net:
+        assert net(**texts).loss.shape == (1,)
+
+
+def test_a_bound_value_replaces_the_parameter_wherever_it_is_read() -> None:
+    network, texts = llama(None, modules_to_save=["lm_head"]), inputs(batch())
+    lora = pl.lift(network)
+    weights = particles(lora)
+    with lora.bind(weights) as net:
+        bound = net(**texts).logits
+        assert not torch.equal(lora.weights()["head.lm_head.weight"], bound)
+        for site, value in lora.initial_weights.items():  # what is bound isn't seen
+            assert torch.equal(lora.weights()[site], value)
+    lora.load(weights)
+    assert_close(network(**texts).logits, bound, rtol=0, atol=0)
