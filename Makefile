@@ -10,6 +10,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Newer than pyproject.toml when .venv is up to date; its name holds the version.
 STAMP := .venv/.installed-$(VERSION)
+TEST_STAMP := $(STAMP)-test
 
 export TOKENIZERS_PARALLELISM := false
 test: export HF_HUB_OFFLINE := 1
@@ -31,7 +32,12 @@ $(STAMP): pyproject.toml
 	@$(PIP) --editable '.[demo,dev,docs]'
 	@touch $@
 
-test: lint
+# Packages that only tests need, and that would print messages into the demo.
+$(TEST_STAMP): $(STAMP)
+	@$(PIP) --editable '.[quantised]'
+	@touch $@
+
+test: lint $(TEST_STAMP)
 	$(BIN)/python -m pytest
 
 lint: .venv

@@ -208,7 +208,7 @@ def folded_table(
             f"{helps.get(hidden, 0)} tokens a batch at hidden size {hidden}"
             for hidden in grid["hidden"]
         )
-        + "; beyond, one pass already keeps the processor busy.",
+        + "; beyond, it costs what a plain batch of that size costs (last column).",
     ]
 
 

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 from pyro.distributions.util import scale_and_mask
-from pyro.poutine.util import site_is_subsample
+from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
 
 from pyro_lora.curvature import structures
@@ -174,7 +174,7 @@ def naming_batch(index: int) -> Iterator[None]:
 
 
 def check_latent_sites(trace: Any) -> None:
-    """Check that the lifted sites are the only latent ones.
+    """Check that the lifted sites are the only latent ones, and there is no factor.
 
     Args:
         trace: A trace of the model.
@@ -183,6 +183,11 @@ def check_latent_sites(trace: Any) -> None:
         ValueError: If there are others.
     """
     for name, site in trace.nodes.items():
+        if site["type"] == "sample" and site_is_factor(site):
+            raise ValueError(
+                f"Site {name!r} is a factor, which AutoLaplace doesn't see. Leave it "
+                "out (a prior of spectral or orthogonal has one), or use SVGD."
+            )
         latent = site["type"] == "sample" and not site["is_observed"]
         if latent and "lora" not in site["infer"] and not site_is_subsample(site):
             raise ValueError(

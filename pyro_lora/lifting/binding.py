@@ -112,12 +112,19 @@ class Binding(AbstractContextManager[None]):
                 own[holder, name] = holder._parameters[name]  # type: ignore[assignment]
                 stack.callback(own.pop, (holder, name))
             stack.enter_context(swapped(self._in_place))
+            # Not slot.bound = ..., which takes nn.Module.__setattr__'s time for each.
+            before = [(vars(slot), slot.bound) for slot in self._slots]
+            stack.callback(_restore, before)
             for slot, bound in self._slots.items():
-                stack.callback(setattr, slot, "bound", slot.bound)
-                slot.bound = bound
+                vars(slot)["_bound"] = bound
             self._bindings.active.append(self)
             stack.callback(self._bindings.active.pop)
             self._exits.append(stack.pop_all())
 
     def __exit__(self, *exception: object) -> None:
         self._exits.pop().close()
+
+
+def _restore(before: list[tuple[dict[str, Any], Any]]) -> None:
+    for attributes, bound in before:
+        attributes["_bound"] = bound

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+import pyro
 import torch
 from pyro import poutine
 from torch import Tensor, nn
@@ -125,8 +126,9 @@ class LiftedNetwork:
 
         Raises:
             TypeError: If the prior doesn't return its values by site.
-            ValueError: If the prior misses a site or gives a wrong shape, or the
-                adapter is merged or inactive.
+            ValueError: If the prior misses a site, or gives a wrong shape, dtype or
+                device or (checked where Pyro validates distributions) a NaN or infinite
+                value; or if the adapter is merged or inactive.
         """
         with poutine.infer_config(config_fn=self._infer):
             weights = self.prior(self)
@@ -135,7 +137,10 @@ class LiftedNetwork:
                 "A prior returns its samples by site, {site: value for site in "
                 f"lora.sites}}, but this one returned {type(weights).__name__}."
             )
-        return self._bound_network(weights)
+        network = self._bound_network(weights)
+        if pyro.settings.get("validate_distributions_pyro"):
+            self._check_values(weights)
+        return network
 
     @contextmanager
     def bind(self, weights: Mapping[str, Tensor]) -> Iterator[BoundNetwork]:
@@ -149,11 +154,12 @@ class LiftedNetwork:
             block (where they have no particle dims).
 
         Raises:
-            ValueError: If a site is missing or unknown, a value has a wrong shape or
-                is NaN or infinite, or the adapter is merged or inactive.
+            ValueError: If a site is missing or unknown, a value has a wrong shape,
+                dtype or device or is NaN or infinite, or the adapter is merged or
+                inactive.
         """
-        self._check_values(weights)
         network = self._bound_network(weights)
+        self._check_values(weights)
         with network.bound_for_block():
             yield network
 
@@ -297,9 +303,20 @@ class LiftedNetwork:
                     "Particle dims go on the left, event dims are those of "
                     "lora.weights()."
                 )
+            for what in ("dtype", "device"):
+                expected, given = getattr(zero, what), getattr(weights[site], what)
+                if given != expected:
+                    raise ValueError(
+                        f"Site {site!r}: expected {what} {expected}, found {given}. "
+                        "Move the weights by .to(...) first."
+                    )
 
     def _check_values(self, weights: Mapping[str, Tensor]) -> None:
         if torch.compiler.is_compiling():  # it would break the graph, and compile anew
+            return
+        sums = [value.detach().sum() for value in weights.values()]
+        # NaN and infinity stay in a sum, so that one number tells.
+        if torch.stack([x.to(sums[0]) for x in sums]).sum().isfinite():
             return
         for site, value in weights.items():
             if not torch.isfinite(value).all():

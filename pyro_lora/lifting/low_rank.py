@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, TypeGuard
 
 import torch
+from peft.tuners.adalora import AdaLoraConfig
 from peft.tuners.adalora.layer import AdaLoraLayer
 from peft.tuners.lora.layer import Embedding, LoraLayer, ParamWrapper
 from torch import Tensor, nn
@@ -77,18 +78,23 @@ def rank_masks(
         pruned; only the sites where ranks were pruned.
     """
     config: Any = getattr(model, "peft_config", {}).get(adapter)
-    kept: Mapping[str, list[bool]] = getattr(config, "rank_pattern", None) or {}
+    if not isinstance(config, AdaLoraConfig):
+        return {}
+    # PEFT names them as in the base model, once saved without the adapter's name.
+    kept = {
+        name.removesuffix(f".{adapter}"): pattern
+        for name, pattern in (config.rank_pattern or {}).items()
+    }
     masks = {}
     for site, members in parameters.items():
-        patterns = [
-            kept.get(p.name) or kept.get(p.name.rpartition(".")[0]) for p in members
-        ]
-        if site.split(".")[-1].partition("_")[0] == "E" and any(patterns):
-            layers = [
-                torch.ones_like(p.parameter)
-                if pattern is None
-                else p.parameter.new_tensor(pattern).reshape(p.parameter.shape)
-                for p, pattern in zip(members, patterns, strict=True)
-            ]
-            masks[site] = torch.stack(layers).detach()
+        layers = []
+        for p in members:
+            name = p.name.removeprefix("base_model.model.").removesuffix(f".{adapter}")
+            pattern = kept.get(name, [])
+            mask = torch.ones_like(p.parameter)
+            if len(pattern) == len(mask):  # a loaded adapter has lost the others
+                mask = mask * mask.new_tensor(pattern)[:, None]
+            layers.append(mask.detach())
+        if not torch.stack(layers).all():
+            masks[site] = torch.stack(layers)
     return masks

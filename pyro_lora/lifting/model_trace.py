@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import pyro.distributions as dist
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_factor, site_is_subsample
@@ -64,7 +65,14 @@ def _random_sites(trace: Any) -> dict[str, dict[str, Any]]:
         and not site_is_subsample(site)
         and not site_is_factor(site)
         and not site["infer"].get("_deterministic", False)
+        and not _is_function(site["fn"])
     }
+
+
+def _is_function(fn: Any) -> bool:
+    """Whether a site is a function of others, as ``LocScaleReparam`` makes them."""
+    masked = isinstance(fn, dist.MaskedDistribution) and fn._mask is False
+    return masked and isinstance(fn.base_dist, dist.Delta)
 
 
 def observed_site(trace: Any, obs_site: str | None) -> dict[str, Any]:

@@ -27,7 +27,7 @@ _ROLES = {
 }
 _COMPILED = "_orig_mod"  # the part of a path that torch.compile adds
 # What isn't part of the adapter, and is lifted only if it is trainable.
-_OUTSIDE = ("base", "prompt", "other adapter")
+_OUTSIDE = ("base", "prompt", "other adapter", "setting")
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +83,8 @@ def lifted_parameters(
     training = any(p.requires_grad and k not in _OUTSIDE for p, k, *_ in found.values())
     sites: dict[str, str] = {}
     for full_name, (parameter, kind, path, role) in found.items():
+        if kind == "setting" or parameter.numel() == 0:  # all of AdaLoRA's ranks pruned
+            continue
         own = kind not in _OUTSIDE and not training
         if parameter.requires_grad or (own and not _always_frozen(modules, full_name)):
             check_parameter(full_name, kind, parameter, modules)
@@ -133,6 +135,8 @@ def _named(
         if isinstance(module, ModulesToSaveWrapper) and rest[0] == "modules_to_save":
             kind = "head" if rest[1] == adapter else "other adapter"
             return kind, ".".join([path, *rest[2:-1]]), rest[-1]
+        if isinstance(module, BaseTunerLayer) and rest[0] in module.other_param_names:
+            return "setting", path, rest[0]  # AdaLoRA's number of ranks
         if isinstance(module, BaseTunerLayer) and rest[0] in module.adapter_layer_names:
             kind, role = _ROLES.get(rest[0], rest[0].split("_", 1))
             # lora_A.default.weight is A itself; a trained bias has a name of its own.

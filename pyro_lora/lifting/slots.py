@@ -103,11 +103,6 @@ class Slot(nn.Module):
         """The tensors bound at the moment, None where there are none."""
         return self.__dict__["_bound"]
 
-    @bound.setter
-    def bound(self, value: Any) -> None:
-        # Not through nn.Module.__setattr__: a bound tensor is no part of the module.
-        self.__dict__["_bound"] = value
-
     def __reduce_ex__(self, protocol: Any) -> Any:
         # By its plain class, since a slot's class is made when it is needed.
         plain = next(c for c in type(self).__mro__ if not issubclass(c, Slot))

@@ -188,9 +188,20 @@ WRONG_WEIGHTS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
         with_query(torch.zeros(3, 16)),
         rf"'{QUERY}\.A': expected shape \(\.\.\., 2, 3, 16\), found \(3, 16\)",
     ),
-    "nan": (with_query(torch.full((2, 3, 16), torch.nan)), rf"'{QUERY}\.A'.*NaN"),
+    "dtype": (
+        with_query(torch.zeros(2, 3, 16)),
+        rf"'{QUERY}\.A': expected dtype torch\.float64, found torch\.float32.*\.to\(",
+    ),
+    "device": (
+        with_query(torch.zeros(2, 3, 16, dtype=torch.float64, device="meta")),
+        rf"'{QUERY}\.A': expected device cpu, found meta.*\.to\(",
+    ),
+    "nan": (
+        with_query(torch.full((2, 3, 16), torch.nan).double()),
+        rf"'{QUERY}\.A'.*NaN",
+    ),
     "infinite": (
-        with_query(torch.full((2, 3, 16), -torch.inf)),
+        with_query(torch.full((2, 3, 16), -torch.inf).double()),
         rf"'{QUERY}\.A'.*every value must be finite",
     ),
 }
@@ -338,4 +349,15 @@ def test_a_prior_of_a_wrong_shape() -> None:
         network, prior=lambda lora: {k: v[0] for k, v in lora.zeros().items()}
     )
     with refused(network, rf"'{QUERY}\.A': expected shape.*lora\.weights\(\)"):
+        classifier(lora)(**batch())
+
+
+def test_a_prior_that_gives_nan() -> None:
+    network = bert()
+
+    def prior(lora: pl.LiftedNetwork) -> dict[str, Tensor]:
+        return {k: v * torch.nan for k, v in lora.zeros().items()}
+
+    lora = pl.lift(network, prior=prior)
+    with refused(network, r"Site '.*NaN or infinite.*the run that made them"):
         classifier(lora)(**batch())
