@@ -182,18 +182,21 @@ class BoundNetwork:
             check_batch_norm(host.network)
             if trunk.caches:  # of no use to the caller: a cache can't be given back
                 kwargs.setdefault("use_cache", False)
-            form = (len(args), *kwargs)
-            if form not in host.unfoldable:
-                try:
-                    return self._folded(function, args, kwargs, trunk, repeats)
-                except NotFoldable as reason:
-                    host.unfoldable.add(form)
-                    # Slower and right, so nothing that should stop a strict run.
-                    _logger.warning(
-                        "The particles run one at a time, which is slower: %s.", reason
-                    )
+        form, reason = (len(args), *kwargs), None
+        if num_particles > 1 and form not in host.unfoldable:
+            try:
+                return self._folded(function, args, kwargs, trunk, repeats)
+            except NotFoldable as error:
+                reason = error
         outputs = [self._one(function, args, kwargs, s) for s in range(num_particles)]
-        return stack_outputs(outputs, "output", lead)
+        output = stack_outputs(outputs, "output", lead)
+        if reason is not None:  # else the inputs were wrong
+            host.unfoldable.add(form)
+            # Slower and right, so nothing that should stop a strict run.
+            _logger.warning(
+                "The particles run one at a time, which is slower: %s.", reason
+            )
+        return output
 
     def _one(
         self,
