@@ -18,7 +18,8 @@ from torch import Tensor
 MIN_SQUARED_BANDWIDTH = 1e-8
 
 Kernel = Callable[[Tensor], Tensor]
-Space = Literal["joint", "site", "function"]
+Space = Literal["joint", "site", "delta", "function"]
+_SPACES = ("joint", "site", "delta", "function")
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,10 @@ class RBF:
 
     Attributes:
         space: What :math:`d` measures. ``"joint"``: all weights together; ``"site"``:
-            one kernel for each site; ``"function"``: the likelihood's logit contrasts
-            (or location), squared differences averaged over the minibatch.
+            one kernel for each site; ``"delta"``: all weights, but LoRA's by the
+            updates :math:`s B A`, so that turning the factors is no distance;
+            ``"function"``: the likelihood's logit contrasts (or location), squared
+            differences averaged over the minibatch.
         bandwidth: h, or None for the median heuristic :math:`2 h^2 = \mathrm{median}_{
             i<j} d_{ij}^2 / \log(K + 1)` (the lower median; Pyro's kernels divide by
             another factor), with no gradient through it.
@@ -42,18 +45,70 @@ class RBF:
     bandwidth: float | None = None
 
     def __post_init__(self) -> None:
-        if self.space not in ("joint", "site", "function"):
-            raise ValueError(
-                f"space must be 'joint', 'site' or 'function', found {self.space!r}."
-            )
-        if self.bandwidth is not None and not self.bandwidth > 0:
-            raise ValueError(f"bandwidth must be positive, found {self.bandwidth}.")
+        _check(self.space, self.bandwidth)
 
     def __call__(self, sq_dists: Tensor) -> Tensor:
         """Gram matrix (K, K) of squared distances (K, K)."""
-        if self.bandwidth is not None:
-            return (-sq_dists / (2 * self.bandwidth**2)).exp()
-        return (-sq_dists / _median_heuristic(sq_dists.detach())).exp()
+        return (-_scaled(sq_dists, self.bandwidth)).exp()
+
+
+@dataclass(frozen=True)
+class IMQ:
+    r"""Inverse multiquadric kernel :math:`k = (1 + d^2 / (2 h^2))^{-1/2}`.
+
+    Its tails are heavy: particles that are far apart still repel, and a Stein
+    discrepancy with it notices mass that is missing (Gorham & Mackey 2017,
+    https://arxiv.org/abs/1703.01717).
+
+    Attributes:
+        space: As for :class:`RBF`.
+        bandwidth: h, as for :class:`RBF`.
+
+    >>> IMQ(bandwidth=1.0)(torch.tensor([[0.0, 6.0], [6.0, 0.0]]))
+    tensor([[1.0000, 0.5000],
+            [0.5000, 1.0000]])
+    """
+
+    space: Space = "joint"
+    bandwidth: float | None = None
+
+    def __post_init__(self) -> None:
+        _check(self.space, self.bandwidth)
+
+    def __call__(self, sq_dists: Tensor) -> Tensor:
+        """Gram matrix (K, K) of squared distances (K, K)."""
+        return (1 + _scaled(sq_dists, self.bandwidth)).rsqrt()
+
+
+@dataclass(frozen=True)
+class Mixture:
+    r"""Mean of Gaussian kernels, :math:`\frac1n \sum_s \exp(-d^2 / (2 s^2 h^2))`.
+
+    Several widths at once: no single one is right while particles spread.
+
+    Attributes:
+        scales: The factors s on the bandwidth.
+        space: As for :class:`RBF`.
+        bandwidth: h, as for :class:`RBF`.
+
+    >>> Mixture(scales=(1.0,), bandwidth=1.0)(torch.tensor([[0.0, 2.0], [2.0, 0.0]]))
+    tensor([[1.0000, 0.3679],
+            [0.3679, 1.0000]])
+    """
+
+    scales: tuple[float, ...] = (0.5, 1.0, 2.0)
+    space: Space = "joint"
+    bandwidth: float | None = None
+
+    def __post_init__(self) -> None:
+        _check(self.space, self.bandwidth)
+        if not self.scales or not all(scale > 0 for scale in self.scales):
+            raise ValueError(f"scales must be positive numbers, found {self.scales}.")
+
+    def __call__(self, sq_dists: Tensor) -> Tensor:
+        """Gram matrix (K, K) of squared distances (K, K)."""
+        scaled = _scaled(sq_dists, self.bandwidth)
+        return torch.stack([(-scaled / s**2).exp() for s in self.scales]).mean(0)
 
 
 @dataclass(frozen=True)
@@ -72,9 +127,30 @@ def check_kernel(kernel: object) -> None:
     """
     if isinstance(kernel, type) or not (isinstance(kernel, Zero) or callable(kernel)):
         raise TypeError(
-            "kernel must be kernels.RBF(...), kernels.Zero() or a function of squared "
-            f"distances, found {kernel!r}."
+            "kernel must be one of kernels, such as kernels.RBF(...), or a function of "
+            f"squared distances, found {kernel!r}."
         )
+
+
+def space_of(kernel: Kernel | Zero) -> Space:
+    """What a kernel's distances measure; all weights for a function of one's own."""
+    return kernel.space if isinstance(kernel, RBF | IMQ | Mixture) else "joint"
+
+
+def _check(space: str, bandwidth: float | None) -> None:
+    if space not in _SPACES:
+        raise ValueError(
+            f"space must be 'joint', 'site', 'delta' or 'function', found {space!r}."
+        )
+    if bandwidth is not None and not bandwidth > 0:
+        raise ValueError(f"bandwidth must be positive, found {bandwidth}.")
+
+
+def _scaled(sq_dists: Tensor, bandwidth: float | None) -> Tensor:
+    """d^2 / (2 h^2)."""
+    if bandwidth is not None:
+        return sq_dists / (2 * bandwidth**2)
+    return sq_dists / _median_heuristic(sq_dists.detach())
 
 
 def _median_heuristic(sq_dists: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from pyro_lora.infer.function_space import (
     function_space_direction,
     gated_strength,
 )
-from pyro_lora.infer.kernels import RBF, Kernel, Zero, check_kernel
+from pyro_lora.infer.kernels import Kernel, Zero, check_kernel, space_of
 from pyro_lora.infer.optimizer_state import (
     check_optimizer,
     optimizer_state,
@@ -64,8 +64,8 @@ class SVGD:
 
     Args:
         model: A Pyro model, as a rule one that calls a lifted network.
-        kernel: ``kernels.RBF(...)``, ``kernels.Zero()``, or a function of squared
-            distances (K, K) -> (K, K) over all weights jointly.
+        kernel: One of ``kernels``, or a function of squared distances (K, K) -> (K, K)
+            over all weights jointly.
         optim: A ``pyro.optim`` optimiser or scheduler. It sees one tensor a site with
             all particles, so that clipping by norm is by the norm over them.
         num_particles: K.
@@ -122,7 +122,7 @@ class SVGD:
             )
         check_kernel(kernel)
         check_optimizer(optim)
-        self._space = kernel.space if isinstance(kernel, RBF) else "joint"
+        self._space = space_of(kernel)
         in_function_space = self._space == "function"
         if transport is None:
             transport = "repulsive" if in_function_space else "stein"

@@ -53,28 +53,35 @@ def gram_and_slope(kernel: Kernel, sq_dists: Tensor) -> tuple[Tensor, Tensor]:
     return gram.detach(), slope
 
 
-def stein(
-    particles: Tensor, gradients: Tensor, gram: Tensor, slope: Tensor
-) -> tuple[Tensor, Tensor]:
-    r"""Attraction and repulsion of SVGD, for one site.
+def attract(gradients: Tensor, gram: Tensor) -> Tensor:
+    r"""The first term of SVGD, :math:`\frac1K \sum_j k(x_j, x_i) \nabla \log p(x_j)`.
 
-    :math:`\phi_i = \frac1K \sum_j [k(x_j, x_i) \nabla_{x_j} \log p(x_j) +
-    \nabla_{x_j} k(x_j, x_i)]` (Liu & Wang 2016, https://arxiv.org/abs/1608.04471,
-    eq. 8).
+    Liu & Wang (2016), https://arxiv.org/abs/1608.04471, eq. 8.
+
+    Args:
+        gradients: Of the (tempered) log joint of the full data, (K, ...), nats.
+        gram: (K, K).
+
+    Returns:
+        (K, ...).
+    """
+    mean = gram.to(gradients) @ _rows(gradients) / gram.shape[0]
+    return mean.reshape(gradients.shape)
+
+
+def stein_repulsion(particles: Tensor, slope: Tensor) -> Tensor:
+    r"""The second term of SVGD, :math:`\frac1K \sum_j \nabla_{x_j} k(x_j, x_i)`.
+
+    Liu & Wang (2016), https://arxiv.org/abs/1608.04471, eq. 8.
 
     Args:
         particles: (K, ...).
-        gradients: Of the (tempered) log joint of the full data, (K, ...), nats.
-        gram: (K, K).
         slope: Derivative of the kernel in the squared distance, (K, K).
 
     Returns:
-        Both terms, (K, ...).
+        (K, ...).
     """
-    num_particles = particles.shape[0]
-    attraction = gram.to(gradients) @ _rows(gradients) / num_particles
-    repulsion = -_slope_times_difference(particles, slope) / num_particles
-    return attraction.reshape(particles.shape), repulsion
+    return -_slope_times_difference(particles, slope) / slope.shape[0]
 
 
 def repel(particles: Tensor, gram: Tensor, slope: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pyro_lora.curvature.data_plate import data_plate
 from pyro_lora.infer import transport
+from pyro_lora.infer.delta_space import DeltaSpace
 from pyro_lora.infer.function_space import Strength, datum_loss, likelihood
 from pyro_lora.infer.kernels import Kernel, Space, Zero
 from pyro_lora.infer.particle_model import ParticleModel, chunked_gradients
@@ -28,13 +29,13 @@ def weight_space_direction(
     args: Any,
     kwargs: Any,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Stein or repulsive direction with one kernel for all weights or one a site.
+    """Stein or repulsive direction with a kernel between weights or their updates.
 
     Args:
         target: The model.
         particles: Site -> (K, ...), unconstrained.
         kernel: A function of squared distances, or ``Zero()``.
-        space: ``"joint"`` or ``"site"``.
+        space: ``"joint"``, ``"site"`` or ``"delta"``.
         form: ``"stein"`` or ``"repulsive"``.
         temperature: T.
         strength: Of the repulsive form: a number, or a function of (minibatch loss,
@@ -71,17 +72,31 @@ def weight_space_direction(
         }
     if callable(strength):
         strength = strength(float(torch.cat(losses).mean()), num_data[0])
-    grams = _grams(kernel, space, particles)
-    attractions, repulsions = {}, {}
-    for site, x in particles.items():
-        gram, slope = grams[site]
-        if form == "stein":
-            attractions[site], repulsions[site] = transport.stein(
-                x.detach(), gradients[site], gram, slope
-            )
-        else:
-            attractions[site] = gradients[site]
-            repulsions[site] = strength * transport.repel(x.detach(), gram, slope)
+    fixed = {site: x.detach() for site, x in particles.items()}
+    stein = form == "stein"
+    if space == "delta":
+        delta = DeltaSpace(target.networks)
+        distances = delta.squared_distances(fixed)
+        gram, slope = transport.gram_and_slope(kernel, distances)
+        grams = dict.fromkeys(fixed, (gram, slope))
+        repulsions = (
+            delta.stein_repulsion(fixed, slope)
+            if stein
+            else delta.repel(fixed, gram, slope)
+        )
+    else:
+        grams = _grams(kernel, space, fixed)
+        repulsions = {
+            site: transport.stein_repulsion(x, grams[site][1])
+            if stein
+            else transport.repel(x, *grams[site])
+            for site, x in fixed.items()
+        }
+    if stein:
+        attractions = {s: transport.attract(gradients[s], grams[s][0]) for s in fixed}
+    else:
+        attractions = gradients
+        repulsions = {site: strength * x for site, x in repulsions.items()}
     return {s: attractions[s] + repulsions[s] for s in particles}, {
         "log_joint": log_joint,
         "attraction": transport.norm(attractions),
@@ -95,9 +110,7 @@ def weight_space_direction(
 def _grams(
     kernel: Kernel, space: Space, particles: dict[str, Tensor]
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    distances = {
-        s: transport.squared_distances(x.detach()) for s, x in particles.items()
-    }
+    distances = {s: transport.squared_distances(x) for s, x in particles.items()}
     if space == "site":
         return {s: transport.gram_and_slope(kernel, d) for s, d in distances.items()}
     joint = torch.stack(list(distances.values())).sum(0)

@@ -19,7 +19,12 @@ from pyro_lora.lifting.adapter import (
     check_in_use,
 )
 from pyro_lora.lifting.bound_network import BoundNetwork, Host
-from pyro_lora.lifting.low_rank import has_one_update, rank_masks, update_factors
+from pyro_lora.lifting.low_rank import (
+    factor_locations,
+    has_one_update,
+    rank_masks,
+    update_factors,
+)
 from pyro_lora.lifting.priors import Prior
 from pyro_lora.lifting.refusals import (
     check_network,
@@ -284,6 +289,21 @@ class LiftedNetwork:
             for path, layer in self._adapter_modules.items()
             if has_one_update(layer)
         }
+
+    @property
+    def factor_sites(self) -> frozenset[str]:
+        """The sites that :meth:`delta_weight_factors` is made of."""
+        locations = {
+            location
+            for layer in self._adapter_modules.values()
+            if has_one_update(layer)
+            for location in factor_locations(layer, self.adapter)
+        }
+        return frozenset(
+            site
+            for site, members in self.parameters.items()
+            if all(p.locations[0] in locations for p in members)
+        )
 
     def _check_shapes(self, weights: Mapping[str, Tensor]) -> None:
         zeros = self.zeros()

@@ -49,11 +49,23 @@ def update_factors(
     return scaling * b, a
 
 
+def factor_locations(layer: LoraLayer, adapter: str | None) -> set[Location]:
+    """Where the parameters are that :func:`update_factors` takes."""
+    assert adapter is not None
+    names = ("lora_A", "lora_B", "lora_E", "lora_embedding_A", "lora_embedding_B")
+    parts: list[Any] = [getattr(layer, name, {}) for name in names]
+    return {_location(part, adapter) for part in parts if adapter in part}
+
+
+def _location(part: nn.Module, adapter: str) -> Location:
+    if isinstance(part, nn.ModuleDict):
+        return part[adapter], "weight"
+    return part, adapter
+
+
 def _value(part: nn.Module, adapter: str, values: Mapping[Location, Tensor]) -> Tensor:
     """A matrix from ``lora_A`` and the like: a dict of layers or of parameters."""
-    location = (part, adapter)
-    if isinstance(part, nn.ModuleDict):
-        location = (part[adapter], "weight")
+    location = _location(part, adapter)
     own = location[0]._parameters[location[1]]
     assert own is not None
     value = values.get(location, own.detach())

@@ -1,0 +1,131 @@
+"""SVGD where LoRA's weights count as the updates B A, against double loops."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+import pyro_lora as pl
+from pyro_lora import kernels
+from pyro_lora.infer.delta_space import DeltaSpace
+from tests.infer import double_loop
+from tests.infer.double_loop import Point
+from tests.infer.targets import Target, bert, hierarchical_bert, hierarchical_regression
+from tests.infer.test_svgd_step import assert_equal, direction
+from tests.networks import llama, particles
+
+SCALING = 2.0  # alpha / r = 6 / 3
+
+
+def dense_distance(x: Point, y: Point) -> Tensor:
+    """With every layer's update as the full matrix that it is."""
+    total = torch.zeros((), dtype=torch.float64)
+    for site in x:
+        path, _, role = site.rpartition(".")
+        if site.startswith("lora.") and role == "A":
+            continue  # comes with B
+        if site.startswith("lora."):
+            a, b = (SCALING * p[site] @ p[f"{path}.A"] for p in (x, y))
+        else:
+            a, b = x[site], y[site]
+        total = total + (a - b).square().sum()
+    return total
+
+
+def dense_kernel(
+    at: list[Point], profile: Callable[[Tensor], Tensor], bandwidth: float | None
+) -> dict[str, double_loop.PairKernel]:
+    if bandwidth is None:
+        pairs = [
+            dense_distance(at[i], at[j]).item()
+            for i in range(len(at))
+            for j in range(i + 1, len(at))
+        ]
+        twice_square = double_loop.median_bandwidth(pairs, len(at))
+    else:
+        twice_square = 2 * bandwidth**2
+    return dict.fromkeys(
+        at[0], lambda x, y: profile(dense_distance(x, y) / twice_square)
+    )
+
+
+PROFILES: dict[str, tuple[Any, Callable[[Tensor], Tensor]]] = {
+    "RBF": (kernels.RBF, lambda d: (-d).exp()),
+    "IMQ": (kernels.IMQ, lambda d: (1 + d) ** -0.5),
+    "Mixture": (
+        kernels.Mixture,
+        lambda d: ((-4 * d).exp() + (-d).exp() + (-d / 4).exp()) / 3,
+    ),
+}
+
+
+@pytest.mark.parametrize("make", [bert, hierarchical_bert, hierarchical_regression])
+@pytest.mark.parametrize("bandwidth", [None, 8.0])
+@pytest.mark.parametrize("name", list(PROFILES))
+def test_stein(
+    make: Callable[[int], Target], bandwidth: float | None, name: str
+) -> None:
+    target = make(4)
+    kernel, profile = PROFILES[name]
+    found, _ = direction(target, kernel(space="delta", bandwidth=bandwidth))
+    at = double_loop.points(target.particles)
+    by_site = dense_kernel(at, profile, bandwidth)
+    assert_equal(found, double_loop.stein(at, target.log_joint, by_site))
+
+
+@pytest.mark.parametrize("name", list(PROFILES))
+def test_repulsive(name: str) -> None:
+    target = bert(4)
+    kernel, profile = PROFILES[name]
+    found, _ = direction(
+        target, kernel(space="delta"), transport="repulsive", repulsion=3.0
+    )
+    at = double_loop.points(target.particles)
+    by_site = dense_kernel(at, profile, None)
+    expected = double_loop.repulsive(at, target.log_joint, by_site, 1.0, 3.0)
+    assert_equal(found, expected)
+
+
+def test_chunks_change_nothing() -> None:
+    target = bert(4)
+    kernel = kernels.RBF(space="delta")
+    whole, _ = direction(target, kernel)
+    assert_equal(direction(target, kernel, chunk_size=2)[0], whole)
+
+
+def test_turning_the_factors_is_no_distance() -> None:
+    lora = pl.lift(llama())
+    weights = particles(lora, 3)
+    turned = dict(weights)
+    for site, a in weights.items():
+        if site.endswith(".A"):
+            turn = torch.linalg.qr(torch.randn(3, 3, dtype=a.dtype)).Q
+            turned[site] = turn @ a
+            turned[f"{site[:-1]}B"] = weights[f"{site[:-1]}B"] @ turn.mT
+    space = DeltaSpace((lora,))
+    distances = space.squared_distances(weights)
+    assert_close(space.squared_distances(turned), distances, rtol=1e-10, atol=1e-10)
+    both = {s: torch.stack([weights[s][0], turned[s][0]]) for s in weights}
+    assert space.squared_distances(both)[0, 1] < 1e-10 * distances[0, 1]
+
+
+@pytest.mark.parametrize("layer", ["embedding", "convolution"])
+def test_updates_of_other_layers(layer: str) -> None:
+    network = nn.ModuleDict(
+        {"embedding": nn.Embedding(6, 5), "convolution": nn.Conv2d(2, 3, 2)}
+    )
+    network.forward = lambda: None  # type: ignore[assignment]
+    peft_model = get_peft_model(network, LoraConfig(r=2, target_modules=[layer]))  # type: ignore[arg-type]
+    lora = pl.lift(peft_model.double())
+    weights = particles(lora, 3)
+    found = DeltaSpace((lora,)).squared_distances(weights)
+    deltas, module = [], peft_model.base_model.model[layer]
+    for i in range(3):
+        lora.load({site: value[i] for site, value in weights.items()})
+        deltas.append(module.get_delta_weight("default").detach().clone().flatten())
+    expected = torch.cdist(torch.stack(deltas), torch.stack(deltas)).square()
+    assert_close(found, expected, rtol=1e-8, atol=1e-8)
