@@ -6,7 +6,7 @@ from pyro_lora.export import plots
 from pyro_lora.export.adapters import export_adapters
 from pyro_lora.export.checkpoint import load, save
 from pyro_lora.export.datatree import to_datatree
-from pyro_lora.infer import kernels
+from pyro_lora.infer import kernels, schedules
 from pyro_lora.infer.auto_laplace import AutoLaplace
 from pyro_lora.infer.laplace_posterior import LaplacePosterior
 from pyro_lora.infer.mixture_posterior import MixturePosterior
@@ -40,5 +40,6 @@ __all__ = [
     "predict",
     "priors",
     "save",
+    "schedules",
     "to_datatree",
 ]

@@ -36,11 +36,11 @@ from pyro_lora.infer.particle_model import (
     particle_model,
 )
 from pyro_lora.infer.particle_posterior import ParticlePosterior, Weights
+from pyro_lora.infer.schedules import Schedule
 from pyro_lora.infer.transport import spread
 from pyro_lora.infer.weight_space import weight_space_direction
 from pyro_lora.lifting.model_trace import Batch, Model
 
-Schedule = Callable[[float], float]
 Repulsion = Callable[[float, float], float]
 
 

@@ -1,0 +1,85 @@
+"""Temperatures over a run of SVGD: functions of the fraction that is done, 0 to 1."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+Schedule = Callable[[float], float]
+
+
+def annealed(
+    final: float = 1.0, *, start: float = 100.0, power: float = 5.0
+) -> Schedule:
+    r"""Hot at first, so that particles spread, then cooling to ``final``.
+
+    :math:`T(u) = \min(T_0, T_1 / \gamma(u))` with :math:`\gamma(u) = \tanh((1.3 u)^p) /
+    \tanh(1.3^p)` (D'Angelo & Fortuin 2021, https://arxiv.org/abs/2101.09815;
+    here :math:`\gamma(1) = 1`, so that the last temperature is exact).
+
+    Args:
+        final: :math:`T_1`, of the last step.
+        start: :math:`T_0`, of the first.
+        power: p; larger is hot for longer.
+
+    Returns:
+        A function for ``SVGD(temperature=...)``.
+
+    Raises:
+        ValueError: If a number isn't positive, or ``start`` is below ``final``.
+
+    >>> schedule = annealed()
+    >>> schedule(0.0), schedule(1.0)
+    (100.0, 1.0)
+    """
+    _check(final, start, power)
+
+    def schedule(fraction: float) -> float:
+        share = math.tanh((1.3 * fraction) ** power) / math.tanh(1.3**power)
+        return final / max(share, final / start)
+
+    return schedule
+
+
+def cyclical(
+    final: float = 1.0, *, start: float = 100.0, power: float = 5.0, num_cycles: int = 4
+) -> Schedule:
+    r"""Heating up again and again: particles spread, then settle, in each cycle.
+
+    :math:`T(u) = \min(T_0, T_1 / v^p)`, v the fraction of the present cycle (D'Angelo &
+    Fortuin 2021, https://arxiv.org/abs/2101.09815). The last cycle ends at
+    ``final`` exactly.
+
+    Args:
+        final: :math:`T_1`.
+        start: :math:`T_0`, at which every cycle begins.
+        power: p; larger is hot for longer.
+        num_cycles: Cycles in a run.
+
+    Returns:
+        A function for ``SVGD(temperature=...)``.
+
+    Raises:
+        ValueError: As :func:`annealed`, or if there is no cycle.
+
+    >>> schedule = cyclical(num_cycles=2)
+    >>> schedule(0.0), schedule(0.5), schedule(1.0)
+    (100.0, 100.0, 1.0)
+    """
+    _check(final, start, power)
+    if num_cycles < 1:
+        raise ValueError(f"num_cycles must be at least 1, found {num_cycles}.")
+
+    def schedule(fraction: float) -> float:
+        inside = fraction * num_cycles % 1 if fraction < 1 else 1.0
+        return final / max(inside**power, final / start)
+
+    return schedule
+
+
+def _check(final: float, start: float, power: float) -> None:
+    if not (0 < final <= start < math.inf and power > 0):
+        raise ValueError(
+            "Expected 0 < final <= start and power > 0, found "
+            f"final={final}, start={start}, power={power}."
+        )
