@@ -1,6 +1,7 @@
 """Bayesian LoRA adapters as Pyro random variables."""
 
 from pyro_lora import models
+from pyro_lora.curvature.fisher_roots import FisherRoot, fisher_root
 from pyro_lora.curvature.structures import dense, diagonal, kfac_expand, kfac_reduce
 from pyro_lora.export import plots
 from pyro_lora.export.adapters import export_adapters
@@ -20,6 +21,7 @@ from pyro_lora.predict.prediction import Prediction, auroc, fit_temperature
 __all__ = [
     "SVGD",
     "AutoLaplace",
+    "FisherRoot",
     "LaplacePosterior",
     "LiftedNetwork",
     "MixturePosterior",
@@ -29,6 +31,7 @@ __all__ = [
     "dense",
     "diagonal",
     "export_adapters",
+    "fisher_root",
     "fit_temperature",
     "kernels",
     "kfac_expand",

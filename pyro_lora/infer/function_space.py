@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_lora.curvature.data_plate import data_plate
-from pyro_lora.curvature.fisher import fisher_root
+from pyro_lora.curvature.fisher_roots import fisher_root
 from pyro_lora.curvature.linearize import contrasts
 from pyro_lora.infer import transport
 from pyro_lora.infer.kernels import Kernel
