@@ -140,7 +140,7 @@ def fit_fisher(
         raise ValueError(NO_BATCHES)
     site = observed_site(trace, obs_site)
     _check_number(sums.num_data, data_plate(site).full_size, site)
-    prior = prior_at_mode(trace, loc)
+    prior = prior_at_mode(trace, leaves)
     return FisherFit(
         _gaussian(sums.factors, networks, loc, prior.precision),
         prior.mean,

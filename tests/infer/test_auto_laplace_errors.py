@@ -279,7 +279,8 @@ def prior_of(fn: Callable[[Tensor], Any]) -> Any:
     [
         (lambda z: dist.Normal(z, z + 1e30), r"must be positive.*found values from 0"),
         (lambda z: dist.ImproperUniform(dist.constraints.real, z.shape, ()), "proper"),
-        (lambda z: dist.Cauchy(z, z + 1.0), "Normal prior, found Cauchy.*register"),
+        (lambda z: dist.Gumbel(z, z + 1.0), "Gumbel, not symmetric.*register"),
+        (lambda z: dist.AsymmetricLaplace(z, z + 1, z + 2), "Asym.*register"),
     ],
 )
 def test_priors_that_are_improper_or_have_no_gaussian_form(
