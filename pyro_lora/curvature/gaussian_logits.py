@@ -20,13 +20,16 @@ class GaussianLogits:
     """A Gaussian over the logits of each datum (their mean over classes removed).
 
     Attributes:
-        mean: (B, C).
-        covariance_matrix: (B, C, C), singular: only C - 1 contrasts vary. A Normal
-            likelihood has C = 1, its location.
+        mean: (B, C), or (B, T, C) for T tokens.
+        covariance_matrix: (B, C, C) or (B, T, C, C), singular: only C - 1 contrasts
+            vary. A Normal likelihood has its C locations, and a regular one.
+        noise_variance: Of a Normal likelihood, at the mode, of the mean's shape; None
+            for classes.
     """
 
     mean: Tensor
     covariance_matrix: Tensor
+    noise_variance: Tensor | None = None
 
     def rsample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
         """Draws of the logits, (*sample_shape, B, C)."""
@@ -38,6 +41,54 @@ class GaussianLogits:
         )
         root = _square_root(self.covariance_matrix).to(self.mean)
         return self.mean + (root @ noise[..., None])[..., 0]
+
+    @property
+    def predictive_variance(self) -> Tensor:
+        """Variance of a new outcome, of the mean's shape: its location's and the noise.
+
+        Raises:
+            ValueError: If the outcomes are classes.
+        """
+        if self.noise_variance is None:
+            raise ValueError(
+                "The outcomes are classes, so there is no noise to add. Use "
+                ".covariance_matrix, or class probabilities by predict."
+            )
+        return self.covariance_matrix.diagonal(dim1=-2, dim2=-1) + self.noise_variance
+
+
+@dataclass(frozen=True, eq=False)
+class JointGaussianLogits:
+    """One Gaussian over the logits of all data of a batch.
+
+    Attributes:
+        mean: (B, C), or (B, T, C) for T tokens.
+        covariance_matrix: The mean's shape twice, (B, C, B, C): of logit c of datum b
+            with logit d of datum a at [b, c, a, d].
+        noise_variance: As in :class:`GaussianLogits`; independent across data.
+    """
+
+    mean: Tensor
+    covariance_matrix: Tensor
+    noise_variance: Tensor | None = None
+
+    def rsample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
+        """Draws of the logits, (*sample_shape, B, C), correlated across data."""
+        size = self.mean.numel()
+        flat = GaussianLogits(
+            self.mean.reshape(size), self.covariance_matrix.reshape(size, size)
+        )
+        return flat.rsample(sample_shape).reshape(*sample_shape, *self.mean.shape)
+
+    def marginals(self) -> GaussianLogits:
+        """The Gaussian of each datum by itself."""
+        shape, num_logits = self.mean.shape, self.mean.shape[-1]
+        rows = self.mean.numel() // num_logits
+        blocks = self.covariance_matrix.reshape(rows, num_logits, rows, num_logits)
+        each = blocks.diagonal(dim1=0, dim2=2).movedim(-1, 0)
+        return GaussianLogits(
+            self.mean, each.reshape(*shape, num_logits), self.noise_variance
+        )
 
 
 def class_log_probs(logits: GaussianLogits) -> Tensor:
@@ -85,12 +136,13 @@ def expected_entropy(logits: GaussianLogits) -> Tensor:
         return -(log_p.exp() * log_p).sum(-1).mean(0)
     # Narrow: trapezoid over the noise. Wide: over the logit, where H has width ~ 1.
     z = torch.arange(-9, 9.01, 0.05, dtype=mean.dtype, device=mean.device)
-    narrow = (_binary_entropy(mean[:, None] + sd[:, None] * z) * _density(z)).sum(-1)
+    shifted = mean[..., None] + sd[..., None] * z
+    narrow = (_binary_entropy(shifted) * _density(z)).sum(-1)
     f = torch.arange(-45, 45.01, 0.1, dtype=mean.dtype, device=mean.device)
-    wide_sd = sd.clamp_min(_WIDE)[:, None]
-    wide = (_binary_entropy(f) * _density((f - mean[:, None]) / wide_sd) / wide_sd).sum(
-        -1
-    )
+    wide_sd = sd.clamp_min(_WIDE)[..., None]
+    wide = (
+        _binary_entropy(f) * _density((f - mean[..., None]) / wide_sd) / wide_sd
+    ).sum(-1)
     return torch.where(sd < _WIDE, narrow * 0.05, wide * 0.1)
 
 
@@ -118,15 +170,15 @@ def _log_expected_sigmoid(mean: Tensor, sd: Tensor) -> Tensor:
     # exponentially. Narrow: over the noise z. Wide: sigmoid(f) = P(x < f) for logistic
     # x, so E sigmoid(f) = E_x Phi((mean - x) / sd), smooth however large sd is.
     z = torch.arange(-9, 9.01, 0.05, dtype=mean.dtype, device=mean.device)
-    shifted = mean[:, None] + sd[:, None] * z
+    shifted = mean[..., None] + sd[..., None] * z
     narrow = (torch.nn.functional.logsigmoid(shifted) + _log_density(z)).logsumexp(-1)
     # Its integrand peaks near mean + sd^2 where that is negative, as wide as the noise.
     peak = (mean + sd.square()).clamp_max(0)
     reach = 45 + 10 * sd * (peak < 0)
     unit = torch.linspace(-1, 1, 901, dtype=mean.dtype, device=mean.device)
-    x = peak[:, None] + reach[:, None] * unit
+    x = peak[..., None] + reach[..., None] * unit
     log_logistic = -x.abs() - 2 * torch.log1p((-x.abs()).exp())
-    standard = (mean[:, None] - x) / sd.clamp_min(_WIDE)[:, None]
+    standard = (mean[..., None] - x) / sd.clamp_min(_WIDE)[..., None]
     wide = (torch.special.log_ndtr(standard) + log_logistic).logsumexp(-1)
     return torch.where(sd < _WIDE, narrow + math.log(0.05), wide + (reach / 450).log())
 
@@ -151,7 +203,7 @@ def _sobol_logits(logits: GaussianLogits) -> Tensor:
     uniform = engine.draw(_NUM_POINTS, dtype=torch.float64).to(mean.device)
     normal = torch.special.ndtri(uniform.clamp(1e-12, 1 - 1e-12))  # (points, C)
     root = _square_root(logits.covariance_matrix)
-    return mean + (root @ normal[:, None, :, None])[..., 0]
+    return mean + torch.einsum("...cd,sd->s...c", root, normal)
 
 
 def _square_root(covariance: Tensor) -> Tensor:

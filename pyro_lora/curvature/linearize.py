@@ -1,23 +1,30 @@
-"""Linearised logits: J P^-1 J^T for each datum."""
+"""Linearised logits: J P^-1 J^T for each datum, or for all data of a batch."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import singledispatch
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pyro.distributions.torch_distribution import MaskedDistribution
 from torch import Tensor
 from torch import distributions as td
 
-from pyro_lora.curvature.capture import capture_layers, jacobians, recording
-from pyro_lora.curvature.data_plate import data_plate
-from pyro_lora.curvature.gaussian_logits import GaussianLogits
+from pyro_lora.curvature.capture import (
+    LayerCapture,
+    capture_layers,
+    jacobians,
+    recording,
+)
+from pyro_lora.curvature.gaussian_logits import GaussianLogits, JointGaussianLogits
 from pyro_lora.curvature.structures import at_least_float32
 from pyro_lora.curvature.weight_gaussian import WeightGaussian
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.lifting.model_trace import Batch, Model, likelihood_site, trace_at
+
+Tokens = Literal["last", "each"] | Tensor
 
 
 @singledispatch
@@ -71,11 +78,13 @@ def linearized_logits(
     batch: Batch,
     obs_site: str | None,
     prior_precisions: Sequence[Mapping[str, Tensor]] | None = None,
+    tokens: Tokens | None = None,
 ) -> list[GaussianLogits]:
     r"""Gaussian over the logits, :math:`N(f(x), J P^{-1} J^T)`, for each of Q priors.
 
-    One forward pass and C - 1 backward passes a batch (Immer et al. 2021,
-    https://arxiv.org/abs/2008.08400, eq. 9).
+    One forward pass and C - 1 backward passes a batch, whatever its size (Immer et al.
+    2021, https://arxiv.org/abs/2008.08400, eq. 9); P outputs take P, and each token
+    asked for takes C - 1 of its own.
 
     Args:
         model: A Pyro model.
@@ -84,32 +93,193 @@ def linearized_logits(
         batch: The model's keyword arguments; labels aren't needed.
         obs_site: The likelihood's site.
         prior_precisions: Priors to evaluate; None is the Gaussian's own.
+        tokens: Where a datum has several outcomes, which of them.
 
     Returns:
         For each prior: mean (B, C), its mean over classes removed, and covariance
-        (B, C, C).
+        (B, C, C), with T tokens (B, T, C) and (B, T, C, C).
 
     Raises:
-        ValueError: If the likelihood has event dims or isn't a known type.
+        ValueError: If the likelihood isn't a known type, or its event dims and
+            ``tokens`` don't fit.
     """
+    found = _linearize(model, gaussian, networks, batch, obs_site, tokens)
+    covariances = gaussian.covariance(
+        found.jacobians(found.values[..., 0].numel(), found.values.shape[-1]),
+        prior_precisions or [gaussian.prior_precision],
+    ).to(found.mean)
+    shape = found.mean.shape + found.mean.shape[-1:]
+    return [
+        GaussianLogits(
+            found.mean,
+            (found.basis @ c @ found.basis.mT).reshape(shape),
+            found.noise_variance,
+        )
+        for c in covariances
+    ]
+
+
+def joint_linearized_logits(
+    model: Model,
+    gaussian: WeightGaussian,
+    networks: Sequence[LiftedNetwork],
+    batch: Batch,
+    obs_site: str | None,
+    tokens: Tokens | None = None,
+) -> JointGaussianLogits:
+    """One Gaussian over the logits of all data of a batch together.
+
+    The passes are those of :func:`linearized_logits`; only the contraction, layer by
+    layer, is over all pairs of data.
+
+    Args:
+        model: A Pyro model.
+        gaussian: Mode and precision.
+        networks: The lifted networks in the model.
+        batch: The model's keyword arguments; labels aren't needed.
+        obs_site: The likelihood's site.
+        tokens: Where a datum has several outcomes, which of them.
+
+    Returns:
+        Mean (B, C) and covariance (B, C, B, C), with T tokens (B, T, C) and
+        (B, T, C, B, T, C).
+
+    Raises:
+        ValueError: As :func:`linearized_logits`.
+    """
+    found = _linearize(model, gaussian, networks, batch, obs_site, tokens)
+    num_rows = found.values[..., 0].numel()  # B, or B T
+    size = found.values.numel()
+    # All contrasts of all data are those of a single datum.
+    covariance = gaussian.covariance(
+        found.jacobians(1, size), [gaussian.prior_precision]
+    )
+    m = found.values.shape[-1]
+    blocks = covariance.to(found.mean).reshape(num_rows, m, num_rows, m)
+    joint = torch.einsum("cm,amzn,dn->aczd", found.basis, blocks, found.basis)
+    shape = found.mean.shape
+    return JointGaussianLogits(
+        found.mean, joint.reshape(shape + shape), found.noise_variance
+    )
+
+
+@dataclass(frozen=True)
+class _Linearization:
+    """The contrasts of a batch and what their Jacobian is made of.
+
+    Attributes:
+        values: (B, ..., M).
+        basis: (C, M).
+        captures: All layers, gradients of the flattened (..., M).
+        noise_variance: Of the outcomes, (B, C), where they are real numbers.
+    """
+
+    values: Tensor
+    basis: Tensor
+    captures: list[LayerCapture]
+    noise_variance: Tensor | None
+
+    @property
+    def mean(self) -> Tensor:
+        return self.values @ self.basis.mT
+
+    def jacobians(self, rows: int, terms: int) -> Iterator[tuple[str, Tensor]]:
+        """Site and (rows, terms, O, I) of each layer, one layer at a time."""
+        for site, j in jacobians(self.captures):
+            yield site, j.reshape(rows, terms, *j.shape[2:])
+
+
+def _linearize(
+    model: Model,
+    gaussian: WeightGaussian,
+    networks: Sequence[LiftedNetwork],
+    batch: Batch,
+    obs_site: str | None,
+    tokens: Tokens | None,
+) -> _Linearization:
     leaves = {site: x.detach().requires_grad_() for site, x in gaussian.loc.items()}
     with torch.enable_grad(), recording(networks) as record:
         trace = trace_at(model, leaves, batch)
         site: dict[str, Any] = likelihood_site(trace, obs_site, gaussian.loc)
-        fn = site["fn"]
-        while isinstance(fn, MaskedDistribution):  # masks hide labels, not logits
-            fn = fn.base_dist
-        if fn.event_shape or len(fn.batch_shape) != 1:
-            raise ValueError(
-                f"Site {site['name']!r}: linearised predictions are for one outcome a "
-                f"datum, batch shape (B,); found batch shape {tuple(fn.batch_shape)} "
-                f"and event shape {tuple(fn.event_shape)}."
-            )
+        fn, mask = _outcomes(site, tokens)
         values, basis = contrasts(fn)
-        terms = data_plate(site).data_last(values, fn.batch_shape)  # (M, B)
-        captures = capture_layers(networks, record, terms)
-    covariances = gaussian.covariance(
-        jacobians(captures), prior_precisions or [gaussian.prior_precision]
+        values = values.expand(*fn.batch_shape, values.shape[-1])
+        noise = fn.variance.detach() if isinstance(fn, td.Normal) else None
+        if tokens is not None:
+            index = _positions(tokens, mask, site["name"])
+            values = _taken(values, index)
+            noise = None if noise is None else _taken(noise[..., None], index)
+        elif len(fn.batch_shape) == 2:  # several outputs: correlated, so one vector
+            values = values[..., 0]
+            basis = torch.eye(values.shape[-1]).to(values)
+        elif noise is not None:
+            noise = noise[..., None]
+        captures = capture_layers(networks, record, values.flatten(1).mT)
+    return _Linearization(values.detach(), basis, captures, noise)
+
+
+def _outcomes(site: dict[str, Any], tokens: Tokens | None) -> tuple[Any, Tensor]:
+    """The distribution without masks and event dims, and the outcomes that count.
+
+    Raises:
+        ValueError: If it has other dims than ``tokens`` is for.
+    """
+    fn = site["fn"]
+    mask = torch.tensor(True)
+    event_dims = 0
+    while isinstance(fn, MaskedDistribution | td.Independent):
+        if isinstance(fn, td.Independent):
+            event_dims += fn.reinterpreted_batch_ndims
+        elif event_dims > 0:  # other masks hide whole data, and labels, not logits
+            mask = mask & torch.as_tensor(fn._mask).cpu()
+        fn = fn.base_dist
+    found = (
+        f"Site {site['name']!r}: found batch shape {tuple(site['fn'].batch_shape)} and "
+        f"event shape {tuple(site['fn'].event_shape)}"
     )
-    mean = values.detach() @ basis.mT
-    return [GaussianLogits(mean, basis @ c @ basis.mT) for c in covariances.to(mean)]
+    if fn.event_shape or len(site["fn"].batch_shape) != 1 or event_dims > 1:
+        raise ValueError(
+            f"{found}; linearised predictions need batch shape (B,) and an event shape "
+            "of (), one outcome a datum, or (T,) by .to_event(1)."
+        )
+    if event_dims == 0 and tokens is not None:
+        raise ValueError(f"{found}: one outcome a datum. Leave tokens out.")
+    if event_dims == 1 and tokens is None and not isinstance(fn, td.Normal):
+        raise ValueError(
+            f"{found}, not one outcome a datum. Say which by tokens='last', "
+            "tokens='each', or their positions."
+        )
+    return fn, mask.expand(fn.batch_shape) if event_dims else mask
+
+
+def _positions(tokens: Tokens, mask: Tensor, site: str) -> Tensor:
+    """Positions (B,) or (B, T') of the outcomes asked for, among (B, T).
+
+    Raises:
+        ValueError: If there are no such positions.
+    """
+    batch_size, length = mask.shape
+    places = torch.arange(length)
+    if isinstance(tokens, Tensor):
+        index = tokens.cpu()
+        whole = not (index.is_floating_point() or index.dtype == torch.bool)
+        fits = whole and index.ndim in (1, 2) and index.shape[0] == batch_size
+        if not fits or not ((index >= 0) & (index < length)).all():
+            raise ValueError(
+                f"Site {site!r}: tokens must be integers of shape ({batch_size},) or "
+                f"({batch_size}, T'), from 0 to {length - 1}; found {index}."
+            )
+        return index
+    if tokens == "last":
+        return (places * mask).amax(1)
+    if tokens == "each":
+        return places.expand(batch_size, length)
+    raise ValueError(
+        f"tokens must be 'last', 'each' or a tensor of positions, found {tokens!r}."
+    )
+
+
+def _taken(values: Tensor, index: Tensor) -> Tensor:
+    """(B, T, M) at positions (B,) or (B, T') -> (B, M) or (B, T', M)."""
+    rows = torch.arange(len(index)).reshape(-1, *[1] * (index.ndim - 1))
+    return values[rows.to(values.device), index.to(values.device)]

@@ -5,14 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import pyro
 import pyro.distributions as dist
 from torch import Tensor
 
-from pyro_lora.curvature.gaussian_logits import GaussianLogits
-from pyro_lora.curvature.linearize import linearized_logits
+from pyro_lora.curvature.gaussian_logits import GaussianLogits, JointGaussianLogits
+from pyro_lora.curvature.linearize import (
+    Tokens,
+    joint_linearized_logits,
+    linearized_logits,
+)
 from pyro_lora.curvature.weight_gaussian import WeightGaussian, Weights
 from pyro_lora.infer import prior_tuning
 from pyro_lora.lifting.lifted_network import LiftedNetwork
@@ -169,24 +173,51 @@ class LaplacePosterior:
             )
         return self.with_prior_precision(best)
 
-    def linearized(self, batch: Batch) -> GaussianLogits:
+    @overload
+    def linearized(
+        self,
+        batch: Batch,
+        *,
+        joint: Literal[False] = False,
+        tokens: Tokens | None = None,
+    ) -> GaussianLogits: ...
+
+    @overload
+    def linearized(
+        self, batch: Batch, *, joint: Literal[True], tokens: Tokens | None = None
+    ) -> JointGaussianLogits: ...
+
+    def linearized(
+        self, batch: Batch, *, joint: bool = False, tokens: Tokens | None = None
+    ) -> GaussianLogits | JointGaussianLogits:
         r"""Gaussian over the logits of a batch, :math:`N(f(x), J P^{-1} J^T)`.
+
+        One forward pass and C - 1 backward passes for C classes; P for a Normal
+        likelihood with P outputs (``.to_event(1)``), whose result also has the noise
+        variance.
 
         Args:
             batch: The model's keyword arguments; labels aren't needed.
+            joint: Also the covariances between the data, (B, C, B, C).
+            tokens: Which outcomes, where a datum has T of them (``.to_event(1)``):
+                ``"last"``, the last one that the distribution doesn't mask;
+                ``"each"``; or their positions, (B,) or (B, T'). Every one of a datum
+                takes C - 1 backward passes.
 
         Returns:
-            Mean (B, C), its mean over classes removed, and covariance (B, C, C).
+            Mean (B, C), its mean over classes removed, and covariance (B, C, C); for
+            several tokens (B, T, C) and (B, T, C, C).
 
         Raises:
-            ValueError: If this posterior was loaded without a model, or the
-                likelihood isn't Categorical, Bernoulli or Normal.
+            ValueError: If this posterior was loaded without a model, the likelihood
+                isn't Categorical, Bernoulli or Normal, or ``tokens`` doesn't fit it.
         """
         model = self._model("linearized")
+        at = (model, self.gaussian, self.loras, batch, self.obs_site)
         with evaluating(self.loras):
-            return linearized_logits(
-                model, self.gaussian, self.loras, batch, self.obs_site
-            )[0]
+            if joint:
+                return joint_linearized_logits(*at, tokens=tokens)
+            return linearized_logits(*at, tokens=tokens)[0]
 
     def _model(self, caller: str) -> Model:
         if self.model is None:

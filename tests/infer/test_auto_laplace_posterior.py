@@ -137,14 +137,15 @@ def test_linearised_needs_one_outcome_a_datum() -> None:
     lora, texts = pl.lift(bert(2)), batch(4)
 
     def model(y: Tensor | None = None, **texts: Tensor) -> Tensor:
-        loc = lora()(**texts).logits
-        with pyro.plate("data", 4, subsample=loc):
-            return pyro.sample("y", dist.Normal(loc, 1.0).to_event(1), obs=y)
+        logits = lora()(**texts).logits
+        with pyro.plate("data", 4, subsample=logits):
+            likelihood = dist.Bernoulli(logits=logits).to_event(1)
+            return pyro.sample("y", likelihood, obs=y)
 
     guide = pl.AutoLaplace(model, init_loc_fn=lora.init_to_adapter())
     one = {**inputs(texts), "y": torch.zeros(4, 2).double()}
     posterior = guide.laplace_approximation([one])
-    with pytest.raises(ValueError, match=r"'y'.*one outcome a datum"):
+    with pytest.raises(ValueError, match=r"'y'.*one outcome a datum.*tokens='last'"):
         posterior.linearized(one)
 
 
