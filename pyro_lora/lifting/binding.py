@@ -61,10 +61,11 @@ def _recompute(*args: Any, **kwargs: Any) -> CheckpointPolicy:
 class Binding(AbstractContextManager[None]):
     """Values bound while a block runs; then what was bound before is bound again.
 
-    Linear slots are given their values. Other layers get one weight set in the places
-    of their parameters, which is right for any network; a stack of them goes to their
-    slots. A stack needs folded inputs. A binding can be entered again and again:
-    gradient checkpointing recomputes once for each backward pass.
+    Linear slots are given their values. One weight set is also put in the places of
+    the parameters, which is right for any network, also where a layer's parameter is
+    read past its forward; a stack goes to the slots only, and needs folded inputs. A
+    binding can be entered again and again: gradient checkpointing recomputes once for
+    each backward pass.
 
     Args:
         bindings: Those of the network.
@@ -89,6 +90,9 @@ class Binding(AbstractContextManager[None]):
             slot = p.owner
             if isinstance(slot, LinearSlot):
                 linear.setdefault(slot, {})[p.locations[0][1]] = value
+                if num_particles is None:
+                    in_place = value.to(bindings.parameter(p).dtype)
+                    self._in_place |= dict.fromkeys(p.locations, in_place)
             elif num_particles is None:
                 self._in_place |= dict.fromkeys(p.locations, value)
                 if isinstance(slot, Slot):

@@ -35,7 +35,7 @@ from pyro_lora.lifting.folding import (
     unfold_output,
 )
 from pyro_lora.lifting.sites import LiftedParameter
-from pyro_lora.lifting.slots import Fold, LinearSlot, NotFoldable
+from pyro_lora.lifting.slots import Fold, LinearSlot, NotFoldable, swapped
 from pyro_lora.lifting.trunk import Trunk
 
 _logger = logging.getLogger(__name__)
@@ -56,6 +56,7 @@ class Host:
         is_pretrained: Whether it is one of transformers', which are batch first.
         context_fn: Contexts that recompute with what is bound at the moment.
         has_slots: Whether every lifted parameter belongs to a slot.
+        has_tables: Whether a lifted parameter is that of an embedding.
         checked: The forms of call, by input names, that are known to take particles.
         unfoldable: Those that need one particle at a time.
     """
@@ -67,6 +68,7 @@ class Host:
     checkpointed: Mapping[str, nn.Module] = field(init=False)
     context_fn: Callable[[], Any] = field(init=False)
     has_slots: bool = field(init=False)
+    has_tables: bool = field(init=False)
     is_pretrained: bool = field(init=False)
     checked: set[tuple[Any, ...]] = field(default_factory=set)
     unfoldable: set[tuple[Any, ...]] = field(default_factory=set)
@@ -81,6 +83,7 @@ class Host:
         self.context_fn = functools.partial(checkpoint_contexts, self.bindings)
         owners = [p.owner for ps in self.members.values() for p in ps]
         self.has_slots = None not in owners
+        self.has_tables = any(isinstance(owner, nn.Embedding) for owner in owners)
         get_base = getattr(self.network, "get_base_model", lambda: self.network)
         network = type(getattr(get_base(), "_orig_mod", get_base()))
         known = network.__module__.startswith("transformers.")
@@ -230,6 +233,9 @@ class BoundNetwork:
             torch.empty(batch_size(given), 0),
             repeats or (1, num_choices(given)),
         )
+        if repeats and host.has_tables and is_ambiguous(given, fold):
+            # Of T5's relative positions, say, which have a (T, T) and no batch.
+            raise NotFoldable("a sequence is as long as the batches of all particles")
         if form in host.checked or repeats or torch.compiler.is_compiling():
             return self._call_folded(self._values, function, args, kwargs, trunk, fold)
         if not host.is_pretrained:
@@ -278,29 +284,50 @@ class BoundNetwork:
     ) -> None:
         """Check that no particle's outputs have a gradient in another's weights.
 
+        Nor may they have one in a linear layer's own parameter: its slot replaces it.
+
         Raises:
             NotFoldable: If they have, or the network keeps a state.
         """
-        leaves = {p: v.detach().clone() for p, v in self._values.items()}
-        stacks = [v for p, v in leaves.items() if v.ndim > p.parameter.ndim]
-        with torch.enable_grad(), unchanged_buffers(self._host.network):
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            unchanged_buffers(self._host.network),
+        ):
+            leaves = {p: v.detach().clone() for p, v in self._values.items()}
+            stacks = [v for p, v in leaves.items() if v.ndim > p.parameter.ndim]
             for stack in stacks:
                 stack.requires_grad_()
+            own = {
+                p.locations[0]: p.parameter.detach().clone().requires_grad_()
+                for p in leaves
+                if isinstance(p.owner, LinearSlot)
+            }
             try:
-                output = self._call_folded(
-                    leaves, function, args, kwargs, Trunk([]), fold
-                )
+                with swapped(own):
+                    output = self._call_folded(
+                        leaves, function, args, kwargs, Trunk([]), fold
+                    )
             except RuntimeError as error:
                 raise NotFoldable(f"with particles in its batch, {error}") from error
             for s in (0, fold.num_particles - 1):
                 outputs = particle_outputs(output, self._lead, s)
+                if not outputs:
+                    raise NotFoldable(
+                        "its outputs have no gradient, which would tell whether they "
+                        "depend on one particle each"
+                    )
                 gradients = torch.autograd.grad(
-                    sum((x.sum() for x in outputs), torch.zeros(())),
-                    stacks,
+                    [x.sum() for x in outputs],
+                    [*stacks, *own.values()],
                     retain_graph=True,
                     allow_unused=True,
                 )
-                check_zero_elsewhere(gradients, s)
+                check_zero_elsewhere(gradients[: len(stacks)], s)
+                if any(x is not None for x in gradients[len(stacks) :]):
+                    raise NotFoldable(
+                        "a linear layer's parameter is read past the layer's forward"
+                    )
 
 
 def _values(

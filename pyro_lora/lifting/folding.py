@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -39,9 +40,9 @@ def num_choices(values: Iterable[Any]) -> int:
 
 
 def is_ambiguous(values: Iterable[Any], fold: Fold) -> bool:
-    """Whether another dim of a tensor is as long as the folded batch."""
+    """Whether another dim of a tensor may be taken for the folded batch."""
     return any(
-        isinstance(v, Tensor) and fold.folded_size in v.shape[1:] for v in values
+        isinstance(v, Tensor) and any(map(fold.fits, v.shape[1:])) for v in values
     )
 
 
@@ -85,7 +86,12 @@ def unfold_output(value: Any, name: str, lead: torch.Size, fold: Fold) -> Any:
             **{k: unfold_output(v, k, lead, fold) for k, v in value.items()}
         )
     if isinstance(value, tuple | list):
-        return type(value)(unfold_output(v, name, lead, fold) for v in value)
+        return _like(value, [unfold_output(v, name, lead, fold) for v in value])
+    if is_dataclass(value):
+        return replace(
+            value,  # type: ignore[type-var]
+            **{k: unfold_output(v, k, lead, fold) for k, v in _fields(value).items()},
+        )
     return value
 
 
@@ -109,11 +115,24 @@ def stack_outputs(outputs: list[Any], name: str, lead: torch.Size) -> Any:
             **{k: stack_outputs([out[k] for out in outputs], k, lead) for k in first}
         )
     if isinstance(first, tuple | list):
-        return type(first)(
-            stack_outputs(list(parts), name, lead)
-            for parts in zip(*outputs, strict=True)
+        parts = zip(*outputs, strict=True)
+        return _like(first, [stack_outputs(list(part), name, lead) for part in parts])
+    if is_dataclass(first):
+        named = [_fields(out) for out in outputs]
+        return replace(
+            first,  # type: ignore[type-var]
+            **{k: stack_outputs([out[k] for out in named], k, lead) for k in named[0]},
         )
     return first
+
+
+def _like(value: Any, items: list[Any]) -> Any:
+    """The items in a tuple or list of the value's type, a named tuple perhaps."""
+    return getattr(type(value), "_make", type(value))(items)
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    return {f.name: getattr(value, f.name) for f in fields(value) if f.init}
 
 
 def batch_lead(lead: torch.Size) -> torch.Size:
@@ -208,9 +227,11 @@ def check_batch_norm(network: nn.Module) -> None:
 
 
 def tensors_in(value: Any) -> list[Tensor]:
-    """All tensors in nested tuples, lists and mappings."""
+    """All tensors in nested tuples, lists, mappings and dataclasses."""
     if isinstance(value, Tensor):
         return [value]
+    if is_dataclass(value):
+        value = _fields(value)
     if isinstance(value, Mapping):
         value = tuple(value.values())
     if isinstance(value, tuple | list):

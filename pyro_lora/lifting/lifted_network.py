@@ -101,7 +101,7 @@ class LiftedNetwork:
         check_network(model)
         self.adapter = adapter_name(model, adapter)
         self._adapter_modules = adapter_modules(model, self.adapter)
-        check_in_use(self._adapter_modules, self.adapter)
+        check_in_use(model, self._adapter_modules, self.adapter)
         self.network = model
         self.prior = prior
         found: dict[str, list[LiftedParameter]] = {}
@@ -173,9 +173,15 @@ class LiftedNetwork:
 
     def _bound_network(self, weights: Mapping[str, Tensor]) -> BoundNetwork:
         self._check_shapes(weights)
-        check_in_use(self._adapter_modules, self.adapter)
-        masked = {site: weights[site] * mask for site, mask in self._masks.items()}
-        return BoundNetwork(self._host, {**weights, **masked})
+        check_in_use(self.network, self._adapter_modules, self.adapter)
+        return BoundNetwork(self._host, self._masked(weights))
+
+    def _masked(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        kept = {
+            site: weights[site] * mask.to(weights[site])
+            for site, mask in self._masks.items()
+        }
+        return {**weights, **kept}
 
     def _own(self, site: str) -> list[nn.Parameter]:
         return [self._host.bindings.parameter(p) for p in self.parameters[site]]
@@ -225,8 +231,7 @@ class LiftedNetwork:
                     f"{tuple(zeros.shape)}, found {tuple(weights[site].shape)}. "
                     "Pick one particle or draw first."
                 )
-        for site in self.parameters:
-            values = weights[site] * self._masks.get(site, 1)
+        for site, values in self._masked(weights).items():
             for parameter, value in zip(self._own(site), values, strict=True):
                 parameter.copy_(value)
 
@@ -279,6 +284,7 @@ class LiftedNetwork:
             scaling s is in the first.
         """
         self._check_shapes(weights)
+        weights = self._masked(weights)
         values = {
             p.locations[0]: weights[site].select(-1 - p.parameter.ndim, i)
             for site, members in self.parameters.items()

@@ -48,11 +48,15 @@ class Fold:
 
     def is_folded(self, x: Tensor) -> bool:
         """Whether the first dim of ``x`` holds the particles' batches."""
-        if x.ndim == 0 or self.folded_size == 0:
+        return x.ndim > 0 and self.fits(x.shape[0])
+
+    def fits(self, size: int) -> bool:
+        """Whether a dim of this size may hold the particles' batches."""
+        if self.folded_size == 0:
             return False
-        if 1 in self.repeats and x.shape[0] == self.folded_size:
+        if 1 in self.repeats and size == self.folded_size:
             return True  # the rest can't be traced with symbolic sizes
-        repeat, rest = divmod(x.shape[0], self.folded_size)
+        repeat, rest = divmod(size, self.folded_size)
         return rest == 0 and repeat in self.repeats
 
     def check(self, layer: nn.Module, x: Tensor) -> None:
@@ -183,7 +187,7 @@ class ModuleSlot(Slot):
             outputs.append(
                 out.expand(fold.batch_size, *out.shape[1:]) if shared else out
             )
-        return _joined(self, outputs)
+        return _joined(self, outputs, fold)
 
 
 def _fold_of(bound: BoundLinear | BoundModule) -> Fold:
@@ -217,14 +221,26 @@ def _part(layer: nn.Module, x: Any, fold: Fold, particle: int) -> Any:
     )
 
 
-def _joined(layer: nn.Module, outputs: list[Any]) -> Any:
+def _joined(layer: nn.Module, outputs: list[Any], fold: Fold) -> Any:
+    """The outputs of all particles, folded.
+
+    Raises:
+        NotFoldable: If one isn't made of tensors with a batch dim.
+    """
     first = outputs[0]
     if first is None:
         return None
     if isinstance(first, Tensor):
-        return torch.cat(outputs)
+        if first.ndim > 0 and fold.is_folded(joined := torch.cat(outputs)):
+            return joined
+        raise NotFoldable(
+            f"a lifted {type(layer).__name__} returns a tensor of shape "
+            f"{tuple(first.shape)}, which isn't a batch of {fold.batch_size}"
+        )
     if type(first) is tuple:
-        return tuple(_joined(layer, list(x)) for x in zip(*outputs, strict=True))
+        return tuple(
+            _joined(layer, list(parts), fold) for parts in zip(*outputs, strict=True)
+        )
     raise NotFoldable(
         f"a lifted {type(layer).__name__} returns a {type(first).__name__}, which "
         "can't be joined over particles"

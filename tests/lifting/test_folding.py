@@ -1,7 +1,8 @@
 """Networks that can't take particles in their batch: one at a time, never wrong."""
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -153,3 +154,95 @@ def test_a_bound_value_replaces_the_parameter_wherever_it_is_read() -> None:
             assert torch.equal(lora.weights()[site], value)
     lora.load(weights)
     assert_close(network(**texts).logits, bound, rtol=0, atol=0)
+
+
+class TiedAutoencoder(nn.Module):
+    """Decodes by the encoder's weight, past the layer's forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Linear(4, 3, **torch_double)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.encoder(x).tanh() @ self.encoder.weight
+
+
+@pytest.mark.parametrize("lead", [(), (3,)])
+def test_a_linear_layers_weight_that_is_read_past_its_forward(
+    lead: tuple[int, ...],
+) -> None:
+    lora, x = pl.lift(TiedAutoencoder()), torch.randn(5, 4, **torch_double)
+    weights = particles(lora, *lead)
+    with lora.bind(weights) as net:
+        bound = net(x)
+    stacked = weights if lead else {k: v[None] for k, v in weights.items()}
+    expected = loop(lora, stacked, x).reshape(bound.shape)
+    assert_close(bound, expected, rtol=0, atol=1e-12)
+
+
+class Named(NamedTuple):
+    """What a network may return."""
+
+    logits: Tensor
+    name: str
+
+
+@dataclass(frozen=True)
+class Fields:
+    """What a network may return."""
+
+    logits: Tensor
+    name: str
+
+
+class Returning(nn.Module):
+    """Returns its logits in a form of its own."""
+
+    def __init__(self, form: Callable[[Tensor, str], Any], *, one_by_one: bool) -> None:
+        super().__init__()
+        self.classifier = nn.Linear(4, 3, **torch_double)
+        self.form, self.one_by_one = form, one_by_one
+
+    def forward(self, x: Tensor) -> Any:
+        logits = self.classifier(x)
+        mixed = logits.mean(0) if self.one_by_one else 0.0
+        return self.form(logits - mixed, "y")
+
+
+@pytest.mark.parametrize("lead", [(3,), (1,), (3, 1)])
+@pytest.mark.parametrize("one_by_one", [False, True])
+@pytest.mark.parametrize("form", [Named, Fields])
+def test_outputs_are_unfolded_in_named_tuples_and_dataclasses(
+    form: Callable[[Tensor, str], Any], one_by_one: bool, lead: tuple[int, ...]
+) -> None:
+    lora = pl.lift(Returning(form, one_by_one=one_by_one))
+    plain = pl.lift(Returning(lambda y, _: y, one_by_one=one_by_one))
+    weights, x = particles(lora, *lead), torch.randn(5, 4, **torch_double)
+    with lora.bind(weights) as net:
+        out = net(x)
+    assert (type(out), out.name) == (form, "y")
+    stacked = {k: v.reshape(-1, *v.shape[len(lead) :]) for k, v in weights.items()}
+    expected = loop(plain, stacked, x)
+    assert_close(out.logits, expected, rtol=0, atol=1e-12)
+
+
+def test_outputs_without_gradient_come_one_at_a_time(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    lora = pl.lift(Returning(lambda y, _: y.argmax(-1), one_by_one=False))
+    weights, x = particles(lora, 3), torch.randn(5, 4, **torch_double)
+    with lora.bind(weights) as net:
+        found = net(x)
+    assert torch.equal(found, loop(lora, weights, x))
+    assert "outputs have no gradient" in caplog.text
+
+
+def test_a_network_of_ones_own_in_inference_mode(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    lora = pl.lift(Returning(lambda y, _: y, one_by_one=False))
+    weights, x = particles(lora, 3), torch.randn(5, 4, **torch_double)
+    with torch.inference_mode(), lora.bind(weights) as net:
+        found = net(x)
+    assert_close(found, loop(lora, weights, x).detach(), rtol=0, atol=1e-12)
+    assert not caplog.text  # all at once

@@ -12,6 +12,7 @@ from torch.testing import assert_close
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
+    BartConfig,
     Gemma3TextConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -293,3 +294,59 @@ def test_the_original_network_samples_as_one_particle_does() -> None:
         tokens = by_global_seed(net, 0)
     lifted.load({site: value[0] for site, value in weights.items()})
     assert torch.equal(tokens[0], by_global_seed(lifted.network, 0))
+
+
+def bart() -> nn.Module:
+    config = BartConfig(
+        vocab_size=VOCABULARY,
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=16,
+        decoder_ffn_dim=16,
+        max_position_embeddings=32,
+        init_std=0.3,
+        pad_token_id=PAD,
+        decoder_start_token_id=2,
+        forced_eos_token_id=None,
+    )
+    return AutoModelForSeq2SeqLM.from_config(config)
+
+
+@pytest.mark.parametrize("length", [5, 6, 12])  # 6 = S * B, as the folded batch
+@pytest.mark.parametrize(
+    ("network", "table"),
+    [
+        (lambda: t5().get_base_model(), "encoder.block.0.layer.0.SelfAttention.rel"),  # type: ignore[operator]
+        (lambda: t5().get_base_model(), "relative_attention_bias"),  # type: ignore[operator]
+        (bart, "decoder.embed_positions"),
+    ],
+)
+def test_tables_of_positions_have_no_batch(
+    network: Callable[[], nn.Module], table: str, length: int
+) -> None:
+    torch.manual_seed(0)
+    plain: Any = network().double().eval()
+    for name, parameter in plain.named_parameters():
+        parameter.requires_grad_(table in name)
+    lora = pl.lift(plain)
+    weights = particles(lora, NUM_PARTICLES, spread=3.0)
+    ids = torch.randint(3, VOCABULARY, (2, length))
+    settings: dict[str, Any] = {
+        "max_new_tokens": 4,
+        "min_new_tokens": 4,
+        "do_sample": False,
+        "num_beams": 1,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
+    with lora.bind(weights) as net:
+        found = torch.stack(net.generate(ids, **settings).logits)  # (4, S, B, V)
+    own = lora.weights()
+    for i in range(NUM_PARTICLES):
+        lora.load({site: value[i] for site, value in weights.items()})
+        expected = torch.stack(plain.generate(ids, **settings).logits)
+        assert_close(found[:, i], expected, rtol=0, atol=1e-12)
+    lora.load(own)

@@ -106,6 +106,16 @@ def test_a_merged_adapter_before_and_after_lifting() -> None:
         lora()
 
 
+def test_an_adapter_that_is_unloaded_after_lifting() -> None:
+    network = bert()
+    lora = pl.lift(network)
+    weights = particles(lora)
+    network.unload()
+    message = rf"{LAYER}.*taken out of the network.*unload\(\).*Lift a network"
+    with pytest.raises(ValueError, match=message), lora.bind(weights):
+        pass
+
+
 def test_a_disabled_adapter_before_and_after_lifting() -> None:
     network = bert()
     message = rf"{LAYER}.*disabled.*enable_adapter_layers\(\)"

@@ -56,13 +56,15 @@ def test_pruned_ranks_stay_pruned() -> None:
         )
         expected.append(network(**texts).logits)
     assert_close(together, torch.stack(expected), rtol=0, atol=1e-12)
+    path = "base_model.model.bert.encoder.layer.0.attention.self.query"
+    b, a = lora.delta_weight_factors(weights)[path]  # layer 0 holds the last particle
+    delta = layers[0].get_delta_weight("default")
+    assert_close((b @ a)[-1], delta, rtol=0, atol=1e-12)
     lora.load(own)
     site = "lora.bert.encoder.layer.attention.self.query.E"
-    b, a = lora.delta_weight_factors(own)[
-        "base_model.model.bert.encoder.layer.0.attention.self.query"
-    ]
-    layer = layers[0]
-    assert_close(b @ a, layer.get_delta_weight("default"), rtol=0, atol=1e-12)
+    b, a = lora.delta_weight_factors(own)[path]
+    delta = layers[0].get_delta_weight("default")
+    assert_close(b @ a, delta, rtol=0, atol=1e-12)
     assert own[site].shape == (2, 4, 1)
 
 
@@ -78,6 +80,17 @@ def test_a_saved_adapter_has_the_ranks_that_were_kept(tmp_path: Path) -> None:
     with lora.bind(lora.weights()) as net:
         expected = loaded(**texts).logits
         assert_close(net(**texts).logits, expected, rtol=0, atol=1e-12)
+
+
+def test_a_pruned_adapter_can_be_moved_after_lifting() -> None:
+    network = pruned_adalora()
+    lora = pl.lift(network)
+    network.to("meta")
+    with torch.device("meta"):
+        weights = {k: torch.empty(v.shape) for k, v in lora.weights().items()}
+    weights = {k: v.to(torch.float64) for k, v in weights.items()}
+    factors = lora.delta_weight_factors(weights)
+    assert all(x.is_meta for pair in factors.values() for x in pair)
 
 
 def test_a_prior_predictive_of_a_pruned_adapter() -> None:
