@@ -36,14 +36,21 @@ class Bindings:
     Attributes:
         active: The bindings, the innermost last.
         own: The network's own parameters, where others have taken their place.
+        is_known: Whether the network is one of transformers', whose linear layers'
+            parameters nothing reads but the layers.
     """
 
     active: list[Binding] = field(default_factory=list)
     own: dict[Location, nn.Parameter] = field(default_factory=dict)
+    is_known: bool = False
 
     def parameter(self, lifted: LiftedParameter) -> nn.Parameter:
         """The network's own parameter, whatever is bound."""
         return self.own.get(lifted.locations[0], lifted.parameter)
+
+    def is_read_elsewhere(self, lifted: LiftedParameter) -> bool:
+        """Whether a linear layer's parameter may be read past its forward."""
+        return not (self.is_known or lifted.site.startswith("lora."))
 
 
 def checkpoint_contexts(bindings: Bindings) -> tuple[AbstractContextManager[Any], ...]:
@@ -61,11 +68,11 @@ def _recompute(*args: Any, **kwargs: Any) -> CheckpointPolicy:
 class Binding(AbstractContextManager[None]):
     """Values bound while a block runs; then what was bound before is bound again.
 
-    Linear slots are given their values. One weight set is also put in the places of
-    the parameters, which is right for any network, also where a layer's parameter is
-    read past its forward; a stack goes to the slots only, and needs folded inputs. A
-    binding can be entered again and again: gradient checkpointing recomputes once for
-    each backward pass.
+    Linear slots are given their values. Other layers, and linear ones whose parameters
+    may be read past their forward, get one weight set in the places of their
+    parameters, which is right for any network; a stack of them goes to their slots. A
+    stack needs folded inputs. A binding can be entered again and again: gradient
+    checkpointing recomputes once for each backward pass.
 
     Args:
         bindings: Those of the network.
@@ -90,7 +97,7 @@ class Binding(AbstractContextManager[None]):
             slot = p.owner
             if isinstance(slot, LinearSlot):
                 linear.setdefault(slot, {})[p.locations[0][1]] = value
-                if num_particles is None:
+                if num_particles is None and bindings.is_read_elsewhere(p):
                     in_place = value.to(bindings.parameter(p).dtype)
                     self._in_place |= dict.fromkeys(p.locations, in_place)
             elif num_particles is None:

@@ -88,6 +88,7 @@ class Host:
         network = type(getattr(get_base(), "_orig_mod", get_base()))
         known = network.__module__.startswith("transformers.")
         self.is_pretrained = known and issubclass(network, PreTrainedModel)
+        self.bindings.is_known = self.is_pretrained
 
 
 class BoundNetwork:
