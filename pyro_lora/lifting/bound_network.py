@@ -57,7 +57,7 @@ class Host:
         context_fn: Contexts that recompute with what is bound at the moment.
         has_slots: Whether every lifted parameter belongs to a slot.
         has_tables: Whether a lifted parameter is that of an embedding.
-        checked: The forms of call, by input names, that are known to take particles.
+        checked: The forms of call, see ``_form``, that are known to take particles.
         unfoldable: Those that need one particle at a time.
     """
 
@@ -186,7 +186,7 @@ class BoundNetwork:
             check_batch_norm(host.network)
             if trunk.caches:  # of no use to the caller: a cache can't be given back
                 kwargs.setdefault("use_cache", False)
-        form, reason = (len(args), *kwargs), None
+        form, reason = _form(host.network, args, kwargs), None
         if num_particles > 1 and form not in host.unfoldable:
             try:
                 return self._folded(function, args, kwargs, trunk, repeats)
@@ -224,7 +224,8 @@ class BoundNetwork:
         trunk: Trunk,
         repeats: Sequence[int],
     ) -> Any:
-        host, given, form = self._host, [*args, *kwargs.values()], (len(args), *kwargs)
+        host, given = self._host, [*args, *kwargs.values()]
+        form = _form(host.network, args, kwargs)
         if not host.has_slots:
             raise NotFoldable(
                 "a parameter is read by several layers, or by the network"
@@ -329,6 +330,12 @@ class BoundNetwork:
                     raise NotFoldable(
                         "a linear layer's parameter is read past the layer's forward"
                     )
+
+
+def _form(network: nn.Module, args: Any, kwargs: Any) -> tuple[Any, ...]:
+    """Of a call: training or not, which inputs there are, which of them are None."""
+    given = [*enumerate(args), *kwargs.items()]
+    return network.training, *((name, x is None) for name, x in given)
 
 
 def _values(

@@ -246,3 +246,32 @@ def test_a_network_of_ones_own_in_inference_mode(
         found = net(x)
     assert_close(found, loop(lora, weights, x).detach(), rtol=0, atol=1e-12)
     assert not caplog.text  # all at once
+
+
+class MixingAtTimes(nn.Module):
+    """Standardises over the batch in training mode, or where it is asked to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(4, 3, **torch_double)
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        out = self.project(x)
+        if self.training:
+            out = out - out.mean(0)
+        return out if scale is None else out + scale * out.mean(0)
+
+
+@pytest.mark.parametrize("by", ["training", "input"])
+def test_every_form_of_call_is_checked(by: str) -> None:
+    network, x = MixingAtTimes().eval(), torch.randn(5, 4, **torch_double)
+    lora = pl.lift(network)
+    weights = particles(lora, 3)
+    with lora.bind(weights) as net:
+        found = net(x, None)
+    assert_close(found, loop(lora, weights, x, None), rtol=0, atol=1e-12)
+    network.train(by == "training")
+    scale = torch.ones(5, 1, **torch_double) if by == "input" else None
+    with lora.bind(weights) as net:
+        found = net(x, scale)
+    assert_close(found, loop(lora, weights, x, scale), rtol=0, atol=1e-12)
