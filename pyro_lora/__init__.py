@@ -2,6 +2,13 @@
 
 from pyro_lora import models
 from pyro_lora.curvature.fisher_roots import FisherRoot, fisher_root
+from pyro_lora.curvature.gaussian_logits import (
+    GaussianLogits,
+    JointGaussianLogits,
+    class_log_probs,
+    laplace_bridge,
+    probit,
+)
 from pyro_lora.curvature.structures import dense, diagonal, kfac_expand, kfac_reduce
 from pyro_lora.export import plots
 from pyro_lora.export.adapters import export_adapters
@@ -22,12 +29,15 @@ __all__ = [
     "SVGD",
     "AutoLaplace",
     "FisherRoot",
+    "GaussianLogits",
+    "JointGaussianLogits",
     "LaplacePosterior",
     "LiftedNetwork",
     "MixturePosterior",
     "ParticlePosterior",
     "Prediction",
     "auroc",
+    "class_log_probs",
     "dense",
     "diagonal",
     "export_adapters",
@@ -36,12 +46,14 @@ __all__ = [
     "kernels",
     "kfac_expand",
     "kfac_reduce",
+    "laplace_bridge",
     "lift",
     "load",
     "models",
     "plots",
     "predict",
     "priors",
+    "probit",
     "save",
     "schedules",
     "to_datatree",

@@ -118,6 +118,86 @@ def class_log_probs(logits: GaussianLogits) -> Tensor:
     )
 
 
+def probit(logits: GaussianLogits) -> Tensor:
+    r"""Log of :math:`E[\mathrm{softmax}(f)]` by MacKay's probit approximation.
+
+    Two classes (MacKay 1992, "The evidence framework applied to classification
+    networks"): :math:`\sigma(m / \sqrt{1 + \pi v / 8})` for the logit
+    :math:`f_1 - f_0 \sim N(m, v)`. More classes: :math:`1 / p_k = 1 + \sum_{i \ne k}
+    \exp(-m_{ki} / \sqrt{1 + \pi v_{ki} / 8})` over the differences
+    :math:`f_k - f_i \sim N(m_{ki}, v_{ki})`, normalised, the pairwise mean field of Lu,
+    Ie & Sha (2020), https://arxiv.org/abs/2006.07584. Unlike a softmax of rescaled
+    logits it doesn't depend on how the logits' common shift is fixed.
+
+    Its absolute error is below .02 for two classes. For up to ten it is about .01 on
+    average and at most .15 where logits have an sd of 1, and at most .3 where it is 5.
+
+    Args:
+        logits: Mean (B, C) and covariance (B, C, C), C of at least two.
+
+    Returns:
+        Log-probabilities, (B, C), float64, nats.
+
+    Raises:
+        ValueError: If there is one output only, which has no classes.
+
+    >>> wide = GaussianLogits(torch.tensor([[-1.0, 1.0]]), 4 * torch.eye(2)[None])
+    >>> probit(wide).exp()
+    tensor([[0.2723, 0.7277]], dtype=torch.float64)
+    """
+    mean, covariance = _classes(logits)
+    variance = covariance.diagonal(dim1=-2, dim2=-1)
+    both = variance[..., :, None] + variance[..., None, :] - 2 * covariance
+    # [k, i] is f_i - f_k; where i is k it is 0, the 1 of the sum.
+    difference = mean[..., None, :] - mean[..., :, None]
+    scaled = difference / (1 + math.pi / 8 * both.clamp_min(0)).sqrt()
+    return (-scaled.logsumexp(-1)).log_softmax(-1)
+
+
+def laplace_bridge(logits: GaussianLogits) -> Tensor:
+    r"""Log of :math:`E[\mathrm{softmax}(f)]` by the Laplace bridge to a Dirichlet.
+
+    :math:`\alpha_k = \frac{1}{\Sigma_{kk}} (1 - \frac{2}{C} + \frac{e^{\mu_k}}{C^2}
+    \sum_l e^{-\mu_l})` and the Dirichlet's mean, with the correction for wide
+    Gaussians: :math:`\mu / \sqrt{c}` and :math:`\Sigma / c` where :math:`c =
+    \mathrm{mean}_k \Sigma_{kk} / \sqrt{C / 2}` exceeds 1 (Hobbhahn et al. 2022,
+    https://arxiv.org/abs/2003.01227). Below 1 the correction would make the
+    prediction surer without bound as the variance vanishes.
+
+    Its absolute error is below .03 for Gaussians that come from a Dirichlet of
+    :math:`\alpha` at least 2, and below .125 for two classes. For other covariances of
+    three or more classes it can be off by .9, since only the variances enter: compare
+    it with :func:`class_log_probs` on your data.
+
+    Args:
+        logits: Mean (B, C) and covariance (B, C, C), C of at least two, means over
+            classes removed.
+
+    Returns:
+        Log-probabilities, (B, C), float64, nats.
+
+    Raises:
+        ValueError: If there is one output only, which has no classes.
+
+    >>> wide = GaussianLogits(torch.tensor([[-1.0, 1.0]]), torch.eye(2)[None])
+    >>> laplace_bridge(wide).exp()
+    tensor([[0.1192, 0.8808]], dtype=torch.float64)
+    """
+    mean, covariance = _classes(logits)
+    num_classes = mean.shape[-1]
+    variance = covariance.diagonal(dim1=-2, dim2=-1)
+    # A constant logit's alpha would be infinite.
+    variance = variance.clamp_min(torch.finfo(variance.dtype).tiny ** 0.5)
+    scale = variance.mean(-1, keepdim=True) / math.sqrt(num_classes / 2)
+    scale = scale.clamp_min(1)
+    mean, variance = mean / scale.sqrt(), variance / scale
+    spread = mean + (-mean).logsumexp(-1, keepdim=True) - 2 * math.log(num_classes)
+    floor = 1 - 2 / num_classes
+    if floor > 0:
+        spread = torch.logaddexp(spread, spread.new_tensor(floor).log())
+    return (spread - variance.log()).log_softmax(-1)
+
+
 def expected_entropy(logits: GaussianLogits) -> Tensor:
     r""":math:`E[H(\mathrm{softmax}(f))]` for Gaussian f, by the same integrals.
 
@@ -147,22 +227,28 @@ def expected_entropy(logits: GaussianLogits) -> Tensor:
 
 
 def _binary(logits: GaussianLogits) -> tuple[Tensor, Tensor | None]:
-    """Mean and sd of the one contrast f_1 - f_0; sd None for more classes.
-
-    Raises:
-        ValueError: If there is one output only.
-    """
-    mean, covariance = logits.mean.double(), logits.covariance_matrix.double()
-    if mean.shape[-1] == 1:
-        raise ValueError(
-            "The likelihood has one output and no classes, so there are no class "
-            "probabilities. Use .mean and .covariance_matrix of the linearized output."
-        )
+    """Mean and sd of the one contrast f_1 - f_0; sd None for more classes."""
+    mean, covariance = _classes(logits)
     if mean.shape[-1] > 2:
         return mean, None
     contrast = torch.tensor([-1.0, 1.0], dtype=mean.dtype, device=mean.device)
     variance = contrast @ covariance @ contrast
     return mean @ contrast, variance.clamp_min(0).sqrt()
+
+
+def _classes(logits: GaussianLogits) -> tuple[Tensor, Tensor]:
+    """Mean and covariance in float64.
+
+    Raises:
+        ValueError: If there are no classes.
+    """
+    if logits.mean.shape[-1] == 1 or logits.noise_variance is not None:
+        raise ValueError(
+            f"The likelihood has {logits.mean.shape[-1]} real output(s) and no classes,"
+            " so there are no class probabilities. Use .mean, .covariance_matrix and "
+            ".predictive_variance of the linearized output."
+        )
+    return logits.mean.double(), logits.covariance_matrix.double()
 
 
 def _log_expected_sigmoid(mean: Tensor, sd: Tensor) -> Tensor:

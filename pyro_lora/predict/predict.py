@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import singledispatch
 from typing import Any, Literal
 
@@ -14,7 +14,11 @@ from torch import distributions as td
 from torch.nn.functional import logsigmoid
 from tqdm.auto import tqdm
 
-from pyro_lora.curvature.gaussian_logits import class_log_probs, expected_entropy
+from pyro_lora.curvature.gaussian_logits import (
+    GaussianLogits,
+    class_log_probs,
+    expected_entropy,
+)
 from pyro_lora.infer.laplace_posterior import LaplacePosterior
 from pyro_lora.infer.mixture_posterior import MixturePosterior
 from pyro_lora.lifting.model_trace import Batch, Model
@@ -38,6 +42,7 @@ def predict(
     *,
     method: Literal["sample", "linearized"] = "sample",
     num_samples: int | None = None,
+    integral: Callable[[GaussianLogits], Tensor] = class_log_probs,
     obs_site: str | None = None,
     progress_bar: bool = False,
 ) -> Prediction:
@@ -59,6 +64,10 @@ def predict(
         method: ``"sample"`` or ``"linearized"``.
         num_samples: Draws S; None is every particle once, or 64 where there are
             none. ``"linearized"`` has no use for it.
+        integral: Log probabilities (B, C) from Gaussian logits, with
+            ``"linearized"``: ``class_log_probs``, numerical, or the closed forms
+            ``probit`` and ``laplace_bridge``, which are rough. The aleatoric entropy
+            is numerical in any case.
         obs_site: The likelihood's site; None is the posterior's, else the model's
             only one.
         progress_bar: Show one.
@@ -82,7 +91,7 @@ def predict(
     for batch in tqdm(batches, desc="Predict", disable=not progress_bar):
         inputs = without_labels(batch)
         if method == "linearized":
-            log_p, entropy = _linearized(posterior, inputs)
+            log_p, entropy = _linearized(posterior, inputs, integral)
         else:
             if at_draws is None:
                 weights = draw_weights(
@@ -183,15 +192,17 @@ def _check_linearizable(posterior: Guide, obs_site: str | None) -> None:
         )
 
 
-def _linearized(posterior: Any, inputs: Batch) -> tuple[Tensor, Tensor]:
+def _linearized(
+    posterior: Any, inputs: Batch, integral: Callable[[GaussianLogits], Tensor]
+) -> tuple[Tensor, Tensor]:
     """Log of the mean probability (B, C), and the mean entropy (B,)."""
     if isinstance(posterior, LaplacePosterior):
         with torch.enable_grad():  # for the Jacobian, wherever predict is called
             logits = posterior.linearized(inputs)
-        log_p = class_log_probs(logits).log_softmax(-1)  # the integrals' last 1e-8
+        log_p = integral(logits).log_softmax(-1)  # the integrals' last 1e-8
         return log_p, expected_entropy(logits)
     assert isinstance(posterior, MixturePosterior)
-    parts = [_linearized(component, inputs) for component in posterior.components]
+    parts = [_linearized(c, inputs, integral) for c in posterior.components]
     log_p = torch.stack([part[0] for part in parts])  # (K, B, C)
     weights = posterior.weights.to(log_p)
     entropy = weights @ torch.stack([part[1] for part in parts])

@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from torch import Tensor
@@ -13,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 import pyro_lora as pl
 from pyro_lora.curvature.structures import Structure
 from tests.curvature.gauss_newton import laplace, split
-from tests.networks import batch, bert
+from tests.networks import batch, bert, inputs
 
 pytestmark = pytest.mark.filterwarnings("ignore:The weights aren't a mode")
 
@@ -68,6 +70,64 @@ def test_a_linearised_batch_takes_one_forward_pass(num_labels: int) -> None:
     with passes.counting(network):
         posterior.linearized(texts)
     assert (passes.forward, passes.backward) == (1, num_labels - 1)
+
+
+class Work(TorchDispatchMode):
+    """Counts operations, and the elements that they return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = self.numel = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.calls += 1
+        self.numel += sum(
+            x.numel() for x in tree_leaves(result) if isinstance(x, Tensor)
+        )
+        return result
+
+
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("num_labels", [2, 4])
+def test_the_passes_of_a_linearised_batch_do_not_grow_with_it(
+    num_labels: int, joint: bool
+) -> None:
+    network = bert(num_labels)
+    lora, texts = pl.lift(network), batch(32, num_labels=num_labels)
+    posterior = laplace(lora, texts)
+    work = {}
+    for size in (1, 2, 32):
+        some = {name: value[:size] for name, value in texts.items()}
+        passes = Passes()
+        with passes.counting(network), Work() as work[size]:
+            posterior.linearized(some, joint=joint)
+        assert (passes.forward, passes.backward) == (1, num_labels - 1)
+    assert work[32].calls <= work[2].calls
+    if not joint:  # twice the data, at most twice the elements: no work is redundant
+        assert work[32].numel <= 16 * work[2].numel
+
+
+def test_a_token_takes_the_passes_of_a_datum() -> None:
+    network = bert(3)
+    lora, texts = pl.lift(network), inputs(batch(4))
+
+    def model(labels: Tensor | None = None, **texts: Tensor) -> Tensor:
+        logits = lora()(**texts).logits
+        with pyro.plate("data", 4, subsample=logits):
+            fn = dist.Categorical(logits=torch.stack([logits, 2 * logits], 1))
+            return pyro.sample("y", fn.to_event(1), obs=labels)
+
+    guide = pl.AutoLaplace(model, init_loc_fn=lora.init_to_adapter())
+    labels = torch.zeros(4, 2, dtype=torch.long)
+    posterior = guide.laplace_approximation([{**texts, "labels": labels}])
+    for tokens, number in (("last", 1), ("each", 2)):
+        passes = Passes()
+        with passes.counting(network):
+            posterior.linearized(texts, tokens=tokens)
+        assert (passes.forward, passes.backward) == (1, number * 2)
 
 
 def test_tuning_on_held_out_data_takes_one_pass() -> None:

@@ -374,6 +374,24 @@ def test_linearized_integrates_over_gaussian_logits() -> None:
     assert found.labels is not None
 
 
+@pytest.mark.parametrize("integral", [pl.class_log_probs, pl.probit, pl.laplace_bridge])
+@pytest.mark.parametrize("num_labels", [2, 3])
+def test_linearized_by_the_integral_of_choice(integral: Any, num_labels: int) -> None:
+    lora, model = models.classifier(num_labels)
+    batches = models.two_batches(num_labels)
+    parts = [models.laplace(lora, model, batches)]
+    parts.append(parts[0].with_prior_precision(50.0))
+    mixture = pl.MixturePosterior(parts)
+    found = pl.predict(model, mixture, batches, method="linearized", integral=integral)
+    each = [
+        torch.cat([integral(part.linearized(batch)).exp() for batch in batches])
+        for part in parts
+    ]
+    assert_close(found.probs, sum(each) / 2, rtol=0, atol=1e-7)
+    exact = pl.predict(model, mixture, batches, method="linearized")
+    assert torch.equal(found.aleatoric_entropy, exact.aleatoric_entropy)
+
+
 def test_linearized_works_without_grad_and_leaves_no_graph() -> None:
     lora, model = models.classifier()
     batches = models.two_batches()
