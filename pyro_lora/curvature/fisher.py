@@ -1,9 +1,9 @@
-"""Square roots of the Fisher information of an observed site."""
+"""Fisher information of an observed site, as scalars whose gradients are its root."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,16 +22,21 @@ class FisherTerms:
         terms: c, (..., M), differentiable, ... the batch shape of the site.
         coordinates: (..., M), with :math:`\nabla \log p(y) = \sum_m \alpha_m \nabla
             c_m`, or None where the terms don't span the score.
+        scores: Whether terms are log likelihoods, which add up over the independent
+            outcomes of a datum; roots stand side by side.
     """
 
     terms: Tensor
     coordinates: Tensor | None
+    scores: bool = False
 
     def map(self, function: Callable[[Tensor], Tensor]) -> FisherTerms:
         """The function's values at terms and coordinates."""
         alpha = self.coordinates
-        return FisherTerms(
-            function(self.terms), None if alpha is None else function(alpha)
+        return replace(
+            self,
+            terms=function(self.terms),
+            coordinates=None if alpha is None else function(alpha),
         )
 
     def where(self, mask: Tensor | bool) -> FisherTerms:
@@ -53,6 +58,7 @@ def exact_terms(fn: Any, value: Tensor) -> FisherTerms:
 
     Raises:
         TypeError: If the distribution has no exact Fisher information here.
+        ValueError: If there are more classes than anyone has backward passes for.
     """
     if isinstance(fn, td.Independent):
         found = exact_terms(fn.base_dist, value)
@@ -70,13 +76,32 @@ def mc_terms(fn: Any, value: Tensor, num_samples: int = 1) -> FisherTerms:
     Args:
         fn: The observed site's distribution.
         value: Ignored (the labels are sampled).
-        num_samples: M, the number of labels drawn for each datum.
+        num_samples: M, the number of labels drawn for each datum. A datum's outcomes
+            (event dims, such as tokens) are drawn together: M terms for all of them.
 
     Returns:
         Terms (..., M), no coordinates.
     """
+    log_prob = _sampled_log_prob(fn, num_samples)
+    return FisherTerms(log_prob / num_samples**0.5, None, scores=True)
+
+
+def _sampled_log_prob(fn: Any, num_samples: int) -> Tensor:
+    """Log likelihoods of outcomes drawn from ``fn`` itself, (..., M)."""
+    if isinstance(fn, td.Independent):
+        found = _sampled_log_prob(fn.base_dist, num_samples)
+        return found.flatten(-1 - fn.reinterpreted_batch_ndims, -2).sum(-2)
+    if isinstance(fn, MaskedDistribution):
+        found = _sampled_log_prob(fn.base_dist, num_samples)
+        on = torch.as_tensor(fn._mask, device=found.device)[..., None]
+        return found.where(on, torch.zeros_like(found))
     drawn = fn.sample(torch.Size([num_samples]))
-    return FisherTerms(fn.log_prob(drawn).movedim(0, -1) / num_samples**0.5, None)
+    if isinstance(fn, td.Categorical):
+        # log_prob would take the logits M times, and every backward pass, too: with a
+        # vocabulary's and many tokens, each is most of the memory that there is.
+        return fn.logits.gather(-1, drawn.movedim(0, -1))
+    log_prob: Tensor = fn.log_prob(drawn)
+    return log_prob.movedim(0, -1)
 
 
 def empirical_terms(fn: Any, value: Tensor) -> FisherTerms:
@@ -90,4 +115,5 @@ def empirical_terms(fn: Any, value: Tensor) -> FisherTerms:
         Terms (..., 1) and coordinates, all one.
     """
     log_prob = fn.log_prob(value)[..., None]
-    return FisherTerms(log_prob, torch.ones_like(log_prob).detach())
+    ones = torch.ones_like(log_prob).detach()
+    return FisherTerms(log_prob, ones, scores=True)

@@ -74,6 +74,7 @@ def fisher_root(fn: object, value: Tensor) -> FisherRoot:
 
     Raises:
         TypeError: If the type has no exact Fisher information here.
+        ValueError: If there are more than 2000 classes.
 
     >>> root = fisher_root(dist.Bernoulli(logits=torch.zeros(3)), torch.ones(3)).root
     >>> root.flatten()

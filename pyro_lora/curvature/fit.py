@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from pyro.distributions.util import scale_and_mask
 from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
 
@@ -24,13 +23,12 @@ from pyro_lora.curvature.capture import (
 from pyro_lora.curvature.data_plate import data_plate
 from pyro_lora.curvature.dense_gaussian import DenseGaussian
 from pyro_lora.curvature.fisher import FisherTerms
+from pyro_lora.curvature.likelihood_terms import TermsFunction, likelihood_terms
 from pyro_lora.curvature.prior_moments import prior_at_mode
 from pyro_lora.curvature.structures import DenseFactors, Structure
 from pyro_lora.curvature.weight_gaussian import WeightGaussian, Weights
 from pyro_lora.lifting.lifted_network import LiftedNetwork
-from pyro_lora.lifting.model_trace import Batch, Model, observed_site, trace_at
-
-TermsFunction = Callable[[Any, Tensor], FisherTerms]
+from pyro_lora.lifting.model_trace import Batch, Model, observed_sites, trace_at
 
 NO_BATCHES = (
     "There are no batches. Give a re-iterable of batches, such as a list or a "
@@ -48,7 +46,7 @@ class FisherFit:
         log_likelihood: Of all data, nats, float64.
         log_prior: Of the lifted sites, nats, float64.
         gradient: Site -> gradient of the log joint of all data, nats.
-        obs_site: The likelihood's name.
+        obs_site: The likelihood's name, None where there are several.
     """
 
     gaussian: WeightGaussian
@@ -56,7 +54,7 @@ class FisherFit:
     log_likelihood: Tensor
     log_prior: Tensor
     gradient: Weights
-    obs_site: str
+    obs_site: str | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +93,7 @@ def fit_fisher(
     *,
     structure: Structure,
     fisher_terms: TermsFunction,
-    obs_site: str | None = None,
+    obs_site: str | Sequence[str] | None = None,
 ) -> FisherFit:
     """Fisher information of the obs site in all lifted sites, for the full data.
 
@@ -109,7 +107,8 @@ def fit_fisher(
         structure: ``kfac_expand``, ``kfac_reduce``, ``diagonal``, ``dense``, or your
             own function of (layer inputs, output gradients).
         fisher_terms: A function of the obs site's distribution and value.
-        obs_site: The likelihood's site; None is the only observed one.
+        obs_site: The likelihood's site, or several, whose Fisher information adds up;
+            None is the only observed one.
 
     Returns:
         The Fisher information with the prior's precision, and the mode's gradient.
@@ -126,20 +125,19 @@ def fit_fisher(
         with torch.enable_grad():
             with recording(networks) as record, naming_batch(index):
                 trace = trace_at(model, leaves, batch)
-            site = observed_site(trace, obs_site)
+            sites = observed_sites(trace, obs_site)
             check_latent_sites(trace)
-            _check_plates(site)
             with naming_batch(index):
-                terms, log_prob = _data_terms(site, fisher_terms)
-            _check_dependence(terms.terms, site)
-            found = _batch_sums(terms, log_prob, leaves, networks, record, structure)
+                terms, log_p = likelihood_terms(sites, fisher_terms)
+            name = " and ".join(site["name"] for site in sites)
+            _check_dependence(terms.terms, name)
+            found = _batch_sums(terms, log_p, leaves, networks, record, structure)
         del record  # or its tensors would live through the next forward pass
-        _check_finite(found, index, site["name"])
+        _check_finite(found, index, name)
         sums = found if sums is None else sums + found
     if sums is None:
         raise ValueError(NO_BATCHES)
-    site = observed_site(trace, obs_site)
-    _check_number(sums.num_data, data_plate(site).full_size, site)
+    _check_number(sums.num_data, data_plate(sites[0]).full_size, name)
     prior = prior_at_mode(trace, leaves)
     return FisherFit(
         _gaussian(sums.factors, networks, loc, prior.precision),
@@ -150,7 +148,7 @@ def fit_fisher(
             s: torch.stack(sums.score[s]).reshape(x.shape).to(x) + prior.gradient[s]
             for s, x in loc.items()
         },
-        site["name"],
+        sites[0]["name"] if len(sites) == 1 else None,
     )
 
 
@@ -197,32 +195,16 @@ def check_latent_sites(trace: Any) -> None:
             )
 
 
-def _data_terms(
-    site: dict[str, Any], fisher_terms: TermsFunction
-) -> tuple[FisherTerms, Tensor]:
-    """Fisher terms (M, B) and the log likelihood, scaled and masked as by the user."""
-    fn, value, plate = site["fn"], site["value"], data_plate(site)
-    log_prob = scale_and_mask(fn.log_prob(value), plate.scale, plate.mask)
-    found = fisher_terms(fn, value)
-    if plate.mask is not None:
-        found = found.where(plate.mask)
-    # A scaled Fisher information has a root scaled by the scale's square root.
-    scale = torch.as_tensor(plate.scale, dtype=torch.float64, device=log_prob.device)
-    root = scale.sqrt()[..., None]
-    found = found.map(lambda x: plate.data_last(x * root.to(x), fn.batch_shape))
-    return found, log_prob
-
-
 def _batch_sums(
     found: FisherTerms,
-    log_prob: Tensor,
+    log_likelihood: Tensor,
     leaves: Mapping[str, Tensor],
     networks: Sequence[LiftedNetwork],
     record: Recording,
     structure: Structure,
 ) -> _DataSums:
     if found.coordinates is None:
-        score = _autograd_score(log_prob.sum(), leaves)
+        score = _autograd_score(log_likelihood, leaves)
     captures = capture_layers(networks, record, found.terms)
     if found.coordinates is not None:
         score = score_gradients(captures, found.coordinates)
@@ -234,7 +216,7 @@ def _batch_sums(
         of_layer = cast(structures.LayerStructure, structure)
         factors = [of_layer(c.inputs, c.gradients) for c in counted]
     num_data = found.terms.shape[1]
-    return _DataSums(factors, score, log_prob.detach().double().sum(), num_data)
+    return _DataSums(factors, score, log_likelihood.detach(), num_data)
 
 
 def _autograd_score(
@@ -264,20 +246,10 @@ def _gaussian(
     return BlockGaussian(loc, precision, blocks).with_prior_precision(precision)
 
 
-def _check_plates(site: dict[str, Any]) -> None:
-    frames = [f for f in site["cond_indep_stack"] if f.vectorized and f.size > 1]
-    if len(frames) > 1 and all(f.full_size in (None, f.size) for f in frames):
-        raise ValueError(
-            f"Site {site['name']!r} is in the plates {[f.name for f in frames]}, none "
-            "of them subsampled, so the data's can't be told from the others. Declare "
-            "the others as event dims, by .to_event(...) on the distribution."
-        )
-
-
-def _check_dependence(terms: Tensor, site: dict[str, Any]) -> None:
+def _check_dependence(terms: Tensor, site: str) -> None:
     if not terms.requires_grad:
         raise ValueError(
-            f"The likelihood of site {site['name']!r} doesn't depend on the lifted "
+            f"The likelihood of site {site!r} doesn't depend on the lifted "
             "network: no gradient reaches its outputs. Call the network that lora() "
             "returns inside the model, without torch.no_grad() or detach()."
         )
@@ -298,11 +270,11 @@ def _check_finite(found: _DataSums, index: int, site: str) -> None:
             )
 
 
-def _check_number(num_seen: int, full_size: int, site: dict[str, Any]) -> None:
+def _check_number(num_seen: int, full_size: int, site: str) -> None:
     if num_seen != full_size:
         raise ValueError(
             f"The batches hold {num_seen} data, but the plate of site "
-            f"{site['name']!r} says {full_size}. Give batches that cover every datum "
+            f"{site!r} says {full_size}. Give batches that cover every datum "
             "exactly once (drop_last=False, no repeats), or correct num_data in the "
             "model's pyro.plate."
         )

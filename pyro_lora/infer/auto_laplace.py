@@ -18,11 +18,11 @@ from pyro_lora.curvature.fisher import empirical_terms, exact_terms, mc_terms
 from pyro_lora.curvature.fit import (
     NO_BATCHES,
     FisherFit,
-    TermsFunction,
     check_latent_sites,
     fit_fisher,
     naming_batch,
 )
+from pyro_lora.curvature.likelihood_terms import TermsFunction
 from pyro_lora.curvature.structures import Structure, kfac_expand
 from pyro_lora.infer.laplace_posterior import LaplacePosterior
 from pyro_lora.lifting.lifted_network import LiftedNetwork
@@ -31,7 +31,7 @@ from pyro_lora.lifting.model_trace import (
     Model,
     evaluating,
     lifted_networks,
-    observed_site,
+    observed_sites,
 )
 
 
@@ -51,7 +51,8 @@ class AutoLaplace(AutoDelta):
             ``"mc"``: labels sampled from the model, any likelihood.
             ``"empirical"``: the given labels.
         num_fisher_samples: Labels for each datum with ``fisher="mc"``.
-        obs_site: The likelihood's site; None is the only observed one.
+        obs_site: The likelihood's site, or a tuple of several that have the same data
+            and whose Fisher information adds up; None is the only observed one.
 
     Raises:
         ValueError: If ``fisher`` or ``num_fisher_samples`` is something else.
@@ -65,7 +66,7 @@ class AutoLaplace(AutoDelta):
         structure: Structure = kfac_expand,
         fisher: Literal["exact", "mc", "empirical"] = "exact",
         num_fisher_samples: int = 1,
-        obs_site: str | None = None,
+        obs_site: str | tuple[str, ...] | None = None,
     ) -> None:
         if num_fisher_samples < 1:
             raise ValueError(f"num_fisher_samples is {num_fisher_samples}; at least 1.")
@@ -157,7 +158,7 @@ class AutoLaplace(AutoDelta):
         with naming_batch(0):
             trace = poutine.block(poutine.trace(self.model).get_trace)(**first)
         _networks_in(trace)
-        observed_site(trace, self._obs_site)
+        observed_sites(trace, self._obs_site)
         check_latent_sites(trace)
         self._setup_prototype(**first)
 

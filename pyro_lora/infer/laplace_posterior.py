@@ -40,7 +40,7 @@ class LaplacePosterior:
         prior: The prior that this posterior was made with.
         loras: The lifted networks in the model.
         model: The Pyro model; None where the posterior was loaded without one.
-        obs_site: The likelihood's site.
+        obs_site: The likelihood's site; None where there are several.
     """
 
     gaussian: WeightGaussian

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -75,12 +75,18 @@ def _is_function(fn: Any) -> bool:
     return masked and isinstance(fn.base_dist, dist.Delta)
 
 
-def observed_site(trace: Any, obs_site: str | None) -> dict[str, Any]:
-    """The observed site: ``obs_site``, else the only one that there is.
+def observed_sites(
+    trace: Any, obs_site: str | Sequence[str] | None
+) -> list[dict[str, Any]]:
+    """The observed sites: those of ``obs_site``, else the only one that there is.
+
+    Args:
+        trace: A trace of the model.
+        obs_site: A name, several, or None.
 
     Raises:
-        ValueError: If there is none, more than one to choose from, or the one named
-            isn't observed (labels missing, perhaps).
+        ValueError: If there is none, more than one to choose from, or one that is
+            named isn't observed (labels missing, perhaps).
     """
     sites = {k: site for k, site in _random_sites(trace).items() if site["is_observed"]}
     if obs_site is None:
@@ -94,13 +100,31 @@ def observed_site(trace: Any, obs_site: str | None) -> dict[str, Any]:
                 f"The model has {len(sites)} observed sites, {sorted(sites)}. Name "
                 "the likelihood by obs_site=."
             )
-        return next(iter(sites.values()))
-    if obs_site not in sites:
+        return list(sites.values())
+    names = [obs_site] if isinstance(obs_site, str) else list(obs_site)
+    if not names or len(set(names)) < len(names):
         raise ValueError(
-            f"Site {obs_site!r} isn't observed; observed are {sorted(sites)}. Put "
-            "labels into the batches, or name another site by obs_site=."
+            f"obs_site={obs_site!r} should name one observed site or several, each "
+            f"once; observed are {sorted(sites)}."
         )
-    return sites[obs_site]
+    for name in names:
+        if name not in sites:
+            raise ValueError(
+                f"Site {name!r} isn't observed; observed are {sorted(sites)}. Put "
+                "labels into the batches, or name another site by obs_site=."
+            )
+    return [sites[name] for name in names]
+
+
+def observed_site(trace: Any, obs_site: str | None) -> dict[str, Any]:
+    """The observed site: ``obs_site``, else the only one that there is.
+
+    Raises:
+        ValueError: If there is none, more than one to choose from, or the one named
+            isn't observed (labels missing, perhaps).
+    """
+    (site,) = observed_sites(trace, obs_site)
+    return site
 
 
 def likelihood_site(
