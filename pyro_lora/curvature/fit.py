@@ -28,7 +28,13 @@ from pyro_lora.curvature.prior_moments import prior_at_mode
 from pyro_lora.curvature.structures import DenseFactors, Structure
 from pyro_lora.curvature.weight_gaussian import WeightGaussian, Weights
 from pyro_lora.lifting.lifted_network import LiftedNetwork
-from pyro_lora.lifting.model_trace import Batch, Model, observed_sites, trace_at
+from pyro_lora.lifting.model_trace import (
+    Batch,
+    Model,
+    is_missing_outcome,
+    observed_sites,
+    trace_at,
+)
 
 NO_BATCHES = (
     "There are no batches. Give a re-iterable of batches, such as a list or a "
@@ -187,6 +193,8 @@ def check_latent_sites(trace: Any) -> None:
                 "out (a prior of spectral or orthogonal has one), or use SVGD."
             )
         latent = site["type"] == "sample" and not site["is_observed"]
+        if is_missing_outcome(trace, name):  # it says nothing of the weights
+            continue
         if latent and "lora" not in site["infer"] and not site_is_subsample(site):
             raise ValueError(
                 f"Latent site {name!r} isn't part of a lifted network; AutoLaplace "

@@ -79,7 +79,9 @@ class AutoLaplace(AutoDelta):
             raise ValueError(
                 f"fisher must be one of {sorted(terms)}, found {fisher!r}."
             )
-        super().__init__(model, init_loc_fn=init_loc_fn)
+        # AutoDelta would take the gaps of an obs_mask for parameters of the model.
+        without_gaps = poutine.block(model, hide_fn=_may_be_missing_outcome)
+        super().__init__(without_gaps, init_loc_fn=init_loc_fn)
         self._user_model = (model,)
         self._structure = structure
         self._fisher_terms = terms[fisher]
@@ -161,6 +163,11 @@ class AutoLaplace(AutoDelta):
         observed_sites(trace, self._obs_site)
         check_latent_sites(trace)
         self._setup_prototype(**first)
+
+
+def _may_be_missing_outcome(site: Any) -> bool:
+    name: str = site["name"]
+    return site["type"] == "sample" and name.endswith("_unobserved")
 
 
 def _networks_in(trace: Any) -> tuple[LiftedNetwork, ...]:

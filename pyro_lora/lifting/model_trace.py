@@ -66,6 +66,7 @@ def _random_sites(trace: Any) -> dict[str, dict[str, Any]]:
         and not site_is_factor(site)
         and not site["infer"].get("_deterministic", False)
         and not _is_function(site["fn"])
+        and not is_missing_outcome(trace, name)
     }
 
 
@@ -75,6 +76,15 @@ def _is_function(fn: Any) -> bool:
     return masked and isinstance(fn.base_dist, dist.Delta)
 
 
+def is_missing_outcome(trace: Any, name: str) -> bool:
+    """Whether a site is what ``pyro.sample("y", ..., obs_mask=)`` draws in its gaps.
+
+    It makes the sites "y_observed" and "y_unobserved", masked, and "y" of the two.
+    """
+    stem = name.removesuffix("_unobserved")
+    return stem != name and {stem, f"{stem}_observed"} <= trace.nodes.keys()
+
+
 def observed_sites(
     trace: Any, obs_site: str | Sequence[str] | None
 ) -> list[dict[str, Any]]:
@@ -82,7 +92,8 @@ def observed_sites(
 
     Args:
         trace: A trace of the model.
-        obs_site: A name, several, or None.
+        obs_site: A name, several, or None. Of a site with an ``obs_mask``, the name in
+            the model will do.
 
     Raises:
         ValueError: If there is none, more than one to choose from, or one that is
@@ -107,8 +118,10 @@ def observed_sites(
             f"obs_site={obs_site!r} should name one observed site or several, each "
             f"once; observed are {sorted(sites)}."
         )
+    names = [f"{name}_observed" if name not in sites else name for name in names]
     for name in names:
         if name not in sites:
+            name = name.removesuffix("_observed")
             raise ValueError(
                 f"Site {name!r} isn't observed; observed are {sorted(sites)}. Put "
                 "labels into the batches, or name another site by obs_site=."
@@ -140,6 +153,8 @@ def likelihood_site(
     """
     sites = _random_sites(trace)
     if obs_site is not None:
+        if obs_site not in sites and f"{obs_site}_observed" in sites:
+            obs_site = f"{obs_site}_observed"
         if obs_site not in sites:
             raise ValueError(
                 f"The model has no site {obs_site!r}; it has {sorted(sites)}. Name "

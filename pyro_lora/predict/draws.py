@@ -20,6 +20,7 @@ from pyro_lora.lifting.model_trace import (
     Batch,
     Model,
     evaluating,
+    is_missing_outcome,
     likelihood_site,
     trace_at,
 )
@@ -181,7 +182,9 @@ def model_at_draws(
     nodes = {
         name: node
         for name, node in trace.nodes.items()
-        if node["type"] == "sample" and not site_is_subsample(node)
+        if node["type"] == "sample"
+        and not site_is_subsample(node)
+        and not is_missing_outcome(trace, name)
     }
     for name, node in nodes.items():
         if not node["is_observed"] and name != obs["name"] and name not in weights:

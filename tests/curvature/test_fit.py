@@ -187,25 +187,37 @@ def test_masked_data_have_no_information(kind: str, terms: Any) -> None:
         assert_same(fisher(found), fisher(only))
 
 
-def test_pyros_obs_mask() -> None:
-    # It makes "y_observed" and a latent "y_unobserved", to be hidden from autoguides.
+@pytest.mark.parametrize("obs_site", [None, "y", "y_observed"])
+def test_pyros_obs_mask(obs_site: str | None) -> None:
+    # It makes "y_observed" and a latent "y_unobserved".
     lora, texts = pl.lift(bert(3)), batch(7, num_labels=3)
     mask = torch.tensor([True, False, True, True, False, True, True])
 
     def model(mask: Any, labels: Tensor | None = None, **texts: Tensor) -> Tensor:
         logits = lora()(**texts).logits
-        with pyro.plate("data", 7, subsample=logits):
+        with pyro.plate("data", 7, subsample=texts["input_ids"]):
             fn = dist.Categorical(logits=logits)
             return pyro.sample("y", fn, obs=labels, obs_mask=mask)
 
     guide = pl.AutoLaplace(
-        poutine.block(model, hide=["y_unobserved"]),
+        model,
         init_loc_fn=lora.init_to_adapter(),
         structure=pl.dense,
+        obs_site=obs_site,
     )
-    found = guide.laplace_approximation(split({**texts, "mask": mask}, 3))
+    batches = split({**texts, "mask": mask}, 3)
+    found = guide.laplace_approximation(batches)
     only = {name: value[mask] for name, value in texts.items()}
-    assert_same_posterior(found, laplace(lora, only, structure=pl.dense))
+    expected = laplace(lora, only, structure=pl.dense)
+    assert_same_posterior(found, expected)
+    # Both missing outcomes and observed ones are predicted.
+    everything = [inputs(texts)]
+    torch.manual_seed(0)
+    one = pl.predict(model, found, [{**everything[0], "mask": mask}], num_samples=4)
+    torch.manual_seed(0)
+    plain = pl.models.classification(lora, 7)
+    other = pl.predict(plain, expected, everything, num_samples=4)
+    assert_same(one.probs, other.probs)
 
 
 def test_nan_labels_behind_a_mask_do_no_harm() -> None:

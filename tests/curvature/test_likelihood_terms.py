@@ -304,3 +304,24 @@ def test_each_likelihood_in_a_model(
     )
     rows = torch.einsum("mnc,ncd->mnd", j_root, exact.jacobian).flatten(0, 1)
     assert_same(fisher(found), rows.mT @ rows)
+
+
+@pytest.mark.parametrize(
+    "family", [dist.Normal, dist.Laplace, partial(dist.StudentT, 4)]
+)
+def test_a_learned_noise_is_one_thing_and_the_networks_another(family: Any) -> None:
+    # Location and scale are uncorrelated, so the weights' information is as if fixed.
+    lora, texts = pl.lift(bert(1, num_layers=1)), batch(5)
+    texts["labels"] = torch.randn(5, dtype=torch.float64)
+
+    def model(scale: Tensor, labels: Tensor, **texts: Tensor) -> None:
+        loc = lora()(**texts).logits[:, 0]
+        with pyro.plate("data", 5, subsample=labels):
+            pyro.sample("y", family(loc, scale), obs=labels)
+
+    fixed, learned = (
+        fit(lora, partial(model, torch.tensor(0.5, requires_grad=on)), split(texts, 2))
+        for on in (False, True)
+    )
+    assert_same(fisher(learned), fisher(fixed))
+    assert_same(flatten(learned.gradient), flatten(fixed.gradient))
