@@ -9,7 +9,13 @@ from pyro_lora.curvature.gaussian_logits import (
     laplace_bridge,
     probit,
 )
-from pyro_lora.curvature.structures import dense, diagonal, kfac_expand, kfac_reduce
+from pyro_lora.curvature.structures import (
+    dense,
+    diagonal,
+    ekfac,
+    kfac_expand,
+    kfac_reduce,
+)
 from pyro_lora.export import plots
 from pyro_lora.export.adapters import export_adapters
 from pyro_lora.export.checkpoint import load, save
@@ -40,6 +46,7 @@ __all__ = [
     "class_log_probs",
     "dense",
     "diagonal",
+    "ekfac",
     "export_adapters",
     "fisher_root",
     "fit_temperature",

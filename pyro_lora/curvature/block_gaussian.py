@@ -32,6 +32,12 @@ class Eigenblocks:
     rows: Tensor | None
     columns: Tensor | None
 
+    def bases(self) -> list[tuple[Tensor, Tensor]]:
+        """Rows (O, O) and columns (I, I) of each layer, where there are any."""
+        if self.rows is None or self.columns is None:
+            return []
+        return list(zip(self.rows, self.columns, strict=True))
+
 
 def eigenblocks(
     factors: Sequence[KroneckerFactors] | Sequence[DiagonalFactors],

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from pyro_lora.curvature import structures
-from pyro_lora.curvature.block_gaussian import BlockGaussian, eigenblocks
+from pyro_lora.curvature.block_gaussian import BlockGaussian, Eigenblocks, eigenblocks
 from pyro_lora.curvature.capture import (
+    LayerCapture,
     Recording,
     capture_layers,
     recording,
@@ -39,6 +41,10 @@ from pyro_lora.lifting.model_trace import (
 NO_BATCHES = (
     "There are no batches. Give a re-iterable of batches, such as a list or a "
     "DataLoader; a generator may be used up already."
+)
+READ_ONCE = (
+    "The batches are an iterator, which can be read once only, but {}. Give a list or "
+    "a DataLoader."
 )
 
 
@@ -91,6 +97,9 @@ class _DataSums:
         )
 
 
+FactorsFunction = Callable[[Iterable[LayerCapture]], list[Any]]
+
+
 def fit_fisher(
     model: Model,
     mode: Mapping[str, Tensor],
@@ -100,31 +109,94 @@ def fit_fisher(
     structure: Structure,
     fisher_terms: TermsFunction,
     obs_site: str | Sequence[str] | None = None,
+    progress_bar: bool = False,
 ) -> FisherFit:
     """Fisher information of the obs site in all lifted sites, for the full data.
 
-    One forward pass and one backward pass for each Fisher term and batch.
+    One forward pass and one backward pass for each Fisher term and batch; ``ekfac``
+    takes these twice.
 
     Args:
         model: A Pyro model.
         mode: Site -> value, each of the site's shape.
         networks: The lifted networks in the model.
         batches: Mappings of model keyword arguments that cover all data once.
-        structure: ``kfac_expand``, ``kfac_reduce``, ``diagonal``, ``dense``, or your
-            own function of (layer inputs, output gradients).
+        structure: ``kfac_expand``, ``kfac_reduce``, ``ekfac``, ``diagonal``,
+            ``dense``, or your own function of (layer inputs, output gradients).
         fisher_terms: A function of the obs site's distribution and value.
         obs_site: The likelihood's site, or several, whose Fisher information adds up;
             None is the only observed one.
+        progress_bar: Show one for each pass.
 
     Returns:
         The Fisher information with the prior's precision, and the mode's gradient.
 
     Raises:
         ValueError: If labels are missing, a batch gives NaN, a latent site isn't
-            lifted, or the batches don't hold exactly the plate's number of data.
+            lifted, the batches don't hold exactly the plate's number of data, or
+            ``ekfac`` is given an iterator, which can be read once only.
     """
+    if structure is structures.ekfac and iter(batches) is batches:
+        raise ValueError(READ_ONCE.format("ekfac takes two passes over the data"))
     loc = {s: mode[s].detach() for lora in networks for s in lora.sites}
     leaves = {site: value.clone().requires_grad_() for site, value in loc.items()}
+
+    def data_pass(factors_of: FactorsFunction, name: str) -> tuple[_DataSums, Any]:
+        return _data_pass(
+            model,
+            leaves,
+            networks,
+            tqdm(batches, desc=name, disable=not progress_bar),
+            factors_of=factors_of,
+            fisher_terms=fisher_terms,
+            obs_site=obs_site,
+        )
+
+    sums, trace = data_pass(_factors_of(structure), "Fisher")
+    sites = observed_sites(trace, obs_site)
+    prior = prior_at_mode(trace, leaves)
+    if isinstance(sums.factors[0], DenseFactors):
+        matrix = sums.factors[0].matrix.double()
+        gaussian: WeightGaussian = DenseGaussian(loc, prior.precision, matrix)
+    else:
+        blocks = _blocks(sums.factors, networks)
+        if structure is structures.ekfac:
+            bases = [basis for block in blocks.values() for basis in block.bases()]
+            moments, _ = data_pass(_moments_in(bases), "EKFAC")
+            values = _blocks(moments.factors, networks)
+            blocks = {
+                site: replace(block, values=values[site].values)
+                for site, block in blocks.items()
+            }
+        gaussian = BlockGaussian(loc, prior.precision, blocks)
+    return FisherFit(
+        gaussian.with_prior_precision(prior.precision),
+        prior.mean,
+        sums.log_likelihood,
+        prior.log_prob,
+        {
+            s: torch.stack(sums.score[s]).reshape(x.shape).to(x) + prior.gradient[s]
+            for s, x in loc.items()
+        },
+        sites[0]["name"] if len(sites) == 1 else None,
+    )
+
+
+def _data_pass(
+    model: Model,
+    leaves: Weights,
+    networks: Sequence[LiftedNetwork],
+    batches: Iterable[Batch],
+    *,
+    factors_of: FactorsFunction,
+    fisher_terms: TermsFunction,
+    obs_site: str | Sequence[str] | None,
+) -> tuple[_DataSums, Any]:
+    """The sums over all data, and the last batch's trace.
+
+    Raises:
+        ValueError: If there are no batches.
+    """
     trace: Any = None
     sums: _DataSums | None = None
     for index, batch in enumerate(batches):
@@ -137,25 +209,35 @@ def fit_fisher(
                 terms, log_p = likelihood_terms(sites, fisher_terms)
             name = " and ".join(site["name"] for site in sites)
             _check_dependence(terms.terms, name)
-            found = _batch_sums(terms, log_p, leaves, networks, record, structure)
+            found = _batch_sums(terms, log_p, leaves, networks, record, factors_of)
         del record  # or its tensors would live through the next forward pass
         _check_finite(found, index, name)
         sums = found if sums is None else sums + found
     if sums is None:
         raise ValueError(NO_BATCHES)
     _check_number(sums.num_data, data_plate(sites[0]).full_size, name)
-    prior = prior_at_mode(trace, leaves)
-    return FisherFit(
-        _gaussian(sums.factors, networks, loc, prior.precision),
-        prior.mean,
-        sums.log_likelihood,
-        prior.log_prob,
-        {
-            s: torch.stack(sums.score[s]).reshape(x.shape).to(x) + prior.gradient[s]
-            for s, x in loc.items()
-        },
-        sites[0]["name"] if len(sites) == 1 else None,
-    )
+    return sums, trace
+
+
+def _factors_of(structure: Structure) -> FactorsFunction:
+    """What the first pass sums."""
+    if structure is structures.dense:
+        return lambda captures: [
+            structures.dense(
+                *zip(*((c.inputs, c.gradients) for c in captures), strict=True)
+            )
+        ]
+    first = structures.kfac_expand if structure is structures.ekfac else structure
+    of_layer = cast(structures.LayerStructure, first)
+    return lambda captures: [of_layer(c.inputs, c.gradients) for c in captures]
+
+
+def _moments_in(bases: Sequence[tuple[Tensor, Tensor]]) -> FactorsFunction:
+    """What EKFAC's second pass sums, in each layer's (rows, columns)."""
+    return lambda captures: [
+        structures.ekfac(c.inputs, c.gradients, *basis)
+        for c, basis in zip(captures, bases, strict=True)
+    ]
 
 
 @contextmanager
@@ -209,20 +291,14 @@ def _batch_sums(
     leaves: Mapping[str, Tensor],
     networks: Sequence[LiftedNetwork],
     record: Recording,
-    structure: Structure,
+    factors_of: FactorsFunction,
 ) -> _DataSums:
     if found.coordinates is None:
         score = _autograd_score(log_likelihood, leaves)
     captures = capture_layers(networks, record, found.terms)
     if found.coordinates is not None:
         score = score_gradients(captures, found.coordinates)
-    counted = without_padding(captures)
-    if structure is structures.dense:
-        a, g = zip(*((c.inputs, c.gradients) for c in counted), strict=True)
-        factors: list[Any] = [structures.dense(a, g)]
-    else:
-        of_layer = cast(structures.LayerStructure, structure)
-        factors = [of_layer(c.inputs, c.gradients) for c in counted]
+    factors = factors_of(without_padding(captures))
     num_data = found.terms.shape[1]
     return _DataSums(factors, score, log_likelihood.detach(), num_data)
 
@@ -239,19 +315,15 @@ def _autograd_score(
     }
 
 
-def _gaussian(
-    factors: list[Any],
-    networks: Sequence[LiftedNetwork],
-    loc: Weights,
-    precision: Weights,
-) -> WeightGaussian:
-    if isinstance(factors[0], DenseFactors):
-        return DenseGaussian(loc, precision, factors[0].matrix.double())
-    blocks, rest = {}, iter(factors)
-    for lora in networks:
-        for site, members in lora.parameters.items():
-            blocks[site] = eigenblocks([next(rest) for _ in members])
-    return BlockGaussian(loc, precision, blocks).with_prior_precision(precision)
+def _blocks(
+    factors: list[Any], networks: Sequence[LiftedNetwork]
+) -> dict[str, Eigenblocks]:
+    rest = iter(factors)
+    return {
+        site: eigenblocks([next(rest) for _ in members])
+        for lora in networks
+        for site, members in lora.parameters.items()
+    }
 
 
 def _check_dependence(terms: Tensor, site: str) -> None:

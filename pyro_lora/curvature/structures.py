@@ -51,7 +51,8 @@ class DenseFactors:
 
 LayerStructure = Callable[[Tensor, Tensor], KroneckerFactors | DiagonalFactors]
 JointStructure = Callable[[Sequence[Tensor], Sequence[Tensor]], DenseFactors]
-Structure = LayerStructure | JointStructure
+EigenbasisStructure = Callable[[Tensor, Tensor, Tensor, Tensor], DiagonalFactors]
+Structure = LayerStructure | JointStructure | EigenbasisStructure
 
 
 def kfac_expand(a: Tensor, g: Tensor) -> KroneckerFactors:
@@ -138,6 +139,34 @@ def dense(a: Sequence[Tensor], g: Sequence[Tensor]) -> DenseFactors:
         1,
     )
     return DenseFactors(jacobian.mT @ jacobian)
+
+
+def ekfac(a: Tensor, g: Tensor, rows: Tensor, columns: Tensor) -> DiagonalFactors:
+    r"""EKFAC: the exact diagonal in the eigenbasis of :func:`kfac_expand`.
+
+    :math:`\Lambda = \sum_{m,b} (\sum_t U_G^T g_{mbt} a_{bt}^T U_A)^2` in place of the
+    product of eigenvalues, and the basis is kept: of all diagonals in that basis the
+    one nearest to the Fisher block. George et al. (2018),
+    https://arxiv.org/abs/1806.03884, section 3.
+
+    As a structure it takes two passes over the data: :func:`kfac_expand` for the basis,
+    then this function.
+
+    Args:
+        a: Layer inputs, (B, T, I).
+        g: Gradients of the Fisher terms, (M, B, T, O).
+        rows: Eigenbasis on the output side, :math:`U_G`, (O, O).
+        columns: Eigenbasis on the input side, :math:`U_A`, (I, I).
+
+    Returns:
+        The second moments in the eigenbasis, (O, I).
+
+    >>> a, g = torch.ones(1, 2, 3), torch.ones(1, 1, 2, 4)
+    >>> ekfac(a, g, torch.eye(4), torch.eye(3)).diagonal[0]
+    tensor([4., 4., 4.])
+    """
+    a, g = at_least_float32(a), at_least_float32(g)
+    return diagonal(a @ columns.to(a), g @ rows.to(g))
 
 
 def at_least_float32(x: Tensor) -> Tensor:

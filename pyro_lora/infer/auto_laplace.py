@@ -12,11 +12,11 @@ import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoDelta
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from pyro_lora.curvature.fisher import empirical_terms, exact_terms, mc_terms
 from pyro_lora.curvature.fit import (
     NO_BATCHES,
+    READ_ONCE,
     FisherFit,
     check_latent_sites,
     fit_fisher,
@@ -46,7 +46,8 @@ class AutoLaplace(AutoDelta):
         model: A Pyro model that calls a lifted network.
         init_loc_fn: Where to start, for example ``lora.init_to_adapter()``.
         structure: The form of the Fisher information: ``kfac_expand``,
-            ``kfac_reduce``, ``diagonal``, ``dense``, or your own function.
+            ``kfac_reduce``, ``ekfac`` (two passes over the data), ``diagonal``,
+            ``dense``, or your own function.
         fisher: ``"exact"``: closed form, C - 1 backward passes for C classes.
             ``"mc"``: labels sampled from the model, any likelihood.
             ``"empirical"``: the given labels.
@@ -90,7 +91,7 @@ class AutoLaplace(AutoDelta):
     def laplace_approximation(
         self, batches: Iterable[Batch], *, progress_bar: bool = False
     ) -> LaplacePosterior:
-        """Fit the Gaussian: one pass over the data at the guide's present mode.
+        """Fit the Gaussian at the guide's present mode, in one pass over the data.
 
         Nothing is trained; dropout is off during the pass and restored after it.
 
@@ -124,10 +125,11 @@ class AutoLaplace(AutoDelta):
                 model,
                 mode,
                 networks,
-                tqdm(batches, desc="Fisher", disable=not progress_bar),
+                batches,
                 structure=self._structure,
                 fisher_terms=self._fisher_terms,
                 obs_site=self._obs_site,
+                progress_bar=progress_bar,
             )
         _warn_if_not_stationary(fit)
         return LaplacePosterior(
@@ -149,10 +151,7 @@ class AutoLaplace(AutoDelta):
         """
         iterator = iter(batches)
         if iterator is batches:
-            raise ValueError(
-                "The batches are an iterator, which can be read once only. Give a list "
-                "or a DataLoader."
-            )
+            raise ValueError(READ_ONCE.format("the first one sets the guide up"))
         first = next(iterator, None)
         if first is None:
             raise ValueError(NO_BATCHES)
