@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributions.transforms import ReshapeTransform
 
 from pyro_lora.curvature.kronecker_normal import KroneckerNormal
+from pyro_lora.curvature.nystrom import eigh_psd
 from pyro_lora.curvature.structures import DiagonalFactors, KroneckerFactors
 from pyro_lora.curvature.weight_gaussian import WeightGaussian, Weights
 
@@ -23,9 +24,10 @@ class Eigenblocks:
 
     Attributes:
         values: Eigenvalues, (L, O, I), float64, nats, full data; I is 1 for a bias.
-        rows: Basis on the output side, (L, O, O), in the factors' dtype; None is the
-            identity.
-        columns: Basis on the input side, (L, I, I), likewise.
+            Of low rank (L, j, k): outside of the bases there is no information.
+        rows: Basis on the output side, (L, O, O) or (L, O, j), in the factors' dtype;
+            None is the identity.
+        columns: Basis on the input side, (L, I, I) or (L, I, k), likewise.
     """
 
     values: Tensor
@@ -59,10 +61,9 @@ def eigenblocks(
 
 def _eigenblock(factors: KroneckerFactors) -> tuple[Tensor, Tensor, Tensor]:
     a, g = factors.a, factors.g
-    a_values, columns = torch.linalg.eigh(a.double() / factors.count.clamp_min(1))
-    g_values, rows = torch.linalg.eigh(g.double())
-    # Gram matrices have no negative eigenvalues; what is below zero is rounding.
-    values = g_values.clamp_min(0)[:, None] * a_values.clamp_min(0)
+    a_values, columns = eigh_psd(a.double() / factors.count.clamp_min(1))
+    g_values, rows = eigh_psd(g)
+    values = g_values[:, None] * a_values
     return values, rows.to(g), columns.to(a)
 
 
@@ -108,7 +109,14 @@ class BlockGaussian(WeightGaussian):
     def log_det(self, prior_precision: Mapping[str, Tensor]) -> Tensor:
         """See the base class."""
         tau = self._isotropic(prior_precision)
-        return sum(self._precision(site, tau).log().sum() for site in self.blocks)  # type: ignore[return-value]
+        total: Tensor | float = 0.0
+        for site, block in self.blocks.items():
+            total = total + self._precision(site, tau).log().sum()
+            if self._is_thin(site):
+                num_outside = self.loc[site][0].numel() - block.values[0].numel()
+                total = total + num_outside * tau[site].double().log().sum()
+        assert isinstance(total, Tensor)
+        return total
 
     def effective_parameters(self) -> Tensor:
         """See the base class."""
@@ -131,7 +139,15 @@ class BlockGaussian(WeightGaussian):
             layer[site] += 1
             block = self.blocks[site]
             if block.rows is not None and block.columns is not None:
-                j = block.rows[i].to(j).mT @ j @ block.columns[i].to(j)
+                rows, columns = block.rows[i].to(j), block.columns[i].to(j)
+                inside = rows.mT @ j @ columns
+                if self._is_thin(site):  # J J^T / tau is left over outside of the bases
+                    rest = (j - rows @ inside @ columns.mT).flatten(2)
+                    scales = torch.stack(
+                        [1 / tau[site][i].flatten()[0] for tau in taus]
+                    )
+                    total = total + scales.to(j)[:, None, None, None] * (rest @ rest.mT)
+                j = inside
             flat = j.flatten(2)  # (B, M, O I)
             variances = torch.stack(
                 [1 / self._precision(site, tau)[i].flatten() for tau in taus]
@@ -170,12 +186,22 @@ class BlockGaussian(WeightGaussian):
     def _normal(self, site: str) -> KroneckerNormal:
         loc, block = self.loc[site], self.blocks[site]
         return KroneckerNormal(
-            loc.reshape(block.values.shape),
+            loc if loc.ndim == 3 else loc[..., None],
             self._precision(site, self.prior_precision).to(loc),
             None if block.rows is None else block.rows.to(loc),
             None if block.columns is None else block.columns.to(loc),
+            self._outside(site),
             validate_args=False,
         )
+
+    def _is_thin(self, site: str) -> bool:
+        return self.blocks[site].values[0].numel() < self.loc[site][0].numel()
+
+    def _outside(self, site: str) -> Tensor | None:
+        """Precision outside of the bases, (L,); None where they are complete."""
+        if not self._is_thin(site):
+            return None
+        return self.prior_precision[site].to(self.loc[site]).flatten()
 
     def _distributions(self) -> dict[str, dist.TorchDistribution]:
         result = {}

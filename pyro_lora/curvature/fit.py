@@ -195,7 +195,7 @@ def _data_pass(
     """The sums over all data, and the last batch's trace.
 
     Raises:
-        ValueError: If there are no batches.
+        ValueError: As :func:`fit_fisher` does.
     """
     trace: Any = None
     sums: _DataSums | None = None

@@ -18,11 +18,18 @@ class KroneckerNormal(TorchDistribution):
     eigenvalues :math:`\Lambda = \lambda_G \lambda_A^T + \tau` it is the Gaussian of
     precision :math:`G \otimes A + \tau I`. Nothing of size (O I) x (O I) is formed.
 
+    Bases with fewer columns than rows leave out a subspace; there the precision is
+    ``outside``, the same in all directions, and :math:`W = M + (Z - P Z) /
+    \sqrt{\tau} + U_G (U_G^T Z U_A / \sqrt{\Lambda}) U_A^T` with the projection
+    :math:`P Z = U_G U_G^T Z U_A U_A^T`.
+
     Args:
         loc: M, (..., O, I).
-        precision: Eigenvalues :math:`\Lambda > 0`, (..., O, I).
-        rows: Orthogonal :math:`U_G`, (..., O, O); None is the identity.
-        columns: Orthogonal :math:`U_A`, (..., I, I); None is the identity.
+        precision: Eigenvalues :math:`\Lambda > 0`, (..., O, I), or (..., j, k).
+        rows: Orthonormal :math:`U_G`, (..., O, O) or (..., O, j); None is the identity.
+        columns: Orthonormal :math:`U_A`, (..., I, I) or (..., I, k); None is the
+            identity.
+        outside: :math:`\tau`, (...), with j < O or k < I only.
         validate_args: As in ``torch.distributions``.
 
     >>> KroneckerNormal(torch.zeros(2, 3, 4), torch.ones(3, 4)).sample().shape
@@ -32,6 +39,7 @@ class KroneckerNormal(TorchDistribution):
     arg_constraints = {  # noqa: RUF012
         "loc": constraints.independent(constraints.real, 2),
         "precision": constraints.independent(constraints.positive, 2),
+        "outside": constraints.positive,
     }
     support = constraints.independent(constraints.real, 2)
     has_rsample = True
@@ -42,15 +50,26 @@ class KroneckerNormal(TorchDistribution):
         precision: Tensor,
         rows: Tensor | None = None,
         columns: Tensor | None = None,
+        outside: Tensor | None = None,
         validate_args: bool | None = None,
     ) -> None:
         batch_shape = torch.broadcast_shapes(
-            *(x.shape[:-2] for x in (loc, precision, rows, columns) if x is not None)
+            *(x.shape[:-2] for x in (loc, precision, rows, columns) if x is not None),
+            () if outside is None else outside.shape,
         )
-        event_shape = torch.broadcast_shapes(loc.shape[-2:], precision.shape[-2:])
+        event_shape = loc.shape[-2:]
+        if outside is None:
+            event_shape = torch.broadcast_shapes(event_shape, precision.shape[-2:])
+            inner_shape = event_shape
+        else:
+            inner_shape = precision.shape[-2:]
+        self.outside = (loc.new_ones(()) if outside is None else outside).expand(
+            batch_shape
+        )
         self.loc = loc.expand(batch_shape + event_shape)
-        self.precision = precision.expand(batch_shape + event_shape)
+        self.precision = precision.expand(batch_shape + inner_shape)
         self.rows, self.columns = rows, columns
+        self._thin = outside is not None
         super().__init__(batch_shape, event_shape, validate_args=validate_args)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> KroneckerNormal:
@@ -58,9 +77,10 @@ class KroneckerNormal(TorchDistribution):
         shape = torch.Size(batch_shape) + self.event_shape
         return KroneckerNormal(
             self.loc.expand(shape),
-            self.precision.expand(shape),
+            self.precision.expand(shape[:-2] + self.precision.shape[-2:]),
             self.rows,
             self.columns,
+            self.outside.expand(shape[:-2]) if self._thin else None,
             validate_args=False,
         )
 
@@ -72,18 +92,22 @@ class KroneckerNormal(TorchDistribution):
     @property
     def variance(self) -> Tensor:
         """Marginal variances, (..., O, I)."""
-        value = 1 / self.precision
-        if self.rows is not None:
-            value = self.rows.square() @ value
-        if self.columns is not None:
-            value = value @ self.columns.square().mT
-        return value
+        value = self._from_squares(1 / self.precision)
+        if not self._thin:
+            return value
+        inside = self._from_squares(torch.ones_like(self.precision))
+        return value + (1 - inside).clamp_min(0) / self.outside[..., None, None]
 
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
         """Draws, (*sample_shape, ..., O, I)."""
         shape = self._extended_shape(sample_shape)
         z = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
-        return self.loc + self.from_basis(z * self.precision.rsqrt())
+        if not self._thin:
+            return self.loc + self.from_basis(z * self.precision.rsqrt())
+        inside = self.to_basis(z)
+        rest = z - self.from_basis(inside)
+        scaled = self.from_basis(inside * self.precision.rsqrt())
+        return self.loc + rest * self.outside.rsqrt()[..., None, None] + scaled
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log density in nats, of the batch shape."""
@@ -91,14 +115,32 @@ class KroneckerNormal(TorchDistribution):
             self._validate_sample(value)
         z = self.to_basis(value - self.loc)
         log_normalizer = 0.5 * (self.precision / (2 * math.pi)).log()
-        return (log_normalizer - 0.5 * self.precision * z.square()).sum((-2, -1))
+        result = (log_normalizer - 0.5 * self.precision * z.square()).sum((-2, -1))
+        if not self._thin:
+            return result
+        rest = (value - self.loc - self.from_basis(z)).square().sum((-2, -1))
+        log_normalizer = 0.5 * self._num_outside * (self.outside / (2 * math.pi)).log()
+        return result + log_normalizer - 0.5 * self.outside * rest
 
     def entropy(self) -> Tensor:
         """Differential entropy in nats, of the batch shape."""
-        return 0.5 * (2 * math.pi * math.e / self.precision).log().sum((-2, -1))
+        inside = 0.5 * (2 * math.pi * math.e / self.precision).log().sum((-2, -1))
+        if not self._thin:
+            return inside
+        each = 0.5 * (2 * math.pi * math.e / self.outside).log()
+        return inside + self._num_outside * each
+
+    @property
+    def _num_outside(self) -> int:
+        return self.event_shape.numel() - self.precision.shape[-2:].numel()
+
+    def _from_squares(self, value: Tensor) -> Tensor:
+        if self.rows is not None:
+            value = self.rows.square() @ value
+        return value if self.columns is None else value @ self.columns.square().mT
 
     def to_basis(self, value: Tensor) -> Tensor:
-        """:math:`U_G^T V U_A`, (..., O, I)."""
+        """:math:`U_G^T V U_A`, (..., O, I), or (..., j, k)."""
         if self.rows is not None:
             value = self.rows.mT @ value
         return value if self.columns is None else value @ self.columns

@@ -8,14 +8,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyro_lora.curvature.nystrom import gram
+
 
 @dataclass(frozen=True)
 class KroneckerFactors:
     r"""Sums for one linear layer whose block is :math:`F \approx G \otimes A / n`.
 
     Attributes:
-        a: Sum of input outer products over the tokens that count, (I, I).
-        g: Sum of gradient outer products, (O, O), nats, full data.
+        a: Sum of input outer products over the tokens that count, (I, I), or its sketch
+            (I, 2 k + 1) of rank k.
+        g: Sum of gradient outer products, (O, O), nats, full data; likewise.
         count: n, the number of tokens that count.
     """
 
@@ -55,17 +58,25 @@ EigenbasisStructure = Callable[[Tensor, Tensor, Tensor, Tensor], DiagonalFactors
 Structure = LayerStructure | JointStructure | EigenbasisStructure
 
 
-def kfac_expand(a: Tensor, g: Tensor) -> KroneckerFactors:
+def kfac_expand(a: Tensor, g: Tensor, rank: int | None = None) -> KroneckerFactors:
     r"""KFAC-expand, every token a datum of its own: :math:`F \approx G \otimes A / n`.
 
     :math:`A = \sum_{b,t} a_{bt} a_{bt}^T` over the n tokens that count and
     :math:`G = \sum_{m,b,t} g_{mbt} g_{mbt}^T`. Exact for one token and one datum.
     Eschenhagen et al. (2023), https://arxiv.org/abs/2311.00636, eq. 18.
 
+    ``structure=functools.partial(kfac_expand, rank=64)`` keeps of each factor wider
+    than 2 rank + 1 the leading ``rank`` eigenpairs, found in one pass by a sketch:
+    (2 rank + 1) I numbers in place of I^2, nothing of size I x I formed. Outside of
+    them the Fisher information counts as zero, so that the posterior is the prior
+    there and is nowhere narrower than with the full factors. The sum of the
+    eigenvalues that are lost is at most twice the least possible, in expectation.
+
     Args:
         a: Layer inputs, (B, T, I).
         g: Gradients of the Fisher terms w.r.t. the layer's outputs, (M, B, T, O),
             exactly zero at the tokens that don't count.
+        rank: Eigenpairs kept of each wide factor; None is all.
 
     Returns:
         Factors that add up over batches, in the dtype of ``a`` or float32 if wider.
@@ -78,10 +89,10 @@ def kfac_expand(a: Tensor, g: Tensor) -> KroneckerFactors:
     counts = _counts(g)
     rows = (a * counts[..., None]).flatten(0, 1)
     grads = g.flatten(0, 2)
-    return KroneckerFactors(rows.mT @ rows, grads.mT @ grads, counts.sum())
+    return KroneckerFactors(gram(rows, rank), gram(grads, rank), counts.sum())
 
 
-def kfac_reduce(a: Tensor, g: Tensor) -> KroneckerFactors:
+def kfac_reduce(a: Tensor, g: Tensor, rank: int | None = None) -> KroneckerFactors:
     r"""KFAC-reduce: inputs averaged and gradients summed over the tokens of a datum.
 
     Eschenhagen et al. (2023), https://arxiv.org/abs/2311.00636, eq. 22.
@@ -90,6 +101,7 @@ def kfac_reduce(a: Tensor, g: Tensor) -> KroneckerFactors:
         a: Layer inputs, (B, T, I).
         g: Gradients of the Fisher terms, (M, B, T, O), zero where a token doesn't
             count.
+        rank: As in :func:`kfac_expand`.
 
     Returns:
         Factors with n the number of data that have a token that counts.
@@ -99,7 +111,8 @@ def kfac_reduce(a: Tensor, g: Tensor) -> KroneckerFactors:
     tokens = counts.sum(-1, keepdim=True)  # (B, 1)
     rows = (a * counts[..., None]).sum(1) / tokens.clamp_min(1)
     grads = g.sum(2).flatten(0, 1)
-    return KroneckerFactors(rows.mT @ rows, grads.mT @ grads, (tokens > 0).sum().to(a))
+    num_data = (tokens > 0).sum().to(a)
+    return KroneckerFactors(gram(rows, rank), gram(grads, rank), num_data)
 
 
 def diagonal(a: Tensor, g: Tensor) -> DiagonalFactors:

@@ -47,7 +47,8 @@ class AutoLaplace(AutoDelta):
         init_loc_fn: Where to start, for example ``lora.init_to_adapter()``.
         structure: The form of the Fisher information: ``kfac_expand``,
             ``kfac_reduce``, ``ekfac`` (two passes over the data), ``diagonal``,
-            ``dense``, or your own function.
+            ``dense``, or your own function; for wide networks
+            ``functools.partial(kfac_expand, rank=64)``.
         fisher: ``"exact"``: closed form, C - 1 backward passes for C classes.
             ``"mc"``: labels sampled from the model, any likelihood.
             ``"empirical"``: the given labels.

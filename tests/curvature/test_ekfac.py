@@ -99,7 +99,7 @@ def test_a_second_pass_over_a_generator_is_refused() -> None:
         structure=pl.ekfac,
     )
     expected = guide.laplace_approximation(split(texts, 3))  # this sets the guide up
-    with pytest.raises(ValueError, match="ekfac takes two passes.*DataLoader"):
+    with pytest.raises(ValueError, match=r"ekfac takes two passes.*DataLoader"):
         guide.laplace_approximation(b for b in split(texts, 3))
     loader: Any = torch.utils.data.DataLoader(
         [{k: v[i] for k, v in texts.items()} for i in range(6)], batch_size=4

@@ -1,0 +1,74 @@
+"""Nyström sketches: low-rank approximations of Gram matrices that add up."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+def gram(x: Tensor, rank: int | None) -> Tensor:
+    r"""Gram matrix :math:`X^T X`, or its sketch :math:`X^T X \Omega` where it is wide.
+
+    Omega has 2 rank + 1 columns, the same in every call, so that sketches add up over
+    batches in any split as the matrices do. Narrow matrices, for which the sketch
+    would be no smaller, are kept whole.
+
+    Args:
+        x: Rows that are summed over, (n, I).
+        rank: k, the rank that :func:`eigh_psd` is to keep; None keeps the matrix.
+
+    Returns:
+        (I, I), or (I, 2 k + 1).
+
+    Raises:
+        ValueError: If ``rank`` isn't positive.
+    """
+    if rank is not None and rank < 1:
+        raise ValueError(f"rank is {rank}; it must be at least 1, or None for all.")
+    width = x.shape[-1]
+    if rank is None or 2 * rank + 1 >= width:
+        return x.mT @ x
+    return x.mT @ (x @ _test_matrix(width, 2 * rank + 1).to(x))
+
+
+def eigh_psd(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Eigenvalues and eigenvectors of a sum of what :func:`gram` returns.
+
+    From a sketch :math:`Y = A \Omega` it takes the leading k eigenpairs of Nyström's
+    :math:`\hat A = Y (\Omega^T Y)^+ Y^T`, for which :math:`\hat A \preceq A` and
+    :math:`E \|A - \hat A_k\|_* \le 2 \sum_{j > k} \lambda_j(A)`, twice the least error
+    of any rank-k matrix (Tropp et al. 2017, https://arxiv.org/abs/1706.05736,
+    section 4).
+
+    Args:
+        matrix: (I, I), positive semidefinite, or a sketch (I, 2 k + 1).
+
+    Returns:
+        Eigenvalues (I,) and vectors (I, I), or (k,) and (I, k); float64.
+    """
+    width, size = matrix.shape
+    matrix = matrix.double()
+    if size == width:
+        values, vectors = torch.linalg.eigh(matrix)
+        # Gram matrices have no negative eigenvalues; what is below zero is rounding.
+        return values.clamp_min(0), vectors
+    omega = _test_matrix(width, size).to(matrix)
+    core = omega.mT @ matrix
+    values, vectors = torch.linalg.eigh((core + core.mT) / 2)
+    # Beyond the rank of A the core's eigenvalues are rounding, which the pseudo-inverse
+    # would blow up; rounding in a sum of n terms is some eps of the largest.
+    kept = values > size * torch.finfo(matrix.dtype).eps * values[-1]
+    roots = torch.where(kept, values.clamp_min(0).rsqrt(), 0.0)
+    u, s, _ = torch.linalg.svd(matrix @ (vectors * roots), full_matrices=False)
+    k = (size - 1) // 2
+    return s[:k].square(), u[:, :k]
+
+
+@lru_cache(maxsize=16)
+def _test_matrix(width: int, size: int) -> Tensor:
+    """Omega, orthonormal columns with a uniformly distributed range, (width, size)."""
+    generator = torch.Generator().manual_seed(width)
+    normal = torch.randn(width, size, generator=generator, dtype=torch.float64)
+    return torch.linalg.qr(normal).Q
