@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -109,6 +109,7 @@ def fit_fisher(
     structure: Structure,
     fisher_terms: TermsFunction,
     obs_site: str | Sequence[str] | None = None,
+    latents: Mapping[str, Tensor] | None = None,
     progress_bar: bool = False,
 ) -> FisherFit:
     """Fisher information of the obs site in all lifted sites, for the full data.
@@ -126,6 +127,7 @@ def fit_fisher(
         fisher_terms: A function of the obs site's distribution and value.
         obs_site: The likelihood's site, or several, whose Fisher information adds up;
             None is the only observed one.
+        latents: Values of latent sites that aren't lifted.
         progress_bar: Show one for each pass.
 
     Returns:
@@ -150,6 +152,7 @@ def fit_fisher(
             factors_of=factors_of,
             fisher_terms=fisher_terms,
             obs_site=obs_site,
+            latents=latents or {},
         )
 
     sums, trace = data_pass(_factors_of(structure), "Fisher")
@@ -191,6 +194,7 @@ def _data_pass(
     factors_of: FactorsFunction,
     fisher_terms: TermsFunction,
     obs_site: str | Sequence[str] | None,
+    latents: Mapping[str, Tensor],
 ) -> tuple[_DataSums, Any]:
     """The sums over all data, and the last batch's trace.
 
@@ -202,9 +206,9 @@ def _data_pass(
     for index, batch in enumerate(batches):
         with torch.enable_grad():
             with recording(networks) as record, naming_batch(index):
-                trace = trace_at(model, leaves, batch)
+                trace = trace_at(model, {**latents, **leaves}, batch)
             sites = observed_sites(trace, obs_site)
-            check_latent_sites(trace)
+            check_latent_sites(trace, latents)
             with naming_batch(index):
                 terms, log_p = likelihood_terms(sites, fisher_terms)
             name = " and ".join(site["name"] for site in sites)
@@ -259,11 +263,12 @@ def naming_batch(index: int) -> Iterator[None]:
         ) from error
 
 
-def check_latent_sites(trace: Any) -> None:
-    """Check that the lifted sites are the only latent ones, and there is no factor.
+def check_latent_sites(trace: Any, known: Container[str] = ()) -> None:
+    """Check that no latent site is left over, and there is no factor.
 
     Args:
         trace: A trace of the model.
+        known: Latent sites that may be there besides the lifted ones.
 
     Raises:
         ValueError: If there are others.
@@ -275,13 +280,13 @@ def check_latent_sites(trace: Any) -> None:
                 "out (a prior of spectral or orthogonal has one), or use SVGD."
             )
         latent = site["type"] == "sample" and not site["is_observed"]
-        if is_missing_outcome(trace, name):  # it says nothing of the weights
-            continue
-        if latent and "lora" not in site["infer"] and not site_is_subsample(site):
+        if not latent or name in known or is_missing_outcome(trace, name):
+            continue  # a missing outcome says nothing of the weights
+        if "lora" not in site["infer"] and not site_is_subsample(site):
             raise ValueError(
-                f"Latent site {name!r} isn't part of a lifted network; AutoLaplace "
-                "covers lifted sites only. Fix it to a value by "
-                "pyro.poutine.condition, or make it a constant of the model."
+                f"Latent site {name!r} isn't part of a lifted network and appears in "
+                "some batches only. Fix it to a value by pyro.poutine.condition, or "
+                "make it a constant of the model."
             )
 
 

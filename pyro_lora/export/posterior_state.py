@@ -31,7 +31,8 @@ def describe(posterior: Posterior, prefix: str = "") -> tuple[dict[str, Any], Te
         A description that JSON can hold, and named tensors.
 
     Raises:
-        ValueError: If the posterior is of another type.
+        ValueError: If the posterior is of another type, or has latent sites outside of
+            the network.
     """
     if isinstance(posterior, MixturePosterior):
         parts = [
@@ -54,6 +55,11 @@ def describe(posterior: Posterior, prefix: str = "") -> tuple[dict[str, Any], Te
             f"save can't store a {type(posterior).__name__}; expected "
             "LaplacePosterior, ParticlePosterior or MixturePosterior. A Pyro guide's "
             "parameters are saved by pyro.get_param_store().save(file)."
+        )
+    if posterior.latents is not None:
+        raise ValueError(
+            f"save can't store the latent sites {list(posterior.latents.values)}: they "
+            "aren't part of the network. Fix them by pyro.poutine.condition and refit."
         )
     kind, tensors = _describe_gaussian(posterior.gaussian, prefix)
     tensors |= _named(f"{prefix}prior_mean/", posterior.prior_mean)

@@ -18,10 +18,10 @@ from pyro_lora.curvature.fit import (
     NO_BATCHES,
     READ_ONCE,
     FisherFit,
-    check_latent_sites,
     fit_fisher,
     naming_batch,
 )
+from pyro_lora.curvature.latent_block import LatentBlock, fit_latents, small_latents
 from pyro_lora.curvature.likelihood_terms import TermsFunction
 from pyro_lora.curvature.structures import Structure, kfac_expand
 from pyro_lora.infer.laplace_posterior import LaplacePosterior
@@ -94,7 +94,10 @@ class AutoLaplace(AutoDelta):
     ) -> LaplacePosterior:
         """Fit the Gaussian at the guide's present mode, in one pass over the data.
 
-        Nothing is trained; dropout is off during the pass and restored after it.
+        Nothing is trained; dropout is off during the pass and restored after it. Small
+        latent sites outside of the network, such as an observation noise, get a dense
+        block of their own, in a pass before it; covariances with the weights are
+        ignored (see :class:`~pyro_lora.curvature.latent_block.LatentBlock`).
 
         Args:
             batches: Re-iterable of mappings of model keyword arguments, labels
@@ -106,22 +109,29 @@ class AutoLaplace(AutoDelta):
 
         Raises:
             ValueError: If there are no batches or no labels, values are NaN, the
-                batches don't cover the plate's number of data, or the model has
-                latent sites besides the lifted ones.
+                batches don't cover the plate's number of data, or other latent sites
+                set the weights' prior, are in a plate or not continuous.
         """
         if self.prototype_trace is None:
             self._start(batches)
         networks = _networks_in(self.prototype_trace)
         # Read outside of a Pyro context: calling the guide would look the values up in
         # the global param store, where another guide's may stand under the same names.
-        mode = {
-            site: attrgetter(site)(self).detach().clone()
-            for lora in networks
-            for site in lora.sites
+        others = small_latents(self.prototype_trace, networks)
+        lifted = [site for lora in networks for site in lora.sites]
+        values = {
+            site: attrgetter(site)(self).detach().clone() for site in [*lifted, *others]
         }
-        _check_mode(mode)
+        _check_mode(values)
+        mode = {site: values[site] for site in lifted}
+        latents = {site: values[site] for site in others}
         (model,) = self._user_model
         with evaluating(networks):
+            block = None
+            if latents:
+                block = fit_latents(
+                    model, networks, mode, latents, batches, self._obs_site
+                )
             fit = fit_fisher(
                 model,
                 mode,
@@ -130,9 +140,10 @@ class AutoLaplace(AutoDelta):
                 structure=self._structure,
                 fisher_terms=self._fisher_terms,
                 obs_site=self._obs_site,
+                latents=latents,
                 progress_bar=progress_bar,
             )
-        _warn_if_not_stationary(fit)
+        _warn_if_not_stationary(fit, block)
         return LaplacePosterior(
             fit.gaussian,
             fit.prior_mean,
@@ -142,6 +153,7 @@ class AutoLaplace(AutoDelta):
             networks,
             model,
             fit.obs_site,
+            block,
         )
 
     def _start(self, batches: Iterable[Batch]) -> None:
@@ -161,7 +173,7 @@ class AutoLaplace(AutoDelta):
             trace = poutine.block(poutine.trace(self.model).get_trace)(**first)
         _networks_in(trace)
         observed_sites(trace, self._obs_site)
-        check_latent_sites(trace)
+        small_latents(trace, _networks_in(trace))
         self._setup_prototype(**first)
 
 
@@ -189,7 +201,7 @@ def _check_mode(mode: dict[str, Tensor]) -> None:
             )
 
 
-def _warn_if_not_stationary(fit: FisherFit) -> None:
+def _warn_if_not_stationary(fit: FisherFit, block: LatentBlock | None) -> None:
     # At a mode a Newton step gains nothing; from here it would gain g' P^-1 g / 2.
     layers = (
         (site, layer.reshape(1, 1, layer.shape[0], -1))
@@ -200,6 +212,9 @@ def _warn_if_not_stationary(fit: FisherFit) -> None:
         fit.gaussian.covariance(layers, [fit.gaussian.prior_precision]).squeeze()
     )
     effective = float(fit.gaussian.effective_parameters())
+    if block is not None:
+        newton += block.newton_decrement()
+        effective += len(block.gradient)
     if newton > effective:
         norm = float(sum(g.square().sum() for g in fit.gradient.values())) ** 0.5
         largest = max(fit.gradient, key=lambda s: float(fit.gradient[s].norm()))

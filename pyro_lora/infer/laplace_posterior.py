@@ -9,9 +9,11 @@ from typing import Any, Literal, overload
 
 import pyro
 import pyro.distributions as dist
+from pyro import poutine
 from torch import Tensor
 
 from pyro_lora.curvature.gaussian_logits import GaussianLogits, JointGaussianLogits
+from pyro_lora.curvature.latent_block import LatentBlock
 from pyro_lora.curvature.linearize import (
     Tokens,
     joint_linearized_logits,
@@ -41,6 +43,8 @@ class LaplacePosterior:
         loras: The lifted networks in the model.
         model: The Pyro model; None where the posterior was loaded without one.
         obs_site: The likelihood's site; None where there are several.
+        latents: Gaussian over latent sites outside of the networks, which are part of
+            modes, draws and densities, too; None where there are none.
     """
 
     gaussian: WeightGaussian
@@ -51,31 +55,47 @@ class LaplacePosterior:
     loras: tuple[LiftedNetwork, ...]
     model: Model | None
     obs_site: str | None
+    latents: LatentBlock | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Weights:
         """Sample the sites: the guide's statements, whatever the model's arguments."""
         infer = {site: {"lora": (lora,)} for lora in self.loras for site in lora.sites}
-        return self.gaussian.pyro_sample(infer)
+        weights = self.gaussian.pyro_sample(infer)
+        return weights if self.latents is None else weights | self.latents.pyro_sample()
 
     def mode(self) -> Weights:
         """The mode, site -> value of the site's shape."""
-        return {site: value.clone() for site, value in self.gaussian.loc.items()}
+        latents = {} if self.latents is None else self.latents.values
+        return {
+            s: value.clone() for s, value in {**self.gaussian.loc, **latents}.items()
+        }
 
     def sample(self, num_samples: int) -> Weights:
         """Draws, site -> value with a leading (S,)."""
-        return self.gaussian.sample(num_samples)
+        weights = self.gaussian.sample(num_samples)
+        return (
+            weights
+            if self.latents is None
+            else weights | self.latents.sample(num_samples)
+        )
 
     def log_prob(self, weights: Mapping[str, Tensor]) -> Tensor:
         """Log density in nats, (S,) for weights with a leading (S,)."""
-        return self.gaussian.log_prob(weights)
+        log_prob = self.gaussian.log_prob(weights)
+        return (
+            log_prob
+            if self.latents is None
+            else self.latents.log_prob(weights) + log_prob
+        )
 
     def mean(self) -> Weights:
         """The mean, which is the mode."""
         return self.mode()
 
     def variance(self) -> Weights:
-        """Marginal variances, each of its site's shape."""
-        return self.gaussian.variance()
+        """Marginal variances, each of its site's shape; of latents to first order."""
+        variance = self.gaussian.variance()
+        return variance if self.latents is None else variance | self.latents.variance()
 
     @property
     def prior_precision(self) -> Weights:
@@ -102,7 +122,10 @@ class LaplacePosterior:
         num_weights = sum(x.numel() for x in self.gaussian.loc.values())
         log_det = self.gaussian.log_det(self.prior_precision)
         log_q = 0.5 * log_det - 0.5 * num_weights * math.log(2 * math.pi)
-        return self.log_likelihood + self.log_prior - log_q
+        evidence = self.log_likelihood + self.log_prior - log_q
+        return (
+            evidence if self.latents is None else evidence + self.latents.log_evidence()
+        )
 
     def with_prior_precision(
         self, value: float | Tensor | Mapping[str, float | Tensor]
@@ -225,7 +248,10 @@ class LaplacePosterior:
                 f"{caller} needs the model, but this posterior was loaded without one. "
                 "Use load(path, lora, model=model)."
             )
-        return self.model
+        if self.latents is None:
+            return self.model
+        model: Model = poutine.condition(self.model, self.latents.values)
+        return model
 
 
 def normal_prior(mean: Weights, precision: Weights) -> Prior:

@@ -188,16 +188,23 @@ def with_temperature(lora: pl.LiftedNetwork) -> Model:
     return model
 
 
-@pytest.mark.parametrize("after_svi", [False, True])
-def test_a_latent_site_outside_of_the_network(
-    lora: pl.LiftedNetwork, texts: dict[str, Tensor], after_svi: bool
+@pytest.mark.parametrize("first", [False, True])
+def test_a_latent_site_in_some_batches(
+    lora: pl.LiftedNetwork, texts: dict[str, Tensor], first: bool
 ) -> None:
-    model = with_temperature(lora)
-    start = guide(lora, model)
-    if after_svi:
-        SVI(model, start, Adam({"lr": 1e-3}), Trace_ELBO()).step(**texts)
-    with pytest.raises(ValueError, match=r"'temperature'.*poutine.condition"):
-        start.laplace_approximation([texts])
+    def model(hot: bool, labels: Tensor | None = None, **texts: Tensor) -> Tensor:
+        logits = lora()(**texts).logits
+        if hot:
+            logits = logits / pyro.sample("temperature", dist.LogNormal(0.0, 1.0))
+        with pyro.plate("data", 7, subsample=logits):
+            return pyro.sample("y", dist.Categorical(logits=logits), obs=labels)
+
+    batches = [
+        {**one, "hot": (i == 0) == first} for i, one in enumerate(split(texts, 4))
+    ]
+    message = "Batch 1: .*'temperature'" if first else "'temperature'.*some batches"
+    with pytest.raises(ValueError, match=message):
+        guide(lora, model).laplace_approximation(batches)
 
 
 def test_the_remedy_for_a_latent_site(
