@@ -17,7 +17,8 @@ class DataPlate:
         dim: The data's batch dim, negative; None where there is a single datum.
         size: Data in this batch, B.
         full_size: Data in all, N.
-        scale: The site's scale with the plates' subsampling divided out.
+        scale: The site's scale with the data's subsampling divided out; that of
+            another plate stands for the outcomes of a datum that weren't drawn.
         mask: The site's mask, None where there is none.
     """
 
@@ -38,7 +39,8 @@ class DataPlate:
 def data_plate(site: dict[str, Any]) -> DataPlate:
     """Find the data plate of an observed site in a trace.
 
-    The subsampled plate, else the rightmost one, else the last batch dim.
+    The subsampled plate (the outermost one), else the rightmost, else the last batch
+    dim.
 
     Args:
         site: A node of a trace, of type sample.
@@ -47,16 +49,13 @@ def data_plate(site: dict[str, Any]) -> DataPlate:
         The data's dim, sizes, and the scale that isn't due to subsampling.
     """
     frames = [f for f in site["cond_indep_stack"] if f.vectorized]
-    subsampling = 1.0
-    for frame in frames:
-        subsampling *= (frame.full_size or frame.size) / frame.size
-    scale = site["scale"] / subsampling
     batch_shape = site["fn"].batch_shape
     if not frames:
         size = batch_shape[-1] if batch_shape else 1
         dim = -1 if batch_shape else None
-        return DataPlate(dim, size, size, scale, site["mask"])
+        return DataPlate(dim, size, size, site["scale"], site["mask"])
     subsampled = [f for f in frames if (f.full_size or f.size) != f.size]
     frame = subsampled[0] if subsampled else max(frames, key=lambda f: f.dim)
     full_size = frame.full_size or frame.size
+    scale = site["scale"] / (full_size / frame.size)
     return DataPlate(frame.dim, frame.size, full_size, scale, site["mask"])

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch import distributions as td
 
 from pyro_lora.curvature.fisher_roots import fisher_root
+from pyro_lora.curvature.structures import at_least_float32
 
 
 @dataclass(frozen=True)
@@ -99,9 +100,8 @@ def _sampled_log_prob(fn: Any, num_samples: int) -> Tensor:
     if isinstance(fn, td.Categorical):
         # log_prob would take the logits M times, and every backward pass, too: with a
         # vocabulary's and many tokens, each is most of the memory that there is.
-        return fn.logits.gather(-1, drawn.movedim(0, -1))
-    log_prob: Tensor = fn.log_prob(drawn)
-    return log_prob.movedim(0, -1)
+        return at_least_float32(fn.logits.gather(-1, drawn.movedim(0, -1)))
+    return at_least_float32(fn.log_prob(drawn)).movedim(0, -1)
 
 
 def empirical_terms(fn: Any, value: Tensor) -> FisherTerms:

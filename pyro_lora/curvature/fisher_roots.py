@@ -173,7 +173,7 @@ def _ordered_logistic(fn: dist.OrderedLogistic, value: Tensor) -> FisherRoot:
 
 @fisher_root.register
 def _normal(fn: td.Normal, value: Tensor) -> FisherRoot:
-    z = (value - fn.loc.detach()) / fn.scale.detach()
+    z = _standardized(fn, value)
     return _location_scale(fn.loc, fn.scale, (1.0, 2.0), (z, z.square() - 1))
 
 
@@ -193,7 +193,7 @@ def _student_t(fn: td.StudentT, value: Tensor) -> FisherRoot:
     # Lange, Little and Taylor (1989): the location's and the scale's are uncorrelated.
     _check_constant(fn, df=fn.df)
     df = fn.df.detach().double()
-    z = (value - fn.loc.detach()) / fn.scale.detach()
+    z = _standardized(fn, value)
     weight = (df + 1) / (df + z.square())
     information = ((df + 1) / (df + 3), 2 * df / (df + 3))
     scores = (weight * z, weight * z.square() - 1)
@@ -202,7 +202,7 @@ def _student_t(fn: td.StudentT, value: Tensor) -> FisherRoot:
 
 @fisher_root.register
 def _laplace(fn: td.Laplace, value: Tensor) -> FisherRoot:
-    z = (value - fn.loc.detach()) / fn.scale.detach()
+    z = _standardized(fn, value)
     return _location_scale(fn.loc, fn.scale, (1.0, 1.0), (z.sign(), z.abs() - 1))
 
 
@@ -232,6 +232,10 @@ def _logistic(logits: Tensor, value: Tensor, total_count: Tensor) -> FisherRoot:
     alpha = value * (-x / 2).exp() - (n - value) * (x / 2).exp()
     alpha = (alpha / n.sqrt()).where(n > 0, torch.zeros_like(alpha))
     return _root(logits[..., None], root[..., None, None], alpha[..., None])
+
+
+def _standardized(fn: td.Normal | td.StudentT | td.Laplace, value: Tensor) -> Tensor:
+    return (value.double() - fn.loc.detach().double()) / fn.scale.detach().double()
 
 
 def _location_scale(

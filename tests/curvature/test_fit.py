@@ -385,3 +385,24 @@ def test_a_second_plate_gives_terms_of_the_same_datum() -> None:
     found = fit(lora, model, split({**texts, "y": y}, 2))
     j = brute_force(lora, texts, 1.0).jacobian.flatten(0, 1)
     assert_same(fisher(found), j.mT @ j / 0.25)
+
+
+def test_outcomes_that_were_not_drawn_count_through_those_that_were() -> None:
+    # The data's subsampling is divided out, that of a datum's outcomes isn't.
+    lora, texts = pl.lift(bert(4)), batch(6)
+    drawn = torch.tensor([0, 2])
+
+    def model(y: Tensor, **texts: Tensor) -> Tensor:
+        loc = lora()(**texts).logits
+        data = pyro.plate("data", 6, subsample=loc, dim=-2)
+        with data, pyro.plate("outputs", 4, subsample=drawn, dim=-1):
+            fn = dist.Normal(loc[:, drawn], 0.5)
+            return pyro.sample("y", fn, obs=y[:, drawn])
+
+    y = torch.randn(6, 4, dtype=torch.float64)
+    found = fit(lora, model, split({**texts, "y": y}, 2))
+    exact = brute_force(lora, texts, 1.0)
+    j = exact.jacobian[:, drawn].flatten(0, 1)
+    assert_same(fisher(found), 2 * j.mT @ j / 0.25)
+    log_prob = dist.Normal(exact.logits, 0.5).log_prob(y)[:, drawn].sum()
+    assert_same(found.log_likelihood, 2 * log_prob)
