@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from operator import attrgetter
 from typing import Any, Literal
@@ -123,38 +124,17 @@ class AutoLaplace(AutoDelta):
             site: attrgetter(site)(self).detach().clone() for site in [*lifted, *others]
         }
         _check_mode(values)
-        mode = {site: values[site] for site in lifted}
-        latents = {site: values[site] for site in others}
         (model,) = self._user_model
-        with evaluating(networks):
-            block = None
-            if latents:
-                block = fit_latents(
-                    model, networks, mode, latents, batches, self._obs_site
-                )
-            fit = fit_fisher(
-                model,
-                mode,
-                networks,
-                batches,
-                structure=self._structure,
-                fisher_terms=self._fisher_terms,
-                obs_site=self._obs_site,
-                latents=latents,
-                progress_bar=progress_bar,
-            )
-        _warn_if_not_stationary(fit, block)
-        return LaplacePosterior(
-            fit.gaussian,
-            fit.prior_mean,
-            fit.log_likelihood,
-            fit.log_prior,
-            lambda lora: lora.prior(lora),
-            networks,
-            model,
-            fit.obs_site,
-            block,
+        fit = partial(
+            _fit,
+            networks=networks,
+            structure=self._structure,
+            fisher_terms=self._fisher_terms,
+            obs_site=self._obs_site,
+            progress_bar=progress_bar,
         )
+        posterior = fit(model, values, batches)
+        return replace(posterior, refit=fit)
 
     def _start(self, batches: Iterable[Batch]) -> None:
         """Take the initial values, as the first step of SVI would.
@@ -180,6 +160,48 @@ class AutoLaplace(AutoDelta):
 def _may_be_missing_outcome(site: Any) -> bool:
     name: str = site["name"]
     return site["type"] == "sample" and name.endswith("_unobserved")
+
+
+def _fit(
+    model: Model,
+    values: dict[str, Tensor],
+    batches: Iterable[Batch],
+    *,
+    networks: tuple[LiftedNetwork, ...],
+    structure: Structure,
+    fisher_terms: TermsFunction,
+    obs_site: str | Sequence[str] | None,
+    progress_bar: bool,
+) -> LaplacePosterior:
+    mode = {site: values[site] for lora in networks for site in lora.sites}
+    latents = {site: x for site, x in values.items() if site not in mode}
+    with evaluating(networks):
+        block = None
+        if latents:
+            block = fit_latents(model, networks, mode, latents, batches, obs_site)
+        fit = fit_fisher(
+            model,
+            mode,
+            networks,
+            batches,
+            structure=structure,
+            fisher_terms=fisher_terms,
+            obs_site=obs_site,
+            latents=latents,
+            progress_bar=progress_bar,
+        )
+    _warn_if_not_stationary(fit, block)
+    return LaplacePosterior(
+        fit.gaussian,
+        fit.prior_mean,
+        fit.log_likelihood,
+        fit.log_prior,
+        lambda lora: lora.prior(lora),
+        networks,
+        model,
+        fit.obs_site,
+        block,
+    )
 
 
 def _networks_in(trace: Any) -> tuple[LiftedNetwork, ...]:
@@ -224,5 +246,5 @@ def _warn_if_not_stationary(fit: FisherFit, block: LatentBlock | None) -> None:
             f"exceeds the effective number of parameters, {effective:.3g}. Train "
             "longer, or check that the training used the same prior and data.",
             UserWarning,
-            stacklevel=3,
+            stacklevel=4,
         )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, overload
 
 import pyro
 import pyro.distributions as dist
 from pyro import poutine
+from pyro.optim import PyroOptim
 from torch import Tensor
 
 from pyro_lora.curvature.gaussian_logits import GaussianLogits, JointGaussianLogits
@@ -21,9 +22,14 @@ from pyro_lora.curvature.linearize import (
 )
 from pyro_lora.curvature.weight_gaussian import WeightGaussian, Weights
 from pyro_lora.infer import prior_tuning
+from pyro_lora.infer.kernels import Zero
+from pyro_lora.infer.prior_parameters import train_parameters, under_prior
+from pyro_lora.infer.svgd import SVGD
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.lifting.model_trace import Batch, Model, evaluating
 from pyro_lora.lifting.priors import Prior
+
+Refit = Callable[[Model, Weights, Iterable[Batch]], "LaplacePosterior"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +51,8 @@ class LaplacePosterior:
         obs_site: The likelihood's site; None where there are several.
         latents: Gaussian over latent sites outside of the networks, which are part of
             modes, draws and densities, too; None where there are none.
+        refit: Fits again with the same settings: (model, mode, batches) to posterior;
+            None where the posterior was loaded.
     """
 
     gaussian: WeightGaussian
@@ -56,6 +64,7 @@ class LaplacePosterior:
     model: Model | None
     obs_site: str | None
     latents: LatentBlock | None = None
+    refit: Refit | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Weights:
         """Sample the sites: the guide's statements, whatever the model's arguments."""
@@ -159,42 +168,110 @@ class LaplacePosterior:
     def optimize_prior(
         self,
         *,
-        per: Literal["all", "site", "layer"] = "all",
+        per: Literal["all", "site", "layer", "prior"] = "all",
         objective: Literal["evidence", "nll"] = "evidence",
         batches: Iterable[Batch] | None = None,
+        num_refits: int = 0,
+        optim: PyroOptim | None = None,
+        num_epochs: int = 1,
     ) -> LaplacePosterior:
-        """Choose the prior precision by the evidence or by held-out data.
+        r"""Choose the prior precision by the evidence or by held-out data.
+
+        With ``num_refits`` the mode follows: the weights are trained under the prior
+        found (``num_epochs`` MAP epochs of ``optim`` from where they are, dropout off),
+        the curvature is fitted there, and the prior is chosen again, as in online
+        Laplace (Immer et al. 2021, https://arxiv.org/abs/2104.04975).
 
         Args:
             per: One precision for all weights, for each site, or for each layer of
-                each site.
+                each site; or ``"prior"``: the prior keeps its form, and the values of
+                the ``pyro.param`` statements inside it are trained. The param store
+                keeps its values; those found are in the new posterior's ``prior``. (SVI
+                trains them, too, to the joint mode, where a scale goes to 0: hide them
+                from it by ``pyro.poutine.block``.)
             objective: ``"evidence"``: maximise :meth:`log_evidence`, no pass over the
                 data. ``"nll"``: minimise the negative log likelihood of the
-                linearised predictive on held-out ``batches``, one pass over them;
-                with ``per="all"`` only.
-            batches: Held-out batches with labels.
+                linearised predictive on held-out ``batches``, over a grid in one pass
+                over them; with several precisions one after the other, twice, each in
+                a pass of its own.
+            batches: With ``"nll"``: held-out batches with labels. With ``num_refits``:
+                all training data, as for the fit.
+            num_refits: How often to train on and fit again; with the evidence only.
+            optim: A ``pyro.optim`` optimizer for the refits.
+            num_epochs: Passes over the data in each refit, before the one that fits.
 
         Returns:
-            A new posterior.
+            A new posterior; network, model and param store are as before.
 
         Raises:
-            ValueError: If the arguments don't fit, or held-out labels are missing.
+            ValueError: If the arguments don't fit, held-out labels are missing, the
+                posterior was loaded (for refits), or the prior has no parameters.
         """
-        if objective == "evidence":
-            tau = prior_tuning.maximize_evidence(self.gaussian, self.prior_mean, per)
+        if num_refits < 0 or (num_refits > 0) != (optim is not None):
+            raise ValueError(
+                f"optimize_prior got num_refits={num_refits} and "
+                f"{'no ' if optim is None else 'an '}optim: refits need an optimizer, "
+                "and nothing else does."
+            )
+        if objective == "nll" and per != "prior" and batches is not None:
+            if num_refits:
+                raise ValueError(
+                    "optimize_prior refits with objective='evidence' only: under 'nll' "
+                    "the batches are the held-out ones."
+                )
+            model = self._model("optimize_prior(objective='nll')")
+            with evaluating(self.loras):
+                tau = prior_tuning.minimize_nll(
+                    model, self.gaussian, self.loras, batches, self.obs_site, per
+                )
             return self.with_prior_precision(tau)
-        if objective != "nll" or per != "all" or batches is None:
+        if objective != "evidence" or (num_refits > 0) != (batches is not None):
             raise ValueError(
                 f"optimize_prior got per={per!r}, objective={objective!r}, batches="
-                f"{'None' if batches is None else 'given'}: objective is 'evidence' or "
-                "'nll', and 'nll' needs held-out batches and per='all'."
+                f"{'None' if batches is None else 'given'}, num_refits={num_refits}: "
+                "objective is 'evidence' or 'nll', 'nll' needs held-out batches and "
+                "takes no per='prior', and the evidence needs batches for refits only."
             )
-        model = self._model("optimize_prior(objective='nll')")
+        best = self._maximize_evidence(per)
+        for _ in range(num_refits):
+            assert batches is not None
+            assert optim is not None
+            best = best._refitted(batches, optim, num_epochs)._maximize_evidence(per)
+        return best
+
+    def _maximize_evidence(self, per: str) -> LaplacePosterior:
+        if per != "prior":
+            tau = prior_tuning.maximize_evidence(self.gaussian, self.prior_mean, per)
+            return self.with_prior_precision(tau)
+        prior, at_mode = train_parameters(
+            self.prior, self.loras, self.gaussian, self.log_prior
+        )
+        return replace(
+            self,
+            gaussian=self.gaussian.with_prior_precision(at_mode.precision),
+            prior_mean=at_mode.mean,
+            log_prior=at_mode.log_prob,
+            prior=prior,
+        )
+
+    def _refitted(
+        self, batches: Iterable[Batch], optim: PyroOptim, num_epochs: int
+    ) -> LaplacePosterior:
+        if self.model is None or self.refit is None:
+            raise ValueError(
+                "Refits need the model and the settings of the fit, but this posterior "
+                "was loaded. Fit it by AutoLaplace first."
+            )
+        mode = self.mode()
+        model = under_prior(self.model, self.prior, self.loras, mode)
+        ensemble = SVGD(  # one particle without repulsion is MAP
+            model, Zero(), optim, 1, init_loc_fn=lambda site: mode[site["name"]].clone()
+        )
         with evaluating(self.loras):
-            best = prior_tuning.minimize_nll(
-                model, self.gaussian, self.loras, batches, self.obs_site
-            )
-        return self.with_prior_precision(best)
+            ensemble.run(batches, num_epochs=num_epochs, progress_bar=False)
+        weights = {s: x[0] for s, x in ensemble.get_named_particles().items()}
+        found = self.refit(model, weights, batches)
+        return replace(found, model=self.model, prior=self.prior, refit=self.refit)
 
     @overload
     def linearized(

@@ -16,6 +16,7 @@ from pyro_lora.lifting.model_trace import Batch, Model
 
 MIN_PRECISION, MAX_PRECISION = 1e-8, 1e8  # prior scales from 1e4 to 1e-4
 _NUM_STEPS = 500  # of L-BFGS at most; concave in log tau, a few dozen are usual
+_NUM_SWEEPS = 2  # over the groups, of the search on held-out data
 _GRID = torch.logspace(-4, 6, 81, dtype=torch.float64)  # 8 precisions a decade
 
 
@@ -85,31 +86,17 @@ def maximize_evidence(
     Raises:
         ValueError: If ``per`` is something else.
     """
-    sizes = {"all": 1, "site": len(gaussian.loc)}
-    sizes["layer"] = sum(x.shape[0] for x in gaussian.loc.values())
-    if per not in sizes:
-        raise ValueError(f"per must be one of {sorted(sizes)}, found {per!r}.")
+    size = _num_precisions(gaussian.loc, per)
     distance = {  # |w - m|^2, summed over each layer
         site: (x - prior_mean[site]).double().square().flatten(1).sum(1)
         for site, x in gaussian.loc.items()
     }
     first = next(iter(gaussian.loc.values()))
-    theta = torch.zeros(sizes[per], dtype=torch.float64, device=first.device)
+    theta = torch.zeros(size, dtype=torch.float64, device=first.device)
     theta.requires_grad_()
 
-    def precisions(log_tau: Tensor) -> Weights:
-        result, position = {}, 0
-        for index, (site, x) in enumerate(gaussian.loc.items()):
-            if per == "layer":
-                tau = log_tau[position : position + x.shape[0]].exp()
-                position += x.shape[0]
-            else:
-                tau = log_tau[0 if per == "all" else index].exp().expand(x.shape[0])
-            result[site] = tau.reshape(-1, *[1] * (x.ndim - 1))
-        return result
-
     def log_evidence(log_tau: Tensor) -> Tensor:
-        tau = precisions(log_tau)
+        tau = _spread(log_tau.exp(), gaussian.loc, per)
         total = -0.5 * gaussian.log_det(tau)
         for site, x in gaussian.loc.items():
             t = tau[site].flatten()
@@ -140,8 +127,29 @@ def maximize_evidence(
 
     with torch.enable_grad():
         optimizer.step(closure)
-    found = precisions(theta.detach())
+    found = _spread(theta.detach().exp(), gaussian.loc, per)
     return {s: tau.clamp(MIN_PRECISION, MAX_PRECISION) for s, tau in found.items()}
+
+
+def _num_precisions(loc: Weights, per: str) -> int:
+    sizes = {"all": 1, "site": len(loc)}
+    sizes["layer"] = sum(x.shape[0] for x in loc.values())
+    if per not in sizes:
+        raise ValueError(f"per must be one of {sorted(sizes)}, found {per!r}.")
+    return sizes[per]
+
+
+def _spread(values: Tensor, loc: Weights, per: str) -> Weights:
+    """Precisions (G,), one for each group, as site -> (L, 1, 1)."""
+    result, position = {}, 0
+    for index, (site, x) in enumerate(loc.items()):
+        if per == "layer":
+            tau = values[position : position + x.shape[0]]
+            position += x.shape[0]
+        else:
+            tau = values[0 if per == "all" else index].expand(x.shape[0])
+        result[site] = tau.reshape(-1, *[1] * (x.ndim - 1))
+    return result
 
 
 def minimize_nll(
@@ -150,10 +158,12 @@ def minimize_nll(
     networks: Sequence[LiftedNetwork],
     batches: Iterable[Batch],
     obs_site: str | None,
-) -> float:
-    """The one prior precision with the smallest held-out negative log likelihood.
+    per: str,
+) -> Weights:
+    """The prior precisions with the smallest held-out negative log likelihood.
 
-    Every precision of a grid (8 a decade, 1e-4 to 1e6) is evaluated in the same pass.
+    Every precision of a grid (8 a decade, 1e-4 to 1e6) is evaluated in the same pass,
+    first of one for all; then of each group in turn, the others fixed, twice.
 
     Args:
         model: A Pyro model.
@@ -161,14 +171,44 @@ def minimize_nll(
         networks: The lifted networks in the model.
         batches: Held-out batches with ``labels``.
         obs_site: The likelihood's site.
+        per: ``"all"``, ``"site"`` or ``"layer"``: what shares one precision.
 
     Returns:
-        The precision.
+        Site -> precision, (L, 1, 1).
 
     Raises:
-        ValueError: If a batch has no labels, or there is none.
+        ValueError: If ``per`` is something else, a batch has no labels, or there is
+            none.
     """
-    grid = [checked_precision(float(tau), gaussian.loc) for tau in _GRID]
+    size = _num_precisions(gaussian.loc, per)
+    device = next(iter(gaussian.loc.values())).device
+    grid = _GRID.to(device)
+
+    def best_of(candidates: Tensor) -> Tensor:
+        priors = [
+            checked_precision(_spread(tau, gaussian.loc, per), gaussian.loc)
+            for tau in candidates
+        ]
+        losses = _nll(model, gaussian, networks, batches, obs_site, priors)
+        return candidates[int(losses.argmin())]
+
+    tau = best_of(grid[:, None].expand(-1, size))
+    for _ in range(_NUM_SWEEPS if size > 1 else 0):
+        for group in range(size):
+            candidates = tau.repeat(len(grid), 1)
+            candidates[:, group] = grid
+            tau = best_of(candidates)
+    return _spread(tau, gaussian.loc, per)
+
+
+def _nll(
+    model: Model,
+    gaussian: WeightGaussian,
+    networks: Sequence[LiftedNetwork],
+    batches: Iterable[Batch],
+    obs_site: str | None,
+    priors: Sequence[Weights],
+) -> Tensor:
     total: Tensor | float = 0.0
     for index, batch in enumerate(batches):
         labels = batch.get("labels")
@@ -176,11 +216,11 @@ def minimize_nll(
             raise ValueError(
                 f"Held-out batch {index} has no 'labels', which objective='nll' needs."
             )
-        found = linearized_logits(model, gaussian, networks, batch, obs_site, grid)
+        found = linearized_logits(model, gaussian, networks, batch, obs_site, priors)
         chosen = labels.long()[:, None]
         total = total + torch.stack(
             [-class_log_probs(logits).gather(1, chosen).sum() for logits in found]
         )
     if not isinstance(total, Tensor):
         raise ValueError("objective='nll' got no batches.")
-    return float(_GRID[int(total.argmin())])
+    return total

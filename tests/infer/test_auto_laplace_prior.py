@@ -10,6 +10,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
+from pyro.optim import Adam
 from torch import Tensor
 
 import pyro_lora as pl
@@ -315,7 +316,22 @@ def test_held_out_nll_picks_the_best_of_the_grid() -> None:
         ({"per": "matrix"}, "per must be one of .*'layer', 'site'.*'matrix'"),
         ({"objective": "accuracy"}, "'evidence' or 'nll'"),
         ({"objective": "nll"}, "needs held-out batches"),
-        ({"objective": "nll", "per": "site", "batches": [{}]}, "per='all'"),
+        ({"objective": "nll", "per": "site", "batches": [{}]}, "batch 0 .*'labels'"),
+        ({"objective": "nll", "per": "prior", "batches": [{}]}, "no per='prior'"),
+        ({"per": "prior"}, "no pyro.param.*'layer'"),
+        ({"batches": [{}]}, "batches for refits only"),
+        ({"num_refits": 1}, "need an optimizer"),
+        ({"optim": Adam({"lr": 0.1})}, "need an optimizer"),
+        ({"optim": Adam({"lr": 0.1}), "num_refits": 1}, "batches for refits"),
+        (
+            {
+                "objective": "nll",
+                "num_refits": 1,
+                "optim": Adam({"lr": 0.1}),
+                "batches": [{}],
+            },
+            "objective='evidence' only",
+        ),
         ({"objective": "nll", "batches": []}, "no batches"),
         ({"objective": "nll", "batches": [inputs(batch(3))]}, "batch 0 .*'labels'"),
     ],

@@ -1,0 +1,241 @@
+"""Prior parameters trained by the evidence, modes that follow, and what it costs."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.optim import Adam
+from torch import Tensor
+from torch.distributions import constraints
+
+import pyro_lora as pl
+from pyro_lora.curvature.gaussian_logits import class_log_probs
+from pyro_lora.curvature.structures import Structure
+from tests.curvature.gauss_newton import assert_same, flatten, laplace, split
+from tests.infer.linear_regression import linear_regression
+from tests.networks import batch, bert
+
+ignore_mode = pytest.mark.filterwarnings("ignore:The weights aren't a mode")
+
+
+# pyro.param statements inside a prior.
+
+
+def normal_prior(lora: pl.LiftedNetwork) -> dict[str, Tensor]:
+    scale = pyro.param(
+        "scale", torch.tensor(0.8).double(), constraint=constraints.positive
+    )
+    return {
+        site: pyro.sample(site, dist.Normal(zeros, scale).to_event(zeros.ndim))
+        for site, zeros in lora.zeros().items()
+    }
+
+
+def normal_by_hand(lora: pl.LiftedNetwork) -> dict[str, Tensor]:
+    """Differentiable in its parameter, the mean of the head's weights, too."""
+    scale = pyro.param(
+        "scale", torch.tensor(0.8).double(), constraint=constraints.positive
+    )
+    center = pyro.param("center", torch.tensor(0.0).double())
+    return {
+        site: pyro.sample(
+            site,
+            dist.Normal(zeros + center * ("head" in site), scale).to_event(zeros.ndim),
+        )
+        for site, zeros in lora.zeros().items()
+    }
+
+
+def student_prior(lora: pl.LiftedNetwork) -> dict[str, Tensor]:
+    scale = pyro.param(
+        "scale", torch.tensor(0.8).double(), constraint=constraints.positive
+    )
+    return {
+        site: pyro.sample(
+            site, dist.StudentT(4.0, zeros, scale + zeros).to_event(zeros.ndim)
+        )
+        for site, zeros in lora.zeros().items()
+    }
+
+
+@ignore_mode
+@pytest.mark.parametrize("structure", [pl.kfac_expand, pl.diagonal, pl.dense])
+def test_a_scale_is_what_one_precision_is(structure: Structure) -> None:
+    pyro.clear_param_store()
+    lora, texts = pl.lift(bert(3, hidden_size=8), prior=normal_prior), batch(9)
+    posterior = laplace(lora, texts, structure=structure)
+    best = posterior.optimize_prior(per="prior")
+    expected = posterior.optimize_prior(per="all")
+    assert_same(best.log_evidence(), expected.log_evidence(), rtol=1e-8)
+    for site, tau in expected.prior_precision.items():
+        shape = lora.weights()[site].shape
+        found = best.prior_precision[site].expand(shape)
+        assert_same(found, tau.expand(shape), rtol=1e-4)
+    # The store and the network's prior are as before; the posterior's prior isn't.
+    assert float(pyro.param("scale").detach()) == pytest.approx(0.8, rel=1e-6)
+    trace: Any = poutine.trace(best.prior).get_trace(lora)
+    site = next(iter(lora.sites))
+    scale = trace.nodes[site]["fn"].base_dist.scale.flatten()[0]
+    tau = best.prior_precision[site].flatten()[0]
+    assert_same(scale, tau.rsqrt())
+    assert best.optimize_prior(per="prior").log_evidence() >= best.log_evidence() - 1e-8
+
+
+@ignore_mode
+@pytest.mark.parametrize("prior", [student_prior, normal_by_hand])
+@pytest.mark.parametrize("structure", [pl.kfac_expand, pl.dense])
+def test_the_evidence_is_stationary_in_the_parameters(
+    prior: Any, structure: Structure
+) -> None:
+    pyro.clear_param_store()
+    lora, texts = pl.lift(bert(3, hidden_size=8), prior=prior), batch(9, num_labels=3)
+    posterior = laplace(lora, texts, structure=structure)
+    best = posterior.optimize_prior(per="prior")
+    assert best.log_evidence() > posterior.log_evidence() + 0.1
+    trace: Any = poutine.trace(best.prior).get_trace(lora)
+    params = {k: v["value"] for k, v in trace.nodes.items() if v["type"] == "param"}
+
+    def evidence() -> float:
+        return float(laplace(lora, texts, structure=structure).log_evidence())
+
+    for name, value in params.items():
+        values = []
+        for step in (-1e-3, 0.0, 1e-3):
+            with torch.no_grad():
+                for other, at in params.items():
+                    moved = at + step if other == name else at
+                    pyro.get_param_store()[other] = moved
+            values.append(evidence())
+        below, at, above = values
+        assert at == pytest.approx(float(best.log_evidence()), rel=1e-9)
+        assert abs(above - below) / 2e-3 < 1e-3
+        assert above - 2 * at + below < 0
+        assert value.isfinite()
+
+
+@ignore_mode
+def test_parameters_that_changed_since_the_fit() -> None:
+    pyro.clear_param_store()
+    lora = pl.lift(bert(2), prior=student_prior)
+    posterior = laplace(lora, batch(5))
+    pyro.get_param_store()["scale"] = torch.tensor(0.5).double()
+    with pytest.raises(ValueError, match=r"values changed since.*Fit again"):
+        posterior.optimize_prior(per="prior")
+
+
+# A mode that follows its prior.
+
+
+@pytest.mark.parametrize("per", ["all", "prior"])
+def test_alternation_finds_the_best_evidence_of_a_linear_model(per: Any) -> None:
+    pyro.clear_param_store()
+    regression = linear_regression()
+    if per == "prior":
+        regression.lora.prior = normal_prior
+    posterior = regression.laplace()
+    whole = [regression.whole]
+    options: Any = {"per": per, "batches": whole, "num_epochs": 250}
+    before = {s: x.clone() for s, x in regression.lora.weights().items()}
+    best = posterior.optimize_prior(num_refits=8, optim=Adam({"lr": 0.02}), **options)
+    # The Laplace evidence is exact here: its maximum over the prior's scale.
+    scales = torch.linspace(-0.7, 1.5, 4401).exp()
+    evidence = torch.stack(
+        [replace(regression, prior_sd=float(s)).log_evidence for s in scales]
+    )
+    found = float(next(iter(best.prior_precision.values())).flatten()[0]) ** -0.5
+    assert 0 < int(evidence.argmax()) < 4400
+    assert float(evidence.max() - best.log_evidence()) == pytest.approx(0, abs=1e-5)
+    assert found == pytest.approx(float(scales[evidence.argmax()]), rel=5e-3)
+    mode = replace(regression, prior_sd=found).mode
+    torch.testing.assert_close(flatten(best.mode()), mode, rtol=0, atol=1e-2)
+    # Network and model are as before.
+    assert best.model is posterior.model
+    for site, x in regression.lora.weights().items():
+        assert_same(x, before[site])
+    alone = posterior.optimize_prior(per=per)
+    assert best.log_evidence() > alone.log_evidence() - 1e-9
+
+
+def test_refits_need_the_settings_of_the_fit() -> None:
+    regression = linear_regression()
+    loaded = replace(regression.laplace(), refit=None)
+    with pytest.raises(ValueError, match=r"was loaded.*AutoLaplace"):
+        loaded.optimize_prior(
+            num_refits=1, optim=Adam({"lr": 0.1}), batches=regression.batches
+        )
+
+
+# Several precisions by held-out data.
+
+
+@ignore_mode
+@pytest.mark.parametrize("per", ["site", "layer"])
+def test_held_out_nll_of_several_precisions(per: Any) -> None:
+    lora, texts = pl.lift(bert(2, num_layers=1, hidden_size=8)), batch(9)
+    posterior = laplace(lora, texts)
+    held_out = batch(8)
+
+    def nll(found: pl.LaplacePosterior) -> float:
+        log_p = class_log_probs(found.linearized(held_out))
+        return -float(log_p.gather(1, held_out["labels"][:, None]).sum())
+
+    options: Any = {"objective": "nll", "batches": split(held_out, 5)}
+    best = posterior.optimize_prior(per=per, **options)
+    assert nll(best) <= nll(posterior.optimize_prior(**options)) + 1e-12
+    # The last group to be searched is at its best, the others fixed.
+    tau = {site: x.clone() for site, x in best.prior_precision.items()}
+    last = list(tau)[-1]
+    losses = []
+    for value in torch.logspace(-4, 6, 81, dtype=torch.float64):
+        tau[last] = torch.full_like(tau[last], float(value))
+        losses.append(nll(posterior.with_prior_precision(tau)))
+    assert min(losses) == pytest.approx(nll(best), abs=1e-10)
+
+
+# What evaluations cost.
+
+
+@ignore_mode
+@pytest.mark.parametrize("structure", [pl.kfac_expand, pl.kfac_reduce, pl.diagonal])
+def test_evaluations_only_shift_eigenvalues(
+    structure: Structure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    posterior = laplace(pl.lift(bert(3)), batch(6, num_labels=3), structure=structure)
+
+    def never(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("a decomposition or a pass over the data")
+
+    for name in ("eigh", "eigvalsh", "eig", "svd", "cholesky", "slogdet", "inv", "qr"):
+        monkeypatch.setattr(torch.linalg, name, never)
+    monkeypatch.setattr(torch, "logdet", never)
+    silent = replace(posterior, model=never, refit=None)
+    values = [
+        float(silent.with_prior_precision(math.exp(i / 10 - 5)).log_evidence())
+        for i in range(100)
+    ]
+    best = silent.optimize_prior(per="layer")
+    assert max(values) <= float(best.log_evidence())
+    largest = max(x[0].numel() for x in posterior.mode().values())
+    with _LargestTensor() as seen:
+        silent.optimize_prior()
+    # Eigenvalues of all layers of a site at once, and no matrix over weights.
+    layers = max(x.shape[0] for x in posterior.mode().values())
+    assert seen.numel <= layers * largest
+
+
+class _LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
+    numel = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(x, Tensor):
+                self.numel = max(self.numel, x.numel())
+        return out
