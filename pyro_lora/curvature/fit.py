@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -23,6 +25,12 @@ from pyro_lora.curvature.capture import (
     without_padding,
 )
 from pyro_lora.curvature.data_plate import data_plate
+from pyro_lora.curvature.data_sums import (
+    DataSums,
+    PassCheckpoint,
+    batch_digest,
+    fit_digest,
+)
 from pyro_lora.curvature.dense_gaussian import DenseGaussian
 from pyro_lora.curvature.fisher import FisherTerms
 from pyro_lora.curvature.likelihood_terms import TermsFunction, likelihood_terms
@@ -69,34 +77,6 @@ class FisherFit:
     obs_site: str | None
 
 
-@dataclass(frozen=True, eq=False)
-class _DataSums:
-    """What adds up over batches.
-
-    Attributes:
-        factors: One for each layer of each site, or one for all (dense).
-        score: Site -> gradient of the log likelihood, (O, I) for each layer.
-        log_likelihood: Nats, float64.
-        num_data: Data seen.
-    """
-
-    factors: list[Any]
-    score: dict[str, list[Tensor]]
-    log_likelihood: Tensor
-    num_data: int
-
-    def __add__(self, other: _DataSums) -> _DataSums:
-        return _DataSums(
-            [a + b for a, b in zip(self.factors, other.factors, strict=True)],
-            {
-                site: [a + b for a, b in zip(layers, other.score[site], strict=True)]
-                for site, layers in self.score.items()
-            },
-            self.log_likelihood + other.log_likelihood,
-            self.num_data + other.num_data,
-        )
-
-
 FactorsFunction = Callable[[Iterable[LayerCapture]], list[Any]]
 
 
@@ -111,6 +91,7 @@ def fit_fisher(
     obs_site: str | Sequence[str] | None = None,
     latents: Mapping[str, Tensor] | None = None,
     progress_bar: bool = False,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> FisherFit:
     """Fisher information of the obs site in all lifted sites, for the full data.
 
@@ -129,6 +110,7 @@ def fit_fisher(
             None is the only observed one.
         latents: Values of latent sites that aren't lifted.
         progress_bar: Show one for each pass.
+        checkpoint: A folder to write the sums into, and to resume from; None is none.
 
     Returns:
         The Fisher information with the prior's precision, and the mode's gradient.
@@ -136,14 +118,24 @@ def fit_fisher(
     Raises:
         ValueError: If labels are missing, a batch gives NaN, a latent site isn't
             lifted, the batches don't hold exactly the plate's number of data, or
-            ``ekfac`` is given an iterator, which can be read once only.
+            ``ekfac`` is given an iterator, which can be read once only, or the
+            checkpoint is of another fit or other batches.
     """
     if structure is structures.ekfac and iter(batches) is batches:
         raise ValueError(READ_ONCE.format("ekfac takes two passes over the data"))
     loc = {s: mode[s].detach() for lora in networks for s in lora.sites}
     leaves = {site: value.clone().requires_grad_() for site, value in loc.items()}
 
-    def data_pass(factors_of: FactorsFunction, name: str) -> tuple[_DataSums, Any]:
+    checkpoints: list[PassCheckpoint] = []
+
+    def data_pass(factors_of: FactorsFunction, name: str) -> tuple[DataSums, Any]:
+        if checkpoint is not None:
+            fit = fit_digest(
+                {**loc, **(latents or {})}, [structure, fisher_terms, obs_site, name]
+            )
+            file = Path(checkpoint) / f"{name.lower()}.safetensors"
+            device = next(iter(loc.values())).device
+            checkpoints.append(PassCheckpoint(file, fit, device))
         return _data_pass(
             model,
             leaves,
@@ -153,6 +145,7 @@ def fit_fisher(
             fisher_terms=fisher_terms,
             obs_site=obs_site,
             latents=latents or {},
+            checkpoint=checkpoints[-1] if checkpoints else None,
         )
 
     sums, trace = data_pass(_factors_of(structure), "Fisher")
@@ -172,6 +165,8 @@ def fit_fisher(
                 for site, block in blocks.items()
             }
         gaussian = BlockGaussian(loc, prior.precision, blocks)
+    for written in checkpoints:
+        written.delete()
     return FisherFit(
         gaussian.with_prior_precision(prior.precision),
         prior.mean,
@@ -195,15 +190,31 @@ def _data_pass(
     fisher_terms: TermsFunction,
     obs_site: str | Sequence[str] | None,
     latents: Mapping[str, Tensor],
-) -> tuple[_DataSums, Any]:
+    checkpoint: PassCheckpoint | None,
+) -> tuple[DataSums, Any]:
     """The sums over all data, and the last batch's trace.
 
     Raises:
         ValueError: As :func:`fit_fisher` does.
     """
     trace: Any = None
-    sums: _DataSums | None = None
+    sums: DataSums | None = None
+    before = None if checkpoint is None else checkpoint.read()
+    num_batches, digest = 0, ""
     for index, batch in enumerate(batches):
+        num_batches = index + 1
+        if checkpoint is not None:
+            digest = batch_digest(digest, batch)
+        if before is not None and checkpoint is not None:
+            if num_batches < before.num_batches:
+                continue
+            if num_batches == before.num_batches:
+                before.check(num_batches, digest, checkpoint.file)
+                with naming_batch(index):  # for the prior, if no batch is left
+                    trace = trace_at(model, {**latents, **leaves}, batch)
+                sums = before.sums
+                before.restore_random_state()
+                continue
         with torch.enable_grad():
             with recording(networks) as record, naming_batch(index):
                 trace = trace_at(model, {**latents, **leaves}, batch)
@@ -217,8 +228,14 @@ def _data_pass(
         del record  # or its tensors would live through the next forward pass
         _check_finite(found, index, name)
         sums = found if sums is None else sums + found
+        if checkpoint is not None:
+            checkpoint.write(sums, num_batches, digest)
+    if before is not None and checkpoint is not None and sums is None:
+        before.check(num_batches, digest, checkpoint.file)
     if sums is None:
         raise ValueError(NO_BATCHES)
+    sites = observed_sites(trace, obs_site)
+    name = " and ".join(site["name"] for site in sites)
     _check_number(sums.num_data, data_plate(sites[0]).full_size, name)
     return sums, trace
 
@@ -297,7 +314,7 @@ def _batch_sums(
     networks: Sequence[LiftedNetwork],
     record: Recording,
     factors_of: FactorsFunction,
-) -> _DataSums:
+) -> DataSums:
     if found.coordinates is None:
         score = _autograd_score(log_likelihood, leaves)
     captures = capture_layers(networks, record, found.terms)
@@ -305,7 +322,7 @@ def _batch_sums(
         score = score_gradients(captures, found.coordinates)
     factors = factors_of(without_padding(captures))
     num_data = found.terms.shape[1]
-    return _DataSums(factors, score, log_likelihood.detach(), num_data)
+    return DataSums(factors, score, log_likelihood.detach(), num_data)
 
 
 def _autograd_score(
@@ -340,7 +357,7 @@ def _check_dependence(terms: Tensor, site: str) -> None:
         )
 
 
-def _check_finite(found: _DataSums, index: int, site: str) -> None:
+def _check_finite(found: DataSums, index: int, site: str) -> None:
     remedy = "Check that batch's inputs and labels, and the adapter."
     if not torch.isfinite(found.log_likelihood):
         raise ValueError(

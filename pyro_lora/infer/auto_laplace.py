@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -91,7 +92,11 @@ class AutoLaplace(AutoDelta):
         self._obs_site = obs_site
 
     def laplace_approximation(
-        self, batches: Iterable[Batch], *, progress_bar: bool = False
+        self,
+        batches: Iterable[Batch],
+        *,
+        progress_bar: bool = False,
+        checkpoint: str | os.PathLike[str] | None = None,
     ) -> LaplacePosterior:
         """Fit the Gaussian at the guide's present mode, in one pass over the data.
 
@@ -104,14 +109,20 @@ class AutoLaplace(AutoDelta):
             batches: Re-iterable of mappings of model keyword arguments, labels
                 included, that cover all data exactly once.
             progress_bar: Show one.
+            checkpoint: A folder. After an interruption, the same call with the same
+                mode, batches and order resumes from the last batch written there, and
+                gives the same posterior bit for bit, labels drawn by ``fisher="mc"``
+                included (the random generator is set to where it was). Writing takes
+                5 % of the time at most; what was written is deleted at the end.
 
         Returns:
             The posterior, which is a guide.
 
         Raises:
             ValueError: If there are no batches or no labels, values are NaN, the
-                batches don't cover the plate's number of data, or other latent sites
-                set the weights' prior, are in a plate or not continuous.
+                batches don't cover the plate's number of data, other latent sites set
+                the weights' prior, are in a plate or not continuous, or the checkpoint
+                is of another fit or other batches.
         """
         if self.prototype_trace is None:
             self._start(batches)
@@ -133,7 +144,7 @@ class AutoLaplace(AutoDelta):
             obs_site=self._obs_site,
             progress_bar=progress_bar,
         )
-        posterior = fit(model, values, batches)
+        posterior = fit(model, values, batches, checkpoint=checkpoint)
         return replace(posterior, refit=fit)
 
     def _start(self, batches: Iterable[Batch]) -> None:
@@ -172,6 +183,7 @@ def _fit(
     fisher_terms: TermsFunction,
     obs_site: str | Sequence[str] | None,
     progress_bar: bool,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> LaplacePosterior:
     mode = {site: values[site] for lora in networks for site in lora.sites}
     latents = {site: x for site, x in values.items() if site not in mode}
@@ -189,6 +201,7 @@ def _fit(
             obs_site=obs_site,
             latents=latents,
             progress_bar=progress_bar,
+            checkpoint=checkpoint,
         )
     _warn_if_not_stationary(fit, block)
     return LaplacePosterior(

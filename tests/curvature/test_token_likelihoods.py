@@ -97,8 +97,7 @@ def test_tokens_and_vocabulary_cost_no_backward_pass(
     with passes.counting(network):
         guide.laplace_approximation(split(texts, 2))
     assert passes.forward == 2
-    # One more for the gradient at the given labels, and the prior's.
-    assert passes.backward == 2 * (num_samples + 1) + 1
+    assert passes.backward == 2 * (num_samples + 1)  # one at the given labels
 
 
 def test_nothing_is_larger_than_the_logits() -> None:

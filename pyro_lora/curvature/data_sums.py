@@ -1,0 +1,233 @@
+"""What a pass over the data sums, in memory and in a file to resume from."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pyro_lora.curvature.structures import (
+    DenseFactors,
+    DiagonalFactors,
+    KroneckerFactors,
+)
+
+FORMAT = "pyro_lora fit"
+_FACTORS = (KroneckerFactors, DiagonalFactors, DenseFactors)
+_REST = 20  # so long, in units of the last write, that writing costs 5 % at most
+
+
+@dataclass(frozen=True, eq=False)
+class DataSums:
+    """What adds up over batches.
+
+    Attributes:
+        factors: One for each layer of each site, or one for all (dense).
+        score: Site -> gradient of the log likelihood, (O, I) for each layer.
+        log_likelihood: Nats, float64.
+        num_data: Data seen.
+    """
+
+    factors: list[Any]
+    score: dict[str, list[Tensor]]
+    log_likelihood: Tensor
+    num_data: int
+
+    def __add__(self, other: DataSums) -> DataSums:
+        return DataSums(
+            [a + b for a, b in zip(self.factors, other.factors, strict=True)],
+            {
+                site: [a + b for a, b in zip(layers, other.score[site], strict=True)]
+                for site, layers in self.score.items()
+            },
+            self.log_likelihood + other.log_likelihood,
+            self.num_data + other.num_data,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class PassState:
+    """How far a pass over the data has come.
+
+    Attributes:
+        sums: Over the batches done.
+        num_batches: Batches done.
+        digest: Of these batches' values, in order.
+        random: The random generators' states after them, by device.
+    """
+
+    sums: DataSums
+    num_batches: int
+    digest: str
+    random: Mapping[str, Tensor]
+
+    def check(self, num_batches: int, digest: str, file: Path) -> None:
+        """Check that the batches given again are those that were done.
+
+        Args:
+            num_batches: Batches skipped.
+            digest: Of these.
+            file: Where the state was read.
+
+        Raises:
+            ValueError: If they aren't.
+        """
+        if (num_batches, digest) != (self.num_batches, self.digest):
+            raise ValueError(
+                f"{file} has the sums over {self.num_batches} batches, which aren't "
+                f"the first {num_batches} of those given now. Give the same batches in "
+                "the same order (shuffle=False), or delete the file to start anew."
+            )
+
+    def restore_random_state(self) -> None:
+        """Set the generators, so that the next labels drawn are those that were due."""
+        for device, state in self.random.items():
+            if device == "cpu":
+                torch.set_rng_state(state)
+            else:
+                torch.cuda.set_rng_state(state, device)
+
+
+@dataclass
+class PassCheckpoint:
+    """A file for one pass: safetensors, the rest as JSON in its header.
+
+    Attributes:
+        file: Where.
+        fit: Tells this fit from others.
+        device: Where the sums live.
+    """
+
+    file: Path
+    fit: str
+    device: torch.device
+    _resting_until: float = field(default=0.0, init=False)
+
+    def read(self) -> PassState | None:
+        """The state last written, or None.
+
+        Raises:
+            ValueError: If the file is damaged, or another fit's.
+        """
+        if not self.file.exists():
+            return None
+        try:
+            with safe_open(self.file, "pt") as opened:
+                header = json.loads((opened.metadata() or {}).get("fit", "{}"))
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+        except (SafetensorError, ValueError) as error:
+            raise ValueError(
+                f"{self.file} is truncated or altered. Delete it to start anew."
+            ) from error
+        if header.get("format") != FORMAT or header["fit"] != self.fit:
+            raise ValueError(
+                f"{self.file} is of another fit: of another mode, structure, Fisher or "
+                "obs site. Give another checkpoint, or delete it to start anew."
+            )
+        random = {d: tensors.pop(f"random/{d}") for d in header["random"]}
+        tensors = {name: x.to(self.device) for name, x in tensors.items()}
+        (kind,) = (kind for kind in _FACTORS if kind.__name__ == header["factors"])
+        factors = [
+            kind(**{name: tensors[f"factors/{i}/{name}"] for name in header["fields"]})
+            for i in range(header["num_factors"])
+        ]
+        score = {
+            site: [tensors[f"score/{site}/{i}"] for i in range(num_layers)]
+            for site, num_layers in header["layers"].items()
+        }
+        sums = DataSums(factors, score, tensors["log_likelihood"], header["num_data"])
+        return PassState(sums, header["num_batches"], header["digest"], random)
+
+    def write(self, sums: DataSums, num_batches: int, digest: str) -> None:
+        """Write the state, unless the last write is so recent that it would cost.
+
+        The file is renamed into place: a crash leaves the old one or the new one.
+
+        Args:
+            sums: Over the batches done.
+            num_batches: Batches done.
+            digest: Of these.
+        """
+        started = time.monotonic()
+        if started < self._resting_until:
+            return
+        random = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            random[str(self.device)] = torch.cuda.get_rng_state(self.device)
+        tensors = {f"random/{device}": state for device, state in random.items()}
+        tensors["log_likelihood"] = sums.log_likelihood
+        for i, factor in enumerate(sums.factors):
+            tensors |= {f"factors/{i}/{name}": x for name, x in vars(factor).items()}
+        for site, layers in sums.score.items():
+            tensors |= {f"score/{site}/{i}": x for i, x in enumerate(layers)}
+        header = {
+            "format": FORMAT,
+            "fit": self.fit,
+            "num_batches": num_batches,
+            "num_data": sums.num_data,
+            "digest": digest,
+            "random": list(random),
+            "factors": type(sums.factors[0]).__name__,
+            "fields": list(vars(sums.factors[0])),
+            "num_factors": len(sums.factors),
+            "layers": {site: len(layers) for site, layers in sums.score.items()},
+        }
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.file.with_suffix(".tmp")
+        # A copy of each: safetensors refuses tensors that share memory.
+        copies = {n: x.detach().cpu().clone().contiguous() for n, x in tensors.items()}
+        save_file(copies, temporary, {"fit": json.dumps(header)})
+        with temporary.open("rb") as stream:
+            os.fsync(stream.fileno())
+        os.replace(temporary, self.file)
+        now = time.monotonic()
+        self._resting_until = now + _REST * (now - started)
+
+    def delete(self) -> None:
+        """Remove the file, once the fit is done."""
+        self.file.unlink(missing_ok=True)
+
+
+def batch_digest(digest: str, batch: Mapping[str, Any]) -> str:
+    """Digest of all batches so far, given that of those before this one."""
+    found = hashlib.sha256(digest.encode())
+    for name in sorted(batch):
+        _update(found, name, batch[name])
+    return found.hexdigest()
+
+
+def fit_digest(mode: Mapping[str, Tensor], settings: Sequence[Any]) -> str:
+    """What tells one fit from another: the mode, and functions and names."""
+    found = hashlib.sha256(repr([_described(x) for x in settings]).encode())
+    for site, value in mode.items():
+        _update(found, site, value)
+    return found.hexdigest()
+
+
+def _update(found: Any, name: str, value: object) -> None:
+    if isinstance(value, Tensor):
+        flat = value.detach().cpu().contiguous().reshape(-1)
+        found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        found.update(flat.view(torch.uint8).numpy())
+    elif isinstance(value, str | int | float | bool | None):
+        found.update(f"{name} {value!r}".encode())
+
+
+def _described(setting: str | Callable[..., Any] | None) -> object:
+    if isinstance(setting, functools.partial):
+        return _described(setting.func), setting.args, sorted(setting.keywords.items())
+    if setting is None or isinstance(setting, str):
+        return setting
+    named = setting if isinstance(setting, type(_described)) else type(setting)
+    return f"{named.__module__}.{named.__qualname__}"
