@@ -32,7 +32,7 @@ class GaussianLogits:
     noise_variance: Tensor | None = None
 
     def rsample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
-        """Draws of the logits, (*sample_shape, B, C)."""
+        """Draws of the logits, ``(*sample_shape, B, C)``."""
         noise = torch.randn(
             *sample_shape,
             *self.mean.shape,
@@ -73,7 +73,7 @@ class JointGaussianLogits:
     noise_variance: Tensor | None = None
 
     def rsample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
-        """Draws of the logits, (*sample_shape, B, C), correlated across data."""
+        """Draws of the logits, ``(*sample_shape, B, C)``, correlated across data."""
         size = self.mean.numel()
         flat = GaussianLogits(
             self.mean.reshape(size), self.covariance_matrix.reshape(size, size)
