@@ -1,6 +1,7 @@
 """PEFT's methods other than LoRA, by the name of their configuration class."""
 
 from collections.abc import Callable
+from contextlib import chdir
 from functools import partial
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -61,7 +62,7 @@ def with_tasks() -> dict[str, Tensor]:
 
 def x_lora() -> nn.Module:
     """Two saved LoRA adapters, mixed by a classifier."""
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder, chdir(folder):  # peft writes below it
         for name in ("0", "1"):
             lora(llama(AutoModelForCausalLM), *Q_AND_V).save_pretrained(
                 f"{folder}/{name}"
