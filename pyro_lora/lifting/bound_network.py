@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
 
 from pyro_lora.lifting.binding import (
     Binding,
-    Bindings,
     Values,
-    checkpoint_contexts,
 )
 from pyro_lora.lifting.folding import (
     batch_size,
@@ -34,61 +30,12 @@ from pyro_lora.lifting.folding import (
     unchanged_buffers,
     unfold_output,
 )
+from pyro_lora.lifting.host import Host, check_checkpointing
 from pyro_lora.lifting.sites import LiftedParameter
 from pyro_lora.lifting.slots import Fold, LinearSlot, NotFoldable, swapped
 from pyro_lora.lifting.trunk import Trunk
 
 _logger = logging.getLogger(__name__)
-
-Members = Mapping[str, tuple[LiftedParameter, ...]]
-
-
-@dataclass
-class Host:
-    """A network that takes bound weights, and what is known of how it does.
-
-    Attributes:
-        network: The network.
-        members: Site -> its parameters, in layer order.
-        trunk: The layers that are the same for all particles.
-        bindings: What is bound at the moment.
-        checkpointed: The modules that transformers can checkpoint, by path.
-        is_pretrained: Whether it is one of transformers', which are batch first.
-        context_fn: Contexts that recompute with what is bound at the moment.
-        has_slots: Whether every lifted parameter belongs to a slot.
-        has_tables: Whether a lifted parameter is that of an embedding.
-        checked: The forms of call, see ``_form``, that are known to take particles.
-        unfoldable: Those that need one particle at a time.
-    """
-
-    network: nn.Module
-    members: Members
-    trunk: Trunk
-    bindings: Bindings = field(default_factory=Bindings)
-    checkpointed: Mapping[str, nn.Module] = field(init=False)
-    context_fn: Callable[[], Any] = field(init=False)
-    has_slots: bool = field(init=False)
-    has_tables: bool = field(init=False)
-    is_pretrained: bool = field(init=False)
-    checked: set[tuple[Any, ...]] = field(default_factory=set)
-    unfoldable: set[tuple[Any, ...]] = field(default_factory=set)
-
-    def __post_init__(self) -> None:
-        self.checkpointed = {
-            path: module
-            for path, module in self.network.named_modules()
-            if getattr(module, "gradient_checkpointing", None) is not None
-        }
-        # torch.compile takes a partial, but no bound method.
-        self.context_fn = functools.partial(checkpoint_contexts, self.bindings)
-        owners = [p.owner for ps in self.members.values() for p in ps]
-        self.has_slots = None not in owners
-        self.has_tables = any(isinstance(owner, nn.Embedding) for owner in owners)
-        get_base = getattr(self.network, "get_base_model", lambda: self.network)
-        network = type(getattr(get_base(), "_orig_mod", get_base()))
-        known = network.__module__.startswith("transformers.")
-        self.is_pretrained = known and issubclass(network, PreTrainedModel)
-        self.bindings.is_known = self.is_pretrained
 
 
 class BoundNetwork:
@@ -177,19 +124,22 @@ class BoundNetwork:
             )
         self._check_none_bound()
         if host.network.training:
-            _check_checkpointing(host)
+            check_checkpointing(host)
         if not lead:
             return self._one(function, args, kwargs, 0)
         num_particles = lead.numel()
         if num_particles > 1:
             check_no_cache([*enumerate(args), *kwargs.items()], num_particles)
-            check_batch_norm(host.network)
+            check_batch_norm(host.batch_norms)
             if trunk.caches:  # of no use to the caller: a cache can't be given back
                 kwargs.setdefault("use_cache", False)
-        form, reason = _form(host.network, args, kwargs), None
+        # A call's form: what of it may decide whether the network mixes its batch.
+        given = [(name, x is None) for name, x in [*enumerate(args), *kwargs.items()]]
+        form = (bool(repeats), host.network.training, *given)
+        reason = None
         if num_particles > 1 and form not in host.unfoldable:
             try:
-                return self._folded(function, args, kwargs, trunk, repeats)
+                return self._folded(function, args, kwargs, trunk, repeats, form)
             except NotFoldable as error:
                 reason = error
         outputs = [self._one(function, args, kwargs, s) for s in range(num_particles)]
@@ -223,9 +173,9 @@ class BoundNetwork:
         kwargs: dict[str, Any],
         trunk: Trunk,
         repeats: Sequence[int],
+        form: tuple[Any, ...],
     ) -> Any:
         host, given = self._host, [*args, *kwargs.values()]
-        form = _form(host.network, args, kwargs)
         if not host.has_slots:
             raise NotFoldable(
                 "a parameter is read by several layers, or by the network"
@@ -290,6 +240,7 @@ class BoundNetwork:
 
         Raises:
             NotFoldable: If they have, or the network keeps a state.
+            OutOfMemoryError: If the particles don't fit into memory together.
         """
         with (
             torch.inference_mode(False),
@@ -310,6 +261,8 @@ class BoundNetwork:
                     output = self._call_folded(
                         leaves, function, args, kwargs, Trunk([]), fold
                     )
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError as error:
                 raise NotFoldable(f"with particles in its batch, {error}") from error
             for s in (0, fold.num_particles - 1):
@@ -330,12 +283,6 @@ class BoundNetwork:
                     raise NotFoldable(
                         "a linear layer's parameter is read past the layer's forward"
                     )
-
-
-def _form(network: nn.Module, args: Any, kwargs: Any) -> tuple[Any, ...]:
-    """Of a call: training or not, which inputs there are, which of them are None."""
-    given = [*enumerate(args), *kwargs.items()]
-    return network.training, *((name, x is None) for name, x in given)
 
 
 def _values(
@@ -379,19 +326,3 @@ def _values(
             dtype = of_layer.dtype if isinstance(p.owner, LinearSlot) else own.dtype
             values[p] = of_layer.to(own.device, dtype)
     return lead, values
-
-
-def _check_checkpointing(host: Host) -> None:
-    for path, module in host.checkpointed.items():
-        if not module.gradient_checkpointing:
-            continue
-        function = getattr(module, "_gradient_checkpointing_func", None)
-        settings = function.keywords if isinstance(function, functools.partial) else {}
-        given = settings.get("context_fn")
-        if settings.get("use_reentrant", True) or given is not host.context_fn:
-            raise ValueError(
-                f"Gradient checkpointing at {path!r} would recompute without the bound "
-                "weights. Enable it by model.gradient_checkpointing_enable("
-                'gradient_checkpointing_kwargs={"use_reentrant": False, '
-                '"context_fn": lora.context_fn}).'
-            )

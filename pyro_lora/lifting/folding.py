@@ -186,18 +186,6 @@ def unchanged_buffers(network: nn.Module) -> Iterator[None]:
         raise NotFoldable("the network writes into its buffers")
 
 
-@contextmanager
-def evaluation_mode(network: nn.Module) -> Iterator[None]:
-    """Dropout off for one block; every module's mode is restored after it."""
-    modes = {module: module.training for module in network.modules()}
-    network.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
 def check_no_cache(values: Iterable[tuple[Any, Any]], num_particles: int) -> None:
     """Check that no key-value cache is given, which the particles would share.
 
@@ -212,14 +200,14 @@ def check_no_cache(values: Iterable[tuple[Any, Any]], num_particles: int) -> Non
             )
 
 
-def check_batch_norm(network: nn.Module) -> None:
+def check_batch_norm(batch_norms: Mapping[str, nn.Module]) -> None:
     """Check that no batch norm is in training mode.
 
     Raises:
         ValueError: If one is: it mixes the particles' data, and keeps statistics.
     """
-    for path, module in network.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+    for path, module in batch_norms.items():
+        if module.training:
             raise ValueError(
                 f"{path}: batch norm in training mode mixes the particles. Put it in "
                 "evaluation mode, by .eval(), or bind one particle at a time."

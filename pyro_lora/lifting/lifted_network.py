@@ -18,7 +18,8 @@ from pyro_lora.lifting.adapter import (
     adapter_name,
     check_in_use,
 )
-from pyro_lora.lifting.bound_network import BoundNetwork, Host
+from pyro_lora.lifting.bound_network import BoundNetwork
+from pyro_lora.lifting.host import Host
 from pyro_lora.lifting.low_rank import (
     factor_locations,
     has_one_update,

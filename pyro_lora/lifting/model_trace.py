@@ -10,9 +10,8 @@ import pyro.distributions as dist
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_factor, site_is_subsample
-from torch import Tensor
+from torch import Tensor, nn
 
-from pyro_lora.lifting.folding import evaluation_mode
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 
 Model = Callable[..., Any]
@@ -176,5 +175,16 @@ def evaluating(networks: Iterable[LiftedNetwork]) -> Iterator[None]:
     """Dropout off for one block; every module's mode is restored after it."""
     with ExitStack() as stack:
         for lora in networks:
-            stack.enter_context(evaluation_mode(lora.network))
+            stack.enter_context(_evaluating(lora.network))
         yield
+
+
+@contextmanager
+def _evaluating(network: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
