@@ -38,7 +38,7 @@ $(TEST_STAMP): $(STAMP)
 	@touch $@
 
 test: lint $(TEST_STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto
 
 lint: .venv
 	$(BIN)/ruff check .
