@@ -22,7 +22,7 @@ OWNERS = {  # third party: the only places that import it
     "arviz_plots": ("export/plots.py",),
     "matplotlib": ("export/plots.py",),
 }
-LAZY = {"arviz_base", "arviz_plots", "matplotlib", "xarray"}
+LAZY = {"arviz_base", "arviz_plots", "matplotlib", "pandas", "xarray"}
 
 
 def allowed_targets(file: str) -> set[str] | None:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from pyro_lora.infer.laplace_posterior import LaplacePosterior
-from pyro_lora.predict.prediction import NUM_BINS, Prediction
+from pyro_lora.predict.metrics import NUM_BINS
+from pyro_lora.predict.prediction import Prediction
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

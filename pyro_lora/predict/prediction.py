@@ -5,17 +5,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.classification import (
-    binary_auroc,
-    multiclass_calibration_error,
-)
 
-NUM_BINS = 15  # equal widths, the field's usual number for the calibration error
-COVERAGE = 0.8  # share of the data that selective accuracy keeps
+from pyro_lora.predict.metrics import auroc_of_scores, class_metrics
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-2, 1e2
 _NUM_BISECTIONS = 60  # halves log(1e4) to below 1e-16
 
@@ -102,44 +101,109 @@ class Prediction:
         """
         return (self.total_entropy - self.aleatoric_entropy).clamp_min(0)
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(
+        self, *, ood: Prediction | None = None, num_bootstrap: int = 0
+    ) -> dict[str, float]:
         r"""Quality against the labels.
 
         - ``accuracy``: share of data whose most probable class is the label.
         - ``nll``: mean of :math:`-\log p(y)`, nats.
-        - ``ece``: expected calibration error, 15 bins of equal width, l1.
-        - ``overconfidence``: mean probability of the predicted class minus accuracy;
-          negative where the prediction is under-confident.
+        - ``ece``: expected calibration error of the predicted class, 15 bins of equal
+          width, l1; ``adaptive_ece``: with equally many data in each bin (Nguyen &
+          O'Connor 2015); ``classwise_ece``: of every class's probability, averaged over
+          the classes (Kull et al. 2019).
+        - ``overconfidence``: mean probability of the predicted class minus accuracy,
+          the sign of the calibration error; negative where the prediction is
+          under-confident.
         - ``brier``: mean over data of :math:`\sum_c (p_c - 1[y = c])^2`, from 0 to 2
           (some divide it by C, or by 2 for two classes).
         - ``selective_accuracy``: accuracy on the 80% of the data with the largest
           probability of the predicted class.
+        - ``aurc``: error rate of the n most confident data, averaged over all n: the
+          area under the risk-coverage curve (Geifman et al. 2019).
+        - ``auroc_total``, ``auroc_epistemic``: with ``ood``, see :func:`auroc`.
+
+        Args:
+            ood: Prediction for data out of domain, whose labels aren't looked at.
+            num_bootstrap: Resampled data sets from which to estimate the standard error
+                of each metric, ``accuracy_se`` and so on: the data vary, the
+                posterior's draws don't. Drawn with torch's generator. 0: none.
 
         Returns:
             Name -> value.
 
         Raises:
-            ValueError: If there are no labels.
+            ValueError: If there are no labels, or ``num_bootstrap`` is 1 or negative.
         """
-        labels = self._labels("metrics")
-        num_classes = self.log_probs.shape[1]
-        confidence, predicted = self.probs.max(-1)
-        correct = (predicted == labels).to(confidence)
-        ece = multiclass_calibration_error(
-            self.probs, labels, num_classes=num_classes, n_bins=NUM_BINS, norm="l1"
-        )
-        one_hot = torch.nn.functional.one_hot(labels, num_classes)
-        num_kept = math.ceil(COVERAGE * len(labels))
-        kept = confidence.argsort(descending=True, stable=True)[:num_kept]
-        values = {
-            "accuracy": correct.mean(),  # torchmetrics' would be rounded to float32
-            "nll": torch.nn.functional.nll_loss(self.log_probs, labels),
-            "ece": ece,
-            "overconfidence": confidence.mean() - correct.mean(),
-            "brier": (self.probs - one_hot).square().sum(-1).mean(),
-            "selective_accuracy": correct[kept].mean(),
+        self._labels("metrics")
+        if num_bootstrap < 0 or num_bootstrap == 1:
+            raise ValueError(
+                f"num_bootstrap must be 0 or at least 2, found {num_bootstrap}. A "
+                "hundred give a standard error to within 7%."
+            )
+        values = self._metrics(ood)
+        replicates = [
+            self._resampled()._metrics(None if ood is None else ood._resampled())
+            for _ in range(num_bootstrap)
+        ]
+        if replicates:
+            table = torch.tensor([list(r.values()) for r in replicates])
+            errors = table.double().std(0).tolist()
+            values |= {f"{n}_se": e for n, e in zip(values, errors, strict=True)}
+        return values
+
+    def _metrics(self, ood: Prediction | None) -> dict[str, float]:
+        values = class_metrics(self.probs, self.log_probs, self._labels("metrics"))
+        if ood is None:
+            return values
+        return values | {
+            "auroc_total": auroc(self, ood),
+            "auroc_epistemic": auroc(self, ood, "epistemic"),
         }
-        return {name: float(value) for name, value in values.items()}
+
+    def _resampled(self) -> Prediction:
+        """As many data, drawn with replacement."""
+        size = len(self.log_probs)
+        index = torch.randint(size, (size,)).to(self.log_probs.device)
+        labels = self.labels
+        return Prediction(
+            log_probs=self.log_probs[index],
+            aleatoric_entropy=self.aleatoric_entropy[index],
+            labels=None if labels is None else labels[index.to(labels.device)],
+        )
+
+    def to_pandas(self) -> DataFrame:
+        """One row a datum: probabilities, the predicted class, entropies, the label.
+
+        Columns ``p_0`` to ``p_{C-1}``, ``predicted``, ``confidence``,
+        ``total_entropy``, ``aleatoric_entropy``, ``epistemic_entropy`` (nats) and,
+        where there are labels, ``label``.
+
+        Returns:
+            A ``pandas.DataFrame`` with the index ``datum``.
+
+        Raises:
+            ImportError: If pandas isn't installed.
+        """
+        try:
+            import pandas as pd
+        except ImportError as error:
+            raise ImportError(
+                "to_pandas needs pandas: pip install 'pyro-lora[arviz]'"
+            ) from error
+        confidence, predicted = self.probs.max(-1)
+        columns = {f"p_{c}": p for c, p in enumerate(self.probs.mT)} | {
+            "predicted": predicted,
+            "confidence": confidence,
+            "total_entropy": self.total_entropy,
+            "aleatoric_entropy": self.aleatoric_entropy,
+            "epistemic_entropy": self.epistemic_entropy,
+        }
+        if self.labels is not None:
+            columns["label"] = self._labels("to_pandas")
+        arrays = {name: x.cpu().numpy() for name, x in columns.items()}
+        index = pd.RangeIndex(len(confidence), name="datum")
+        return pd.DataFrame(arrays, index=index)
 
     def with_temperature(self, temperature: float) -> Prediction:
         r"""The prediction :math:`\mathrm{softmax}(\log p / T)`.
@@ -248,9 +312,4 @@ def auroc(
         p.total_entropy if score == "total" else p.epistemic_entropy
         for p in (in_domain, out_of_domain)
     )
-    scores = torch.cat([inside, outside.to(inside)])
-    outside_mark = torch.arange(len(scores), device=scores.device) >= len(inside)
-    # torchmetrics takes scores above 1 for logits, and its sigmoid would tie small
-    # ones, so it gets ranks.
-    _, ranks = scores.unique(return_inverse=True)
-    return float(binary_auroc(ranks.double() / len(scores), outside_mark.long()))
+    return auroc_of_scores(inside, outside)

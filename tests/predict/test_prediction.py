@@ -28,37 +28,6 @@ def random_prediction() -> pl.Prediction:
     return prediction(logits, torch.distributions.Categorical(logits=logits).sample())
 
 
-def test_metrics_equal_loops(random_prediction: pl.Prediction) -> None:
-    probs = random_prediction.probs.tolist()
-    labels = random_prediction.labels.tolist()
-    rows = []  # confidence, correct
-    nll = brier = 0.0
-    for row, label in zip(probs, labels, strict=True):
-        rows.append((max(row), float(row.index(max(row)) == label)))
-        nll -= math.log(row[label])
-        for c, p in enumerate(row):
-            brier += (p - (c == label)) ** 2
-    n = len(rows)
-    ece = 0.0
-    for b in range(15):
-        inside = [r for r in rows if b / 15 <= r[0] < (b + 1) / 15]
-        ece += abs(sum(r[0] for r in inside) - sum(r[1] for r in inside)) / n
-    accuracy = sum(r[1] for r in rows) / n
-    kept = sorted(rows, reverse=True)[: math.ceil(0.8 * n)]
-    metrics = random_prediction.metrics()
-    assert metrics.pop("ece") == pytest.approx(ece, abs=1e-6)  # torchmetrics: float32
-    assert metrics == pytest.approx(
-        {
-            "accuracy": accuracy,
-            "nll": nll / n,
-            "overconfidence": sum(r[0] for r in rows) / n - accuracy,
-            "brier": brier / n,
-            "selective_accuracy": sum(r[1] for r in kept) / len(kept),
-        },
-        abs=1e-12,
-    )
-
-
 def test_overconfidence_is_positive_where_sure_and_wrong() -> None:
     assert certain(4, [0, 0, 1, 1]).metrics()["overconfidence"] == pytest.approx(0.5)
     unsure = prediction(torch.tensor([[0.1, 0.0]]), torch.tensor([0]))

@@ -1,0 +1,146 @@
+"""Quality of class probabilities against labels, as functions of tensors."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import nll_loss, one_hot
+from torchmetrics.functional.classification import (
+    binary_auroc,
+    multiclass_calibration_error,
+)
+
+NUM_BINS = 15  # the field's usual number for the calibration error
+COVERAGE = 0.8  # share of the data that selective accuracy keeps
+
+
+def class_metrics(probs: Tensor, log_probs: Tensor, labels: Tensor) -> dict[str, float]:
+    """All metrics of ``Prediction.metrics``, which says what they mean.
+
+    Args:
+        probs: (N, C).
+        log_probs: Their logarithms, (N, C), nats.
+        labels: (N,), integers.
+
+    Returns:
+        Name -> value.
+    """
+    num_classes = probs.shape[1]
+    confidence, predicted = probs.max(-1)
+    correct = (predicted == labels).to(probs)
+    ece = multiclass_calibration_error(
+        probs, labels, num_classes=num_classes, n_bins=NUM_BINS, norm="l1"
+    )
+    values = {
+        "accuracy": correct.mean(),  # torchmetrics' would be rounded to float32
+        "nll": nll_loss(log_probs, labels),
+        "ece": ece,
+        "classwise_ece": classwise_ece(probs, labels),
+        "adaptive_ece": adaptive_ece(confidence, correct),
+        "overconfidence": confidence.mean() - correct.mean(),
+        "brier": (probs - one_hot(labels, num_classes)).square().sum(-1).mean(),
+        **selective_metrics(confidence, correct),
+    }
+    return {name: float(value) for name, value in values.items()}
+
+
+def classwise_ece(probs: Tensor, labels: Tensor) -> Tensor:
+    r"""Calibration error of each class's probability, averaged over the classes.
+
+    :math:`\frac1{CN} \sum_{c, b} |\sum_{i \in B_{cb}} (p_{ic} - 1[y_i = c])|` with
+    bins of equal width. torchmetrics' binary error, of all classes at once.
+
+    Kull et al. (2019), https://arxiv.org/abs/1910.12656, eq. 3.
+
+    Args:
+        probs: (N, C).
+        labels: (N,).
+
+    Returns:
+        A scalar.
+    """
+    num_data, num_classes = probs.shape
+    edges = torch.linspace(0, 1, NUM_BINS + 1, dtype=probs.dtype, device=probs.device)
+    index = (
+        torch.bucketize(probs.contiguous(), edges, right=True) - 1
+    )  # a bin of its own for 1
+    index = index + (NUM_BINS + 1) * torch.arange(num_classes, device=probs.device)
+    gap = probs - one_hot(labels, num_classes)
+    sums = probs.new_zeros(num_classes * (NUM_BINS + 1))
+    sums.index_add_(0, index.flatten(), gap.flatten())
+    return sums.abs().sum() / (num_classes * num_data)
+
+
+def adaptive_ece(confidence: Tensor, correct: Tensor) -> Tensor:
+    r"""Calibration error in bins that hold equally many data.
+
+    :math:`\frac1N \sum_b |\sum_{i \in B_b} (\text{confidence}_i - \text{correct}_i)|`,
+    15 bins, each datum one of its own where there are fewer.
+
+    Nguyen & O'Connor (2015), https://arxiv.org/abs/1508.05154.
+
+    Args:
+        confidence: Probability of the predicted class, (N,).
+        correct: 1 or 0, (N,).
+
+    Returns:
+        A scalar.
+    """
+    # Data of one confidence may fall into different bins, in no order of their own.
+    gap = _mean_of_ties(confidence, confidence - correct)
+    gap = gap[confidence.argsort()]
+    parts = gap.tensor_split(min(NUM_BINS, len(gap)))
+    return torch.stack([part.sum().abs() for part in parts]).sum() / len(gap)
+
+
+def selective_metrics(confidence: Tensor, correct: Tensor) -> dict[str, Tensor]:
+    r"""Quality of the answers where the least confident ones are withheld.
+
+    ``selective_accuracy``: accuracy of the most confident 80%. ``aurc``: error rate of
+    the n most confident, averaged over n from 1 to N, the area under the risk-coverage
+    curve (Geifman et al. 2019, https://arxiv.org/abs/1805.08206). Of data with the same
+    confidence any may come first: both are the means over their orders.
+
+    Args:
+        confidence: (N,).
+        correct: 1 or 0, (N,).
+
+    Returns:
+        Two scalars, by name.
+    """
+    order = confidence.argsort(descending=True)
+    right = _mean_of_ties(confidence, correct)[order].cumsum(0)
+    counts = torch.arange(1, len(right) + 1).to(right)
+    num_kept = math.ceil(COVERAGE * len(right))
+    return {
+        "selective_accuracy": right[num_kept - 1] / num_kept,
+        "aurc": (1 - right / counts).mean(),
+    }
+
+
+def auroc_of_scores(inside: Tensor, outside: Tensor) -> float:
+    """Probability that a score outside is larger than one inside, ties counting half.
+
+    Args:
+        inside: (N,).
+        outside: (N',).
+
+    Returns:
+        From 0 to 1.
+    """
+    scores = torch.cat([inside, outside.to(inside)])
+    outside_mark = torch.arange(len(scores), device=scores.device) >= len(inside)
+    # torchmetrics takes scores above 1 for logits, and its sigmoid would tie small
+    # ones, so it gets ranks.
+    _, ranks = scores.unique(return_inverse=True)
+    return float(binary_auroc(ranks.double() / len(scores), outside_mark.long()))
+
+
+def _mean_of_ties(key: Tensor, values: Tensor) -> Tensor:
+    """Each value replaced by the mean over the data with the same key, (N,)."""
+    _, group = key.unique(return_inverse=True)
+    sums = torch.zeros_like(values).index_add_(0, group, values)
+    counts = torch.zeros_like(values).index_add_(0, group, torch.ones_like(values))
+    return sums[group] / counts[group]
