@@ -1,0 +1,269 @@
+"""The ready models: their densities by hand, and under every engine."""
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import SVI, Trace_ELBO
+from pyro.infer.autoguide import AutoDelta, AutoNormal
+from pyro.optim import Adam
+from torch import Tensor
+from torch.testing import assert_close
+
+import pyro_lora as pl
+from tests import networks
+from tests.networks import VOCABULARY
+
+NUM_DATA = 10
+CHOICES = [7, 3, 11]
+Batch = dict[str, Tensor]
+Model = Callable[..., Tensor]
+Ready = tuple[pl.LiftedNetwork, Model, list[Batch]]
+
+
+def two_batches(labels: Callable[[Batch], Tensor]) -> list[Batch]:
+    batches = [networks.batch(6, 7), networks.batch(4, 9)]
+    return [{**b, "labels": labels(b)} for b in batches]
+
+
+def classification() -> Ready:
+    lora = pl.lift(networks.bert(3))
+    batches = two_batches(lambda b: torch.randint(3, b["labels"].shape))
+    return lora, pl.models.classification(lora, NUM_DATA), batches
+
+
+def regression(scale: Any = None) -> Ready:
+    lora = pl.lift(networks.bert(1))
+    batches = two_batches(lambda b: torch.randn(len(b["labels"])).double())
+    return lora, pl.models.regression(lora, NUM_DATA, scale), batches
+
+
+def multiple_choice() -> Ready:
+    lora = pl.lift(networks.llama(None))
+    batches = two_batches(lambda b: torch.randint(3, b["labels"].shape))
+    return lora, pl.models.multiple_choice(lora, NUM_DATA, CHOICES), batches
+
+
+def text_labels(texts: Batch) -> Tensor:
+    """The padding and each text's first two tokens, its prompt, don't count."""
+    labels = texts["input_ids"].where(texts["attention_mask"] > 0, torch.tensor(-100))
+    return torch.cat([torch.full_like(labels[:, :2], -100), labels[:, 2:]], 1)
+
+
+def language_model() -> Ready:
+    lora = pl.lift(networks.llama(None))
+    model = pl.models.language_model(lora, NUM_DATA)
+    return lora, model, two_batches(text_labels)
+
+
+READY = [classification, regression, multiple_choice, language_model]
+
+
+def likelihood(model: Model, lora: pl.LiftedNetwork, batch: Batch) -> Any:
+    """The likelihood's node in a trace at the adapter's values."""
+    at_adapter = poutine.condition(model, lora.weights())
+    trace: Any = poutine.trace(at_adapter).get_trace(**batch)
+    trace.compute_log_prob()
+    return trace.nodes["y"]
+
+
+def own_logits(lora: pl.LiftedNetwork, batch: Batch) -> Tensor:
+    with torch.no_grad():
+        return lora.network(**networks.inputs(batch)).logits
+
+
+@pytest.mark.parametrize("ready", READY)
+def test_a_batch_stands_for_all_data(ready: Callable[[], Ready]) -> None:
+    lora, model, batches = ready()
+    for batch in batches:
+        node = likelihood(model, lora, batch)
+        size = len(batch["labels"])
+        assert node["fn"].batch_shape == (size,)
+        assert_close(node["log_prob"], node["unscaled_log_prob"] * NUM_DATA / size)
+
+
+def test_regression_is_a_normal_around_the_output() -> None:
+    lora, model, batches = regression(0.3)
+    batch = batches[1]
+    found = likelihood(model, lora, batch)["unscaled_log_prob"]
+    z = (batch["labels"] - own_logits(lora, batch)[:, 0]) / 0.3
+    expected = -(z**2) / 2 - math.log(0.3) - math.log(2 * math.pi) / 2
+    assert_close(found, expected, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("prior", [None, dist.HalfNormal(torch.tensor(2.0).double())])
+def test_the_noise_of_a_regression_has_a_prior(prior: Any) -> None:
+    _, model, batches = regression(prior)
+    trace: Any = poutine.trace(model).get_trace(**batches[0])
+    expected = dist.LogNormal(0.0, 1.0) if prior is None else prior
+    noise = trace.nodes["noise"]
+    assert type(noise["fn"]) is type(expected)
+    assert_close(noise["fn"].variance, expected.variance, check_dtype=False)
+    assert trace.nodes["y"]["fn"].scale.unique().tolist() == [float(noise["value"])]
+
+
+def test_choices_are_scored_after_the_last_real_token() -> None:
+    lora, model, batches = multiple_choice()
+    batch = batches[1]
+    expected = []
+    for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
+        alone = {"input_ids": ids[mask > 0][None]}
+        expected.append(own_logits(lora, alone)[0, -1, CHOICES])
+    found = likelihood(model, lora, batch)["fn"].logits
+    assert_close(found.double(), torch.stack(expected).log_softmax(-1))
+
+
+def test_choices_whatever_the_padding() -> None:
+    lora, model, batches = multiple_choice()
+    right = batches[1]
+    shifts = (right["attention_mask"] == 0).sum(1)
+    left = {
+        name: torch.stack([row.roll(int(n)) for row, n in zip(x, shifts, strict=True)])
+        for name, x in networks.inputs(right).items()
+    }
+    expected = likelihood(model, lora, right)["fn"].logits
+    at_left = {**left, "labels": right["labels"]}
+    found = likelihood(model, lora, at_left)["fn"].logits
+    assert_close(found, expected, rtol=0, atol=1e-6)  # rotary tables are float32
+    kept: Any = {**at_left, "logits_to_keep": 1}
+    assert_close(likelihood(model, lora, kept)["fn"].logits, found)
+
+
+def test_language_model_is_the_loss_of_transformers() -> None:
+    lora, model, batches = language_model()
+    for batch in batches:
+        found = likelihood(model, lora, batch)["unscaled_log_prob"]
+        rows = [{n: x[i : i + 1] for n, x in batch.items()} for i in range(len(found))]
+        counts = (batch["labels"][:, 1:] != -100).sum(1)
+        with torch.no_grad():
+            losses = [
+                float(lora.network(**row).loss * n) if n else 0.0
+                for row, n in zip(rows, counts, strict=True)
+            ]
+        assert_close(found.tolist(), [-x for x in losses], rtol=0, atol=1e-5)
+        assert (counts > 0).sum() >= 3
+
+
+def test_without_labels_a_language_model_counts_real_tokens() -> None:
+    lora, model, batches = language_model()
+    texts = networks.inputs(batches[0])
+    with_labels = texts["input_ids"].where(
+        texts["attention_mask"] > 0, torch.tensor(-100)
+    )
+    expected = likelihood(model, lora, {**texts, "labels": with_labels})["fn"]
+    found = likelihood(model, lora, texts)["fn"]
+    assert found.event_shape == (6,)
+    assert torch.equal(found.base_dist._mask, expected.base_dist._mask)
+    bare = {"input_ids": texts["input_ids"]}
+    assert likelihood(model, lora, bare)["fn"].base_dist._mask.all()
+
+
+def log_joint(model: Model, weights: dict[str, Tensor], batch: Batch) -> float:
+    """Of the full data, nats."""
+    at_weights = poutine.condition(model, weights)
+    trace: Any = poutine.trace(at_weights).get_trace(**batch)
+    return float(trace.log_prob_sum().detach())
+
+
+@pytest.mark.parametrize("ready", READY)
+def test_under_svi(ready: Callable[[], Ready]) -> None:
+    lora, model, batches = ready()
+    guide = AutoDelta(model, init_loc_fn=lora.init_to_adapter())
+    svi = SVI(model, guide, Adam({"lr": 1e-3}), Trace_ELBO())
+    start = {site: x.detach().clone() for site, x in guide(**batches[0]).items()}
+    assert svi.step(**batches[0]) == pytest.approx(
+        -log_joint(model, start, batches[0]), rel=1e-6
+    )
+    moved = guide(**batches[0])
+    assert all(not torch.equal(moved[s], start[s]) for s in lora.sites)
+
+
+@pytest.mark.parametrize("ready", READY)
+def test_under_a_vectorised_elbo(ready: Callable[[], Ready]) -> None:
+    lora, model, batches = ready()
+    guide = AutoNormal(model, init_loc_fn=lora.init_to_adapter(), init_scale=0.01)
+    guide(**batches[0])
+    losses = []
+    for vectorize in (False, True):
+        elbo = Trace_ELBO(100, 1, vectorize_particles=vectorize)
+        pyro.set_rng_seed(0)
+        losses.append(elbo.loss(model, guide, **batches[0]))
+    # Both are means of 100 draws, whose terms have a standard deviation of this much.
+    pyro.set_rng_seed(1)
+    each = torch.tensor(
+        [Trace_ELBO().loss(model, guide, **batches[0]) for _ in range(30)]
+    )
+    error = 5 * float(each.std()) * math.sqrt(2 / 100)
+    assert losses[0] == pytest.approx(losses[1], abs=error)
+
+
+@pytest.mark.parametrize("ready", READY)
+def test_under_laplace(ready: Callable[[], Ready]) -> None:
+    lora, model, batches = ready()
+    guide = pl.AutoLaplace(
+        model,
+        init_loc_fn=lora.init_to_adapter(),
+        structure=pl.kfac_expand,
+        fisher="mc" if ready is language_model else "exact",
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The weights aren't a mode")
+        posterior = guide.laplace_approximation(batches)
+    expected = sum(
+        float(
+            likelihood(poutine.condition(model, posterior.mode()), lora, b)[
+                "unscaled_log_prob"
+            ].sum()
+        )
+        for b in batches
+    )
+    assert float(posterior.log_likelihood) == pytest.approx(expected, abs=1e-4)
+    draws = posterior.sample(4)
+    assert ("noise" in draws) == (ready is regression)
+    assert posterior.log_prob(draws).isfinite().all()
+    prior = sum(float(x.sum()) for x in posterior.prior_precision.values())
+    assert prior > 0
+
+
+@pytest.mark.parametrize("ready", READY)
+def test_under_svgd(ready: Callable[[], Ready]) -> None:
+    lora, model, batches = ready()
+    svgd = pl.SVGD(
+        model,
+        pl.kernels.RBF(),
+        Adam({"lr": 1e-4}),
+        num_particles=3,
+        init_loc_fn=lora.init_to_adapter(jitter=0.01),
+    )
+    svgd.step(**batches[0])
+    particles = svgd.posterior().sample(3)  # each once
+    assert particles.keys() == lora.sites.keys() | (
+        {"noise"} if ready is regression else set()
+    )
+    expected = 0.0
+    for k in range(3):
+        at = {site: x[k].clone() for site, x in particles.items()}
+        expected -= log_joint(model, at, batches[1]) / 3
+        if "noise" in at:  # particles move in unconstrained space
+            expected -= float(at["noise"].log()) / 3
+    assert svgd.step(**batches[1]) == pytest.approx(expected, rel=1e-6)
+
+
+def test_bad_arguments_are_named() -> None:
+    lora = pl.lift(networks.llama(None))
+    with pytest.raises(ValueError, match=r"two or more different token ids.*\[4\]"):
+        pl.models.multiple_choice(lora, 5, [4])
+    with pytest.raises(ValueError, match=r"different token ids, found \[4, 4\]"):
+        pl.models.multiple_choice(lora, 5, [4, 4])
+    with pytest.raises(ValueError, match=r"must be positive, found -1.0"):
+        pl.models.regression(lora, 5, -1.0)
+    two = pl.lift(networks.bert(2))
+    with pytest.raises(ValueError, match=r"2 outputs a datum, expected one"):
+        pl.models.regression(two, 5)(**networks.inputs(networks.batch()))
+    assert VOCABULARY > max(CHOICES)
