@@ -25,6 +25,10 @@ from pyro_lora.infer.auto_laplace import AutoLaplace
 from pyro_lora.infer.laplace_posterior import LaplacePosterior
 from pyro_lora.infer.mixture_posterior import MixturePosterior
 from pyro_lora.infer.particle_posterior import ParticlePosterior
+from pyro_lora.infer.stein_discrepancy import (
+    SteinDiscrepancy,
+    kernelized_stein_discrepancy,
+)
 from pyro_lora.infer.svgd import SVGD
 from pyro_lora.lifting import priors
 from pyro_lora.lifting.lifted_network import LiftedNetwork, lift
@@ -42,6 +46,7 @@ __all__ = [
     "MixturePosterior",
     "ParticlePosterior",
     "Prediction",
+    "SteinDiscrepancy",
     "auroc",
     "class_log_probs",
     "dense",
@@ -50,6 +55,7 @@ __all__ = [
     "export_adapters",
     "fisher_root",
     "fit_temperature",
+    "kernelized_stein_discrepancy",
     "kernels",
     "kfac_expand",
     "kfac_reduce",
