@@ -22,6 +22,7 @@ from pyro_lora.export.checkpoint import load, save
 from pyro_lora.export.datatree import to_datatree
 from pyro_lora.infer import kernels, schedules
 from pyro_lora.infer.auto_laplace import AutoLaplace
+from pyro_lora.infer.effective_predictions import effective_num_predictions
 from pyro_lora.infer.laplace_posterior import LaplacePosterior
 from pyro_lora.infer.mixture_posterior import MixturePosterior
 from pyro_lora.infer.particle_posterior import ParticlePosterior
@@ -51,6 +52,7 @@ __all__ = [
     "class_log_probs",
     "dense",
     "diagonal",
+    "effective_num_predictions",
     "ekfac",
     "export_adapters",
     "fisher_root",

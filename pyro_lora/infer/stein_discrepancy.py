@@ -12,11 +12,11 @@ from torch import Tensor
 from pyro_lora.curvature.data_plate import data_plate
 from pyro_lora.infer import transport
 from pyro_lora.infer.kernels import IMQ, Kernel, Zero, check_kernel, space_of
+from pyro_lora.infer.model_at_particles import model_at_particles
 from pyro_lora.infer.particle_model import (
     PARTICLE_PLATE,
     ParticleModel,
     chunked_gradients,
-    particle_model,
 )
 from pyro_lora.lifting.model_trace import Batch, Model, evaluating, observed_sites
 
@@ -184,34 +184,16 @@ def _scores(
         ValueError: If there is nothing to go through, a site is missing or has another
             shape, or the batches don't cover the data once.
     """
-    if not particles:
-        raise ValueError("There are no particles: the mapping is empty.")
-    num_draws = next(iter(particles.values())).shape[0]
-    if num_draws < 1 or (chunk_size is not None and chunk_size < 1):
-        raise ValueError(
-            f"Expected draws and a positive chunk_size, found {num_draws} draws and "
-            f"chunk_size={chunk_size}."
-        )
-
-    def first(site: dict[str, Any]) -> Tensor:
-        name, shape = site["name"], site["fn"].shape()
-        if name not in particles:
-            return site["fn"].sample()
-        if particles[name].shape != (num_draws, *shape):
-            raise ValueError(
-                f"Site {name!r}: the draws have shape {tuple(particles[name].shape)}, "
-                f"expected {num_draws} draws of the site's shape {tuple(shape)}."
-            )
-        return particles[name][0]
-
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size must be positive, found {chunk_size}.")
     target: ParticleModel | None = None
     unconstrained: dict[str, Tensor] = {}
     scores: dict[str, Tensor] = {}
-    covered = 0.0
+    covered, num_draws = 0.0, 0
     for batch in batches:
         if target is None:
-            target = particle_model(model, first, None, (), dict(batch))
-            unconstrained = _unconstrained(target, particles)
+            target, unconstrained = model_at_particles(model, particles, batch)
+            num_draws = next(iter(unconstrained.values())).shape[0]
         shares: list[float] = []
 
         def objective(
@@ -241,22 +223,6 @@ def _scores(
             "batches that cover every datum once."
         )
     return target, unconstrained, scores
-
-
-def _unconstrained(
-    target: ParticleModel, particles: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    missing = sorted(target.latents.keys() - particles.keys())
-    if missing:
-        raise ValueError(
-            f"Site {missing[0]!r} of the model isn't among the particles, which have "
-            f"{sorted(particles)}. Give draws of all latent sites."
-        )
-    with torch.no_grad():
-        return {
-            site: latent.transform.inv(particles[site])
-            for site, latent in target.latents.items()
-        }
 
 
 def _share(trace: Any) -> float:

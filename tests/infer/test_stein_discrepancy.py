@@ -241,9 +241,12 @@ def rough(sq_dists: Tensor) -> Tensor:
         ({"chunk_size": 0}, "chunk_size"),
         ({"batches": []}, "no batches"),
         ({"particles": {}}, "no particles"),
-        ({"particles": {"x": torch.zeros(3, 2).double()}}, "'y' of the model"),
+        ({"particles": {"x": torch.ones(3, 2).double()}}, "'y' of the model"),
         ({"particles": {"x": torch.zeros(3, 2), "y": torch.zeros(3, 2)}}, "'y'.*shape"),
-        ({"particles": {"x": torch.zeros(3, 2), "y": torch.zeros(4)}}, "'y'.*3 draws"),
+        (
+            {"particles": {"x": torch.zeros(3, 2), "y": torch.zeros(4)}},
+            "'y'.*expected 3",
+        ),
     ],
 )
 def test_bad_arguments(settings: dict[str, Any], message: str) -> None:
