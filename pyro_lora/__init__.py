@@ -33,14 +33,17 @@ from pyro_lora.infer.stein_discrepancy import (
 from pyro_lora.infer.svgd import SVGD
 from pyro_lora.lifting import priors
 from pyro_lora.lifting.lifted_network import LiftedNetwork, lift
+from pyro_lora.predict.generate import Generation, generate
 from pyro_lora.predict.predict import predict
 from pyro_lora.predict.prediction import Prediction, auroc, fit_temperature
+from pyro_lora.predict.sequence_scores import SequenceLogProb, sequence_log_prob
 
 __all__ = [
     "SVGD",
     "AutoLaplace",
     "FisherRoot",
     "GaussianLogits",
+    "Generation",
     "JointGaussianLogits",
     "LaplacePosterior",
     "LiftedNetwork",
@@ -48,6 +51,7 @@ __all__ = [
     "ParticlePosterior",
     "Prediction",
     "SteinDiscrepancy",
+    "SequenceLogProb",
     "auroc",
     "class_log_probs",
     "dense",
@@ -58,6 +62,7 @@ __all__ = [
     "fisher_root",
     "fit_temperature",
     "kernelized_stein_discrepancy",
+    "generate",
     "kernels",
     "kfac_expand",
     "kfac_reduce",
@@ -71,5 +76,6 @@ __all__ = [
     "probit",
     "save",
     "schedules",
+    "sequence_log_prob",
     "to_datatree",
 ]

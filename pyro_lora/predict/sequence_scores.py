@@ -1,0 +1,288 @@
+"""How likely given texts are under the draws of a posterior."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro.infer.autoguide import AutoGuide
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pyro_lora.lifting.lifted_network import LiftedNetwork
+from pyro_lora.lifting.model_trace import evaluating, trace_at
+from pyro_lora.predict.draws import LORA_POSTERIORS, Guide, Weights, draw_weights
+
+DEFAULT_NUM_SAMPLES = 8  # all of them go through the network at once
+NOT_SCORED = -100  # transformers' mark of a token that isn't predicted
+# Log probabilities (S, B, T, V) held at once: 256 MiB in float32.
+MAX_LOG_PROBS = 2**26
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SequenceLogProb:
+    r"""Log-probabilities of B continuations y given their prompts x, in nats.
+
+    The two averages over draws differ, and neither bounds the other.
+
+    Attributes:
+        by_sequence: :math:`\log \frac1S \sum_s \prod_t p_s(y_t | y_{<t}, x)`, (B,):
+            one draw is responsible for the whole text, as the posterior predictive
+            distribution says. Texts that come from different draws, as with
+            ``generate(mode="draws")``, follow this one.
+        by_token: :math:`\sum_t \log \frac1S \sum_s p_s(y_t | y_{<t}, x)`, (B,): the
+            draws are averaged anew at each token, whichever of them explained the
+            text so far. The texts of ``generate(mode="average")`` follow this one.
+        draws: :math:`\log p_s(y | x)` under each draw, (S, B).
+        num_tokens: Tokens of each continuation, (B,), to divide by.
+    """
+
+    by_sequence: Tensor
+    by_token: Tensor
+    draws: Tensor
+    num_tokens: Tensor
+
+
+@torch.no_grad()
+def sequence_log_prob(
+    lora: LiftedNetwork,
+    posterior: Guide,
+    input_ids: Tensor,
+    labels: Tensor,
+    *,
+    attention_mask: Tensor | None = None,
+    num_samples: int | None = None,
+) -> SequenceLogProb:
+    r"""Log-probability of given continuations, averaged over a posterior.
+
+    Answers to be compared (multiple choice, reranking) are one row each, prompt and
+    answer together. Dropout is off and nothing is trained.
+
+    Args:
+        lora: A lifted causal language model of transformers.
+        posterior: Any Pyro guide for the weights of ``lora``.
+        input_ids: Prompts with their continuations, (B, T), padded on either side.
+        labels: ``input_ids`` where a token is part of the continuation, -100 where it
+            isn't, (B, T). The first token has nothing before it and can't be scored.
+        attention_mask: 0 for padding, (B, T); None: there is none.
+        num_samples: Draws S; None is every particle once, or 8 where there are none.
+
+    Returns:
+        Both averages and each draw's, in nats, sums over the tokens.
+
+    Raises:
+        ValueError: If the network is no causal language model, shapes differ, labels
+            aren't the input's own tokens, or a continuation is empty, padded inside,
+            or starts at the first token.
+    """
+    causal_network(lora)
+    mask = checked_mask(input_ids, attention_mask)
+    scored = labels != NOT_SCORED
+    _check_labels(input_ids, labels, scored, mask)
+    weights = lora_draws(lora, posterior, num_samples, input_ids, mask)
+    num_new = input_ids.shape[1] - int(scored.any(0).nonzero()[0])
+    tokens, scored = input_ids[:, -num_new:], scored[:, -num_new:]
+    by_draw, by_token = [], []
+    for rows, log_probs in next_token_log_probs(
+        lora, weights, input_ids, mask, num_new
+    ):
+        index = tokens[rows].expand(len(log_probs), -1, -1)[..., None]
+        chosen = log_probs.gather(-1, index)[..., 0]  # (S, b, T')
+        chosen = chosen.where(scored[rows], 0)
+        by_draw.append(chosen.sum(-1))
+        by_token.append(log_mean_exp(chosen).sum(-1))
+    draws = torch.cat(by_draw, 1)  # (S, B)
+    return SequenceLogProb(
+        by_sequence=log_mean_exp(draws),
+        by_token=torch.cat(by_token),
+        draws=draws,
+        num_tokens=scored.sum(-1),
+    )
+
+
+def _check_labels(ids: Tensor, labels: Tensor, scored: Tensor, mask: Tensor) -> None:
+    if labels.shape != ids.shape:
+        raise ValueError(
+            f"labels have shape {tuple(labels.shape)}; expected that of input_ids, "
+            f"{tuple(ids.shape)}."
+        )
+    # A text's first token has only padding before it.
+    first = mask.bool() & (mask.cumsum(-1) == 1)
+    for wrong, what in (
+        (scored & (labels != ids), "differ from input_ids (don't shift them)"),
+        (scored & ~mask.bool(), "score padding"),
+        (scored & first, "score a text's first token, which nothing comes before"),
+        (~scored.any(-1, keepdim=True), "score no token"),
+    ):
+        if wrong.any():
+            row = int(wrong.any(-1).nonzero()[0])
+            raise ValueError(
+                f"Row {row}: the labels {what}. Give input_ids where a token belongs "
+                f"to the continuation, and {NOT_SCORED} elsewhere."
+            )
+
+
+def causal_network(lora: LiftedNetwork) -> PreTrainedModel:
+    """The causal language model of transformers that is lifted.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    networks = (m for m in lora.network.modules() if isinstance(m, PreTrainedModel))
+    network = next(networks, None)
+    if network is None or network.get_output_embeddings() is None:
+        found = type(lora.network if network is None else network).__name__
+        raise ValueError(
+            f"Found a {found}; expected a causal language model of transformers, "
+            "AutoModelForCausalLM, perhaps inside a PeftModel."
+        )
+    if network.config.is_encoder_decoder:
+        raise ValueError(
+            f"{type(network).__name__} is an encoder-decoder network, whose text isn't "
+            "a continuation of its input. Use a causal language model; or "
+            "`with lora.bind(weights) as net: net.generate(...)`, each draw's own text."
+        )
+    return network
+
+
+def checked_mask(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """The attention mask, (B, T), of ones where none is given.
+
+    Raises:
+        ValueError: If shapes are wrong or a row is nothing but padding.
+    """
+    if input_ids.ndim != 2 or input_ids.is_floating_point() or not input_ids.numel():
+        raise ValueError(
+            f"input_ids have shape {tuple(input_ids.shape)} and dtype "
+            f"{input_ids.dtype}; expected integers, (B, T)."
+        )
+    if attention_mask is None:
+        return torch.ones_like(input_ids)
+    if attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}; expected that "
+            f"of input_ids, {tuple(input_ids.shape)}."
+        )
+    if not attention_mask.any(-1).all():
+        raise ValueError("attention_mask: a row is nothing but padding. Leave it out.")
+    return attention_mask.to(input_ids.dtype)
+
+
+def lora_draws(
+    lora: LiftedNetwork,
+    posterior: Guide,
+    num_samples: int | None,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+) -> Weights:
+    """Draws of the network's sites, site -> (S, ...).
+
+    Raises:
+        ValueError: If the posterior doesn't sample what the prior of ``lora`` does.
+    """
+    batch = {"input_ids": input_ids, "attention_mask": attention_mask}
+    draws = draw_weights(posterior, num_samples, DEFAULT_NUM_SAMPLES, batch)
+    return site_values(lora, draws)
+
+
+@torch.no_grad()
+def lora_mode(lora: LiftedNetwork, posterior: Guide) -> Weights:
+    """The posterior's mode, or a stock autoguide's median, site -> (1, ...).
+
+    Raises:
+        ValueError: If the posterior has neither.
+    """
+    if isinstance(posterior, LORA_POSTERIORS):
+        values = posterior.mode()
+    elif isinstance(posterior, AutoGuide):
+        values = posterior.median()
+    else:
+        raise ValueError(
+            f"A {type(posterior).__name__} has neither a mode nor a median. Use "
+            "mode='average' or mode='draws'."
+        )
+    return site_values(lora, {site: value[None] for site, value in values.items()})
+
+
+def site_values(lora: LiftedNetwork, draws: Mapping[str, Tensor]) -> Weights:
+    """What the sites of ``lora`` are at draws of the latent variables, (S, ...).
+
+    Raises:
+        ValueError: If a latent variable isn't among the draws.
+    """
+    if lora.sites.keys() <= draws.keys():
+        return {site: draws[site] for site in lora.sites}
+    # Under a prior that isn't centred, the sites are functions of the latents.
+    num_draws = len(next(iter(draws.values())))
+    each = [
+        _sites_at(lora, {s: x[index] for s, x in draws.items()})
+        for index in range(num_draws)
+    ]
+    return {site: torch.stack([values[site] for values in each]) for site in lora.sites}
+
+
+def _sites_at(lora: LiftedNetwork, latents: Weights) -> Mapping[str, Tensor]:
+    trace = trace_at(lambda: lora.prior(lora), latents, {})
+    for name, site in trace.nodes.items():
+        latent = site["type"] == "sample" and not site["is_observed"]
+        if latent and name not in latents and not site_is_subsample(site):
+            raise ValueError(
+                f"Site {name!r} isn't among those that the posterior samples, "
+                f"{sorted(latents)}. Pass the lifted network that it was made for."
+            )
+    values: Mapping[str, Tensor] = trace.nodes["_RETURN"]["value"]
+    return values
+
+
+def next_token_log_probs(
+    lora: LiftedNetwork,
+    weights: Mapping[str, Tensor],
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    num_new: int,
+) -> Iterator[tuple[slice, Tensor]]:
+    """Log-probabilities that each draw gives, at the last ``num_new`` positions.
+
+    Args:
+        lora: A lifted causal language model.
+        weights: Site -> (S, ...).
+        input_ids: Texts, (B, T).
+        attention_mask: 0 for padding, (B, T).
+        num_new: T', the last tokens that are predicted, each from those before it.
+
+    Yields:
+        Rows, and their log-probabilities (S, b, T', V), float32 or wider.
+    """
+    network = causal_network(lora)
+    taken = inspect.signature(network.forward).parameters
+    num_draws, (batch_size, length) = len(next(iter(weights.values()))), input_ids.shape
+    vocabulary = network.get_output_embeddings().weight.shape[0]
+    step = max(1, MAX_LOG_PROBS // (num_draws * num_new * vocabulary))
+    inputs = {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        # As generate counts them: padding on the left moves nothing.
+        "position_ids": (attention_mask.cumsum(-1) - 1).clamp(min=0),
+    }
+    inputs = {name: value for name, value in inputs.items() if name in taken}
+    kept: dict[str, Any] = {"logits_to_keep": min(num_new + 1, length)}
+    if "logits_to_keep" not in taken:
+        kept = {}
+    with evaluating((lora,)), lora.bind(weights) as net:
+        for start in range(0, batch_size, step):
+            rows = slice(start, start + step)
+            some = {name: value[rows] for name, value in inputs.items()}
+            logits = net(**some, **kept, use_cache=False).logits
+            logits = logits[..., -num_new - 1 : -1, :]
+            wide = torch.promote_types(logits.dtype, torch.float32)
+            yield rows, logits.to(wide).log_softmax(-1)
+
+
+def log_mean_exp(x: Tensor) -> Tensor:
+    """Log of the mean over the first dim."""
+    return x.logsumexp(0) - math.log(x.shape[0])

@@ -1,0 +1,100 @@
+"""What generate and sequence_log_prob refuse, and the sentence that they say."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForSeq2SeqLM, T5Config
+
+import pyro_lora as pl
+from tests import networks
+from tests.lifting.liftable_row import lora
+from tests.predict.language import particles, prompts
+from tests.predict.models import classifier, guide_over
+
+
+def refused(message: str, lifted: Any = None, **changed: Any) -> None:
+    lifted = pl.lift(networks.llama(None)) if lifted is None else lifted
+    settings: dict[str, Any] = {
+        "posterior": particles(lifted),
+        **prompts(),
+        "max_new_tokens": 2,
+        **changed,
+    }
+    with pytest.raises(ValueError, match=message):
+        pl.generate(lifted, **settings)
+
+
+def test_networks_without_a_continuation() -> None:
+    config = T5Config(
+        vocab_size=networks.VOCABULARY,
+        d_model=16,
+        d_kv=8,
+        d_ff=32,
+        num_layers=1,
+        num_heads=2,
+        decoder_start_token_id=networks.PAD,
+    )
+    t5 = AutoModelForSeq2SeqLM.from_config(config)
+    refused("encoder-decoder", pl.lift(lora(t5, "q", task_type="SEQ_2_SEQ_LM")))
+    refused("expected a causal language model", classifier()[0])
+    refused("expected a causal language model", pl.lift(torch.nn.Linear(2, 2)))
+
+
+def test_beam_search() -> None:
+    network = networks.llama(None)
+    network.get_base_model().generation_config.num_beams = 2
+    refused("beam search, which ranks", pl.lift(network))
+
+
+def test_padding() -> None:
+    right = networks.inputs(networks.batch(3, 5, padding="right"))
+    refused("Pad on the left", **right)
+    refused("starts with 0, the padding token", attention_mask=None)
+    empty = prompts()["attention_mask"]
+    empty[1] = 0
+    refused("nothing but padding", attention_mask=empty)
+    refused("attention_mask has shape", attention_mask=empty[:2])
+
+
+@pytest.mark.parametrize(
+    ("message", "changed"),
+    [
+        ("mode must be one of", {"mode": "beam"}),
+        ("max_new_tokens must be 1 or more", {"max_new_tokens": 0}),
+        ("num_samples must be at least 1", {"num_samples": 0}),
+        ("nothing but samples", {"temperature": 0.5}),
+        ("nothing but samples", {"top_k": 3}),
+        ("temperature", {"temperature": 0.0, "do_sample": True}),
+        ("top_p", {"top_p": 1.5, "do_sample": True}),
+        ("expected integers", {"input_ids": torch.ones(3, 5)}),
+        ("expected integers", {"input_ids": torch.ones(5, dtype=torch.long)}),
+    ],
+)
+def test_arguments(message: str, changed: dict[str, Any]) -> None:
+    refused(message, **changed)
+
+
+def test_posteriors_without_a_mode() -> None:
+    lifted = pl.lift(networks.llama(None))
+    refused("Particles have no mode|no single mode|no mode", lifted, mode="mode")
+    guide = guide_over(lifted.weights())
+    refused("neither a mode nor a median", lifted, posterior=guide, mode="mode")
+
+
+def test_a_posterior_of_another_network() -> None:
+    other = pl.lift(networks.llama(None), name="other")
+    refused("isn't among those that the posterior samples", posterior=particles(other))
+
+
+def test_draws_that_cannot_share_a_batch() -> None:
+    network = networks.llama(None)
+    base = network.get_base_model()
+    base.get_input_embeddings().weight.requires_grad_()
+    base.lm_head.weight = base.get_input_embeddings().weight  # read by two layers
+    lifted = pl.lift(network)
+    refused("draws in one batch", lifted)
+    found = pl.generate(
+        lifted, particles(lifted), **prompts(), max_new_tokens=2, mode="draws"
+    )
+    assert found.sequences.shape == (3, 3, 7)
