@@ -36,6 +36,7 @@ from pyro_lora.lifting.lifted_network import LiftedNetwork, lift
 from pyro_lora.predict.generate import Generation, generate
 from pyro_lora.predict.predict import predict
 from pyro_lora.predict.prediction import Prediction, auroc, fit_temperature
+from pyro_lora.predict.semantic import SemanticEntropy, semantic_entropy
 from pyro_lora.predict.sequence_scores import SequenceLogProb, sequence_log_prob
 
 __all__ = [
@@ -51,6 +52,7 @@ __all__ = [
     "ParticlePosterior",
     "Prediction",
     "SteinDiscrepancy",
+    "SemanticEntropy",
     "SequenceLogProb",
     "auroc",
     "class_log_probs",
@@ -76,6 +78,7 @@ __all__ = [
     "probit",
     "save",
     "schedules",
+    "semantic_entropy",
     "sequence_log_prob",
     "to_datatree",
 ]
