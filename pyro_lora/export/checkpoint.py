@@ -89,13 +89,15 @@ def load(
             held-out data) raises.
 
     Returns:
-        The posterior, on the network's device. A Laplace posterior's prior is
-        N(prior mean, 1 / prior precision), whatever prior ``lora`` was lifted with.
+        The posterior, on the network's device and in its dtype; in the dtype that it
+        was saved in, bit for bit what was saved. A normal prior is restored whatever
+        prior ``lora`` was lifted with; any other prior is that of ``lora``, its
+        ``pyro.param`` values as they were. Refits (``num_refits=``) need a new fit.
 
     Raises:
         ValueError: If a file is missing, truncated, altered, not one of ours or
             written by a newer version, or the network has other sites, layers or
-            scalings.
+            scalings, or another prior, where that of the fit wasn't normal.
     """
     loras = (lora,) if isinstance(lora, LiftedNetwork) else tuple(lora)
     manifest_file = Path(path) / MANIFEST
@@ -112,6 +114,8 @@ def load(
         raise ValueError(
             f"{manifest_file}: {error} is missing or unknown. Save the posterior again."
         ) from error
+    except ValueError as error:
+        raise ValueError(f"{manifest_file}: {error}") from error
 
 
 def _without_repetition(tensors: Tensors) -> tuple[Tensors, dict[str, list[int]]]:

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pyro_lora.curvature.block_gaussian import BlockGaussian, Eigenblocks
 from pyro_lora.curvature.dense_gaussian import DenseGaussian
+from pyro_lora.curvature.latent_block import LatentBlock
 from pyro_lora.curvature.weight_gaussian import WeightGaussian, Weights
-from pyro_lora.infer.laplace_posterior import LaplacePosterior, normal_prior
+from pyro_lora.export.prior_state import describe_prior, restore_prior
+from pyro_lora.export.transform_state import describe_transform, restore_transform
+from pyro_lora.infer.laplace_posterior import LaplacePosterior
 from pyro_lora.infer.mixture_posterior import MixturePosterior
 from pyro_lora.infer.particle_posterior import ParticlePosterior
 from pyro_lora.lifting.lifted_network import LiftedNetwork
@@ -18,6 +22,9 @@ from pyro_lora.lifting.model_trace import Model
 
 Posterior = LaplacePosterior | ParticlePosterior | MixturePosterior
 Tensors = dict[str, Tensor]
+Dtypes = tuple[dict[str, torch.dtype], dict[torch.dtype, torch.dtype]]
+
+_OF_LATENTS = ("precision", "log_prior", "gradient")
 
 
 def describe(posterior: Posterior, prefix: str = "") -> tuple[dict[str, Any], Tensors]:
@@ -31,8 +38,8 @@ def describe(posterior: Posterior, prefix: str = "") -> tuple[dict[str, Any], Te
         A description that JSON can hold, and named tensors.
 
     Raises:
-        ValueError: If the posterior is of another type, or has latent sites outside of
-            the network.
+        ValueError: If the posterior is of another type, or a latent site outside of the
+            network has a support that can't be described.
     """
     if isinstance(posterior, MixturePosterior):
         parts = [
@@ -44,7 +51,7 @@ def describe(posterior: Posterior, prefix: str = "") -> tuple[dict[str, Any], Te
             tensors |= part
         return {"kind": "mixture", "components": [d for d, _ in parts]}, tensors
     if isinstance(posterior, ParticlePosterior):
-        description = {
+        description: dict[str, Any] = {
             "kind": "particles",
             "sites": list(posterior.particles),
             "obs_site": posterior.obs_site,
@@ -56,22 +63,21 @@ def describe(posterior: Posterior, prefix: str = "") -> tuple[dict[str, Any], Te
             "LaplacePosterior, ParticlePosterior or MixturePosterior. A Pyro guide's "
             "parameters are saved by pyro.get_param_store().save(file)."
         )
-    if posterior.latents is not None:
-        raise ValueError(
-            f"save can't store the latent sites {list(posterior.latents.values)}: they "
-            "aren't part of the network. Fix them by pyro.poutine.condition and refit."
-        )
     kind, tensors = _describe_gaussian(posterior.gaussian, prefix)
     tensors |= _named(f"{prefix}prior_mean/", posterior.prior_mean)
     tensors[f"{prefix}log_likelihood"] = posterior.log_likelihood
     tensors[f"{prefix}log_prior"] = posterior.log_prior
+    prior, found = describe_prior(posterior, f"{prefix}prior_parameters/")
+    latents, others = _describe_latents(posterior.latents, f"{prefix}latents/")
     description = {
         "kind": "laplace",
         "gaussian": kind,
         "sites": list(posterior.gaussian.loc),
         "obs_site": posterior.obs_site,
+        "prior": prior,
+        "latents": latents,
     }
-    return description, tensors
+    return description, tensors | found | others
 
 
 def restore(
@@ -83,7 +89,8 @@ def restore(
 ) -> Posterior:
     """The posterior that :func:`describe` described.
 
-    A Laplace posterior's prior comes back as N(prior mean, 1 / prior precision).
+    Weights come back in the networks' dtype, other latents and the prior's parameters
+    in the dtype that follows from that; sums over the data stay in float64.
 
     Args:
         description: As returned by ``describe``.
@@ -97,6 +104,7 @@ def restore(
 
     Raises:
         KeyError: If a tensor or a field is missing.
+        ValueError: If the prior isn't normal, and the network has another.
     """
     kind = description["kind"]
     if kind == "mixture":
@@ -107,21 +115,32 @@ def restore(
         return MixturePosterior(components, tensors[f"{prefix}weights"])
     sites = description["sites"]  # in order: draws and dense matrices depend on it
     if kind == "particles":
-        particles = _at(f"{prefix}particles/", sites, tensors)
+        saved = _at(f"{prefix}particles/", sites, tensors)
+        particles = _in_dtypes(saved, _dtypes(saved, loras))
         return ParticlePosterior(particles, loras, model, description["obs_site"])
     if kind != "laplace":
         raise KeyError(kind)
-    gaussian = _restore_gaussian(description["gaussian"], sites, tensors, prefix)
-    mean = _at(f"{prefix}prior_mean/", sites, tensors)
+    mode = _at(f"{prefix}loc/", sites, tensors)
+    dtypes = _dtypes(mode, loras)
+    loc, mean, tau = (
+        _in_dtypes(_at(f"{prefix}{name}/", sites, tensors), dtypes)
+        for name in ("loc", "prior_mean", "prior_precision")
+    )
+    names = description["prior"].get("parameters", [])
+    parameters = _at(f"{prefix}prior_parameters/", names, tensors)
+    prior = restore_prior(
+        description["prior"], _in_dtypes(parameters, dtypes), loras, mode, mean, tau
+    )
     return LaplacePosterior(
-        gaussian,
+        _restore_gaussian(description["gaussian"], loc, tau, tensors, prefix),
         mean,
         tensors[f"{prefix}log_likelihood"],
         tensors[f"{prefix}log_prior"],
-        normal_prior(mean, gaussian.prior_precision),
+        prior,
         loras,
         model,
         description["obs_site"],
+        _restore_latents(description["latents"], tensors, f"{prefix}latents/", dtypes),
     )
 
 
@@ -146,10 +165,8 @@ def _describe_gaussian(gaussian: WeightGaussian, prefix: str) -> tuple[str, Tens
 
 
 def _restore_gaussian(
-    kind: str, sites: Sequence[str], tensors: Tensors, prefix: str
+    kind: str, loc: Weights, tau: Weights, tensors: Tensors, prefix: str
 ) -> WeightGaussian:
-    loc = _at(f"{prefix}loc/", sites, tensors)
-    tau = _at(f"{prefix}prior_precision/", sites, tensors)
     if kind == "dense":
         return DenseGaussian(loc, tau, tensors[f"{prefix}fisher"])
     if kind != "blocks":
@@ -160,9 +177,64 @@ def _restore_gaussian(
             tensors.get(f"{prefix}rows/{site}"),
             tensors.get(f"{prefix}columns/{site}"),
         )
-        for site in sites
+        for site in loc
     }
     return BlockGaussian(loc, tau, blocks)
+
+
+def _describe_latents(
+    latents: LatentBlock | None, prefix: str
+) -> tuple[dict[str, Any] | None, Tensors]:
+    if latents is None:
+        return None, {}
+    transforms, tensors = {}, _named(f"{prefix}values/", latents.values)
+    for site, transform in latents.transforms.items():
+        try:
+            found = describe_transform(transform, f"{prefix}transforms/{site}/")
+        except ValueError as error:
+            raise ValueError(
+                f"Latent site {site!r}: {error}. Fix it by pyro.poutine.condition and "
+                "refit."
+            ) from error
+        transforms[site] = found[0]
+        tensors |= found[1]
+    tensors |= {f"{prefix}{name}": getattr(latents, name) for name in _OF_LATENTS}
+    return {"sites": list(latents.values), "transforms": transforms}, tensors
+
+
+def _restore_latents(
+    description: Mapping[str, Any] | None,
+    tensors: Tensors,
+    prefix: str,
+    dtypes: Dtypes,
+) -> LatentBlock | None:
+    if description is None:
+        return None
+    transforms = {}
+    for site, transform in description["transforms"].items():
+        start = f"{prefix}transforms/{site}/"
+        own = {name: x for name, x in tensors.items() if name.startswith(start)}
+        transforms[site] = restore_transform(transform, _in_dtypes(own, dtypes), start)
+    values = _at(f"{prefix}values/", description["sites"], tensors)
+    return LatentBlock(
+        _in_dtypes(values, dtypes),
+        transforms,
+        *(tensors[f"{prefix}{name}"] for name in _OF_LATENTS),
+    )
+
+
+def _dtypes(saved: Weights, loras: Sequence[LiftedNetwork]) -> Dtypes:
+    """Lifted site -> the network's dtype, and saved dtype -> what it became there."""
+    sites = {s: x.dtype for lora in loras for s, x in lora.zeros().items()}
+    return sites, {saved[site].dtype: dtype for site, dtype in sites.items()}
+
+
+def _in_dtypes(values: Tensors, dtypes: Dtypes) -> Tensors:
+    sites, changed = dtypes
+    return {
+        name: x.to(sites.get(name, changed.get(x.dtype, x.dtype)))
+        for name, x in values.items()
+    }
 
 
 def _named(prefix: str, values: Mapping[str, Tensor]) -> Tensors:

@@ -22,7 +22,7 @@ _NUM_STEPS = 200  # of L-BFGS at most
 _SAME = 1e-4  # relative difference of two log densities, in float32
 
 
-class _AtParameters(Messenger):
+class AtParameters(Messenger):
     """``pyro.param`` statements take given values; the param store stays as it is."""
 
     def __init__(self, values: Mapping[str, Tensor]) -> None:
@@ -128,7 +128,7 @@ def train_parameters(
         )
 
     def best(lora: LiftedNetwork) -> dict[str, Tensor]:
-        with _AtParameters(at):
+        with AtParameters(at):
             return prior(lora)
 
     return best, _moments(best, networks, mode)
@@ -168,7 +168,7 @@ def _nodes(
 ) -> list[dict[str, Any]]:
     nodes = []
     for lora in networks:
-        with _AtParameters(values):
+        with AtParameters(values):
             trace = trace_at(partial(prior, lora), gaussian.loc, {})
         nodes += [trace.nodes[site] for site in lora.sites]
     return nodes

@@ -225,12 +225,6 @@ def test_scales_of_the_weights_are_refused(
         guide.laplace_approximation(split(texts, 3))
 
 
-def test_saving_is_refused(tmp_path: Any) -> None:
-    posterior = Regression().laplace()
-    with pytest.raises(ValueError, match=r"\['sigma', 's'\].*poutine.condition"):
-        pl.save(posterior, tmp_path / "there")
-
-
 @ignore_mode
 def test_latents_that_fit_no_block() -> None:
     lora, texts = pl.lift(bert(2)), batch(5)

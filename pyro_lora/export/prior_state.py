@@ -1,0 +1,132 @@
+"""The prior of a Laplace posterior as a description and tensors, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributions as td
+
+from pyro_lora.curvature.weight_gaussian import Weights
+from pyro_lora.infer.laplace_posterior import LaplacePosterior, normal_prior
+from pyro_lora.infer.prior_parameters import AtParameters
+from pyro_lora.lifting.lifted_network import LiftedNetwork
+from pyro_lora.lifting.model_trace import trace_at
+from pyro_lora.lifting.priors import Prior
+
+Tensors = dict[str, Tensor]
+
+_SAME = 1e-5  # relative difference of two log densities, summed in another order
+
+
+def describe_prior(
+    posterior: LaplacePosterior, prefix: str
+) -> tuple[dict[str, Any], Tensors]:
+    """What :func:`restore_prior` needs.
+
+    A prior that is N(prior mean, 1 / prior precision) is in the posterior's numbers.
+    Any other is a function of the user's, which no file can hold: of it the values of
+    its ``pyro.param`` statements are kept, and its log density at the mode, by which
+    it's recognised.
+
+    Args:
+        posterior: The posterior.
+        prefix: Put before the tensors' names.
+
+    Returns:
+        A description that JSON can hold, and named tensors.
+    """
+    mode, tau = posterior.gaussian.loc, posterior.prior_precision
+    nodes = _nodes(posterior.prior, posterior.loras, mode)
+    parameters = {n["name"]: n["value"] for n in nodes if n["type"] == "param"}
+    if not parameters and all(
+        _is_normal(n["fn"], posterior.prior_mean[n["name"]], tau[n["name"]])
+        for n in nodes
+        if n["name"] in mode
+    ):
+        return {"kind": "normal"}, {}
+    description = {
+        "kind": "network",
+        "log_density": _log_density(nodes, mode),
+        "parameters": list(parameters),
+    }
+    return description, {f"{prefix}{name}": x for name, x in parameters.items()}
+
+
+def restore_prior(
+    description: Mapping[str, Any],
+    parameters: Tensors,
+    loras: Sequence[LiftedNetwork],
+    mode: Weights,
+    mean: Weights,
+    precision: Weights,
+) -> Prior:
+    """The prior that :func:`describe_prior` described.
+
+    Args:
+        description: As returned by ``describe_prior``.
+        parameters: Name -> value, of its ``pyro.param`` statements.
+        loras: The lifted networks.
+        mode: Site -> the mode, in the dtype that it was saved in.
+        mean: Site -> mean of the normal prior.
+        precision: Site -> precision of the normal prior.
+
+    Returns:
+        The prior.
+
+    Raises:
+        KeyError: If a field is missing.
+        ValueError: If the saved prior isn't normal, and the network's isn't the same.
+    """
+    if description["kind"] == "normal":
+        return normal_prior(mean, precision)
+    if description["kind"] != "network":
+        raise KeyError(description["kind"])
+
+    def prior(lora: LiftedNetwork) -> Weights:
+        with AtParameters(parameters):
+            return lora.prior(lora)
+
+    expected = description["log_density"]
+    found = _log_density(_nodes(prior, loras, mode), mode)
+    if not abs(found - expected) <= _SAME * max(1.0, abs(expected)):
+        raise ValueError(
+            f"the posterior's prior isn't N(mean, 1 / precision), and its log density "
+            f"at the mode is {expected:.6g}; that of the prior which the network was "
+            f"lifted with is {found:.6g}. Lift the network with the prior of the fit."
+        )
+    return prior
+
+
+@torch.no_grad()
+def _nodes(
+    prior: Prior, loras: Sequence[LiftedNetwork], mode: Weights
+) -> list[dict[str, Any]]:
+    """Trace nodes of the prior at the mode; the generators stay where they are."""
+    with torch.random.fork_rng():
+        traces = [trace_at(partial(prior, lora), mode, {}) for lora in loras]
+    return [node for trace in traces for node in trace.nodes.values()]
+
+
+@torch.no_grad()
+def _log_density(nodes: Sequence[Mapping[str, Any]], mode: Weights) -> float:
+    return sum(
+        float(node["fn"].log_prob(mode[node["name"]]).double().sum())
+        for node in nodes
+        if node["name"] in mode
+    )
+
+
+def _is_normal(fn: Any, mean: Tensor, precision: Tensor) -> bool:
+    while isinstance(fn, td.Independent):
+        fn = fn.base_dist
+    return isinstance(fn, td.Normal) and all(
+        torch.allclose(found, expected.to(found).expand_as(found))
+        for found, expected in (
+            (fn.loc.expand(mean.shape), mean),
+            (fn.scale.expand(mean.shape), precision.rsqrt()),
+        )
+    )
