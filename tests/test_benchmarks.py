@@ -1,0 +1,90 @@
+import pytest
+import torch
+from torch import Tensor
+from transformers import BertConfig, BertForSequenceClassification
+
+import pyro_lora as pl
+from benchmarks.dense_ggn import dense_ggn, layers_of, logit_jacobian
+from benchmarks.encoder_top import CachedRows, EncoderTop, adapted
+from benchmarks.seed_runs import PRIOR_PRECISION, Setting
+
+NUM_ROWS = 6
+
+
+@pytest.fixture
+def bert() -> BertForSequenceClassification:
+    config = BertConfig(
+        vocab_size=20,
+        hidden_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=16,
+        num_labels=2,
+        initializer_range=0.3,
+    )
+    return BertForSequenceClassification(config).eval()
+
+
+@pytest.fixture
+def rows(bert: BertForSequenceClassification) -> CachedRows:
+    hidden = [torch.randn(length, 16) for length in (2, 3, 3, 4, 5, 7)]
+    return CachedRows(hidden, torch.tensor([0, 1, 1, 0, 1, 0]))
+
+
+@pytest.fixture
+def setting(bert: BertForSequenceClassification, rows: CachedRows) -> Setting:
+    prior = pl.priors.normal(scale=PRIOR_PRECISION**-0.5)
+    lora = pl.lift(adapted(bert, rank=2), prior=prior)
+    return Setting(lora=lora, train=rows, test=rows, epochs=1, seed=0)
+
+
+@pytest.fixture
+def mode(setting: Setting) -> dict[str, Tensor]:
+    weights = setting.lora.weights()
+    return {site: 0.3 * torch.randn_like(x) for site, x in weights.items()}
+
+
+def test_the_top_on_cached_states_is_the_whole_network(
+    bert: BertForSequenceClassification,
+) -> None:
+    ids = torch.randint(20, (3, 5))
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 0, 0, 0]])
+    with torch.no_grad():
+        whole = bert(ids, attention_mask=mask, output_hidden_states=True)
+        top = EncoderTop(bert)(whole.hidden_states[1], mask)
+    torch.testing.assert_close(top, whole.logits)
+
+
+@pytest.mark.filterwarnings("ignore:The weights aren't a mode")
+@pytest.mark.parametrize("tau", [0.1, 3.0])
+def test_data_space_algebra_gives_the_dense_posterior(
+    setting: Setting, mode: dict[str, Tensor], tau: float
+) -> None:
+    exact = dense_ggn(setting.lora, mode, setting.train)
+    posterior = setting.laplace(setting.train, mode, pl.dense)
+    posterior = posterior.with_prior_precision(tau)
+    torch.testing.assert_close(
+        float(posterior.log_evidence()), exact.log_evidence(tau), rtol=1e-5, atol=0
+    )
+    f, jacobian = logit_jacobian(setting.lora, mode, setting.test)
+    found = posterior.linearized(setting.test.batch(range(NUM_ROWS)))
+    contrast = torch.tensor([-1.0, 1.0])
+    torch.testing.assert_close((found.mean @ contrast).double(), f, rtol=1e-4, atol=0)
+    variance = exact.variances(jacobian, [tau])[0]
+    for other in (
+        contrast @ found.covariance_matrix @ contrast,
+        posterior.gaussian.covariance(
+            layers_of(jacobian.float(), mode), [posterior.prior_precision]
+        )[0, :, 0, 0],
+    ):
+        torch.testing.assert_close(other.double(), variance, rtol=1e-4, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:The weights aren't a mode")
+def test_the_best_precision_is_that_of_the_librarys_evidence(
+    setting: Setting, mode: dict[str, Tensor]
+) -> None:
+    exact = dense_ggn(setting.lora, mode, setting.train)
+    tuned = setting.laplace(setting.train, mode, pl.dense).optimize_prior()
+    found = float(next(iter(tuned.prior_precision.values())).flatten()[0])
+    assert found == pytest.approx(exact.best_precision(), rel=1e-3)
