@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,11 @@ from pyro_lora.curvature.fisher_roots import fisher_root
 from pyro_lora.curvature.linearize import contrasts
 from pyro_lora.infer import transport
 from pyro_lora.infer.kernels import Kernel
+from pyro_lora.infer.particle_checks import check_finite
 from pyro_lora.infer.particle_model import (
     PARTICLE_PLATE,
     ParticleModel,
+    batch_size,
     chunked_gradients,
     chunks,
 )
@@ -124,81 +126,184 @@ def repulsion_in_function_space(
         Directions (K, B, M) and the Gram matrix (K, K).
     """
     f = found.contrasts.detach()
-    batch_size = f.shape[1]
-    sq_dists = transport.squared_distances(f) / batch_size
+    num_data = f.shape[1]
+    sq_dists = transport.squared_distances(f) / num_data
     gram, slope = transport.gram_and_slope(kernel, sq_dists)
-    return transport.repel(f, gram, slope) / batch_size, gram
+    return transport.repel(f, gram, slope) / num_data, gram
+
+
+@dataclass(frozen=True)
+class Minibatch:
+    """A batch of one update, and what the particles predict on it.
+
+    Attributes:
+        args: The model's positional arguments.
+        kwargs: The model's keyword arguments.
+        plates: Plate -> its indices, as far as the model draws them itself.
+        ahead: The predictions, constants; None where one pass finds them and their
+            gradients.
+        log_joint: (K,), nats, full data; None likewise.
+        size: Data in the batch; None likewise.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    plates: dict[str, Tensor]
+    ahead: Predictions | None
+    log_joint: Tensor | None
+    size: int | None
+
+
+@dataclass(frozen=True)
+class Minibatches:
+    """The batches of one update."""
+
+    batches: tuple[Minibatch, ...]
+
+
+def minibatch(
+    target: ParticleModel,
+    particles: Mapping[str, Tensor],
+    *,
+    ahead: bool,
+    chunk_size: int,
+    obs_site: str | None,
+    args: Any,
+    kwargs: Any,
+) -> Minibatch:
+    """A batch of one update.
+
+    Args:
+        target: The model.
+        particles: Site -> (K, ...), unconstrained.
+        ahead: Predict by a forward pass of its own: all particles' predictions on all
+            batches of the update must be known before the gradient of any.
+        chunk_size: Particles in one pass.
+        obs_site: The likelihood's site.
+        args: The model's positional arguments.
+        kwargs: The model's keyword arguments.
+
+    Returns:
+        The batch.
+
+    Raises:
+        ValueError: If a log density is NaN or infinite.
+    """
+    if not ahead:
+        return Minibatch(args, kwargs, {}, None, None, None)
+    plates: dict[str, Tensor] = {}
+    parts, log_joints, size = [], [], 1
+    num_particles = next(iter(particles.values())).shape[0]
+    with torch.no_grad():
+        for rows in chunks(num_particles, chunk_size):
+            some = {s: x[rows] for s, x in particles.items()}
+            trace, log_density = target.trace(some, args, kwargs, plates)
+            check_finite(log_density, "log density", rows.start)
+            log_joints.append(torch.stack(list(log_density.values())).sum(0))
+            parts.append(predictions(trace, obs_site, rows.stop - rows.start))
+            size = batch_size(trace)
+    found = Predictions(
+        torch.cat([p.contrasts for p in parts]),
+        torch.cat([p.loss for p in parts]),
+        torch.cat([p.score_norm for p in parts]),
+        parts[0].num_data,
+    )
+    return Minibatch(args, kwargs, plates, found, torch.cat(log_joints), size)
 
 
 def function_space_direction(
     target: ParticleModel,
-    particles: dict[str, Tensor],
+    particles: Mapping[str, Tensor],
+    batches: Sequence[Minibatch],
     *,
     kernel: Kernel,
     temperature: float,
     strength: float | Strength,
     chunk_size: int,
     obs_site: str | None,
-    args: Any,
-    kwargs: Any,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     r"""Own gradient plus repulsion of the predictions, pulled back to the weights.
 
     :math:`\phi_i = \nabla_i \log p / T + \beta J_i^T v_i` with v the repulsion of the
-    contrasts and J their Jacobian, in one backward pass.
+    contrasts on all batches and J their Jacobian, in one backward pass a batch.
 
     Args:
         target: The model.
         particles: Site -> (K, ...), unconstrained.
+        batches: Of the update. One without predictions is alone, and not in chunks.
         kernel: A function of squared distances.
         temperature: T.
         strength: :math:`\beta`, a number, or a function of (minibatch loss, N).
-        chunk_size: Particles in one pass; below K, a forward pass comes first.
+        chunk_size: Particles in one pass.
         obs_site: The likelihood's site.
-        args: The model's positional arguments.
-        kwargs: The model's keyword arguments.
 
     Returns:
         Site -> direction (K, ...); and log joint (K,), norms of attraction and
         repulsion of the contrasts, and mean kernel value.
     """
-    num_particles = next(iter(particles.values())).shape[0]
-    minibatch: dict[str, Tensor] = {}
-    ahead: Predictions | None = None
-    if chunk_size < num_particles:
-        parts = []
-        with torch.no_grad():
-            for rows in chunks(num_particles, chunk_size):
-                some = {s: x[rows] for s, x in particles.items()}
-                trace, _ = target.trace(some, args, kwargs, minibatch)
-                parts.append(predictions(trace, obs_site, rows.stop - rows.start))
-        ahead = _join(parts)
+    sizes = [1 if batch.size is None else batch.size for batch in batches]
+    shares = [size / sum(sizes) for size in sizes]
+    everyone = _joined([b.ahead for b in batches if b.ahead is not None], shares)
     series: dict[str, Tensor] = {}
 
-    def objective(rows: slice, trace: Any, log_joint: Tensor) -> Tensor:
-        own = predictions(trace, obs_site, log_joint.shape[0])
-        everyone = own if ahead is None else ahead
-        push, gram = repulsion_in_function_space(everyone, kernel)
+    def push_on(known: Predictions) -> Tensor:
+        push, gram = repulsion_in_function_space(known, kernel)
         push = push * (
-            strength(float(everyone.loss.mean()), everyone.num_data)
+            strength(float(known.loss.mean()), known.num_data)
             if callable(strength)
             else strength
         )
-        series["attraction"] = everyone.score_norm.square().mean().sqrt() / temperature
+        series["attraction"] = known.score_norm.square().mean().sqrt() / temperature
         series["repulsion"] = transport.norm({"function": push})
         series["mean_kernel"] = transport.mean_off_diagonal(gram)
-        return log_joint.sum() / temperature + (push[rows] * own.contrasts).sum()
+        return push
 
-    direction, log_joint = chunked_gradients(
-        target, particles, chunk_size, objective, args, kwargs, minibatch
-    )
+    pushes: Sequence[Tensor | None] = [None]
+    if everyone is not None:
+        counts = [b.ahead.contrasts.shape[1] for b in batches if b.ahead is not None]
+        pushes = push_on(everyone).split(counts, dim=1)
+    direction: dict[str, Tensor] = {}
+    log_joint = torch.zeros(())
+    for batch, share, push in zip(batches, shares, pushes, strict=True):
+
+        def objective(
+            rows: slice,
+            trace: Any,
+            log_joint: Tensor,
+            share: float = share,
+            push: Tensor | None = push,
+        ) -> Tensor:
+            own = predictions(trace, obs_site, log_joint.shape[0])
+            known = push_on(own) if push is None else push
+            own_term = share * log_joint.sum() / temperature
+            return own_term + (known[rows] * own.contrasts).sum()
+
+        found, of_batch = chunked_gradients(
+            target,
+            particles,
+            chunk_size,
+            objective,
+            batch.args,
+            batch.kwargs,
+            dict(batch.plates),
+        )
+        direction = {s: g + direction.get(s, 0) for s, g in found.items()}
+        log_joint = log_joint.to(of_batch) + share * of_batch
     return direction, {"log_joint": log_joint, **series}
 
 
-def _join(parts: Sequence[Predictions]) -> Predictions:
+def _joined(
+    parts: Sequence[Predictions], shares: Sequence[float]
+) -> Predictions | None:
+    """Predictions on all batches; the score's norm is that of one batch of them all."""
+    if not parts:
+        return None
+    losses = torch.stack([s * p.loss for s, p in zip(shares, parts, strict=True)])
+    # A score is scaled to the full data by N / B, and here by N / (the sum of B).
+    norms = torch.stack([s * p.score_norm for s, p in zip(shares, parts, strict=True)])
     return Predictions(
-        torch.cat([p.contrasts for p in parts]),
-        torch.cat([p.loss for p in parts]),
-        torch.cat([p.score_norm for p in parts]),
+        torch.cat([p.contrasts for p in parts], 1),
+        losses.sum(0),
+        norms.square().sum(0).sqrt(),
         parts[0].num_data,
     )

@@ -66,6 +66,6 @@ def warn_if_collapsed(mean_kernel: float) -> bool:
         f"{mean_kernel:.2g}, so they don't repel and are independent runs. Use "
         "bandwidth=None (the median heuristic) or a larger bandwidth.",
         UserWarning,
-        stacklevel=3,
+        stacklevel=4,  # past SVGD's update and step
     )
     return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -110,6 +111,21 @@ class ParticleModel:
             wide = torch.promote_types(log_prob.dtype, torch.float32)
             log_density[name] = log_density.get(name, 0) + log_prob.sum(1, dtype=wide)
         return trace, log_density
+
+
+def batch_size(trace: Any) -> int:
+    """Data in a trace of K particles: the entries of the observed sites' plates.
+
+    It is 1 where an observed site is in no plate.
+    """
+    sizes = {
+        frame.name: frame.size
+        for site in trace.nodes.values()
+        if site["type"] == "sample" and site["is_observed"]
+        for frame in site["cond_indep_stack"]
+        if frame.vectorized and frame.name != PARTICLE_PLATE
+    }
+    return math.prod(sizes.values())
 
 
 def chunks(num_particles: int, chunk_size: int) -> list[slice]:

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from operator import length_hint
 from typing import Any, Literal
 
 import torch
 from pyro.optim import PyroOptim
-from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_lora.infer.function_space import (
-    Strength,
-    function_space_direction,
-    gated_strength,
-)
-from pyro_lora.infer.kernels import Kernel, Zero, check_kernel, space_of
+from pyro_lora.infer.kernels import Kernel, Zero
 from pyro_lora.infer.optimizer_state import (
     check_optimizer,
     optimizer_state,
@@ -38,10 +33,8 @@ from pyro_lora.infer.particle_model import (
 from pyro_lora.infer.particle_posterior import ParticlePosterior, Weights
 from pyro_lora.infer.schedules import Schedule
 from pyro_lora.infer.transport import spread
-from pyro_lora.infer.weight_space import weight_space_direction
+from pyro_lora.infer.update_rule import Gathered, Repulsion, UpdateRule
 from pyro_lora.lifting.model_trace import Batch, Model
-
-Repulsion = Callable[[float, float], float]
 
 
 class SVGD:
@@ -79,6 +72,9 @@ class SVGD:
             depends on its units.
         chunk_size: Particles in one forward pass; None is all. Same numbers, less
             memory; function space then needs a second forward pass.
+        accumulate: Batches in one update: the particles move once for all of them, as
+            on one batch that holds their data. :meth:`run` ends an epoch with an update
+            of what is left. Function space then needs a second forward pass, too.
         init_loc_fn: Where particles start, for example
             ``lora.init_to_adapter(jitter=0.01)`` or ``lora.init_to_fresh()``.
         obs_site: The likelihood's site (function space); None is the only one.
@@ -106,65 +102,44 @@ class SVGD:
         transport: Literal["stein", "repulsive"] | None = None,
         repulsion: float | Repulsion | None = None,
         chunk_size: int | None = None,
+        accumulate: int = 1,
         init_loc_fn: InitFn,
         obs_site: str | None = None,
     ) -> None:
-        if num_particles < 1:
-            raise ValueError(
-                f"num_particles must be at least 1, found {num_particles}."
-            )
-        if not callable(temperature):
-            _check_temperature(temperature)
-        if chunk_size is not None and not 1 <= chunk_size <= num_particles:
-            raise ValueError(
-                f"chunk_size must lie between 1 and num_particles={num_particles}, "
-                f"found {chunk_size}."
-            )
-        check_kernel(kernel)
+        self._rule = UpdateRule(
+            kernel=kernel,
+            transport=transport,
+            temperature=temperature,
+            repulsion=repulsion,
+            num_particles=num_particles,
+            chunk_size=chunk_size,
+            accumulate=accumulate,
+            obs_site=obs_site,
+        )
         check_optimizer(optim)
-        self._space = space_of(kernel)
-        in_function_space = self._space == "function"
-        if transport is None:
-            transport = "repulsive" if in_function_space else "stein"
-        if transport not in ("stein", "repulsive"):
-            raise ValueError(f"transport: 'stein' or 'repulsive', found {transport!r}.")
-        if in_function_space and transport == "stein":
-            raise ValueError(
-                "Function space has the repulsive transport only. Leave transport=None."
-            )
-        if repulsion is not None:
-            if transport == "stein" or isinstance(kernel, Zero):
-                raise ValueError(
-                    f"repulsion={repulsion} has no effect: it is the strength of the "
-                    "repulsive transport. Add transport='repulsive' and a kernel, or "
-                    "leave it out."
-                )
-            if not callable(repulsion) and not repulsion >= 0:
-                raise ValueError(f"repulsion must not be negative, found {repulsion}.")
-        self._model, self._kernel, self._optim = model, kernel, optim
+        self._model, self._optim = model, optim
         self._num_particles = num_particles
         self._max_plate_nesting = max_plate_nesting
-        self._temperature, self._transport = temperature, transport
-        self._repulsion = repulsion
-        self._chunk_size = chunk_size or num_particles
         self._init_loc_fn, self._obs_site = init_loc_fn, obs_site
         self._particles: Weights | None = None
         self._loaded_values: Weights = {}
+        self._gathered: Gathered | None = None  # by the batches of an unfinished update
+        self._num_gathered = 0
         self._target: ParticleModel | None = None
         self._fraction = 1.0  # of the run that is done; 1 outside of run()
         self._warned = False
         self.diagnostics: dict[str, list[float]] = {}
 
     def step(self, *args: Any, **kwargs: Any) -> float:
-        """One update of all particles on one batch.
+        """One batch; with ``accumulate``, the last batch of an update moves particles.
 
         Args:
             *args: The model's positional arguments.
             **kwargs: The model's keyword arguments.
 
         Returns:
-            Mean over particles of minus the log joint of the full data, nats
-            (``pyro.infer.SVGD`` returns a dict of squared gradients instead).
+            Mean over particles of minus the log joint of the full data on this batch,
+            nats (``pyro.infer.SVGD`` returns a dict of squared gradients instead).
 
         Raises:
             ValueError: If the model can't be run by particles, or a log density or
@@ -172,7 +147,25 @@ class SVGD:
         """
         target, particles = self._set_up(args, kwargs)
         check_finite(particles, "value")
-        direction, found = self._direction(target, particles, args, kwargs)
+        gathered, log_joint = self._rule.gather(
+            target, particles, self._gathered, args, kwargs
+        )
+        if self._num_gathered + 1 == self._rule.accumulate:
+            self._update(gathered)
+        else:
+            self._gathered, self._num_gathered = gathered, self._num_gathered + 1
+        if log_joint is None:
+            return self.diagnostics["loss"][-1]
+        return -log_joint.mean().item()
+
+    def _update(self, gathered: Gathered) -> None:
+        """Move the particles, once for all batches that were gathered."""
+        assert self._target is not None
+        assert self._particles is not None
+        target, particles = self._target, self._particles
+        direction, found = self._rule.direction(
+            target, particles, gathered, self._fraction
+        )
         check_finite(direction, "direction")
         log_joint = found.pop("log_joint")
         found = {"loss": -log_joint.mean(), **found, "spread": spread(particles)}
@@ -181,13 +174,12 @@ class SVGD:
         self._optim(list(particles.values()))
         for particle in particles.values():
             particle.grad = None
+        self._gathered, self._num_gathered = None, 0
         values = torch.stack([x.double() for x in found.values()]).tolist()
         for name, value in zip(found, values, strict=True):
             self.diagnostics.setdefault(name, []).append(value)
-        alone = isinstance(self._kernel, Zero) or self._num_particles == 1
-        if not alone and not self._warned:
+        if self._rule.repels and not self._warned:
             self._warned = warn_if_collapsed(self.diagnostics["mean_kernel"][-1])
-        return self.diagnostics["loss"][-1]
 
     def run(
         self, batches: Iterable[Batch], *, num_epochs: int, progress_bar: bool = True
@@ -218,7 +210,8 @@ class SVGD:
                         )
                         losses.append(self.step(**batch))
                         done += 1
-                        bar.set_postfix(self._progress(), refresh=False)
+                        if self.diagnostics:
+                            bar.set_postfix(self._progress(), refresh=False)
                         bar.update()
                     if not losses:
                         raise ValueError(
@@ -226,6 +219,8 @@ class SVGD:
                             "DataLoader, which can be gone through again, not an "
                             "iterator."
                         )
+                    if self._gathered is not None:
+                        self._update(self._gathered)
                     assert self._particles is not None
                     step_schedulers(
                         self._optim, self._particles.values(), sum(losses) / len(losses)
@@ -284,7 +279,7 @@ class SVGD:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Particles, the optimiser's state and the diagnostics.
+        """Particles, optimiser, diagnostics and batches of an unfinished update.
 
         Raises:
             ValueError: Before the first step.
@@ -298,6 +293,8 @@ class SVGD:
                 s: optimizer_state(self._optim, x) for s, x in self._particles.items()
             },
             "diagnostics": {k: list(v) for k, v in self.diagnostics.items()},
+            "gathered": None if self._gathered is None else asdict(self._gathered),
+            "num_gathered": self._num_gathered,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -310,7 +307,8 @@ class SVGD:
             ValueError: If the state is that of another model, K or optimiser; this
                 object is then unchanged.
         """
-        if not state.keys() >= {"values", "particles", "optim", "diagnostics"}:
+        keys = {"values", "particles", "optim", "diagnostics"}
+        if not state.keys() >= keys | {"gathered", "num_gathered"}:
             raise ValueError(
                 f"Expected a state from SVGD.state_dict(), found keys {sorted(state)}."
             )
@@ -319,12 +317,15 @@ class SVGD:
             for s, x in state["particles"].items()
         }
         check_shapes(particles, self._num_particles, self._target)
+        count = state["num_gathered"]
+        gathered = self._rule.restored(state["gathered"], count)
         restore_optimizer(
             self._optim,
             [(x, state["optim"][s]) for s, x in particles.items()],
             replaced=(self._particles or {}).values(),
         )
         self._particles, self._loaded_values = particles, dict(state["values"])
+        self._gathered, self._num_gathered = gathered, count
         self.diagnostics = {k: list(v) for k, v in state["diagnostics"].items()}
 
     def _set_up(self, args: Any, kwargs: Any) -> tuple[ParticleModel, Weights]:
@@ -342,35 +343,6 @@ class SVGD:
             warn_if_together(self._particles)
         return self._target, self._particles
 
-    def _direction(
-        self, target: ParticleModel, particles: Weights, args: Any, kwargs: Any
-    ) -> tuple[Weights, dict[str, Tensor]]:
-        now, temperature, repulsion = self._fraction, self._temperature, self._repulsion
-        if callable(temperature):
-            temperature = temperature(now)
-        _check_temperature(temperature)
-        strength: float | Strength
-        if callable(repulsion):
-            strength = lambda loss, num_data: repulsion(now, loss)  # noqa: E731
-        elif repulsion is None:
-            strength = gated_strength if self._space == "function" else 1.0
-        else:
-            strength = repulsion
-        common: dict[str, Any] = {
-            "kernel": self._kernel,
-            "temperature": temperature,
-            "strength": strength,
-            "chunk_size": self._chunk_size,
-            "obs_site": self._obs_site,
-            "args": args,
-            "kwargs": kwargs,
-        }
-        if self._space == "function":
-            return function_space_direction(target, particles, **common)
-        return weight_space_direction(
-            target, particles, space=self._space, form=self._transport, **common
-        )
-
     def _progress(self) -> dict[str, str]:
         last = {name: series[-1] for name, series in self.diagnostics.items()}
         return {
@@ -382,8 +354,3 @@ class SVGD:
 
 def _fraction(done: int, total: int) -> float:
     return min(done / (total - 1), 1.0) if total > 1 else 1.0
-
-
-def _check_temperature(temperature: float) -> None:
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, found {temperature}.")

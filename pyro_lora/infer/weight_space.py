@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -12,66 +14,140 @@ from pyro_lora.infer import transport
 from pyro_lora.infer.delta_space import DeltaSpace
 from pyro_lora.infer.function_space import Strength, datum_loss, likelihood
 from pyro_lora.infer.kernels import Kernel, Space, Zero
-from pyro_lora.infer.particle_model import ParticleModel, chunked_gradients
+from pyro_lora.infer.particle_model import (
+    ParticleModel,
+    batch_size,
+    chunked_gradients,
+)
 
 
-def weight_space_direction(
+@dataclass(frozen=True)
+class Gradients:
+    """Gradients of the log joint at K particles, from one batch or several.
+
+    Attributes:
+        by_site: Site -> (K, ...), nats, full data.
+        log_joint: (K,), nats, full data.
+        batch_size: Data in the batches.
+        loss: Negative log likelihood in nats per datum, (K,); None where unasked.
+        num_data: N; None likewise.
+    """
+
+    by_site: dict[str, Tensor]
+    log_joint: Tensor
+    batch_size: int
+    loss: Tensor | None
+    num_data: int | None
+
+    def joined(self, other: Gradients) -> Gradients:
+        """What one batch with the data of both would give: each datum counts alike."""
+        batch_size = self.batch_size + other.batch_size
+        share = other.batch_size / batch_size
+        loss = self.loss
+        if loss is not None and other.loss is not None:
+            loss = loss.lerp(other.loss, share)
+        return Gradients(
+            {s: g.lerp(other.by_site[s], share) for s, g in self.by_site.items()},
+            self.log_joint.lerp(other.log_joint, share),
+            batch_size,
+            loss,
+            self.num_data,
+        )
+
+
+def log_joint_gradients(
     target: ParticleModel,
-    particles: dict[str, Tensor],
+    particles: Mapping[str, Tensor],
     *,
-    kernel: Kernel | Zero,
-    space: Space,
-    form: Literal["stein", "repulsive"],
-    temperature: float,
-    strength: float | Strength,
+    with_loss: bool,
     chunk_size: int,
     obs_site: str | None,
     args: Any,
     kwargs: Any,
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Stein or repulsive direction with a kernel between weights or their updates.
+) -> Gradients:
+    """Gradients of the log joint on one batch.
 
     Args:
         target: The model.
         particles: Site -> (K, ...), unconstrained.
-        kernel: A function of squared distances, or ``Zero()``.
-        space: ``"joint"``, ``"site"`` or ``"delta"``.
-        form: ``"stein"`` or ``"repulsive"``.
-        temperature: T.
-        strength: Of the repulsive form: a number, or a function of (minibatch loss,
-            N).
+        with_loss: Also find the minibatch loss.
         chunk_size: Particles in one forward and backward pass.
         obs_site: The likelihood's site, for the minibatch loss.
         args: The model's positional arguments.
         kwargs: The model's keyword arguments.
 
     Returns:
-        Site -> direction (K, ...); and log joint (K,), norms of attraction and
-        repulsion, and mean kernel value.
+        The gradients.
+
+    Raises:
+        ValueError: If a log density or a gradient is NaN or infinite.
     """
     losses: list[Tensor] = []
+    sizes: list[int] = []
     num_data: list[int] = []
 
     def objective(rows: slice, trace: Any, log_joint: Tensor) -> Tensor:
-        if callable(strength):
+        sizes.append(batch_size(trace))
+        if with_loss:
             site = likelihood(trace, obs_site)
             losses.append(datum_loss(site, log_joint.shape[0]))
             num_data.append(data_plate(site).full_size)
-        return log_joint.sum() / temperature
+        return log_joint.sum()
 
     gradients, log_joint = chunked_gradients(
         target, particles, chunk_size, objective, args, kwargs, {}
     )
+    return Gradients(
+        gradients,
+        log_joint,
+        sizes[0],
+        torch.cat(losses) if with_loss else None,
+        num_data[0] if with_loss else None,
+    )
+
+
+def weight_space_direction(
+    target: ParticleModel,
+    particles: Mapping[str, Tensor],
+    gradients: Gradients,
+    *,
+    kernel: Kernel | Zero,
+    space: Space,
+    form: Literal["stein", "repulsive"],
+    temperature: float,
+    strength: float | Strength,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Stein or repulsive direction with a kernel between weights or their updates.
+
+    Args:
+        target: The model.
+        particles: Site -> (K, ...), unconstrained.
+        gradients: Of the log joint, there.
+        kernel: A function of squared distances, or ``Zero()``.
+        space: ``"joint"``, ``"site"`` or ``"delta"``.
+        form: ``"stein"`` or ``"repulsive"``.
+        temperature: T.
+        strength: Of the repulsive form: a number, or a function of (minibatch loss,
+            N).
+
+    Returns:
+        Site -> direction (K, ...); and log joint (K,), norms of attraction and
+        repulsion, and mean kernel value.
+    """
+    scores = {s: g / temperature for s, g in gradients.by_site.items()}
+    log_joint = gradients.log_joint
     if isinstance(kernel, Zero):
         zero = log_joint.new_zeros(())
-        return gradients, {
+        return scores, {
             "log_joint": log_joint,
-            "attraction": transport.norm(gradients),
+            "attraction": transport.norm(scores),
             "repulsion": zero,
             "mean_kernel": zero,
         }
     if callable(strength):
-        strength = strength(float(torch.cat(losses).mean()), num_data[0])
+        assert gradients.loss is not None
+        assert gradients.num_data is not None
+        strength = strength(float(gradients.loss.mean()), gradients.num_data)
     fixed = {site: x.detach() for site, x in particles.items()}
     stein = form == "stein"
     if space == "delta":
@@ -93,9 +169,9 @@ def weight_space_direction(
             for site, x in fixed.items()
         }
     if stein:
-        attractions = {s: transport.attract(gradients[s], grams[s][0]) for s in fixed}
+        attractions = {s: transport.attract(scores[s], grams[s][0]) for s in fixed}
     else:
-        attractions = gradients
+        attractions = scores
         repulsions = {site: strength * x for site, x in repulsions.items()}
     return {s: attractions[s] + repulsions[s] for s in particles}, {
         "log_joint": log_joint,
