@@ -1,0 +1,187 @@
+"""Every kind of posterior generates: texts are those of its own draws."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import pytest
+import torch
+from pyro.infer import SVI, Trace_ELBO
+from pyro.infer.autoguide import AutoDelta, AutoDiagonalNormal, AutoNormal
+from pyro.optim import Adam
+from torch import Tensor
+from torch.testing import assert_close
+
+import pyro_lora as pl
+from tests import networks
+from tests.predict.language import (
+    adapters,
+    averaged_text,
+    language_model,
+    particles,
+    prompts,
+    step_by_step,
+    texts,
+)
+from tests.predict.models import guide_over
+
+Weights = dict[str, Tensor]
+NEW, NUM_DRAWS, END = 4, 3, 2
+
+
+def lifted(**settings: Any) -> pl.LiftedNetwork:
+    prior = pl.priors.normal(scale=0.7)
+    return pl.lift(networks.llama(None), prior=prior, **settings)
+
+
+def laplace(lora: pl.LiftedNetwork) -> pl.LaplacePosterior:
+    guide = pl.AutoLaplace(
+        language_model(lora), init_loc_fn=lora.init_to_adapter(), fisher="mc"
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The weights aren't a mode")
+        return guide.laplace_approximation([texts()])
+
+
+def mixture(lora: pl.LiftedNetwork) -> pl.MixturePosterior:
+    return pl.MixturePosterior([laplace(lora), laplace(lora)])
+
+
+def svgd(lora: pl.LiftedNetwork) -> pl.ParticlePosterior:
+    engine = pl.SVGD(
+        language_model(lora),
+        pl.kernels.RBF(),
+        Adam({"lr": 0.05}),
+        NUM_DRAWS,
+        init_loc_fn=lora.init_to_adapter(jitter=0.5),
+    )
+    engine.step(**texts())
+    return engine.posterior()
+
+
+def own_draws(posterior: Any) -> Weights:
+    draws: Weights = posterior.sample(NUM_DRAWS)
+    return draws
+
+
+def stock(guide: Any) -> Callable[[pl.LiftedNetwork], Any]:
+    def trained(lora: pl.LiftedNetwork) -> Any:
+        pyro.clear_param_store()
+        model = language_model(lora)
+        fitted = guide(model, init_loc_fn=lora.init_to_adapter())
+        svi = SVI(model, fitted, Adam({"lr": 0.01}), Trace_ELBO())
+        svi.step(**texts())
+        return fitted
+
+    return trained
+
+
+def guide_draws(guide: Any) -> Weights:
+    each = [guide() for _ in range(NUM_DRAWS)]
+    return {
+        site: torch.stack([draw[site] for draw in each])
+        for site in each[0]
+        if site.startswith("lora.")
+    }
+
+
+def plain(lora: pl.LiftedNetwork) -> Any:
+    return guide_over(lora.weights())
+
+
+POSTERIORS: dict[str, tuple[Any, Callable[[Any], Weights]]] = {
+    "Laplace": (laplace, own_draws),
+    "mixture": (mixture, own_draws),
+    "SVGD": (svgd, own_draws),
+    "AutoNormal": (stock(AutoNormal), guide_draws),
+    "AutoDiagonalNormal": (stock(AutoDiagonalNormal), guide_draws),
+    "a function": (plain, guide_draws),
+}
+
+
+@pytest.mark.parametrize("name", POSTERIORS)
+def test_the_average_over_its_draws(name: str) -> None:
+    make, drawn = POSTERIORS[name]
+    lora = lifted()
+    posterior, prompt = make(lora), torch.tensor([[5, 23, 42]])
+    torch.manual_seed(1)
+    each = adapters(lora, drawn(posterior))
+    torch.manual_seed(1)
+    found = pl.generate(lora, posterior, prompt, NUM_DRAWS, max_new_tokens=NEW)
+    new = averaged_text(each, prompt[0], NEW, END)
+    assert torch.equal(found.new_tokens[0, : len(new)], new)
+    expected = step_by_step(each, prompt[0], new)
+    assert_close(found.log_probs[0, : len(new)], expected["log_prob"])
+    assert_close(found.total_entropy[0, : len(new)], expected["total"])
+    labels = found.sequences.where(found.sequences != networks.PAD, -100)
+    labels[:, :3] = -100
+    torch.manual_seed(1)
+    scores = pl.sequence_log_prob(
+        lora, posterior, found.sequences, labels, num_samples=NUM_DRAWS
+    )
+    assert_close(scores.by_token, found.log_probs.sum(-1))
+
+
+@pytest.mark.parametrize("name", ["Laplace", "AutoNormal"])
+def test_the_mode_s_text_and_what_the_draws_think_of_it(name: str) -> None:
+    make, drawn = POSTERIORS[name]
+    lora = lifted()
+    posterior, prompt = make(lora), prompts(1, 3)
+    centre = posterior.mode() if name == "Laplace" else posterior.median()
+    (alone,) = adapters(lora, {site: centre[site][None] for site in lora.sites})
+    own = alone.generate(**prompt, max_new_tokens=NEW, do_sample=False)
+    torch.manual_seed(1)
+    each = adapters(lora, drawn(posterior))
+    torch.manual_seed(1)
+    found = pl.generate(
+        lora, posterior, **prompt, num_samples=3, max_new_tokens=NEW, mode="mode"
+    )
+    assert torch.equal(found.sequences, own)
+    new = found.new_tokens[0]
+    length = len(new) if not (new == END).any() else int((new == END).nonzero()[0]) + 1
+    expected = step_by_step(each, prompt["input_ids"][0], new[:length])
+    assert_close(found.log_probs[0, :length], expected["log_prob"])
+    epistemic = expected["total"] - expected["aleatoric"]
+    assert_close(found.epistemic_entropy[0, :length], epistemic)
+    assert (epistemic > 0).all()
+
+
+def test_a_point_has_no_epistemic_entropy() -> None:
+    lora = lifted()
+    guide = stock(AutoDelta)(lora)
+    found = pl.generate(lora, guide, **prompts(), max_new_tokens=NEW)
+    assert_close(found.epistemic_entropy, torch.zeros_like(found.log_probs))
+    assert found.total_entropy.max() > 0.1
+
+
+def test_a_prior_that_is_not_centred() -> None:
+    prior = pl.priors.hierarchical(0.7, centered=False)
+    lora = pl.lift(networks.llama(None), prior=prior)
+    guide = AutoNormal(language_model(lora), init_scale=0.3)
+    given = texts()
+    guide(**given)
+    assert not lora.sites.keys() & guide.median().keys()
+    prompt = torch.tensor([[5, 23, 42]])
+    torch.manual_seed(1)
+    draws = [
+        pyro.poutine.condition(lora.prior, data=guide(**given))(lora)
+        for _ in range(NUM_DRAWS)
+    ]
+    weights = {site: torch.stack([d[site] for d in draws]) for site in lora.sites}
+    each = adapters(lora, {site: value.detach() for site, value in weights.items()})
+    torch.manual_seed(1)
+    found = pl.generate(lora, guide, prompt, NUM_DRAWS, max_new_tokens=NEW)
+    new = averaged_text(each, prompt[0], NEW, END)
+    assert torch.equal(found.new_tokens[0, : len(new)], new)
+    expected = step_by_step(each, prompt[0], new)
+    assert_close(found.total_entropy[0, : len(new)], expected["total"])
+
+
+def test_every_particle_comes_once() -> None:
+    lora = lifted()
+    posterior = particles(lora, 5)
+    found = pl.generate(lora, posterior, **prompts(), max_new_tokens=2, mode="draws")
+    assert found.sequences.shape == (5, 3, 7)
+    some = pl.generate(lora, laplace(lora), **prompts(), max_new_tokens=2, mode="draws")
+    assert some.sequences.shape == (8, 3, 7)
