@@ -20,6 +20,8 @@ from pyro_lora.export import plots
 from pyro_lora.export.adapters import export_adapters
 from pyro_lora.export.checkpoint import load, save
 from pyro_lora.export.datatree import to_datatree
+from pyro_lora.export.diagnose import diagnose
+from pyro_lora.export.diagnosis import Diagnosis
 from pyro_lora.infer import kernels, schedules
 from pyro_lora.infer.auto_laplace import AutoLaplace
 from pyro_lora.infer.effective_predictions import effective_num_predictions
@@ -42,6 +44,7 @@ from pyro_lora.predict.sequence_scores import SequenceLogProb, sequence_log_prob
 __all__ = [
     "SVGD",
     "AutoLaplace",
+    "Diagnosis",
     "FisherRoot",
     "GaussianLogits",
     "Generation",
@@ -57,6 +60,7 @@ __all__ = [
     "auroc",
     "class_log_probs",
     "dense",
+    "diagnose",
     "diagonal",
     "effective_num_predictions",
     "ekfac",

@@ -19,10 +19,11 @@ ROOMS = ("lifting", "curvature", "infer", "predict", "export")  # in the data's 
 OWNERS = {  # third party: the only places that import it
     "peft": ("lifting/", "export/adapters.py"),
     "arviz_base": ("export/",),
+    "arviz_stats": ("export/",),
     "arviz_plots": ("export/plots.py",),
     "matplotlib": ("export/plots.py",),
 }
-LAZY = {"arviz_base", "arviz_plots", "matplotlib", "pandas", "xarray"}
+LAZY = {"arviz_base", "arviz_plots", "arviz_stats", "matplotlib", "pandas", "xarray"}
 
 
 def allowed_targets(file: str) -> set[str] | None:

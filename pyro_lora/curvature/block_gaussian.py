@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
@@ -118,12 +119,24 @@ class BlockGaussian(WeightGaussian):
         assert isinstance(total, Tensor)
         return total
 
-    def effective_parameters(self) -> Tensor:
+    def effective_parameters_by_layer(self) -> Weights:
         """See the base class."""
-        return sum(  # type: ignore[return-value]
-            (block.values / self._precision(site, self.prior_precision)).sum()
-            for site, block in self.blocks.items()
-        )
+        return {site: share.sum((1, 2)) for site, share in self._shares().items()}
+
+    def informed_directions(self, num_directions: int) -> tuple[Weights, Tensor]:
+        """See the base class; each lies in one matrix."""
+        shares = self._shares()
+        flat = torch.cat([share.flatten() for share in shares.values()])
+        top = flat.topk(min(num_directions, len(flat)))
+        steps = {s: x.new_zeros(len(top.values), *x.shape) for s, x in self.loc.items()}
+        first = 0
+        for site, share in shares.items():
+            for q, index in enumerate((top.indices - first).tolist()):
+                if 0 <= index < share.numel():
+                    layer, o, i = np.unravel_index(index, share.shape)
+                    steps[site][q, layer] = self._step(site, layer, o, i)
+            first += share.numel()
+        return steps, top.values
 
     def covariance(
         self,
@@ -165,6 +178,25 @@ class BlockGaussian(WeightGaussian):
             site: pyro.sample(site, fn, infer=infer.get(site, {}))
             for site, fn in self._distributions().items()
         }
+
+    def _shares(self) -> Weights:
+        return {
+            site: block.values / self._precision(site, self.prior_precision)
+            for site, block in self.blocks.items()
+        }
+
+    def _step(self, site: str, layer: int, o: int, i: int) -> Tensor:
+        """One standard deviation along an eigenvector of one matrix, its shape."""
+        loc, block = self.loc[site][layer], self.blocks[site]
+        sd = self._precision(site, self.prior_precision)[layer, o, i].rsqrt()
+        if block.rows is None or block.columns is None:
+            inside = torch.zeros_like(block.values[layer])
+            inside[o, i] = sd
+        else:
+            inside = sd * torch.outer(
+                block.rows[layer][:, o].double(), block.columns[layer][:, i].double()
+            )
+        return inside.reshape(loc.shape).to(loc)
 
     def _precision(self, site: str, tau: Mapping[str, Tensor]) -> Tensor:
         values = self.blocks[site].values

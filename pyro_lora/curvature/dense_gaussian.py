@@ -93,10 +93,29 @@ class DenseGaussian(WeightGaussian):
         """See the base class."""
         return 2 * self._cholesky(prior_precision).diagonal().log().sum()
 
-    def effective_parameters(self) -> Tensor:
+    def effective_parameters_by_layer(self) -> Weights:
         """See the base class."""
         root = self._cholesky(self.prior_precision)
-        return torch.cholesky_solve(self.fisher, root).diagonal().sum()
+        share = torch.cholesky_solve(self.fisher, root).diagonal()
+        return {
+            site: x.flatten(1).sum(1)
+            for site, x in unflatten_weights(share, self.loc).items()
+        }
+
+    def informed_directions(self, num_directions: int) -> tuple[Weights, Tensor]:
+        """See the base class."""
+        # P = R R^T, so u with R^-1 F R^-T u = s u gives v = R^-T u.
+        root = self._cholesky(self.prior_precision)
+        half = torch.linalg.solve_triangular(root, self.fisher, upper=False)
+        white = torch.linalg.solve_triangular(root, half.mT, upper=False)
+        shares, vectors = torch.linalg.eigh(white)
+        top = vectors[:, -num_directions:].flip(1)
+        steps = torch.linalg.solve_triangular(root.mT, top, upper=True).mT
+        loc = flatten_weights(self.loc, self.loc)
+        return (
+            unflatten_weights(steps.to(loc), self.loc),
+            shares[-num_directions:].flip(0),
+        )
 
     def covariance(
         self,

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
+import torch
 from torch import Tensor
 
 Weights = dict[str, Tensor]
@@ -46,8 +47,41 @@ class WeightGaussian(ABC):
         """Log det P at a prior precision, scalar, float64, differentiable."""
 
     @abstractmethod
+    def effective_parameters_by_layer(self) -> Weights:
+        r"""Each layer's part of :math:`\mathrm{tr}(F P^{-1})`, site -> (L,)."""
+
+    @abstractmethod
+    def informed_directions(self, num_directions: int) -> tuple[Weights, Tensor]:
+        r"""The directions in which the data count most against the prior.
+
+        Eigenvectors v of :math:`F v = s P v` with the largest s, :math:`v^T P v = 1`:
+        along each, a step of 1 is a standard deviation, and they are independent.
+
+        Args:
+            num_directions: Q; fewer come where there are fewer weights.
+
+        Returns:
+            Site -> steps from the mode, (Q, ...), and s, (Q,), float64, largest
+            first: the data's share of the precision.
+        """
+
     def effective_parameters(self) -> Tensor:
         r""":math:`\mathrm{tr}(F P^{-1})`, a scalar between 0 and D."""
+        layers = self.effective_parameters_by_layer().values()
+        return torch.stack([layer.sum() for layer in layers]).sum()
+
+    def newton_decrement(self, gradient: Mapping[str, Tensor]) -> Tensor:
+        """:math:`g^T P^{-1} g`, a scalar: twice what a Newton step would gain, nats.
+
+        Args:
+            gradient: Site -> gradient of the log joint at the mode.
+        """
+        layers = (
+            (site, layer.reshape(1, 1, layer.shape[0], -1))
+            for site in self.loc
+            for layer in gradient[site]
+        )
+        return self.covariance(layers, [self.prior_precision]).squeeze()
 
     @abstractmethod
     def covariance(

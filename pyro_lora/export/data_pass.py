@@ -73,12 +73,12 @@ def pass_over_data(at_draws: ModelAtDraws, batches: Iterable[Batch]) -> DataPass
             site = trace.nodes[at_draws.obs_site]
             drawn.append(site["fn"].sample())
             if site["is_observed"]:
-                log_likelihood.append(_log_prob(site))
+                log_likelihood.append(datum_log_probs(site))
                 total.append((log_likelihood[-1] * data_plate(site).scale).sum(-1))
             if index == 1:
                 networks = lifted_networks(trace)
-                latent.append(_latent_log_probs(trace, networks))
-                alone = alone and _observes_only(trace, at_draws.obs_site)
+                latent.append(latent_log_probs(trace, networks))
+                alone = alone and observes_only(trace, at_draws.obs_site)
         outcomes.append(torch.cat(drawn))
         if site["is_observed"]:
             log_likelihoods.append(torch.cat(log_likelihood))
@@ -104,8 +104,12 @@ def pass_over_data(at_draws: ModelAtDraws, batches: Iterable[Batch]) -> DataPass
     )
 
 
-def _log_prob(site: Mapping[str, Any]) -> Tensor:
-    """Log density of each datum, (S', B), float64."""
+def datum_log_probs(site: Mapping[str, Any]) -> Tensor:
+    """Log density of each datum, (S', B), float64.
+
+    Args:
+        site: The likelihood's site in a trace.
+    """
     log_prob = site["fn"].log_prob(site["value"]).double()
     if site["mask"] is None:
         return log_prob
@@ -122,9 +126,15 @@ def _one_draw(site: Mapping[str, Any]) -> Tensor:
     return value
 
 
-def _latent_log_probs(
+def latent_log_probs(
     trace: Any, networks: Sequence[LiftedNetwork]
 ) -> dict[str, Tensor]:
+    """Log density of each latent site outside of the networks, (S',), nats.
+
+    Args:
+        trace: Of the model at S' draws.
+        networks: The lifted networks in it.
+    """
     lifted = {name for lora in networks for name in lora.sites}
     result = {}
     for name, site in trace.nodes.items():
@@ -140,7 +150,13 @@ def _latent_log_probs(
     return result
 
 
-def _observes_only(trace: Any, obs_site: str) -> bool:
+def observes_only(trace: Any, obs_site: str) -> bool:
+    """Whether nothing but the likelihood's site is observed.
+
+    Args:
+        trace: Of the model.
+        obs_site: The likelihood's site.
+    """
     return all(
         name == obs_site or site["infer"].get("_deterministic")
         for name, site in trace.nodes.items()

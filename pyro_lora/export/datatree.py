@@ -7,11 +7,9 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from pyro import poutine
-from pyro.poutine.util import site_is_subsample
-from torch import Tensor
 
 from pyro_lora.export.data_pass import DataPass, pass_over_data
+from pyro_lora.export.prior_density import log_prior_by_site, prior_draws, prior_of
 from pyro_lora.export.weight_variables import (
     Variables,
     check_raw_size,
@@ -21,8 +19,7 @@ from pyro_lora.export.weight_variables import (
 from pyro_lora.infer.laplace_posterior import LaplacePosterior
 from pyro_lora.infer.mixture_posterior import MixturePosterior
 from pyro_lora.lifting.lifted_network import LiftedNetwork
-from pyro_lora.lifting.model_trace import Batch, Model, trace_at
-from pyro_lora.lifting.priors import Prior
+from pyro_lora.lifting.model_trace import Batch, Model
 from pyro_lora.predict.draws import (
     LORA_POSTERIORS,
     Guide,
@@ -117,10 +114,10 @@ def to_datatree(
         at_draws = model_at_draws(model, draws, first, obs_site)
         data = pass_over_data(at_draws, stream)
         loras = data.networks
-    prior = posterior.prior if isinstance(posterior, LaplacePosterior) else _own_prior
+    prior = prior_of(posterior)
     named = variables(loras, draws)
-    prior_named = variables(loras, _prior_draws(prior, loras, _num_draws(draws)))
-    log_prior = _log_prior(prior, loras, draws)
+    prior_named = variables(loras, prior_draws(prior, loras, _num_draws(draws)))
+    log_prior = log_prior_by_site(prior, loras, draws)
     if data is not None:
         log_prior = data.log_prior | log_prior
     groups = {
@@ -158,49 +155,8 @@ def _first_batch(
     return first, chain([first], iterator)
 
 
-def _own_prior(lora: LiftedNetwork) -> Weights:
-    return lora.prior(lora)
-
-
 def _num_draws(draws: Weights) -> int:
     return next(iter(draws.values())).shape[0]
-
-
-def _latent_nodes(trace: Any) -> dict[str, Any]:
-    return {
-        name: node
-        for name, node in trace.nodes.items()
-        if node["type"] == "sample"
-        and not node["is_observed"]
-        and not site_is_subsample(node)
-    }
-
-
-@torch.no_grad()
-def _prior_draws(prior: Prior, loras: Sequence[LiftedNetwork], num: int) -> Weights:
-    found: dict[str, list[Tensor]] = {}
-    for lora in loras:
-        for _ in range(num):
-            for name, node in _latent_nodes(
-                poutine.trace(prior).get_trace(lora)
-            ).items():
-                found.setdefault(name, []).append(node["value"])
-    return {name: torch.stack(values) for name, values in found.items()}
-
-
-@torch.no_grad()
-def _log_prior(prior: Prior, loras: Sequence[LiftedNetwork], draws: Weights) -> Weights:
-    """Log density of each site, (S,), in float64: a sum over thousands of weights."""
-    found: dict[str, list[Tensor]] = {}
-    for lora in loras:
-        for s in range(_num_draws(draws)):
-            at = {site: value[s].double() for site, value in draws.items()}
-            trace = trace_at(lambda lora=lora: prior(lora), at, {})
-            for name, node in _latent_nodes(trace).items():
-                if name in draws:
-                    log_prob = node["fn"].log_prob(node["value"]) * node["scale"]
-                    found.setdefault(name, []).append(log_prob.sum())
-    return {name: torch.stack(values) for name, values in found.items()}
 
 
 def _sample_stats(

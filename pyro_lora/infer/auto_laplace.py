@@ -238,14 +238,7 @@ def _check_mode(mode: dict[str, Tensor]) -> None:
 
 def _warn_if_not_stationary(fit: FisherFit, block: LatentBlock | None) -> None:
     # At a mode a Newton step gains nothing; from here it would gain g' P^-1 g / 2.
-    layers = (
-        (site, layer.reshape(1, 1, layer.shape[0], -1))
-        for site, gradient in fit.gradient.items()
-        for layer in gradient
-    )
-    newton = float(
-        fit.gaussian.covariance(layers, [fit.gaussian.prior_precision]).squeeze()
-    )
+    newton = float(fit.gaussian.newton_decrement(fit.gradient))
     effective = float(fit.gaussian.effective_parameters())
     if block is not None:
         newton += block.newton_decrement()
