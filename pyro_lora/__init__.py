@@ -40,6 +40,8 @@ from pyro_lora.predict.predict import predict
 from pyro_lora.predict.prediction import Prediction, auroc, fit_temperature
 from pyro_lora.predict.semantic import SemanticEntropy, semantic_entropy
 from pyro_lora.predict.sequence_scores import SequenceLogProb, sequence_log_prob
+from pyro_lora.predict.regression import RegressionPrediction
+from pyro_lora.predict.token_prediction import TokenPrediction
 
 __all__ = [
     "SVGD",
@@ -57,6 +59,8 @@ __all__ = [
     "SemanticEntropy",
     "SequenceLogProb",
     "SteinDiscrepancy",
+    "RegressionPrediction",
+    "TokenPrediction",
     "auroc",
     "class_log_probs",
     "dense",

@@ -74,12 +74,12 @@ def _guide_draw(guide: Guide, batch: Batch) -> Weights:
     }
 
 
-def without_labels(batch: Batch) -> dict[str, Any]:
+def without_labels(batch: Batch, labels: str = "labels") -> dict[str, Any]:
     """The batch with its labels, where there are any, set to None."""
-    return {name: None if name == "labels" else x for name, x in batch.items()}
+    return {name: None if name == labels else x for name, x in batch.items()}
 
 
-class _DropoutOff(Messenger):
+class DropoutOff(Messenger):
     """Lifted networks evaluate from the moment that they are sampled in a model."""
 
     def __init__(self) -> None:
@@ -108,12 +108,14 @@ class ModelAtDraws:
             model's plates, so that the draws are the leftmost batch dim everywhere.
         obs_site: The likelihood's site.
         batch_first: Whether a batch's first tensor has one row for each datum.
+        chunk_size: Draws in one forward pass.
     """
 
     model: Model
     weights: Weights
     obs_site: str
     batch_first: bool
+    chunk_size: int = DRAWS_AT_ONCE
 
     @property
     def num_draws(self) -> int:
@@ -132,14 +134,13 @@ class ModelAtDraws:
         Raises:
             ValueError: If the distribution has other batch dims.
         """
-        for start in range(0, self.num_draws, DRAWS_AT_ONCE):
-            some = {
-                s: x[start : start + DRAWS_AT_ONCE] for s, x in self.weights.items()
-            }
-            with _DropoutOff():
+        for start in range(0, self.num_draws, self.chunk_size):
+            end = min(start + self.chunk_size, self.num_draws)
+            some = {site: x[start:end] for site, x in self.weights.items()}
+            with DropoutOff():
                 trace = trace_at(self.model, some, batch)
             found = tuple(trace.nodes[self.obs_site]["fn"].batch_shape)
-            some_draws = min(DRAWS_AT_ONCE, self.num_draws - start)
+            some_draws = end - start
             size = _num_rows(batch) if self.batch_first else found[-1:]
             if found != (some_draws, *size):
                 raise ValueError(
@@ -152,7 +153,11 @@ class ModelAtDraws:
 
 @torch.no_grad()
 def model_at_draws(
-    model: Model, weights: Mapping[str, Tensor], batch: Batch, obs_site: str | None
+    model: Model,
+    weights: Mapping[str, Tensor],
+    batch: Batch,
+    obs_site: str | None,
+    chunk_size: int = DRAWS_AT_ONCE,
 ) -> ModelAtDraws:
     """Trace the model once, at the first draw, and fit the draws to its plates.
 
@@ -161,16 +166,19 @@ def model_at_draws(
         weights: Site -> (S, ...), all latent sites of the model.
         batch: The first batch, labels or not.
         obs_site: The likelihood's site, or None.
+        chunk_size: Draws in one forward pass.
 
     Returns:
         The model at the draws.
 
     Raises:
-        ValueError: If the likelihood isn't found or gives more than one outcome a
-            datum, a latent site isn't sampled by the posterior, or is local to a
-            datum.
+        ValueError: If ``chunk_size`` isn't positive, the likelihood isn't found or
+            gives more than one outcome a datum, a latent site isn't sampled by the
+            posterior, or is local to a datum.
     """
-    with _DropoutOff():
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, found {chunk_size}.")
+    with DropoutOff():
         trace = trace_at(model, {s: x[0] for s, x in weights.items()}, batch)
     obs = likelihood_site(trace, obs_site, weights)
     if len(obs["fn"].batch_shape) != 1:
@@ -187,7 +195,9 @@ def model_at_draws(
         and not is_missing_outcome(trace, name)
     }
     for name, node in nodes.items():
-        if not node["is_observed"] and name != obs["name"] and name not in weights:
+        missing = not node["is_observed"] and name not in {obs["name"], *weights}
+        # Beside the named site another outcome of the same data may go unobserved.
+        if missing and not (obs_site is not None and _plates(node) & _plates(obs)):
             raise ValueError(
                 f"The model's site {name!r} isn't among those that the posterior "
                 f"samples, {sorted(weights)}. Use the model that the posterior was "
@@ -201,7 +211,11 @@ def model_at_draws(
         if name in weights
     }
     batch_first = _num_rows(batch) == tuple(obs["fn"].batch_shape)
-    return ModelAtDraws(model, padded, obs["name"], batch_first)
+    return ModelAtDraws(model, padded, obs["name"], batch_first, chunk_size)
+
+
+def _plates(node: Mapping[str, Any]) -> set[str]:
+    return {frame.name for frame in node["cond_indep_stack"]}
 
 
 def _num_rows(batch: Batch) -> tuple[int, ...]:
@@ -219,9 +233,7 @@ def _plate_nesting(nodes: Sequence[Mapping[str, Any]]) -> int:
 def _padded(
     name: str, node: Mapping[str, Any], obs: Mapping[str, Any], value: Tensor, nest: int
 ) -> Tensor:
-    shared = {f.name for f in node["cond_indep_stack"]} & {
-        f.name for f in obs["cond_indep_stack"]
-    }
+    shared = _plates(node) & _plates(obs)
     if shared:
         raise ValueError(
             f"Site {name!r} is inside the plate {shared.pop()!r} of the data, so its "

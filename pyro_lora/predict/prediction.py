@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pyro_lora.predict.metrics import auroc_of_scores, class_metrics
+from pyro_lora.predict.tables import data_frame
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -181,16 +183,7 @@ class Prediction:
 
         Returns:
             A ``pandas.DataFrame`` with the index ``datum``.
-
-        Raises:
-            ImportError: If pandas isn't installed.
         """
-        try:
-            import pandas as pd
-        except ImportError as error:
-            raise ImportError(
-                "to_pandas needs pandas: pip install 'pyro-lora[arviz]'"
-            ) from error
         confidence, predicted = self.probs.max(-1)
         columns = {f"p_{c}": p for c, p in enumerate(self.probs.mT)} | {
             "predicted": predicted,
@@ -201,9 +194,7 @@ class Prediction:
         }
         if self.labels is not None:
             columns["label"] = self._labels("to_pandas")
-        arrays = {name: x.cpu().numpy() for name, x in columns.items()}
-        index = pd.RangeIndex(len(confidence), name="datum")
-        return pd.DataFrame(arrays, index=index)
+        return data_frame(columns, "datum")
 
     def with_temperature(self, temperature: float) -> Prediction:
         r"""The prediction :math:`\mathrm{softmax}(\log p / T)`.
@@ -238,6 +229,23 @@ class Prediction:
                 "into every batch given to predict."
             )
         return self.labels.long()
+
+
+def concatenated(parts: Sequence[Prediction]) -> Prediction:
+    """The data of several predictions, in order.
+
+    Args:
+        parts: All with labels, or none.
+
+    Returns:
+        One prediction.
+    """
+    labels = [p.labels for p in parts if p.labels is not None]
+    return Prediction(
+        log_probs=torch.cat([p.log_probs for p in parts]),
+        aleatoric_entropy=torch.cat([p.aleatoric_entropy for p in parts]),
+        labels=torch.cat(labels) if labels else None,
+    )
 
 
 def fit_temperature(held_out: Prediction) -> float:

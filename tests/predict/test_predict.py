@@ -487,7 +487,7 @@ def test_arguments_are_checked() -> None:
 @pytest.mark.parametrize(
     ("likelihood", "message"),
     [
-        (lambda x: dist.Normal(x[..., 0], 1.0), "No class probabilities for Normal"),
+        (lambda x: dist.Cauchy(x[..., 0], 1.0), "No class probabilities for Cauchy"),
         (
             lambda x: dist.Bernoulli(logits=x).to_event(1),
             r"event shape \(2,\).*one class a datum",

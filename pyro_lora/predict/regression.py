@@ -1,0 +1,288 @@
+"""Predicted real numbers: a mixture of normals or Student's t for each datum."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch import distributions as td
+
+from pyro_lora.predict.tables import data_frame
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+COVERAGE = 0.9  # of the central interval whose coverage is counted
+_NUM_BISECTIONS = 80
+_NODES, _NODE_WEIGHTS = np.polynomial.legendre.leggauss(64)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class RegressionPrediction:
+    r"""Real outcomes of N data, a mixture over S draws or Gaussians of the weights.
+
+    :math:`p(y | x) = \sum_s \pi_s p_s(y | x)`, each component a normal of variance
+    noise plus location's, or Student's t around a location.
+
+    Attributes:
+        loc: The components' locations, (S, N), or (S, N, P) for P outputs, each of
+            which is then predicted by itself.
+        noise_scale: Scale of the noise, of ``loc``'s shape.
+        loc_variance: Variance of the location within a component, of ``loc``'s shape:
+            of the linearised network; None is 0, that of draws.
+        df: Degrees of freedom of Student's noise, of ``loc``'s shape; None is normal.
+        weights: :math:`\pi`, (S,); None is equal.
+        labels: Outcomes, (N,) or (N, P), or None.
+
+    Raises:
+        ValueError: If shapes don't fit or values are impossible.
+
+    >>> prediction = RegressionPrediction(
+    ...     loc=torch.tensor([[1.0, 0.0], [3.0, 0.0]]), noise_scale=torch.ones(2, 2)
+    ... )
+    >>> prediction.mean, prediction.weight_variance
+    (tensor([2., 0.]), tensor([1., 0.]))
+    """
+
+    loc: Tensor
+    noise_scale: Tensor
+    loc_variance: Tensor | None = None
+    df: Tensor | None = None
+    weights: Tensor | None = None
+    labels: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        shape = self.loc.shape
+        if self.loc.ndim not in (2, 3) or self.loc.numel() == 0:
+            raise ValueError(
+                f"loc has shape {tuple(shape)}; expected (S, N) or (S, N, P) with at "
+                "least one draw and one datum."
+            )
+        for name, value, like in [
+            ("noise_scale", self.noise_scale, shape),
+            ("loc_variance", self.loc_variance, shape),
+            ("df", self.df, shape),
+            ("weights", self.weights, shape[:1]),
+            ("labels", self.labels, shape[1:]),
+        ]:
+            if value is not None and value.shape != like:
+                raise ValueError(
+                    f"{name} has shape {tuple(value.shape)}; expected {tuple(like)}, "
+                    f"by that of loc, {tuple(shape)}."
+                )
+            if value is not None and not value.isfinite().all():
+                raise ValueError(f"{name} has NaN or infinite values.")
+        if not self.loc.isfinite().all() or not (self.noise_scale > 0).all():
+            raise ValueError(
+                "loc must be finite and noise_scale positive. Check the network's "
+                "outputs and the prior of the noise."
+            )
+        if self.df is not None and self.loc_variance is not None:
+            raise ValueError("df and loc_variance have no closed form together.")
+
+    @cached_property
+    def mean(self) -> Tensor:
+        """Mean of a new outcome, (N,) or (N, P)."""
+        return self._average(self.loc)
+
+    @cached_property
+    def noise_variance(self) -> Tensor:
+        """Mean variance of the noise, (N,) or (N, P): what more data would leave.
+
+        Infinite for Student's noise of at most 2 degrees of freedom.
+        """
+        variance = self.noise_scale.square()
+        if self.df is not None:
+            some = self.df > 2
+            ratio = self.df / (self.df - 2).where(some, torch.ones_like(self.df))
+            variance = (variance * ratio).where(some, variance.new_tensor(math.inf))
+        return self._average(variance)
+
+    @cached_property
+    def weight_variance(self) -> Tensor:
+        """Variance of the location under the posterior, (N,) or (N, P)."""
+        between = self._average((self.loc - self.mean).square())
+        if self.loc_variance is None:
+            return between
+        return between + self._average(self.loc_variance)
+
+    @cached_property
+    def variance(self) -> Tensor:
+        """Variance of a new outcome, of noise and weights, (N,) or (N, P)."""
+        return self.noise_variance + self.weight_variance
+
+    def log_prob(self, values: Tensor) -> Tensor:
+        """Log density of outcomes, nats, of their shape, (N,) or (N, P)."""
+        components = self._components()
+        log_prob: Tensor = components.log_prob(values.to(self.loc))
+        log_weights = self._pi.log().reshape(-1, *[1] * (log_prob.ndim - 1))
+        return (log_prob + log_weights).logsumexp(0)
+
+    def cdf(self, values: Tensor) -> Tensor:
+        """Probability of a smaller outcome, of the values' shape, (N,) or (N, P)."""
+        z = (values.to(self.loc) - self.loc) / self._scale
+        if self.df is None:
+            return self._average(torch.special.ndtr(z))
+        return self._average(_student_cdf(z, self.df))
+
+    def quantile(self, probability: float) -> Tensor:
+        """The value below which an outcome is with a probability, (N,) or (N, P).
+
+        By bisection of the mixture's distribution function.
+
+        Args:
+            probability: Above 0 and below 1.
+
+        Raises:
+            ValueError: If it isn't.
+        """
+        if not 0 < probability < 1:
+            raise ValueError(f"probability must be within 0 and 1, found {probability}")
+        reach = self._scale.amax(0)
+        low, high = self.loc.amin(0) - reach, self.loc.amax(0) + reach
+        while bool((self.cdf(low) > probability).any()):
+            low, reach = low - reach, 2 * reach
+        while bool((self.cdf(high) < probability).any()):
+            high, reach = high + reach, 2 * reach
+        for _ in range(_NUM_BISECTIONS):
+            middle = (low + high) / 2
+            below = self.cdf(middle) < probability
+            low, high = middle.where(below, low), high.where(below, middle)
+        return (low + high) / 2
+
+    def metrics(self) -> dict[str, float]:
+        r"""Quality against the labels, means over the data and the outputs.
+
+        - ``nll``: mean of :math:`-\log p(y)`, nats, in the labels' unit.
+        - ``rmse``: root of the mean squared error of the mean.
+        - ``crps``: continuous ranked probability score, :math:`E|Y - y| - \frac12
+          E|Y - Y'|` with the closed form of normal mixtures (Grimit et al. 2006); of
+          normal noise only.
+        - ``coverage``: share of the labels inside the central 90% interval.
+
+        Returns:
+            Name -> value.
+
+        Raises:
+            ValueError: If there are no labels.
+        """
+        if self.labels is None:
+            raise ValueError(
+                "metrics needs labels, and this prediction has none. Put 'labels' "
+                "into every batch given to predict."
+            )
+        labels = self.labels.to(self.loc)
+        place = self.cdf(labels)
+        tail = (1 - COVERAGE) / 2
+        values = {
+            "nll": -self.log_prob(labels).mean(),
+            "rmse": (self.mean - labels).square().mean().sqrt(),
+            "coverage": ((place > tail) & (place < 1 - tail)).double().mean(),
+        }
+        if self.df is None:
+            values["crps"] = self._crps(labels).mean()
+        return {name: float(value) for name, value in values.items()}
+
+    def to_pandas(self) -> DataFrame:
+        """One row a datum: mean, standard deviations, the label.
+
+        Columns ``mean``, ``sd``, ``noise_sd``, ``weight_sd`` and, where there are
+        labels, ``label``; with P outputs ``mean_0`` and so on.
+
+        Returns:
+            A ``pandas.DataFrame`` with the index ``datum``.
+        """
+        columns = {
+            "mean": self.mean,
+            "sd": self.variance.sqrt(),
+            "noise_sd": self.noise_variance.sqrt(),
+            "weight_sd": self.weight_variance.sqrt(),
+        }
+        if self.labels is not None:
+            columns["label"] = self.labels
+        if self.loc.ndim == 3:
+            columns = {
+                f"{name}_{p}": x
+                for name, values in columns.items()
+                for p, x in enumerate(values.mT)
+            }
+        return data_frame(columns, "datum")
+
+    @property
+    def _pi(self) -> Tensor:
+        if self.weights is None:
+            num_draws = len(self.loc)
+            return self.loc.new_full((num_draws,), 1 / num_draws)
+        return self.weights.to(self.loc) / self.weights.sum()
+
+    def _average(self, values: Tensor) -> Tensor:
+        return torch.tensordot(self._pi, values, 1)
+
+    @cached_property
+    def _scale(self) -> Tensor:
+        if self.loc_variance is None:
+            return self.noise_scale
+        return (self.noise_scale.square() + self.loc_variance).sqrt()
+
+    def _components(self) -> td.Normal | td.StudentT:
+        if self.df is None:
+            return td.Normal(self.loc, self._scale)
+        return td.StudentT(self.df, self.loc, self.noise_scale)
+
+    def _crps(self, labels: Tensor) -> Tensor:
+        variance, pi = self._scale.square(), self._pi
+        score = self._average(_absolute_mean(labels - self.loc, variance))
+        # One component against all at a time: (S, N) at once, not (S, S, N).
+        for weight, loc, v in zip(pi, self.loc, variance, strict=True):
+            pairs = _absolute_mean(self.loc - loc, variance + v)
+            score = score - 0.5 * weight * self._average(pairs)
+        return score
+
+
+def concatenated(parts: Sequence[RegressionPrediction]) -> RegressionPrediction:
+    """The data of several predictions, without labels.
+
+    Args:
+        parts: Of the same components.
+
+    Returns:
+        One prediction.
+    """
+
+    def joined(tensors: list[Tensor | None]) -> Tensor | None:
+        some = [x for x in tensors if x is not None]
+        return torch.cat(some, 1) if some else None
+
+    return replace(
+        parts[0],
+        loc=torch.cat([p.loc for p in parts], 1),
+        noise_scale=torch.cat([p.noise_scale for p in parts], 1),
+        loc_variance=joined([p.loc_variance for p in parts]),
+        df=joined([p.df for p in parts]),
+    )
+
+
+def _absolute_mean(mean: Tensor, variance: Tensor) -> Tensor:
+    """E|X| of a normal X."""
+    sd = variance.sqrt()
+    z = mean / sd
+    density = (-0.5 * z.square()).exp() / math.sqrt(2 * math.pi)
+    return 2 * sd * density + mean * (2 * torch.special.ndtr(z) - 1)
+
+
+def _student_cdf(z: Tensor, df: Tensor) -> Tensor:
+    # With z = sqrt(df) tan(u) the density is c cos(u)^(df - 1), smooth for df >= 1.
+    angle = (z.abs() / df.sqrt()).atan()
+    total = torch.zeros_like(angle)
+    for node, weight in zip(_NODES, _NODE_WEIGHTS, strict=True):
+        u = angle * (0.5 * (1 + float(node)))
+        total += float(weight) * ((df - 1) * u.cos().log()).exp()
+    log_constant = ((df + 1) / 2).lgamma() - (df / 2).lgamma()
+    half = 0.5 * angle * total * log_constant.exp() / math.sqrt(math.pi)
+    return 0.5 + z.sign() * half

@@ -1,0 +1,294 @@
+"""Predicted real numbers, with Bayesian linear regression as the oracle."""
+
+import math
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+import pyro_lora as pl
+from tests import networks
+from tests.infer.linear_regression import (
+    NOISE_SD,
+    LinearRegression,
+    linear_regression,
+)
+from tests.predict import models
+
+
+def closed_form(problem: LinearRegression) -> tuple[Tensor, Tensor]:
+    """Mean of new outcomes, and the weights' share of their variance, (N,)."""
+    design = problem.design
+    inside = torch.linalg.solve(problem.precision, design.mT)
+    return design @ problem.mode, (design * inside.mT).sum(1)
+
+
+@pytest.fixture
+def problem() -> LinearRegression:
+    return linear_regression()
+
+
+def test_linearized_is_bayesian_linear_regression(problem: LinearRegression) -> None:
+    found = pl.predict(
+        problem.model,
+        problem.laplace(),
+        problem.batches,
+        method="linearized",
+        labels="y",
+    )
+    mean, variance = closed_form(problem)
+    assert isinstance(found, pl.RegressionPrediction)
+    assert_close(found.mean, mean, rtol=0, atol=1e-8)
+    assert_close(found.weight_variance, variance, rtol=0, atol=1e-8)
+    noise = torch.full_like(mean, NOISE_SD**2)
+    assert_close(found.noise_variance, noise, rtol=0, atol=1e-8)
+    sd = (variance + noise).sqrt()
+    exact = stats.norm(mean.numpy(), sd.numpy())
+    y = problem.y
+    metrics = found.metrics()
+    assert metrics["nll"] == pytest.approx(-exact.logpdf(y.numpy()).mean(), abs=1e-8)
+    assert metrics["rmse"] == pytest.approx(float((mean - y).square().mean().sqrt()))
+    z = (y - mean) / sd
+    inside = z.abs() < stats.norm.ppf(0.95)
+    assert metrics["coverage"] == pytest.approx(float(inside.double().mean()))
+    # Gneiting & Raftery (2007), eq. 21
+    phi, cdf = stats.norm.pdf(z.numpy()), stats.norm.cdf(z.numpy())
+    crps = sd.numpy() * (z.numpy() * (2 * cdf - 1) + 2 * phi - 1 / math.sqrt(math.pi))
+    assert metrics["crps"] == pytest.approx(crps.mean(), abs=1e-8)
+
+
+def test_sampling_converges_to_bayesian_linear_regression(
+    problem: LinearRegression,
+) -> None:
+    num_samples = 4000
+    found = pl.predict(
+        problem.model,
+        problem.laplace(),
+        problem.batches,
+        num_samples=num_samples,
+        chunk_size=1000,
+        labels="y",
+    )
+    mean, variance = closed_form(problem)
+    error = 5 * (variance / num_samples).sqrt()
+    assert ((found.mean - mean).abs() < error).all()
+    # A sample variance of normal draws has a relative error of sqrt(2 / S).
+    ratio = found.weight_variance / variance
+    assert ((ratio - 1).abs() < 5 * math.sqrt(2 / num_samples)).all()
+    assert_close(found.noise_variance, torch.full_like(mean, NOISE_SD**2))
+    exact = pl.predict(
+        problem.model,
+        problem.laplace(),
+        problem.batches,
+        method="linearized",
+        labels="y",
+    )
+    for name, value in exact.metrics().items():
+        assert found.metrics()[name] == pytest.approx(value, abs=0.03)
+
+
+def test_a_mixture_of_gaussians_is_one_of_outcomes(problem: LinearRegression) -> None:
+    first = problem.laplace()
+    parts = [first, first.with_prior_precision(20.0)]
+    mixture = pl.MixturePosterior([pl.MixturePosterior(parts, [1, 3]), first], [1, 1])
+    options: Any = {"method": "linearized", "labels": "y"}
+    found = pl.predict(problem.model, mixture, problem.batches, **options)
+    each = [pl.predict(problem.model, p, problem.batches, **options) for p in parts]
+    pi = [0.125 + 0.5, 0.375]
+    log_probs = torch.stack(
+        [math.log(w) + p.log_prob(problem.y) for w, p in zip(pi, each, strict=True)]
+    )
+    assert_close(found.log_prob(problem.y), log_probs.logsumexp(0))
+    mean = sum(w * p.mean for w, p in zip(pi, each, strict=True))
+    second = sum(
+        w * (p.weight_variance + p.mean**2) for w, p in zip(pi, each, strict=True)
+    )
+    assert_close(found.mean, mean)
+    assert_close(found.weight_variance, second - mean**2)
+
+
+def draws_of(num_draws: int = 3, num_data: int = 5, **options: Any) -> Any:
+    return pl.RegressionPrediction(
+        loc=torch.randn(num_draws, num_data).double(),
+        noise_scale=torch.rand(num_draws, num_data).double() + 0.2,
+        labels=torch.randn(num_data).double(),
+        **options,
+    )
+
+
+def test_the_score_of_a_mixture_is_the_integral() -> None:
+    # CRPS = integral of (F(y) - 1[y >= label])^2
+    found = draws_of(weights=torch.tensor([0.2, 0.5, 0.3]).double())
+    grid = torch.linspace(-12, 12, 200_001, dtype=torch.float64)
+    total = 0.0
+    for n, label in enumerate(found.labels.tolist()):
+        cdf = sum(
+            float(w) * stats.norm.cdf(grid.numpy(), float(m), float(s))
+            for w, m, s in zip(
+                found.weights, found.loc[:, n], found.noise_scale[:, n], strict=True
+            )
+        )
+        step = (grid >= label).double()
+        total += float(torch.trapezoid((torch.as_tensor(cdf) - step) ** 2, grid)) / 5
+    assert found.metrics()["crps"] == pytest.approx(total, abs=1e-4)
+
+
+@pytest.mark.parametrize("df", [1.0, 2.5, 4.0, 30.0, 900.0])
+def test_student_noise(df: float) -> None:
+    num_draws, num_data = 3, 7
+    found = draws_of(num_draws, num_data, df=torch.full((3, 7), df).double())
+    pdf, cdf = [], []
+    for m, s in zip(found.loc.numpy(), found.noise_scale.numpy(), strict=True):
+        pdf.append(stats.t.pdf(found.labels.numpy(), df, m, s))
+        cdf.append(stats.t.cdf(found.labels.numpy(), df, m, s))
+    expected = torch.as_tensor(sum(pdf) / 3).log()
+    assert_close(found.log_prob(found.labels), expected)
+    mean_cdf = torch.as_tensor(sum(cdf) / 3)
+    assert_close(found.cdf(found.labels), mean_cdf, rtol=0, atol=1e-10)
+    assert "crps" not in found.metrics()
+    variance = stats.t.var(df) if df > 2 else math.inf
+    noise = variance * found.noise_scale.square().mean(0)
+    assert_close(found.noise_variance, noise)
+
+
+@pytest.mark.parametrize("df", [None, 3.0])
+@pytest.mark.parametrize("probability", [1e-6, 0.05, 0.5, 0.975])
+def test_quantiles_invert_the_distribution(
+    df: float | None, probability: float
+) -> None:
+    degrees = None if df is None else torch.full((3, 5), df).double()
+    found = draws_of(df=degrees)
+    at = found.quantile(probability)
+    assert_close(found.cdf(at), torch.full_like(at, probability), rtol=1e-6, atol=0)
+
+
+def test_a_table_has_a_row_a_datum() -> None:
+    found = draws_of()
+    table = found.to_pandas()
+    assert list(table) == ["mean", "sd", "noise_sd", "weight_sd", "label"]
+    assert table["sd"].tolist() == found.variance.sqrt().tolist()
+    two = pl.RegressionPrediction(
+        loc=torch.zeros(1, 4, 2), noise_scale=torch.ones(1, 4, 2)
+    )
+    assert "weight_sd_1" in two.to_pandas()
+
+
+def test_a_network_with_latent_noise_equals_a_loop() -> None:
+    lora = pl.lift(networks.bert(1))
+    model = pl.models.regression(lora, models.NUM_DATA)
+    batches = models.two_batches()
+    batches = [{**b, "labels": b["labels"].double()} for b in batches]
+    weights = models.jittered(lora, 5)
+    weights["noise"] = torch.rand(5).double() + 0.5
+    posterior = pl.ParticlePosterior(weights, (lora,), model, "y")
+    found = pl.predict(model, posterior, batches, chunk_size=2)
+    lifted = {site: weights[site] for site in lora.sites}
+    loc = torch.stack(
+        [
+            torch.cat(
+                [
+                    models.logits_at(lora, models.draw(lifted, s), b)[:, 0]
+                    for b in batches
+                ]
+            )
+            for s in range(5)
+        ]
+    )
+    assert_close(found.mean, loc.mean(0))
+    assert_close(found.weight_variance, loc.var(0, correction=0))
+    assert_close(found.noise_variance, weights["noise"].square().mean().expand(10))
+    labels = torch.cat([b["labels"] for b in batches])
+    density = (
+        sum(
+            dist.Normal(m, s).log_prob(labels).exp()
+            for m, s in zip(loc, weights["noise"], strict=True)
+        )
+        / 5
+    )
+    assert found.metrics()["nll"] == pytest.approx(-float(density.log().mean()))
+
+
+class Outputs:
+    """A linear network with two real outputs a datum."""
+
+    def __init__(self, family: Any) -> None:
+        self.lora = pl.lift(nn.Linear(3, 2).double())
+        self.family = family
+
+    def model(self, x: Tensor, labels: Tensor | None = None) -> None:
+        loc = self.lora()(x)
+        with pyro.plate("data", 8, subsample=x):
+            pyro.sample("y", self.family(loc).to_event(1), obs=labels)
+
+
+def test_several_outputs() -> None:
+    outputs = Outputs(lambda loc: dist.Normal(loc, 0.5))
+    x = torch.randn(8, 3).double()
+    batches = [
+        {"x": part, "labels": torch.randn(len(part), 2).double()} for part in x.split(3)
+    ]
+    posterior = models.laplace(outputs.lora, outputs.model, batches, pl.dense)
+    exact = pl.predict(outputs.model, posterior, batches, method="linearized")
+    drawn = pl.predict(
+        outputs.model, posterior, batches, num_samples=3000, chunk_size=1000
+    )
+    assert exact.mean.shape == drawn.mean.shape == exact.labels.shape == (8, 2)
+    error = 5 * (exact.weight_variance / 3000).sqrt()
+    assert ((exact.mean - drawn.mean).abs() < error).all()
+    ratio = drawn.weight_variance / exact.weight_variance - 1
+    assert ratio.abs().max() < 5 * math.sqrt(2 / 3000)
+    assert_close(exact.noise_variance, torch.full((8, 2), 0.25).double())
+    assert exact.metrics().keys() == {"nll", "rmse", "coverage", "crps"}
+
+
+def test_student_likelihood_by_draws_only() -> None:
+    lora = pl.lift(nn.Linear(3, 1).double())
+
+    def model(x: Tensor, labels: Tensor | None = None) -> None:
+        loc = lora()(x)[..., 0]
+        with pyro.plate("data", 8, subsample=x):
+            pyro.sample("y", dist.StudentT(4.0, loc, 0.5), obs=labels)
+
+    batches = [{"x": torch.randn(8, 3).double(), "labels": torch.zeros(8)}]
+    posterior = models.laplace(lora, model, batches, pl.dense)
+    found = pl.predict(model, posterior, batches, num_samples=4)
+    assert_close(found.noise_variance, torch.full((8,), 0.5).double())
+    assert_close(found.mean, found.loc.mean(0))
+    with pytest.raises(ValueError, match="No linear predictor for StudentT"):
+        pl.predict(model, posterior, batches, method="linearized")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"loc": torch.zeros(3)}, r"loc has shape \(3,\); expected \(S, N\)"),
+        ({"noise_scale": torch.ones(2, 4)}, r"noise_scale has shape \(2, 4\)"),
+        ({"noise_scale": torch.zeros(2, 3)}, "noise_scale positive"),
+        ({"labels": torch.zeros(2)}, r"labels has shape \(2,\); expected \(3,\)"),
+        ({"loc": torch.full((2, 3), math.nan)}, "loc must be finite"),
+        ({"labels": torch.full((3,), math.inf)}, "labels has NaN"),
+        (
+            {"df": torch.ones(2, 3), "loc_variance": torch.ones(2, 3)},
+            "no closed form together",
+        ),
+    ],
+)
+def test_impossible_predictions_are_refused(
+    change: dict[str, Tensor], message: str
+) -> None:
+    fields: dict[str, Any] = {"loc": torch.zeros(2, 3), "noise_scale": torch.ones(2, 3)}
+    with pytest.raises(ValueError, match=message):
+        pl.RegressionPrediction(**{**fields, **change})
+
+
+def test_arguments_are_checked() -> None:
+    found = pl.RegressionPrediction(loc=torch.zeros(1, 2), noise_scale=torch.ones(1, 2))
+    with pytest.raises(ValueError, match="metrics needs labels"):
+        found.metrics()
+    with pytest.raises(ValueError, match=r"within 0 and 1, found 1\.0"):
+        found.quantile(1.0)
