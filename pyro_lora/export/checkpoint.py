@@ -1,44 +1,35 @@
-"""Posteriors in folders: safetensors and a JSON manifest, no pickle, crash-safe."""
+"""Posteriors in folders that another process, or another machine, can load."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import re
-import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 
-from pyro_lora.export.posterior_state import (
-    Posterior,
-    Tensors,
-    describe,
-    restore,
-    sites_of,
+from pyro_lora.curvature.tensor_folder import (
+    MANIFEST,
+    Format,
+    read_manifest,
+    read_tensors,
+    write_folder,
 )
+from pyro_lora.export.posterior_state import Posterior, describe, restore, sites_of
 from pyro_lora.export.weight_variables import without_adapter_name
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.lifting.model_trace import Model
 
-FORMAT = "pyro_lora posterior"
-VERSION = 1
-MANIFEST = "manifest.json"
-_TENSOR_FILE = re.compile(r"[0-9a-f]{64}\.safetensors")
-_TEMPORARY_FILE = re.compile(r"[0-9a-f]{16}\.pyro_lora\.tmp")
+FORMAT = Format("pyro_lora posterior", 1, "Save the posterior again.")
 
 
 def save(posterior: Posterior, path: str | os.PathLike[str]) -> None:
     """Write a posterior into a folder, which is made if it isn't there.
 
-    A crash at any time leaves the old checkpoint or the new one: the tensor file is
-    named by its own sha256, the manifest that names it is renamed into place last, and
-    the old tensor file is deleted after that. What a crash leaves over, the next save
-    deletes.
+    The folder has a tensor file (safetensors) and ``manifest.json`` with a sha256 of
+    both; nothing is pickled. A crash at any time, also ``kill -9``, leaves the old
+    checkpoint or the new one.
 
     Args:
         posterior: A Laplace, particle or mixture posterior.
@@ -48,29 +39,13 @@ def save(posterior: Posterior, path: str | os.PathLike[str]) -> None:
         ValueError: If the posterior is of another kind, or the folder holds a
             ``manifest.json`` of something else.
     """
-    folder = Path(path)
     description, tensors = describe(posterior)
-    folder.mkdir(parents=True, exist_ok=True)
-    manifest_file = folder / MANIFEST
-    if manifest_file.exists():
-        _read_manifest(manifest_file, check=False)
-    compact, shapes = _without_repetition(tensors)
-    name, size = _write_tensors(folder, compact)
-    manifest = {
-        "format": FORMAT,
-        "version": VERSION,
+    content = {
         "posterior": description,
         "sites": {site: list(shape) for site, shape in sites_of(posterior).items()},
         "layers": _layers(posterior.loras),
-        "tensors": {"file": name, "bytes": size, "sha256": name.partition(".")[0]},
-        "expanded": shapes,
     }
-    manifest["manifest_sha256"] = _digest(manifest)
-    text = json.dumps(manifest, indent=1).encode()
-    temporary = _write_temporary(folder, lambda file: file.write_bytes(text))
-    os.replace(temporary, manifest_file)
-    _sync(folder)
-    _remove_all_but(name, folder)
+    write_folder(Path(path), FORMAT, content, tensors)
 
 
 def load(
@@ -100,14 +75,12 @@ def load(
             scalings, or another prior, where that of the fit wasn't normal.
     """
     loras = (lora,) if isinstance(lora, LiftedNetwork) else tuple(lora)
-    manifest_file = Path(path) / MANIFEST
-    manifest = _read_manifest(manifest_file, check=True)
+    folder = Path(path)
+    manifest_file = folder / MANIFEST
+    manifest = read_manifest(folder, FORMAT)
     _check_network(manifest_file, manifest, loras)
-    tensors = _read_tensors(Path(path), manifest["tensors"])
     device = next(iter(loras[0].zeros().values())).device
-    for name, value in tensors.items():
-        shape = manifest["expanded"].get(name, value.shape)
-        tensors[name] = value.to(device).expand(tuple(shape))
+    tensors = read_tensors(folder, FORMAT, manifest, device)
     try:
         return restore(manifest["posterior"], tensors, loras, model)
     except KeyError as error:
@@ -116,58 +89,6 @@ def load(
         ) from error
     except ValueError as error:
         raise ValueError(f"{manifest_file}: {error}") from error
-
-
-def _without_repetition(tensors: Tensors) -> tuple[Tensors, dict[str, list[int]]]:
-    """Copies on the CPU; dims that only repeat by ``expand`` are stored once."""
-    compact, shapes = {}, {}
-    for name, value in tensors.items():
-        kept = value.detach()
-        for dim, stride in enumerate(value.stride()):
-            if stride == 0 and value.shape[dim] > 1:
-                kept = kept.narrow(dim, 0, 1)
-        if kept.shape != value.shape:
-            shapes[name] = list(value.shape)
-        compact[name] = kept.cpu().clone(memory_format=torch.contiguous_format)
-    return compact, shapes
-
-
-def _write_tensors(folder: Path, tensors: Tensors) -> tuple[str, int]:
-    temporary = _write_temporary(folder, lambda file: save_file(tensors, file))
-    name = f"{_file_digest(temporary)}.safetensors"
-    size = temporary.stat().st_size
-    os.replace(temporary, folder / name)
-    return name, size
-
-
-def _write_temporary(folder: Path, write: Callable[[Path], object]) -> Path:
-    """A new file, on the disk and not only in the system's cache."""
-    file = folder / f"{secrets.token_hex(8)}.pyro_lora.tmp"
-    file.touch()
-    mode = file.stat().st_mode
-    try:
-        write(file)
-        file.chmod(mode)  # safetensors lets nobody but the owner read what it writes
-        _sync(file)
-    except BaseException:
-        file.unlink(missing_ok=True)
-        raise
-    return file
-
-
-def _remove_all_but(name: str, folder: Path) -> None:
-    for file in folder.iterdir():
-        old = _TENSOR_FILE.fullmatch(file.name) and file.name != name
-        if old or _TEMPORARY_FILE.fullmatch(file.name):
-            file.unlink()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _layers(loras: Sequence[LiftedNetwork]) -> dict[str, Any]:
@@ -185,66 +106,6 @@ def _layers(loras: Sequence[LiftedNetwork]) -> dict[str, Any]:
         for layer, (b, _) in lora.delta_weight_factors(ones).items():
             scalings[layer] = float(b.flatten()[0])
     return {"parameters": parameters, "scalings": scalings}
-
-
-def _digest(manifest: Mapping[str, Any]) -> str:
-    rest = {name: x for name, x in manifest.items() if name != "manifest_sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def _file_digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _read_manifest(file: Path, *, check: bool) -> dict[str, Any]:
-    if not file.is_file():
-        raise ValueError(
-            f"{file} doesn't exist, so its folder is no checkpoint of pyro_lora. "
-            "Check the path."
-        )
-    try:
-        manifest: dict[str, Any] = json.loads(file.read_bytes())
-        found = manifest["format"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(
-            f"{file} is truncated, or no manifest of pyro_lora. Use another folder."
-        ) from error
-    if found != FORMAT:
-        raise ValueError(
-            f"{file} has the format {found!r}, expected {FORMAT!r}. Use another folder."
-        )
-    if not check:
-        return manifest
-    if not manifest.get("version", 0) <= VERSION:
-        raise ValueError(
-            f"{file} has version {manifest['version']}; this pyro_lora reads up to "
-            f"{VERSION}. Upgrade pyro_lora."
-        )
-    if manifest.get("manifest_sha256") != _digest(manifest):
-        raise ValueError(
-            f"{file} was altered after it was written: its checksum doesn't match. "
-            "Save the posterior again."
-        )
-    return manifest
-
-
-def _read_tensors(folder: Path, entry: Mapping[str, Any]) -> Tensors:
-    file = folder / entry["file"]
-    if not _TENSOR_FILE.fullmatch(entry["file"]) or not file.is_file():
-        raise ValueError(f"{file} doesn't exist. Copy the whole folder.")
-    size = file.stat().st_size
-    if size != entry["bytes"]:
-        raise ValueError(
-            f"{file} has {size} bytes, expected {entry['bytes']}: it was truncated or "
-            "altered. Copy it again, or save the posterior again."
-        )
-    if _file_digest(file) != entry["sha256"]:
-        raise ValueError(
-            f"{file} was altered: its sha256 isn't {entry['sha256']}. Copy it again, "
-            "or save the posterior again."
-        )
-    return load_file(file)
 
 
 def _check_network(

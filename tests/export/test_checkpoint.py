@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import pyro_lora as pl
-from pyro_lora.export import checkpoint
+from pyro_lora.curvature import tensor_folder
 from tests import networks
 from tests.predict import models
 
@@ -168,7 +168,7 @@ def test_a_crash_leaves_the_old_checkpoint(
 
     with monkeypatch.context() as patch:
         if step == "save_file":
-            patch.setattr(checkpoint, "save_file", crash)
+            patch.setattr(tensor_folder, "save_file", crash)
         patch.setattr(os, "replace", rename)
         with pytest.raises(KeyboardInterrupt):
             pl.save(models.particles(lora, model, num=4), tmp_path)
@@ -203,7 +203,7 @@ def refuses(saved: tuple[pl.LiftedNetwork, Path], message: str) -> None:
 def edit_manifest(folder: Path, *, sign: bool, **changes: Any) -> None:
     manifest = json.loads((folder / "manifest.json").read_text()) | changes
     if sign:
-        manifest["manifest_sha256"] = checkpoint._digest(manifest)
+        manifest["manifest_sha256"] = tensor_folder.manifest_digest(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
