@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pyro_lora.curvature.structures import (
@@ -22,8 +18,16 @@ from pyro_lora.curvature.structures import (
     DiagonalFactors,
     KroneckerFactors,
 )
+from pyro_lora.curvature.tensor_folder import (
+    MANIFEST,
+    Format,
+    delete_folder,
+    read_manifest,
+    read_tensors,
+    write_folder,
+)
 
-FORMAT = "pyro_lora fit"
+FORMAT = Format("pyro_lora fit", 1, "Start anew.")
 _FACTORS = (KroneckerFactors, DiagonalFactors, DenseFactors)
 _REST = 20  # so long, in units of the last write, that writing costs 5 % at most
 
@@ -72,22 +76,22 @@ class PassState:
     digest: str
     random: Mapping[str, Tensor]
 
-    def check(self, num_batches: int, digest: str, file: Path) -> None:
+    def check(self, num_batches: int, digest: str, folder: Path) -> None:
         """Check that the batches given again are those that were done.
 
         Args:
             num_batches: Batches skipped.
             digest: Of these.
-            file: Where the state was read.
+            folder: Where the state was read.
 
         Raises:
             ValueError: If they aren't.
         """
         if (num_batches, digest) != (self.num_batches, self.digest):
             raise ValueError(
-                f"{file} has the sums over {self.num_batches} batches, which aren't "
+                f"{folder} has the sums over {self.num_batches} batches, which aren't "
                 f"the first {num_batches} of those given now. Give the same batches in "
-                "the same order (shuffle=False), or delete the file to start anew."
+                "the same order (shuffle=False), or delete it to start anew."
             )
 
     def restore_random_state(self) -> None:
@@ -101,15 +105,15 @@ class PassState:
 
 @dataclass
 class PassCheckpoint:
-    """A file for one pass: safetensors, the rest as JSON in its header.
+    """A folder for one pass, in the form of ``tensor_folder``.
 
     Attributes:
-        file: Where.
+        folder: Where.
         fit: Tells this fit from others.
         device: Where the sums live.
     """
 
-    file: Path
+    folder: Path
     fit: str
     device: torch.device
     _resting_until: float = field(default=0.0, init=False)
@@ -118,23 +122,22 @@ class PassCheckpoint:
         """The state last written, or None.
 
         Raises:
-            ValueError: If the file is damaged, or another fit's.
+            ValueError: If the folder is damaged, or another fit's.
         """
-        if not self.file.exists():
+        if not (self.folder / MANIFEST).exists():
             return None
         try:
-            with safe_open(self.file, "pt") as opened:
-                header = json.loads((opened.metadata() or {}).get("fit", "{}"))
-                tensors = {name: opened.get_tensor(name) for name in opened.keys()}
-        except (SafetensorError, ValueError) as error:
+            header = read_manifest(self.folder, FORMAT)
+            if header["fit"] != self.fit:
+                raise ValueError(
+                    f"{self.folder} is of another fit: of another mode, structure, "
+                    "Fisher or obs site. Give another checkpoint."
+                )
+            tensors = read_tensors(self.folder, FORMAT, header, torch.device("cpu"))
+        except ValueError as error:
             raise ValueError(
-                f"{self.file} is truncated or altered. Delete it to start anew."
+                f"{error} Or delete {self.folder} to start anew."
             ) from error
-        if header.get("format") != FORMAT or header["fit"] != self.fit:
-            raise ValueError(
-                f"{self.file} is of another fit: of another mode, structure, Fisher or "
-                "obs site. Give another checkpoint, or delete it to start anew."
-            )
         random = {d: tensors.pop(f"random/{d}") for d in header["random"]}
         tensors = {name: x.to(self.device) for name, x in tensors.items()}
         (kind,) = (kind for kind in _FACTORS if kind.__name__ == header["factors"])
@@ -152,7 +155,7 @@ class PassCheckpoint:
     def write(self, sums: DataSums, num_batches: int, digest: str) -> None:
         """Write the state, unless the last write is so recent that it would cost.
 
-        The file is renamed into place: a crash leaves the old one or the new one.
+        A crash leaves the old state or the new one.
 
         Args:
             sums: Over the batches done.
@@ -172,7 +175,6 @@ class PassCheckpoint:
         for site, layers in sums.score.items():
             tensors |= {f"score/{site}/{i}": x for i, x in enumerate(layers)}
         header = {
-            "format": FORMAT,
             "fit": self.fit,
             "num_batches": num_batches,
             "num_data": sums.num_data,
@@ -183,20 +185,13 @@ class PassCheckpoint:
             "num_factors": len(sums.factors),
             "layers": {site: len(layers) for site, layers in sums.score.items()},
         }
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.file.with_suffix(".tmp")
-        # A copy of each: safetensors refuses tensors that share memory.
-        copies = {n: x.detach().cpu().clone().contiguous() for n, x in tensors.items()}
-        save_file(copies, temporary, {"fit": json.dumps(header)})
-        with temporary.open("rb") as stream:
-            os.fsync(stream.fileno())
-        os.replace(temporary, self.file)
+        write_folder(self.folder, FORMAT, header, tensors)
         now = time.monotonic()
         self._resting_until = now + _REST * (now - started)
 
     def delete(self) -> None:
-        """Remove the file, once the fit is done."""
-        self.file.unlink(missing_ok=True)
+        """Remove the folder, once the fit is done."""
+        delete_folder(self.folder)
 
 
 def batch_digest(digest: str, batch: Mapping[str, Any]) -> str:

@@ -133,9 +133,9 @@ def fit_fisher(
             fit = fit_digest(
                 {**loc, **(latents or {})}, [structure, fisher_terms, obs_site, name]
             )
-            file = Path(checkpoint) / f"{name.lower()}.safetensors"
+            folder = Path(checkpoint) / name.lower()
             device = next(iter(loc.values())).device
-            checkpoints.append(PassCheckpoint(file, fit, device))
+            checkpoints.append(PassCheckpoint(folder, fit, device))
         return _data_pass(
             model,
             leaves,
@@ -209,7 +209,7 @@ def _data_pass(
             if num_batches < before.num_batches:
                 continue
             if num_batches == before.num_batches:
-                before.check(num_batches, digest, checkpoint.file)
+                before.check(num_batches, digest, checkpoint.folder)
                 with naming_batch(index):  # for the prior, if no batch is left
                     trace = trace_at(model, {**latents, **leaves}, batch)
                 sums = before.sums
@@ -231,7 +231,7 @@ def _data_pass(
         if checkpoint is not None:
             checkpoint.write(sums, num_batches, digest)
     if before is not None and checkpoint is not None and sums is None:
-        before.check(num_batches, digest, checkpoint.file)
+        before.check(num_batches, digest, checkpoint.folder)
     if sums is None:
         raise ValueError(NO_BATCHES)
     sites = observed_sites(trace, obs_site)

@@ -75,7 +75,7 @@ def test_a_resumed_fit_is_the_uninterrupted_one(
                 Interrupted(batches, after), checkpoint=tmp_path / "fit"
             )
         torch.manual_seed(6)  # a process of its own would start elsewhere, too
-        assert sorted((tmp_path / "fit").glob("*.safetensors"))
+        assert sorted((tmp_path / "fit").glob("*/manifest.json"))
         # What another process finds: another guide around the same network.
         again = guide_of(lora, structure=structure, fisher=fisher)
         found = again.laplace_approximation(batches, checkpoint=tmp_path / "fit")
@@ -92,8 +92,8 @@ def test_batches_done_are_not_computed_again(tmp_path: Path) -> None:
     network.register_forward_hook(lambda *_: seen.append(1))
     with pytest.raises(PowerCutError):
         guide.laplace_approximation(Interrupted(batches, 6), checkpoint=tmp_path)
-    (file,) = tmp_path.iterdir()
-    assert file.name == "fisher.safetensors"
+    (folder,) = tmp_path.iterdir()
+    assert folder.name == "fisher"
     assert len(seen) == 6
     seen.clear()
     found = guide.laplace_approximation(batches, checkpoint=tmp_path)
@@ -131,7 +131,7 @@ def test_a_broken_batch_leaves_the_sums_so_far(tmp_path: Path) -> None:
 def interrupted(guide: pl.AutoLaplace, batches: list[Batch], path: Path) -> Path:
     with pytest.raises(PowerCutError):
         guide.laplace_approximation(Interrupted(batches, 2), checkpoint=path)
-    return path / "fisher.safetensors"
+    return path / "fisher"
 
 
 def test_other_batches_are_refused(tmp_path: Path) -> None:
@@ -161,13 +161,39 @@ def test_another_fits_checkpoint_is_refused(difference: str, tmp_path: Path) -> 
         guide_of(lora, **options).laplace_approximation(batches, checkpoint=tmp_path)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "foreign"])
-def test_a_damaged_checkpoint_is_refused(damage: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("truncated tensors", r"\d+ bytes, expected \d+: it was truncated"),
+        ("altered tensors", r"was altered: its sha256"),
+        ("no tensors", r"doesn't exist. Copy the whole folder"),
+        ("truncated manifest", r"manifest\.json is truncated, or no manifest"),
+        ("a posterior's", r"has the format 'pyro_lora posterior', expected 'pyro_lora"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused(
+    damage: str, message: str, tmp_path: Path
+) -> None:
     lora, batches = pl.lift(bert(3)), split(batch(7, num_labels=3), 1)
     guide = guide_of(lora)
-    guide.laplace_approximation(batches)
-    file = interrupted(guide, batches, tmp_path)
-    content = file.read_bytes()
-    file.write_bytes(content[:-9] if damage == "truncated" else b"something else")
-    with pytest.raises(ValueError, match=r"fisher\.safetensors is truncated"):
+    posterior = guide.laplace_approximation(batches)
+    folder = interrupted(guide, batches, tmp_path)
+    (tensors,) = folder.glob("*.safetensors")
+    content = bytearray(tensors.read_bytes())
+    if damage == "truncated tensors":
+        tensors.write_bytes(content[:-9])
+    elif damage == "altered tensors":
+        content[-9] ^= 1
+        tensors.write_bytes(content)
+    elif damage == "no tensors":
+        tensors.unlink()
+    elif damage == "truncated manifest":
+        manifest = folder / "manifest.json"
+        manifest.write_bytes(manifest.read_bytes()[:99])
+    else:
+        pl.save(posterior, tmp_path / "other")
+        (tmp_path / "other").rename(folder.parent / "there")
+        (folder / "manifest.json").unlink()
+        (folder.parent / "there" / "manifest.json").rename(folder / "manifest.json")
+    with pytest.raises(ValueError, match=rf"{message}.*delete .*fisher to start anew"):
         guide.laplace_approximation(batches, checkpoint=tmp_path)
