@@ -22,6 +22,7 @@ from pyro_lora.export.checkpoint import load, save
 from pyro_lora.export.datatree import to_datatree
 from pyro_lora.export.diagnose import diagnose
 from pyro_lora.export.diagnosis import Diagnosis
+from pyro_lora.export.training_folder import load_state, save_state
 from pyro_lora.infer import kernels, schedules
 from pyro_lora.infer.auto_laplace import AutoLaplace
 from pyro_lora.infer.effective_predictions import effective_num_predictions
@@ -79,12 +80,14 @@ __all__ = [
     "laplace_bridge",
     "lift",
     "load",
+    "load_state",
     "models",
     "plots",
     "predict",
     "priors",
     "probit",
     "save",
+    "save_state",
     "schedules",
     "semantic_entropy",
     "sequence_log_prob",

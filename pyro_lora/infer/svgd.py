@@ -330,9 +330,16 @@ class SVGD:
 
     def _set_up(self, args: Any, kwargs: Any) -> tuple[ParticleModel, Weights]:
         if self._target is None:
-            target = particle_model(
-                self._model, self._init_loc_fn, self._max_plate_nesting, args, kwargs
-            )
+            loaded = self._particles or {}  # whose generators go on as they were
+            devices = {x.device for x in loaded.values() if x.is_cuda}
+            with torch.random.fork_rng(devices, enabled=bool(loaded)):
+                target = particle_model(
+                    self._model,
+                    self._init_loc_fn,
+                    self._max_plate_nesting,
+                    args,
+                    kwargs,
+                )
             if self._particles is not None:
                 check_shapes(self._particles, self._num_particles, target)
             self._target = target

@@ -1,0 +1,229 @@
+"""SVGD's training state in a folder: resumed is uninterrupted, damage is refused."""
+
+import copy
+import json
+import os
+import random
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyro.optim
+import pytest
+import torch
+from pyro.optim import SGD, Adam, PyroOptim
+from torch.utils.data import DataLoader
+
+import pyro_lora as pl
+from pyro_lora import kernels
+from pyro_lora.curvature import tensor_folder
+from tests import networks
+from tests.infer.engines import OPTIMIZERS, assert_same, engine, regression_batches
+from tests.infer.targets import bert, hierarchical_regression
+
+
+def multi_step() -> PyroOptim:
+    settings = {
+        "optimizer": torch.optim.Adam,
+        "optim_args": {"lr": 0.1, "betas": (0.8, 0.9), "amsgrad": True},
+        "milestones": [1, 3, 3],
+    }
+    return pyro.optim.MultiStepLR(settings)
+
+
+def one_cycle() -> PyroOptim:
+    settings = {
+        "optimizer": torch.optim.SGD,
+        "optim_args": {"lr": 0.1, "momentum": 0.9},
+        "max_lr": 0.02,
+        "total_steps": 9,
+    }
+    return pyro.optim.OneCycleLR(settings)
+
+
+OPTIMIZERS_AND_SCHEDULES = {
+    **OPTIMIZERS,
+    "MultiStepLR": multi_step,
+    "OneCycleLR": one_cycle,
+}
+
+
+@pytest.mark.parametrize("name", list(OPTIMIZERS_AND_SCHEDULES))
+@pytest.mark.parametrize("fresh", [True, False])
+def test_resumed_is_uninterrupted(name: str, fresh: bool, tmp_path: Path) -> None:
+    target, optim = hierarchical_regression(3), OPTIMIZERS_AND_SCHEDULES[name]
+    batches = regression_batches()
+    whole = engine(target, optim())
+    whole.run(batches, num_epochs=5, progress_bar=False)
+    first = engine(target, optim())
+    first.run(batches, num_epochs=2, progress_bar=False)
+    pl.save_state(first, tmp_path)
+    second = engine(target, optim())
+    if not fresh:
+        second.run(batches, num_epochs=1, progress_bar=False)
+    pl.load_state(second, tmp_path)
+    assert_same(second.get_named_particles(), first.get_named_particles())
+    second.run(batches, num_epochs=3, progress_bar=False)
+    assert_same(second.get_named_particles(), whole.get_named_particles())
+    assert second.diagnostics == whole.diagnostics
+
+
+def test_dropout_and_shuffled_batches_go_on(tmp_path: Path) -> None:
+    network = networks.bert(dropout=0.3).train()
+    rows = networks.batch(6, 5)
+    data = [{name: x[i] for name, x in rows.items()} for i in range(6)]
+    loader: Any = DataLoader(data, batch_size=2, shuffle=True)  # type: ignore[arg-type]
+
+    def svgd() -> pl.SVGD:
+        lora = pl.lift(copy.deepcopy(network))  # as in another process
+        return pl.SVGD(
+            pl.models.classification(lora, 6),
+            kernels.RBF(space="site"),
+            Adam({"lr": 0.01}),
+            3,
+            init_loc_fn=lora.init_to_adapter(jitter=0.1),
+        )
+
+    whole = svgd()
+    whole.run(loader, num_epochs=2, progress_bar=False)
+    pl.save_state(whole, tmp_path)
+    expected_noise = (random.random(), np.random.rand())
+    whole.run(loader, num_epochs=2, progress_bar=False)
+    torch.manual_seed(99)
+    random.seed(99)
+    np.random.seed(99)
+    resumed = svgd()
+    pl.load_state(resumed, tmp_path)
+    assert (random.random(), np.random.rand()) == expected_noise
+    resumed.run(loader, num_epochs=2, progress_bar=False)
+    assert_same(resumed.get_named_particles(), whole.get_named_particles())
+
+
+def test_function_space_goes_on(tmp_path: Path) -> None:
+    target = bert(3)
+    settings: dict[str, Any] = {"kernel": kernels.RBF(space="function"), "repulsion": 2}
+    whole = engine(target, Adam({"lr": 0.01}), **settings)
+    for _ in range(2):
+        whole.step(**target.batch)
+    pl.save_state(whole, tmp_path)
+    for _ in range(2):
+        whole.step(**target.batch)
+    resumed = engine(target, Adam({"lr": 0.01}), **settings)
+    pl.load_state(resumed, tmp_path)
+    for _ in range(2):
+        resumed.step(**target.batch)
+    assert_same(resumed.get_named_particles(), whole.get_named_particles())
+
+
+def test_saving_again_replaces_and_pickles_nothing(tmp_path: Path) -> None:
+    target = hierarchical_regression(3)
+    svgd = engine(target, Adam({"lr": 0.05}))
+    for _ in range(2):
+        svgd.step(**target.batch)
+        pl.save_state(svgd, tmp_path)
+        tensors, manifest = sorted(tmp_path.iterdir())
+        assert tensors.suffix == ".safetensors"
+        assert manifest.name == "manifest.json"
+    resumed = engine(target, Adam({"lr": 0.05}))
+    pl.load_state(resumed, tmp_path)
+    assert len(resumed.diagnostics["loss"]) == 2
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> tuple[pl.SVGD, Path]:
+    target = hierarchical_regression(3)
+    svgd = engine(target, Adam({"lr": 0.05}))
+    svgd.step(**target.batch)
+    pl.save_state(svgd, tmp_path)
+    svgd.step(**target.batch)
+    return svgd, tmp_path
+
+
+def refuses(svgd: pl.SVGD, folder: Path, message: str) -> None:
+    """Loading raises, and the engine and the generators are as before."""
+    before, generator = svgd.state_dict(), torch.get_rng_state()
+    with pytest.raises(ValueError, match=message):
+        pl.load_state(svgd, folder)
+    after = svgd.state_dict()
+    assert_same(after["particles"], before["particles"])
+    assert str(after["optim"]) == str(before["optim"])
+    assert torch.equal(torch.get_rng_state(), generator)
+
+
+def test_damaged_states_are_refused(saved: tuple[pl.SVGD, Path]) -> None:
+    svgd, folder = saved
+    (tensors,) = folder.glob("*.safetensors")
+    content = bytearray(tensors.read_bytes())
+    content[-1] ^= 1
+    tensors.write_bytes(content)
+    refuses(svgd, folder, r"safetensors was altered.*Save the state again")
+    os.truncate(tensors, len(content) // 2)
+    refuses(svgd, folder, r"bytes, expected \d+: it was truncated")
+    tensors.unlink()
+    refuses(svgd, folder, r"safetensors doesn't exist")
+    manifest = folder / "manifest.json"
+    text = manifest.read_text()
+    fields = json.loads(text)
+    manifest.write_text(text.replace('"lr"', '"rl"'))
+    refuses(svgd, folder, r"manifest\.json was altered")
+    fields["version"] = 2
+    fields["manifest_sha256"] = tensor_folder.manifest_digest(fields)
+    manifest.write_text(json.dumps(fields))
+    refuses(svgd, folder, "has version 2; this pyro_lora reads up to 1")
+    manifest.write_text(text[:100])
+    refuses(svgd, folder, r"manifest\.json is truncated, or no manifest")
+    refuses(svgd, folder / "nowhere", r"manifest\.json doesn't exist")
+
+
+def test_foreign_states_are_refused(
+    saved: tuple[pl.SVGD, Path], tmp_path: Path
+) -> None:
+    svgd, folder = saved
+    pl.save(svgd.posterior(), tmp_path / "posterior")
+    refuses(svgd, tmp_path / "posterior", "format 'pyro_lora posterior', expected")
+    with pytest.raises(ValueError, match="Use another folder"):
+        pl.save_state(svgd, tmp_path / "posterior")
+    more = hierarchical_regression(4)
+    refuses(engine_after_a_step(more, Adam({"lr": 0.1})), folder, "num_particles=4")
+    same = hierarchical_regression(3)
+    refuses(engine_after_a_step(same, SGD({"lr": 0.1})), folder, "Adam.*SGD")
+
+
+def engine_after_a_step(target: Any, optim: PyroOptim) -> pl.SVGD:
+    svgd = engine(target, optim)
+    svgd.step(**target.batch)
+    return svgd
+
+
+def test_what_no_file_holds_is_refused(tmp_path: Path) -> None:
+    target = hierarchical_regression(3)
+    svgd = engine(target, Adam({"lr": 0.05}))
+    with pytest.raises(ValueError, match="no state before the first step"):
+        pl.save_state(svgd, tmp_path / "x")
+    svgd.step(**target.batch)
+    (inner, *_) = svgd._optim.optim_objs.values()
+    inner.param_groups[0]["schedule"] = print
+    with pytest.raises(ValueError, match=r"a builtin_function_or_method at 'optim/"):
+        pl.save_state(svgd, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_device_that_is_not_there(
+    saved: tuple[pl.SVGD, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    svgd, folder = saved
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"on cuda.*by device='cpu'"):
+        pl.load_state(svgd, folder, device="cuda")
+
+
+def test_counters_stay_counters(saved: tuple[pl.SVGD, Path]) -> None:
+    target = hierarchical_regression(3)
+    svgd = engine_after_a_step(target, multi_step())
+    _, folder = saved
+    pl.save_state(svgd, folder)
+    pl.load_state(svgd, folder)
+    (scheduler, *_) = svgd._optim.optim_objs.values()
+    assert scheduler.milestones == Counter({1: 1, 3: 2})
+    assert isinstance(scheduler.milestones, Counter)
