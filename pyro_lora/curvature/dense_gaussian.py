@@ -85,6 +85,16 @@ class DenseGaussian(WeightGaussian):
         """See the base class."""
         return self._normal.log_prob(flatten_weights(weights, self.loc))
 
+    def times_precision(self, weights: Mapping[str, Tensor]) -> Weights:
+        """See the base class."""
+        root = self._cholesky(self.prior_precision)
+        return self._times(weights, root @ root.mT)
+
+    def times_covariance(self, weights: Mapping[str, Tensor]) -> Weights:
+        """See the base class."""
+        root = self._cholesky(self.prior_precision)
+        return self._times(weights, torch.cholesky_inverse(root))
+
     def variance(self) -> Weights:
         """See the base class."""
         return unflatten_weights(self._normal.variance, self.loc)
@@ -144,6 +154,10 @@ class DenseGaussian(WeightGaussian):
             )
             for site, value in unflatten_weights(flat, self.loc).items()
         }
+
+    def _times(self, weights: Mapping[str, Tensor], matrix: Tensor) -> Weights:
+        flat = flatten_weights(weights, self.loc)
+        return unflatten_weights((flat.to(matrix) @ matrix).to(flat), self.loc)
 
     def _cholesky(self, tau: Mapping[str, Tensor]) -> Tensor:
         full = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from operator import length_hint
 from typing import Any, Literal
@@ -11,7 +11,7 @@ import torch
 from pyro.optim import PyroOptim
 from tqdm.auto import tqdm
 
-from pyro_lora.infer.kernels import Kernel, Zero
+from pyro_lora.infer.kernels import Kernel, Zero, space_of
 from pyro_lora.infer.optimizer_state import (
     check_optimizer,
     optimizer_state,
@@ -31,6 +31,8 @@ from pyro_lora.infer.particle_model import (
     particle_model,
 )
 from pyro_lora.infer.particle_posterior import ParticlePosterior, Weights
+from pyro_lora.infer.preconditioner import Laplace
+from pyro_lora.infer.preconditioner import preconditioner as metric
 from pyro_lora.infer.schedules import Schedule
 from pyro_lora.infer.transport import spread
 from pyro_lora.infer.update_rule import Gathered, Repulsion, UpdateRule
@@ -75,6 +77,11 @@ class SVGD:
         accumulate: Batches in one update: the particles move once for all of them, as
             on one batch that holds their data. :meth:`run` ends an epoch with an update
             of what is left. Function space then needs a second forward pass, too.
+        preconditioner: A Laplace posterior, or several (one at each particle), whose
+            mean precision P is the metric: the direction is :math:`P^{-1}` times that
+            above, with distances by P (matrix-valued SVGD, Wang et al. 2019,
+            https://arxiv.org/abs/1910.12794). A learning rate of 1 is then of the size
+            of a Newton step: use ``pyro.optim.SGD``, since Adam rescales it again.
         init_loc_fn: Where particles start, for example
             ``lora.init_to_adapter(jitter=0.01)`` or ``lora.init_to_fresh()``.
         obs_site: The likelihood's site (function space); None is the only one.
@@ -103,6 +110,7 @@ class SVGD:
         repulsion: float | Repulsion | None = None,
         chunk_size: int | None = None,
         accumulate: int = 1,
+        preconditioner: Laplace | Sequence[Laplace] | None = None,
         init_loc_fn: InitFn,
         obs_site: str | None = None,
     ) -> None:
@@ -115,6 +123,9 @@ class SVGD:
             chunk_size=chunk_size,
             accumulate=accumulate,
             obs_site=obs_site,
+            preconditioner=None
+            if preconditioner is None
+            else metric(preconditioner, space_of(kernel)),
         )
         check_optimizer(optim)
         self._model, self._optim = model, optim
@@ -340,6 +351,7 @@ class SVGD:
                     args,
                     kwargs,
                 )
+            self._rule.check(target)
             if self._particles is not None:
                 check_shapes(self._particles, self._num_particles, target)
             self._target = target

@@ -21,9 +21,18 @@ def squared_distances(particles: Tensor) -> Tensor:
     """
     flat = _rows(particles)
     flat = flat - flat.mean(0)  # distances don't change, cancellation shrinks
-    gram = flat @ flat.mT
+    return distances_from_products(flat @ flat.mT)
+
+
+def products(x: Tensor, y: Tensor) -> Tensor:
+    """Inner products of weight sets (K, ...), (K, K)."""
+    return _rows(x) @ _rows(y).mT
+
+
+def distances_from_products(gram: Tensor) -> Tensor:
+    """Squared distances (K, K) of particles with inner products (K, K)."""
     norms = gram.diagonal()
-    sq_dists = (norms[:, None] + norms[None, :] - 2 * gram).clamp_min(0)
+    sq_dists = (norms[:, None] + norms[None, :] - gram - gram.mT).clamp_min(0)
     return sq_dists - torch.diag_embed(sq_dists.diagonal())
 
 

@@ -20,6 +20,7 @@ from pyro_lora.infer.function_space import (
 )
 from pyro_lora.infer.kernels import Kernel, Zero, check_kernel, space_of
 from pyro_lora.infer.particle_model import ParticleModel
+from pyro_lora.infer.preconditioner import Preconditioner
 from pyro_lora.infer.schedules import Schedule
 from pyro_lora.infer.weight_space import (
     Gradients,
@@ -45,6 +46,7 @@ class UpdateRule:
         chunk_size: Particles in one pass; None is all.
         accumulate: Batches in one update.
         obs_site: The likelihood's site; None is the only one.
+        preconditioner: The metric of weight space; None is the identity.
 
     Raises:
         TypeError: If the kernel is none.
@@ -59,6 +61,7 @@ class UpdateRule:
     chunk_size: int | None
     accumulate: int
     obs_site: str | None
+    preconditioner: Preconditioner | None
 
     def __post_init__(self) -> None:
         if self.num_particles < 1:
@@ -94,6 +97,15 @@ class UpdateRule:
                 raise ValueError(
                     f"repulsion must not be negative, found {self.repulsion}."
                 )
+
+    def check(self, target: ParticleModel) -> None:
+        """Refuse a model that the rule can't move particles of.
+
+        Raises:
+            ValueError: If the preconditioner is for other sites.
+        """
+        if self.preconditioner is not None:
+            self.preconditioner.check(target)
 
     @property
     def repels(self) -> bool:
@@ -202,6 +214,7 @@ class UpdateRule:
             form=self._form,
             temperature=temperature,
             strength=strength,
+            preconditioner=self.preconditioner,
         )
 
     def restored(self, state: Mapping[str, Any] | None, count: int) -> Gathered | None:

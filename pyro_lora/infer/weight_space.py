@@ -19,6 +19,7 @@ from pyro_lora.infer.particle_model import (
     batch_size,
     chunked_gradients,
 )
+from pyro_lora.infer.preconditioner import Preconditioner
 
 
 @dataclass(frozen=True)
@@ -116,8 +117,14 @@ def weight_space_direction(
     form: Literal["stein", "repulsive"],
     temperature: float,
     strength: float | Strength,
+    preconditioner: Preconditioner | None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Stein or repulsive direction with a kernel between weights or their updates.
+    r"""Stein or repulsive direction with a kernel between weights or their updates.
+
+    With a preconditioner P it is that of the coordinates :math:`P^{1/2} x`, in x:
+    :math:`P^{-1}` times the direction, distances by P (Wang et al. 2019,
+    https://arxiv.org/abs/1910.12794, the constant preconditioner). The gradient of
+    such a distance is P times the difference, so that the repulsion needs no P at all.
 
     Args:
         target: The model.
@@ -129,12 +136,15 @@ def weight_space_direction(
         temperature: T.
         strength: Of the repulsive form: a number, or a function of (minibatch loss,
             N).
+        preconditioner: P, for joint or site space.
 
     Returns:
         Site -> direction (K, ...); and log joint (K,), norms of attraction and
         repulsion, and mean kernel value.
     """
     scores = {s: g / temperature for s, g in gradients.by_site.items()}
+    if preconditioner is not None:
+        scores = preconditioner.times_covariance(scores)
     log_joint = gradients.log_joint
     if isinstance(kernel, Zero):
         zero = log_joint.new_zeros(())
@@ -161,7 +171,7 @@ def weight_space_direction(
             else delta.repel(fixed, gram, slope)
         )
     else:
-        grams = _grams(kernel, space, fixed)
+        grams = _grams(kernel, space, fixed, preconditioner)
         repulsions = {
             site: transport.stein_repulsion(x, grams[site][1])
             if stein
@@ -184,10 +194,21 @@ def weight_space_direction(
 
 
 def _grams(
-    kernel: Kernel, space: Space, particles: dict[str, Tensor]
+    kernel: Kernel,
+    space: Space,
+    particles: dict[str, Tensor],
+    preconditioner: Preconditioner | None,
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    distances = {s: transport.squared_distances(x) for s, x in particles.items()}
-    if space == "site":
-        return {s: transport.gram_and_slope(kernel, d) for s, d in distances.items()}
-    joint = torch.stack(list(distances.values())).sum(0)
-    return dict.fromkeys(particles, transport.gram_and_slope(kernel, joint))
+    centred = {s: x - x.mean(0) for s, x in particles.items()}
+    weighted = centred
+    if preconditioner is not None:
+        weighted = preconditioner.times_precision(centred)
+    products = {s: transport.products(x, weighted[s]) for s, x in centred.items()}
+    if space == "joint":
+        joint = torch.stack(list(products.values())).sum(0)
+        distances = transport.distances_from_products(joint)
+        return dict.fromkeys(particles, transport.gram_and_slope(kernel, distances))
+    return {
+        s: transport.gram_and_slope(kernel, transport.distances_from_products(gram))
+        for s, gram in products.items()
+    }
