@@ -39,9 +39,9 @@ from pyro_lora.lifting.lifted_network import LiftedNetwork, lift
 from pyro_lora.predict.generate import Generation, generate
 from pyro_lora.predict.predict import predict
 from pyro_lora.predict.prediction import Prediction, auroc, fit_temperature
+from pyro_lora.predict.regression import RegressionPrediction
 from pyro_lora.predict.semantic import SemanticEntropy, semantic_entropy
 from pyro_lora.predict.sequence_scores import SequenceLogProb, sequence_log_prob
-from pyro_lora.predict.regression import RegressionPrediction
 from pyro_lora.predict.token_prediction import TokenPrediction
 
 __all__ = [
@@ -57,10 +57,10 @@ __all__ = [
     "MixturePosterior",
     "ParticlePosterior",
     "Prediction",
+    "RegressionPrediction",
     "SemanticEntropy",
     "SequenceLogProb",
     "SteinDiscrepancy",
-    "RegressionPrediction",
     "TokenPrediction",
     "auroc",
     "class_log_probs",

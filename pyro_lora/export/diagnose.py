@@ -31,7 +31,8 @@ from pyro_lora.predict.draws import (
     model_at_draws,
     without_labels,
 )
-from pyro_lora.predict.predict import outcome_log_probs, predict
+from pyro_lora.predict.outcomes import outcome_log_probs
+from pyro_lora.predict.predict import predict
 
 _OFFSETS = (-2.0, -1.0, 1.0, 2.0)  # standard deviations along a direction
 _NUM_WHOLE_DRAWS = 10

@@ -138,3 +138,21 @@ def chosen_outcomes(mask: Tensor, tokens: Tokens, site: str) -> tuple[Tensor, Te
         )
     last = (torch.arange(mask.shape[1], device=mask.device) * mask).amax(1)
     return torch.arange(len(mask), device=mask.device), last
+
+
+def outcome_log_probs(fn: object) -> Tensor:
+    """Log probabilities of one class a datum, (..., C), float64, nats.
+
+    Args:
+        fn: The likelihood's distribution, of batch shape (...).
+
+    Raises:
+        ValueError: If the type has no classes, or a datum has several outcomes.
+    """
+    found = likelihood(fn)
+    if found.event_dims:
+        raise ValueError(
+            f"The likelihood has {found.event_dims} event dims: several outcomes a "
+            "datum. Expected one class a datum."
+        )
+    return outcome_logits(found.fn).double().log_softmax(-1)

@@ -18,6 +18,7 @@ from pyro_lora.predict.outcomes import (
     check_outcomes,
     chosen_outcomes,
     likelihood,
+    outcome_log_probs,
     outcome_logits,
 )
 from pyro_lora.predict.prediction import Prediction
@@ -52,16 +53,11 @@ def sampled(
     if found.is_real:
         return _reals(nodes)
     if tokens is None:
-        log_probs = (_log_probs(likelihood(node["fn"]).fn) for node in nodes)
+        log_probs = (outcome_log_probs(node["fn"]) for node in nodes)
         log_p, entropy = _averaged(log_probs, at_draws.num_draws)
         return Prediction(log_probs=log_p, aleatoric_entropy=entropy)
     mask = found.mask[0].to(outcome_logits(found.fn).device)
     return _tokens(nodes, mask, at_draws, tokens)
-
-
-def _log_probs(fn: Any) -> Tensor:
-    """Log probabilities, (..., C), float64 whatever the network's type, nats."""
-    return outcome_logits(fn).double().log_softmax(-1)
 
 
 def _averaged(chunks: Iterable[Tensor], num_draws: int) -> tuple[Tensor, Tensor]:
