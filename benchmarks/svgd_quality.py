@@ -1,0 +1,293 @@
+"""Do particles that repel predict better than an ensemble, alone and with Laplace?
+
+Usage: ``python -m benchmarks.svgd_quality [--sst2 FOLDER] [--seeds 5] [--quick]
+[--runs .cache/svgd_quality] [--out benchmarks/results]``.
+
+Networks, data sets, seeds and resuming are those of
+``python -m benchmarks.curvature_quality``. Out of domain are editorials of vader's nyt.
+"""
+
+import argparse
+import json
+import math
+import platform
+import tempfile
+import warnings
+from collections.abc import Sequence
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import pyro
+import pyro.optim
+import torch
+
+import pyro_lora as pl
+from benchmarks.curvature_quality import EPOCHS, NUM_TRAIN, RANK, Study, study, write
+from benchmarks.encoder_top import MAX_LENGTH, CachedRows, cache
+from benchmarks.lifting import header, machine
+from benchmarks.seed_runs import PRIOR_PRECISION, Setting, decaying_adam
+
+NUM_PARTICLES, NUM_MORE = 5, 8
+NUM_TEST = 500
+NUM_SEEDS_OF_SPACES = 2  # for the rows that only show what doesn't help
+OUT_OF_DOMAIN = "nyt"
+FUNCTION = pl.kernels.RBF(space="function")
+SPACES: dict[str, tuple[pl.kernels.Kernel, dict[str, Any]]] = {
+    "SVGD, all weights": (pl.kernels.RBF(), {}),
+    "SVGD, all weights, T=100": (pl.kernels.RBF(), {"temperature": 100.0}),
+    "SVGD, by site": (pl.kernels.RBF(space="site"), {}),
+    "SVGD, LoRA's updates": (pl.kernels.RBF(space="delta"), {}),
+}
+Result = dict[str, Any]
+
+
+class Job:
+    """One data set, regime and seed."""
+
+    def __init__(self, setting: Setting, other: CachedRows) -> None:
+        self.setting = setting
+        self.test, self.other = setting.test.ordered(), other.ordered()
+        self.model = setting.model(len(setting.train))
+
+    def particles(
+        self,
+        rows: CachedRows,
+        kernel: pl.kernels.Kernel | pl.kernels.Zero,
+        num_particles: int = NUM_PARTICLES,
+        **options: Any,
+    ) -> pl.ParticlePosterior:
+        """From fresh adapters, the same for each method with the same seed."""
+        setting = self.setting
+        pyro.set_rng_seed(setting.seed)
+        batches = rows.shuffled(setting.seed)
+        optim = decaying_adam(setting.epochs * len(batches))
+        svgd = pl.SVGD(
+            setting.model(len(rows)),
+            kernel,
+            optim,
+            num_particles,
+            init_loc_fn=setting.lora.init_to_fresh(),
+            **options,
+        )
+        for _ in range(setting.epochs):
+            for batch in batches:
+                svgd.step(**batch)
+                optim.step()
+        return svgd.posterior()
+
+    def some(
+        self, posterior: pl.ParticlePosterior, number: int
+    ) -> pl.ParticlePosterior:
+        """The first few particles."""
+        weights = {s: x[:number] for s, x in posterior.particles.items()}
+        return pl.ParticlePosterior(weights, (self.setting.lora,), self.model, None)
+
+    def laplace(self, posterior: pl.ParticlePosterior) -> pl.MixturePosterior:
+        """A KFAC Gaussian at each particle, each with the prior of its evidence."""
+        train = self.setting.train.by_length().ordered()
+        components = []
+        for k in range(posterior.num_particles):
+            mode = {s: x[k] for s, x in posterior.particles.items()}
+            init = self.setting.lora.init_to(mode)
+            guide = pl.AutoLaplace(self.model, init_loc_fn=init)
+            components.append(guide.laplace_approximation(train).optimize_prior())
+        return pl.MixturePosterior(components)
+
+    def result(self, posterior: Any, temperature: float = 1.0) -> Result:
+        """What the table says of one posterior, with a tempered one, too."""
+        mixture = isinstance(posterior, pl.MixturePosterior)
+        method = "linearized" if mixture else "sample"
+        test, other = (
+            pl.predict(self.model, posterior, batches, method=method)
+            for batches in (self.test, self.other)
+        )
+        if temperature != 1:
+            test = test.with_temperature(temperature)
+            other = other.with_temperature(temperature)
+        found = test.metrics()
+        return {
+            **{name: found[name] for name in ("nll", "ece", "accuracy")},
+            "auroc": pl.auroc(test, other),
+            "diversity": float(test.epistemic_entropy.mean()),
+        }
+
+    def run_ensembles(self) -> Result:
+        """MAP and deep ensembles, with and without temperature or Laplace."""
+        rows = self.setting.train
+        many = self.particles(rows, pl.kernels.Zero(), NUM_MORE)
+        few = self.some(many, NUM_PARTICLES)
+        kept, held_out = self.setting.halves()
+        halves = self.particles(kept, pl.kernels.Zero())
+        mixture = self.laplace(few)
+        found = {
+            "MAP": self.result(self.some(many, 1)),
+            "deep ensemble of 5": self.result(few),
+            "deep ensemble of 8": self.result(many),
+            "Laplace": self.result(pl.MixturePosterior(mixture.components[:1])),
+            "mixture of Laplace": self.result(mixture),
+        }
+        for name, number in (("MAP", 1), ("deep ensemble of 5", NUM_PARTICLES)):
+            posterior = self.some(halves, number)
+            tune = pl.predict(self.model, posterior, held_out.ordered())
+            temperature = pl.fit_temperature(tune)
+            found[f"{name} + temperature, 80 %"] = self.result(posterior, temperature)
+        return found
+
+    def run_function_space(self) -> Result:
+        """Repulsion of the predictions: by the default rule, and constant."""
+        num_data = len(self.setting.train)
+        found = {}
+        for name, repulsion in (("default", None), ("constant .4 N", 0.4 * num_data)):
+            posterior = self.particles(
+                self.setting.train, FUNCTION, repulsion=repulsion
+            )
+            found[f"SVGD, function, {name}"] = self.result(posterior)
+            found[f"SVGD, function, {name} + Laplace"] = self.result(
+                self.laplace(posterior)
+            )
+        return found
+
+    def run_spaces(self) -> Result:
+        """Textbook SVGD over weights, and preconditioned by Laplace."""
+        found = {
+            name: self.result(self.particles(self.setting.train, kernel, **options))
+            for name, (kernel, options) in SPACES.items()
+        }
+        start = self.some(self.particles(self.setting.train, pl.kernels.Zero()), 1)
+        component = self.laplace(start).components[0]
+        found["SVGD, all weights, preconditioned"] = self.result(
+            self.preconditioned(component)
+        )
+        return found
+
+    def preconditioned(self, laplace: Any) -> pl.ParticlePosterior:
+        """From draws of the Laplace posterior, a few epochs of Newton-like steps."""
+        setting = self.setting
+        pyro.set_rng_seed(setting.seed)
+        draws = laplace.sample(NUM_PARTICLES)
+        batches = setting.train.shuffled(setting.seed)
+        svgd = pl.SVGD(
+            self.model,
+            pl.kernels.RBF(),
+            pyro.optim.SGD({"lr": 0.1}),  # type: ignore[attr-defined]
+            NUM_PARTICLES,
+            preconditioner=laplace,
+            init_loc_fn=setting.lora.init_to(draws),
+        )
+        svgd.run(batches, num_epochs=max(1, setting.epochs // 4), progress_bar=False)
+        return svgd.posterior()
+
+
+def run(job: Study, num_seeds: int, runs: Path) -> None:
+    """Every result that has no file yet."""
+    runs.mkdir(parents=True, exist_ok=True)
+    rows = job.corpora["vader"].domains[OUT_OF_DOMAIN][: 40 if job.quick else NUM_TEST]
+    other = cache(job.bert, job.tokenizer, rows).by_length()
+    parts = ("ensembles", "function_space", "spaces")
+    for part in parts:
+        for seed in range(NUM_SEEDS_OF_SPACES if part == "spaces" else num_seeds):
+            for name, regime in EPOCHS:
+                path = runs / f"{name}_{regime}_{seed}_{part}.json"
+                if path.exists() or name not in job.corpora or seed >= num_seeds:
+                    continue
+                one = Job(job.setting(name, regime, seed), other)
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", message=".*aren't a mode.*")
+                    write(path, getattr(one, f"run_{part}")())
+
+
+def collected(runs: Path) -> dict[tuple[str, str], dict[str, list[Result]]]:
+    """By data set and regime, each method's results in the order of the seeds."""
+    found: dict[tuple[str, str], dict[str, list[Result]]] = {}
+    for path in sorted(runs.glob("*.json")):
+        name, regime, *_ = path.stem.split("_")
+        methods = found.setdefault((name, regime), {})
+        for method, result in json.loads(path.read_text()).items():
+            methods.setdefault(method, []).append(result)
+    return found
+
+
+def cell(values: Sequence[float]) -> str:
+    """Mean and standard error."""
+    error = ""
+    if len(values) > 1:
+        error = f" ± {stdev(values) / math.sqrt(len(values)):.3f}"
+    return f"{fmean(values):.3f}{error}"
+
+
+def report(runs: Path) -> list[str]:
+    """All tables, in Markdown."""
+    packages = ["torch", "pyro-ppl", "transformers", "peft"]
+    lines = [
+        "# Quality of particles",
+        "",
+        f"MiniLM, LoRA r={RANK}, alpha=16 on query and value of the last two layers, "
+        f"and the head. Texts of at most {MAX_LENGTH} tokens, {NUM_TEST} test rows; "
+        "each seed draws its own training rows, initial weights and order. "
+        f"{NUM_PARTICLES} particles but where it says {NUM_MORE}. Prior precision in "
+        f"training {PRIOR_PRECISION}. Mean ± standard error over the seeds; the "
+        "column after NLL is the difference to the ensemble of 5, seed by seed.",
+        "",
+        f"{date.today()}, {machine('cpu')}, Python {platform.python_version()}, "
+        + ", ".join(f"{p} {version(p)}" for p in packages)
+        + ".",
+        "",
+        "AUROC: telling the editorials by the total entropy. Diversity: mean epistemic "
+        "entropy, nats. 80 %: trained on 80 % of the rows, the temperature fitted on "
+        "the rest. Laplace: a KFAC Gaussian, its prior by the evidence, linearised.",
+        "",
+    ]
+    for (name, regime), methods in collected(runs).items():
+        lines += [
+            f"## {name}, {NUM_TRAIN[name]} rows, {EPOCHS[name, regime]} epochs "
+            f"({regime})",
+            "",
+            *header(
+                *("method", "seeds", "NLL", "NLL − ensemble's", "ECE", "accuracy"),
+                *("AUROC", "diversity"),
+            ),
+        ]
+        ensemble = [r["nll"] for r in methods["deep ensemble of 5"]]
+        for method, results in methods.items():
+            gains = [
+                r["nll"] - base for r, base in zip(results, ensemble, strict=False)
+            ]
+            columns = [cell([r["nll"] for r in results]), cell(gains)] + [
+                cell([r[key] for r in results])
+                for key in ("ece", "accuracy", "auroc", "diversity")
+            ]
+            lines.append(f"| {method} | {len(results)} | {' | '.join(columns)} |")
+        lines.append("")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sst2", type=Path, metavar="FOLDER")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--runs", type=Path, default=Path(".cache/svgd_quality"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument(
+        "--report", action="store_true", help="write what there is, compute nothing"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="a smoke test, which keeps nothing"
+    )
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.quick:
+        with tempfile.TemporaryDirectory() as folder:
+            run(study(args.sst2, quick=True), 1, Path(folder))
+            print("\n".join(report(Path(folder))))
+        return
+    if not args.report:
+        run(study(args.sst2, quick=False), args.seeds, args.runs)
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "svgd_quality.md").write_text("\n".join(report(args.runs)) + "\n")
+
+
+if __name__ == "__main__":
+    main()
