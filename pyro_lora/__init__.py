@@ -26,6 +26,7 @@ from pyro_lora.export.training_folder import load_state, save_state
 from pyro_lora.infer import kernels, schedules
 from pyro_lora.infer.auto_laplace import AutoLaplace
 from pyro_lora.infer.effective_predictions import effective_num_predictions
+from pyro_lora.infer.ensemble import ensemble
 from pyro_lora.infer.laplace_posterior import LaplacePosterior
 from pyro_lora.infer.mixture_posterior import MixturePosterior
 from pyro_lora.infer.particle_posterior import ParticlePosterior
@@ -37,6 +38,7 @@ from pyro_lora.infer.svgd import SVGD
 from pyro_lora.lifting import priors
 from pyro_lora.lifting.lifted_network import LiftedNetwork, lift
 from pyro_lora.predict.generate import Generation, generate
+from pyro_lora.predict.dropout import DropoutPosterior, mc_dropout
 from pyro_lora.predict.predict import predict
 from pyro_lora.predict.prediction import Prediction, auroc, fit_temperature
 from pyro_lora.predict.regression import RegressionPrediction
@@ -48,6 +50,7 @@ __all__ = [
     "SVGD",
     "AutoLaplace",
     "Diagnosis",
+    "DropoutPosterior",
     "FisherRoot",
     "GaussianLogits",
     "Generation",
@@ -69,6 +72,7 @@ __all__ = [
     "diagonal",
     "effective_num_predictions",
     "ekfac",
+    "ensemble",
     "export_adapters",
     "fisher_root",
     "fit_temperature",
@@ -81,6 +85,7 @@ __all__ = [
     "lift",
     "load",
     "load_state",
+    "mc_dropout",
     "models",
     "plots",
     "predict",

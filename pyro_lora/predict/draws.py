@@ -24,10 +24,11 @@ from pyro_lora.lifting.model_trace import (
     likelihood_site,
     trace_at,
 )
+from pyro_lora.predict.dropout import DropoutPosterior, dropping
 
 Weights = dict[str, Tensor]
 Guide = Callable[..., Any]  # any Pyro guide
-LORA_POSTERIORS = (LaplacePosterior, ParticlePosterior, MixturePosterior)
+LORA_POSTERIORS = LaplacePosterior | ParticlePosterior | MixturePosterior
 
 # Draws folded into one forward pass: a few fill the processor, more cost memory.
 DRAWS_AT_ONCE = 8
@@ -56,7 +57,7 @@ def draw_weights(
     num_samples = default if num_samples is None else num_samples
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, found {num_samples}.")
-    if isinstance(posterior, LORA_POSTERIORS):
+    if isinstance(posterior, LORA_POSTERIORS | DropoutPosterior):
         return posterior.sample(num_samples)
     draws = [_guide_draw(posterior, batch) for _ in range(num_samples)]
     return {site: torch.stack([d[site] for d in draws]) for site in draws[0]}
@@ -79,11 +80,16 @@ def without_labels(batch: Batch, labels: str = "labels") -> dict[str, Any]:
     return {name: None if name == labels else x for name, x in batch.items()}
 
 
-class DropoutOff(Messenger):
-    """Lifted networks evaluate from the moment that they are sampled in a model."""
+class DropoutSet(Messenger):
+    """Dropout off, or on, from the moment that a lifted network is sampled in a model.
 
-    def __init__(self) -> None:
+    Args:
+        on: Whether dropout is on.
+    """
+
+    def __init__(self, on: bool = False) -> None:
         super().__init__()
+        self._on = on
         self._stack = ExitStack()
         self._seen: set[int] = set()
 
@@ -91,7 +97,8 @@ class DropoutOff(Messenger):
         for lora in msg["infer"].get("lora", ()):
             if id(lora) not in self._seen:
                 self._seen.add(id(lora))
-                self._stack.enter_context(evaluating((lora,)))
+                mode = dropping(lora) if self._on else evaluating((lora,))
+                self._stack.enter_context(mode)
 
     def __exit__(self, *exc_info: Any) -> None:
         super().__exit__(*exc_info)
@@ -109,6 +116,7 @@ class ModelAtDraws:
         obs_site: The likelihood's site.
         batch_first: Whether a batch's first tensor has one row for each datum.
         chunk_size: Draws in one forward pass.
+        dropout: Whether dropout is on.
     """
 
     model: Model
@@ -116,6 +124,7 @@ class ModelAtDraws:
     obs_site: str
     batch_first: bool
     chunk_size: int = DRAWS_AT_ONCE
+    dropout: bool = False
 
     @property
     def num_draws(self) -> int:
@@ -123,7 +132,7 @@ class ModelAtDraws:
         return next(iter(self.weights.values())).shape[0]
 
     def traces(self, batch: Batch) -> Iterator[Any]:
-        """Traces of the model, a few draws at a time, dropout off.
+        """Traces of the model, a few draws at a time.
 
         Args:
             batch: The model's keyword arguments.
@@ -137,7 +146,7 @@ class ModelAtDraws:
         for start in range(0, self.num_draws, self.chunk_size):
             end = min(start + self.chunk_size, self.num_draws)
             some = {site: x[start:end] for site, x in self.weights.items()}
-            with DropoutOff():
+            with DropoutSet(self.dropout):
                 trace = trace_at(self.model, some, batch)
             found = tuple(trace.nodes[self.obs_site]["fn"].batch_shape)
             some_draws = end - start
@@ -158,6 +167,7 @@ def model_at_draws(
     batch: Batch,
     obs_site: str | None,
     chunk_size: int = DRAWS_AT_ONCE,
+    dropout: bool = False,
 ) -> ModelAtDraws:
     """Trace the model once, at the first draw, and fit the draws to its plates.
 
@@ -167,6 +177,7 @@ def model_at_draws(
         batch: The first batch, labels or not.
         obs_site: The likelihood's site, or None.
         chunk_size: Draws in one forward pass.
+        dropout: Whether dropout is on, for MC dropout.
 
     Returns:
         The model at the draws.
@@ -178,7 +189,7 @@ def model_at_draws(
     """
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, found {chunk_size}.")
-    with DropoutOff():
+    with DropoutSet():
         trace = trace_at(model, {s: x[0] for s, x in weights.items()}, batch)
     obs = likelihood_site(trace, obs_site, weights)
     if len(obs["fn"].batch_shape) != 1:
@@ -211,7 +222,7 @@ def model_at_draws(
         if name in weights
     }
     batch_first = _num_rows(batch) == tuple(obs["fn"].batch_shape)
-    return ModelAtDraws(model, padded, obs["name"], batch_first, chunk_size)
+    return ModelAtDraws(model, padded, obs["name"], batch_first, chunk_size, dropout)
 
 
 def _plates(node: Mapping[str, Any]) -> set[str]:

@@ -14,7 +14,7 @@ from pyro_lora.curvature.gaussian_logits import GaussianLogits, expected_entropy
 from pyro_lora.infer.laplace_posterior import LaplacePosterior
 from pyro_lora.infer.mixture_posterior import MixturePosterior
 from pyro_lora.lifting.model_trace import Batch, likelihood_site, trace_at
-from pyro_lora.predict.draws import DropoutOff, Guide
+from pyro_lora.predict.draws import DropoutSet, Guide
 from pyro_lora.predict.outcomes import (
     Tokens,
     check_outcomes,
@@ -134,7 +134,7 @@ def _tokens(
 ) -> AnyPrediction:
     first = components[0]
     assert first.model is not None  # linearized would have said so
-    with torch.no_grad(), DropoutOff():
+    with torch.no_grad(), DropoutSet():
         trace = trace_at(first.model, first.mode(), batch)
     site = likelihood_site(trace, first.obs_site, first.mode())
     found = likelihood(site["fn"])

@@ -22,6 +22,7 @@ from pyro_lora.predict.draws import (
     model_at_draws,
     without_labels,
 )
+from pyro_lora.predict.dropout import DropoutPosterior
 from pyro_lora.predict.linearized import check_linearizable, linearized
 from pyro_lora.predict.outcomes import Tokens
 from pyro_lora.predict.prediction import Prediction
@@ -57,11 +58,11 @@ def predict(
     Bernoulli), a :class:`RegressionPrediction` (Normal or, by draws, StudentT; several
     outputs by ``.to_event(1)``), or with ``tokens="each"`` a :class:`TokenPrediction`.
 
-    Dropout is off and nothing is trained. Batches are streamed: only N rows of numbers
-    stay. Labels are kept for the metrics and hidden from the model, unless there are
-    ``tokens``: which of them count is then in the labels. Draws come from torch's
-    generator before the first batch runs, so a seed decides them whatever the batches'
-    size.
+    Dropout is off, but for :func:`mc_dropout`, and nothing is trained. Batches are
+    streamed: only N rows of numbers stay. Labels are kept for the metrics and hidden
+    from the model, unless there are ``tokens``: which of them count is then in the
+    labels. Draws come from torch's generator before the first batch runs, so that a
+    seed decides them whatever the batches' size.
 
     Args:
         model: The Pyro model; its labels come in as ``labels``, None here.
@@ -95,7 +96,7 @@ def predict(
     """
     if method not in ("sample", "linearized"):
         raise ValueError(f"method must be 'sample' or 'linearized', found {method!r}.")
-    if isinstance(posterior, LORA_POSTERIORS):
+    if isinstance(posterior, LORA_POSTERIORS | DropoutPosterior):
         obs_site = obs_site or posterior.obs_site
     if method == "linearized":
         check_linearizable(posterior, obs_site)
@@ -111,7 +112,10 @@ def predict(
                 weights = draw_weights(
                     posterior, num_samples, DEFAULT_NUM_SAMPLES, batch
                 )
-                at_draws = model_at_draws(model, weights, shown, obs_site, chunk_size)
+                dropout = isinstance(posterior, DropoutPosterior)
+                at_draws = model_at_draws(
+                    model, weights, shown, obs_site, chunk_size, dropout
+                )
             part = sampled(at_draws, shown, tokens)
         parts.append(part)
         outcomes.append(batch.get(labels) if tokens is None else part.labels)

@@ -1,0 +1,84 @@
+"""Weights of an adapter that PEFT saved, by the sites of a lifted network."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
+from torch import Tensor
+
+from pyro_lora.lifting.lifted_network import LiftedNetwork
+
+# What of an adapter's configuration decides what its weights mean.
+_MEANING = (
+    "peft_type",
+    "r",
+    "lora_alpha",
+    "use_rslora",
+    "use_dora",
+    "rank_pattern",
+    "alpha_pattern",
+    "fan_in_fan_out",
+)
+
+
+@torch.no_grad()
+def read_adapter(
+    lora: LiftedNetwork, folder: str | os.PathLike[str]
+) -> dict[str, Tensor]:
+    """The weights in a folder that ``save_pretrained`` made, stacked as sites.
+
+    Args:
+        lora: A lifted PEFT network with an adapter of the same configuration. Its own
+            weights are as before afterwards.
+        folder: Holds ``adapter_config.json`` and the weights.
+
+    Returns:
+        Site -> value of the site's shape, on the network's device.
+
+    Raises:
+        ValueError: If there is no adapter in the folder, or it's for another network or
+            of another configuration.
+    """
+    network, adapter = lora.network, lora.adapter
+    if not isinstance(network, PeftModel) or adapter is None:
+        raise ValueError(
+            f"The lifted network is a {type(network).__name__}, which has no adapter; "
+            f"expected a PeftModel to read {os.fspath(folder)!r} into."
+        )
+    path = Path(folder)
+    if not (path / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{path} holds no adapter_config.json. Name a folder that save_pretrained "
+            "of a PEFT model wrote."
+        )
+    saved, own = PeftConfig.from_pretrained(str(path)), network.peft_config[adapter]
+    for name in _MEANING:
+        found, expected = getattr(saved, name, None), getattr(own, name, None)
+        if found != expected:
+            raise ValueError(
+                f"{path}: {name} is {found!r}, but the lifted adapter's is "
+                f"{expected!r}, so the weights would mean something else. Lift a "
+                "network that was given this adapter's configuration."
+            )
+    state = load_peft_weights(str(path), device="cpu")
+    before = lora.weights()
+    try:
+        report: Any = set_peft_model_state_dict(network, state, adapter_name=adapter)
+        missing = set(report.missing_keys)
+        weights = lora.weights()
+    except RuntimeError as error:  # of other shapes
+        raise ValueError(f"{path} is an adapter of another network: {error}") from error
+    finally:
+        lora.load(before)
+    for site, names in lora.sites.items():
+        absent = [name for name in names if name in missing]
+        if absent:
+            raise ValueError(
+                f"{path} has no {absent[0]!r}, which site {site!r} needs: it's an "
+                "adapter of another network, or was saved without that module."
+            )
+    return weights

@@ -1,0 +1,219 @@
+"""One mode, saved adapters, deep ensembles and MC dropout, each as a posterior."""
+
+from pathlib import Path
+from typing import Any
+
+import pyro
+import pytest
+import torch
+from pyro.infer import Predictive
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+import pyro_lora as pl
+from tests import networks
+from tests.predict import models
+
+
+def saved(lora: pl.LiftedNetwork, weights: dict[str, Tensor], folder: Path) -> Path:
+    """What ``save_pretrained`` writes when the adapter has these weights."""
+    before = lora.weights()
+    lora.load(weights)
+    lora.network.save_pretrained(str(folder), save_embedding_layers=False)
+    lora.load(before)
+    return folder
+
+
+def test_the_mode_as_a_posterior() -> None:
+    lora, model = models.classifier(3)
+    batches = models.two_batches(3)
+    posterior = models.laplace(lora, model, batches)
+    found = pl.predict(model, pl.ensemble(lora, [posterior.mode()]), batches)
+    logits = torch.cat([models.logits_at(lora, posterior.mode(), b) for b in batches])
+    assert_close(found.probs, logits.softmax(-1))
+    assert found.epistemic_entropy.max() < 1e-12
+
+
+def test_the_mode_has_the_other_latent_sites() -> None:
+    lora = pl.lift(networks.bert(1))
+    model = pl.models.regression(lora, models.NUM_DATA)
+    batches = [{**b, "labels": b["labels"].double()} for b in models.two_batches()]
+    mode = models.laplace(lora, model, batches).mode()
+    found = pl.predict(model, pl.ensemble(lora, [mode]), batches)
+    assert_close(found.noise_variance, mode["noise"].square().expand(10).double())
+
+
+@pytest.mark.parametrize(
+    ("network", "options"),
+    [
+        (networks.bert, {}),
+        (networks.bert, {"bias": "lora_only"}),
+        (networks.bert, {"use_dora": True}),
+        (networks.llama, {}),
+    ],
+)
+def test_saved_adapters_and_weights_are_members(
+    network: Any, options: dict[str, Any], tmp_path: Path
+) -> None:
+    lora = pl.lift(network(**options))
+    before = lora.weights()
+    drawn = models.jittered(lora, 3)
+    sets = [models.draw(drawn, k) for k in range(3)]
+    members: list[Any] = [
+        saved(lora, sets[0], tmp_path / "first"),
+        sets[1],
+        str(saved(lora, sets[2], tmp_path / "third")),
+    ]
+    found = pl.ensemble(lora, members)
+    assert found.num_particles == 3
+    for site, value in drawn.items():
+        assert_close(found.particles[site], value)
+    assert all(torch.equal(x, before[s]) for s, x in lora.weights().items())
+
+
+def test_an_ensemble_equals_a_loop(tmp_path: Path) -> None:
+    lora, model = models.classifier()
+    batches = models.two_batches()
+    drawn = models.jittered(lora, 3)
+    folders = [
+        saved(lora, models.draw(drawn, k), tmp_path / f"seed_{k}") for k in range(3)
+    ]
+    found = pl.predict(model, pl.ensemble(lora, folders), batches)
+    probs, aleatoric = models.averaged(lora, drawn, batches)
+    assert_close(found.probs, probs)
+    assert_close(found.aleatoric_entropy, aleatoric)
+
+
+def test_members_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    lora, _ = models.classifier()
+    own = lora.weights()
+    with pytest.raises(ValueError, match="at least one member"):
+        pl.ensemble(lora, [])
+    with pytest.raises(ValueError, match="Put it into a list"):
+        pl.ensemble(lora, own)  # type: ignore[arg-type]
+    site = "head.classifier.bias"
+    less = {s: x for s, x in own.items() if s != site}
+    with pytest.raises(ValueError, match=rf"Member 1, site '{site}'.*no such site"):
+        pl.ensemble(lora, [own, less])
+    with pytest.raises(ValueError, match=r"Member 0, .*\(3, 1, 2\).*one by one"):
+        pl.ensemble(lora, [{**own, site: torch.zeros(3, 1, 2)}])
+    more = {**own, "noise": torch.ones(())}
+    with pytest.raises(ValueError, match=r"Member 1, site 'noise'.*found no such site"):
+        pl.ensemble(lora, [more, own])
+    with pytest.raises(ValueError, match=r"Member 1, .*'noise': expected no such site"):
+        pl.ensemble(lora, [own, more])
+    with pytest.raises(ValueError, match="holds no adapter_config"):
+        pl.ensemble(lora, [tmp_path])
+    plain = pl.lift(nn.Linear(2, 1))
+    with pytest.raises(ValueError, match="expected a PeftModel"):
+        pl.ensemble(plain, [tmp_path])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lora_alpha": 7}, "lora_alpha is 7, but the lifted adapter's is 6"),
+        ({"r": 2}, "r is 2, but the lifted adapter's is 3"),
+        ({"hidden_size": 8}, "an adapter of another network"),
+        ({"num_layers": 1}, "which site .* needs"),
+    ],
+)
+def test_foreign_folders_are_refused(
+    options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    lora, _ = models.classifier()
+    before = lora.weights()
+    other = pl.lift(networks.bert(**options))
+    folder = saved(other, other.weights(), tmp_path / "other")
+    with pytest.raises(ValueError, match=message):
+        pl.ensemble(lora, [folder])
+    assert all(torch.equal(x, before[s]) for s, x in lora.weights().items())
+
+
+@pytest.mark.parametrize(
+    "network",
+    [networks.bert(dropout=0.4), networks.bert(lora_dropout=0.4)],
+    ids=["base", "lora"],
+)
+def test_dropout_is_left_on(network: Any) -> None:
+    lora, model = models.classifier(network=network)
+    batches = models.two_batches()
+    posterior = pl.mc_dropout(lora)
+    modes = {n: m.training for n, m in network.named_modules()}
+    num_samples = 400
+    pyro.set_rng_seed(0)
+    found = pl.predict(model, posterior, batches, num_samples=num_samples)
+    assert found.epistemic_entropy.min() > 1e-4
+    assert {n: m.training for n, m in network.named_modules()} == modes
+    network.train()
+    with torch.no_grad():
+        each = torch.stack(
+            [
+                torch.cat(
+                    [network(**networks.inputs(b)).logits.softmax(-1) for b in batches]
+                )
+                for _ in range(num_samples)
+            ]
+        )
+    error = 5 * each.std(0) * (2 / num_samples) ** 0.5  # of two means of draws
+    assert ((found.probs - each.mean(0)).abs() < error).all()
+    off = pl.predict(model, pl.ensemble(lora, [lora.weights()]), batches)
+    assert ((found.probs - off.probs).abs() > error / 10).any()
+
+
+def test_the_seed_decides_what_is_dropped() -> None:
+    lora, model = models.classifier(network=networks.bert(dropout=0.4))
+    batches = models.two_batches()
+
+    def probs(seed: int) -> Tensor:
+        pyro.set_rng_seed(seed)
+        posterior = pl.mc_dropout(lora)
+        return pl.predict(model, posterior, batches, num_samples=9).probs
+
+    assert torch.equal(probs(1), probs(1))
+    assert not torch.allclose(probs(1), probs(2), atol=1e-3)
+
+
+def test_dropout_of_other_weights() -> None:
+    lora, model = models.classifier(network=networks.bert(dropout=0.01))
+    batches = models.two_batches()
+    weights = models.draw(models.jittered(lora, 1), 0)
+    posterior = pl.mc_dropout(lora, weights)
+    found = pl.predict(model, posterior, batches, num_samples=64)
+    at = torch.cat([models.logits_at(lora, weights, b) for b in batches]).softmax(-1)
+    assert (found.probs - at).abs().max() < 0.1
+    drawn = Predictive(model, guide=posterior, num_samples=2)(
+        **networks.inputs(batches[0])
+    )
+    assert drawn["y"].shape == (2, 6)
+
+
+def test_a_network_without_dropout_is_refused() -> None:
+    lora, _ = models.classifier()
+    with pytest.raises(ValueError, match="has no dropout"):
+        pl.mc_dropout(lora)
+    dropping = pl.lift(networks.bert(dropout=0.1))
+    some = dict(list(dropping.weights().items())[1:])
+    with pytest.raises(ValueError, match="is missing from the weights"):
+        pl.mc_dropout(dropping, some)
+
+
+def test_a_table_of_methods_is_one_loop() -> None:
+    lora, model = models.classifier(network=networks.bert(dropout=0.1))
+    batches = models.two_batches()
+    laplace = models.laplace(lora, model, batches)
+    methods: dict[str, tuple[Any, dict[str, Any]]] = {
+        "map": (pl.ensemble(lora, [laplace.mode()]), {}),
+        "ensemble": (models.particles(lora, model), {}),
+        "dropout": (pl.mc_dropout(lora, laplace.mode()), {"num_samples": 5}),
+        "laplace": (laplace, {"method": "linearized"}),
+    }
+    rows = {}
+    for name, (posterior, options) in methods.items():
+        held_out = pl.predict(model, posterior, batches, **options)
+        rows[name] = held_out.metrics()
+        scaled = held_out.with_temperature(pl.fit_temperature(held_out))
+        rows[f"{name}, scaled"] = scaled.metrics()
+        assert rows[f"{name}, scaled"]["nll"] <= rows[name]["nll"] + 1e-9
+        assert rows[f"{name}, scaled"]["accuracy"] == rows[name]["accuracy"]
+    assert len(rows) == 8
