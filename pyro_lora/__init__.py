@@ -38,6 +38,7 @@ from pyro_lora.infer.svgd import SVGD
 from pyro_lora.lifting import priors
 from pyro_lora.lifting.lifted_network import LiftedNetwork, lift
 from pyro_lora.predict.generate import Generation, generate
+from pyro_lora.predict.acquisition import Acquisition, acquire
 from pyro_lora.predict.dropout import DropoutPosterior, mc_dropout
 from pyro_lora.predict.predict import predict
 from pyro_lora.predict.prediction import Prediction, auroc, fit_temperature
@@ -48,6 +49,7 @@ from pyro_lora.predict.token_prediction import TokenPrediction
 
 __all__ = [
     "SVGD",
+    "Acquisition",
     "AutoLaplace",
     "Diagnosis",
     "DropoutPosterior",
@@ -65,6 +67,7 @@ __all__ = [
     "SequenceLogProb",
     "SteinDiscrepancy",
     "TokenPrediction",
+    "acquire",
     "auroc",
     "class_log_probs",
     "dense",

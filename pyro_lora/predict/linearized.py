@@ -10,7 +10,11 @@ import torch
 from torch import Tensor
 
 from pyro_lora.curvature.fisher_roots import MOST_EXACT_CLASSES
-from pyro_lora.curvature.gaussian_logits import GaussianLogits, expected_entropy
+from pyro_lora.curvature.gaussian_logits import (
+    GaussianLogits,
+    JointGaussianLogits,
+    expected_entropy,
+)
 from pyro_lora.infer.laplace_posterior import LaplacePosterior
 from pyro_lora.infer.mixture_posterior import MixturePosterior
 from pyro_lora.lifting.model_trace import Batch, likelihood_site, trace_at
@@ -58,6 +62,7 @@ def linearized(
     integral: Integral,
     obs_site: str | None,
     tokens: Tokens | None,
+    num_draws: int = 0,
 ) -> AnyPrediction:
     """The prediction of one batch, by its likelihood's type.
 
@@ -67,6 +72,7 @@ def linearized(
         integral: Log probabilities from Gaussian logits.
         obs_site: The likelihood's site.
         tokens: Which outcomes of a datum.
+        num_draws: How many draws of the logits to keep, joint over the batch.
 
     Returns:
         Without labels, but those of tokens.
@@ -80,11 +86,16 @@ def linearized(
     if tokens is not None:
         return _tokens(components, pi, batch, integral, tokens)
     with torch.enable_grad():  # for the Jacobian, wherever predict is called
-        gaussians = [part.linearized(batch) for part in components]
+        if num_draws:
+            joint = [part.linearized(batch, joint=True) for part in components]
+            gaussians = [g.marginals() for g in joint]
+        else:
+            gaussians = [part.linearized(batch) for part in components]
     if gaussians[0].noise_variance is not None:
         return _reals(gaussians, pi)
     log_p, entropy = _averaged(gaussians, pi, integral)
-    return Prediction(log_probs=log_p, aleatoric_entropy=entropy)
+    draws = _joint_draws(joint, pi, num_draws) if num_draws else None
+    return Prediction(log_probs=log_p, aleatoric_entropy=entropy, draw_log_probs=draws)
 
 
 def _laplace_parts(posterior: Any) -> Iterator[tuple[Tensor, LaplacePosterior]]:
@@ -108,6 +119,16 @@ def _averaged(
     entropy = torch.stack([expected_entropy(g) for g in gaussians])
     weights = pi.to(log_p)
     return (log_p + weights.log()[:, None, None]).logsumexp(0), weights @ entropy
+
+
+def _joint_draws(
+    joint: list[JointGaussianLogits], pi: Tensor, num_draws: int
+) -> Tensor:
+    """Log probabilities under draws of the weights, (S, B, C), by component."""
+    drawn = torch.multinomial(pi, num_draws, replacement=True)
+    counts = torch.bincount(drawn, minlength=len(joint)).tolist()
+    parts = [g.rsample((n,)) for g, n in zip(joint, counts, strict=True) if n > 0]
+    return torch.cat(parts).double().log_softmax(-1)
 
 
 def _reals(gaussians: list[GaussianLogits], pi: Tensor) -> RegressionPrediction:

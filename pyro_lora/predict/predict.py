@@ -45,6 +45,7 @@ def predict(
     tokens: Tokens | None = None,
     obs_site: str | None = None,
     labels: str = "labels",
+    keep_draws: bool = False,
     progress_bar: bool = False,
 ) -> Any:
     r"""Class probabilities, or real outcomes, averaged over a posterior.
@@ -71,7 +72,7 @@ def predict(
         batches: Mappings of model keyword arguments.
         method: ``"sample"`` or ``"linearized"``.
         num_samples: Draws S; None is every particle once, or 64 where there are
-            none. ``"linearized"`` has no use for it.
+            none. ``"linearized"`` has a use for it only to keep draws.
         chunk_size: Draws in one forward pass, where there is memory for as many times a
             batch.
         integral: Log probabilities (B, C) from Gaussian logits, with
@@ -84,6 +85,9 @@ def predict(
         obs_site: The likelihood's site; None is the posterior's, else the model's
             only one.
         labels: The model's argument with that site's outcomes.
+        keep_draws: Keep each draw's probabilities, S (N, C) numbers, for
+            :func:`acquire`. With ``"linearized"`` they are drawn from the joint
+            Gaussian of a batch, so that all data must be one batch.
         progress_bar: Show one.
 
     Returns:
@@ -96,6 +100,13 @@ def predict(
     """
     if method not in ("sample", "linearized"):
         raise ValueError(f"method must be 'sample' or 'linearized', found {method!r}.")
+    if keep_draws and (
+        tokens == "each" or (method == "linearized" and tokens is not None)
+    ):
+        raise ValueError(
+            "keep_draws is for one class a datum: with tokens, method='sample' and "
+            "tokens='last'."
+        )
     if isinstance(posterior, LORA_POSTERIORS | DropoutPosterior):
         obs_site = obs_site or posterior.obs_site
     if method == "linearized":
@@ -106,7 +117,13 @@ def predict(
     for batch in tqdm(batches, desc="Predict", disable=not progress_bar):
         shown = without_labels(batch, labels) if tokens is None else batch
         if method == "linearized":
-            part = linearized(posterior, shown, integral, obs_site, tokens)
+            if keep_draws and parts:
+                raise ValueError(
+                    "keep_draws with method='linearized' needs all data in one batch, "
+                    "whose joint Gaussian it draws from; found a second batch."
+                )
+            kept = (num_samples or DEFAULT_NUM_SAMPLES) if keep_draws else 0
+            part = linearized(posterior, shown, integral, obs_site, tokens, kept)
         else:
             if at_draws is None:
                 weights = draw_weights(
@@ -116,7 +133,7 @@ def predict(
                 at_draws = model_at_draws(
                     model, weights, shown, obs_site, chunk_size, dropout
                 )
-            part = sampled(at_draws, shown, tokens)
+            part = sampled(at_draws, shown, tokens, keep_draws)
         parts.append(part)
         outcomes.append(batch.get(labels) if tokens is None else part.labels)
     if not parts:

@@ -30,6 +30,9 @@ class Prediction:
         aleatoric_entropy: Entropy of each draw's probabilities, averaged over the
             draws, (N,), nats: the doubt that more training data would leave.
         labels: True classes, (N,), integers, or None.
+        draw_log_probs: Log probabilities under each draw of the weights, (S, N, C),
+            nats, where ``predict(keep_draws=True)`` was asked for them. One draw is
+            the same weights for all data.
 
     Raises:
         ValueError: If shapes don't fit, there are no data, a log probability is NaN
@@ -48,6 +51,7 @@ class Prediction:
     log_probs: Tensor
     aleatoric_entropy: Tensor
     labels: Tensor | None = None
+    draw_log_probs: Tensor | None = None
 
     def __post_init__(self) -> None:
         shape = self.log_probs.shape
@@ -60,6 +64,12 @@ class Prediction:
             raise ValueError(
                 f"aleatoric_entropy has shape {tuple(self.aleatoric_entropy.shape)}; "
                 f"expected ({shape[0]},), one value for each row of log_probs."
+            )
+        draws = self.draw_log_probs
+        if draws is not None and (draws.ndim != 3 or draws.shape[1:] != shape):
+            raise ValueError(
+                f"draw_log_probs has shape {tuple(draws.shape)}; expected (S, N, C) "
+                f"with log_probs of shape {tuple(shape)}."
             )
         if not (self.log_probs.double().logsumexp(-1).abs() < 1e-3).all():
             raise ValueError(
@@ -241,10 +251,12 @@ def concatenated(parts: Sequence[Prediction]) -> Prediction:
         One prediction.
     """
     labels = [p.labels for p in parts if p.labels is not None]
+    draws = [p.draw_log_probs for p in parts if p.draw_log_probs is not None]
     return Prediction(
         log_probs=torch.cat([p.log_probs for p in parts]),
         aleatoric_entropy=torch.cat([p.aleatoric_entropy for p in parts]),
         labels=torch.cat(labels) if labels else None,
+        draw_log_probs=torch.cat(draws, 1) if draws else None,
     )
 
 

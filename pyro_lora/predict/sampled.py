@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -30,7 +31,10 @@ AnyPrediction = Prediction | RegressionPrediction | TokenPrediction
 
 @torch.no_grad()
 def sampled(
-    at_draws: ModelAtDraws, batch: Batch, tokens: Tokens | None
+    at_draws: ModelAtDraws,
+    batch: Batch,
+    tokens: Tokens | None,
+    keep_draws: bool = False,
 ) -> AnyPrediction:
     """The prediction of one batch, by its likelihood's type.
 
@@ -38,6 +42,7 @@ def sampled(
         at_draws: The model at S draws.
         batch: The model's keyword arguments, without labels; of tokens, with them.
         tokens: Which outcomes of a datum.
+        keep_draws: Whether each draw's probabilities stay.
 
     Returns:
         Without labels, but those of tokens.
@@ -54,10 +59,22 @@ def sampled(
         return _reals(nodes)
     if tokens is None:
         log_probs = (outcome_log_probs(node["fn"]) for node in nodes)
-        log_p, entropy = _averaged(log_probs, at_draws.num_draws)
-        return Prediction(log_probs=log_p, aleatoric_entropy=entropy)
+        return _classes(log_probs, at_draws.num_draws, keep_draws)
     mask = found.mask[0].to(outcome_logits(found.fn).device)
-    return _tokens(nodes, mask, at_draws, tokens)
+    return _tokens(nodes, mask, at_draws, tokens, keep_draws)
+
+
+def _classes(chunks: Iterable[Tensor], num_draws: int, keep_draws: bool) -> Prediction:
+    kept: list[Tensor] = []
+
+    def keeping() -> Iterator[Tensor]:
+        for chunk in chunks:
+            kept.append(chunk)
+            yield chunk
+
+    log_p, entropy = _averaged(keeping() if keep_draws else chunks, num_draws)
+    draws = torch.cat(kept) if keep_draws else None
+    return Prediction(log_probs=log_p, aleatoric_entropy=entropy, draw_log_probs=draws)
 
 
 def _averaged(chunks: Iterable[Tensor], num_draws: int) -> tuple[Tensor, Tensor]:
@@ -76,8 +93,7 @@ def _reals(nodes: Iterable[dict[str, Any]]) -> RegressionPrediction:
     fns = [likelihood(node["fn"]).fn for node in nodes]
 
     def joined(values: list[Tensor]) -> Tensor:
-        one = torch.cat([v.expand(f.batch_shape) for v, f in zip(values, fns)])  # noqa: B905
-        one = one.double()
+        one = torch.cat(values).double()  # (S, B), or (S, B, P)
         return one[..., 0] if one.ndim == 3 and one.shape[-1] == 1 else one
 
     is_student = isinstance(fns[0], td.StudentT)
@@ -93,6 +109,7 @@ def _tokens(
     mask: Tensor,
     at_draws: ModelAtDraws,
     tokens: Tokens,
+    keep_draws: bool,
 ) -> Prediction | TokenPrediction:
     rows, places = chosen_outcomes(mask, tokens, at_draws.obs_site)
     labels: Tensor | None = None
@@ -110,9 +127,10 @@ def _tokens(
                 of_texts.append(zeros.index_add(1, rows, chosen[..., 0]))
             yield log_p
 
-    log_p, entropy = _averaged(chunks(), at_draws.num_draws)
     if tokens == "last":
-        return Prediction(log_probs=log_p, aleatoric_entropy=entropy, labels=labels)
+        found = _classes(chunks(), at_draws.num_draws, keep_draws)
+        return replace(found, labels=labels)
+    log_p, entropy = _averaged(chunks(), at_draws.num_draws)
     texts = None
     if of_texts:
         texts = torch.cat(of_texts).logsumexp(0) - math.log(at_draws.num_draws)

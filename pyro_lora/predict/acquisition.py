@@ -1,0 +1,161 @@
+"""Which data to label next: the mutual information of labels and weights."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pyro_lora.predict.prediction import Prediction
+
+# Numbers in the largest intermediate array: 256 MB of float64.
+_MOST_NUMBERS = 2**25
+
+
+@dataclass(frozen=True, eq=False)
+class Acquisition:
+    """The data that are worth a label, most informative first.
+
+    Attributes:
+        indices: Their places among the prediction's data, (num,).
+        scores: Nats, (num,): of ``"bald"`` each datum's own mutual information, of
+            ``"batch_bald"`` the joint one of the data up to it.
+    """
+
+    indices: Tensor
+    scores: Tensor
+
+
+def acquire(
+    prediction: Prediction,
+    num: int,
+    *,
+    method: Literal["bald", "batch_bald"] = "bald",
+    max_configurations: int = 4096,
+) -> Acquisition:
+    r"""Choose the data whose labels would tell most about the weights.
+
+    ``"bald"``: the largest :math:`I(y_n; w) = H(E\,p_n) - E\,H(p_n)` (Houlsby et al.
+    2011, https://arxiv.org/abs/1112.5745), each datum for itself, so that copies of one
+    datum are all chosen. ``"batch_bald"``: the joint :math:`I(y_1, \dots, y_b; w)`,
+    grown greedily (Kirsch et al. 2019, https://arxiv.org/abs/1906.08158), by
+
+    .. math:: I(y_n; w | y_A) = \sum_m \pi_m H(\sum_s W_{ms} p_{sn}) - E_s H(p_{sn}),
+
+    where :math:`\pi_m` is the probability of the m-th configuration of the labels
+    chosen before, and :math:`W_{ms}` that of draw s given them. All configurations are
+    gone through while there are at most ``max_configurations``; then as many are
+    sampled, with torch's generator.
+
+    Args:
+        prediction: Of the pool; ``"batch_bald"`` needs one by
+            ``predict(keep_draws=True)``, of any posterior.
+        num: How many data to choose.
+        method: ``"bald"`` or ``"batch_bald"``.
+        max_configurations: M, of the labels of chosen data.
+
+    Returns:
+        The chosen data and their scores. Those of ``"batch_bald"`` can't exceed
+        log S: take S draws well above the exponential of the score.
+
+    Raises:
+        ValueError: If ``num`` is more than there are data, the method is unknown, or
+            the draws weren't kept.
+
+    >>> sure, torn = [0.99, 0.01], [0.5, 0.5]
+    >>> p = torch.tensor([[sure, sure, torn], [sure, sure[::-1], torn]])
+    >>> prediction = Prediction(
+    ...     log_probs=p.mean(0).log(),
+    ...     aleatoric_entropy=torch.special.entr(p).sum(-1).mean(0),
+    ...     draw_log_probs=p.log(),
+    ... )
+    >>> acquire(prediction, 1).indices
+    tensor([1])
+    """
+    num_data, num_classes = prediction.log_probs.shape
+    if not 1 <= num <= num_data:
+        raise ValueError(f"num must be from 1 to {num_data}, the data; found {num}.")
+    if method not in ("bald", "batch_bald"):
+        raise ValueError(f"method must be 'bald' or 'batch_bald', found {method!r}.")
+    if method == "bald":
+        scores, indices = prediction.epistemic_entropy.topk(num)
+        return Acquisition(indices, scores)
+    if max_configurations < num_classes:
+        raise ValueError(
+            f"max_configurations must be at least {num_classes}, the classes; found "
+            f"{max_configurations}."
+        )
+    draws = prediction.draw_log_probs
+    if draws is None:
+        raise ValueError(
+            "batch_bald needs each draw's probabilities, which this prediction hasn't. "
+            "Use predict(..., keep_draws=True)."
+        )
+    return _batch_bald(draws.double(), num, max_configurations)
+
+
+def _batch_bald(log_p: Tensor, num: int, max_configurations: int) -> Acquisition:
+    num_draws, _, num_classes = log_p.shape
+    p = log_p.exp()  # (S, N, C)
+    aleatoric = torch.special.entr(p).sum(-1).mean(0)
+    # log p(configuration | draw), (M, S), at first of the empty configuration
+    joint = log_p.new_zeros(1, num_draws)
+    share = log_p.new_zeros(1)  # log pi_m
+    chosen: list[int] = []
+    scores: list[Tensor] = []
+    is_exact = True
+    for _ in range(num):
+        weights = joint.softmax(1)
+        gain = _expected_entropy(weights, share.exp(), p) - aleatoric
+        gain[chosen] = -math.inf
+        best = int(gain.argmax())
+        chosen.append(best)
+        scores.append(gain[best].clamp_min(0))
+        is_exact = is_exact and len(joint) * num_classes <= max_configurations
+        if is_exact:
+            joint = (joint[:, None] + log_p[:, best].mT).flatten(0, 1)
+            share = joint.logsumexp(1) - math.log(num_draws)
+        else:
+            joint = _sampled_configurations(log_p[:, chosen], max_configurations)
+            share = joint.new_full((len(joint),), -math.log(len(joint)))
+    device = log_p.device
+    return Acquisition(
+        torch.tensor(chosen, device=device), torch.stack(scores).cumsum(0)
+    )
+
+
+def _expected_entropy(weights: Tensor, share: Tensor, p: Tensor) -> Tensor:
+    """Entropy of each datum's label given a configuration, averaged over those, (N,).
+
+    Args:
+        weights: Of the draws given each configuration, (M, S).
+        share: Probability of each configuration, (M,).
+        p: (S, N, C).
+    """
+    size = max(1, _MOST_NUMBERS // (len(weights) * p.shape[-1]))
+    parts = []
+    for some in p.split(size, dim=1):
+        given = torch.tensordot(weights, some, 1)  # (M, N', C)
+        parts.append(share @ torch.special.entr(given).sum(-1))
+    return torch.cat(parts)
+
+
+def _sampled_configurations(log_p: Tensor, num: int) -> Tensor:
+    """Log probabilities (M, S) under each draw of labels sampled from the average.
+
+    Args:
+        log_p: Of the chosen data, (S, A, C).
+        num: M.
+    """
+    num_draws, num_chosen, _ = log_p.shape
+    # A stratified sample of the mixture: equally many from each draw, up to one.
+    order = torch.randperm(num_draws, device=log_p.device)
+    source = order.repeat(-(-num // num_draws))[:num]
+    joint = log_p.new_zeros(num, num_draws)
+    for a in range(num_chosen):
+        labels = torch.multinomial(log_p[source, a].exp(), 1)[:, 0]  # (M,)
+        joint += log_p[:, a, labels].mT
+    return joint
