@@ -163,6 +163,45 @@ def joint_linearized_logits(
     )
 
 
+def linearized_values(
+    model: Model,
+    gaussian: WeightGaussian,
+    networks: Sequence[LiftedNetwork],
+    batch: Batch,
+    obs_site: str | None,
+    weights: Mapping[str, Tensor],
+) -> Tensor:
+    r"""Logits of the linearised network, :math:`f(x) + J (w - \hat w)`, at S weights.
+
+    The passes are those of :func:`linearized_logits`, whatever S.
+
+    Args:
+        model: A Pyro model.
+        gaussian: The mode.
+        networks: The lifted networks in the model.
+        batch: The model's keyword arguments; labels aren't needed.
+        obs_site: The likelihood's site.
+        weights: Site -> (S, ...).
+
+    Returns:
+        (S, B, C), the mean over classes removed.
+
+    Raises:
+        ValueError: As :func:`linearized_logits`.
+    """
+    found = _linearize(model, gaussian, networks, batch, obs_site, None)
+    moved: Tensor | float = 0.0
+    layer = dict.fromkeys(gaussian.loc, 0)
+    rows, terms = found.values[..., 0].numel(), found.values.shape[-1]
+    for site, j in found.jacobians(rows, terms):
+        i = layer[site]
+        layer[site] += 1
+        step = (weights[site][:, i] - gaussian.loc[site][i]).flatten(1)  # (S, O I)
+        moved = moved + torch.einsum("si,bmi->sbm", step.to(j), j.flatten(2))
+    assert isinstance(moved, Tensor)
+    return found.mean + moved @ found.basis.mT
+
+
 @dataclass(frozen=True)
 class _Linearization:
     """The contrasts of a batch and what their Jacobian is made of.

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from pyro.poutine.util import site_is_subsample
@@ -14,7 +14,6 @@ from torch.nn.functional import pad
 from pyro_lora.curvature.data_plate import data_plate
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.lifting.model_trace import Batch, lifted_networks
-from pyro_lora.predict.draws import ModelAtDraws
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,8 +43,21 @@ class DataPass:
     inputs: dict[str, Tensor]
 
 
+class AtDraws(Protocol):
+    """A model at S draws of its latent sites."""
+
+    @property
+    def obs_site(self) -> str:
+        """The likelihood's site."""
+        ...
+
+    def traces(self, batch: Batch) -> Iterator[Any]:
+        """Traces of some of the draws, whose likelihood has batch shape (S', B)."""
+        ...
+
+
 @torch.no_grad()
-def pass_over_data(at_draws: ModelAtDraws, batches: Iterable[Batch]) -> DataPass:
+def pass_over_data(at_draws: AtDraws, batches: Iterable[Batch]) -> DataPass:
     """Run the model at all draws over all batches.
 
     Args:

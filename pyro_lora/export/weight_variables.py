@@ -19,6 +19,7 @@ from pyro_lora.lifting.lifted_network import LiftedNetwork
 MAX_HEAD_WEIGHTS = 10_000
 MAX_RAW_VALUES = 50_000_000  # 200 MB in float32
 
+Factors = tuple[Tensor, Tensor]  # (B, A)
 Coordinates = Sequence[int] | Sequence[str]
 
 
@@ -65,18 +66,23 @@ class Variables:
 
 
 def delta_variables(
-    loras: Sequence[LiftedNetwork], weights: Mapping[str, Tensor]
+    loras: Sequence[LiftedNetwork],
+    weights: Mapping[str, Tensor],
+    mode: Mapping[str, Tensor] | None = None,
 ) -> Variables:
     r"""What the data can identify: the update of each layer, not its factors.
 
     For each kind of layer, stacked over the layers: the singular values of
     :math:`\Delta W = s B A`, its Frobenius norm and its stable rank
-    :math:`\|\Delta W\|_F^2 / \sigma_1^2` (0 where :math:`\Delta W = 0`). Heads and
-    other sites come as they are, large heads by their Frobenius norm.
+    :math:`\|\Delta W\|_F^2 / \sigma_1^2` (0 where :math:`\Delta W = 0`), and the
+    angle to the mode's, :math:`\arccos \langle \Delta W, \Delta \hat W \rangle / \|
+    \Delta W\| \|\Delta \hat W\|` in radians (NaN where one is 0). Heads and other
+    sites come as they are, large heads by their Frobenius norm.
 
     Args:
         loras: The lifted networks.
         weights: Site -> (S, ...); other latent sites are added as they are.
+        mode: Site -> value; None leaves the angle out.
 
     Returns:
         Variables named ``delta.<path>.singular_values`` and so on.
@@ -86,6 +92,9 @@ def delta_variables(
     for lora in loras:
         own = {site: weights[site] for site in lora.sites}
         factors = lora.delta_weight_factors(own)
+        at_mode = None
+        if mode is not None:
+            at_mode = lora.delta_weight_factors({s: mode[s] for s in lora.sites})
         for sites, paths in _modules(lora, factors).items():
             matrices |= {*sites}
             singular = torch.stack([_singular_values(*factors[p]) for p in paths], 1)
@@ -96,23 +105,30 @@ def delta_variables(
             layer = _layers(paths)
             if not layer:
                 singular, norm, rank = singular[:, 0], norm[:, 0], rank[:, 0]
-            component = {"component": range(singular.shape[-1])}
+            numbers = {"rank": range(singular.shape[-1])}
             name = f"delta.{stem}"
-            result.add(f"{name}.singular_values", singular, layer | component, stem)
+            result.add(f"{name}.singular_values", singular, layer | numbers, stem)
             result.add(f"{name}.frobenius_norm", norm, layer, stem)
             result.add(f"{name}.stable_rank", rank, layer, stem)
+            if at_mode is not None:
+                angles = [_angle(factors[p], at_mode[p]) for p in paths]
+                angle = torch.stack(angles, 1) if layer else angles[0]
+                result.add(f"{name}.angle_to_mode", angle, layer, stem)
     _add_sites(result, loras, weights, weights.keys() - matrices, MAX_HEAD_WEIGHTS)
     return result
 
 
 def raw_variables(
-    loras: Sequence[LiftedNetwork], weights: Mapping[str, Tensor]
+    loras: Sequence[LiftedNetwork],
+    weights: Mapping[str, Tensor],
+    mode: Mapping[str, Tensor] | None = None,
 ) -> Variables:
     """Every site as it is.
 
     Args:
         loras: The lifted networks.
         weights: Site -> (S, ...).
+        mode: Not needed.
 
     Returns:
         Variables named as the sites.
@@ -153,6 +169,7 @@ def _add_sites(
     max_weights: int | None,
 ) -> None:
     parameters = {site: names for lora in loras for site, names in lora.sites.items()}
+    classes = {site: _num_classes(lora) for lora in loras for site in lora.sites}
     for site, value in weights.items():
         if site not in chosen:
             continue
@@ -168,8 +185,15 @@ def _add_sites(
             continue
         names = _event_dims(site, value.ndim - 1 - len(layer))
         sizes = value.shape[1 + len(layer) :]
+        if site.startswith("head.") and sizes[0] == classes[site]:
+            names = ("class", *names[1:])
         event_dims = {n: range(s) for n, s in zip(names, sizes, strict=True)}
         result.add(site, value, layer | event_dims, site)
+
+
+def _num_classes(lora: LiftedNetwork) -> int:
+    """C of a classifier; 0 of other networks."""
+    return getattr(getattr(lora.network, "config", None), "num_labels", 0)
 
 
 def _event_dims(site: str, num_dims: int) -> tuple[str, ...]:
@@ -210,6 +234,19 @@ def _layers(paths: Sequence[str]) -> dict[str, Coordinates]:
     if all(len(found) == 1 for found in indices):
         return {"layer": [int(found[0]) for found in indices]}
     return {"layer": [".".join(found) for found in indices]}
+
+
+def _angle(update: Factors, other: Factors) -> Tensor:
+    """Angle between B A and B' A', (S,), radians, without forming either."""
+
+    def inner(x: Factors, y: Factors) -> Tensor:
+        # <B A, B' A'> = tr(A^T B^T B' A') = sum of B^T B' times A A'^T.
+        (b, a), (b_, a_) = x, y
+        left = b.double().mT @ b_.double()
+        return (left * (a.double() @ a_.double().mT)).sum((-2, -1))
+
+    size = (inner(update, update) * inner(other, other)).clamp_min(0).sqrt()
+    return (inner(update, other) / size).clamp(-1, 1).arccos()
 
 
 def _singular_values(b: Tensor, a: Tensor) -> Tensor:

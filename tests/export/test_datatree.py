@@ -55,7 +55,7 @@ def test_delta_weights_equal_dense_svds() -> None:
             allclose(found[f"{QUERY}.frobenius_norm"].sel(at), norm)
             allclose(found[f"{QUERY}.stable_rank"].sel(at), (norm / singular[0]) ** 2)
     head = found["head.classifier.weight"]
-    assert head.dims == ("chain", "draw", "out_feature", "in_feature")
+    assert head.dims == ("chain", "draw", "class", "in_feature")
     allclose(head[0], posterior.particles["head.classifier.weight"][:, 0])
 
 

@@ -1,0 +1,242 @@
+"""ArviZ's groups for some draws of a posterior."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pyro_lora.export.chains import Chains, Some
+from pyro_lora.export.data_pass import DataPass, pass_over_data
+from pyro_lora.export.linearized_pass import LinearizedAtDraws
+from pyro_lora.export.prior_density import log_prior_by_site, prior_draws, prior_of
+from pyro_lora.export.weight_variables import (
+    Variables,
+    check_raw_size,
+    delta_variables,
+    raw_variables,
+)
+from pyro_lora.infer.laplace_posterior import LaplacePosterior
+from pyro_lora.infer.mixture_posterior import MixturePosterior
+from pyro_lora.lifting.lifted_network import LiftedNetwork
+from pyro_lora.lifting.model_trace import Batch, Model, trace_at
+from pyro_lora.predict.draws import Guide, Weights, model_at_draws, without_labels
+
+if TYPE_CHECKING:
+    from xarray import Dataset
+
+
+@dataclass(frozen=True, eq=False)
+class DrawGroups:
+    """What the groups are made from, some draws at a time.
+
+    Attributes:
+        posterior: The posterior.
+        chains: Its draws.
+        model: The Pyro model, where there is one.
+        batches: The data, or None.
+        first: The first batch, or None.
+        raw: Whether sites come as they are.
+        linearized: Whether the likelihood is that of the linearised network.
+        obs_site: The likelihood's site, or None.
+    """
+
+    posterior: Any
+    chains: Chains
+    model: Model | None
+    batches: Iterable[Batch] | None
+    first: Batch | None
+    raw: bool
+    linearized: bool
+    obs_site: str | None
+
+    def datasets(
+        self, start: int, stop: int, prior_predictive: bool
+    ) -> dict[str, Dataset]:
+        """The groups of the draws from start to stop of every chain.
+
+        Args:
+            start: The first draw's place in its chain.
+            stop: One after the last's.
+            prior_predictive: Whether to run the model at draws of the prior, too.
+        """
+        from arviz_base import dict_to_dataset
+
+        some = self.chains.take(start, stop)
+        if self.raw:
+            check_raw_size(some.weights)
+        data = self._pass(some)
+        loras = self._networks(data)
+        variables = raw_variables if self.raw else delta_variables
+        mode = None
+        if isinstance(self.posterior, LaplacePosterior):
+            mode = self.posterior.mode()
+        prior = prior_of(self.posterior)
+        drawn = prior_draws(prior, loras, _num_draws(some.weights))
+        log_prior = log_prior_by_site(prior, loras, some.weights)
+        if data is not None:
+            log_prior = data.log_prior | log_prior
+        groups = {
+            "posterior": variables(loras, some.weights, mode),
+            "prior": variables(loras, drawn),
+            "log_prior": _variables(log_prior),
+            "sample_stats": _variables(
+                self._sample_stats(some, data, log_prior, slice(start, stop))
+            ),
+            **_data_groups(data),
+        }
+        if prior_predictive and data is not None:
+            groups["prior_predictive"] = self._prior_predictive(drawn, data)
+        result = {}
+        # Group by group: a site's draws and its log prior have one name, other dims.
+        for name, group in groups.items():
+            if group.values:
+                result[name] = dict_to_dataset(
+                    {n: self._shaped(name, x) for n, x in group.values.items()},
+                    dims=group.dims,
+                    coords=group.coords,
+                    sample_dims=["chain", "draw"] if per_draw(name) else [],
+                    attrs=self._attributes(name),
+                )
+                if per_draw(name):
+                    result[name] = result[name].assign_coords(draw=range(start, stop))
+        return result
+
+    def _shaped(self, group: str, value: Any) -> Any:
+        """(S, ...) -> (chain, draw, ...)."""
+        if not per_draw(group):
+            return value
+        return value.reshape(self.chains.num_chains, -1, *value.shape[1:])
+
+    def _pass(self, some: Some) -> DataPass | None:
+        if self.batches is None or self.first is None:
+            return None
+        assert self.model is not None  # to_datatree has checked it
+        if self.linearized:
+            assert self.obs_site is not None
+            at = LinearizedAtDraws(self.model, self.posterior, some, self.obs_site)
+            return pass_over_data(at, self.batches)
+        return pass_over_data(
+            model_at_draws(self.model, some.weights, self.first, self.obs_site),
+            self.batches,
+        )
+
+    def _networks(self, data: DataPass | None) -> Sequence[LiftedNetwork]:
+        if data is not None:
+            return data.networks
+        loras: Sequence[LiftedNetwork] = self.posterior.loras
+        return loras
+
+    def _prior_predictive(self, drawn: Weights, data: DataPass) -> Variables:
+        assert self.model is not None
+        assert self.first is not None
+        assert self.batches is not None
+        others = _other_latents(self.model, drawn, self.first, data)
+        at = model_at_draws(self.model, drawn | others, self.first, data.obs_site)
+        outcomes = pass_over_data(at, map(without_labels, self.batches)).outcomes
+        return _data_groups(data, {"prior_predictive": outcomes})["prior_predictive"]
+
+    def _sample_stats(
+        self, some: Some, data: DataPass | None, log_prior: Weights, draws: slice
+    ) -> Weights:
+        stats = {}
+        if data is not None and data.total_log_likelihood is not None:
+            total = torch.stack(list(log_prior.values())).sum(0)
+            stats["lp"] = total + data.total_log_likelihood
+        if _has_density(self.posterior):
+            stats["log_q"] = self.posterior.log_prob(some.weights).double()
+        if some.component is not None:
+            stats["component"] = some.component
+        if self.chains.diverging is not None:
+            stats["diverging"] = self.chains.diverging[:, draws].flatten()
+        return stats
+
+    def _attributes(self, group: str) -> dict[str, Any]:
+        found: dict[str, Any] = {"inference_library": "pyro_lora"}
+        if group == "posterior":
+            found |= _posterior_attributes(self.posterior)
+        if group in ("log_likelihood", "posterior_predictive"):
+            found["method"] = "linearized" if self.linearized else "sample"
+        return found
+
+
+def per_draw(group: str) -> bool:
+    """Whether a group has the dims chain and draw.
+
+    Args:
+        group: Its name.
+    """
+    return not group.endswith("_data")
+
+
+@torch.no_grad()
+def _other_latents(
+    model: Model, drawn: Weights, batch: Batch, data: DataPass
+) -> Weights:
+    """Draws from the model of the latent sites that the weights' prior doesn't have."""
+    found: dict[str, list[Tensor]] = {}
+    for s in range(_num_draws(drawn)):
+        at = {site: value[s] for site, value in drawn.items()}
+        trace = trace_at(model, at, without_labels(batch))
+        for site in data.log_prior:
+            if site not in drawn:
+                found.setdefault(site, []).append(trace.nodes[site]["value"])
+    return {site: torch.stack(values) for site, values in found.items()}
+
+
+def _num_draws(draws: Weights) -> int:
+    return next(iter(draws.values())).shape[0]
+
+
+def _has_density(posterior: Guide) -> bool:
+    if isinstance(posterior, MixturePosterior):
+        return all(_has_density(component) for component in posterior.components)
+    return isinstance(posterior, LaplacePosterior)
+
+
+def _data_groups(
+    data: DataPass | None, outcomes: Mapping[str, Tensor] | None = None
+) -> dict[str, Variables]:
+    if data is None:
+        return {}
+    datum = {"datum": range(data.outcomes.shape[1])}
+    found = {
+        "log_likelihood": data.log_likelihood,
+        "posterior_predictive": data.outcomes,
+        "observed_data": data.observed,
+        **(outcomes or {}),
+    }
+    groups = {
+        group: _variables({data.obs_site: value}, datum)
+        for group, value in found.items()
+        if value is not None
+    }
+    groups["constant_data"] = Variables()
+    for name, value in data.inputs.items():
+        token = {"token": range(value.shape[1])} if value.ndim == 2 else {}
+        groups["constant_data"].add(name, value, datum | token, name)
+    return groups
+
+
+def _variables(
+    values: Weights, dims: Mapping[str, Sequence[int]] | None = None
+) -> Variables:
+    result = Variables()
+    for name, value in values.items():
+        result.add(name, value, dims or {}, name)
+    return result
+
+
+def _posterior_attributes(posterior: Any) -> dict[str, Any]:
+    found: dict[str, Any] = {"posterior": type(posterior).__name__}
+    if isinstance(posterior, LaplacePosterior):
+        found["log_evidence"] = float(posterior.log_evidence())
+        for site, tau in posterior.prior_precision.items():
+            rows = tau.expand(posterior.mode()[site].shape).flatten(1).mean(1).tolist()
+            found[f"prior_precision.{site}"] = rows[0] if len(set(rows)) == 1 else rows
+    if isinstance(posterior, MixturePosterior):
+        found["component_weights"] = posterior.weights.tolist()
+    return found

@@ -1,0 +1,351 @@
+"""The groups for each kind of posterior: Gaussians, mixtures, Markov chains, guides."""
+
+import math
+import warnings
+from typing import Any
+
+import arviz_stats
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import MCMC, NUTS, autoguide
+from torch import Tensor
+
+import pyro_lora as pl
+from tests import networks
+from tests.infer.linear_regression import linear_regression
+from tests.predict import models
+
+QUERY = "delta.bert.encoder.layer.attention.self.query"
+STRUCTURES = [pl.kfac_expand, pl.diagonal, pl.dense]
+
+
+def allclose(found: Any, expected: Any, tolerance: float = 1e-8) -> None:
+    np.testing.assert_allclose(
+        np.asarray(found), np.asarray(expected), rtol=tolerance, atol=tolerance
+    )
+
+
+def linearised_logits(
+    lora: pl.LiftedNetwork, mode: models.Weights, at: models.Weights, batch: Any
+) -> Tensor:
+    """f + J (w - mode) by a derivative in one direction, (B, C)."""
+
+    def logits(t: Tensor) -> Tensor:
+        weights = {s: x + t * (at[s] - x) for s, x in mode.items()}
+        with lora.bind(weights) as net:
+            result: Tensor = net(**networks.inputs(batch)).logits
+        return result
+
+    zero = torch.zeros((), dtype=torch.float64)
+    slope = torch.autograd.functional.jacobian(logits, zero)
+    assert isinstance(slope, Tensor)
+    return logits(zero).detach() + slope
+
+
+@pytest.mark.parametrize("num_labels", [2, 3])
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_laplace_is_linearised_by_default(structure: Any, num_labels: int) -> None:
+    lora, model = models.classifier(num_labels)
+    batches = models.two_batches(num_labels)
+    posterior = models.laplace(lora, model, batches, structure)
+    pyro.set_rng_seed(2)
+    tree = pl.to_datatree(posterior, batches=batches, num_samples=4)
+    pyro.set_rng_seed(2)
+    draws = posterior.sample(4)
+    expected = torch.stack(
+        [
+            torch.cat(
+                [
+                    linearised_logits(
+                        lora, posterior.mode(), models.draw(draws, s), batch
+                    )
+                    .log_softmax(-1)
+                    .gather(1, batch["labels"][:, None])[:, 0]
+                    for batch in batches
+                ]
+            )
+            for s in range(4)
+        ]
+    )
+    allclose(tree["log_likelihood"]["y"][0], expected)
+    assert tree["log_likelihood"].attrs["method"] == "linearized"
+    log_prior = sum(x[0].values for x in tree["log_prior"].data_vars.values())
+    allclose(tree["sample_stats"]["lp"][0], log_prior + expected.sum(1).numpy())
+
+
+def test_the_network_itself_when_asked() -> None:
+    lora, model = models.classifier()
+    batches = models.two_batches()
+    posterior = models.laplace(lora, model, batches)
+    pyro.set_rng_seed(2)
+    tree = pl.to_datatree(posterior, batches=batches, num_samples=3, method="sample")
+    pyro.set_rng_seed(2)
+    draws = posterior.sample(3)
+    for s in range(3):
+        logits = models.logits_at(lora, models.draw(draws, s), batches[0])
+        expected = logits.log_softmax(-1).gather(1, batches[0]["labels"][:, None])
+        allclose(tree["log_likelihood"]["y"][0, s, :6], expected[:, 0])
+    assert tree["log_likelihood"].attrs["method"] == "sample"
+
+
+def test_linearised_draws_have_the_moments_of_the_closed_form() -> None:
+    lora, model = models.classifier()
+    batches = models.two_batches()
+    posterior = models.laplace(lora, model, batches)
+    num = 4000
+    tree = pl.to_datatree(posterior, batches=batches, num_samples=num)
+    log_p = tree["log_likelihood"]["y"].values[0]  # (S, N)
+    contrast = log_p - np.log1p(-np.exp(log_p))  # of the label's logit
+    first = 0
+    for batch in batches:
+        logits = posterior.linearized(batch)
+        sign = torch.stack([1 - 2 * batch["labels"], 2 * batch["labels"] - 1], 1)
+        sign = sign.double()
+        mean = (logits.mean * sign).sum(1)
+        variance = torch.einsum("bc,bcd,bd->b", sign, logits.covariance_matrix, sign)
+        found = contrast[:, first : first + len(mean)]
+        error = (found.mean(0) - mean.numpy()) / (variance.numpy() / num) ** 0.5
+        assert np.abs(error).max() < 4
+        ratio = found.var(0) / variance.numpy()
+        assert np.abs(ratio - 1).max() < 4 * math.sqrt(2 / num)
+        first += len(mean)
+
+
+def test_a_linear_network_gives_the_same_either_way() -> None:
+    task = linear_regression()
+    posterior = task.laplace(structure=pl.dense)
+    trees = []
+    for method in ("linearized", "sample"):
+        pyro.set_rng_seed(1)
+        trees.append(
+            pl.to_datatree(
+                posterior,
+                batches=task.batches,
+                num_samples=5,
+                method=method,  # type: ignore[arg-type]
+            )
+        )
+    for group in ("log_likelihood", "sample_stats", "posterior"):
+        for name, value in trees[0][group].data_vars.items():
+            allclose(value, trees[1][group][name])
+
+
+def test_several_real_outputs_a_datum_are_linearised() -> None:
+    lora, _ = models.classifier(3)
+
+    def model(labels: Tensor | None = None, **inputs: Tensor) -> None:
+        loc = lora()(**inputs).logits
+        with pyro.plate("data", models.NUM_DATA, subsample=inputs["input_ids"]):
+            pyro.sample("y", dist.Normal(loc, 0.7).to_event(1), obs=labels)
+
+    batches = models.two_batches()
+    for batch in batches:
+        batch["labels"] = torch.randn(len(batch["labels"]), 3, dtype=torch.float64)
+    posterior = models.laplace(lora, model, batches)
+    pyro.set_rng_seed(2)
+    tree = pl.to_datatree(posterior, batches=batches, num_samples=2)
+    pyro.set_rng_seed(2)
+    at = models.draw(posterior.sample(2), 1)
+    loc = linearised_logits(lora, posterior.mode(), at, batches[0])
+    expected = dist.Normal(loc, 0.7).log_prob(batches[0]["labels"]).sum(1)
+    allclose(tree["log_likelihood"]["y"][0, 1, :6], expected)
+
+
+def test_each_draw_of_a_mixture_is_linearised_at_its_own_mode() -> None:
+    lora, model = models.classifier()
+    batches = models.two_batches()
+    first = models.laplace(lora, model, batches)
+    elsewhere = models.draw(models.jittered(lora, 1), 0)
+    guide = pl.AutoLaplace(model, init_loc_fn=lora.init_to(elsewhere))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The weights aren't a mode")
+        second = guide.laplace_approximation(batches)
+    mixture = pl.MixturePosterior([first, second])
+    tree = pl.to_datatree(mixture, batches=batches, num_samples=12, weights="raw")
+    component = tree["sample_stats"]["component"].values[0]
+    assert {0, 1} == set(component.tolist())
+    for s in range(12):
+        part = (first, second)[component[s]]
+        at = {
+            site: torch.as_tensor(tree["posterior"][site].values[0, s]).reshape(x.shape)
+            for site, x in part.mode().items()
+        }
+        logits = linearised_logits(lora, part.mode(), at, batches[0])
+        expected = logits.log_softmax(-1).gather(1, batches[0]["labels"][:, None])
+        allclose(tree["log_likelihood"]["y"][0, s, :6], expected[:, 0])
+
+
+def test_a_mixture_with_particles_runs_the_network() -> None:
+    lora, model = models.classifier()
+    batches = models.two_batches()
+    laplace = models.laplace(lora, model, batches)
+    some = pl.MixturePosterior([laplace, models.particles(lora, model)])
+    tree = pl.to_datatree(some, batches=batches, num_samples=4)
+    assert tree["log_likelihood"].attrs["method"] == "sample"
+    with pytest.raises(ValueError, match=r"'linearized' needs a Laplace.*Mixture"):
+        pl.to_datatree(some, batches=batches, method="linearized")
+
+
+def test_the_angle_to_the_mode() -> None:
+    lora, model = models.classifier()
+    posterior = models.laplace(lora, model, models.two_batches())
+    pyro.set_rng_seed(2)
+    tree = pl.to_datatree(posterior, num_samples=3)
+    pyro.set_rng_seed(2)
+    draws = posterior.sample(3)
+    site = "lora.bert.encoder.layer.attention.self.query"
+    mode = posterior.mode()
+    for s in range(3):
+        for layer in range(2):
+            delta = draws[f"{site}.B"][s, layer] @ draws[f"{site}.A"][s, layer]
+            other = mode[f"{site}.B"][layer] @ mode[f"{site}.A"][layer]
+            cosine = (delta * other).sum() / delta.norm() / other.norm()
+            found = tree["posterior"][f"{QUERY}.angle_to_mode"][0, s, layer]
+            allclose(found, cosine.arccos())
+    particles = pl.to_datatree(models.particles(lora, model))["posterior"]
+    assert f"{QUERY}.angle_to_mode" not in particles
+
+
+def test_dims_read_well() -> None:
+    lora, model = models.classifier(3)
+    tree = pl.to_datatree(models.particles(lora, model))
+    found = tree["posterior"]
+    assert found[f"{QUERY}.singular_values"].dims == ("chain", "draw", "layer", "rank")
+    assert found["head.classifier.weight"].dims[2:] == ("class", "in_feature")
+    assert found["head.classifier.bias"].dims[2:] == ("class",)
+
+
+def test_prior_predictive_outcomes_are_those_of_the_prior() -> None:
+    lora, _ = models.classifier(1)
+
+    def model(labels: Tensor | None = None, **inputs: Tensor) -> None:
+        noise = pyro.sample("noise", dist.LogNormal(2.0, 0.1))
+        mean = lora()(**inputs).logits[..., 0]
+        with pyro.plate("data", models.NUM_DATA, subsample=inputs["input_ids"]):
+            pyro.sample("y", dist.Normal(1e-6 * mean, noise), obs=labels)
+
+    batches = models.two_batches()
+    for batch in batches:
+        batch["labels"] = torch.zeros(len(batch["labels"]), dtype=torch.float64)
+    weights = models.jittered(lora, 300)
+    weights["noise"] = torch.full((300,), 1e-3, dtype=torch.float64)
+    posterior = pl.ParticlePosterior(weights, (lora,), model, "y")
+    tree = pl.to_datatree(posterior, batches=batches, prior_predictive=True)
+    found = tree["prior_predictive"]["y"]
+    assert found.dims == ("chain", "draw", "datum")
+    # 3,000 draws of sd exp(2), by the prior of the noise, not the posterior's.
+    expected = math.exp(2 + 0.1**2)
+    assert float(found.std()) == pytest.approx(expected, rel=4 / math.sqrt(6000) + 0.02)
+    assert "prior_predictive" not in pl.to_datatree(posterior, batches=batches)
+
+
+def test_a_latent_noise_is_drawn_not_linearised() -> None:
+    task = linear_regression()
+
+    def model(x: Tensor, y: Tensor | None = None) -> None:
+        noise = pyro.sample("noise", dist.LogNormal(torch.zeros(()).double(), 1.0))
+        loc = task.lora()(x)[..., 0]
+        with pyro.plate("data", 12, subsample=x):
+            pyro.sample("y", dist.Normal(loc, noise), obs=y)
+
+    guide = pl.AutoLaplace(model, init_loc_fn=task.lora.init_to_adapter())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The weights aren't a mode")
+        posterior = guide.laplace_approximation(task.batches)
+    tree = pl.to_datatree(posterior, batches=task.batches, num_samples=5)
+    assert tree["log_likelihood"].attrs["method"] == "sample"
+    assert float(tree["posterior"]["noise"].std()) > 0
+    with pytest.raises(ValueError, match=r"needs a Laplace posterior over nothing but"):
+        pl.to_datatree(posterior, batches=task.batches, method="linearized")
+
+
+def regression_chains(num_chains: int = 1) -> tuple[Any, MCMC]:
+    task = linear_regression()
+    mcmc = MCMC(
+        NUTS(task.model, jit_compile=False),
+        num_samples=60,
+        warmup_steps=40,
+        num_chains=num_chains,
+        disable_progbar=True,
+    )
+    mcmc.run(**task.whole)
+    return task, mcmc
+
+
+def test_a_markov_chain_that_has_run() -> None:
+    task, mcmc = regression_chains()
+    tree = pl.to_datatree(mcmc, model=task.model, batches=task.batches)
+    samples = mcmc.get_samples()
+    found = tree["posterior"]
+    allclose(found["base.bias"][0], samples["base.bias"][:, 0])
+    assert found.sizes["draw"] == 60
+    for s in (0, 59):
+        at = {site: value[s] for site, value in samples.items()}
+        trace: Any = poutine.trace(poutine.condition(task.model, at)).get_trace(
+            **task.whole
+        )
+        allclose(tree["sample_stats"]["lp"][0, s], trace.log_prob_sum().detach())
+    diverging = tree["sample_stats"]["diverging"]
+    assert diverging.dtype == bool
+    listed = mcmc.diagnostics()["divergences"]["chain 0"]
+    assert np.flatnonzero(diverging[0]).tolist() == list(listed)
+
+
+def test_chains_stay_chains() -> None:
+    task, mcmc = regression_chains()
+    whole = mcmc.get_samples()
+    chains = {s: x.reshape(3, 20, *x.shape[1:]) for s, x in whole.items()}
+    tree = pl.to_datatree(chains, model=task.model, batches=task.batches)
+    once = pl.to_datatree(mcmc, model=task.model, batches=task.batches)
+    assert dict(tree["posterior"].sizes)["chain"] == 3
+    for group in ("posterior", "log_prior", "log_likelihood"):
+        for name, value in once[group].data_vars.items():
+            again = tree[group][name].values
+            allclose(again.reshape(value.shape), value.values)
+    table = arviz_stats.summary(tree, var_names=["base.bias"], round_to="none")
+    assert table["r_hat"].iloc[0] < 1.2
+    last = pl.to_datatree(chains, model=task.model, batches=task.batches, num_samples=4)
+    allclose(last["posterior"]["base.bias"][1], chains["base.bias"][1, -4:, 0])
+
+
+def test_samples_are_checked() -> None:
+    task, mcmc = regression_chains()
+    samples = mcmc.get_samples()
+    with pytest.raises(ValueError, match="MCMC doesn't know the model"):
+        pl.to_datatree(mcmc)
+    with pytest.raises(ValueError, match=r"group_by_chain=True.*\(60, 1\)"):
+        pl.to_datatree(samples, model=task.model, batches=task.batches)
+    chains = {s: x[None] for s, x in samples.items()}
+    with pytest.raises(ValueError, match="num_samples is 61, but each chain has 60"):
+        pl.to_datatree(chains, model=task.model, batches=task.batches, num_samples=61)
+
+
+def test_a_stock_guide_over_a_scale_and_the_weights() -> None:
+    def prior(lora: pl.LiftedNetwork) -> dict[str, Tensor]:
+        scale = pyro.sample("scale", dist.HalfCauchy(torch.tensor(1.0).double()))
+        return {
+            site: pyro.sample(
+                site,
+                dist.Normal(zeros, scale.reshape(-1, *[1] * zeros.ndim)).to_event(
+                    zeros.ndim
+                )
+                if scale.ndim
+                else dist.Normal(zeros, scale).to_event(zeros.ndim),
+            )
+            for site, zeros in lora.zeros().items()
+        }
+
+    lora = pl.lift(networks.bert(), prior=prior)
+    model = pl.models.classification(lora, models.NUM_DATA)
+    batches = models.two_batches()
+    guide = autoguide.AutoNormal(model)
+    guide(**batches[0])
+    tree = pl.to_datatree(guide, model=model, batches=batches, num_samples=5)
+    assert tree["posterior"]["scale"].shape == (1, 5)
+    assert tree["prior"]["scale"].shape == (1, 5)
+    assert tree["log_prior"]["scale"].shape == (1, 5)
+    assert tree["log_likelihood"].attrs["method"] == "sample"
