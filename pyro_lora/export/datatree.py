@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable
 from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pyro.infer import MCMC
 
 from pyro_lora.export.chains import Samples, chains_of, is_linearizable
+from pyro_lora.export.draw_chunks import joined, written
 from pyro_lora.export.draw_groups import DrawGroups
 from pyro_lora.export.linearized_pass import has_linear_predictor
 from pyro_lora.infer.mixture_posterior import MixturePosterior
@@ -16,7 +19,7 @@ from pyro_lora.lifting.model_trace import Batch, Model
 from pyro_lora.predict.draws import LORA_POSTERIORS, Guide, model_at_draws
 
 if TYPE_CHECKING:
-    from xarray import Dataset, DataTree
+    from xarray import DataTree
 
 
 def to_datatree(
@@ -29,6 +32,8 @@ def to_datatree(
     method: Literal["linearized", "sample"] | None = None,
     prior_predictive: bool = False,
     obs_site: str | None = None,
+    path: str | os.PathLike[str] | None = None,
+    chunk_size: int | None = None,
 ) -> DataTree:
     r"""Draws of a posterior as ArviZ's data structure, dims chain and draw.
 
@@ -74,22 +79,41 @@ def to_datatree(
             over the data as there are draws.
         obs_site: The likelihood's site; None is the posterior's, else the model's
             only one.
+        path: A zarr store to write, draws after draws, in the memory of
+            ``chunk_size`` of them; it's there once all is written. None keeps the tree
+            in memory.
+        chunk_size: Draws of each chain at a time, each in a pass over the data of its
+            own; None is all at once.
 
     Returns:
-        The tree. The functions of ``arviz_stats`` take it; ``.to_netcdf(path)`` and
-        ``.to_zarr(path)`` write it.
+        The tree; with ``path`` it reads from there what is asked for. The functions of
+        ``arviz_stats`` take it; ``.to_netcdf(path)`` and ``.to_zarr(path)`` write it.
 
     Raises:
         ImportError: If ArviZ isn't installed.
         ValueError: If the model is missing or doesn't fit the posterior, ``batches``
-            is empty, only some batches have labels, raw weights are too many, or
-            ``"linearized"`` doesn't fit.
+            is empty or can't be read again for more draws, only some batches have
+            labels, raw weights are too many, ``"linearized"`` doesn't fit, or ``path``
+            exists.
     """
-    source = _source(posterior, model, batches, num_samples, weights, method, obs_site)
-    return _tree(source.datasets(0, source.chains.num_draws, prior_predictive))
+    groups = _groups(posterior, model, batches, num_samples, weights, method, obs_site)
+    num_draws = groups.chains.num_draws
+    size = num_draws if chunk_size is None else chunk_size
+    if size < 1:
+        raise ValueError(f"chunk_size must be at least 1, found {chunk_size}.")
+    if size < num_draws and batches is not None and iter(batches) is batches:
+        raise ValueError(
+            f"{num_draws} draws, {size} at a time, take several passes over the data, "
+            "but batches is an iterator. Pass a list or a DataLoader."
+        )
+    chunks = (
+        groups.datasets(start, min(start + size, num_draws), prior_predictive)
+        for start in range(0, num_draws, size)
+    )
+    return joined(chunks) if path is None else written(chunks, Path(path))
 
 
-def _source(
+def _groups(
     posterior: Any,
     model: Model | None,
     batches: Iterable[Batch] | None,
@@ -159,12 +183,6 @@ def _source(
         linearized and method != "sample",
         obs_site,
     )
-
-
-def _tree(datasets: Mapping[str, Dataset]) -> DataTree:
-    from xarray import DataTree
-
-    return DataTree.from_dict(dict(datasets))
 
 
 def _first_batch(

@@ -100,6 +100,7 @@ class DrawGroups:
                     coords=group.coords,
                     sample_dims=["chain", "draw"] if per_draw(name) else [],
                     attrs=self._attributes(name),
+                    check_conventions=False,  # a chunk may have fewer draws than chains
                 )
                 if per_draw(name):
                     result[name] = result[name].assign_coords(draw=range(start, stop))

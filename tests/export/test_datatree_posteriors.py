@@ -314,12 +314,12 @@ def test_chains_stay_chains() -> None:
 
 def test_samples_are_checked() -> None:
     task, mcmc = regression_chains()
-    samples = mcmc.get_samples()
     with pytest.raises(ValueError, match="MCMC doesn't know the model"):
         pl.to_datatree(mcmc)
-    with pytest.raises(ValueError, match=r"group_by_chain=True.*\(60, 1\)"):
-        pl.to_datatree(samples, model=task.model, batches=task.batches)
-    chains = {s: x[None] for s, x in samples.items()}
+    chains = {s: x[None] for s, x in mcmc.get_samples().items()}
+    shorter = chains | {"base.bias": chains["base.bias"][:, :50]}
+    with pytest.raises(ValueError, match=r"group_by_chain=True.*\(1, 50\), \(1, 60\)"):
+        pl.to_datatree(shorter, model=task.model, batches=task.batches)
     with pytest.raises(ValueError, match="num_samples is 61, but each chain has 60"):
         pl.to_datatree(chains, model=task.model, batches=task.batches, num_samples=61)
 
@@ -330,11 +330,9 @@ def test_a_stock_guide_over_a_scale_and_the_weights() -> None:
         return {
             site: pyro.sample(
                 site,
-                dist.Normal(zeros, scale.reshape(-1, *[1] * zeros.ndim)).to_event(
+                dist.Normal(zeros, scale[(..., *[None] * zeros.ndim)]).to_event(
                     zeros.ndim
-                )
-                if scale.ndim
-                else dist.Normal(zeros, scale).to_event(zeros.ndim),
+                ),
             )
             for site, zeros in lora.zeros().items()
         }
