@@ -37,9 +37,9 @@ from pyro_lora.infer.stein_discrepancy import (
 from pyro_lora.infer.svgd import SVGD
 from pyro_lora.lifting import priors
 from pyro_lora.lifting.lifted_network import LiftedNetwork, lift
-from pyro_lora.predict.generate import Generation, generate
 from pyro_lora.predict.acquisition import Acquisition, acquire
 from pyro_lora.predict.dropout import DropoutPosterior, mc_dropout
+from pyro_lora.predict.generate import Generation, generate
 from pyro_lora.predict.predict import predict
 from pyro_lora.predict.prediction import Prediction, auroc, fit_temperature
 from pyro_lora.predict.regression import RegressionPrediction
