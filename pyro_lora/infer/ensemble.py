@@ -68,8 +68,10 @@ def ensemble(
                     f"{_named(expected)}, found {_named(found)}. Members are weight "
                     "sets of one model, without leading dims: pick draws one by one."
                 )
+    device = next(iter(lora.zeros().values())).device
     stacked = {
-        site: torch.stack([m[site].detach() for m in weights]) for site in shapes
+        site: torch.stack([m[site].detach().to(device) for m in weights])
+        for site in shapes
     }
     return ParticlePosterior(stacked, (lora,), model, obs_site)
 

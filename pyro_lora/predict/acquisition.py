@@ -62,8 +62,8 @@ def acquire(
         log S: take S draws well above the exponential of the score.
 
     Raises:
-        ValueError: If ``num`` is more than there are data, the method is unknown, or
-            the draws weren't kept.
+        ValueError: If ``num`` is more than there are data, the method is unknown, there
+            are no classes, or the draws weren't kept.
 
     >>> sure, torn = [0.99, 0.01], [0.5, 0.5]
     >>> p = torch.tensor([[sure, sure, torn], [sure, sure[::-1], torn]])
@@ -75,6 +75,11 @@ def acquire(
     >>> acquire(prediction, 1).indices
     tensor([1])
     """
+    if not isinstance(prediction, Prediction):
+        raise ValueError(
+            f"acquire needs a Prediction of classes, found a "
+            f"{type(prediction).__name__}."
+        )
     num_data, num_classes = prediction.log_probs.shape
     if not 1 <= num <= num_data:
         raise ValueError(f"num must be from 1 to {num_data}, the data; found {num}.")

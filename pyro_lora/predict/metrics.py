@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -118,6 +119,38 @@ def selective_metrics(confidence: Tensor, correct: Tensor) -> dict[str, Tensor]:
         "selective_accuracy": right[num_kept - 1] / num_kept,
         "aurc": (1 - right / counts).mean(),
     }
+
+
+def with_standard_errors(
+    values: dict[str, float],
+    num_bootstrap: int,
+    replicate: Callable[[], dict[str, float]],
+) -> dict[str, float]:
+    """Metrics and their standard errors, by name with ``_se`` behind it.
+
+    Args:
+        values: The metrics.
+        num_bootstrap: How many resampled data sets; 0: no standard errors.
+        replicate: The same metrics of data resampled with replacement.
+
+    Raises:
+        ValueError: If ``num_bootstrap`` is 1 or negative.
+    """
+    if num_bootstrap < 0 or num_bootstrap == 1:
+        raise ValueError(
+            f"num_bootstrap must be 0 or at least 2, found {num_bootstrap}. A hundred "
+            "give a standard error to within 7%."
+        )
+    if num_bootstrap == 0:
+        return values
+    rows = [list(replicate().values()) for _ in range(num_bootstrap)]
+    errors = torch.tensor(rows, dtype=torch.float64).std(0).tolist()
+    return values | {f"{n}_se": e for n, e in zip(values, errors, strict=True)}
+
+
+def resampled(num_data: int, device: torch.device) -> Tensor:
+    """Indices of as many data, drawn with replacement by torch's generator, (N,)."""
+    return torch.randint(num_data, (num_data,)).to(device)
 
 
 def auroc_of_scores(inside: Tensor, outside: Tensor) -> float:

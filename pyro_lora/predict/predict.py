@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -87,16 +87,17 @@ def predict(
         labels: The model's argument with that site's outcomes.
         keep_draws: Keep each draw's probabilities, S (N, C) numbers, for
             :func:`acquire`. With ``"linearized"`` they are drawn from the joint
-            Gaussian of a batch, so that all data must be one batch.
+            Gaussian of a batch, so that all data must be one batch. Real outcomes
+            keep theirs in any case.
         progress_bar: Show one.
 
     Returns:
         Predictions and labels of all data, in order.
 
     Raises:
-        ValueError: If there are no batches, the likelihood isn't of a known type, some
-            batches have labels and others none, or the posterior doesn't fit the model
-            or the method.
+        ValueError: If there are no batches, or other things than mappings in them, the
+            likelihood isn't of a known type, some batches have labels and others none,
+            or the posterior doesn't fit the model or the method.
     """
     if method not in ("sample", "linearized"):
         raise ValueError(f"method must be 'sample' or 'linearized', found {method!r}.")
@@ -115,6 +116,12 @@ def predict(
     parts: list[Any] = []
     outcomes: list[Any] = []
     for batch in tqdm(batches, desc="Predict", disable=not progress_bar):
+        if not isinstance(batch, Mapping):
+            raise ValueError(
+                "batches must be a list, or loader, of mappings of the model's keyword "
+                f"arguments, found a {type(batch).__name__} in it. Put a single batch "
+                "into a list."
+            )
         shown = without_labels(batch, labels) if tokens is None else batch
         if method == "linearized":
             if keep_draws and parts:

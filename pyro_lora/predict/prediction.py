@@ -11,7 +11,12 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from pyro_lora.predict.metrics import auroc_of_scores, class_metrics
+from pyro_lora.predict.metrics import (
+    auroc_of_scores,
+    class_metrics,
+    resampled,
+    with_standard_errors,
+)
 from pyro_lora.predict.tables import data_frame
 
 if TYPE_CHECKING:
@@ -148,21 +153,13 @@ class Prediction:
             ValueError: If there are no labels, or ``num_bootstrap`` is 1 or negative.
         """
         self._labels("metrics")
-        if num_bootstrap < 0 or num_bootstrap == 1:
-            raise ValueError(
-                f"num_bootstrap must be 0 or at least 2, found {num_bootstrap}. A "
-                "hundred give a standard error to within 7%."
-            )
-        values = self._metrics(ood)
-        replicates = [
-            self._resampled()._metrics(None if ood is None else ood._resampled())
-            for _ in range(num_bootstrap)
-        ]
-        if replicates:
-            table = torch.tensor([list(r.values()) for r in replicates])
-            errors = table.double().std(0).tolist()
-            values |= {f"{n}_se": e for n, e in zip(values, errors, strict=True)}
-        return values
+        return with_standard_errors(
+            self._metrics(ood),
+            num_bootstrap,
+            lambda: self._resampled()._metrics(
+                None if ood is None else ood._resampled()
+            ),
+        )
 
     def _metrics(self, ood: Prediction | None) -> dict[str, float]:
         values = class_metrics(self.probs, self.log_probs, self._labels("metrics"))
@@ -175,8 +172,7 @@ class Prediction:
 
     def _resampled(self) -> Prediction:
         """As many data, drawn with replacement."""
-        size = len(self.log_probs)
-        index = torch.randint(size, (size,)).to(self.log_probs.device)
+        index = resampled(len(self.log_probs), self.log_probs.device)
         labels = self.labels
         return Prediction(
             log_probs=self.log_probs[index],
@@ -274,7 +270,7 @@ def fit_temperature(held_out: Prediction) -> float:
         all held-out data are classified correctly).
 
     Raises:
-        ValueError: If there are no labels.
+        ValueError: If there are no labels, or no classes.
 
     >>> p = torch.tensor([[0.9, 0.1]] * 4, dtype=torch.float64)  # right 3 times in 4
     >>> labels = torch.tensor([0, 0, 0, 1])
@@ -284,6 +280,11 @@ def fit_temperature(held_out: Prediction) -> float:
     >>> round(fit_temperature(sure), 3)
     2.0
     """
+    if not isinstance(held_out, Prediction):
+        raise ValueError(
+            f"fit_temperature needs a Prediction of classes, found a "
+            f"{type(held_out).__name__}."
+        )
     labels = held_out._labels("fit_temperature")
     # A class of probability 0 has none at any temperature; -inf would become NaN.
     log_probs = held_out.log_probs.double().clamp_min(-1e4)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch import distributions as td
 
+from pyro_lora.predict.metrics import resampled, with_standard_errors
 from pyro_lora.predict.tables import data_frame
 
 if TYPE_CHECKING:
@@ -156,7 +157,7 @@ class RegressionPrediction:
             low, high = middle.where(below, low), high.where(below, middle)
         return (low + high) / 2
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self, *, num_bootstrap: int = 0) -> dict[str, float]:
         r"""Quality against the labels, means over the data and the outputs.
 
         - ``nll``: mean of :math:`-\log p(y)`, nats, in the labels' unit.
@@ -166,17 +167,28 @@ class RegressionPrediction:
           normal noise only.
         - ``coverage``: share of the labels inside the central 90% interval.
 
+        Args:
+            num_bootstrap: As :meth:`Prediction.metrics`.
+
         Returns:
             Name -> value.
 
         Raises:
-            ValueError: If there are no labels.
+            ValueError: If there are no labels, or ``num_bootstrap`` is 1 or negative.
         """
         if self.labels is None:
             raise ValueError(
                 "metrics needs labels, and this prediction has none. Put 'labels' "
                 "into every batch given to predict."
             )
+
+        def replicate() -> dict[str, float]:
+            return self._at(resampled(self.loc.shape[1], self.loc.device))._metrics()
+
+        return with_standard_errors(self._metrics(), num_bootstrap, replicate)
+
+    def _metrics(self) -> dict[str, float]:
+        assert self.labels is not None  # metrics has seen to it
         labels = self.labels.to(self.loc)
         place = self.cdf(labels)
         tail = (1 - COVERAGE) / 2
@@ -188,6 +200,21 @@ class RegressionPrediction:
         if self.df is None:
             values["crps"] = self._crps(labels).mean()
         return {name: float(value) for name, value in values.items()}
+
+    def _at(self, index: Tensor) -> RegressionPrediction:
+        """The data of an index, (N',)."""
+
+        def some(values: Tensor | None, dim: int) -> Tensor | None:
+            return None if values is None else values.index_select(dim, index)
+
+        return replace(
+            self,
+            loc=self.loc[:, index],
+            noise_scale=self.noise_scale[:, index],
+            loc_variance=some(self.loc_variance, 1),
+            df=some(self.df, 1),
+            labels=some(self.labels, 0),
+        )
 
     def to_pandas(self) -> DataFrame:
         """One row a datum: mean, standard deviations, the label.

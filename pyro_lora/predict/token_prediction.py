@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.classification import binary_calibration_error
 
-from pyro_lora.predict.metrics import NUM_BINS, adaptive_ece, selective_metrics
+from pyro_lora.predict.metrics import (
+    NUM_BINS,
+    adaptive_ece,
+    resampled,
+    selective_metrics,
+    with_standard_errors,
+)
 from pyro_lora.predict.tables import data_frame
 
 if TYPE_CHECKING:
@@ -35,8 +41,8 @@ class TokenPrediction:
         labels: The observed class, (M,), or None.
         label_log_probs: Log of its averaged probability, (M,), nats, or None.
         text_log_probs: Log of the probability of all labels of a text together, each
-            draw's product over the tokens averaged over the draws, (N,), nats; None
-            without labels or draws.
+            draw's product over the tokens averaged over the draws, (N,), nats, 0 of a
+            text without labels; None without labels or draws.
     """
 
     data: Tensor
@@ -55,18 +61,23 @@ class TokenPrediction:
         """Total minus aleatoric entropy, (M,), nats: how far the draws disagree."""
         return (self.total_entropy - self.aleatoric_entropy).clamp_min(0)
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self, *, num_bootstrap: int = 0) -> dict[str, float]:
         r"""Quality against the labels, means over the tokens.
 
         - ``accuracy``, ``overconfidence``, ``ece``, ``adaptive_ece``,
           ``selective_accuracy``, ``aurc``: as :meth:`Prediction.metrics`, of tokens.
         - ``nll``: mean of :math:`-\log p(y)`, nats a token; ``perplexity``: its exp.
 
+        Args:
+            num_bootstrap: As :meth:`Prediction.metrics`, whole texts resampled: the
+                tokens of one aren't independent.
+
         Returns:
             Name -> value.
 
         Raises:
-            ValueError: If there are no labels or no tokens.
+            ValueError: If there are no labels or no tokens, or ``num_bootstrap`` is 1
+                or negative.
         """
         if self.labels is None or self.label_log_probs is None:
             raise ValueError(
@@ -75,9 +86,23 @@ class TokenPrediction:
             )
         if len(self.labels) == 0:
             raise ValueError("metrics got no tokens that count. Check the labels.")
-        correct = (self.predicted == self.labels).to(self.confidence)
-        confidence = self.confidence.clamp_max(1)
-        nll = -self.label_log_probs.mean()
+        texts = self.data.unique()
+
+        def replicate() -> dict[str, float]:
+            some = texts[resampled(len(texts), texts.device)]
+            _, tokens = (some[:, None] == self.data).nonzero(as_tuple=True)
+            return self._metrics(tokens)
+
+        every = torch.arange(len(self.data), device=self.data.device)
+        return with_standard_errors(self._metrics(every), num_bootstrap, replicate)
+
+    def _metrics(self, tokens: Tensor) -> dict[str, float]:
+        """Of the tokens of an index, (M',)."""
+        assert self.labels is not None  # metrics has seen to it
+        assert self.label_log_probs is not None
+        correct = (self.predicted == self.labels).to(self.confidence)[tokens]
+        confidence = self.confidence.clamp_max(1)[tokens]
+        nll = -self.label_log_probs[tokens].mean()
         values = {
             "accuracy": correct.mean(),
             "nll": nll,

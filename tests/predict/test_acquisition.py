@@ -193,6 +193,11 @@ def test_bad_requests_are_named() -> None:
         pl.acquire(pool, 1, method="entropy")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="at least 3, the classes; found 2"):
         pl.acquire(pool, 1, method="batch_bald", max_configurations=2)
+    real = pl.RegressionPrediction(loc=torch.zeros(1, 4), noise_scale=torch.ones(1, 4))
+    with pytest.raises(ValueError, match="classes, found a RegressionPrediction"):
+        pl.acquire(real, 1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="classes, found a RegressionPrediction"):
+        pl.fit_temperature(real)  # type: ignore[arg-type]
     without = pool.with_temperature(2.0)
     with pytest.raises(ValueError, match="keep_draws=True"):
         pl.acquire(without, 1, method="batch_bald")

@@ -473,6 +473,8 @@ def test_arguments_are_checked() -> None:
     posterior = models.particles(lora, model)
     with pytest.raises(ValueError, match="'sample' or 'linearized', found 'glm'"):
         pl.predict(model, posterior, batches, method="glm")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"found a str in it. Put a single batch"):
+        pl.predict(model, posterior, batches[0])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no batches"):
         pl.predict(model, posterior, [])
     with pytest.raises(ValueError, match="num_samples"):

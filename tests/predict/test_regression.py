@@ -213,6 +213,19 @@ def test_a_network_with_latent_noise_equals_a_loop() -> None:
     assert found.metrics()["nll"] == pytest.approx(-float(density.log().mean()))
 
 
+def test_standard_errors_of_means() -> None:
+    found = draws_of(4, 300)
+    pyro.set_rng_seed(0)
+    metrics = found.metrics(num_bootstrap=400)
+    losses = -found.log_prob(found.labels)
+    exact = float(losses.std(correction=0)) / 300**0.5
+    # From 400 resamples: a relative error of 1 / sqrt(800), 3.5%.
+    assert metrics["nll_se"] == pytest.approx(exact, rel=4 * 0.035)
+    assert {k for k in metrics if not k.endswith("_se")} == found.metrics().keys()
+    with pytest.raises(ValueError, match="num_bootstrap must be 0 or at least 2"):
+        found.metrics(num_bootstrap=1)
+
+
 class Outputs:
     """A linear network with two real outputs a datum."""
 

@@ -100,6 +100,29 @@ def test_metrics_of_tokens(lora: pl.LiftedNetwork) -> None:
     assert table["label_log_prob"].tolist() == found.label_log_probs.tolist()
 
 
+def test_standard_errors_resample_texts(lora: pl.LiftedNetwork) -> None:
+    num_texts, length = 100, 4
+    losses = torch.randn(num_texts, 1).double().abs().expand(-1, length).flatten()
+    ones = torch.ones(num_texts * length)
+    found = pl.TokenPrediction(
+        data=torch.arange(num_texts).repeat_interleave(length),
+        positions=torch.arange(length).repeat(num_texts),
+        predicted=ones.long(),
+        confidence=0.5 * ones,
+        total_entropy=ones,
+        aleatoric_entropy=ones,
+        num_data=num_texts,
+        labels=ones.long(),
+        label_log_probs=-losses,
+    )
+    pyro.set_rng_seed(0)
+    metrics = found.metrics(num_bootstrap=400)
+    # Copies within a text tell nothing: the error is that of 100 data.
+    exact = float(losses[::length].std(correction=0)) / 10
+    assert metrics["nll_se"] == pytest.approx(exact, rel=4 * 0.035)
+    assert metrics["accuracy_se"] == 0
+
+
 @pytest.mark.parametrize("with_labels", [True, False])
 def test_the_last_token(lora: pl.LiftedNetwork, with_labels: bool) -> None:
     model, batches = pl.models.language_model(lora, models.NUM_DATA), text_batches()
