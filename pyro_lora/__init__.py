@@ -40,6 +40,7 @@ from pyro_lora.lifting.lifted_network import LiftedNetwork, lift
 from pyro_lora.predict.acquisition import Acquisition, acquire
 from pyro_lora.predict.dropout import DropoutPosterior, mc_dropout
 from pyro_lora.predict.generate import Generation, generate
+from pyro_lora.lifting.trunk_cache import cached_trunk
 from pyro_lora.predict.predict import predict
 from pyro_lora.predict.prediction import Prediction, auroc, fit_temperature
 from pyro_lora.predict.regression import RegressionPrediction
@@ -69,6 +70,7 @@ __all__ = [
     "TokenPrediction",
     "acquire",
     "auroc",
+    "cached_trunk",
     "class_log_probs",
     "dense",
     "diagnose",

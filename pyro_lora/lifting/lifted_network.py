@@ -33,7 +33,7 @@ from pyro_lora.lifting.refusals import (
 )
 from pyro_lora.lifting.sites import LiftedParameter, lifted_parameters
 from pyro_lora.lifting.slots import as_slot
-from pyro_lora.lifting.trunk import find_trunk
+from pyro_lora.lifting.trunk import Trunk, find_trunk
 
 # The lifted networks that are in use, to tell when a parameter is lifted twice.
 _IN_USE: weakref.WeakSet[LiftedNetwork] = weakref.WeakSet()
@@ -268,6 +268,11 @@ class LiftedNetwork:
         "context_fn": lora.context_fn}``.
         """
         return self._host.context_fn
+
+    @property
+    def trunk(self) -> Trunk:
+        """The layers below the first adapted one, the same for all particles."""
+        return self._host.trunk
 
     def delta_weight_factors(
         self, weights: Mapping[str, Tensor]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_lora.lifting.slots import Fold
+from pyro_lora.lifting.trunk_cache import TrunkCache, row_keys, versions
 
 
 def _caches(network: nn.Module) -> bool:
@@ -31,15 +32,27 @@ def find_trunk(network: nn.Module, adapted: Iterable[nn.Module]) -> Trunk:
     Returns:
         The trunk, which may be empty.
     """
-    return Trunk(_trunk_layers(network, set(adapted)), _caches(network))
-
-
-def _trunk_layers(network: nn.Module, adapted: set[nn.Module]) -> list[nn.Module]:
-    """The layers of a stack that come before its first adapted layer."""
-    order = {module: i for i, module in enumerate(network.modules())}
+    adapted = set(adapted)
     if not adapted:
-        return []
+        return Trunk([], _caches(network))
+    order = {module: i for i, module in enumerate(network.modules())}
     first_slot = min(order[slot] for slot in adapted)
+    below = [
+        (path, module)
+        for path, module in network.named_modules()
+        if order[module] < first_slot
+    ]
+    layers = _trunk_layers(network, adapted, order, first_slot)
+    return Trunk(layers, _caches(network), dict(below))
+
+
+def _trunk_layers(
+    network: nn.Module,
+    adapted: set[nn.Module],
+    order: Mapping[nn.Module, int],
+    first_slot: int,
+) -> list[nn.Module]:
+    """The layers of a stack that come before its first adapted layer."""
     for stack in network.modules():
         if not isinstance(stack, nn.ModuleList):
             continue
@@ -58,12 +71,65 @@ class Trunk:
     Args:
         layers: In the order in which they run.
         caches: Whether the network fills a key-value cache unless told not to.
+        below: All modules before the first adapted one, by path.
     """
 
-    def __init__(self, layers: list[nn.Module], caches: bool = False) -> None:
+    def __init__(
+        self,
+        layers: list[nn.Module],
+        caches: bool = False,
+        below: Mapping[str, nn.Module] | None = None,
+    ) -> None:
         self._layers = layers
         self.caches = caches
+        self.cache: TrunkCache | None = None  # of what the last layer gives
+        self._below = below or {}
         self._checked = False  # that particles really are the same there
+        # Layer -> what a call returns around its hidden states.
+        self._wrapped: dict[int, Callable[[Tensor], Any]] = {}
+
+    def check_cacheable(self) -> None:
+        """Refuse a cache where nothing can be cached.
+
+        Raises:
+            ValueError: If there is no trunk, or it is in training mode.
+        """
+        for path, module in self._below.items():
+            if module.training:
+                raise ValueError(
+                    f"The trunk can't be cached: {path or 'the network'!r} is in "
+                    "training mode, where dropout may draw anew at each step. Call "
+                    ".eval() on the network, or leave the cache out."
+                )
+        if not self._layers:
+            raise ValueError(
+                "There is no trunk to cache: no stack of layers begins below the first "
+                "adapted one. Adapt the upper layers only (layers_to_transform in "
+                "peft), or leave the cache out."
+            )
+
+    def _cached(self, inputs: Mapping[Any, Any], fold: Fold) -> list[bytes] | None:
+        """The batch's keys in the cache; None without one, or if it can't be used."""
+        tensors = [x for x in inputs.values() if isinstance(x, Tensor)]
+        if (
+            self.cache is None
+            or torch.is_inference_mode_enabled()  # gradients can't use what it makes
+            or torch.compiler.is_compiling()
+            or any(x.requires_grad or x.ndim == 0 for x in tensors)
+        ):
+            return None
+        device = tensors[0].device.type
+        state = (
+            versions(x for m in self._below.values() for x in _own_tensors(m)),
+            torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
+        )
+        one_copy = {
+            name: x[: fold.batch_size]
+            if isinstance(x, Tensor) and x.shape[0] == fold.folded_size
+            else x
+            for name, x in inputs.items()
+        }
+        return row_keys(one_copy, fold.batch_size, state)
 
     @contextmanager
     def shared(self, fold: Fold, inputs: Mapping[Any, Any]) -> Iterator[None]:
@@ -77,6 +143,8 @@ class Trunk:
             fold: How particles are folded into the inputs.
             inputs: The network's folded inputs, by name.
         """
+        if self.cache is not None:
+            self.check_cacheable()
         sizes = {
             n for x in inputs.values() if isinstance(x, Tensor) for n in x.shape[1:]
         }
@@ -90,10 +158,18 @@ class Trunk:
             yield
             return
         layers = self._layers
+        keys = self._cached(inputs, fold)
+        hidden = None
+        if keys is not None and self.cache is not None:
+            hidden = self.cache.get(keys)
         before = [layer.__dict__.get("forward") for layer in layers]
         for i, layer in enumerate(layers):
             last = i == len(layers) - 1
-            layer.forward = self._sharing(layer.forward, fold, last)
+            layer.forward = (
+                self._sharing(layer.forward, fold, i, last, keys)
+                if hidden is None
+                else self._recalling(hidden, fold, i, last)
+            )
         try:
             yield
         finally:
@@ -102,8 +178,43 @@ class Trunk:
                 if forward is not None:
                     layer.__dict__["forward"] = forward
 
+    def _recalling(
+        self, hidden: Tensor, fold: Fold, layer: int, last: bool
+    ) -> Callable[..., Any]:
+        output = hidden.repeat(fold.num_particles, *[1] * (hidden.ndim - 1))
+        return lambda *args, **kwargs: self._wrapped[layer](output if last else hidden)
+
+    def _remember(
+        self, output: Any, layer: int, last: bool, keys: list[bytes] | None
+    ) -> None:
+        """Keep a layer's output (one copy), or of a lower one just its form.
+
+        Raises:
+            ValueError: If it is more than hidden states.
+        """
+        if keys is None or self.cache is None:
+            return
+        rest = output[1:] if isinstance(output, tuple) else ()
+        hidden = output[0] if isinstance(output, tuple) else output
+        others: list[Tensor] = []
+        _map(rest, lambda x: others.append(x) or x)  # type: ignore[func-returns-value]
+        if not isinstance(hidden, Tensor) or len(hidden) != len(keys) or others:
+            raise ValueError(
+                f"The trunk can't be cached: its layer {layer} returns more than one "
+                "tensor, or one without the batch. Leave the cache out."
+            )
+        in_tuple = isinstance(output, tuple)
+        self._wrapped[layer] = lambda x: (x, *rest) if in_tuple else x
+        if last:
+            self.cache.put(keys, hidden)
+
     def _sharing(
-        self, forward: Callable[..., Any], fold: Fold, last: bool
+        self,
+        forward: Callable[..., Any],
+        fold: Fold,
+        layer: int,
+        last: bool,
+        keys: list[bytes] | None,
     ) -> Callable[..., Any]:
         def one_copy(x: Tensor) -> Tensor:
             folded = x.ndim > 1 and x.shape[0] == fold.folded_size
@@ -124,14 +235,23 @@ class Trunk:
                 _map((args, kwargs), lambda x: tensors.append(x) or x)  # type: ignore[func-returns-value]
                 if any(differs(x) for x in tensors):
                     self._layers = []  # an adapted layer runs before: never share
+                    if keys is not None:
+                        self.check_cacheable()
                 self._checked = True
             if not self._layers:
                 return forward(*args, **kwargs)
             args, kwargs = _map((args, kwargs), one_copy)
             output = forward(*args, **kwargs)
+            self._remember(output, layer, last, keys)
             return _map(output, all_copies) if last else output
 
         return shared_forward
+
+
+def _own_tensors(module: nn.Module) -> Iterator[Tensor]:
+    """Parameters and buffers of a module, not of those inside it."""
+    yield from module.parameters(recurse=False)
+    yield from module.buffers(recurse=False)
 
 
 def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:

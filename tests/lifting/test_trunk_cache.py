@@ -1,0 +1,245 @@
+"""The trunk's hidden states, kept between calls: the same numbers, fewer passes."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from pyro.optim import SGD
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+import pyro_lora as pl
+from pyro_lora import kernels
+from tests.lifting.test_trunk import bert_on_top, layers, llama_on_top, loop
+from tests.networks import adapted, batch, bert, inputs, particles
+
+KINDS = [bert_on_top, llama_on_top]
+
+
+def outputs(
+    lora: pl.LiftedNetwork, weights: dict[str, Tensor], texts: dict[str, Tensor]
+) -> Tensor:
+    with lora.bind(weights) as net:
+        logits: Tensor = net(**texts).logits
+    return logits
+
+
+def rows(texts: dict[str, Tensor], index: list[int]) -> dict[str, Tensor]:
+    return {name: x[index] for name, x in texts.items()}
+
+
+@contextmanager
+def trunk_rows(network: PeftModel) -> Iterator[list[int]]:
+    """Rows of each call of the trunk's two layers; the third layer's are left out."""
+    seen: list[int] = []
+    handles = [
+        next(
+            m for m in layer.modules() if isinstance(m, nn.Linear)
+        ).register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+        for layer in layers(network)[:2]
+    ]
+    yield seen
+    for handle in handles:
+        handle.remove()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("max_gigabytes", [1.0, 0.0, 6e-6])
+def test_the_trunk_runs_once_a_datum(
+    kind: Callable[[], PeftModel], max_gigabytes: float, tmp_path: Path
+) -> None:
+    # 5 rows of 7 tokens of 16 float64 numbers are 4,480 bytes: two batches don't fit
+    # into 6,000.
+    network = kind()
+    lora = pl.lift(network)
+    weights = {s: x.requires_grad_() for s, x in particles(lora, 3).items()}
+    first, second = inputs(batch()), inputs(batch())
+    both = {name: torch.cat([first[name], second[name]]) for name in first}
+    mixed = rows(both, [7, 0, 9, 4])
+    calls = [first, second, first, second, mixed]
+
+    def gradients(texts: dict[str, Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        logits = outputs(lora, weights, texts)
+        found = torch.autograd.grad(logits.square().sum(), list(weights.values()))
+        return logits, found
+
+    expected = [gradients(texts) for texts in calls]
+    with (
+        pl.cached_trunk(lora, max_gigabytes=max_gigabytes, folder=tmp_path),
+        trunk_rows(network) as seen,
+    ):
+        for texts, (logits, found) in zip(calls, expected, strict=True):
+            again = gradients(texts)
+            assert_close(again[0], logits, rtol=1e-12, atol=1e-12)
+            assert_close(again[1], found, rtol=1e-10, atol=1e-12)
+        files = list(tmp_path.rglob("*.safetensors"))
+    assert seen == [5, 5, 5, 5]  # two layers, two batches
+    assert len(files) == {1.0: 0, 0.0: 2, 6e-6: 1}[max_gigabytes]
+    assert not list(tmp_path.iterdir())
+    with trunk_rows(network) as seen:
+        gradients(first)
+    assert seen == [5, 5]
+
+
+@pytest.mark.parametrize("kernel", [kernels.RBF(), kernels.RBF(space="function")])
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_svgd_is_the_same(kernel: Any, chunk_size: int | None) -> None:
+    network = bert_on_top()
+    lora = pl.lift(network)
+    batches = [batch(num_labels=3), batch(num_labels=3)]
+    start = particles(lora, 4)
+
+    def run() -> dict[str, Tensor]:
+        svgd = pl.SVGD(
+            pl.models.classification(lora, 10),
+            kernel,
+            SGD({"lr": 0.01}),
+            4,
+            init_loc_fn=lora.init_to(start),
+            chunk_size=chunk_size,
+        )
+        with trunk_rows(network) as seen:
+            svgd.run(batches, num_epochs=3, progress_bar=False)
+        passes.append(len(seen))
+        return svgd.get_named_particles()
+
+    passes: list[int] = []
+    expected = run()
+    with pl.cached_trunk(lora):
+        found = run()
+    assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    starting = 2 * (1 + 4)  # one weight set at a time: to inspect, and to initialise
+    assert passes[1] == starting + 2 * 2  # each batch once
+    assert passes[0] >= starting + 2 * 6
+
+
+def test_every_input_is_in_the_key() -> None:
+    network = bert_on_top()
+    lora = pl.lift(network)
+    weights, texts = particles(lora, 3), inputs(batch())
+    kinds = torch.zeros_like(texts["input_ids"])
+    kinds[0, 3] = 1
+    places = torch.arange(7)[None] + 2
+    variants = [
+        texts,
+        {**texts, "attention_mask": torch.ones_like(texts["attention_mask"])},
+        {**texts, "token_type_ids": kinds},
+        {**texts, "position_ids": places},
+        {**texts, "position_ids": places + 1},
+        {**texts, "position_ids": places.expand(5, 7)},
+        {name: x[:, :6] for name, x in texts.items()},
+    ]
+    expected = [outputs(lora, weights, v) for v in variants]
+    with pl.cached_trunk(lora):
+        for _ in range(2):
+            for variant, logits in zip(variants, expected, strict=True):
+                found = outputs(lora, weights, variant)
+                assert_close(found, logits, rtol=1e-12, atol=1e-12)
+
+
+def test_changed_weights_below_are_noticed() -> None:
+    network = bert_on_top()
+    lora = pl.lift(network)
+    weights, texts = particles(lora, 3), inputs(batch())
+    embeddings = network.get_input_embeddings()
+    layer_norm = next(m for m in layers(network)[0].modules() if "Norm" in str(type(m)))
+    with pl.cached_trunk(lora):
+        before = outputs(lora, weights, texts)
+        for module in (embeddings, layer_norm):
+            with torch.no_grad():
+                module.weight.mul_(1.5)
+            after = outputs(lora, weights, texts)
+            assert (after - before).abs().max() > 1e-3
+            before = after
+    assert_close(outputs(lora, weights, texts), before, rtol=1e-12, atol=1e-12)
+
+
+def test_autocast_and_inference_mode_have_their_own() -> None:
+    network = bert_on_top(dtype=torch.float32)
+    lora = pl.lift(network)
+    weights, texts = particles(lora, 3), inputs(batch())
+    weights = {s: x.float().requires_grad_() for s, x in weights.items()}
+    with pl.cached_trunk(lora):
+        with torch.inference_mode():
+            expected = outputs(lora, weights, texts)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            low = outputs(lora, weights, texts)
+        with torch.no_grad():
+            found = outputs(lora, weights, texts)
+        assert_close(found, expected, rtol=1e-5, atol=1e-6)
+        assert not torch.equal(low.float(), found)
+        outputs(lora, weights, texts).sum().backward()  # on what no_grad left there
+
+
+def test_what_is_refused() -> None:
+    network = bert(3, num_layers=2)
+    with pytest.raises(ValueError, match=r"no trunk to cache.*layers_to_transform"):
+        pl.cached_trunk(pl.lift(network)).__enter__()
+    network = bert_on_top(dropout=0.1)
+    lora = pl.lift(network)
+    weights, texts = particles(lora, 3), inputs(batch())
+    with pytest.raises(ValueError, match="max_gigabytes must not be negative"):
+        pl.cached_trunk(lora, max_gigabytes=-1).__enter__()
+    with pl.cached_trunk(lora):
+        layers(network)[1].train()
+        with pytest.raises(ValueError, match=r"layer\.1' is in training mode.*eval"):
+            outputs(lora, weights, texts)
+        network.train()
+        with pytest.raises(ValueError, match="'the network' is in training mode"):
+            outputs(lora, weights, texts)
+    outputs(lora, weights, texts)  # without a cache there is nothing to refuse
+    with pytest.raises(ValueError, match="training mode"):
+        pl.cached_trunk(lora).__enter__()
+
+
+class Layer(nn.Module):
+    def __init__(self, gives_two: bool = False) -> None:
+        super().__init__()
+        self.linear, self.gives_two = nn.Linear(4, 4), gives_two
+
+    def forward(self, x: Tensor) -> Any:
+        y = torch.tanh(self.linear(x))
+        return (y, y + 1) if self.gives_two else y
+
+
+class Stack(nn.Module):
+    """Layers in a list; the last one may run first, or the first give two tensors."""
+
+    def __init__(self, gives_two: bool = False, last_first: bool = False) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Layer(gives_two), Layer(), Layer()])
+        self.last_first = last_first
+
+    def forward(self, x: Tensor) -> Tensor:
+        order = [2, 0, 1] if self.last_first else [0, 1, 2]
+        for i in order:
+            x = self.layers[i](x)
+            x = x[0] if isinstance(x, tuple) else x
+        return x
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"gives_two": True}, "its layer 0 returns more than one tensor"),
+        ({"last_first": True}, "no trunk to cache"),
+    ],
+)
+def test_trunks_of_other_forms_are_refused(
+    settings: dict[str, bool], match: str
+) -> None:
+    network = adapted(Stack(**settings).double(), target_modules=["layers.2.linear"])
+    lora = pl.lift(network)
+    weights, x = particles(lora, 3), torch.randn(5, 4).double()
+    with pl.cached_trunk(lora), lora.bind(weights) as net:
+        for _ in range(2):
+            with pytest.raises(ValueError, match=match):
+                net(x)
+    # Without a cache such networks run as they are.
+    expected = loop(lora, weights, lambda net: net(x))
+    with lora.bind(weights) as net:
+        assert_close(net(x), torch.stack(expected), rtol=0, atol=1e-12)
