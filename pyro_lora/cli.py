@@ -1,0 +1,363 @@
+"""The command line: a saved adapter and a file of texts -> posterior, predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import pyro
+import torch
+from pyro.infer import SVI, Trace_ELBO
+from pyro.optim import PyroOptim
+from torch import Tensor
+from tqdm.auto import trange
+
+import pyro_lora as pl
+from pyro_lora.text_files import (
+    Settings,
+    lifted,
+    network_of,
+    read_rows,
+    remember,
+    remembered,
+    text_batches,
+    write_prediction,
+)
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.table import Table
+except ImportError as error:
+    raise ImportError(
+        "The command line needs typer. Install it by: pip install 'pyro-lora[cli]'"
+    ) from error
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    help="""Bayesian inference over a LoRA adapter for text classification.
+
+An adapter that was trained and saved by PEFT, and a CSV or JSONL file of texts with
+labels, become a posterior over the adapter's weights; the posterior gives calibrated
+probabilities and says what it doesn't know.
+
+1. `pyro-lora fit my_adapter train.csv posterior` puts a posterior around the adapter.
+
+2. `pyro-lora diagnose posterior train.csv` tells whether to believe it.
+
+3. `pyro-lora predict posterior test.csv --output predictions.csv` uses it.
+
+4. `pyro-lora export posterior adapters` writes draws as ordinary PEFT adapters.
+
+Each is a call of a Python function, `pyro_lora.predict` and so on; other tasks than
+classification are open there.""",
+)
+
+
+class Method(StrEnum):
+    """How the posterior is found."""
+
+    laplace = "laplace"
+    svgd = "svgd"
+
+
+class Predictive(StrEnum):
+    """How predictions are averaged over it."""
+
+    linearized = "linearized"
+    sample = "sample"
+
+
+Data = Annotated[
+    Path, typer.Argument(help="CSV (with a header) or JSONL file.", exists=True)
+]
+PosteriorFolder = Annotated[
+    Path, typer.Argument(help="Folder that `pyro-lora fit` wrote.")
+]
+BatchSize = Annotated[int, typer.Option(min=1, help="Texts in one forward pass.")]
+Seed = Annotated[int, typer.Option(help="Same seed, same numbers.")]
+Device = Annotated[str, typer.Option(help="As torch names it: cpu, cuda, cuda:1, mps.")]
+
+
+@app.command()
+def fit(
+    adapter: Annotated[Path, typer.Argument(help="Folder of a saved PEFT adapter.")],
+    data: Data,
+    posterior: Annotated[Path, typer.Argument(help="Folder to write.")],
+    method: Annotated[
+        Method,
+        typer.Option(
+            help="laplace: a Gaussian around the adapter, its prior chosen by the "
+            "evidence. svgd: particles that are trained from it and repel each other."
+        ),
+    ] = Method.laplace,
+    text_column: Annotated[str, typer.Option(help="Column of the texts.")] = "text",
+    label_column: Annotated[str, typer.Option(help="Column of the labels.")] = "label",
+    label_names: Annotated[
+        str,
+        typer.Option(
+            help="Classes in the order of the network's outputs: 'negative,positive'. "
+            "Needed where labels are words that the network's config doesn't know."
+        ),
+    ] = "",
+    epochs: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Passes of training over the data. laplace: 0 takes the adapter as it "
+            "is.  [default: 0 for laplace, 3 for svgd]",
+        ),
+    ] = None,
+    learning_rate: Annotated[float, typer.Option(help="Adam's.")] = 1e-3,
+    prior_scale: Annotated[
+        float, typer.Option(help="Standard deviation of every weight beforehand.")
+    ] = 1.0,
+    num_particles: Annotated[int, typer.Option(min=2, help="For svgd.")] = 5,
+    max_length: Annotated[int, typer.Option(min=1, help="Tokens of a text.")] = 128,
+    batch_size: BatchSize = 32,
+    seed: Seed = 0,
+    device: Device = "cpu",
+) -> None:
+    """Put a posterior around a trained adapter.
+
+    `laplace` takes one pass over the data and no training. It is about a mode, and
+    warns where the adapter isn't one: then let `--epochs 1` take it there. `svgd` costs
+    as much as training `--num-particles` adapters.
+    """
+    with _errors_in_words():
+        pyro.clear_param_store()
+        pyro.set_rng_seed(seed)
+        rows = read_rows(data, text_column, label_column)
+        words = tuple(name.strip() for name in label_names.split(",") if name.strip())
+        network, names = network_of(adapter, words, [label for _, label in rows])
+        settings = Settings(
+            adapter=str(adapter.resolve()),
+            label_names=names,
+            text_column=text_column,
+            label_column=label_column,
+            max_length=max_length,
+            prior_scale=prior_scale,
+        )
+        lora = lifted(network, settings, device)
+        model = pl.models.classification(lora, len(rows))
+        batches = text_batches(rows, settings, batch_size, lora)
+        shuffled = text_batches(rows, settings, batch_size, lora, shuffle=True)
+        found: pl.LaplacePosterior | pl.ParticlePosterior
+        if method is Method.laplace:
+            found, numbers = _laplace(
+                model, lora, batches, shuffled, epochs or 0, learning_rate
+            )
+        else:
+            epochs = 3 if epochs is None else epochs
+            found, numbers = _svgd(
+                model, lora, shuffled, epochs, learning_rate, num_particles
+            )
+        pl.save(found, posterior)
+        remember(posterior, settings)
+    counts = {"texts": len(rows), "classes": len(names), "weights": _num_weights(lora)}
+    _show(f"{method.value} posterior in {posterior}", {**counts, **numbers})
+
+
+@app.command()
+def predict(
+    posterior: PosteriorFolder,
+    data: Data,
+    output: Annotated[
+        Path | None, typer.Option(help="CSV file to write, one row for each text.")
+    ] = None,
+    method: Annotated[
+        Predictive | None,
+        typer.Option(
+            help="linearized: exact, for laplace. sample: an average over draws.  "
+            "[default: linearized where possible]"
+        ),
+    ] = None,
+    num_samples: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Draws, with sample.  [default: 64, or all particles]"
+        ),
+    ] = None,
+    batch_size: BatchSize = 32,
+    seed: Seed = 0,
+    device: Device = "cpu",
+) -> None:
+    """Probabilities of the classes, and how far to trust them.
+
+    The file has texts and, if it has labels, too, a table of metrics is the answer:
+    accuracy, negative log-likelihood (nll), calibration error (ece), Brier score.
+    `--output` has for each text the class, its probability, all probabilities, and the
+    entropy in nats: aleatoric (the text is ambiguous) and epistemic (the adapter has
+    seen too little).
+    """
+    with _errors_in_words():
+        pyro.set_rng_seed(seed)
+        settings, lora = remembered(posterior, device)
+        rows = read_rows(
+            data, settings.text_column, settings.label_column, optional=True
+        )
+        model = pl.models.classification(lora, len(rows))
+        found = pl.load(posterior, lora, model=model)
+        if method is None:
+            is_laplace = isinstance(found, pl.LaplacePosterior)
+            method = Predictive.linearized if is_laplace else Predictive.sample
+        prediction: pl.Prediction = pl.predict(
+            model,
+            found,
+            text_batches(rows, settings, batch_size, lora),
+            method=method.value,
+            num_samples=num_samples,
+            progress_bar=True,
+        )
+        if output is not None:
+            write_prediction(output, prediction, settings.label_names)
+    numbers: dict[str, Any] = {"texts": len(rows)}
+    if prediction.labels is None:
+        numbers["mean confidence"] = float(prediction.probs.max(-1).values.mean())
+    else:
+        numbers |= prediction.metrics()
+    numbers["mean epistemic entropy"] = float(prediction.epistemic_entropy.mean())
+    _show(f"{method.value} prediction of {data}", numbers)
+
+
+@app.command()
+def diagnose(
+    posterior: PosteriorFolder,
+    data: Data,
+    held_out: Annotated[
+        Path | None,
+        typer.Option(help="File of other texts, for calibration.", exists=True),
+    ] = None,
+    batch_size: BatchSize = 32,
+    seed: Seed = 0,
+    device: Device = "cpu",
+) -> None:
+    """Ask a posterior five questions: is it to be believed?
+
+    The file is the one that the posterior was fitted to. Is the mode one, is the
+    Gaussian believable, are particles diverse, is the prior or the data in charge, is
+    it over- or under-confident? Takes some dozen passes over the data.
+    """
+    with _errors_in_words():
+        pyro.set_rng_seed(seed)
+        settings, lora = remembered(posterior, device)
+        columns = settings.text_column, settings.label_column
+        rows = read_rows(data, *columns)
+        model = pl.models.classification(lora, len(rows))
+        others = None
+        if held_out is not None:
+            others = text_batches(
+                read_rows(held_out, *columns), settings, batch_size, lora
+            )
+        found = pl.diagnose(
+            pl.load(posterior, lora, model=model),
+            model,
+            text_batches(rows, settings, batch_size, lora),
+            held_out=others,
+        )
+    typer.echo(str(found))
+
+
+@app.command()
+def export(
+    posterior: PosteriorFolder,
+    output: Annotated[Path, typer.Argument(help="Folder to hold the adapters.")],
+    num_samples: Annotated[int, typer.Option(min=1, help="Adapters to write.")] = 8,
+    seed: Seed = 0,
+) -> None:
+    """Write draws as ordinary PEFT adapters: draw_000, draw_001, ...
+
+    Each can be loaded by `PeftModel.from_pretrained` and served by any server of LoRA
+    adapters. The mean of their probabilities is the posterior's prediction.
+    """
+    with _errors_in_words():
+        pyro.set_rng_seed(seed)
+        _, lora = remembered(posterior, "cpu")
+        pl.export_adapters(pl.load(posterior, lora), output, num_samples)
+    _show(f"adapters in {output}", {"adapters": num_samples})
+
+
+def _laplace(
+    model: Callable[..., Tensor],
+    lora: pl.LiftedNetwork,
+    batches: Any,
+    shuffled: Any,
+    epochs: int,
+    learning_rate: float,
+) -> tuple[pl.LaplacePosterior, dict[str, Any]]:
+    guide = pl.AutoLaplace(model, init_loc_fn=lora.init_to_adapter())
+    svi = SVI(model, guide, _adam(learning_rate), Trace_ELBO())
+    lora.network.train()
+    for _ in trange(epochs, desc="Train", disable=epochs == 0):
+        for batch in shuffled:
+            svi.step(**batch)
+    lora.network.eval()
+    first = guide.laplace_approximation(batches, progress_bar=True)
+    found = first.optimize_prior()
+    precision = torch.cat([p.flatten() for p in found.prior_precision.values()])
+    return found, {
+        "log evidence, prior as given (nats)": float(first.log_evidence()),
+        "log evidence, prior chosen by it (nats)": float(found.log_evidence()),
+        "prior standard deviation chosen": float(precision.mean().rsqrt()),
+    }
+
+
+def _svgd(
+    model: Callable[..., Tensor],
+    lora: pl.LiftedNetwork,
+    shuffled: Any,
+    epochs: int,
+    learning_rate: float,
+    num_particles: int,
+) -> tuple[pl.ParticlePosterior, dict[str, Any]]:
+    engine = pl.SVGD(
+        model,
+        pl.kernels.RBF(space="function"),  # repulsion of weights hardly changes outputs
+        _adam(learning_rate),
+        num_particles,
+        init_loc_fn=lora.init_to_adapter(jitter=0.01),
+    )
+    lora.network.train()
+    engine.run(shuffled, num_epochs=epochs)
+    lora.network.eval()
+    last = {name: series[-1] for name, series in engine.diagnostics.items() if series}
+    return engine.posterior(), {"particles": num_particles, **last}
+
+
+@contextmanager
+def _errors_in_words() -> Iterator[None]:
+    """What the library says of wrong input is the message, without a traceback.
+
+    Raises:
+        Exit: In place of it.
+    """
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        typer.secho(f"Error: {error}", fg="red", err=True)
+        raise typer.Exit(1) from error
+
+
+def _adam(learning_rate: float) -> PyroOptim:
+    return PyroOptim(torch.optim.Adam, {"lr": learning_rate})
+
+
+def _num_weights(lora: pl.LiftedNetwork) -> int:
+    return sum(value.numel() for value in lora.zeros().values())
+
+
+def _show(title: str, numbers: Mapping[str, Any]) -> None:
+    table = Table(title=title, show_header=False)
+    for name, value in numbers.items():
+        shown = f"{value:.4g}" if isinstance(value, float) else str(value)
+        table.add_row(name, shown)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    app()

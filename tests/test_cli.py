@@ -1,0 +1,335 @@
+"""The commands do what the public functions do, on a tiny adapter's folder."""
+
+import csv
+import json
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyro
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from torch.testing import assert_close
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    PreTrainedTokenizerFast,
+)
+from typer.main import get_command
+from typer.testing import CliRunner
+
+import pyro_lora as pl
+from pyro_lora.cli import app
+from pyro_lora.text_files import Settings, text_batches
+
+pytestmark = pytest.mark.filterwarnings("ignore:The weights aren't a mode")
+WORDS = ["[PAD]", "[UNK]", "good", "bad", "film", "play", "a", "the"]
+TEXTS = [
+    f"{article} {word} {noun}"
+    for word in ("good", "bad")
+    for article in ("a", "the")
+    for noun in ("film", "play", "film film")
+]
+LABELS = ["good" in text for text in TEXTS]
+
+
+@dataclass(frozen=True)
+class Place:
+    folder: Path
+    adapter: Path
+    train: Path
+    test: Path  # as JSONL
+
+
+def write_csv(path: Path, label: dict[bool, str], name: str = "label") -> Path:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", name])
+        writer.writerows([t, label[y]] for t, y in zip(TEXTS, LABELS, strict=True))
+    return path
+
+
+def saved_adapter(folder: Path, task_type: str = "SEQ_CLS") -> Path:
+    """A base network with its tokenizer, and a trained adapter, in two folders."""
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(WORDS),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=16,
+        initializer_range=0.3,
+    )
+    base = AutoModelForSequenceClassification.from_config(config)
+    base.save_pretrained(folder / "base")
+    words = Tokenizer(WordLevel({w: i for i, w in enumerate(WORDS)}, "[UNK]"))
+    words.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]"
+    )
+    tokenizer.save_pretrained(folder / "base")
+    base = AutoModelForSequenceClassification.from_pretrained(folder / "base")
+    peft_model: Any = get_peft_model(
+        base, LoraConfig(task_type=task_type, r=2, target_modules=["query", "value"])
+    )
+    optimizer = torch.optim.Adam(peft_model.parameters(), 0.02)
+    batch = tokenizer(TEXTS, padding=True, return_tensors="pt")
+    batch = {k: batch[k] for k in ("input_ids", "attention_mask")}
+    for _ in range(20):
+        optimizer.zero_grad()
+        logits = peft_model(**batch).logits
+        labels = torch.tensor(LABELS).long()
+        torch.nn.functional.cross_entropy(logits, labels).backward()
+        optimizer.step()
+    peft_model.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
+    return folder / "adapter"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    folder = tmp_path_factory.mktemp("place")
+    train = write_csv(folder / "train.csv", {True: "1", False: "0"})
+    test = folder / "test.jsonl"
+    lines = [{"text": t, "label": int(y)} for t, y in zip(TEXTS, LABELS, strict=True)]
+    test.write_text("\n".join(json.dumps(line) for line in lines[::-1]))
+    return Place(folder, saved_adapter(folder), train, test)
+
+
+def run(*args: object, code: int = 0) -> str:
+    result = CliRunner().invoke(
+        app, [str(a) for a in args], env={"COLUMNS": "100", "TERM": "dumb"}
+    )
+    assert result.exit_code == code, (result.output, result.exception)
+    return result.output
+
+
+def python_side(place: Place, names: tuple[str, ...] = ("0", "1")) -> Any:
+    """The same network and model, by public names."""
+    base = AutoModelForSequenceClassification.from_pretrained(place.folder / "base")
+    network = PeftModel.from_pretrained(base, str(place.adapter)).eval()
+    lora = pl.lift(network, prior=pl.priors.normal(scale=1.0))
+    settings = Settings(
+        adapter=str(place.adapter),
+        label_names=names,
+        text_column="text",
+        label_column="label",
+        max_length=128,
+        prior_scale=1.0,
+    )
+    return lora, pl.models.classification(lora, len(TEXTS)), settings
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def laplace(place: Place) -> Path:
+    posterior = place.folder / "laplace"
+    run("fit", place.adapter, place.train, posterior)
+    return posterior
+
+
+@pytest.fixture(scope="module")
+def svgd(place: Place) -> Path:
+    posterior = place.folder / "svgd"
+    output = run(
+        "fit",
+        place.adapter,
+        place.train,
+        posterior,
+        *("--method", "svgd", "--num-particles", 3, "--epochs", 2, "--batch-size", 6),
+    )
+    assert "particles" in output
+    assert "mean_kernel" in output
+    return posterior
+
+
+def test_fit_is_laplace_s_approximation(place: Place, laplace: Path) -> None:
+    lora, model, settings = python_side(place)
+    found = pl.load(laplace, lora, model=model)
+    assert isinstance(found, pl.LaplacePosterior)
+    train = [(t, str(int(y))) for t, y in zip(TEXTS, LABELS, strict=True)]
+    guide = pl.AutoLaplace(model, init_loc_fn=lora.init_to_adapter())
+    batches = text_batches(train, settings, 5, lora)
+    expected = guide.laplace_approximation(batches).optimize_prior()
+    assert_close(found.mode(), expected.mode())
+    assert_close(found.variance(), expected.variance(), rtol=1e-3, atol=1e-6)
+
+
+def test_predictions_are_those_of_predict(
+    place: Place, laplace: Path, tmp_path: Path
+) -> None:
+    output = run("predict", laplace, place.test, "--output", tmp_path / "p.csv")
+    lora, model, settings = python_side(place)
+    test = [(t, str(int(y))) for t, y in zip(TEXTS, LABELS, strict=True)][::-1]
+    expected = pl.predict(
+        model,
+        pl.load(laplace, lora, model=model),
+        text_batches(test, settings, 32, lora),
+        method="linearized",
+    )
+    written = rows(tmp_path / "p.csv")
+    assert len(written) == len(TEXTS)
+    for index, row in enumerate(written):
+        p = expected.probs[index].double()
+        for column, value in (
+            ("p(0)", p[0]),
+            ("p(1)", p[1]),
+            ("confidence", p.max()),
+            ("total_entropy", expected.total_entropy[index]),
+            ("epistemic_entropy", expected.epistemic_entropy[index]),
+        ):
+            assert float(row[column]) == pytest.approx(float(value), abs=1e-5)
+        assert row["class"] == str(int(p.argmax()))
+    assert "linearized prediction" in output
+    for name in ("accuracy", "nll", "ece", "brier"):
+        assert f"{expected.metrics()[name]:.3g}"[:4] in output
+    assert expected.metrics()["accuracy"] > 0.7  # the adapter is a trained one
+
+
+def test_particles_predict_by_sampling(
+    place: Place, svgd: Path, tmp_path: Path
+) -> None:
+    output = run("predict", svgd, place.train, "--output", tmp_path / "p.csv")
+    assert "sample prediction" in output
+    lora, model, settings = python_side(place)
+    particles = pl.load(svgd, lora, model=model)
+    assert isinstance(particles, pl.ParticlePosterior)
+    assert particles.num_particles == 3
+    data = [(t, str(int(y))) for t, y in zip(TEXTS, LABELS, strict=True)]
+    expected = pl.predict(model, particles, text_batches(data, settings, 32, lora))
+    found = [float(row["p(1)"]) for row in rows(tmp_path / "p.csv")]
+    assert found == pytest.approx(expected.probs[:, 1].tolist(), abs=1e-5)
+
+
+def test_a_seed_gives_the_same_numbers(
+    place: Place, laplace: Path, tmp_path: Path
+) -> None:
+    found = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        file = tmp_path / f"{name}.csv"
+        options = ("--method", "sample", "--num-samples", 4, "--output", file)
+        run("predict", laplace, place.test, *options, "--seed", seed)
+        found.append(file.read_text())
+    assert found[0] == found[1] != found[2]
+
+
+def test_texts_without_labels(place: Place, laplace: Path, tmp_path: Path) -> None:
+    file = tmp_path / "texts.csv"
+    file.write_text("text\n" + "\n".join(TEXTS))
+    output = run("predict", laplace, file, "--output", tmp_path / "p.csv")
+    assert "mean confidence" in output
+    assert "accuracy" not in output
+    assert len(rows(tmp_path / "p.csv")) == len(TEXTS)
+
+
+def test_diagnose_prints_the_diagnosis(place: Place, laplace: Path) -> None:
+    output = run("diagnose", laplace, place.train)
+    lora, model, settings = python_side(place)
+    data = [(t, str(int(y))) for t, y in zip(TEXTS, LABELS, strict=True)]
+    pyro.set_rng_seed(0)
+    expected = pl.diagnose(
+        pl.load(laplace, lora, model=model),
+        model,
+        text_batches(data, settings, 32, lora),
+    )
+    assert str(expected).splitlines()[0] in output
+    held_out = run("diagnose", laplace, place.train, "--held-out", place.test)
+    assert held_out != output
+
+
+def test_exported_adapters_load(place: Place, svgd: Path, tmp_path: Path) -> None:
+    run("export", svgd, tmp_path / "adapters", "--num-samples", 3)
+    lora, _, _ = python_side(place)
+    particles = pl.load(svgd, lora).sample(3)
+    for index in range(3):
+        base = AutoModelForSequenceClassification.from_pretrained(place.folder / "base")
+        folder = tmp_path / "adapters" / f"draw_{index:03d}"
+        alone = pl.lift(PeftModel.from_pretrained(base, str(folder)))
+        draw = {site: value[index] for site, value in particles.items()}
+        assert_close(alone.weights(), draw)
+
+
+def test_training_first(place: Place, tmp_path: Path) -> None:
+    options = ("--epochs", 2, "--learning-rate", 0.01)
+    run("fit", place.adapter, place.train, tmp_path / "trained", *options)
+    lora, _, _ = python_side(place)
+    moved = pl.load(tmp_path / "trained", lora).mode()  # type: ignore[union-attr]
+    distances = [(moved[s] - w).abs().max() for s, w in lora.weights().items()]
+    assert 0.005 < max(distances) < 0.1
+
+
+def test_labels_that_are_words(place: Place, tmp_path: Path) -> None:
+    data = write_csv(tmp_path / "words.csv", {True: "pos", False: "neg"}, "sentiment")
+    options = ("--label-column", "sentiment", "--epochs", 0)
+    wrong = run("fit", place.adapter, data, tmp_path / "p", *options, code=1)
+    assert "'neg' isn't one of the classes ['LABEL_0', 'LABEL_1']" in wrong
+    options = (*options, "--label-names", "neg, pos")
+    run("fit", place.adapter, data, tmp_path / "p", *options)
+    output = run("predict", tmp_path / "p", data, "--output", tmp_path / "p.csv")
+    assert "accuracy" in output
+    written = rows(tmp_path / "p.csv")
+    assert written[0].keys() >= {"p(neg)", "p(pos)"}
+    assert [row["class"] for row in written] == ["pos" if y else "neg" for y in LABELS]
+
+
+def test_errors_are_sentences(place: Place, laplace: Path, tmp_path: Path) -> None:
+    fit = ("fit", place.adapter)
+    out = tmp_path / "out"
+    empty, other = tmp_path / "empty.csv", tmp_path / "texts.txt"
+    empty.write_text("text,label\n")
+    other.write_text("good")
+    three = tmp_path / "three.csv"
+    three.write_text("text,label\na film,2\n")
+    bert = tmp_path / "lm"
+    bert.mkdir()
+    config = json.loads((place.adapter / "adapter_config.json").read_text())
+    (bert / "adapter_config.json").write_text(
+        json.dumps({**config, "task_type": "CAUSAL_LM"})
+    )
+    for args, message in (
+        ((*fit, empty, out), "has no rows"),
+        ((*fit, other, out), "ends in .csv or .jsonl"),
+        ((*fit, place.train, out, "--text-column", "t"), "has no column 't'"),
+        ((*fit, three, out), "doesn't fit a network with the 3 classes 0, 1, 2"),
+        (("fit", bert, place.train, out), "knows SEQ_CLS"),
+        (("predict", place.adapter, place.test), "make it by `pyro-lora fit`"),
+        (("diagnose", laplace, place.folder / "empty.csv"), ""),
+    ):
+        output = run(*args, code=1 if message else 2)
+        assert message in output.replace("\n", " ")
+        assert "Traceback" not in output
+
+
+@pytest.mark.parametrize("command", ["fit", "predict", "diagnose", "export"])
+def test_help_explains_every_parameter(command: str) -> None:
+    assert command in run("--help")
+    found: Any = get_command(app)
+    for parameter in found.commands[command].params:
+        assert parameter.help, parameter.name
+    assert len(found.commands[command].help) > 100
+
+
+def test_the_commands_on_the_page_are_understood(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "cli.md").read_text("utf-8")
+    lines = re.findall(r"^pyro-lora (\w+) (.*)$", page, re.MULTILINE)
+    assert {name for name, _ in lines} == {"fit", "diagnose", "predict", "export"}
+    monkeypatch.chdir(tmp_path)
+    for file in ("train.csv", "dev.csv", "test.csv", "reviews.jsonl"):
+        Path(file).touch()
+    commands: Any = get_command(app)
+    for name, rest in lines:
+        context = commands.commands[name].make_context(name, shlex.split(rest))
+        given = context.params["posterior"]
+        assert Path(given).name in ("posterior", "particles")
