@@ -44,7 +44,7 @@ def warn_if_together(particles: Mapping[str, Tensor]) -> None:
     if num_particles > 1 and all((x == x[:1]).all() for x in particles.values()):
         warnings.warn(
             f"All {num_particles} particles start at one point, where nothing drives "
-            "them apart. Use init_to_adapter(jitter=...) or init_to_fresh().",
+            "them apart. Use init_to_adapter(jitter='auto') or init_to_fresh().",
             UserWarning,
             stacklevel=4,
         )

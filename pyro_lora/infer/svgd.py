@@ -83,7 +83,7 @@ class SVGD:
             https://arxiv.org/abs/1910.12794). A learning rate of 1 is then of the size
             of a Newton step: use ``pyro.optim.SGD``, since Adam rescales it again.
         init_loc_fn: Where particles start, for example
-            ``lora.init_to_adapter(jitter=0.01)`` or ``lora.init_to_fresh()``.
+            ``lora.init_to_adapter(jitter="auto")`` or ``lora.init_to_fresh()``.
         obs_site: The likelihood's site (function space); None is the only one.
 
     Attributes:

@@ -22,17 +22,64 @@ if TYPE_CHECKING:
 InitFn = Callable[[dict[str, Any]], Tensor]
 
 
-def init_to_adapter(lora: LiftedNetwork, jitter: float) -> InitFn:
-    """The adapter's present values plus ``jitter`` times standard normal noise."""
+# Half-precision networks must tell the particles apart: the least change of a number of
+# size one that bfloat16 still resolves.
+RESOLVED = torch.finfo(torch.bfloat16).eps
+
+
+def init_to_adapter(lora: LiftedNetwork, jitter: float | str) -> InitFn:
+    """The adapter's present values plus normal noise.
+
+    Raises:
+        ValueError: If ``jitter`` is neither ``"auto"`` nor a number from 0 on.
+    """
     weights = lora.weights()
+    if jitter == "auto":
+        scales = _resolved_scales(lora, weights)
+    elif isinstance(jitter, str) or not jitter >= 0:
+        raise ValueError(
+            f"jitter: expected 'auto' or a standard deviation from 0 on, found "
+            f"{jitter!r}."
+        )
+    else:
+        scales = {site: torch.full_like(x, jitter) for site, x in weights.items()}
 
     def init(site: dict[str, Any]) -> Tensor:
         if site["name"] not in weights:
             return init_to_median(site)
         value = weights[site["name"]]
-        return value + jitter * torch.randn_like(value) if jitter else value.clone()
+        if jitter == 0:
+            return value.clone()
+        return value + scales[site["name"]] * torch.randn_like(value)
 
     return init
+
+
+def _resolved_scales(
+    lora: LiftedNetwork, weights: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Standard deviations of a jitter that is just resolved, site -> (L, 1, ...)."""
+    ones = {site: torch.ones_like(x) for site, x in weights.items()}
+    scaled = lora.delta_weight_factors(ones)  # their first factors are s
+    factors = lora.delta_weight_factors(weights)
+    result = {}
+    for site, members in lora.parameters.items():
+        layers = []
+        for p, value in zip(members, weights[site], strict=True):
+            wide = value.to(torch.promote_types(value.dtype, torch.float32))
+            path, _, part = p.name.partition(".lora_B.")
+            rms = wide.square().mean().sqrt()
+            if part and path in factors:
+                (b, _), (_, a) = scaled[path], factors[path]
+                gain = b.flatten()[0].abs() * a.to(wide).norm()
+            else:
+                gain = 1 / rms
+            if not (gain > 0 and gain.isfinite()):
+                gain = rms.new_tensor(value[0].numel() if value.ndim > 1 else 1).sqrt()
+            layers.append((RESOLVED / gain).to(value))
+        shape = (-1, *[1] * (weights[site].ndim - 1))
+        result[site] = torch.stack(layers).reshape(shape)
+    return result
 
 
 def init_to(lora: LiftedNetwork, weights: Mapping[str, Tensor]) -> InitFn:

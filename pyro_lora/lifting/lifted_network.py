@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import pyro
 import torch
@@ -236,11 +236,22 @@ class LiftedNetwork:
             for parameter, value in zip(self._own(site), values, strict=True):
                 parameter.copy_(value)
 
-    def init_to_adapter(self, jitter: float = 0.0) -> initialization.InitFn:
-        """``init_loc_fn``: the adapter's present values.
+    def init_to_adapter(
+        self, jitter: float | Literal["auto"] = 0.0
+    ) -> initialization.InitFn:
+        r"""``init_loc_fn``: the adapter's present values.
 
         Args:
-            jitter: Standard deviation of normal noise on every weight.
+            jitter: Standard deviation of normal noise on every weight. ``"auto"`` is
+                the least at which networks in half precision tell particles apart,
+                :math:`\epsilon = 2^{-7}`: B's is :math:`\epsilon / (s \|A\|_F)`, a
+                change :math:`s E A x` of the outputs with standard deviation
+                :math:`\epsilon` for inputs of variance one, also where B is 0 and all
+                updates B A coincide; :math:`\epsilon` times the root mean square of
+                other weights, and :math:`\epsilon / \sqrt I` where these are 0.
+
+        Raises:
+            ValueError: If it is neither.
         """
         return initialization.init_to_adapter(self, jitter)
 

@@ -6,15 +6,23 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from pyro.optim import SGD
 from torch import Tensor, nn
 from torch.testing import assert_close
 
 import pyro_lora as pl
 from pyro_lora import kernels
 from pyro_lora.infer.delta_space import DeltaSpace
+from tests import networks
 from tests.infer import double_loop
 from tests.infer.double_loop import Point
-from tests.infer.targets import Target, bert, hierarchical_bert, hierarchical_regression
+from tests.infer.targets import (
+    NUM_DATA,
+    Target,
+    bert,
+    hierarchical_bert,
+    hierarchical_regression,
+)
 from tests.infer.test_svgd_step import assert_equal, direction
 from tests.networks import llama, particles
 
@@ -129,3 +137,31 @@ def test_updates_of_other_layers(layer: str) -> None:
         deltas.append(module.get_delta_weight("default").detach().clone().flatten())
     expected = torch.cdist(torch.stack(deltas), torch.stack(deltas)).square()
     assert_close(found, expected, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_particles_of_a_fresh_adapter_are_apart(dtype: torch.dtype) -> None:
+    # PEFT starts with B = 0, where all updates coincide: the automatic jitter makes
+    # distances that the median can scale, so that particles repel from the first step.
+    network = networks.bert(dtype=torch.float32)
+    for name, parameter in network.named_parameters():
+        if "lora_B" in name:
+            nn.init.zeros_(parameter)
+    lora = pl.lift(network.to(dtype))
+    svgd = pl.SVGD(
+        pl.models.classification(lora, NUM_DATA),
+        kernels.RBF(space="delta"),
+        SGD({"lr": 0.0}),
+        8,
+        init_loc_fn=lora.init_to_adapter(jitter="auto"),
+    )
+    svgd.step(**networks.batch())
+    particles = svgd.get_named_particles()
+    distances = DeltaSpace((lora,)).squared_distances(particles)
+    off = distances[~torch.eye(8, dtype=torch.bool)]
+    assert off.min() > 0.2 * off.max()
+    assert off.median() > 1e4 * kernels.MIN_SQUARED_BANDWIDTH
+    assert 0.01 < svgd.diagnostics["mean_kernel"][0] < 0.5
+    with lora.bind(particles) as net:
+        logits = net(**networks.inputs(networks.batch())).logits
+    assert len(logits.flatten(1).unique(dim=0)) == 8

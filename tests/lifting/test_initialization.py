@@ -73,6 +73,60 @@ def test_jitter_is_normal_noise_anew_for_each_particle() -> None:
     assert_moments(torch.cat(noise), 0.0, 0.02)
 
 
+@pytest.mark.parametrize(
+    "settings", [{}, {"r": 2, "lora_alpha": 64}, {"r": 16, "use_rslora": True}]
+)
+@pytest.mark.parametrize("hidden_size", [32, 128])
+def test_automatic_jitter_changes_outputs_by_what_half_precision_resolves(
+    settings: dict[str, Any], hidden_size: int
+) -> None:
+    network = bert(hidden_size=hidden_size, **settings)
+    for name, parameter in network.named_parameters():
+        if "lora_B" in name:  # as PEFT starts: all updates coincide
+            torch.nn.init.zeros_(parameter)
+    lora = pl.lift(network)
+    init = lora.init_to_adapter(jitter="auto")
+    draws = [start(lora, init) for _ in range(40)]
+    together = {site: torch.stack([d[site] for d in draws]) for site in lora.sites}
+    changes = [
+        b @ (a @ torch.randn(40, a.shape[-1], 1).double())
+        for b, a in lora.delta_weight_factors(together).values()
+    ]
+    # Independent draws; given B and A the outputs are normal, and their variance over
+    # draws has a relative standard deviation below sqrt(2 / r) + sqrt(2 / I).
+    found = torch.stack(changes).square().mean((0, 2, 3)).mean().sqrt() / 2**-7
+    assert abs(found - 1) < 0.15
+    for site, value in lora.weights().items():
+        if site.endswith(".A"):
+            rms = value.square().mean((1, 2), keepdim=True).sqrt()
+            assert_moments((together[site] - value) / rms, 0.0, 2**-7)
+
+
+def test_automatic_jitter_of_other_parameters() -> None:
+    network = bert(
+        target_modules=["query"], use_dora=True, hidden_size=64, bias="lora_only"
+    )
+    head = next(m for n, m in network.named_modules() if n.endswith("modules_to_save"))
+    bias = next(p for n, p in head.named_parameters() if n.endswith("bias"))
+    torch.nn.init.zeros_(bias)
+    lora = pl.lift(network)
+    init = lora.init_to_adapter(jitter="auto")
+    draws = [start(lora, init) for _ in range(200)]
+    for site, value in lora.weights().items():
+        if site.startswith("lora.") and site.endswith(".B"):
+            continue
+        noise = torch.stack([d[site] - value for d in draws])
+        for layer, of_layer in enumerate(value):
+            rms = of_layer.square().mean().sqrt().item()
+            assert_moments(noise[:, layer], 0.0, 2**-7 * (rms or 1.0))
+
+
+@pytest.mark.parametrize("jitter", [-0.1, math.nan, "wide"])
+def test_jitters_out_of_range(jitter: Any) -> None:
+    with pytest.raises(ValueError, match=r"jitter: expected 'auto' or"):
+        pl.lift(bert()).init_to_adapter(jitter=jitter)
+
+
 @pytest.mark.parametrize("rule", ["init_to_adapter", "init_to", "init_to_fresh"])
 def test_other_latents_start_at_their_median(rule: str) -> None:
     lora = pl.lift(bert())
