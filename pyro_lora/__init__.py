@@ -22,6 +22,7 @@ from pyro_lora.export.checkpoint import load, save
 from pyro_lora.export.datatree import to_datatree
 from pyro_lora.export.diagnose import diagnose
 from pyro_lora.export.diagnosis import Diagnosis
+from pyro_lora.export.inference_data import to_inference_data
 from pyro_lora.export.training_folder import load_state, save_state
 from pyro_lora.infer import kernels, schedules
 from pyro_lora.infer.auto_laplace import AutoLaplace
@@ -37,10 +38,10 @@ from pyro_lora.infer.stein_discrepancy import (
 from pyro_lora.infer.svgd import SVGD
 from pyro_lora.lifting import priors
 from pyro_lora.lifting.lifted_network import LiftedNetwork, lift
+from pyro_lora.lifting.trunk_cache import cached_trunk
 from pyro_lora.predict.acquisition import Acquisition, acquire
 from pyro_lora.predict.dropout import DropoutPosterior, mc_dropout
 from pyro_lora.predict.generate import Generation, generate
-from pyro_lora.lifting.trunk_cache import cached_trunk
 from pyro_lora.predict.predict import predict
 from pyro_lora.predict.prediction import Prediction, auroc, fit_temperature
 from pyro_lora.predict.regression import RegressionPrediction
@@ -102,4 +103,5 @@ __all__ = [
     "semantic_entropy",
     "sequence_log_prob",
     "to_datatree",
+    "to_inference_data",
 ]
