@@ -14,7 +14,6 @@ from pyro_lora.curvature.fisher_roots import fisher_root
 from pyro_lora.curvature.linearize import contrasts
 from pyro_lora.infer import transport
 from pyro_lora.infer.kernels import Kernel
-from pyro_lora.infer.particle_checks import check_finite
 from pyro_lora.infer.particle_model import (
     PARTICLE_PLATE,
     ParticleModel,
@@ -197,9 +196,10 @@ def minibatch(
     with torch.no_grad():
         for rows in chunks(num_particles, chunk_size):
             some = {s: x[rows] for s, x in particles.items()}
-            trace, log_density = target.trace(some, args, kwargs, plates)
-            check_finite(log_density, "log density", rows.start)
-            log_joints.append(torch.stack(list(log_density.values())).sum(0))
+            trace, log_joint = target.finite_trace(
+                some, args, kwargs, plates, rows.start
+            )
+            log_joints.append(log_joint)
             parts.append(predictions(trace, obs_site, rows.stop - rows.start))
             size = batch_size(trace)
     found = Predictions(

@@ -112,6 +112,40 @@ class ParticleModel:
             log_density[name] = log_density.get(name, 0) + log_prob.sum(1, dtype=wide)
         return trace, log_density
 
+    def finite_trace(
+        self,
+        particles: Mapping[str, Tensor],
+        args: Any,
+        kwargs: Any,
+        minibatch: dict[str, Tensor],
+        first: int,
+    ) -> tuple[Any, Tensor]:
+        """Run the model at K particles, and refuse a log density that isn't finite.
+
+        Args:
+            particles: Site -> (K, ...), unconstrained.
+            args: The model's positional arguments.
+            kwargs: The model's keyword arguments.
+            minibatch: As for :meth:`trace`.
+            first: Number of the first particle.
+
+        Returns:
+            The trace and the log joint (K,), nats, full data.
+
+        Raises:
+            ValueError: If a log density is NaN or infinite, naming its particles.
+        """
+        try:
+            trace, log_density = self.trace(particles, args, kwargs, minibatch)
+        except ValueError:
+            # Pyro's validation of arguments and values says nothing of particles.
+            with torch.no_grad(), pyro.validation_enabled(False):
+                _, log_density = self.trace(particles, args, kwargs, dict(minibatch))
+            check_finite(log_density, "log density", first)
+            raise
+        check_finite(log_density, "log density", first)
+        return trace, torch.stack(list(log_density.values())).sum(0)
+
 
 def batch_size(trace: Any) -> int:
     """Data in a trace of K particles: the entries of the observed sites' plates.
@@ -199,9 +233,9 @@ def chunked_gradients(
     num_particles = next(iter(particles.values())).shape[0]
     for rows in chunks(num_particles, chunk_size):
         leaves = {s: x.detach()[rows].requires_grad_() for s, x in particles.items()}
-        trace, log_density = target.trace(leaves, args, kwargs, minibatch)
-        check_finite(log_density, "log density", rows.start)
-        log_joint = torch.stack(list(log_density.values())).sum(0)
+        trace, log_joint = target.finite_trace(
+            leaves, args, kwargs, minibatch, rows.start
+        )
         found = torch.autograd.grad(
             objective(rows, trace, log_joint), list(leaves.values())
         )
@@ -234,8 +268,8 @@ def particle_model(
 
     Raises:
         ValueError: If there are no latent sites, one is discrete, belongs to the data
-            of a minibatch or has a support without a transform, or
-            ``max_plate_nesting`` is too small.
+            of a minibatch or has a support without a transform, ``init_loc_fn`` gives
+            a value of another shape, or ``max_plate_nesting`` is too small.
     """
     trace = _starting_trace(model, init_loc_fn, 0, args, kwargs)
     latents = {}
@@ -310,17 +344,24 @@ def initial_particles(
         Site -> (K, ...), unconstrained, leaf tensors that require gradients.
 
     Raises:
-        ValueError: If a starting point is NaN or infinite.
+        ValueError: If a starting point has another shape than its site, or is NaN or
+            infinite.
     """
     rows = []
     for k in range(num_particles):
         trace = _starting_trace(target.model, init_loc_fn, k, args, kwargs)
-        rows.append(
-            {
-                site: latent.transform.inv(trace.nodes[site]["value"])
-                for site, latent in target.latents.items()
-            }
-        )
+        row = {
+            site: latent.transform.inv(trace.nodes[site]["value"])
+            for site, latent in target.latents.items()
+        }
+        for site, latent in target.latents.items():
+            if row[site].shape != latent.shape:
+                raise ValueError(
+                    f"Site {site!r}: particle {k} starts with shape "
+                    f"{tuple(row[site].shape)}, another with {tuple(latent.shape)}. "
+                    "The model's sites must have the same shapes in each run."
+                )
+        rows.append(row)
     particles = {site: torch.stack([r[site] for r in rows]) for site in target.latents}
     for site, value in particles.items():
         if not torch.isfinite(value).all():
@@ -336,5 +377,15 @@ def _starting_trace(
     model: Model, init_loc_fn: InitFn, particle: int, args: Any, kwargs: Any
 ) -> Any:
     number: Any = {"particle": particle}
-    with InitMessenger(init_loc_fn), poutine.infer_config(config_fn=lambda _: number):
+
+    def init(site: dict[str, Any]) -> Tensor:
+        value, shape = init_loc_fn(site), site["fn"].shape()
+        if value.shape != shape:  # it would be broadcast, or fail far from here
+            raise ValueError(
+                f"Site {site['name']!r}: init_loc_fn starts particle {particle} with "
+                f"a value of shape {tuple(value.shape)}, the site's is {tuple(shape)}."
+            )
+        return value
+
+    with InitMessenger(init), poutine.infer_config(config_fn=lambda _: number):
         return poutine.trace(model).get_trace(*args, **kwargs)

@@ -93,7 +93,7 @@ class SVGD:
             particles to their mean), ``mean_kernel`` (off the diagonal).
 
     Raises:
-        TypeError: If kernel or optimiser are no such thing.
+        TypeError: If kernel or optimiser are no such thing, or a count is no integer.
         ValueError: If an argument is out of its range, or would have no effect.
     """
 

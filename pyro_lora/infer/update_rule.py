@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Literal
 
 from torch import Tensor
@@ -49,7 +51,7 @@ class UpdateRule:
         preconditioner: The metric of weight space; None is the identity.
 
     Raises:
-        TypeError: If the kernel is none.
+        TypeError: If the kernel is none, or a count no integer.
         ValueError: If a setting is out of its range, or would have no effect.
     """
 
@@ -64,6 +66,14 @@ class UpdateRule:
     preconditioner: Preconditioner | None
 
     def __post_init__(self) -> None:
+        counts: dict[str, Any] = {
+            "num_particles": self.num_particles,
+            "chunk_size": self._chunk_size,
+            "accumulate": self.accumulate,
+        }
+        for name, value in counts.items():
+            if not isinstance(value, Integral):
+                raise TypeError(f"{name} must be an integer, found {value!r}.")
         if self.num_particles < 1:
             raise ValueError(
                 f"num_particles must be at least 1, found {self.num_particles}."
@@ -102,8 +112,17 @@ class UpdateRule:
         """Refuse a model that the rule can't move particles of.
 
         Raises:
-            ValueError: If the preconditioner is for other sites.
+            ValueError: If the preconditioner is for other sites, or there are no
+                updates that a kernel in delta space could compare.
         """
+        if space_of(self.kernel) == "delta" and not any(
+            lora.factor_sites for lora in target.networks
+        ):
+            raise ValueError(
+                "A kernel over 'delta' compares the updates B A of LoRA layers, and "
+                f"none of the sites {sorted(target.latents)} is a factor of one. Use "
+                "space='joint'."
+            )
         if self.preconditioner is not None:
             self.preconditioner.check(target)
 
@@ -264,5 +283,7 @@ class UpdateRule:
 
 
 def _check_temperature(temperature: float) -> None:
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, found {temperature}.")
+    if not 0 < temperature < math.inf:
+        raise ValueError(
+            f"temperature must be positive and finite, found {temperature}."
+        )

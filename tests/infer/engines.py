@@ -75,3 +75,16 @@ OPTIMIZERS: dict[str, Callable[[], PyroOptim]] = {
 
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert_close(found, expected, rtol=0, atol=0)
+
+
+def assert_same_state(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """All of ``SVGD.state_dict()``, bit for bit."""
+    assert _plain(found) == _plain(expected)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.dtype, value.shape, value.tolist()
+    if isinstance(value, dict):
+        return {key: _plain(x) for key, x in value.items()}
+    return [_plain(x) for x in value] if isinstance(value, list | tuple) else value

@@ -21,7 +21,6 @@ from tests.infer.targets import (
     Target,
     bert,
     hierarchical_bert,
-    hierarchical_regression,
 )
 from tests.infer.test_svgd_step import assert_equal, direction
 from tests.networks import llama, particles
@@ -71,7 +70,7 @@ PROFILES: dict[str, tuple[Any, Callable[[Tensor], Tensor]]] = {
 }
 
 
-@pytest.mark.parametrize("make", [bert, hierarchical_bert, hierarchical_regression])
+@pytest.mark.parametrize("make", [bert, hierarchical_bert])
 @pytest.mark.parametrize("bandwidth", [None, 8.0])
 @pytest.mark.parametrize("name", list(PROFILES))
 def test_stein(

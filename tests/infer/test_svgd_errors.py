@@ -9,11 +9,11 @@ import torch
 from pyro.infer.autoguide.initialization import init_to_sample
 from pyro.optim import SGD, Adam
 from torch import Tensor
-from torch.testing import assert_close
 
 import pyro_lora as pl
 from pyro_lora import kernels
 from tests import networks
+from tests.infer.engines import assert_same, assert_same_state
 from tests.infer.targets import NUM_DATA, bert, hierarchical_regression
 
 
@@ -35,9 +35,10 @@ def model() -> None:
     ("settings", "match"),
     [
         ({"num_particles": 0}, "num_particles must be at least 1, found 0"),
-        ({"temperature": 0.0}, r"temperature must be positive, found 0\.0"),
+        ({"temperature": 0.0}, r"temperature must be positive and finite, found 0\.0"),
         ({"temperature": -1.0}, "temperature must be positive"),
         ({"temperature": float("nan")}, "temperature must be positive"),
+        ({"temperature": float("inf")}, "positive and finite, found inf"),
         ({"chunk_size": 4}, "chunk_size must lie between 1 and num_particles=3"),
         ({"chunk_size": 0}, "chunk_size must lie between"),
         ({"transport": "annealed"}, "'stein' or 'repulsive', found 'annealed'"),
@@ -68,6 +69,10 @@ def test_arguments_out_of_range(settings: dict[str, Any], match: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
+        ({"num_particles": 2.0}, r"num_particles must be an integer, found 2\.0"),
+        ({"num_particles": None}, "num_particles must be an integer, found None"),
+        ({"chunk_size": 1.5}, "chunk_size must be an integer"),
+        ({"accumulate": 2.0}, "accumulate must be an integer"),
         ({"kernel": "rbf"}, "kernel must be .* found 'rbf'"),
         ({"kernel": kernels.RBF}, "kernel must be"),
         ({"kernel": kernels.Zero}, "kernel must be"),
@@ -96,7 +101,7 @@ def test_kernels_out_of_range(settings: dict[str, Any], match: str) -> None:
 
 def test_a_schedule_that_leaves_its_range() -> None:
     engine = svgd(model, temperature=lambda fraction: 1 - fraction)
-    with pytest.raises(ValueError, match=r"temperature must be positive, found 0\.0"):
+    with pytest.raises(ValueError, match=r"positive and finite, found 0\.0"):
         engine.step()
 
 
@@ -112,12 +117,24 @@ def test_nothing_before_the_first_step() -> None:
             function()
 
 
+def assert_nothing_starts(
+    engine: pl.SVGD, match: str, *args: Any, **kwargs: Any
+) -> None:
+    """The first step is refused, each time, and leaves nothing behind."""
+    for _ in range(2):
+        with pytest.raises(ValueError, match=match):
+            engine.step(*args, **kwargs)
+        with pytest.raises(ValueError, match="before the first step"):
+            engine.state_dict()
+        assert engine.diagnostics == {}
+    assert not pyro.get_param_store()
+
+
 def test_no_latents() -> None:
     def observed() -> None:
         pyro.sample("y", dist.Normal(torch.zeros(()), 1.0), obs=torch.ones(()))
 
-    with pytest.raises(ValueError, match="no latent sites"):
-        svgd(observed).step()
+    assert_nothing_starts(svgd(observed), "no latent sites")
 
 
 def test_a_discrete_latent() -> None:
@@ -125,18 +142,21 @@ def test_a_discrete_latent() -> None:
         pyro.sample("x", dist.Normal(torch.zeros(()), 1.0))
         pyro.sample("z", dist.Bernoulli(torch.tensor(0.5)))
 
-    with pytest.raises(ValueError, match=r"'z' is discrete"):
-        svgd(discrete).step()
+    assert_nothing_starts(svgd(discrete), r"'z' is discrete")
 
 
 def test_labels_missing() -> None:
     lora = pl.lift(networks.bert())
+    before = lora.weights()
     engine = svgd(
         pl.models.classification(lora, NUM_DATA),
         init_loc_fn=lora.init_to_adapter(jitter=0.1),
     )
-    with pytest.raises(ValueError, match=r"'y' is discrete.* labels"):
-        engine.step(**networks.inputs(networks.batch()))
+    batch = networks.batch()
+    assert_nothing_starts(engine, r"'y' is discrete.* labels", **networks.inputs(batch))
+    assert_same(lora.weights(), before)
+    engine.step(**batch)  # nothing stands in the way of another try
+    assert engine.get_named_particles().keys() == lora.sites.keys()
 
 
 def test_a_support_without_a_transform() -> None:
@@ -144,8 +164,7 @@ def test_a_support_without_a_transform() -> None:
         weights = dist.Categorical(torch.ones(2))
         pyro.sample("x", dist.MixtureSameFamily(weights, dist.Normal(torch.ones(2), 1)))
 
-    with pytest.raises(ValueError, match=r"'x': there is no transform"):
-        svgd(mixture).step()
+    assert_nothing_starts(svgd(mixture), r"'x': there is no transform")
 
 
 def test_labels_missing_in_a_regression() -> None:
@@ -156,21 +175,60 @@ def test_labels_missing_in_a_regression() -> None:
         with pyro.plate("data", NUM_DATA, subsample=x):
             pyro.sample("y", dist.Normal((x * w).sum(-1), 1.0))
 
-    with pytest.raises(ValueError, match=r"'y' belongs to the data of a minibatch"):
-        svgd(unlabelled).step(target.batch["x"])
+    match = r"'y' belongs to the data of a minibatch"
+    assert_nothing_starts(svgd(unlabelled), match, target.batch["x"])
 
 
 def test_plates_deeper_than_said() -> None:
     target = bert(3)
     engine = svgd(target.model, init_loc_fn=target.init, max_plate_nesting=0)
-    with pytest.raises(ValueError, match=r"'y' takes 1 batch dims.*nesting=0"):
-        engine.step(**target.batch)
+    match = r"'y' takes 1 batch dims.*nesting=0"
+    assert_nothing_starts(engine, match, **target.batch)
 
 
 def test_a_start_at_nan() -> None:
     engine = svgd(model, init_loc_fn=lambda site: torch.full((2,), torch.nan))
-    with pytest.raises(ValueError, match=r"'x': a particle starts at NaN"):
-        engine.step()
+    assert_nothing_starts(engine, r"'x': a particle starts at NaN")
+
+
+@pytest.mark.parametrize(
+    ("shapes", "match"),
+    [
+        ([(2,), (3,), (2,)], r"'x'.*particle 1 .*shape \(3,\), the site's is \(2,\)"),
+        ([(2,), (2,), ()], r"'x'.*particle 2 .*shape \(\), the site's is \(2,\)"),
+        ([(1,), (1,), (1,)], r"'x'.*particle 0 .*shape \(1,\), the site's is \(2,\)"),
+    ],
+)
+def test_starts_of_other_shapes(shapes: list[tuple[int, ...]], match: str) -> None:
+    def init(site: dict[str, Any]) -> Tensor:
+        return torch.randn(shapes[site["infer"].get("particle", 0)])
+
+    assert_nothing_starts(svgd(model, init_loc_fn=init), match)
+
+
+def test_a_model_whose_shapes_change() -> None:
+    runs = []
+
+    def growing() -> None:
+        runs.append(1)
+        pyro.sample("x", dist.Normal(torch.zeros(len(runs)), 1.0).to_event(1))
+
+    with pytest.raises(ValueError, match=r"'x': particle 0 .*\(2,\).*\(1,\)"):
+        svgd(growing).step()
+
+
+def test_updates_of_a_model_without_lora() -> None:
+    # All weights would count as they are: the joint space under another name.
+    target = hierarchical_regression(3)
+    for transport in ("stein", "repulsive"):
+        engine = svgd(
+            target.model,
+            kernel=kernels.IMQ(space="delta"),
+            init_loc_fn=target.init,
+            transport=transport,
+        )
+        match = r"'delta'.*\['m', 'tau', 'w'\].*space='joint'"
+        assert_nothing_starts(engine, match, **target.batch)
 
 
 def test_a_kernel_of_a_wrong_shape() -> None:
@@ -185,10 +243,7 @@ def assert_nothing_moves(
     before = engine.state_dict()
     with pytest.raises(ValueError, match=match):
         engine.step(*args, **kwargs)
-    after = engine.state_dict()
-    assert_close(after["particles"], before["particles"], rtol=0, atol=0)
-    assert after["diagnostics"] == before["diagnostics"]
-    assert str(after["optim"]) == str(before["optim"])
+    assert_same_state(engine.state_dict(), before)
 
 
 @pytest.mark.parametrize("chunk_size", [None, 1, 2])
@@ -204,7 +259,7 @@ def test_nan_names_site_and_particle(
     settings: dict[str, Any], chunk_size: int | None
 ) -> None:
     # The Stein direction would spread one particle's NaN to all of them. With its
-    # validation on, Pyro itself refuses such a factor.
+    # validation on, Pyro itself refuses such a factor, and doesn't say whose it is.
     def broken(bad: Tensor) -> None:
         x = pyro.sample("x", dist.Normal(torch.zeros(3), 1.0).to_event(1))
         y = pyro.sample("y", dist.Normal(torch.zeros(()), 1.0))
@@ -225,13 +280,15 @@ def test_nan_names_site_and_particle(
     engine.step(torch.tensor(1.0))
     # x is .1, .2, .3: the argument of the logarithm is negative at the last, 0 there,
     # or negative at the last two.
-    assert_nothing_moves(engine, "log_factor", torch.tensor(4.0))
-    with pyro.validation_enabled(False):
-        text = r"'f': the log density of particle\(s\) \[2\] is NaN"
-        assert_nothing_moves(engine, text, torch.tensor(4.0))
-        assert_nothing_moves(engine, r"'f'.*\[2\]", 1 / torch.tensor(0.3))
-        last_two = r"'f'.*\[1\]" if chunk_size == 1 else r"'f'.*\[1"
-        assert_nothing_moves(engine, last_two, torch.tensor(6.0))
+    last_two = r"'f'.*\[1\]" if chunk_size else r"'f'.*\[1, 2\]"  # 1 comes first
+    for validation in (True, False):
+        with pyro.validation_enabled(validation):
+            text = r"'f': the log density of particle\(s\) \[2\] is NaN"
+            assert_nothing_moves(engine, text, torch.tensor(4.0))
+            assert_nothing_moves(engine, r"'f'.*\[2\]", 1 / torch.tensor(0.3))
+            assert_nothing_moves(engine, last_two, torch.tensor(6.0))
+    engine.step(torch.tensor(1.0))  # as if nothing had been
+    assert len(engine.diagnostics["loss"]) == 2
 
 
 def test_nan_gradients_name_site_and_particle() -> None:
@@ -261,17 +318,33 @@ def test_particles_that_ran_away() -> None:
         engine.step()
 
 
-def test_logits_that_overflow() -> None:
-    # Pyro's own check speaks first, and names the distribution.
+def test_a_users_own_error_is_not_hidden() -> None:
+    def picky(bad: bool) -> None:
+        if bad:
+            raise ValueError("no such text")
+        model()
+
+    engine = svgd(picky)
+    engine.step(False)
+    assert_nothing_moves(engine, "no such text", True)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1])
+@pytest.mark.parametrize("space", ["joint", "site", "delta", "function"])
+def test_logits_that_overflow(space: Any, chunk_size: int | None) -> None:
     lora = pl.lift(networks.bert(dtype=torch.float32))
     engine = svgd(
         pl.models.classification(lora, NUM_DATA),
+        kernel=kernels.RBF(space=space),
         init_loc_fn=lora.init_to_adapter(jitter=0.1),
+        chunk_size=chunk_size,
     )
     batch = networks.batch()
     engine.step(**batch)
     state = engine.state_dict()
-    for x in state["particles"].values():
-        x[1] *= 1e30
+    for site, x in state["particles"].items():
+        if ".query." in site:  # the density of the prior is still finite, B A isn't
+            x[1, 0, 0, 0] = 1.8e19
     engine.load_state_dict(state)
-    assert_nothing_moves(engine, "logits", **batch)
+    assert_nothing_moves(engine, r"Site 'y'.*particle\(s\) \[1\] is NaN", **batch)
+    assert all(torch.isfinite(x[0]).all() for x in state["particles"].values())

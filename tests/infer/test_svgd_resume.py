@@ -12,6 +12,7 @@ from pyro_lora import kernels
 from tests.infer.engines import (
     OPTIMIZERS,
     assert_same,
+    assert_same_state,
     engine,
     exponential,
     regression_batches,
@@ -92,10 +93,7 @@ def assert_refused(svgd: pl.SVGD, state: Any, match: str) -> None:
     before = svgd.state_dict()
     with pytest.raises(ValueError, match=match):
         svgd.load_state_dict(state)
-    after = svgd.state_dict()
-    assert_same(after["particles"], before["particles"])
-    assert after["diagnostics"] == before["diagnostics"]
-    assert str(after["optim"]) == str(before["optim"])
+    assert_same_state(svgd.state_dict(), before)
 
 
 def test_states_of_others_are_refused() -> None:
