@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -18,8 +18,8 @@ from torch import Tensor
 MIN_SQUARED_BANDWIDTH = 1e-8
 
 Kernel = Callable[[Tensor], Tensor]
-Space = Literal["joint", "site", "delta", "function"]
-_SPACES = ("joint", "site", "delta", "function")
+Space = Literal["joint", "site", "coordinate", "delta", "function"]
+_SPACES = get_args(Space)
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,12 @@ class RBF:
 
     Attributes:
         space: What :math:`d` measures. ``"joint"``: all weights together; ``"site"``:
-            one kernel for each site; ``"delta"``: all weights, but LoRA's by the
-            updates :math:`s B A`, so that turning the factors is no distance;
-            ``"function"``: the likelihood's logit contrasts (or location), squared
-            differences averaged over the minibatch.
+            one kernel for each site; ``"coordinate"``: one kernel for each weight,
+            whose variances don't shrink as their number grows (but see the page on
+            SVGD); ``"delta"``: all weights, but LoRA's by the updates :math:`s B A`, so
+            that turning the factors is no distance; ``"function"``: the likelihood's
+            logit contrasts (or location), squared differences averaged over the
+            minibatch.
         bandwidth: h, or None for the median heuristic :math:`2 h^2 = \mathrm{median}_{
             i<j} d_{ij}^2 / \log(K + 1)` (the lower median; Pyro's kernels divide by
             another factor), with no gradient through it.
@@ -48,7 +50,7 @@ class RBF:
         _check(self.space, self.bandwidth)
 
     def __call__(self, sq_dists: Tensor) -> Tensor:
-        """Gram matrix (K, K) of squared distances (K, K)."""
+        """Gram matrix (..., K, K) of squared distances (..., K, K)."""
         return (-_scaled(sq_dists, self.bandwidth)).exp()
 
 
@@ -76,7 +78,7 @@ class IMQ:
         _check(self.space, self.bandwidth)
 
     def __call__(self, sq_dists: Tensor) -> Tensor:
-        """Gram matrix (K, K) of squared distances (K, K)."""
+        """Gram matrix (..., K, K) of squared distances (..., K, K)."""
         return (1 + _scaled(sq_dists, self.bandwidth)).rsqrt()
 
 
@@ -106,7 +108,7 @@ class Mixture:
             raise ValueError(f"scales must be positive numbers, found {self.scales}.")
 
     def __call__(self, sq_dists: Tensor) -> Tensor:
-        """Gram matrix (K, K) of squared distances (K, K)."""
+        """Gram matrix (..., K, K) of squared distances (..., K, K)."""
         scaled = _scaled(sq_dists, self.bandwidth)
         return torch.stack([(-scaled / s**2).exp() for s in self.scales]).mean(0)
 
@@ -139,9 +141,7 @@ def space_of(kernel: Kernel | Zero) -> Space:
 
 def _check(space: str, bandwidth: float | None) -> None:
     if space not in _SPACES:
-        raise ValueError(
-            f"space must be 'joint', 'site', 'delta' or 'function', found {space!r}."
-        )
+        raise ValueError(f"space must be one of {_SPACES}, found {space!r}.")
     if bandwidth is not None and not bandwidth > 0:
         raise ValueError(f"bandwidth must be positive, found {bandwidth}.")
 
@@ -154,11 +154,12 @@ def _scaled(sq_dists: Tensor, bandwidth: float | None) -> Tensor:
 
 
 def _median_heuristic(sq_dists: Tensor) -> Tensor:
-    num_particles = sq_dists.shape[0]
+    """Median of the pairs over log(K + 1), (..., 1, 1) of (..., K, K)."""
+    num_particles = sq_dists.shape[-1]
     if num_particles == 1:
         return sq_dists.new_ones(())
     i, j = torch.triu_indices(
         num_particles, num_particles, offset=1, device=sq_dists.device
     )
-    median = sq_dists[i, j].median()
+    median = sq_dists[..., i, j].median(-1).values[..., None, None]
     return (median / math.log(num_particles + 1)).clamp_min(MIN_SQUARED_BANDWIDTH)

@@ -41,10 +41,10 @@ def gram_and_slope(kernel: Kernel, sq_dists: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         kernel: A function (K, K) -> (K, K), elementwise in the squared distances.
-        sq_dists: (K, K).
+        sq_dists: (..., K, K).
 
     Returns:
-        Gram matrix and slopes, both (K, K), constants.
+        Gram matrix and slopes, both (..., K, K), constants.
 
     Raises:
         ValueError: If the kernel doesn't give a (K, K) matrix.
@@ -58,7 +58,8 @@ def gram_and_slope(kernel: Kernel, sq_dists: Tensor) -> tuple[Tensor, Tensor]:
                 f"{tuple(gram.shape)}; it must give the Gram matrix of the same shape."
             )
         (slope,) = torch.autograd.grad(gram.sum(), leaf)
-    slope.fill_diagonal_(0)  # a particle doesn't repel itself, even if the slope is inf
+    # a particle doesn't repel itself, even if the slope is inf
+    slope.diagonal(dim1=-2, dim2=-1).zero_()
     return gram.detach(), slope
 
 
@@ -118,11 +119,14 @@ def spread(particles: Mapping[str, Tensor]) -> Tensor:
 
 
 def mean_off_diagonal(gram: Tensor) -> Tensor:
-    """Mean kernel value between different particles; 1 where there is just one."""
-    num_particles = gram.shape[0]
+    """Mean kernel value between different particles, (...) of (..., K, K).
+
+    It is 1 where there is just one.
+    """
+    num_particles = gram.shape[-1]
     if num_particles == 1:
-        return gram.new_ones(())
-    total = gram.sum() - gram.diagonal().sum()
+        return gram.new_ones(gram.shape[:-2])
+    total = gram.sum((-2, -1)) - gram.diagonal(dim1=-2, dim2=-1).sum(-1)
     return total / (num_particles * (num_particles - 1))
 
 

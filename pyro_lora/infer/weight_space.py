@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyro_lora.curvature.data_plate import data_plate
 from pyro_lora.infer import transport
+from pyro_lora.infer.coordinate_space import coordinate_direction
 from pyro_lora.infer.delta_space import DeltaSpace
 from pyro_lora.infer.function_space import Strength, datum_loss, likelihood
 from pyro_lora.infer.kernels import Kernel, Space, Zero
@@ -131,7 +132,7 @@ def weight_space_direction(
         particles: Site -> (K, ...), unconstrained.
         gradients: Of the log joint, there.
         kernel: A function of squared distances, or ``Zero()``.
-        space: ``"joint"``, ``"site"`` or ``"delta"``.
+        space: ``"joint"``, ``"site"``, ``"coordinate"`` or ``"delta"``.
         form: ``"stein"`` or ``"repulsive"``.
         temperature: T.
         strength: Of the repulsive form: a number, or a function of (minibatch loss,
@@ -159,37 +160,55 @@ def weight_space_direction(
         assert gradients.num_data is not None
         strength = strength(float(gradients.loss.mean()), gradients.num_data)
     fixed = {site: x.detach() for site, x in particles.items()}
-    stein = form == "stein"
-    if space == "delta":
-        delta = DeltaSpace(target.networks)
-        distances = delta.squared_distances(fixed)
-        gram, slope = transport.gram_and_slope(kernel, distances)
-        grams = dict.fromkeys(fixed, (gram, slope))
-        repulsions = (
-            delta.stein_repulsion(fixed, slope)
-            if stein
-            else delta.repel(fixed, gram, slope)
+    if space == "coordinate":
+        attractions, repulsions, mean_kernel = coordinate_direction(
+            kernel, fixed, scores, form
         )
     else:
-        grams = _grams(kernel, space, fixed, preconditioner)
-        repulsions = {
-            site: transport.stein_repulsion(x, grams[site][1])
-            if stein
-            else transport.repel(x, *grams[site])
-            for site, x in fixed.items()
-        }
-    if stein:
-        attractions = {s: transport.attract(scores[s], grams[s][0]) for s in fixed}
-    else:
+        grams, repulsions = _grams_and_repulsions(
+            target, kernel, space, form, fixed, preconditioner
+        )
         attractions = scores
+        if form == "stein":
+            attractions = {s: transport.attract(scores[s], grams[s][0]) for s in fixed}
+        mean_kernel = torch.stack(
+            [transport.mean_off_diagonal(gram) for gram, _ in grams.values()]
+        ).mean()
+    if form == "repulsive":
         repulsions = {site: strength * x for site, x in repulsions.items()}
     return {s: attractions[s] + repulsions[s] for s in particles}, {
         "log_joint": log_joint,
         "attraction": transport.norm(attractions),
         "repulsion": transport.norm(repulsions),
-        "mean_kernel": torch.stack(
-            [transport.mean_off_diagonal(gram) for gram, _ in grams.values()]
-        ).mean(),
+        "mean_kernel": mean_kernel,
+    }
+
+
+def _grams_and_repulsions(
+    target: ParticleModel,
+    kernel: Kernel,
+    space: Space,
+    form: Literal["stein", "repulsive"],
+    particles: dict[str, Tensor],
+    preconditioner: Preconditioner | None,
+) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
+    """Site -> Gram matrix and slopes (K, K), and site -> repulsion (K, ...)."""
+    stein = form == "stein"
+    if space == "delta":
+        delta = DeltaSpace(target.networks)
+        distances = delta.squared_distances(particles)
+        gram, slope = transport.gram_and_slope(kernel, distances)
+        return dict.fromkeys(particles, (gram, slope)), (
+            delta.stein_repulsion(particles, slope)
+            if stein
+            else delta.repel(particles, gram, slope)
+        )
+    grams = _grams(kernel, space, particles, preconditioner)
+    return grams, {
+        site: transport.stein_repulsion(x, grams[site][1])
+        if stein
+        else transport.repel(x, *grams[site])
+        for site, x in particles.items()
     }
 
 

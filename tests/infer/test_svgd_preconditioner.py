@@ -350,6 +350,7 @@ def test_what_is_refused() -> None:
         (TypeError, "Laplace posterior", torch.eye(3), kernels.RBF()),
         (TypeError, "components", pl.MixturePosterior([posterior]), kernels.RBF()),
         (ValueError, "space is 'delta'", posterior, kernels.RBF(space="delta")),
+        (ValueError, "is 'coordinate'", posterior, kernels.RBF(space="coordinate")),
         (ValueError, "space is 'function'", posterior, kernels.RBF(space="function")),
         (ValueError, "couples the sites", dense, kernels.RBF(space="site")),
         (ValueError, "same sites and structure", [posterior, dense], kernels.RBF()),
