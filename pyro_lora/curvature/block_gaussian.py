@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -127,10 +128,14 @@ class BlockGaussian(WeightGaussian):
 
     def log_det(self, prior_precision: Mapping[str, Tensor]) -> Tensor:
         """See the base class."""
-        tau = self._isotropic(prior_precision)
         total: Tensor | float = 0.0
+        tau = {site: self._by_matrix(site, x) for site, x in prior_precision.items()}
+        for sites, values in self._eigenvalues:
+            shift = [tau[site].double() for site in sites]
+            if len({x.shape[1] for x in shift}) > 1:
+                shift = [x.expand(-1, values.shape[1]) for x in shift]
+            total = total + (values + torch.cat(shift)).log().sum()
         for site, block in self.blocks.items():
-            total = total + self._precision(site, tau).log().sum()
             if self._is_thin(site):
                 num_outside = self.loc[site][0].numel() - block.values[0].numel()
                 total = total + num_outside * tau[site].double().log().sum()
@@ -227,14 +232,37 @@ class BlockGaussian(WeightGaussian):
         x = weights[site]
         return x[..., None] if self.loc[site].ndim == 2 else x
 
+    @cached_property
+    def _eigenvalues(self) -> list[tuple[list[str], Tensor]]:
+        """Sites with matrices of one size, and their eigenvalues, a row a matrix."""
+        sites: dict[int, list[str]] = {}
+        for site, block in self.blocks.items():
+            sites.setdefault(block.values[0].numel(), []).append(site)
+        return [
+            (of_size, torch.cat([self.blocks[s].values.flatten(1) for s in of_size]))
+            for of_size in sites.values()
+        ]
+
+    def _by_matrix(self, site: str, tau: Tensor) -> Tensor:
+        """(L, 1) where tau is constant in each matrix or averaged, else (L, O I)."""
+        loc = self.loc[site]
+        num_layers = loc.shape[0]
+        if tau.shape[1 - loc.ndim :].numel() == 1:
+            return tau.reshape(-1, 1).expand(num_layers, 1)
+        full = tau.expand(loc.shape).flatten(1)
+        rotated = self.blocks[site].rows is not None
+        return full.mean(1, keepdim=True) if rotated else full
+
     def _isotropic(self, tau: Mapping[str, Tensor]) -> Weights:
         result = {}
         for site, value in tau.items():
             loc = self.loc[site]
-            inner = tuple(range(1 - loc.ndim, 0))
-            full = value.expand(loc.shape)
-            rotated = self.blocks[site].rows is not None
-            result[site] = full.mean(inner, keepdim=True) if rotated else full
+            matrices = self._by_matrix(site, value)
+            if self.blocks[site].rows is None:
+                matrices = matrices.expand(-1, loc[0].numel())
+                result[site] = matrices.reshape(loc.shape)
+            else:
+                result[site] = matrices.reshape(-1, *[1] * (loc.ndim - 1))
         return result
 
     def _normal(self, site: str) -> KroneckerNormal:

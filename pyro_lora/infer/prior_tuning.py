@@ -87,22 +87,25 @@ def maximize_evidence(
         ValueError: If ``per`` is something else.
     """
     size = _num_precisions(gaussian.loc, per)
-    distance = {  # |w - m|^2, summed over each layer
-        site: (x - prior_mean[site]).double().square().flatten(1).sum(1)
-        for site, x in gaussian.loc.items()
-    }
-    first = next(iter(gaussian.loc.values()))
+    loc = gaussian.loc
+    distance = torch.cat(  # |w - m|^2, of each matrix
+        [
+            (x - prior_mean[s]).double().square().flatten(1).sum(1)
+            for s, x in loc.items()
+        ]
+    )
+    first = next(iter(loc.values()))
+    sizes = torch.cat(
+        [distance.new_full(x.shape[:1], x[0].numel()) for x in loc.values()]
+    )
     theta = torch.zeros(size, dtype=torch.float64, device=first.device)
     theta.requires_grad_()
 
     def log_evidence(log_tau: Tensor) -> Tensor:
-        tau = _spread(log_tau.exp(), gaussian.loc, per)
-        total = -0.5 * gaussian.log_det(tau)
-        for site, x in gaussian.loc.items():
-            t = tau[site].flatten()
-            per_layer = x[0].numel()
-            total = total + 0.5 * (per_layer * t.log() - t * distance[site]).sum()
-        return total
+        log_tau = _by_matrix(log_tau, loc, per)
+        tau = log_tau.exp()
+        log_prior = 0.5 * (sizes * log_tau - tau * distance).sum()
+        return log_prior - 0.5 * gaussian.log_det(_by_site(tau, loc))
 
     num_weights = sum(x.numel() for x in gaussian.loc.values())
     low, high = math.log(MIN_PRECISION), math.log(MAX_PRECISION)
@@ -139,17 +142,29 @@ def _num_precisions(loc: Weights, per: str) -> int:
     return sizes[per]
 
 
+def _by_matrix(values: Tensor, loc: Weights, per: str) -> Tensor:
+    """Values (G,), one for each group, as one for each matrix of all sites."""
+    if per == "layer":
+        return values
+    layers = [x.shape[0] for x in loc.values()]
+    if per == "all":
+        return values.expand(sum(layers))
+    parts = zip(values, layers, strict=True)
+    return torch.cat([value.expand(number) for value, number in parts])
+
+
+def _by_site(matrices: Tensor, loc: Weights) -> Weights:
+    """One value for each matrix of all sites as site -> (L, 1, 1)."""
+    parts = matrices.split([x.shape[0] for x in loc.values()])
+    return {
+        site: part.reshape(-1, *[1] * (x.ndim - 1))
+        for (site, x), part in zip(loc.items(), parts, strict=True)
+    }
+
+
 def _spread(values: Tensor, loc: Weights, per: str) -> Weights:
     """Precisions (G,), one for each group, as site -> (L, 1, 1)."""
-    result, position = {}, 0
-    for index, (site, x) in enumerate(loc.items()):
-        if per == "layer":
-            tau = values[position : position + x.shape[0]]
-            position += x.shape[0]
-        else:
-            tau = values[0 if per == "all" else index].expand(x.shape[0])
-        result[site] = tau.reshape(-1, *[1] * (x.ndim - 1))
-    return result
+    return _by_site(_by_matrix(values, loc, per), loc)
 
 
 def minimize_nll(
