@@ -159,13 +159,22 @@ class AutoLaplace(AutoDelta):
         first = next(iterator, None)
         if first is None:
             raise ValueError(NO_BATCHES)
-        # AutoDelta would take a missing label for a parameter, so look first.
-        with naming_batch(0):
-            trace = poutine.block(poutine.trace(self.model).get_trace)(**first)
-        _networks_in(trace)
-        observed_sites(trace, self._obs_site)
-        small_latents(trace, _networks_in(trace))
-        self._setup_prototype(**first)
+        model = self.model
+
+        def checked(**batch: Any) -> Any:
+            # AutoDelta would take a missing label for a parameter, so look first.
+            with naming_batch(0):
+                trace = poutine.trace(model).get_trace(**batch)
+            networks = _networks_in(trace)
+            observed_sites(trace, self._obs_site)
+            small_latents(trace, networks)
+            return trace.nodes["_RETURN"]["value"]
+
+        self._model = (checked,)
+        try:
+            self._setup_prototype(**first)
+        finally:
+            self._model = (model,)
 
 
 def _may_be_missing_outcome(site: Any) -> bool:
