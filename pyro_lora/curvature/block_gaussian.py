@@ -44,29 +44,42 @@ class Eigenblocks:
 
 
 def eigenblocks(
-    factors: Sequence[KroneckerFactors] | Sequence[DiagonalFactors],
+    factors: list[KroneckerFactors] | list[DiagonalFactors],
+    known: dict[int, tuple[Tensor, Tensor]] | None = None,
 ) -> Eigenblocks:
     """Diagonalise the factors of one site's layers.
 
     Args:
-        factors: One for each layer, summed over all data.
+        factors: One for each layer, summed over all data. The list is emptied, so that
+            eigenvectors take the place of the factors that nobody else holds.
+        known: By identity of an input factor, its eigenvalues and vectors; those of
+            factors that aren't there are added. Layers that share an input factor need
+            one decomposition.
 
     Returns:
         The eigenvalues and bases; eigendecompositions run in float64.
     """
+    known = {} if known is None else known
     diagonals = [f.diagonal for f in factors if isinstance(f, DiagonalFactors)]
     if diagonals:
         return Eigenblocks(torch.stack(diagonals).double(), None, None)
-    layers = [_eigenblock(f) for f in factors if isinstance(f, KroneckerFactors)]
-    return Eigenblocks(*(torch.stack(part) for part in zip(*layers, strict=True)))
-
-
-def _eigenblock(factors: KroneckerFactors) -> tuple[Tensor, Tensor, Tensor]:
-    a, g = factors.a, factors.g
-    a_values, columns = eigh_psd(a.double() / factors.count.clamp_min(1))
-    g_values, rows = eigh_psd(g)
-    values = g_values[:, None] * a_values
-    return values, rows.to(g), columns.to(a)
+    num_layers, stacks = len(factors), None
+    for i in range(num_layers):
+        f = factors.pop(0)
+        assert isinstance(f, KroneckerFactors)
+        if id(f.a) not in known:
+            values, vectors = eigh_psd(f.a.double() / f.count.clamp_min(1))
+            known[id(f.a)] = values, vectors.to(f.a)
+        a_values, columns = known[id(f.a)]
+        g_values, rows = eigh_psd(f.g)
+        layer = g_values[:, None] * a_values, rows.to(f.g), columns
+        if stacks is None:
+            stacks = [x.new_empty(num_layers, *x.shape) for x in layer]
+        for stack, x in zip(stacks, layer, strict=True):
+            stack[i] = x
+        known[id(f.a)] = a_values, stacks[2][i]  # no second copy
+    assert stacks is not None
+    return Eigenblocks(*stacks)
 
 
 @dataclass(frozen=True, eq=False)

@@ -83,7 +83,8 @@ def capture_layers(
 
     Returns:
         One capture for each layer of each site, sites in order, layers in order; a
-        layer that wasn't called or has no gradient has zero gradients.
+        layer that wasn't called or has no gradient has zero gradients. Layers that get
+        the same tensor, as query and value do, have the same ``inputs``.
 
     Raises:
         ValueError: If a layer's input isn't batch first, or is overwritten in place.
@@ -102,13 +103,15 @@ def capture_layers(
     ]
     inputs: dict[nn.Module, Tensor] = {}
     gradients: dict[nn.Module, Tensor] = {}
+    same: dict[tuple[Any, ...], Tensor] = {}
     for slot, of_slot in record.calls.items():
-        inputs[slot] = torch.cat([_by_token(c.input, batch_size) for c in of_slot], 1)
+        a = _joined([_by_token(c.input, batch_size) for c in of_slot], 1)
+        inputs[slot] = same.setdefault((a.data_ptr(), a.shape, a.stride()), a)
         per_call = [
             torch.stack([_by_token(row.popleft(), batch_size) for row in rows])
             for _ in of_slot
         ]
-        gradients[slot] = torch.cat(per_call, 2)
+        gradients[slot] = _joined(per_call, 2)
     captures = []
     for lora in networks:
         for layer, p in linear_layers(lora):
@@ -164,11 +167,15 @@ def without_padding(captures: Sequence[LayerCapture]) -> Iterator[LayerCapture]:
     """
     sizes = [c.gradients.abs().amax((0, 3)) for c in captures]  # (B, T) each
     largest = torch.stack([s.amax(1) for s in sizes]).amax(0)  # (B,)
-    for capture, size in zip(captures, sizes, strict=True):
-        # Half precision rounds each gradient, but what should be zero stays near zero.
-        dtype = torch.promote_types(size.dtype, torch.float32)
-        counts = (size > 1e3 * torch.finfo(dtype).eps * largest[:, None])[..., None]
-        yield replace(capture, gradients=capture.gradients * counts)
+    # Half precision rounds each gradient, but what should be zero stays near zero.
+    dtype = torch.promote_types(largest.dtype, torch.float32)
+    least = 1e3 * torch.finfo(dtype).eps * largest[:, None]
+    counts = [s > least for s in sizes]
+    if torch.cat([c.flatten() for c in counts]).all():
+        yield from captures
+        return
+    for capture, which in zip(captures, counts, strict=True):
+        yield replace(capture, gradients=capture.gradients * which[..., None])
 
 
 def _output_gradients(
@@ -187,6 +194,11 @@ def _output_gradients(
         gradient = next(found) if out.requires_grad else None
         gradients.append(torch.zeros_like(out) if gradient is None else gradient)
     return gradients
+
+
+def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+    # A single one needs no copy.
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
 
 
 def _by_token(x: Tensor, batch_size: int) -> Tensor:

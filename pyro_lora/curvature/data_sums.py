@@ -37,20 +37,22 @@ class DataSums:
     """What adds up over batches.
 
     Attributes:
-        factors: One for each layer of each site, or one for all (dense).
+        factors: One for each layer of each site, or one for all (dense). Layers with
+            the same inputs may share the tensor of their input factor.
         score: Site -> gradient of the log likelihood, (O, I) for each layer.
         log_likelihood: Nats, float64.
         num_data: Data seen.
     """
 
-    factors: list[Any]
+    factors: dict[int, Any]
     score: dict[str, list[Tensor]]
     log_likelihood: Tensor
     num_data: int
 
-    def __add__(self, other: DataSums) -> DataSums:
+    def plus_rest(self, other: DataSums) -> DataSums:
+        """The sums of all but the factors, which stay."""
         return DataSums(
-            [a + b for a, b in zip(self.factors, other.factors, strict=True)],
+            self.factors,
             {
                 site: [a + b for a, b in zip(layers, other.score[site], strict=True)]
                 for site, layers in self.score.items()
@@ -58,6 +60,28 @@ class DataSums:
             self.log_likelihood + other.log_likelihood,
             self.num_data + other.num_data,
         )
+
+    def add_factors(self, layers: Mapping[int, Any]) -> None:
+        """Add a batch's factors of some layers, in place: there is one copy of each.
+
+        Args:
+            layers: Place -> factors. An input factor that layers share here and in the
+                sums stays shared.
+        """
+        shared: dict[tuple[Tensor, Tensor], Tensor] = {}
+        for i, new in layers.items():
+            old = self.factors.get(i)
+            if old is None:
+                self.factors[i] = new
+            elif isinstance(old, KroneckerFactors):
+                a = shared.get((old.a, new.a))
+                if a is None:
+                    a = shared[old.a, new.a] = old.a + new.a
+                self.factors[i] = KroneckerFactors(
+                    a, old.g + new.g, old.count + new.count
+                )
+            else:
+                self.factors[i] = old + new
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,11 +164,12 @@ class PassCheckpoint:
             ) from error
         random = {d: tensors.pop(f"random/{d}") for d in header["random"]}
         tensors = {name: x.to(self.device) for name, x in tensors.items()}
+        tensors |= {name: tensors[first] for name, first in header["shared"].items()}
         (kind,) = (kind for kind in _FACTORS if kind.__name__ == header["factors"])
-        factors = [
-            kind(**{name: tensors[f"factors/{i}/{name}"] for name in header["fields"]})
+        factors = {
+            i: kind(**{n: tensors[f"factors/{i}/{n}"] for n in header["fields"]})
             for i in range(header["num_factors"])
-        ]
+        }
         score = {
             site: [tensors[f"score/{site}/{i}"] for i in range(num_layers)]
             for site, num_layers in header["layers"].items()
@@ -170,8 +195,15 @@ class PassCheckpoint:
             random[str(self.device)] = torch.cuda.get_rng_state(self.device)
         tensors = {f"random/{device}": state for device, state in random.items()}
         tensors["log_likelihood"] = sums.log_likelihood
-        for i, factor in enumerate(sums.factors):
-            tensors |= {f"factors/{i}/{name}": x for name, x in vars(factor).items()}
+        shared: dict[str, str] = {}
+        names: dict[Tensor, str] = {}
+        for i, factor in sums.factors.items():
+            for field_name, x in vars(factor).items():
+                name = f"factors/{i}/{field_name}"
+                if x in names:
+                    shared[name] = names[x]
+                else:
+                    names[x], tensors[name] = name, x
         for site, layers in sums.score.items():
             tensors |= {f"score/{site}/{i}": x for i, x in enumerate(layers)}
         header = {
@@ -183,6 +215,7 @@ class PassCheckpoint:
             "factors": type(sums.factors[0]).__name__,
             "fields": list(vars(sums.factors[0])),
             "num_factors": len(sums.factors),
+            "shared": shared,
             "layers": {site: len(layers) for site, layers in sums.score.items()},
         }
         write_folder(self.folder, FORMAT, header, tensors)

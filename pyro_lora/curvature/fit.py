@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from pyro.poutine.util import site_is_factor, site_is_subsample
@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_lora.curvature import structures
+from pyro_lora.curvature.batch_factors import FactorsFunction, factors_of, moments_in
 from pyro_lora.curvature.block_gaussian import BlockGaussian, Eigenblocks, eigenblocks
 from pyro_lora.curvature.capture import (
     LayerCapture,
@@ -22,7 +23,6 @@ from pyro_lora.curvature.capture import (
     capture_layers,
     recording,
     score_gradients,
-    without_padding,
 )
 from pyro_lora.curvature.data_plate import data_plate
 from pyro_lora.curvature.data_sums import (
@@ -77,9 +77,6 @@ class FisherFit:
     obs_site: str | None
 
 
-FactorsFunction = Callable[[Iterable[LayerCapture]], list[Any]]
-
-
 def fit_fisher(
     model: Model,
     mode: Mapping[str, Tensor],
@@ -128,7 +125,7 @@ def fit_fisher(
 
     checkpoints: list[PassCheckpoint] = []
 
-    def data_pass(factors_of: FactorsFunction, name: str) -> tuple[DataSums, Any]:
+    def data_pass(of_batch: FactorsFunction, name: str) -> tuple[DataSums, Any]:
         if checkpoint is not None:
             fit = fit_digest(
                 {**loc, **(latents or {})}, [structure, fisher_terms, obs_site, name]
@@ -141,14 +138,14 @@ def fit_fisher(
             leaves,
             networks,
             tqdm(batches, desc=name, disable=not progress_bar),
-            factors_of=factors_of,
+            of_batch=of_batch,
             fisher_terms=fisher_terms,
             obs_site=obs_site,
             latents=latents or {},
             checkpoint=checkpoints[-1] if checkpoints else None,
         )
 
-    sums, trace = data_pass(_factors_of(structure), "Fisher")
+    sums, trace = data_pass(factors_of(structure), "Fisher")
     sites = observed_sites(trace, obs_site)
     prior = prior_at_mode(trace, leaves)
     if isinstance(sums.factors[0], DenseFactors):
@@ -158,7 +155,7 @@ def fit_fisher(
         blocks = _blocks(sums.factors, networks)
         if structure is structures.ekfac:
             bases = [basis for block in blocks.values() for basis in block.bases()]
-            moments, _ = data_pass(_moments_in(bases), "EKFAC")
+            moments, _ = data_pass(moments_in(bases), "EKFAC")
             values = _blocks(moments.factors, networks)
             blocks = {
                 site: replace(block, values=values[site].values)
@@ -186,7 +183,7 @@ def _data_pass(
     networks: Sequence[LiftedNetwork],
     batches: Iterable[Batch],
     *,
-    factors_of: FactorsFunction,
+    of_batch: FactorsFunction,
     fisher_terms: TermsFunction,
     obs_site: str | Sequence[str] | None,
     latents: Mapping[str, Tensor],
@@ -224,10 +221,14 @@ def _data_pass(
                 terms, log_p = likelihood_terms(sites, fisher_terms)
             name = " and ".join(site["name"] for site in sites)
             _check_dependence(terms.terms, name)
-            found = _batch_sums(terms, log_p, leaves, networks, record, factors_of)
+            captures, score = _gradients(terms, log_p, leaves, networks, record)
         del record  # or its tensors would live through the next forward pass
-        _check_finite(found, index, name)
-        sums = found if sums is None else sums + found
+        _check_finite(log_p, score, index, name)
+        found = DataSums({}, score, log_p.detach(), terms.terms.shape[1])
+        sums = found if sums is None else sums.plus_rest(found)
+        for layers in of_batch(captures):
+            sums.add_factors(layers)
+        del captures, layers
         if checkpoint is not None:
             checkpoint.write(sums, num_batches, digest)
     if before is not None and checkpoint is not None and sums is None:
@@ -238,27 +239,6 @@ def _data_pass(
     name = " and ".join(site["name"] for site in sites)
     _check_number(sums.num_data, data_plate(sites[0]).full_size, name)
     return sums, trace
-
-
-def _factors_of(structure: Structure) -> FactorsFunction:
-    """What the first pass sums."""
-    if structure is structures.dense:
-        return lambda captures: [
-            structures.dense(
-                *zip(*((c.inputs, c.gradients) for c in captures), strict=True)
-            )
-        ]
-    first = structures.kfac_expand if structure is structures.ekfac else structure
-    of_layer = cast(structures.LayerStructure, first)
-    return lambda captures: [of_layer(c.inputs, c.gradients) for c in captures]
-
-
-def _moments_in(bases: Sequence[tuple[Tensor, Tensor]]) -> FactorsFunction:
-    """What EKFAC's second pass sums, in each layer's (rows, columns)."""
-    return lambda captures: [
-        structures.ekfac(c.inputs, c.gradients, *basis)
-        for c, basis in zip(captures, bases, strict=True)
-    ]
 
 
 @contextmanager
@@ -307,22 +287,20 @@ def check_latent_sites(trace: Any, known: Container[str] = ()) -> None:
             )
 
 
-def _batch_sums(
+def _gradients(
     found: FisherTerms,
     log_likelihood: Tensor,
     leaves: Mapping[str, Tensor],
     networks: Sequence[LiftedNetwork],
     record: Recording,
-    factors_of: FactorsFunction,
-) -> DataSums:
+) -> tuple[list[LayerCapture], dict[str, list[Tensor]]]:
+    """Of the terms at every layer, and of the log likelihood in every site."""
     if found.coordinates is None:
         score = _autograd_score(log_likelihood, leaves)
     captures = capture_layers(networks, record, found.terms)
     if found.coordinates is not None:
         score = score_gradients(captures, found.coordinates)
-    factors = factors_of(without_padding(captures))
-    num_data = found.terms.shape[1]
-    return DataSums(factors, score, log_likelihood.detach(), num_data)
+    return captures, score
 
 
 def _autograd_score(
@@ -338,11 +316,13 @@ def _autograd_score(
 
 
 def _blocks(
-    factors: list[Any], networks: Sequence[LiftedNetwork]
+    factors: dict[int, Any], networks: Sequence[LiftedNetwork]
 ) -> dict[str, Eigenblocks]:
-    rest = iter(factors)
+    """Eigenblocks by site; the factors are used up."""
+    known: dict[int, tuple[Tensor, Tensor]] = {}
+    places = iter(range(len(factors)))
     return {
-        site: eigenblocks([next(rest) for _ in members])
+        site: eigenblocks([factors.pop(next(places)) for _ in members], known)
         for lora in networks
         for site, members in lora.parameters.items()
     }
@@ -357,15 +337,17 @@ def _check_dependence(terms: Tensor, site: str) -> None:
         )
 
 
-def _check_finite(found: DataSums, index: int, site: str) -> None:
+def _check_finite(
+    log_likelihood: Tensor, score: Mapping[str, list[Tensor]], index: int, site: str
+) -> None:
     remedy = "Check that batch's inputs and labels, and the adapter."
-    if not torch.isfinite(found.log_likelihood):
+    if not torch.isfinite(log_likelihood):
         raise ValueError(
             f"Batch {index}: the log likelihood of site {site!r} is NaN or infinite. "
             f"{remedy}"
         )
-    for name, layers in found.score.items():
-        if not torch.stack([layer.isfinite().all() for layer in layers]).all():
+    for name, layers in score.items():
+        if not torch.stack(layers).isfinite().all():
             raise ValueError(
                 f"Batch {index}: the gradient of site {name!r} has NaN or infinite "
                 f"values. {remedy}"

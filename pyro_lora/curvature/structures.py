@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -182,10 +182,43 @@ def ekfac(a: Tensor, g: Tensor, rows: Tensor, columns: Tensor) -> DiagonalFactor
     return diagonal(a @ columns.to(a), g @ rows.to(g))
 
 
+def with_same_inputs(
+    structure: LayerStructure, a: Tensor, g: Sequence[Tensor]
+) -> list[KroneckerFactors | DiagonalFactors]:
+    """A structure of several layers that have the same inputs.
+
+    The input factor of KFAC is formed once for all layers in which the same tokens
+    count, and is the same tensor in their factors.
+
+    Args:
+        structure: A function of one layer.
+        a: The inputs, (B, T, I).
+        g: Gradients of every layer, each (M, B, T, O).
+
+    Returns:
+        What the structure returns for each layer.
+    """
+    function = getattr(structure, "func", structure)
+    if len(g) == 1 or function not in (kfac_expand, kfac_reduce):
+        return [structure(a, g_l) for g_l in g]
+    known: list[tuple[Tensor, KroneckerFactors]] = []
+    result: list[KroneckerFactors | DiagonalFactors] = []
+    for g_l in g:
+        counts = _counts(g_l)
+        same = next((f for c, f in known if torch.equal(c, counts)), None)
+        # Inputs of width 0 leave the gradients' factor alone to be formed.
+        found = structure(a if same is None else a[..., :0], g_l)
+        assert isinstance(found, KroneckerFactors)
+        if same is None:
+            known.append((counts, found))
+        result.append(found if same is None else replace(same, g=found.g))
+    return result
+
+
 def at_least_float32(x: Tensor) -> Tensor:
     """Sums of many terms need float32 or wider; float64 stays float64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _counts(g: Tensor) -> Tensor:
-    return (g != 0).any(-1).any(0).to(g)  # (B, T)
+    return g.any(-1).any(0).to(g)  # (B, T)

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pyro
@@ -194,3 +195,59 @@ def test_dense_forms_the_whole_matrix() -> None:
     with LargestTensor() as largest:
         laplace(lora, batch(4, 5, num_labels=3), structure=pl.dense)
     assert largest.numel >= size**2
+
+
+class Decompositions(TorchDispatchMode):
+    """Widths of the matrices that are diagonalised."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.widths: list[int] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.ops.aten._linalg_eigh.default:
+            self.widths.append(args[0].shape[-1])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("structure", [pl.kfac_expand, pl.kfac_reduce])
+def test_query_and_value_share_the_factor_of_their_input(
+    structure: Structure, tmp_path: Path
+) -> None:
+    width = 20
+    # Without dropout of its own for each, both get the same tensor.
+    lora = pl.lift(bert(3, num_layers=3, hidden_size=width, r=2))
+    texts = batch(6, 5, num_labels=3)
+
+    def of_each_layer(a: Tensor, g: Tensor) -> Any:
+        return structure(a, g)  # type: ignore[call-arg, arg-type]
+
+    with Decompositions() as shared:
+        posterior = laplace(lora, texts, 2, structure=structure)
+    with Decompositions() as separate:
+        other = laplace(lora, texts, 2, structure=of_each_layer)
+    # The inputs of A and the outputs of B of query and value, and the head's input. In
+    # the last layer the first token alone has a query that counts.
+    assert separate.widths.count(width) == 3 * 4 + 1
+    assert shared.widths.count(width) == 3 * 4 + 1 - 2
+    for site, value in other.variance().items():
+        torch.testing.assert_close(posterior.variance()[site], value)
+    torch.testing.assert_close(posterior.log_evidence(), other.log_evidence())
+
+    class EndsBadly(list[dict[str, Tensor]]):
+        def __iter__(self) -> Iterator[dict[str, Tensor]]:
+            yield from split(texts, 2)
+            raise KeyboardInterrupt
+
+    guide = pl.AutoLaplace(
+        pl.models.classification(lora, 6),
+        init_loc_fn=lora.init_to_adapter(),
+        structure=structure,
+    )
+    with pytest.raises(KeyboardInterrupt):
+        guide.laplace_approximation(EndsBadly(), checkpoint=tmp_path)
+    with Decompositions() as resumed:
+        guide.laplace_approximation(split(texts, 2), checkpoint=tmp_path)
+    assert resumed.widths == shared.widths
