@@ -152,7 +152,7 @@ def small_latents(trace: Any, networks: Sequence[LiftedNetwork]) -> tuple[str, .
     """
     for lora in networks:
         for site in lora.sites:
-            if trace.nodes[site]["is_observed"]:
+            if site not in trace.nodes or trace.nodes[site]["is_observed"]:
                 raise ValueError(
                     f"Site {site!r} isn't latent: its prior makes it a function of "
                     "others (centered=False, perhaps), or it is conditioned. "
@@ -316,7 +316,7 @@ def _check_priors(trace: Any, weights: Mapping[str, Tensor], flat: Tensor) -> No
         if found is not None:
             raise ValueError(
                 f"Site {name!r}: its prior depends on latent sites outside of the "
-                "network. Centred hierarchical priors have no joint mode: their "
+                "network. Most centred hierarchical priors have no joint mode: their "
                 "density runs off to infinity as the scale goes to 0. Give the scale "
                 "a number and choose it by optimize_prior; or use SVGD."
             )

@@ -124,7 +124,8 @@ class AutoLaplace(AutoDelta):
                 the weights' prior, are in a plate or not continuous, or the checkpoint
                 is of another fit or other batches.
         """
-        if self.prototype_trace is None:
+        # After SVI a site that is a function of others isn't in the prototype.
+        if self.prototype_trace is None or not lifted_networks(self.prototype_trace):
             self._start(batches)
         networks = _networks_in(self.prototype_trace)
         # Read outside of a Pyro context: calling the guide would look the values up in

@@ -206,23 +206,81 @@ def test_from_svi() -> None:
     assert posterior.log_evidence().isfinite()
 
 
+NON_CENTRED = r"isn't latent.*centered=False.*optimize_prior.*SVGD"
+
+
 @ignore_mode
+@pytest.mark.parametrize("after_svi", [False, True])
 @pytest.mark.parametrize(
     ("prior", "message"),
     [
         (pl.priors.hierarchical(), r"depends on latent.*no joint mode.*optimize_prior"),
         (pl.priors.horseshoe(), r"depends on latent.*no joint mode.*SVGD"),
-        (pl.priors.hierarchical(centered=False), r"isn't latent.*centered=False"),
+        (pl.priors.hierarchical(centered=False), NON_CENTRED),
+        (pl.priors.horseshoe(centered=False), NON_CENTRED),
+        (pl.priors.rank_ard(centered=False), NON_CENTRED),
+        (
+            pl.priors.by_site(
+                {
+                    "head.*": pl.priors.normal(),
+                    "*": pl.priors.hierarchical(centered=False),
+                }
+            ),
+            NON_CENTRED,
+        ),
     ],
 )
 def test_scales_of_the_weights_are_refused(
-    prior: pl.priors.Prior, message: str
+    prior: pl.priors.Prior, message: str, after_svi: bool
 ) -> None:
+    pyro.clear_param_store()
     lora, texts = pl.lift(bert(2), prior=prior), batch(5)
     model = pl.models.classification(lora, 5)
     guide = pl.AutoLaplace(model, init_loc_fn=pyro.infer.autoguide.init_to_median)
-    with pytest.raises(ValueError, match=message):
+    if after_svi:
+        SVI(model, guide, Adam({"lr": 0.01}), Trace_ELBO()).step(**texts)
+    with pytest.raises(ValueError, match=rf"Site 'lora.*{message}"):
         guide.laplace_approximation(split(texts, 3))
+
+
+def test_a_hierarchical_prior_whose_scales_are_fixed() -> None:
+    # What the docs say to do: MAP in the non-centred form, then the scales fixed.
+    pyro.clear_param_store()
+    network = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)).double()
+    lora = pl.lift(network, prior=pl.priors.hierarchical(0.3, centered=False))
+    one = {"x": torch.randn(N, 3).double(), "y": torch.arange(N) % 3}
+
+    def model(x: Tensor, y: Tensor | None = None) -> None:
+        logits = lora()(x)
+        with pyro.plate("data", N, subsample=x):
+            pyro.sample("y", dist.Categorical(logits=logits), obs=y)
+
+    start = pyro.infer.autoguide.init_to_median
+    trained = pyro.infer.autoguide.AutoDelta(model, init_loc_fn=start)
+    svi = SVI(model, trained, Adam({"lr": 0.05}), Trace_ELBO())
+    for _ in range(150):
+        svi.step(**one)
+    found = trained.median()
+    trace: Any = poutine.trace(poutine.condition(model, found)).get_trace(**one)
+    weights = {site: trace.nodes[site]["value"].detach() for site in lora.sites}
+    hyper = {name: x for name, x in found.items() if name.startswith("prior.")}
+    # No warning: given the scales, the mode is that of the weights.
+    lora.prior = poutine.condition(pl.priors.hierarchical(0.3), hyper)
+    guide = pl.AutoLaplace(model, init_loc_fn=lora.init_to(weights), obs_site="y")
+    posterior = guide.laplace_approximation([one])
+    scales = {}
+    for site, w in weights.items():
+        log_scale = trace.nodes[f"prior.log_scale.{site}"]["value"].detach()
+        assert len(set(log_scale.tolist())) == len(w) == 2
+        scales[site] = log_scale.exp().reshape(-1, *[1] * (w.ndim - 1))
+        tau = posterior.prior_precision[site]
+        assert_same(tau, (scales[site] ** -2).expand_as(tau))
+        assert_same(posterior.mode()[site], w)
+    lora.prior = pl.priors.normal(scales)
+    plain = pl.AutoLaplace(model, init_loc_fn=lora.init_to(weights))
+    again = plain.laplace_approximation([one])
+    assert_same(posterior.log_evidence(), again.log_evidence())
+    assert posterior.linearized({"x": one["x"]}).mean.shape == (N, 3)
 
 
 @ignore_mode
