@@ -112,7 +112,7 @@ def diagnose(
         "stationarity": lambda: _stationarity(joint),
         "gaussian": lambda: _density(joint, num_directions, num_samples),
         "diversity": lambda: _diversity(joint, held_out),
-        "charge": lambda: _charge(posterior),
+        "charge": lambda: charge_of(posterior),
         "confidence": lambda: _confidence(joint, held_out),
     }.items():
         try:
@@ -218,7 +218,15 @@ def _k_hat(log_ratios: Tensor) -> float:
     return float(k_hat)
 
 
-def _charge(posterior: Guide) -> Charge:
+def charge_of(posterior: Guide) -> Charge:
+    """Effective parameters by layer; a mixture's are its components', averaged.
+
+    Args:
+        posterior: Any guide.
+
+    Raises:
+        LeftOut: If it has no Fisher information.
+    """
     if isinstance(posterior, LaplacePosterior):
         gaussian = posterior.gaussian
         return Charge(
@@ -226,7 +234,7 @@ def _charge(posterior: Guide) -> Charge:
             num_weights={s: x[0].numel() for s, x in gaussian.loc.items()},
         )
     if isinstance(posterior, MixturePosterior):
-        parts = [_charge(component) for component in posterior.components]
+        parts = [charge_of(component) for component in posterior.components]
         return Charge(
             by_layer={
                 site: sum(

@@ -95,14 +95,14 @@ def delta_variables(
         at_mode = None
         if mode is not None:
             at_mode = lora.delta_weight_factors({s: mode[s] for s in lora.sites})
-        for sites, paths in _modules(lora, factors).items():
+        for sites, paths in layers_by_sites(lora, factors).items():
             matrices |= {*sites}
-            singular = torch.stack([_singular_values(*factors[p]) for p in paths], 1)
+            singular = torch.stack([singular_values(*factors[p]) for p in paths], 1)
             norm = singular.square().sum(-1).sqrt()
             largest = singular[..., 0].square()
             rank = torch.where(largest > 0, norm.square() / largest, 0.0)
-            stem = _stem(sites)
-            layer = _layers(paths)
+            stem = stem_of(sites)
+            layer = layer_dim(paths)
             if not layer:
                 singular, norm, rank = singular[:, 0], norm[:, 0], rank[:, 0]
             numbers = {"rank": range(singular.shape[-1])}
@@ -176,7 +176,7 @@ def _add_sites(
         if site not in parameters:
             result.values[site] = value.detach().cpu().numpy()
             continue
-        layer = _layers(parameters[site])
+        layer = layer_dim(parameters[site])
         value = value if layer else value[:, 0]
         if max_weights is not None and value[0].numel() > max_weights:
             event = tuple(range(1 + len(layer), value.ndim))
@@ -203,7 +203,7 @@ def _event_dims(site: str, num_dims: int) -> tuple[str, ...]:
     return (*names.get(role, ("out_feature", "in_feature")), *kernel)[:num_dims]
 
 
-def _modules(
+def layers_by_sites(
     lora: LiftedNetwork, layers: Iterable[str]
 ) -> dict[tuple[str, ...], list[str]]:
     """Paths of the adapted layers by the sites that hold their A and B."""
@@ -219,13 +219,13 @@ def _modules(
     return result
 
 
-def _stem(sites: Sequence[str]) -> str:
+def stem_of(sites: Sequence[str]) -> str:
     """The sites' common path, with the suffixes of those that have one."""
     path = sites[0].removeprefix("lora.").rpartition(".")[0]
     return path + "".join(site.rpartition(".")[2][1:] for site in sites)
 
 
-def _layers(paths: Sequence[str]) -> dict[str, Coordinates]:
+def layer_dim(paths: Sequence[str]) -> dict[str, Coordinates]:
     """The dim "layer" with the indices in the paths; empty where there are none."""
     bare = map(without_adapter_name, paths)  # an adapter may be called "0"
     indices = [re.findall(r"(?<=\.)\d+(?=\.|$)", path) for path in bare]
@@ -249,7 +249,7 @@ def _angle(update: Factors, other: Factors) -> Tensor:
     return (inner(update, other) / size).clamp(-1, 1).arccos()
 
 
-def _singular_values(b: Tensor, a: Tensor) -> Tensor:
+def singular_values(b: Tensor, a: Tensor) -> Tensor:
     """Singular values of B A, (S, R), largest first, without forming B A."""
     # B = Q_b R_b and A^T = Q_a R_a, so B A = Q_b (R_b R_a^T) Q_a^T.
     r_b = torch.linalg.qr(b.double()).R

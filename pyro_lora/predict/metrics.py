@@ -101,8 +101,7 @@ def selective_metrics(confidence: Tensor, correct: Tensor) -> dict[str, Tensor]:
 
     ``selective_accuracy``: accuracy of the most confident 80%. ``aurc``: error rate of
     the n most confident, averaged over n from 1 to N, the area under the risk-coverage
-    curve (Geifman et al. 2019, https://arxiv.org/abs/1805.08206). Of data with the same
-    confidence any may come first: both are the means over their orders.
+    curve (Geifman et al. 2019, https://arxiv.org/abs/1805.08206).
 
     Args:
         confidence: (N,).
@@ -111,14 +110,26 @@ def selective_metrics(confidence: Tensor, correct: Tensor) -> dict[str, Tensor]:
     Returns:
         Two scalars, by name.
     """
+    accuracies = selective_accuracies(confidence, correct)
+    num_kept = math.ceil(COVERAGE * len(accuracies))
+    return {
+        "selective_accuracy": accuracies[num_kept - 1],
+        "aurc": (1 - accuracies).mean(),
+    }
+
+
+def selective_accuracies(confidence: Tensor, correct: Tensor) -> Tensor:
+    """Accuracy of the n most confident data for n from 1 to N, (N,).
+
+    Of data with the same confidence any may come first: the mean over their orders.
+
+    Args:
+        confidence: (N,).
+        correct: 1 or 0, (N,).
+    """
     order = confidence.argsort(descending=True)
     right = _mean_of_ties(confidence, correct)[order].cumsum(0)
-    counts = torch.arange(1, len(right) + 1).to(right)
-    num_kept = math.ceil(COVERAGE * len(right))
-    return {
-        "selective_accuracy": right[num_kept - 1] / num_kept,
-        "aurc": (1 - right / counts).mean(),
-    }
+    return right / torch.arange(1, len(right) + 1).to(right)
 
 
 def with_standard_errors(
