@@ -8,9 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyro_lora.infer import transport
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 
 Weights = Mapping[str, Tensor]
+Factors = tuple[Tensor, Tensor]  # B (K, O, R) and A (K, R, I), in float64
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,18 @@ class DeltaSpace:
         Args:
             particles: Site -> (K, ...).
         """
-        found = self._squared_distances(particles, particles).detach()
-        return found - torch.diag_embed(found.diagonal())
+        factors = self._factors({s: x.detach() for s, x in particles.items()})
+        gram = _summed([_products(one, one) for one in factors])
+        return transport.distances_from_products(gram)
+
+    def spread(self, particles: Weights) -> Tensor:
+        """Root mean square distance of the particles from their mean, a scalar.
+
+        Args:
+            particles: Site -> (K, ...).
+        """
+        # The mean over pairs of |x_i - x_j|^2 is twice that of |x_i - mean|^2.
+        return (self.squared_distances(particles).mean() / 2).sqrt()
 
     def stein_repulsion(self, particles: Weights, slope: Tensor) -> dict[str, Tensor]:
         r"""The second term of SVGD, :math:`\frac1K \sum_j \nabla_{x_j} k(x_j, x_i)`.
@@ -47,12 +59,16 @@ class DeltaSpace:
             Site -> (K, ...).
         """
         num_particles = slope.shape[0]
+        leaves, factors = self._leaves(particles)
         rows = []
         for i in range(num_particles):
-            one = {s: x[i : i + 1] for s, x in particles.items()}
-            gradients = self._gradients(particles, one, slope[:, i : i + 1])
-            rows.append({s: g.sum(0) / num_particles for s, g in gradients.items()})
-        return {s: torch.stack([row[s] for row in rows]) for s in particles}
+            one = [(b[i : i + 1], a[i : i + 1]) for b, a in factors]
+            gradients = _gradients(leaves, factors, one, slope[:, i : i + 1])
+            rows.append([g.sum(0) / num_particles for g in gradients])
+        return {
+            s: torch.stack(x)
+            for s, x in zip(leaves, zip(*rows, strict=True), strict=True)
+        }
 
     def repel(
         self, particles: Weights, gram: Tensor, slope: Tensor
@@ -68,41 +84,53 @@ class DeltaSpace:
             Site -> (K, ...).
         """
         share = slope / gram.sum(1, keepdim=True)
-        return {s: -g for s, g in self._gradients(particles, particles, share).items()}
+        leaves, factors = self._leaves(particles)
+        gradients = _gradients(leaves, factors, factors, share)
+        return {s: -g for s, g in zip(leaves, gradients, strict=True)}
 
-    def _gradients(
-        self, x: Weights, y: Weights, coefficients: Tensor
-    ) -> dict[str, Tensor]:
-        """Gradient of sum_kj c_kj d^2(x_k, y_j) in x, where y is constant."""
-        leaves = {s: value.detach().requires_grad_() for s, value in x.items()}
-        fixed = {s: value.detach() for s, value in y.items()}
-        with torch.enable_grad():
-            distances = self._squared_distances(leaves, fixed)
-            total = (coefficients.to(distances) * distances).sum()
-        found = torch.autograd.grad(total, list(leaves.values()))
-        return dict(zip(leaves, found, strict=True))
+    @torch.enable_grad()
+    def _leaves(self, particles: Weights) -> tuple[dict[str, Tensor], list[Factors]]:
+        leaves = {s: x.detach().requires_grad_() for s, x in particles.items()}
+        return leaves, self._factors(leaves)
 
-    def _squared_distances(self, x: Weights, y: Weights) -> Tensor:
-        products = self._products(x, y)
-        x_norms = self._products(x, x).diagonal()
-        y_norms = self._products(y, y).diagonal()
-        return (x_norms[:, None] + y_norms - 2 * products).clamp_min(0)
-
-    def _products(self, x: Weights, y: Weights) -> Tensor:
-        """Inner products, (K, K'), in float64: distances are small differences."""
-        total = torch.zeros((), dtype=torch.float64)
-        inside: set[str] = set()
+    def _factors(self, particles: Weights) -> list[Factors]:
+        """Those of all updates; a weight outside of them is a B, its A is 1."""
+        found, inside = [], set[str]()
         for lora in self.networks:
-            own_x = {site: x[site] for site in lora.sites}
-            own_y = {site: y[site] for site in lora.sites}
-            other = lora.delta_weight_factors(own_y)
-            for path, (b, a) in lora.delta_weight_factors(own_x).items():
-                b_, a_ = other[path]
-                left = torch.einsum("kor,los->klrs", b.double(), b_.double())
-                right = torch.einsum("kri,lsi->klrs", a.double(), a_.double())
-                total = total.to(b.device) + (left * right).sum((-2, -1))
+            own = {site: particles[site] for site in lora.sites}
+            found += list(lora.delta_weight_factors(own).values())
             inside |= lora.factor_sites
-        for site in x.keys() - inside:
-            rows, columns = (p[site].double().reshape(len(p[site]), -1) for p in (x, y))
-            total = total.to(rows.device) + rows @ columns.mT
-        return total
+        for site in particles.keys() - inside:
+            x = particles[site]
+            found.append((x.reshape(len(x), -1, 1), x.new_ones(len(x), 1, 1)))
+        return [(b.double(), a.double()) for b, a in found]
+
+
+def _products(x: Factors, y: Factors) -> Tensor:
+    """Inner products of updates, (K, K')."""
+    left = torch.einsum("kor,los->klrs", x[0], y[0])
+    right = torch.einsum("kri,lsi->klrs", x[1], y[1])
+    return (left * right).sum((-2, -1))
+
+
+def _squared_norms(x: Factors) -> Tensor:
+    b, a = x
+    return ((b.mT @ b) * (a @ a.mT)).sum((-2, -1))  # (K,)
+
+
+def _summed(values: Sequence[Tensor]) -> Tensor:
+    return torch.stack([x.to(values[0].device) for x in values]).sum(0)
+
+
+def _gradients(
+    leaves: Weights, x: Sequence[Factors], y: Sequence[Factors], coefficients: Tensor
+) -> tuple[Tensor, ...]:
+    """Gradient of sum_kj c_kj d^2(x_k, y_j) in the leaves of x, where y is constant."""
+    with torch.enable_grad():
+        distances = []
+        for one, (b, a) in zip(x, y, strict=True):
+            other = b.detach(), a.detach()
+            norms = _squared_norms(one)[:, None] + _squared_norms(other)
+            distances.append(norms - 2 * _products(one, other))
+        total = (coefficients.to(distances[0]) * _summed(distances)).sum()
+    return torch.autograd.grad(total, list(leaves.values()), retain_graph=True)

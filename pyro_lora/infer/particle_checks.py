@@ -69,3 +69,28 @@ def warn_if_collapsed(mean_kernel: float) -> bool:
         stacklevel=4,  # past SVGD's update and step
     )
     return True
+
+
+def warn_if_stuck(direction: Mapping[str, Tensor]) -> bool:
+    """Warn, to the caller of SVGD's step, of particles that nothing moves.
+
+    Args:
+        direction: Site -> (K, ...).
+
+    Returns:
+        Whether it warned.
+    """
+    largest = torch.stack(
+        [x.reshape(x.shape[0], -1).abs().amax(1).double() for x in direction.values()]
+    )
+    stuck = (largest.amax(0) == 0).nonzero().flatten().tolist()
+    if not stuck:
+        return False
+    warnings.warn(
+        f"Particle(s) {stuck} are stuck: their direction is exactly 0 at all sites. "
+        "The log joint is flat there, or its gradient underflows. Start elsewhere, or "
+        "use float32.",
+        UserWarning,
+        stacklevel=4,  # past SVGD's update and step
+    )
+    return True

@@ -57,6 +57,11 @@ class ParticleModel:
     max_plate_nesting: int
     networks: tuple[LiftedNetwork, ...]
 
+    @property
+    def factor_sites(self) -> frozenset[str]:
+        """The latent sites that are factors B and A of updates."""
+        return frozenset[str]().union(*(lora.factor_sites for lora in self.networks))
+
     def constrained(self, particles: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Particles on the sites' supports, (K, ...)."""
         return {s: self.latents[s].transform(x) for s, x in particles.items()}
@@ -237,7 +242,9 @@ def chunked_gradients(
             leaves, args, kwargs, minibatch, rows.start
         )
         found = torch.autograd.grad(
-            objective(rows, trace, log_joint), list(leaves.values())
+            objective(rows, trace, log_joint),
+            list(leaves.values()),
+            materialize_grads=True,  # a site may have a flat density and no effect
         )
         by_site = dict(zip(leaves, found, strict=True))
         check_finite(by_site, "gradient", rows.start)

@@ -11,6 +11,7 @@ import torch
 from pyro.optim import PyroOptim
 from tqdm.auto import tqdm
 
+from pyro_lora.infer.delta_space import DeltaSpace
 from pyro_lora.infer.kernels import Kernel, Zero, space_of
 from pyro_lora.infer.optimizer_state import (
     check_optimizer,
@@ -21,6 +22,7 @@ from pyro_lora.infer.optimizer_state import (
 from pyro_lora.infer.particle_checks import (
     check_finite,
     warn_if_collapsed,
+    warn_if_stuck,
     warn_if_together,
 )
 from pyro_lora.infer.particle_model import (
@@ -89,8 +91,10 @@ class SVGD:
     Attributes:
         diagnostics: Series with one value a step: ``loss`` (nats, full data),
             ``attraction`` and ``repulsion`` (norms, in function space those of the
-            directions of the logits), ``spread`` (root mean square distance of the
-            particles to their mean), ``mean_kernel`` (off the diagonal).
+            directions of the logits), ``ratio`` (repulsion over attraction), ``spread``
+            (root mean square distance of the particles to their mean), ``delta_spread``
+            (where LoRA's weights count as the updates B A; if the model has such),
+            ``mean_kernel`` (off the diagonal).
 
     Raises:
         TypeError: If kernel or optimiser are no such thing, or a count is no integer.
@@ -137,8 +141,9 @@ class SVGD:
         self._gathered: Gathered | None = None  # by the batches of an unfinished update
         self._num_gathered = 0
         self._target: ParticleModel | None = None
+        self._delta_space: DeltaSpace | None = None  # None without LoRA's factors
         self._fraction = 1.0  # of the run that is done; 1 outside of run()
-        self._warned = False
+        self._warned: set[str] = set()
         self.diagnostics: dict[str, list[float]] = {}
 
     def step(self, *args: Any, **kwargs: Any) -> float:
@@ -179,7 +184,14 @@ class SVGD:
         )
         check_finite(direction, "direction")
         log_joint = found.pop("log_joint")
-        found = {"loss": -log_joint.mean(), **found, "spread": spread(particles)}
+        found = {
+            "loss": -log_joint.mean(),
+            **found,
+            "ratio": found["repulsion"] / found["attraction"],
+            "spread": spread(particles),
+        }
+        if self._delta_space is not None:
+            found["delta_spread"] = self._delta_space.spread(particles)
         for site, particle in particles.items():
             particle.grad = -direction[site]
         self._optim(list(particles.values()))
@@ -189,8 +201,11 @@ class SVGD:
         values = torch.stack([x.double() for x in found.values()]).tolist()
         for name, value in zip(found, values, strict=True):
             self.diagnostics.setdefault(name, []).append(value)
-        if self._rule.repels and not self._warned:
-            self._warned = warn_if_collapsed(self.diagnostics["mean_kernel"][-1])
+        if self._rule.repels and "collapsed" not in self._warned:
+            if warn_if_collapsed(self.diagnostics["mean_kernel"][-1]):
+                self._warned.add("collapsed")
+        if "stuck" not in self._warned and warn_if_stuck(direction):
+            self._warned.add("stuck")
 
     def run(
         self, batches: Iterable[Batch], *, num_epochs: int, progress_bar: bool = True
@@ -355,6 +370,8 @@ class SVGD:
             if self._particles is not None:
                 check_shapes(self._particles, self._num_particles, target)
             self._target = target
+            if target.factor_sites:
+                self._delta_space = DeltaSpace(target.networks)
         if self._particles is None:
             self._particles = initial_particles(
                 self._target, self._init_loc_fn, self._num_particles, args, kwargs

@@ -115,9 +115,7 @@ class UpdateRule:
             ValueError: If the preconditioner is for other sites, or there are no
                 updates that a kernel in delta space could compare.
         """
-        if space_of(self.kernel) == "delta" and not any(
-            lora.factor_sites for lora in target.networks
-        ):
+        if space_of(self.kernel) == "delta" and not target.factor_sites:
             raise ValueError(
                 "A kernel over 'delta' compares the updates B A of LoRA layers, and "
                 f"none of the sites {sorted(target.latents)} is a factor of one. Use "

@@ -1,10 +1,16 @@
 """What SVGD reports: series, warnings, particles."""
 
+from collections.abc import Callable
 from typing import Any
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
+from pyro.distributions.constraints import real
 from pyro.optim import SGD
+from torch import Tensor
 from torch.testing import assert_close
 
 import pyro_lora as pl
@@ -12,7 +18,15 @@ from pyro_lora import kernels
 from tests import networks
 from tests.infer import double_loop
 from tests.infer.engines import engine
-from tests.infer.targets import NUM_DATA, Target, bert, hierarchical_regression
+from tests.infer.targets import (
+    NUM_DATA,
+    Target,
+    bert,
+    hierarchical_bert,
+    hierarchical_regression,
+)
+
+SPACES: list[Any] = ["joint", "site", "delta", "function"]
 
 
 def test_diagnostics_have_one_value_a_step() -> None:
@@ -32,7 +46,7 @@ def test_diagnostics_have_one_value_a_step() -> None:
         assert svgd.diagnostics[name] == pytest.approx(series, rel=1e-10), name
 
 
-DIAGNOSTICS = ("loss", "attraction", "repulsion", "spread", "mean_kernel")
+DIAGNOSTICS = ("loss", "attraction", "repulsion", "ratio", "spread", "mean_kernel")
 
 
 def diagnostics(
@@ -58,6 +72,7 @@ def diagnostics(
         if x is not y
     ]
     return {
+        "ratio": rms(repulsion) / rms(attraction),
         "loss": -sum(target.log_joint(x).item() for x in at) / num_particles,
         "attraction": rms(attraction),
         "repulsion": rms(repulsion),
@@ -72,7 +87,7 @@ def test_diagnostics_of_zero_and_of_one_particle(kernel: Any) -> None:
     svgd = engine(target, SGD({"lr": 0.01}), kernel)
     for _ in range(2):
         svgd.step(**target.batch)
-    assert svgd.diagnostics["repulsion"] == [0, 0]
+    assert svgd.diagnostics["repulsion"] == svgd.diagnostics["ratio"] == [0, 0]
     scores = [
         double_loop.gradient(target.log_joint, p)
         for p in double_loop.points(target.particles)
@@ -82,7 +97,42 @@ def test_diagnostics_of_zero_and_of_one_particle(kernel: Any) -> None:
     assert svgd.diagnostics["attraction"][0] == pytest.approx(rms, rel=1e-12)
 
 
-@pytest.mark.parametrize("space", ["joint", "site", "function"])
+KERNELS = [kernels.Zero(), *(kernels.RBF(space=space) for space in SPACES)]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("make", [bert, hierarchical_bert])
+def test_the_spread_of_updates(make: Callable[[int], Target], kernel: Any) -> None:
+    # Written out as full matrices: B A of every layer, and other weights as they are.
+    target = make(4)
+    svgd = engine(target, SGD({"lr": 1e-3}), kernel)
+    expected: list[Any] = []
+    for _ in range(3):
+        at = double_loop.points(
+            svgd.state_dict()["particles"] if expected else target.particles
+        )
+        rows = torch.stack([torch.cat([x.flatten() for x in full(p)]) for p in at])
+        variance = (rows - rows.mean(0)).square().sum(1).mean()
+        expected.append(pytest.approx(variance.sqrt().item(), rel=1e-9))
+        svgd.step(**target.batch)
+    assert svgd.diagnostics["delta_spread"] == expected
+    assert all(
+        joint != pytest.approx(delta)
+        for joint, delta in zip(
+            svgd.diagnostics["spread"], svgd.diagnostics["delta_spread"], strict=True
+        )
+    )
+
+
+def full(point: double_loop.Point) -> list[Tensor]:
+    return [
+        2.0 * x @ point[f"{site[:-1]}A"] if site.startswith("lora.") else x
+        for site, x in point.items()
+        if not (site.startswith("lora.") and site.endswith(".A"))
+    ]
+
+
+@pytest.mark.parametrize("space", SPACES)
 def test_a_collapsed_kernel_is_reported_once(space: Any) -> None:
     target = bert(3)
     svgd = engine(target, SGD({"lr": 1e-6}), kernels.RBF(space=space, bandwidth=1e-4))
@@ -91,6 +141,51 @@ def test_a_collapsed_kernel_is_reported_once(space: Any) -> None:
     svgd.step(**target.batch)  # a second warning would be an error
     assert len(caught) == 1
     assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("chunk_size", [None, 1])
+def test_a_stuck_particle_is_reported_once(kernel: Any, chunk_size: int | None) -> None:
+    # Without a prior, and far out, where the likelihood's gradient underflows.
+    x, y = torch.ones(4, 1), torch.ones(4)
+    lora = pl.lift(networks.bert()) if kernel == kernels.RBF(space="delta") else None
+
+    def model() -> None:
+        w = pyro.sample("w", dist.ImproperUniform(real, (), (1,)))
+        if lora is not None:
+            with poutine.mask(mask=False):  # sites that the likelihood doesn't know
+                lora()
+        with pyro.plate("data", 4):
+            pyro.sample("y", dist.Bernoulli(logits=(x * w).sum(-1)), obs=y)
+
+    def init(site: dict[str, Any]) -> Tensor:
+        k = site["infer"].get("particle", 0)
+        if site["name"] == "w":
+            return torch.tensor([500.0 if k == 1 else 0.1 * k])
+        return torch.zeros(site["fn"].shape(), dtype=torch.float64)
+
+    svgd = pl.SVGD(
+        model,
+        kernel,
+        SGD({"lr": 0.01}),
+        3,
+        init_loc_fn=init,
+        chunk_size=chunk_size,
+        **(
+            {}
+            if kernel == kernels.Zero()
+            else {"transport": "repulsive", "repulsion": 0.0}
+        ),
+    )
+    with pytest.warns(UserWarning, match=r"Particle\(s\) \[1\] are stuck") as caught:
+        svgd.step()
+    svgd.step()  # a second warning would be an error
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    w = svgd.get_named_particles()["w"][:, 0]
+    assert w[1] == 500
+    assert w[0] > 0
+    assert w[2] > 0.2  # the others went on
 
 
 def test_particles_at_one_point_are_reported() -> None:
