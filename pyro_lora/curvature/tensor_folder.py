@@ -64,8 +64,8 @@ def write_folder(
     if manifest_file.exists():
         _read_manifest(manifest_file, form)
     compact, shapes = _without_repetition(tensors)
-    with _aside(folder) as aside:
-        new = aside / "tensors"
+    with aside(folder) as unfinished:
+        new = unfinished / "tensors"
         new.touch()
         mode = new.stat().st_mode
         save_file(compact, new)
@@ -82,12 +82,12 @@ def write_folder(
             },
             "expanded": shapes,
         }
-        _put(new, folder / f"{digest}.safetensors")
-        new = aside / "manifest"
+        put(new, folder / f"{digest}.safetensors")
+        new = unfinished / "manifest"
         manifest["manifest_sha256"] = manifest_digest(manifest)
         new.write_text(json.dumps(manifest, indent=1))
-        _put(new, manifest_file)
-    _remove_own(folder, but=f"{digest}.safetensors")
+        put(new, manifest_file)
+    _remove_tensors(folder, but=f"{digest}.safetensors")
 
 
 def read_manifest(folder: Path, form: Format) -> dict[str, Any]:
@@ -164,6 +164,40 @@ def read_tensors(
     }
 
 
+@contextmanager
+def aside(folder: Path) -> Iterator[Path]:
+    """A folder for what is unfinished, that which others leave beside it included.
+
+    What a crash left over there is deleted first.
+
+    Args:
+        folder: Where finished files go, which exists.
+
+    Yields:
+        A new folder inside of it, deleted at the end.
+    """
+    _remove_unfinished(folder)
+    unfinished = folder / f"{secrets.token_hex(8)}.pyro_lora.tmp"
+    unfinished.mkdir()
+    try:
+        yield unfinished
+    finally:
+        shutil.rmtree(unfinished)
+
+
+def put(new: Path, target: Path) -> None:
+    """Rename what is on the disk, and not only in the system's cache.
+
+    Args:
+        new: A file, or a folder with files.
+        target: Its new name, on the same disk.
+    """
+    for path in (*new.rglob("*"), new):
+        _sync(path)
+    os.replace(new, target)
+    _sync(target.parent)  # before the next rename, whatever the system would choose
+
+
 def delete_folder(folder: Path) -> None:
     """Delete what :func:`write_folder` wrote, and the folder if nothing else is in it.
 
@@ -173,7 +207,8 @@ def delete_folder(folder: Path) -> None:
     if not folder.is_dir():
         return
     (folder / MANIFEST).unlink(missing_ok=True)  # first: a crash leaves no half
-    _remove_own(folder)
+    _remove_unfinished(folder)
+    _remove_tensors(folder)
     if not any(folder.iterdir()):
         folder.rmdir()
 
@@ -214,29 +249,15 @@ def _without_repetition(tensors: Tensors) -> tuple[Tensors, dict[str, list[int]]
     return compact, shapes
 
 
-@contextmanager
-def _aside(folder: Path) -> Iterator[Path]:
-    """A folder for unfinished files, those that safetensors itself leaves included."""
-    aside = folder / f"{secrets.token_hex(8)}.pyro_lora.tmp"
-    aside.mkdir()
-    try:
-        yield aside
-    finally:
-        shutil.rmtree(aside)
+def _remove_unfinished(folder: Path) -> None:
+    for path in folder.iterdir():
+        if _TEMPORARY.fullmatch(path.name):
+            shutil.rmtree(path)
 
 
-def _put(new: Path, target: Path) -> None:
-    """Rename a file that is on the disk, and not only in the system's cache."""
-    _sync(new)
-    os.replace(new, target)
-    _sync(target.parent)  # before the next rename, whatever the system would choose
-
-
-def _remove_own(folder: Path, but: str | None = None) -> None:
+def _remove_tensors(folder: Path, but: str | None = None) -> None:
     for file in folder.iterdir():
-        if _TEMPORARY.fullmatch(file.name):
-            shutil.rmtree(file)
-        elif _TENSOR_FILE.fullmatch(file.name) and file.name != but:
+        if _TENSOR_FILE.fullmatch(file.name) and file.name != but:
             file.unlink()
 
 

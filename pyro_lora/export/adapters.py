@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
-import re
-import secrets
-import shutil
 from pathlib import Path
 
 from peft import PeftModel, get_peft_model_state_dict
+from torch import Tensor
 
+from pyro_lora.curvature.tensor_folder import aside, put
+from pyro_lora.export.adapter_card import adapter_card, title
 from pyro_lora.export.posterior_state import Posterior
+from pyro_lora.infer.joint_distribution import check_num_samples
 from pyro_lora.lifting.lifted_network import LiftedNetwork
+from pyro_lora.predict.draws import LORA_POSTERIORS
+
+_CARD = "README.md"
 
 
 def export_adapters(
@@ -19,10 +23,13 @@ def export_adapters(
 ) -> None:
     """Write draws as adapters ``draw_000``, ``draw_001``, ... that PEFT can load.
 
-    Each is a folder for ``PeftModel.from_pretrained(base_model, folder)`` or for any
-    server of LoRA adapters; the mean of the probabilities that the adapters give is
-    the posterior's prediction. All are written aside and renamed at the end, so
-    that none is ever half-written. The network's own adapter stays what it was.
+    Each is a folder for ``PeftModel.from_pretrained(base_model, folder)``, for a server
+    of LoRA adapters, or for the hub, with a model card that says how to load it. The
+    mean of the probabilities that the adapters give is the posterior's prediction. For
+    the mode alone: ``export_adapters(ensemble(lora, [posterior.mode()]), path, 1)``.
+
+    An adapter is written aside, onto the disk, and then renamed: each is there in full
+    or not at all, also after ``kill -9``. The network's own adapter stays what it was.
 
     Args:
         posterior: A Laplace, particle or mixture posterior of one PEFT model.
@@ -30,38 +37,63 @@ def export_adapters(
         num_samples: Number of draws; that of the particles writes each one, in order.
 
     Raises:
-        ValueError: If the folder holds draws already, the lifted network isn't one
-            PEFT model, or a lifted parameter isn't part of what PEFT saves.
+        ValueError: If the posterior is of another kind, the folder holds draws already,
+            the lifted network isn't one PEFT model, a lifted parameter isn't part of
+            what PEFT saves, or ``num_samples`` isn't positive.
     """
     folder = Path(path)
+    check_num_samples(num_samples)
+    lora, network, adapter = _one_adapter(posterior)
     if next(folder.glob("draw_*"), None) is not None:
         raise ValueError(
             f"{folder} holds draws already. Delete them, or name another folder."
         )
-    lora, network, adapter = _one_adapter(posterior)
     _check_saved_by_peft(lora, network, adapter)
     draws = posterior.sample(num_samples)
     before = lora.weights()
     folder.mkdir(parents=True, exist_ok=True)
-    aside = folder / f".{secrets.token_hex(8)}.tmp"
-    try:
-        for index in range(num_samples):
-            lora.load({site: draws[site][index] for site in lora.sites})
-            network.save_pretrained(
-                str(aside / str(index)),
-                selected_adapters=[adapter],
-                save_embedding_layers=False,  # never lifted; "auto" asks the hub
-            )
-        for index in range(num_samples):
-            # PEFT puts adapters of other names into a folder of that name.
-            inner = "" if adapter == "default" else adapter
-            (aside / str(index) / inner).rename(folder / f"draw_{index:03d}")
-    finally:
-        lora.load(before)
-        shutil.rmtree(aside, ignore_errors=True)
+    with aside(folder) as unfinished:
+        try:
+            new = []
+            for index in range(num_samples):
+                lora.load({site: draws[site][index] for site in lora.sites})
+                what = title(posterior, index, num_samples)
+                new.append(_write(network, adapter, unfinished / str(index), what))
+        finally:
+            lora.load(before)
+        for index, draw in enumerate(new):
+            put(draw, folder / f"draw_{index:03d}")
+
+
+def _write(network: PeftModel, adapter: str, folder: Path, what: str) -> Path:
+    """The folder that holds the adapter, inside of the one given."""
+    network.save_pretrained(
+        str(folder),
+        selected_adapters=[adapter],
+        save_embedding_layers=False,  # never lifted; "auto" asks the hub
+    )
+    # PEFT puts adapters of other names into a folder of that name, but for the card.
+    draw = folder if adapter == "default" else folder / adapter
+    card = adapter_card(
+        folder / _CARD,
+        what,
+        network.get_base_model(),
+        network.peft_config[adapter],
+        list(_saved(network, adapter)),
+    )
+    card.save(draw / _CARD)
+    for file in draw.iterdir():
+        file.chmod(draw.stat().st_mode & 0o666)  # safetensors' are the owner's alone
+    return draw
 
 
 def _one_adapter(posterior: Posterior) -> tuple[LiftedNetwork, PeftModel, str]:
+    if not isinstance(posterior, LORA_POSTERIORS):
+        raise ValueError(
+            f"export_adapters can't write a {type(posterior).__name__}; expected "
+            "LaplacePosterior, ParticlePosterior or MixturePosterior. Draw from a Pyro "
+            "guide yourself, and export pyro_lora.ensemble(lora, draws)."
+        )
     if len(posterior.loras) != 1:
         raise ValueError(
             f"The posterior has {len(posterior.loras)} lifted networks; expected one, "
@@ -78,16 +110,21 @@ def _one_adapter(posterior: Posterior) -> tuple[LiftedNetwork, PeftModel, str]:
     return lora, network, lora.adapter
 
 
-def _check_saved_by_peft(lora: LiftedNetwork, network: PeftModel, adapter: str) -> None:
-    saved = get_peft_model_state_dict(
+def _saved(network: PeftModel, adapter: str) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = get_peft_model_state_dict(
         network, adapter_name=adapter, save_embedding_layers=False
-    ).keys()
+    )
+    return tensors
+
+
+def _check_saved_by_peft(lora: LiftedNetwork, network: PeftModel, adapter: str) -> None:
+    if network.peft_config[adapter].is_prompt_learning:
+        return  # saved as the prompt that comes of it
+    # What PEFT saves are the parameters themselves, under shorter names.
+    saved = {value.data_ptr() for value in _saved(network, adapter).values()}
     for site, names in lora.sites.items():
         for name in names:
-            key = name.replace(f".modules_to_save.{adapter}.", ".")
-            # lora_A.default.weight, lora_embedding_A.default
-            key = re.sub(rf"(\.lora_\w+)\.{re.escape(adapter)}(?=\.|$)", r"\1", key)
-            if key not in saved:
+            if network.get_parameter(name).data_ptr() not in saved:
                 raise ValueError(
                     f"Site {site!r}: PEFT doesn't save the parameter {name!r} with the "
                     "adapter. Freeze it, or name its module in modules_to_save (for a "

@@ -61,7 +61,9 @@ def test_peft_loads_the_draws(
         with torch.no_grad(), lora.bind(models.draw(posterior.particles, index)) as net:
             expected = net(**batch).logits
             found = loaded(**batch).logits
+            merged = loaded.merge_and_unload()(**batch).logits
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(merged, expected, rtol=0, atol=1e-6)
     assert not torch.allclose(expected, peft_model(**batch).logits, atol=1e-3)
 
 
@@ -89,6 +91,16 @@ def test_laplace_draws(tmp_path: Path) -> None:
     pl.export_adapters(posterior, tmp_path, 2)
     files = [tmp_path / f"draw_00{i}" / "adapter_model.safetensors" for i in range(2)]
     assert files[0].read_bytes() != files[1].read_bytes()
+
+
+def test_the_mode(tmp_path: Path) -> None:
+    lora, model = models.classifier()
+    mode = models.laplace(lora, model, models.two_batches()).mode()
+    pl.export_adapters(pl.ensemble(lora, [mode]), tmp_path, 1)
+    (folder,) = tmp_path.iterdir()
+    found = pl.ensemble(lora, [folder]).particles
+    for site, value in mode.items():
+        torch.testing.assert_close(found[site][0], value, rtol=0, atol=0)
 
 
 def test_a_failure_leaves_nothing_behind(
@@ -130,6 +142,18 @@ def test_what_peft_would_lose_is_refused(tmp_path: Path) -> None:
     posterior = pl.ParticlePosterior(models.jittered(lora, 2), (lora,), None, "y")
     with pytest.raises(ValueError, match=r"'base\.bert\.pooler\.dense\.bias'.*PEFT"):
         pl.export_adapters(posterior, tmp_path, 2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_isn_t_a_number_of_weight_sets_is_refused(tmp_path: Path) -> None:
+    lora, model = models.classifier(network=networks.bert(dropout=0.1))
+    particles = models.particles(lora, model)
+    with pytest.raises(ValueError, match="at least 1, found 0"):
+        pl.export_adapters(particles, tmp_path, 0)
+    others: list[Any] = [pl.mc_dropout(lora), models.guide_over(lora.weights())]
+    for other, name in zip(others, ["DropoutPosterior", "function"], strict=True):
+        with pytest.raises(ValueError, match=rf"a {name}; .*ensemble\(lora, draws\)"):
+            pl.export_adapters(other, tmp_path, 2)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,18 +1,20 @@
 """Posteriors over whatever can be lifted go to ArviZ and to disk, and come back."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor
 
 import pyro_lora as pl
 from tests.lifting.liftable import TABLE
-from tests.lifting.liftable_oracle import built
+from tests.lifting.liftable_oracle import built, output_of
 from tests.lifting.liftable_row import Row
 from tests.networks import particles
 
@@ -84,3 +86,47 @@ def test_the_updates_are_those_of_peft(row: Row) -> None:
         expected = torch.stack([(b @ a).norm() for b, a in factors.values()])
         found = frobenius_norms(lora, weights)
         assert torch.allclose(found.double(), expected.sort().values.double())
+
+
+# Networks whose base a loaded adapter doesn't find again, by what PEFT does.
+OTHER_BASE = {
+    "LoftQ": "the quantised weights are the base",
+    "LoRA-GA": "the base is shifted by gradients of the data",
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # PEFT's, about its own methods
+@pytest.mark.parametrize("row", ROWS)
+def test_peft_loads_what_is_exported(
+    row: Row, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bases: list[Any] = []  # before the adapter
+    init = PeftModel.__init__
+
+    def keep(self: PeftModel, model: Any, *args: Any, **kwargs: Any) -> None:
+        bases.append(copy.deepcopy(model))
+        init(self, model, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PeftModel, "__init__", keep)
+        posterior = posterior_of(row)
+    (lora,) = posterior.loras
+    network = lora.network
+    if not isinstance(network, PeftModel):
+        pytest.skip("not an adapter of PEFT")
+    if row.name in OTHER_BASE:
+        pytest.skip(OTHER_BASE[row.name])
+    pl.export_adapters(posterior, tmp_path, 2)
+    loaded = PeftModel.from_pretrained(
+        bases[0], str(tmp_path / "draw_001"), autocast_adapter_dtype=False
+    )
+    frozen = next(p for p in network.parameters() if not p.requires_grad)
+    inputs = row.inputs()
+    weights = {site: value[1] for site, value in posterior.particles.items()}
+    with torch.no_grad(), lora.bind(weights) as net:
+        expected = output_of(net, inputs)
+        found = output_of(loaded.to(frozen.dtype).eval(), inputs)
+    # Loaded in float32 at the most, since some initialisations know nothing wider.
+    rounding = max(torch.finfo(t).eps for t in (torch.float32, frozen.dtype))
+    difference = (found - expected).abs().max()
+    assert difference <= 32 * rounding * expected.abs().max()
