@@ -46,6 +46,7 @@ class Eigenblocks:
 def eigenblocks(
     factors: list[KroneckerFactors] | list[DiagonalFactors],
     known: dict[int, tuple[Tensor, Tensor]] | None = None,
+    site: str = "",
 ) -> Eigenblocks:
     """Diagonalise the factors of one site's layers.
 
@@ -55,23 +56,35 @@ def eigenblocks(
         known: By identity of an input factor, its eigenvalues and vectors; those of
             factors that aren't there are added. Layers that share an input factor need
             one decomposition.
+        site: The site's name, for messages.
 
     Returns:
         The eigenvalues and bases; eigendecompositions run in float64.
+
+    Raises:
+        ValueError: If a factor is no sum of squares or outer products.
     """
     known = {} if known is None else known
     diagonals = [f.diagonal for f in factors if isinstance(f, DiagonalFactors)]
+    for i, x in enumerate(diagonals):
+        if not (x.isfinite() & (x >= 0)).all():
+            raise ValueError(
+                f"Site {site!r}, layer {i}: the diagonal has values from "
+                f"{float(x.min()):.3g} to {float(x.max()):.3g}. Sums of squares are "
+                "finite and not negative: check the structure function."
+            )
     if diagonals:
         return Eigenblocks(torch.stack(diagonals).double(), None, None)
     num_layers, stacks = len(factors), None
     for i in range(num_layers):
         f = factors.pop(0)
         assert isinstance(f, KroneckerFactors)
+        factor = f"Site {site!r}, layer {i}: the factor of its"
         if id(f.a) not in known:
-            values, vectors = eigh_psd(f.a.double() / f.count.clamp_min(1))
-            known[id(f.a)] = values, vectors.to(f.a)
+            values, vectors = eigh_psd(f.a, f"{factor} inputs")
+            known[id(f.a)] = values / f.count.clamp_min(1), vectors.to(f.a)
         a_values, columns = known[id(f.a)]
-        g_values, rows = eigh_psd(f.g)
+        g_values, rows = eigh_psd(f.g, f"{factor} gradients")
         layer = g_values[:, None] * a_values, rows.to(f.g), columns
         if stacks is None:
             stacks = [x.new_empty(num_layers, *x.shape) for x in layer]

@@ -160,18 +160,34 @@ class DenseGaussian(WeightGaussian):
         return unflatten_weights((flat.to(matrix) @ matrix).to(flat), self.loc)
 
     def _cholesky(self, tau: Mapping[str, Tensor]) -> Tensor:
+        return _cholesky(self._precision(tau))
+
+    def _precision(self, tau: Mapping[str, Tensor]) -> Tensor:
         full = {
             site: tau[site].double().expand(x.shape) for site, x in self.loc.items()
         }
-        shift = flatten_weights(full, self.loc)
-        return torch.linalg.cholesky(self.fisher + torch.diag_embed(shift))
+        return self.fisher + torch.diag_embed(flatten_weights(full, self.loc))
 
     @cached_property
     def _normal(self) -> dist.MultivariateNormal:
-        # From the precision's Cholesky factor P = R R^T: the covariance is R^-T R^-1.
-        root = self._cholesky(self.prior_precision)
-        covariance = torch.cholesky_inverse(root)
+        # P = U U^T with U upper triangular: the covariance is U^-T U^-1.
+        precision = self._precision(self.prior_precision)
+        upper = _cholesky(precision.flip(0, 1)).flip(0, 1)
+        identity = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
+        root = torch.linalg.solve_triangular(upper.mT, identity, upper=False)
         loc = flatten_weights(self.loc, self.loc)
-        return dist.MultivariateNormal(
-            loc, scale_tril=torch.linalg.cholesky(covariance).to(loc)
+        return dist.MultivariateNormal(loc, scale_tril=root.to(loc))
+
+
+def _cholesky(precision: Tensor) -> Tensor:
+    root, info = torch.linalg.cholesky_ex(precision)
+    if int(info):
+        diagonal = precision.detach().diagonal()
+        raise ValueError(
+            "The dense precision, Fisher information plus prior precision, isn't "
+            f"positive definite at row {int(info) - 1}; its diagonal runs from "
+            f"{float(diagonal.min()):.3g} to {float(diagonal.max()):.3g}. Its digits "
+            "don't resolve that: run the network in float64, or take a larger prior "
+            "precision or a Kronecker structure."
         )
+    return root

@@ -322,7 +322,7 @@ def _blocks(
     known: dict[int, tuple[Tensor, Tensor]] = {}
     places = iter(range(len(factors)))
     return {
-        site: eigenblocks([factors.pop(next(places)) for _ in members], known)
+        site: eigenblocks([factors.pop(next(places)) for _ in members], known, site)
         for lora in networks
         for site, members in lora.parameters.items()
     }

@@ -33,7 +33,7 @@ def gram(x: Tensor, rank: int | None) -> Tensor:
     return x.mT @ (x @ _test_matrix(width, 2 * rank + 1).to(x))
 
 
-def eigh_psd(matrix: Tensor) -> tuple[Tensor, Tensor]:
+def eigh_psd(matrix: Tensor, what: str = "It") -> tuple[Tensor, Tensor]:
     r"""Eigenvalues and eigenvectors of a sum of what :func:`gram` returns.
 
     From a sketch :math:`Y = A \Omega` it takes the leading k eigenpairs of Nyström's
@@ -44,19 +44,26 @@ def eigh_psd(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         matrix: (I, I), positive semidefinite, or a sketch (I, 2 k + 1).
+        what: What it is, the start of a message.
 
     Returns:
         Eigenvalues (I,) and vectors (I, I), or (k,) and (I, k); float64.
+
+    Raises:
+        ValueError: If it isn't finite, symmetric and positive semidefinite, up to the
+            rounding of sums in its dtype.
     """
     width, size = matrix.shape
+    # Rounding moves entries and eigenvalues by far less than half of a sum's digits.
+    tolerance = torch.finfo(matrix.dtype).eps ** 0.5
     matrix = matrix.double()
     if size == width:
-        values, vectors = torch.linalg.eigh(matrix)
+        values, vectors = _eigh(matrix, tolerance, what)
         # Gram matrices have no negative eigenvalues; what is below zero is rounding.
         return values.clamp_min(0), vectors
     omega = _test_matrix(width, size).to(matrix)
     core = omega.mT @ matrix
-    values, vectors = torch.linalg.eigh((core + core.mT) / 2)
+    values, vectors = _eigh(core, tolerance, what)
     # Beyond the rank of A the core's eigenvalues are rounding, which the pseudo-inverse
     # would blow up; rounding in a sum of n terms is some eps of the largest.
     kept = values > size * torch.finfo(matrix.dtype).eps * values[-1]
@@ -64,6 +71,25 @@ def eigh_psd(matrix: Tensor) -> tuple[Tensor, Tensor]:
     u, s, _ = torch.linalg.svd(matrix @ (vectors * roots), full_matrices=False)
     k = (size - 1) // 2
     return s[:k].square(), u[:, :k]
+
+
+def _eigh(matrix: Tensor, tolerance: float, what: str) -> tuple[Tensor, Tensor]:
+    remedy = "A sum of outer products has none: check the structure function."
+    if not matrix.isfinite().all():
+        raise ValueError(f"{what} has NaN or infinite entries. {remedy}")
+    atol = tolerance * float(matrix.abs().max())
+    if not torch.allclose(matrix, matrix.mT, rtol=0, atol=atol):
+        raise ValueError(
+            f"{what} isn't symmetric. A sum of outer products is: check the structure "
+            "function."
+        )
+    values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
+    if values[0] < -tolerance * values.abs().max():
+        raise ValueError(
+            f"{what} has eigenvalues from {float(values[0]):.3g} to "
+            f"{float(values[-1]):.3g}, negative ones, too. {remedy}"
+        )
+    return values, vectors
 
 
 @lru_cache(maxsize=16)
