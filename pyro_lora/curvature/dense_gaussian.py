@@ -185,7 +185,7 @@ def _cholesky(precision: Tensor) -> Tensor:
         diagonal = precision.detach().diagonal()
         raise ValueError(
             "The dense precision, Fisher information plus prior precision, isn't "
-            f"positive definite at row {int(info) - 1}; its diagonal runs from "
+            "positive definite; its diagonal runs from "
             f"{float(diagonal.min()):.3g} to {float(diagonal.max()):.3g}. Its digits "
             "don't resolve that: run the network in float64, or take a larger prior "
             "precision or a Kronecker structure."

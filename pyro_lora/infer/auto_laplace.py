@@ -34,6 +34,7 @@ from pyro_lora.lifting.model_trace import (
     evaluating,
     lifted_networks,
     observed_sites,
+    trace_at,
 )
 
 
@@ -165,7 +166,7 @@ class AutoLaplace(AutoDelta):
         def checked(**batch: Any) -> Any:
             # AutoDelta would take a missing label for a parameter, so look first.
             with naming_batch(0):
-                trace = poutine.trace(model).get_trace(**batch)
+                trace = trace_at(model, {}, batch)
             networks = _networks_in(trace)
             observed_sites(trace, self._obs_site)
             small_latents(trace, networks)
@@ -197,6 +198,8 @@ def _fit(
 ) -> LaplacePosterior:
     mode = {site: values[site] for lora in networks for site in lora.sites}
     latents = {site: x for site, x in values.items() if site not in mode}
+    if latents and iter(batches) is batches:
+        raise ValueError(READ_ONCE.format(f"{list(latents)} take a pass of their own"))
     with evaluating(networks):
         block = None
         if latents:

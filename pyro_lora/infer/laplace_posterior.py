@@ -13,6 +13,7 @@ from pyro import poutine
 from pyro.optim import PyroOptim
 from torch import Tensor
 
+from pyro_lora.curvature.fit import READ_ONCE
 from pyro_lora.curvature.gaussian_logits import GaussianLogits, JointGaussianLogits
 from pyro_lora.curvature.latent_block import LatentBlock
 from pyro_lora.curvature.linearize import (
@@ -232,6 +233,8 @@ class LaplacePosterior:
                 "objective is 'evidence' or 'nll', 'nll' needs held-out batches and "
                 "takes no per='prior', and the evidence needs batches for refits only."
             )
+        if num_refits and iter(batches or ()) is batches:
+            raise ValueError(READ_ONCE.format("each refit takes several passes"))
         best = self._maximize_evidence(per)
         for _ in range(num_refits):
             assert batches is not None

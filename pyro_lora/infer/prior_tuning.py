@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from pyro_lora.curvature.fit import READ_ONCE, naming_batch
 from pyro_lora.curvature.gaussian_logits import class_log_probs
 from pyro_lora.curvature.linearize import linearized_logits
 from pyro_lora.curvature.weight_gaussian import WeightGaussian, Weights
@@ -192,10 +193,12 @@ def minimize_nll(
         Site -> precision, (L, 1, 1).
 
     Raises:
-        ValueError: If ``per`` is something else, a batch has no labels, or there is
-            none.
+        ValueError: If ``per`` is something else, a batch has no labels, there is none,
+            or they can be read once only and there are several precisions.
     """
     size = _num_precisions(gaussian.loc, per)
+    if size > 1 and iter(batches) is batches:
+        raise ValueError(READ_ONCE.format("each of several precisions takes passes"))
     device = next(iter(gaussian.loc.values())).device
     grid = _GRID.to(device)
 
@@ -231,7 +234,10 @@ def _nll(
             raise ValueError(
                 f"Held-out batch {index} has no 'labels', which objective='nll' needs."
             )
-        found = linearized_logits(model, gaussian, networks, batch, obs_site, priors)
+        with naming_batch(index):
+            found = linearized_logits(
+                model, gaussian, networks, batch, obs_site, priors
+            )
         chosen = labels.long()[:, None]
         total = total + torch.stack(
             [-class_log_probs(logits).gather(1, chosen).sum() for logits in found]

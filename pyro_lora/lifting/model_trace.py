@@ -40,9 +40,24 @@ def trace_at(model: Model, weights: Mapping[str, Tensor], batch: Batch) -> Any:
 
     Returns:
         A ``pyro.poutine.Trace``.
+
+    Raises:
+        ValueError: If there are no data in the batch.
     """
+    check_not_empty(batch)
     with _AtWeights(weights):
         return poutine.trace(model).get_trace(**batch)
+
+
+def check_not_empty(batch: Batch) -> None:
+    """Check that a batch has data: networks fail on none in ways of their own.
+
+    Raises:
+        ValueError: If every tensor in it has a first dim of 0.
+    """
+    sizes = [x.shape[0] for x in batch.values() if isinstance(x, Tensor) and x.ndim > 0]
+    if sizes and not any(sizes):
+        raise ValueError("The batch is empty, of 0 data. Leave it out.")
 
 
 def lifted_networks(trace: Any) -> tuple[LiftedNetwork, ...]:

@@ -115,7 +115,7 @@ def test_a_dense_precision_that_is_not_positive_definite(name: str) -> None:
     ones = torch.ones_like(gaussian.fisher)
     fisher = gaussian.fisher - ones + 2 * ones.diagonal().diag()
     broken = replace(posterior, gaussian=replace(gaussian, fisher=fisher))
-    with pytest.raises(ValueError, match=r"positive definite at row \d+.*float64"):
+    with pytest.raises(ValueError, match=r"isn't positive definite; its.*float64"):
         EVALUATIONS[name](broken)
 
 

@@ -92,6 +92,58 @@ def test_batches_that_can_be_read_once(
         guide(lora).laplace_approximation(iter(split(texts, 3)))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"objective": "nll", "per": "site"},
+        {"num_refits": 1, "optim": Adam({"lr": 1e-3})},
+    ],
+)
+def test_tuning_with_batches_that_can_be_read_once(
+    lora: pl.LiftedNetwork, texts: dict[str, Tensor], options: Any
+) -> None:
+    posterior = laplace(lora, texts)
+    message = r"iterator.*takes (several )?passes\. Give a list or a DataLoader"
+    with pytest.raises(ValueError, match=message):
+        posterior.optimize_prior(batches=iter(split(texts, 3)), **options)
+    # One precision takes one pass.
+    one = posterior.optimize_prior(objective="nll", batches=iter(split(texts, 3)))
+    again = posterior.optimize_prior(objective="nll", batches=split(texts, 3))
+    assert torch.equal(one.log_evidence(), again.log_evidence())
+
+
+def test_latents_with_batches_that_can_be_read_once(
+    lora: pl.LiftedNetwork, texts: dict[str, Tensor]
+) -> None:
+    def init(site: dict[str, Any]) -> Tensor:
+        start = {**lora.weights(), "temperature": torch.tensor(1.0)}
+        return start[site["name"]]
+
+    start = pl.AutoLaplace(with_temperature(lora), init_loc_fn=init)
+    expected = start.laplace_approximation(split(texts, 3))  # this sets the guide up
+    with pytest.raises(ValueError, match=r"\['temperature'\] take a pass of their own"):
+        start.laplace_approximation(iter(split(texts, 3)))
+    again = start.laplace_approximation(split(texts, 3))
+    assert torch.equal(again.log_evidence(), expected.log_evidence())
+
+
+@pytest.mark.parametrize("after_svi", [False, True])
+@pytest.mark.parametrize("index", [0, 2])
+def test_an_empty_batch(
+    lora: pl.LiftedNetwork, texts: dict[str, Tensor], index: int, after_svi: bool
+) -> None:
+    batches = split(texts, 3)
+    batches.insert(index, {name: x[:0] for name, x in texts.items()})
+    start = trained(lora, texts) if after_svi else guide(lora)
+    with pytest.raises(ValueError, match=rf"batch {index}: .*is empty.*Leave it out"):
+        start.laplace_approximation(batches)
+    posterior = laplace(lora, texts)
+    with pytest.raises(ValueError, match=rf"batch {index}: .*is empty"):
+        posterior.optimize_prior(objective="nll", batches=batches)
+    with pytest.raises(ValueError, match="is empty"):
+        posterior.linearized(batches[index])
+
+
 def test_a_mode_with_nan(lora: pl.LiftedNetwork, texts: dict[str, Tensor]) -> None:
     start = trained(lora, texts)
     site = list(lora.sites)[1]
