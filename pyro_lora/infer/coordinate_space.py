@@ -25,9 +25,9 @@ def coordinate_direction(
 
     :math:`\phi_{id} = \frac1K \sum_j [k(x_{jd}, x_{id}) s_{jd} + \partial_{x_{jd}}
     k(x_{jd}, x_{id})]`: sliced SVGD with the axes as slices (Gong, Li and
-    Hernández-Lobato 2021, https://arxiv.org/abs/2006.16531), and ``mode="univariate"`` of
-    ``pyro.infer.SVGD``. The repulsive form is :math:`s_{id} - \partial_{x_{id}} \log
-    \sum_j k(x_{id}, x_{jd})`.
+    Hernández-Lobato 2021, https://arxiv.org/abs/2006.16531), or ``pyro.infer.SVGD``
+    with ``mode="univariate"``. The repulsive form is :math:`s_{id} -
+    \partial_{x_{id}} \log \sum_j k(x_{id}, x_{jd})`.
 
     Args:
         kernel: A function of squared distances (n, K, K).

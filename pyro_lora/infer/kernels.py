@@ -28,12 +28,12 @@ class RBF:
 
     Attributes:
         space: What :math:`d` measures. ``"joint"``: all weights together; ``"site"``:
-            one kernel for each site; ``"coordinate"``: one kernel for each weight,
-            whose variances don't shrink as their number grows (but see the page on
-            SVGD); ``"delta"``: all weights, but LoRA's by the updates :math:`s B A`, so
-            that turning the factors is no distance; ``"function"``: the likelihood's
-            logit contrasts (or location), squared differences averaged over the
-            minibatch.
+            one kernel for each site; ``"coordinate"``: one kernel for each weight, so
+            that variances don't shrink as the number of weights grows, while nothing
+            drives correlations; ``"delta"``: all weights, but LoRA's by the updates
+            :math:`s B A`, so that turning the factors is no distance; ``"function"``:
+            the likelihood's logit contrasts (or location), squared differences averaged
+            over the minibatch.
         bandwidth: h, or None for the median heuristic :math:`2 h^2 = \mathrm{median}_{
             i<j} d_{ij}^2 / \log(K + 1)` (the lower median; Pyro's kernels divide by
             another factor), with no gradient through it.

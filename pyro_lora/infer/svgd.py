@@ -73,7 +73,9 @@ class SVGD:
             (fraction, minibatch loss in nats per datum, mean over particles). None is 1
             in weight space. In function space it is 0.4 N at a loss of 0, falling to 0
             at 0.3 nats per datum; that is for class labels, since the loss of a Normal
-            depends on its units.
+            depends on its units. At 1, few particles keep log(K + 1) / (2 D) of a
+            standard Gaussian's variance over D weights (Ba et al. 2022,
+            https://openreview.net/forum?id=Qycd9j5Qp9J), at 2 D / log(K + 1) all of it.
         chunk_size: Particles in one forward pass; None is all. Same numbers, less
             memory; function space then needs a second forward pass.
         accumulate: Batches in one update: the particles move once for all of them, as

@@ -1,5 +1,6 @@
 """Where SVGD ends: moments of targets that are known in closed form."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,12 +14,15 @@ from torch.distributions import biject_to
 import pyro_lora as pl
 from pyro_lora import kernels
 
+RBF = kernels.RBF()
+
 
 def particles_of(
     model: Callable[[], None],
     num_particles: int,
     num_steps: int,
     spread: float = 1.0,
+    kernel: Any = RBF,
     **settings: Any,
 ) -> dict[str, Tensor]:
     def init(site: dict[str, Any]) -> Tensor:
@@ -32,7 +36,7 @@ def particles_of(
     }
     svgd = pl.SVGD(
         model,
-        kernels.RBF(),
+        kernel,
         pyro.optim.ExponentialLR(schedule),
         num_particles,
         init_loc_fn=init,
@@ -131,3 +135,50 @@ def test_strength_of_repulsion_is_a_temperature() -> None:
     one = variances[1]
     assert 0.8 < one < 1.0
     assert variances == pytest.approx([one / 2, one, 2 * one], rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("settings", "share"),
+    [
+        ({}, math.log(6) / 200),
+        ({"transport": "repulsive"}, math.log(6) / 400),
+        ({"temperature": 200 / math.log(6)}, 1.0),
+        ({"transport": "repulsive", "repulsion": 400 / math.log(6)}, 1.0),
+    ],
+)
+def test_variance_of_few_particles_in_many_dims(
+    settings: dict[str, Any], share: float
+) -> None:
+    # They end at equal distances, where forces balance at a variance of log(K + 1) / D
+    # (half of it for the repulsive transport): the kernel between two of them is
+    # 1 / (K + 1), and the gradients of the others take away what they add up to.
+    def model() -> None:
+        zeros = torch.zeros(200, dtype=torch.float64)
+        pyro.sample("x", dist.Normal(zeros, 1.0).to_event(1))
+
+    found = particles_of(model, 5, 200, spread=0.3, **settings)["x"]
+    distances = torch.pdist(found)
+    assert distances.std() < 0.01 * distances.mean()
+    assert found.var(0).mean().item() == pytest.approx(share, rel=0.01)
+
+
+def test_function_space_measures_by_the_data() -> None:
+    # Where data say all about the weights, distances of outputs are those of whitened
+    # weights: forces balance at the right variance whatever the posterior's shape.
+    num_weights, num_particles = 40, 5
+    turn = torch.linalg.qr(torch.randn(num_weights, num_weights).double()).Q
+    x = torch.logspace(-0.5, 0.5, num_weights).double()[:, None] * turn
+
+    def model() -> None:
+        w = pyro.sample("w", dist.Normal(x.new_zeros(num_weights), 1e3).to_event(1))
+        with pyro.plate("data", num_weights):
+            loc = (x * w).sum(-1)
+            pyro.sample("y", dist.Normal(loc, 1.0), obs=x.new_zeros(num_weights))
+
+    strength = 2 * num_weights / math.log(num_particles + 1)
+    kernel = kernels.RBF(space="function")
+    found = particles_of(model, num_particles, 200, kernel=kernel, repulsion=strength)[
+        "w"
+    ]
+    whitened = (found @ x.T).var(0)
+    assert whitened.mean().item() == pytest.approx(1.0, rel=0.01)
