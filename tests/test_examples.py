@@ -3,6 +3,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -94,12 +95,30 @@ def test_demo_prints_every_method_and_writes_its_files(
         assert values["auroc"] is None  # there are no other domains
         assert values["spearman"] is None  # nor ratings
     table = (out / "table.txt").read_text()
-    assert table.strip() in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert table.strip() in printed
     for line in table.splitlines():
         if line.startswith("MAP  "):
             assert line.split()[5:7] == ["-", "-"]
-    for name in ("laplace.nc", "svgd.nc", "reliability.png", "evidence.png"):
+    for name in ("laplace.nc", "svgd.nc"):
         assert (out / name).stat().st_size > 0
+    pictures = {path.name for path in out.glob("*.png")}
+    assert pictures == {
+        "delta_norms.png",
+        "effective_parameters.png",
+        "evidence.png",
+        "forces.png",
+        "khat.png",
+        "norms.png",
+        "pava.png",
+        "rejection.png",
+        "reliability.png",
+    }
+    assert f"Pictures in {out}: " in printed
+    for name in pictures:
+        assert name in printed
+        pixels = plt.imread(out / name)
+        assert pixels.std() > 0  # something is on it
     assert list((out / "adapters" / "laplace").glob("**/adapter_model.safetensors"))
 
 
