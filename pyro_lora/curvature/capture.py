@@ -225,9 +225,14 @@ def score_gradients(
     """
     result: dict[str, list[Tensor]] = {}
     for c in captures:
-        a, gradients = at_least_float32(c.inputs), at_least_float32(c.gradients)
-        g = torch.einsum("mb,mbto->bto", coordinates.to(gradients), gradients)
-        gradient = g.flatten(0, 1).mT @ a.flatten(0, 1)
+        a, g = at_least_float32(c.inputs), at_least_float32(c.gradients)
+        alpha = coordinates.to(g)[..., None, None]
+        a = a.expand(len(alpha), -1, -1, -1)
+        if a.shape[-1] < g.shape[-1]:  # the narrower side takes the coordinates
+            a = alpha * a
+        else:
+            g = alpha * g
+        gradient = g.flatten(0, 2).mT @ a.flatten(0, 2)
         result.setdefault(c.site, []).append(gradient)
     return result
 

@@ -87,9 +87,10 @@ def kfac_expand(a: Tensor, g: Tensor, rank: int | None = None) -> KroneckerFacto
     """
     a, g = at_least_float32(a), at_least_float32(g)
     counts = _counts(g)
-    rows = (a * counts[..., None]).flatten(0, 1)
-    grads = g.flatten(0, 2)
-    return KroneckerFactors(gram(rows, rank), gram(grads, rank), counts.sum())
+    if not counts.all():
+        a, g = a[counts], g[:, counts]
+    rows, grads = a.flatten(0, -2), g.flatten(0, -2)
+    return KroneckerFactors(gram(rows, rank), gram(grads, rank), counts.sum().to(a))
 
 
 def kfac_reduce(a: Tensor, g: Tensor, rank: int | None = None) -> KroneckerFactors:
@@ -107,7 +108,7 @@ def kfac_reduce(a: Tensor, g: Tensor, rank: int | None = None) -> KroneckerFacto
         Factors with n the number of data that have a token that counts.
     """
     a, g = at_least_float32(a), at_least_float32(g)
-    counts = _counts(g)
+    counts = _counts(g).to(a)
     tokens = counts.sum(-1, keepdim=True)  # (B, 1)
     rows = (a * counts[..., None]).sum(1) / tokens.clamp_min(1)
     grads = g.sum(2).flatten(0, 1)
@@ -221,4 +222,4 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def _counts(g: Tensor) -> Tensor:
-    return g.any(-1).any(0).to(g)  # (B, T)
+    return g.abs().amax((0, -1)) != 0  # (B, T)
