@@ -145,7 +145,10 @@ class LaplacePosterior:
         Args:
             value: :math:`\tau`, one number, or one for each site, of a shape that
                 broadcasts over the site, () or (L, 1, 1). Kronecker structures take
-                its average over each matrix.
+                its average :math:`\bar\tau` over each matrix. Along any direction in
+                the matrix, the variance is then that of the full :math:`\tau` times a
+                factor from :math:`\min \tau / \bar\tau` to :math:`\max \tau /
+                \bar\tau`, nearer to one the more the data say.
 
         Returns:
             A new posterior; the model keeps its own prior.
@@ -175,6 +178,8 @@ class LaplacePosterior:
         num_refits: int = 0,
         optim: PyroOptim | None = None,
         num_epochs: int = 1,
+        obs_site: str | None = None,
+        labels: str = "labels",
     ) -> LaplacePosterior:
         r"""Choose the prior precision by the evidence or by held-out data.
 
@@ -194,12 +199,14 @@ class LaplacePosterior:
                 data. ``"nll"``: minimise the negative log likelihood of the
                 linearised predictive on held-out ``batches``, over a grid in one pass
                 over them; with several precisions one after the other, twice, each in
-                a pass of its own.
+                a pass of its own. For a Categorical, Bernoulli or Normal likelihood.
             batches: With ``"nll"``: held-out batches with labels. With ``num_refits``:
                 all training data, as for the fit.
             num_refits: How often to train on and fit again; with the evidence only.
             optim: A ``pyro.optim`` optimizer for the refits.
             num_epochs: Passes over the data in each refit, before the one that fits.
+            obs_site: With ``"nll"``: the likelihood's site; None is the posterior's.
+            labels: With ``"nll"``: the model's argument with that site's outcomes.
 
         Returns:
             A new posterior; network, model and param store are as before.
@@ -223,7 +230,13 @@ class LaplacePosterior:
             model = self._model("optimize_prior(objective='nll')")
             with evaluating(self.loras):
                 tau = prior_tuning.minimize_nll(
-                    model, self.gaussian, self.loras, batches, self.obs_site, per
+                    model,
+                    self.gaussian,
+                    self.loras,
+                    batches,
+                    obs_site or self.obs_site,
+                    labels,
+                    per,
                 )
             return self.with_prior_precision(tau)
         if objective != "evidence" or (num_refits > 0) != (batches is not None):
@@ -283,15 +296,26 @@ class LaplacePosterior:
         *,
         joint: Literal[False] = False,
         tokens: Tokens | None = None,
+        obs_site: str | None = None,
     ) -> GaussianLogits: ...
 
     @overload
     def linearized(
-        self, batch: Batch, *, joint: Literal[True], tokens: Tokens | None = None
+        self,
+        batch: Batch,
+        *,
+        joint: Literal[True],
+        tokens: Tokens | None = None,
+        obs_site: str | None = None,
     ) -> JointGaussianLogits: ...
 
     def linearized(
-        self, batch: Batch, *, joint: bool = False, tokens: Tokens | None = None
+        self,
+        batch: Batch,
+        *,
+        joint: bool = False,
+        tokens: Tokens | None = None,
+        obs_site: str | None = None,
     ) -> GaussianLogits | JointGaussianLogits:
         r"""Gaussian over the logits of a batch, :math:`N(f(x), J P^{-1} J^T)`.
 
@@ -306,6 +330,8 @@ class LaplacePosterior:
                 ``"last"``, the last one that the distribution doesn't mask;
                 ``"each"``; or their positions, (B,) or (B, T'). Every one of a datum
                 takes C - 1 backward passes.
+            obs_site: The likelihood's site; None is the posterior's. Name it where the
+                posterior has several.
 
         Returns:
             Mean (B, C), its mean over classes removed, and covariance (B, C, C); for
@@ -316,7 +342,8 @@ class LaplacePosterior:
                 isn't Categorical, Bernoulli or Normal, or ``tokens`` doesn't fit it.
         """
         model = self._model("linearized")
-        at = (model, self.gaussian, self.loras, batch, self.obs_site)
+        site = obs_site or self.obs_site
+        at = (model, self.gaussian, self.loras, batch, site)
         with evaluating(self.loras):
             if joint:
                 return joint_linearized_logits(*at, tokens=tokens)

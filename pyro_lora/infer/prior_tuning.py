@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_lora.curvature.fit import READ_ONCE, naming_batch
-from pyro_lora.curvature.gaussian_logits import class_log_probs
+from pyro_lora.curvature.gaussian_logits import GaussianLogits, class_log_probs
 from pyro_lora.curvature.linearize import linearized_logits
 from pyro_lora.curvature.weight_gaussian import WeightGaussian, Weights
 from pyro_lora.lifting.lifted_network import LiftedNetwork
@@ -174,6 +174,7 @@ def minimize_nll(
     networks: Sequence[LiftedNetwork],
     batches: Iterable[Batch],
     obs_site: str | None,
+    labels: str,
     per: str,
 ) -> Weights:
     """The prior precisions with the smallest held-out negative log likelihood.
@@ -185,8 +186,9 @@ def minimize_nll(
         model: A Pyro model.
         gaussian: Mode and Fisher information.
         networks: The lifted networks in the model.
-        batches: Held-out batches with ``labels``.
+        batches: Held-out batches with labels.
         obs_site: The likelihood's site.
+        labels: The model's argument with its outcomes.
         per: ``"all"``, ``"site"`` or ``"layer"``: what shares one precision.
 
     Returns:
@@ -207,7 +209,7 @@ def minimize_nll(
             checked_precision(_spread(tau, gaussian.loc, per), gaussian.loc)
             for tau in candidates
         ]
-        losses = _nll(model, gaussian, networks, batches, obs_site, priors)
+        losses = _nll(model, gaussian, networks, batches, obs_site, labels, priors)
         return candidates[int(losses.argmin())]
 
     tau = best_of(grid[:, None].expand(-1, size))
@@ -225,23 +227,31 @@ def _nll(
     networks: Sequence[LiftedNetwork],
     batches: Iterable[Batch],
     obs_site: str | None,
+    labels: str,
     priors: Sequence[Weights],
 ) -> Tensor:
     total: Tensor | float = 0.0
     for index, batch in enumerate(batches):
-        labels = batch.get("labels")
-        if labels is None:
+        outcomes = batch.get(labels)
+        if outcomes is None:
             raise ValueError(
-                f"Held-out batch {index} has no 'labels', which objective='nll' needs."
+                f"Held-out batch {index} has no {labels!r}, which objective='nll' "
+                "needs. If the model calls them otherwise, say labels=."
             )
         with naming_batch(index):
             found = linearized_logits(
                 model, gaussian, networks, batch, obs_site, priors
             )
-        chosen = labels.long()[:, None]
-        total = total + torch.stack(
-            [-class_log_probs(logits).gather(1, chosen).sum() for logits in found]
-        )
+        total = total + torch.stack([_log_loss(logits, outcomes) for logits in found])
     if not isinstance(total, Tensor):
         raise ValueError("objective='nll' got no batches.")
     return total
+
+
+def _log_loss(logits: GaussianLogits, outcomes: Tensor) -> Tensor:
+    """Of classes; of real outcomes, each output by itself."""
+    if logits.noise_variance is None:
+        return -class_log_probs(logits).gather(1, outcomes.long()[:, None]).sum()
+    variance = logits.predictive_variance.double()
+    error = outcomes.double().reshape(variance.shape) - logits.mean
+    return 0.5 * (error.square() / variance + (2 * math.pi * variance).log()).sum()

@@ -20,6 +20,7 @@ from tests.curvature.gauss_newton import (
     brute_force,
     flatten,
     jacobian,
+    precision_matrix,
     split,
 )
 from tests.curvature.test_cost import Passes
@@ -212,6 +213,35 @@ def test_a_posterior_of_several_sites_predicts_the_one_that_is_named() -> None:
     assert found.probs.shape == (7, 3)
 
 
+@pytest.mark.parametrize("structure", [pl.dense, pl.kfac_expand])
+def test_a_posterior_of_several_sites_is_linearised_for_each(structure: Any) -> None:
+    exact = TwoOutcomes()
+    guide = pl.AutoLaplace(
+        exact.model,
+        init_loc_fn=exact.lora.init_to_adapter(),
+        structure=structure,
+        obs_site=BOTH,
+    )
+    posterior = guide.laplace_approximation(split(exact.texts, 3))
+    covariance = torch.linalg.inv(precision_matrix(posterior))
+    of_class = exact.jacobian[:, :3] - exact.jacobian[:, :3].mean(1, keepdim=True)
+    found = posterior.linearized(exact.texts, obs_site="y")
+    assert_same(found.covariance_matrix, of_class @ covariance @ of_class.mT, rtol=1e-8)
+    joint = posterior.linearized(exact.texts, obs_site="z", joint=True)
+    of_z = exact.jacobian[:, 3]
+    assert_same(
+        joint.covariance_matrix[:, 0, :, 0], of_z @ covariance @ of_z.mT, rtol=1e-8
+    )
+    noise = torch.full((7, 1), 0.25).double()
+    assert_same(joint.noise_variance, noise)
+    with pytest.raises(ValueError, match=r"found \['y', 'z'\].*obs_site="):
+        posterior.linearized(exact.texts)
+    options: Any = {"objective": "nll", "batches": [exact.texts]}
+    best = posterior.optimize_prior(**options, obs_site="y")
+    other = posterior.optimize_prior(**options, obs_site="z", labels="z")
+    assert float(best.log_evidence()) != float(other.log_evidence())
+
+
 @pytest.mark.parametrize(
     ("names", "message"),
     [
@@ -264,6 +294,21 @@ COUNTS: list[tuple[str, Callable[[Tensor], Any], Tensor]] = [
         "multinomial",
         lambda f: dist.Multinomial(3, logits=f),
         torch.tensor([[2.0, 1.0, 0.0], [0.0, 0.0, 3.0], [1.0, 1.0, 1.0]]),
+    ),
+    (
+        "binomial",
+        lambda f: dist.Binomial(4, logits=f[:, 0]),
+        torch.tensor([2.0, 0.0, 4.0]),
+    ),
+    (
+        "bernoulli-probs",
+        lambda f: dist.Bernoulli(probs=f[:, 0].sigmoid()),
+        torch.tensor([1.0, 0.0, 1.0]),
+    ),
+    (
+        "soft labels",
+        lambda f: dist.Multinomial(1, logits=f, validate_args=False),
+        torch.tensor([[0.1, 0.2, 0.7], [1.0, 0.0, 0.0], [0.3, 0.3, 0.4]]),
     ),
     (
         "one-hot",

@@ -20,11 +20,13 @@ from pyro_lora.curvature.structures import Structure
 from pyro_lora.infer.prior_tuning import checked_precision, maximize_evidence
 from tests.curvature.gauss_newton import (
     assert_same,
+    blocks,
     flatten,
     laplace,
     precision_matrix,
     split,
 )
+from tests.infer.linear_regression import NOISE_SD, linear_regression
 from tests.networks import batch, bert, inputs
 
 pytestmark = pytest.mark.filterwarnings("ignore:The weights aren't a mode")
@@ -116,6 +118,19 @@ def test_kronecker_structures_average_a_precision_over_each_matrix() -> None:
     found, expected = map(posterior.with_prior_precision, (full, mean))
     assert_same(found.log_evidence(), expected.log_evidence())
     assert_same(flatten(found.variance()), flatten(expected.variance()))
+    exact = precision_matrix(posterior) - torch.eye(len(flatten(full)))
+    exact = exact + torch.diag(flatten(full))
+    averaged = precision_matrix(found)
+    for site, layer, place in blocks(lora):
+        # Variances along all directions: generalised eigenvalues of the two.
+        root = torch.linalg.cholesky(averaged[place, place])
+        half = torch.linalg.solve_triangular(root, exact[place, place], upper=False)
+        both = torch.linalg.solve_triangular(root, half.mT, upper=False)
+        ratio = torch.linalg.eigvalsh((both + both.mT) / 2)
+        tau = full[site][layer]
+        assert ratio.min() > tau.min() / tau.mean() - 1e-9
+        assert ratio.max() < tau.max() / tau.mean() + 1e-9
+        assert ratio.max() > 1.01
     for structure in (pl.diagonal, pl.dense):  # these take every value
         found = laplace(lora, texts, structure=structure).with_prior_precision(full)
         exact = laplace(lora, texts, structure=structure)
@@ -308,6 +323,29 @@ def test_held_out_nll_picks_the_best_of_the_grid() -> None:
     assert found == pytest.approx(expected, rel=1e-12)
     assert min(losses) < losses[0]
     assert min(losses) < losses[-1]
+
+
+def test_held_out_nll_of_real_outcomes() -> None:
+    task = linear_regression()
+    posterior = task.laplace(structure=pl.dense)
+    x = torch.randn(20, 3).double()
+    noise = 0.6 * torch.randn(20).double()
+    design = torch.cat([x, torch.ones(20, 1).double()], 1)
+    y = design @ task.mode + noise
+    held_out = [{"x": x[:9], "y": y[:9]}, {"x": x[9:], "y": y[9:]}]
+    best = posterior.optimize_prior(objective="nll", batches=held_out, labels="y")
+    found = float(next(iter(best.prior_precision.values())).flatten()[0])
+    gram = task.design.mT @ task.design / NOISE_SD**2
+    grid = torch.logspace(-4, 6, 81, dtype=torch.float64)
+    losses = []
+    for tau in grid:  # at the mode that there is, as Laplace does
+        covariance = torch.linalg.inv(gram + tau * torch.eye(4))
+        variance = (design @ covariance * design).sum(1) + NOISE_SD**2
+        fn = dist.Normal(design @ task.mode, variance.sqrt())
+        losses.append(-fn.log_prob(y).sum())
+    expected = torch.stack(losses)
+    assert 0 < int(expected.argmin()) < 80
+    assert found == pytest.approx(float(grid[expected.argmin()]), rel=1e-12)
 
 
 @pytest.mark.parametrize(
