@@ -237,8 +237,10 @@ def _linearize(
     tokens: Tokens | None,
 ) -> _Linearization:
     leaves = {site: x.detach().requires_grad_() for site, x in gaussian.loc.items()}
-    with torch.enable_grad(), recording(networks) as record:
-        trace = trace_at(model, leaves, batch)
+    with torch.enable_grad():
+        # Not around the backward passes: a checkpointed network runs again in them.
+        with recording(networks) as record:
+            trace = trace_at(model, leaves, batch)
         site: dict[str, Any] = likelihood_site(trace, obs_site, gaussian.loc)
         fn, mask = _outcomes(site, tokens)
         values, basis = contrasts(fn)
