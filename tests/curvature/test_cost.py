@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,18 @@ def test_a_fit_takes_one_backward_pass_less_than_there_are_classes(
         guide.laplace_approximation(split(texts, 3))
     assert passes.forward == 3
     assert passes.backward == 3 * (num_labels - 1)
+
+
+def test_ekfac_takes_two_passes() -> None:
+    network = bert(3)
+    lora, texts = pl.lift(network), batch(7, num_labels=3)
+    laplace(lora, texts, 3)
+    passes = Passes()
+    with passes.counting(network):
+        laplace(lora, texts, 3, structure=pl.ekfac)
+    guide_set_up = 1
+    assert passes.forward == 2 * 3 + guide_set_up
+    assert passes.backward == 2 * 3 * 2
 
 
 @pytest.mark.parametrize("num_labels", [2, 3, 5])
@@ -169,7 +182,9 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("structure", [pl.kfac_expand, pl.kfac_reduce, pl.diagonal])
+@pytest.mark.parametrize(
+    "structure", [pl.kfac_expand, pl.kfac_reduce, pl.ekfac, pl.diagonal]
+)
 def test_nothing_is_as_large_as_a_block_of_the_precision(
     structure: Structure,
 ) -> None:
@@ -198,18 +213,47 @@ def test_dense_forms_the_whole_matrix() -> None:
 
 
 class Decompositions(TorchDispatchMode):
-    """Widths of the matrices that are diagonalised."""
+    """Widths of the matrices that are diagonalised; types of all that is decomposed."""
 
     def __init__(self) -> None:
         super().__init__()
         self.widths: list[int] = []
+        self.dtypes: list[torch.dtype] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         if func is torch.ops.aten._linalg_eigh.default:
             self.widths.append(args[0].shape[-1])
+        if any(
+            name in str(func)
+            for name in ("linalg_eigh", "linalg_svd", "linalg_qr", "linalg_cholesky")
+        ):
+            self.dtypes.append(args[0].dtype)
         return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "structure",
+    [
+        pl.kfac_expand,
+        pl.kfac_reduce,
+        pl.ekfac,
+        pl.dense,
+        partial(pl.kfac_expand, rank=2),
+        partial(pl.kfac_reduce, rank=2),
+    ],
+)
+def test_decompositions_are_in_float64_and_after_the_pass(structure: Structure) -> None:
+    lora = pl.lift(bert(3, dtype=torch.float32))
+    texts = batch(6, 5, num_labels=3)
+    laplace(lora, texts, structure=structure)  # makes the sketches' test matrices
+    with Decompositions() as one_batch:
+        laplace(lora, texts, structure=structure)
+    with Decompositions() as six:
+        laplace(lora, texts, 1, structure=structure)
+    assert set(one_batch.dtypes) == {torch.float64}
+    assert len(six.dtypes) == len(one_batch.dtypes)
 
 
 @pytest.mark.parametrize("structure", [pl.kfac_expand, pl.kfac_reduce])

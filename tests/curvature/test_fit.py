@@ -33,7 +33,7 @@ from tests.networks import batch, bert, inputs, llama
 
 pytestmark = pytest.mark.filterwarnings("ignore:The weights aren't a mode")
 
-STRUCTURES = [pl.kfac_expand, pl.kfac_reduce, pl.diagonal, pl.dense]
+STRUCTURES = [pl.kfac_expand, pl.kfac_reduce, pl.ekfac, pl.diagonal, pl.dense]
 Batch = dict[str, Tensor]
 Model = Callable[..., Any]
 

@@ -1,6 +1,7 @@
 """Padding of any amount on either side changes nothing."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -16,7 +17,14 @@ from tests.networks import PAD, batch, bert, llama
 
 pytestmark = pytest.mark.filterwarnings("ignore:The weights aren't a mode")
 
-STRUCTURES = [pl.kfac_expand, pl.kfac_reduce, pl.diagonal, pl.dense]
+STRUCTURES = [
+    pl.kfac_expand,
+    pl.kfac_reduce,
+    partial(pl.kfac_expand, rank=3),
+    pl.ekfac,
+    pl.diagonal,
+    pl.dense,
+]
 
 
 def padded(texts: dict[str, Tensor], left: int, right: int) -> dict[str, Tensor]:

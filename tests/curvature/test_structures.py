@@ -1,6 +1,7 @@
 """Each structure against the exact Gauss-Newton matrix, where it should be equal."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pyro
 import pyro.distributions as dist
@@ -46,11 +47,13 @@ def one_token(num_labels: int) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize("structure", LAYERWISE)
+@pytest.mark.parametrize(
+    "structure", [*LAYERWISE, pl.ekfac, partial(pl.kfac_expand, rank=4)]
+)
 @pytest.mark.parametrize("num_labels", [2, 3, 5])
 @pytest.mark.parametrize("build", [bert, llama])
 def test_layers_are_exact_at_one_token_of_one_datum(
-    build: Build, num_labels: int, structure: structures.LayerStructure
+    build: Build, num_labels: int, structure: structures.Structure
 ) -> None:
     lora, texts = pl.lift(build(num_labels)), one_token(num_labels)
     found = precision_matrix(laplace(lora, texts, structure=structure))
