@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,8 +28,8 @@ from pyro_lora.text_files import (
 
 try:
     import typer
-    from rich.console import Console
-    from rich.table import Table
+
+    from pyro_lora.terminal import errors_in_words, show, with_standard_errors
 except ImportError as error:
     raise ImportError(
         "The command line needs typer. Install it by: pip install 'pyro-lora[cli]'"
@@ -74,10 +73,16 @@ class Predictive(StrEnum):
 
 
 Data = Annotated[
-    Path, typer.Argument(help="CSV (with a header) or JSONL file.", exists=True)
+    Path,
+    typer.Argument(
+        help="CSV (with a header) or JSONL file.", exists=True, dir_okay=False
+    ),
 ]
 PosteriorFolder = Annotated[
-    Path, typer.Argument(help="Folder that `pyro-lora fit` wrote.")
+    Path,
+    typer.Argument(
+        help="Folder that `pyro-lora fit` wrote.", exists=True, file_okay=False
+    ),
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="Texts in one forward pass.")]
 Seed = Annotated[int, typer.Option(help="Same seed, same numbers.")]
@@ -86,9 +91,16 @@ Device = Annotated[str, typer.Option(help="As torch names it: cpu, cuda, cuda:1,
 
 @app.command()
 def fit(
-    adapter: Annotated[Path, typer.Argument(help="Folder of a saved PEFT adapter.")],
+    adapter: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder of a saved PEFT adapter.", exists=True, file_okay=False
+        ),
+    ],
     data: Data,
-    posterior: Annotated[Path, typer.Argument(help="Folder to write.")],
+    posterior: Annotated[
+        Path, typer.Argument(help="Folder to write.", file_okay=False)
+    ],
     method: Annotated[
         Method,
         typer.Option(
@@ -129,7 +141,7 @@ def fit(
     warns where the adapter isn't one: then let `--epochs 1` take it there. `svgd` costs
     as much as training `--num-particles` adapters.
     """
-    with _errors_in_words():
+    with errors_in_words():
         pyro.clear_param_store()
         pyro.set_rng_seed(seed)
         rows = read_rows(data, text_column, label_column)
@@ -160,7 +172,7 @@ def fit(
         pl.save(found, posterior)
         remember(posterior, settings)
     counts = {"texts": len(rows), "classes": len(names), "weights": _num_weights(lora)}
-    _show(f"{method.value} posterior in {posterior}", {**counts, **numbers})
+    show(f"{method.value} posterior in {posterior}", {**counts, **numbers})
 
 
 @app.command()
@@ -168,7 +180,8 @@ def predict(
     posterior: PosteriorFolder,
     data: Data,
     output: Annotated[
-        Path | None, typer.Option(help="CSV file to write, one row for each text.")
+        Path | None,
+        typer.Option(help="CSV file to write, one row for each text.", dir_okay=False),
     ] = None,
     method: Annotated[
         Predictive | None,
@@ -189,13 +202,15 @@ def predict(
 ) -> None:
     """Probabilities of the classes, and how far to trust them.
 
-    The file has texts and, if it has labels, too, a table of metrics is the answer:
-    accuracy, negative log-likelihood (nll), calibration error (ece), Brier score.
+    The file has texts and, if it has labels, too, a table of metrics is the answer,
+    with the standard errors that come from the choice of the texts: accuracy, negative
+    log-likelihood (nll), calibration error (ece), Brier score.
     `--output` has for each text the class, its probability, all probabilities, and the
     entropy in nats: aleatoric (the text is ambiguous) and epistemic (the adapter has
     seen too little).
     """
-    with _errors_in_words():
+    with errors_in_words():
+        _check_writable(output)
         pyro.set_rng_seed(seed)
         settings, lora = remembered(posterior, device)
         rows = read_rows(
@@ -215,14 +230,14 @@ def predict(
             progress_bar=True,
         )
         if output is not None:
-            write_prediction(output, prediction, settings.label_names)
+            write_prediction(output, rows, prediction, settings)
     numbers: dict[str, Any] = {"texts": len(rows)}
     if prediction.labels is None:
         numbers["mean confidence"] = float(prediction.probs.max(-1).values.mean())
     else:
-        numbers |= prediction.metrics()
+        numbers |= with_standard_errors(prediction)
     numbers["mean epistemic entropy"] = float(prediction.epistemic_entropy.mean())
-    _show(f"{method.value} prediction of {data}", numbers)
+    show(f"{method.value} prediction of {data}", numbers)
 
 
 @app.command()
@@ -231,7 +246,9 @@ def diagnose(
     data: Data,
     held_out: Annotated[
         Path | None,
-        typer.Option(help="File of other texts, for calibration.", exists=True),
+        typer.Option(
+            help="File of other texts, for calibration.", exists=True, dir_okay=False
+        ),
     ] = None,
     batch_size: BatchSize = 32,
     seed: Seed = 0,
@@ -243,7 +260,7 @@ def diagnose(
     Gaussian believable, are particles diverse, is the prior or the data in charge, is
     it over- or under-confident? Takes some dozen passes over the data.
     """
-    with _errors_in_words():
+    with errors_in_words():
         pyro.set_rng_seed(seed)
         settings, lora = remembered(posterior, device)
         columns = settings.text_column, settings.label_column
@@ -266,20 +283,37 @@ def diagnose(
 @app.command()
 def export(
     posterior: PosteriorFolder,
-    output: Annotated[Path, typer.Argument(help="Folder to hold the adapters.")],
-    num_samples: Annotated[int, typer.Option(min=1, help="Adapters to write.")] = 8,
+    output: Annotated[
+        Path, typer.Argument(help="Folder to hold the adapters.", file_okay=False)
+    ],
+    num_samples: Annotated[
+        int | None,
+        typer.Option(min=1, help="Adapters to write.  [default: 8, or all particles]"),
+    ] = None,
+    mode: Annotated[
+        bool, typer.Option("--mode", help="Write the mode alone, for laplace.")
+    ] = False,
     seed: Seed = 0,
 ) -> None:
     """Write draws as ordinary PEFT adapters: draw_000, draw_001, ...
 
-    Each can be loaded by `PeftModel.from_pretrained` and served by any server of LoRA
-    adapters. The mean of their probabilities is the posterior's prediction.
+    Each has a README.md that says how to load it, by `PeftModel.from_pretrained`, and
+    whether servers of many LoRA adapters (vLLM, LoRAX) take it. The mean of the
+    probabilities that they give is the posterior's prediction.
     """
-    with _errors_in_words():
+    with errors_in_words():
         pyro.set_rng_seed(seed)
         _, lora = remembered(posterior, "cpu")
-        pl.export_adapters(pl.load(posterior, lora), output, num_samples)
-    _show(f"adapters in {output}", {"adapters": num_samples})
+        found = pl.load(posterior, lora)
+        if mode:
+            found = pl.ensemble(lora, [found.mode()])
+        if num_samples is None:
+            num_samples = 8
+            if isinstance(found, pl.ParticlePosterior):
+                num_samples = found.num_particles
+        pl.export_adapters(found, output, num_samples)
+    names = sorted(folder.name for folder in output.glob("draw_*"))
+    show(f"adapters in {output}", {"from": names[0], "to": names[-1]})
 
 
 def _laplace(
@@ -329,18 +363,9 @@ def _svgd(
     return engine.posterior(), {"particles": num_particles, **last}
 
 
-@contextmanager
-def _errors_in_words() -> Iterator[None]:
-    """What the library says of wrong input is the message, without a traceback.
-
-    Raises:
-        Exit: In place of it.
-    """
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        typer.secho(f"Error: {error}", fg="red", err=True)
-        raise typer.Exit(1) from error
+def _check_writable(file: Path | None) -> None:
+    if file is not None and not file.parent.is_dir():
+        raise ValueError(f"There is no folder {file.parent} to write into.")
 
 
 def _adam(learning_rate: float) -> PyroOptim:
@@ -349,14 +374,6 @@ def _adam(learning_rate: float) -> PyroOptim:
 
 def _num_weights(lora: pl.LiftedNetwork) -> int:
     return sum(value.numel() for value in lora.zeros().values())
-
-
-def _show(title: str, numbers: Mapping[str, Any]) -> None:
-    table = Table(title=title, show_header=False)
-    for name, value in numbers.items():
-        shown = f"{value:.4g}" if isinstance(value, float) else str(value)
-        table.add_row(name, shown)
-    Console().print(table)
 
 
 if __name__ == "__main__":

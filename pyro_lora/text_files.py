@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -44,8 +44,9 @@ class Settings:
 
 def remember(posterior: Path, settings: Settings) -> None:
     """Write the settings beside the posterior."""
-    text = json.dumps(asdict(settings), indent=2)
-    (posterior / SETTINGS).write_text(text, "utf-8")
+    unfinished = posterior / f"{SETTINGS}.tmp"
+    unfinished.write_text(json.dumps(asdict(settings), indent=2), "utf-8")
+    unfinished.replace(posterior / SETTINGS)
 
 
 def remembered(posterior: Path, device: str) -> tuple[Settings, pl.LiftedNetwork]:
@@ -101,8 +102,15 @@ def network_of(
 
 
 def lifted(network: PeftModel, settings: Settings, device: str) -> pl.LiftedNetwork:
-    """The network on its device, with a normal prior on the adapter's weights."""
-    network.to(device).eval()
+    """The network on its device, with a normal prior on the adapter's weights.
+
+    Raises:
+        ValueError: If this machine has no such device.
+    """
+    try:
+        network.to(device).eval()
+    except (RuntimeError, AssertionError) as error:  # by torch's version
+        raise ValueError(f"--device {device}: {error}") from error
     if network.config.pad_token_id is None:
         network.config.pad_token_id = _tokenizer(settings).pad_token_id
     return pl.lift(network, prior=pl.priors.normal(scale=settings.prior_scale))
@@ -166,38 +174,66 @@ def read_rows(
     """Texts and labels of a file; labels are None where they are optional and missing.
 
     Raises:
-        ValueError: If it isn't such a file, is empty, or a column is missing.
+        ValueError: If it isn't such a file, is empty, a column is missing, or a row
+            has no value in it.
     """
-    with path.open(encoding="utf-8", newline="") as file:
-        if path.suffix == ".csv":
-            rows: list[dict[str, Any]] = list(csv.DictReader(file))
-        elif path.suffix in (".jsonl", ".json"):
-            rows = [json.loads(line) for line in file if line.strip()]
-        else:
-            raise ValueError(f"{path}: expected a file that ends in .csv or .jsonl.")
+    read = {".csv": _csv_rows, ".jsonl": _json_rows, ".json": _json_rows}
+    if path.suffix.lower() not in read:
+        raise ValueError(f"{path}: expected a file that ends in .csv or .jsonl.")
+    with path.open(encoding="utf-8-sig", newline="") as file:  # as spreadsheets write
+        rows = list(read[path.suffix.lower()](path, file))
     if not rows:
         raise ValueError(f"{path} has no rows.")
-    missing = {text_column, label_column} - rows[0].keys()
-    if optional:
-        missing -= {label_column}
-    if missing:
-        raise ValueError(
-            f"{path} has no column {sorted(missing)[0]!r}, but {sorted(rows[0])}. "
-            "Name it by --text-column or --label-column."
-        )
-    labelled = label_column in rows[0]
+    first = rows[0][1]
+    labelled = label_column in first or not optional
+    columns = [text_column, label_column] if labelled else [text_column]
+    for column in columns:
+        if column not in first:
+            raise ValueError(
+                f"{path} has no column {column!r}, but {sorted(first)}. "
+                "Name it by --text-column or --label-column."
+            )
+        for line, row in rows:
+            if row.get(column) is None:
+                raise ValueError(f"{path}, line {line}: no value for {column!r}.")
     return [
         (str(row[text_column]), str(row[label_column]) if labelled else None)
-        for row in rows
+        for _, row in rows
     ]
 
 
+def _csv_rows(path: Path, file: TextIO) -> Iterator[tuple[int, dict[str, Any]]]:
+    reader = csv.DictReader(file)
+    for row in reader:
+        yield reader.line_num, row
+
+
+def _json_rows(path: Path, file: TextIO) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(file, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: not JSON ({error}).") from error
+        if not isinstance(row, dict):
+            raise ValueError(
+                f"{path}, line {number}: expected one JSON object in each line, as "
+                '{"text": "...", "label": "..."}.'
+            )
+        yield number, row
+
+
 def write_prediction(
-    path: Path, prediction: pl.Prediction, names: Sequence[str]
+    path: Path, rows: Sequence[Row], prediction: pl.Prediction, settings: Settings
 ) -> None:
     """A CSV file with a row for each text, in order."""
+    names = settings.label_names
     confidence, best = prediction.probs.max(-1)
-    columns = {
+    columns: dict[str, list[Any]] = {settings.text_column: [text for text, _ in rows]}
+    if prediction.labels is not None:
+        columns[settings.label_column] = [label for _, label in rows]
+    columns |= {
         "class": [names[i] for i in best.tolist()],
         "confidence": confidence.tolist(),
         **{f"p({n})": prediction.probs[:, i].tolist() for i, n in enumerate(names)},

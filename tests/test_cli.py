@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shlex
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -259,6 +260,23 @@ def test_exported_adapters_load(place: Place, svgd: Path, tmp_path: Path) -> Non
         assert_close(alone.weights(), draw)
 
 
+def test_all_particles_or_the_mode_are_exported(
+    place: Place, laplace: Path, svgd: Path, tmp_path: Path
+) -> None:
+    output = run("export", svgd, tmp_path / "particles")
+    assert "draw_002" in output
+    assert len(list((tmp_path / "particles").iterdir())) == 3
+    run("export", laplace, tmp_path / "mode", "--mode")
+    lora, _, _ = python_side(place)
+    (folder,) = (tmp_path / "mode").iterdir()
+    found = pl.ensemble(lora, [folder]).particles
+    mode = pl.load(laplace, lora).mode()
+    assert_close({s: x[0] for s, x in found.items()}, mode)
+    again = run("export", laplace, tmp_path / "mode", code=1)
+    assert "holds draws already" in again
+    assert "no mode" in run("export", svgd, tmp_path / "no", "--mode", code=1)
+
+
 def test_training_first(place: Place, tmp_path: Path) -> None:
     options = ("--epochs", 2, "--learning-rate", 0.01)
     run("fit", place.adapter, place.train, tmp_path / "trained", *options)
@@ -282,6 +300,43 @@ def test_labels_that_are_words(place: Place, tmp_path: Path) -> None:
     assert [row["class"] for row in written] == ["pos" if y else "neg" for y in LABELS]
 
 
+def test_what_is_written_stands_beside_the_text(
+    place: Place, laplace: Path, tmp_path: Path
+) -> None:
+    run("predict", laplace, place.test, "--output", tmp_path / "p.csv")
+    written = rows(tmp_path / "p.csv")
+    assert [row["text"] for row in written] == TEXTS[::-1]
+    assert [row["label"] for row in written] == [str(int(y)) for y in LABELS[::-1]]
+
+
+def test_warnings_are_sentences(place: Place, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")  # as in a terminal
+        output = run("fit", place.adapter, place.train, tmp_path / "p")
+    assert "Warning: The weights aren't a mode of the log joint" in output
+    assert "UserWarning" not in output
+    assert "FutureWarning" not in output
+
+
+def test_spreadsheets_files_and_ragged_ones(
+    place: Place, laplace: Path, tmp_path: Path
+) -> None:
+    content = place.train.read_text().splitlines()
+    excel = tmp_path / "excel.CSV"
+    excel.write_text("\ufeff" + "\r\n".join(content), "utf-8")
+    assert "accuracy" in run("predict", laplace, excel)
+    for name, text, message in (
+        ("short.csv", "text,label\na film,1\na play\n", "line 3: no value for 'label'"),
+        ("bad.jsonl", '{"text": "a", "label": 1}\n{"te', "line 2: not JSON"),
+        ("list.jsonl", "[1]\n", "line 1: expected one JSON object in each line"),
+        ("null.jsonl", '{"text": null, "label": 1}', "line 1: no value for 'text'"),
+    ):
+        file = tmp_path / name
+        file.write_text(text)
+        output = run("predict", laplace, file, code=1)
+        assert f"{name}, {message}" in output.replace("\n", "")
+
+
 def test_errors_are_sentences(place: Place, laplace: Path, tmp_path: Path) -> None:
     fit = ("fit", place.adapter)
     out = tmp_path / "out"
@@ -303,6 +358,11 @@ def test_errors_are_sentences(place: Place, laplace: Path, tmp_path: Path) -> No
         ((*fit, three, out), "doesn't fit a network with the 3 classes 0, 1, 2"),
         (("fit", bert, place.train, out), "knows SEQ_CLS"),
         (("predict", place.adapter, place.test), "make it by `pyro-lora fit`"),
+        ((*fit, place.train, out, "--device", "gpu"), "--device gpu: "),
+        (
+            ("predict", laplace, place.test, "--output", tmp_path / "no" / "p.csv"),
+            f"no folder {tmp_path / 'no'}",
+        ),
         (("diagnose", laplace, place.folder / "empty.csv"), ""),
     ):
         output = run(*args, code=1 if message else 2)
@@ -328,6 +388,8 @@ def test_the_commands_on_the_page_are_understood(
     monkeypatch.chdir(tmp_path)
     for file in ("train.csv", "dev.csv", "test.csv", "reviews.jsonl"):
         Path(file).touch()
+    for folder in ("my_adapter", "posterior", "particles"):
+        Path(folder).mkdir()
     commands: Any = get_command(app)
     for name, rest in lines:
         context = commands.commands[name].make_context(name, shlex.split(rest))

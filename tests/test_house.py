@@ -35,7 +35,7 @@ def allowed_targets(file: str) -> set[str] | None:
     return {
         "__init__.py": None,
         "models.py": {"lifting"},
-        "cli.py": {"", "text_files"},
+        "cli.py": {"", "terminal", "text_files"},
     }.get(place, {""})
 
 
