@@ -100,7 +100,9 @@ class DeltaSpace:
             own = {site: particles[site] for site in lora.sites}
             found += list(lora.delta_weight_factors(own).values())
             inside |= lora.factor_sites
-        for site in particles.keys() - inside:
+        for site in particles:
+            if site in inside:
+                continue
             x = particles[site]
             found.append((x.reshape(len(x), -1, 1), x.new_ones(len(x), 1, 1)))
         return [(b.double(), a.double()) for b, a in found]

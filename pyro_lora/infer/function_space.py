@@ -128,7 +128,8 @@ def repulsion_in_function_space(
     num_data = f.shape[1]
     sq_dists = transport.squared_distances(f) / num_data
     gram, slope = transport.gram_and_slope(kernel, sq_dists)
-    return transport.repel(f, gram, slope) / num_data, gram
+    _, push = transport.repulsive_weights(gram, slope)
+    return transport.repel(f, push) / num_data, gram
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 
@@ -23,9 +24,7 @@ def check_finite(values: Mapping[str, Tensor], what: str, first: int = 0) -> Non
     Raises:
         ValueError: Naming the first such site and its particles.
     """
-    finite = torch.stack(
-        [torch.isfinite(x).reshape(x.shape[0], -1).all(1) for x in values.values()]
-    )
+    finite = torch.isfinite(_largest(values))
     if finite.all():
         return
     for site, row in zip(values, finite, strict=True):
@@ -80,10 +79,7 @@ def warn_if_stuck(direction: Mapping[str, Tensor]) -> bool:
     Returns:
         Whether it warned.
     """
-    largest = torch.stack(
-        [x.reshape(x.shape[0], -1).abs().amax(1).double() for x in direction.values()]
-    )
-    stuck = (largest.amax(0) == 0).nonzero().flatten().tolist()
+    stuck = (_largest(direction).amax(0) == 0).nonzero().flatten().tolist()
     if not stuck:
         return False
     warnings.warn(
@@ -94,3 +90,13 @@ def warn_if_stuck(direction: Mapping[str, Tensor]) -> bool:
         stacklevel=4,  # past SVGD's update and step
     )
     return True
+
+
+def _largest(values: Mapping[str, Tensor]) -> Tensor:
+    """Largest magnitudes, (sites, K); NaN where there is a NaN."""
+    return torch.stack(
+        [
+            torch.linalg.vector_norm(x.reshape(len(x), -1), math.inf, dim=1).double()
+            for x in values.values()
+        ]
+    )

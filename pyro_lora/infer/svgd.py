@@ -195,10 +195,12 @@ class SVGD:
         if self._delta_space is not None:
             found["delta_spread"] = self._delta_space.spread(particles)
         for site, particle in particles.items():
-            particle.grad = -direction[site]
-        self._optim(list(particles.values()))
-        for particle in particles.values():
-            particle.grad = None
+            particle.grad = direction[site].neg_()
+        try:
+            self._optim(list(particles.values()))
+        finally:
+            for particle in particles.values():
+                particle.grad = None
         self._gathered, self._num_gathered = None, 0
         values = torch.stack([x.double() for x in found.values()]).tolist()
         for name, value in zip(found, values, strict=True):

@@ -143,73 +143,66 @@ def weight_space_direction(
         Site -> direction (K, ...); and log joint (K,), norms of attraction and
         repulsion, and mean kernel value.
     """
-    scores = {s: g / temperature for s, g in gradients.by_site.items()}
+    scores, fixed = gradients.by_site, {s: x.detach() for s, x in particles.items()}
     if preconditioner is not None:
         scores = preconditioner.times_covariance(scores)
-    log_joint = gradients.log_joint
-    if isinstance(kernel, Zero):
-        zero = log_joint.new_zeros(())
-        return scores, {
-            "log_joint": log_joint,
-            "attraction": transport.norm(scores),
-            "repulsion": zero,
-            "mean_kernel": zero,
-        }
+    series = {"log_joint": gradients.log_joint}
     if callable(strength):
         assert gradients.loss is not None
         assert gradients.num_data is not None
         strength = strength(float(gradients.loss.mean()), gradients.num_data)
-    fixed = {site: x.detach() for site, x in particles.items()}
+    if not isinstance(kernel, Zero) and space in ("joint", "site"):
+        grams = _grams(kernel, space, fixed, preconditioner)
+        direction, squares = {}, []
+        for site, x in fixed.items():
+            pull, push = _weights(form, *grams[site], strength)
+            direction[site], found = transport.combine(
+                scores[site], x, pull / temperature, push
+            )
+            squares.append(found)
+        norms = (torch.stack(squares).sum(0) / len(gradients.log_joint)).sqrt()
+        mean_kernels = [transport.mean_off_diagonal(gram) for gram, _ in grams.values()]
+        mean_kernel = torch.stack(mean_kernels).mean()
+        series |= {"attraction": norms[0], "repulsion": norms[1]}
+        return direction, {**series, "mean_kernel": mean_kernel}
+    scores = {s: g / temperature for s, g in scores.items()}
+    if isinstance(kernel, Zero):
+        zero = gradients.log_joint.new_zeros(())
+        series |= {"attraction": transport.norm(scores), "repulsion": zero}
+        return scores, {**series, "mean_kernel": zero}
     if space == "coordinate":
         attractions, repulsions, mean_kernel = coordinate_direction(
             kernel, fixed, scores, form
         )
     else:
-        grams, repulsions = _grams_and_repulsions(
-            target, kernel, space, form, fixed, preconditioner
+        delta = DeltaSpace(target.networks)
+        gram, slope = transport.gram_and_slope(kernel, delta.squared_distances(fixed))
+        pull, _ = _weights(form, gram, slope, strength)
+        attractions = {s: transport.attract(x, pull) for s, x in scores.items()}
+        repulsions = (
+            delta.stein_repulsion(fixed, slope)
+            if form == "stein"
+            else delta.repel(fixed, gram, slope)
         )
-        attractions = scores
-        if form == "stein":
-            attractions = {s: transport.attract(scores[s], grams[s][0]) for s in fixed}
-        mean_kernel = torch.stack(
-            [transport.mean_off_diagonal(gram) for gram, _ in grams.values()]
-        ).mean()
+        mean_kernel = transport.mean_off_diagonal(gram)
     if form == "repulsive":
         repulsions = {site: strength * x for site, x in repulsions.items()}
-    return {s: attractions[s] + repulsions[s] for s in particles}, {
-        "log_joint": log_joint,
+    series |= {
         "attraction": transport.norm(attractions),
         "repulsion": transport.norm(repulsions),
         "mean_kernel": mean_kernel,
     }
+    return {s: attractions[s] + repulsions[s] for s in particles}, series
 
 
-def _grams_and_repulsions(
-    target: ParticleModel,
-    kernel: Kernel,
-    space: Space,
-    form: Literal["stein", "repulsive"],
-    particles: dict[str, Tensor],
-    preconditioner: Preconditioner | None,
-) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
-    """Site -> Gram matrix and slopes (K, K), and site -> repulsion (K, ...)."""
-    stein = form == "stein"
-    if space == "delta":
-        delta = DeltaSpace(target.networks)
-        distances = delta.squared_distances(particles)
-        gram, slope = transport.gram_and_slope(kernel, distances)
-        return dict.fromkeys(particles, (gram, slope)), (
-            delta.stein_repulsion(particles, slope)
-            if stein
-            else delta.repel(particles, gram, slope)
-        )
-    grams = _grams(kernel, space, particles, preconditioner)
-    return grams, {
-        site: transport.stein_repulsion(x, grams[site][1])
-        if stein
-        else transport.repel(x, *grams[site])
-        for site, x in particles.items()
-    }
+def _weights(
+    form: Literal["stein", "repulsive"], gram: Tensor, slope: Tensor, strength: float
+) -> tuple[Tensor, Tensor]:
+    """The matrices (K, K) of both terms."""
+    if form == "stein":
+        return transport.stein_weights(gram, slope)
+    pull, push = transport.repulsive_weights(gram, slope)
+    return pull, strength * push
 
 
 def _grams(
@@ -218,11 +211,12 @@ def _grams(
     particles: dict[str, Tensor],
     preconditioner: Preconditioner | None,
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    centred = {s: x - x.mean(0) for s, x in particles.items()}
-    weighted = centred
-    if preconditioner is not None:
+    if preconditioner is None:
+        products = {s: transport.centred_products(x) for s, x in particles.items()}
+    else:
+        centred = {s: x - x.mean(0) for s, x in particles.items()}
         weighted = preconditioner.times_precision(centred)
-    products = {s: transport.products(x, weighted[s]) for s, x in centred.items()}
+        products = {s: transport.products(x, weighted[s]) for s, x in centred.items()}
     if space == "joint":
         joint = torch.stack(list(products.values())).sum(0)
         distances = transport.distances_from_products(joint)

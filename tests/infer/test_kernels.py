@@ -74,6 +74,40 @@ def test_squared_distances_far_from_the_origin() -> None:
     assert_close(found.double(), expected, rtol=1e-2, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_many_weights_are_worked_on_in_blocks(dtype: torch.dtype) -> None:
+    # The last block is a smaller one. Sums of bfloat16 numbers are wider.
+    num_weights = transport.BLOCK + 7
+    x, s = (torch.randn(3, 2, num_weights // 2, dtype=dtype) for _ in range(2))
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    tight = {torch.float64: 1e-12, torch.float32: 1e-4}[wide]
+    a, b = x.double().flatten(1), s.double().flatten(1)
+    centred = a - a.mean(0)
+    squares = centred.square().sum(1).mean().sqrt()
+    found = transport.centred_products(x)
+    assert found.dtype == wide
+    assert_close(found.double(), centred @ centred.mT, rtol=tight, atol=tight * 1e5)
+    assert_close(transport.spread({"x": x}), squares, rtol=tight, atol=0)
+    norm = b.square().sum(1).mean().sqrt()
+    assert_close(transport.norm({"s": s}), norm, rtol=tight, atol=0)
+
+    pull, push = torch.rand(3, 3).double(), torch.rand(3, 3).double()
+    push -= push.sum(1).diag()
+    direction, squares = transport.combine(s, x, pull, push)
+    assert direction.dtype == dtype
+    eps = max(torch.finfo(dtype).eps, 1e-12)
+    expected = (pull @ b + push @ a).reshape(x.shape)
+    assert_close(direction.double(), expected, rtol=eps, atol=10 * tight)
+    terms = torch.stack([(pull @ b).square().sum(), (push @ a).square().sum()])
+    assert_close(squares, terms, rtol=tight, atol=0)
+    assert_close(
+        transport.attract(s, pull).flatten(1).double(),
+        pull @ b,
+        rtol=eps,
+        atol=10 * tight,
+    )
+
+
 def test_spread_and_means() -> None:
     values = {"a": torch.randn(4, 2).double(), "b": torch.randn(4).double()}
     flat = torch.cat([values["a"], values["b"][:, None]], 1)
