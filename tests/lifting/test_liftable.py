@@ -91,8 +91,8 @@ def sites_in_words(sites: Sites) -> set[str]:
     """``{"lora: A, B", "head: weight"}``: the kinds of sites and the roles of each."""
     roles: dict[str, set[str]] = {}
     for site in sites:
-        kind, *_, role = [part for part in site.split(".") if not part.isdigit()]
-        role = re.sub(r"_\d+(x\d+)*$", "", role)  # of stacks that differ in shape
+        name = re.sub(r"_\d+(x\d+)*$", "", site)  # of stacks that differ in shape
+        kind, *_, role = [part for part in name.split(".") if not part.isdigit()]
         roles.setdefault(kind, set()).add(role)
     return {f"{kind}: {', '.join(sorted(r))}" for kind, r in roles.items()}
 
