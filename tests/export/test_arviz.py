@@ -1,4 +1,4 @@
-"""ArviZ's own functions on the trees of three kinds of posterior."""
+"""ArviZ's own functions on the trees of each kind of posterior."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,19 +16,23 @@ import pyro
 import pytest
 import torch
 import xarray
-from pyro.infer import SVI, Trace_ELBO, autoguide
-from pyro.optim import Adam
+from pyro.infer import MCMC, NUTS, SVI, Trace_ELBO, autoguide
+from pyro.optim import Adam, ClippedAdam
 from torch.distributions import Normal
 
 import pyro_lora as pl
 from tests.infer.linear_regression import NOISE_SD, linear_regression
+from tests.predict import models
 
 Trees = dict[str, xarray.DataTree]
+KINDS = ["Laplace", "SVGD", "mixture", "AutoNormal", "NUTS"]
 
 # Versions of ArviZ, xarray and pandas that warn of one another.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The inplace keyword in DataFrame"),
     pytest.mark.filterwarnings("ignore:In a future version of xarray:FutureWarning"),
+    # Its bound falls with the number of draws: .47 for 80 particles.
+    pytest.mark.filterwarnings("ignore:Estimated shape parameter of Pareto"),
 ]
 
 
@@ -40,22 +44,35 @@ def close_figures() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def fits() -> tuple[Any, Trees]:
-    """Linear regression by Laplace, SVGD and a stock autoguide, 400 draws each."""
+    """Linear regression by each kind of posterior."""
     pyro.set_rng_seed(1)
     pyro.clear_param_store()
-    task = linear_regression(prior_sd=0.15)  # so that no datum pulls too hard
+    task = linear_regression(prior_sd=0.1)  # so that no datum pulls too hard
     laplace = task.laplace(structure=pl.dense)
-    # Where SVGD ends with very many particles: draws of the posterior.
-    particles = pl.ParticlePosterior(laplace.sample(400), (task.lora,), task.model, "y")
+    svgd = pl.SVGD(
+        task.model,
+        pl.kernels.RBF(),
+        Adam({"lr": 0.01}),
+        80,
+        init_loc_fn=task.lora.init_to_adapter(jitter=0.1),
+    )
+    svgd.run([task.whole], num_epochs=200, progress_bar=False)
     guide = autoguide.AutoNormal(task.model, init_loc_fn=task.lora.init_to_adapter())
-    svi = SVI(task.model, guide, Adam({"lr": 0.05}), Trace_ELBO(num_particles=4))
+    optim = ClippedAdam({"lr": 0.05, "lrd": 0.01 ** (1 / 400)})
+    svi = SVI(task.model, guide, optim, Trace_ELBO(num_particles=4))
     for _ in range(400):
         svi.step(**task.whole)
-    options: Any = {"model": task.model, "batches": task.batches, "num_samples": 400}
+    nuts = NUTS(task.model, max_tree_depth=3)
+    mcmc = MCMC(nuts, num_samples=250, warmup_steps=60, disable_progbar=True)
+    mcmc.run(**task.whole)
+    mixture = pl.MixturePosterior([laplace, laplace])
+    options: Any = {"model": task.model, "batches": task.batches}
     trees = {
-        "Laplace": pl.to_datatree(laplace, **options),
-        "SVGD": pl.to_datatree(particles, **options),
-        "AutoNormal": pl.to_datatree(guide, **options),
+        "Laplace": pl.to_datatree(laplace, num_samples=1000, **options),
+        "SVGD": pl.to_datatree(svgd.posterior(), **options),
+        "mixture": pl.to_datatree(mixture, num_samples=1000, **options),
+        "AutoNormal": pl.to_datatree(guide, num_samples=1000, **options),
+        "NUTS": pl.to_datatree(mcmc, **options),
     }
     return task, trees
 
@@ -80,14 +97,17 @@ def test_loo_is_leave_one_out(fits: tuple[Any, Trees]) -> None:
         found = arviz_stats.loo(tree, pointwise=True)
         assert found.n_data_points == 12
         assert float(found.pareto_k.max()) < 0.7, name
-        # 400 draws know each datum's log density to about .1.
-        assert found.elpd == pytest.approx(exact_elpd(task), abs=0.4), name
+        # 1,000 draws know the sum to about .15. 80 particles have 3/4 of the variance,
+        # and so fit better than they predict.
+        gain = found.elpd - exact_elpd(task)
+        assert (0 < gain < 0.8) if name == "SVGD" else abs(gain) < 0.5, name
 
 
-def test_compare_sees_three_fits_of_one_posterior(fits: tuple[Any, Trees]) -> None:
+def test_compare_sees_fits_of_one_posterior(fits: tuple[Any, Trees]) -> None:
     table = arviz_stats.compare(fits[1])
-    assert set(table.index) == {"Laplace", "SVGD", "AutoNormal"}
-    assert table["elpd"].max() - table["elpd"].min() < 0.6
+    assert set(table.index) == set(KINDS)
+    assert table["elpd"].max() - table["elpd"].min() < 1
+    assert table["weight"].sum() == pytest.approx(1, abs=1e-3)
 
 
 def test_loo_pit_is_the_predictives_distribution_function(
@@ -116,14 +136,18 @@ def test_psense_sees_who_is_in_charge(prior_sd: float, charge: str, other: str) 
     assert "base.bias" in arviz_stats.psense(tree, group="likelihood")
 
 
-def test_summary_has_the_closed_forms_moments(fits: tuple[Any, Trees]) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_summary_has_the_closed_forms_moments(
+    fits: tuple[Any, Trees], kind: str
+) -> None:
     task, trees = fits
-    table = arviz_stats.summary(trees["Laplace"], round_to="none")
+    table = arviz_stats.summary(trees[kind], round_to="none")
     mode, sd = task.mode, task.precision.inverse().diagonal().sqrt()
     rows = [*(f"base.weight[0, {i}]" for i in range(3)), "base.bias[0]"]
+    # 250 draws of a Markov chain, at worst.
     for row, mean, scale in zip(rows, mode.tolist(), sd.tolist(), strict=True):
-        assert abs(table.loc[row, "mean"] - mean) < 4 * scale / np.sqrt(400)
-        assert table.loc[row, "sd"] == pytest.approx(scale, rel=4 / np.sqrt(800))
+        assert abs(table.loc[row, "mean"] - mean) < 0.4 * scale
+        assert table.loc[row, "sd"] == pytest.approx(scale, rel=0.25)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +165,7 @@ def test_summary_has_the_closed_forms_moments(fits: tuple[Any, Trees]) -> None:
     ],
     ids=["forest", "ess", "ppc_pit", "loo_pit", "prior_posterior", "psense", "khat"],
 )
-@pytest.mark.parametrize("kind", ["Laplace", "AutoNormal"])
+@pytest.mark.parametrize("kind", ["Laplace", "SVGD", "AutoNormal"])
 def test_plots_have_something_on_them(
     fits: tuple[Any, Trees], draw: Any, kind: str
 ) -> None:
@@ -150,7 +174,20 @@ def test_plots_have_something_on_them(
     assert all(axes.lines or axes.collections or axes.texts for axes in figure.axes)
 
 
-@pytest.mark.parametrize("kind", ["Laplace", "SVGD", "AutoNormal"])
+def test_two_classes_have_a_picture_of_their_own() -> None:
+    lora, model = models.classifier()
+    batches = models.two_batches()
+    posterior = models.laplace(lora, model, batches)
+    tree = pl.to_datatree(posterior, batches=batches, num_samples=50)
+    plot = arviz_plots.plot_ppc_pava(tree, backend="matplotlib")
+    (axes,) = plot.get_viz("figure").axes
+    drawn = np.concatenate([line.get_xdata() for line in axes.lines])
+    probs = tree["posterior_predictive"]["y"].mean(("chain", "draw"))
+    assert drawn.min() == pytest.approx(float(probs.min()))
+    assert drawn.max() == pytest.approx(float(probs.max()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_files_give_the_same_answers(
     fits: tuple[Any, Trees], kind: str, tmp_path: Path
 ) -> None:
