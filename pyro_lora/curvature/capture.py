@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -47,23 +47,30 @@ class _Call:
 
 @dataclass
 class Recording:
-    """What the forward hooks saw: for each slot, its calls."""
+    """What the forward hooks saw.
 
+    Attributes:
+        layers: Each layer of each site, sites in order, layers in order; a layer's
+            weight and bias are two.
+        calls: For each slot its calls, slots in the order of their first.
+    """
+
+    layers: list[tuple[nn.Linear, LiftedParameter]]
     calls: dict[nn.Module, list[_Call]] = field(default_factory=dict)
 
 
 @contextmanager
 def recording(networks: Iterable[LiftedNetwork]) -> Iterator[Recording]:
     """Record inputs and outputs of every slot while the block runs."""
-    record = Recording()
+    record = Recording([pair for lora in networks for pair in linear_layers(lora)])
 
     def hook(slot: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         x = inputs[0].detach()
         call = _Call(x, output, (x._version, output._version))
         record.calls.setdefault(slot, []).append(call)
 
-    layers = {layer for lora in networks for layer, _ in linear_layers(lora)}
-    handles = [layer.register_forward_hook(hook) for layer in layers]
+    slots = {slot for slot, _ in record.layers}
+    handles = [slot.register_forward_hook(hook) for slot in slots]
     try:
         yield record
     finally:
@@ -72,39 +79,47 @@ def recording(networks: Iterable[LiftedNetwork]) -> Iterator[Recording]:
 
 
 def capture_layers(
-    networks: Iterable[LiftedNetwork], record: Recording, terms: Tensor
-) -> list[LayerCapture]:
+    record: Recording,
+    terms: Tensor,
+    places: Iterable[int] | None = None,
+    keep_graph: bool = False,
+) -> dict[int, LayerCapture]:
     """Gradients of every term at every recorded layer: one backward pass a term.
 
     Args:
-        networks: The lifted networks that were recorded.
         record: Filled by :func:`recording` around the forward pass.
         terms: (M, B), each datum's terms depending on that datum alone.
+        places: Which of ``record.layers``; None is all of them.
+        keep_graph: Whether further backward passes follow.
 
     Returns:
-        One capture for each layer of each site, sites in order, layers in order; a
-        layer that wasn't called or has no gradient has zero gradients. Layers that get
-        the same tensor, as query and value do, have the same ``inputs``.
+        Place -> capture; a layer that wasn't called or has no gradient has zero
+        gradients. Layers that get the same tensor, as query and value do, have the
+        same ``inputs``.
 
     Raises:
         ValueError: If a layer's input isn't batch first, or is overwritten in place.
     """
     batch_size = terms.shape[1]
-    calls = [call for of_slot in record.calls.values() for call in of_slot]
-    if any(call.overwritten for call in calls):
+    layers = dict(enumerate(record.layers))
+    if places is not None:
+        layers = {i: layers[i] for i in places}
+    slots = {slot for slot, _ in layers.values()}
+    calls = {slot: found for slot, found in record.calls.items() if slot in slots}
+    if any(call.overwritten for of_slot in calls.values() for call in of_slot):
         raise ValueError(
             "The network overwrites inputs or outputs of a lifted layer in place, so "
             "their gradients can't be read. Set inplace=False in its activations."
         )
-    outputs = [call.output for call in calls]
+    outputs = [call.output for of_slot in calls.values() for call in of_slot]
     rows = [  # M queues, from which each gradient is taken once, to free its memory
-        deque(_output_gradients(term, outputs, i == len(terms) - 1))
+        deque(_output_gradients(term, outputs, keep_graph or i < len(terms) - 1))
         for i, term in enumerate(terms)
     ]
     inputs: dict[nn.Module, Tensor] = {}
     gradients: dict[nn.Module, Tensor] = {}
     same: dict[tuple[Any, ...], Tensor] = {}
-    for slot, of_slot in record.calls.items():
+    for slot, of_slot in calls.items():
         a = _joined([_by_token(c.input, batch_size) for c in of_slot], 1)
         inputs[slot] = same.setdefault((a.data_ptr(), a.shape, a.stride()), a)
         per_call = [
@@ -112,17 +127,16 @@ def capture_layers(
             for _ in of_slot
         ]
         gradients[slot] = _joined(per_call, 2)
-    captures = []
-    for lora in networks:
-        for layer, p in linear_layers(lora):
-            if layer in record.calls:
-                a, g = inputs[layer], gradients[layer]
-            else:
-                a = terms.new_zeros(batch_size, 1, layer.in_features)
-                g = terms.new_zeros(len(terms), batch_size, 1, layer.out_features)
-            if p.locations[0][1] == "bias":
-                a = torch.ones_like(a[..., :1])
-            captures.append(LayerCapture(p.site, a, g))
+    captures = {}
+    for i, (slot, p) in layers.items():
+        if slot in calls:
+            a, g = inputs[slot], gradients[slot]
+        else:
+            a = terms.new_zeros(batch_size, 1, slot.in_features)
+            g = terms.new_zeros(len(terms), batch_size, 1, slot.out_features)
+        if p.locations[0][1] == "bias":
+            a = torch.ones_like(a[..., :1])
+        captures[i] = LayerCapture(p.site, a, g)
     return captures
 
 
@@ -151,8 +165,13 @@ def linear_layers(lora: LiftedNetwork) -> list[tuple[nn.Linear, LiftedParameter]
     return found
 
 
-def without_padding(captures: Sequence[LayerCapture]) -> Iterator[LayerCapture]:
-    """Set to exactly zero the gradients of the tokens that don't count for a layer.
+def largest_gradients(capture: LayerCapture) -> Tensor:
+    """Of each token, over terms and outputs, (B, T)."""
+    return capture.gradients.abs().amax((0, 3))
+
+
+def tokens_that_count(sizes: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    """Which tokens count for a layer.
 
     A token counts where its largest gradient exceeds 1e3 eps times the largest
     gradient of its datum over all layers: attention leaves 1e-19 or 0 at the same
@@ -160,31 +179,37 @@ def without_padding(captures: Sequence[LayerCapture]) -> Iterator[LayerCapture]:
     on how the data are split.
 
     Args:
-        captures: All layers of one batch.
+        sizes: Of all layers of one batch, :func:`largest_gradients` by place.
 
-    Yields:
-        The same captures with gradients masked.
+    Returns:
+        Place -> (B, T), bool.
     """
-    sizes = [c.gradients.abs().amax((0, 3)) for c in captures]  # (B, T) each
-    largest = torch.stack([s.amax(1) for s in sizes]).amax(0)  # (B,)
+    largest = torch.stack([s.amax(1) for s in sizes.values()]).amax(0)  # (B,)
     # Half precision rounds each gradient, but what should be zero stays near zero.
     dtype = torch.promote_types(largest.dtype, torch.float32)
     least = 1e3 * torch.finfo(dtype).eps * largest[:, None]
-    counts = [s > least for s in sizes]
-    if torch.cat([c.flatten() for c in counts]).all():
-        yield from captures
-        return
-    for capture, which in zip(captures, counts, strict=True):
-        yield replace(capture, gradients=capture.gradients * which[..., None])
+    return {i: s > least for i, s in sizes.items()}
+
+
+def without_padding(capture: LayerCapture, counts: Tensor) -> LayerCapture:
+    """The gradients of the tokens that don't count, exactly zero.
+
+    Args:
+        capture: One layer.
+        counts: Which of its tokens count, (B, T).
+    """
+    if counts.all():
+        return capture
+    return replace(capture, gradients=capture.gradients * counts[..., None])
 
 
 def _output_gradients(
-    term: Tensor, outputs: Sequence[Tensor], last: bool
+    term: Tensor, outputs: Sequence[Tensor], keep_graph: bool
 ) -> list[Tensor]:
     wanted = [out for out in outputs if out.requires_grad]
     found = iter(
         torch.autograd.grad(
-            term.sum(), wanted, retain_graph=not last, allow_unused=True
+            term.sum(), wanted, retain_graph=keep_graph, allow_unused=True
         )
         if wanted
         else ()
@@ -211,30 +236,24 @@ def _by_token(x: Tensor, batch_size: int) -> Tensor:
     return x.reshape(batch_size, -1, x.shape[-1])
 
 
-def score_gradients(
-    captures: Iterable[LayerCapture], coordinates: Tensor
-) -> dict[str, list[Tensor]]:
+def score_gradient(capture: LayerCapture, coordinates: Tensor) -> Tensor:
     r"""Gradient of the log likelihood, :math:`\sum_{m,b} \alpha_{mb} \nabla c_{mb}`.
 
     Args:
-        captures: All layers of one batch.
+        capture: One layer.
         coordinates: :math:`\alpha`, (M, B).
 
     Returns:
-        Site -> one (O, I) for each layer, nats, summed over the batch.
+        (O, I), nats, summed over the batch.
     """
-    result: dict[str, list[Tensor]] = {}
-    for c in captures:
-        a, g = at_least_float32(c.inputs), at_least_float32(c.gradients)
-        alpha = coordinates.to(g)[..., None, None]
-        a = a.expand(len(alpha), -1, -1, -1)
-        if a.shape[-1] < g.shape[-1]:  # the narrower side takes the coordinates
-            a = alpha * a
-        else:
-            g = alpha * g
-        gradient = g.flatten(0, 2).mT @ a.flatten(0, 2)
-        result.setdefault(c.site, []).append(gradient)
-    return result
+    a, g = at_least_float32(capture.inputs), at_least_float32(capture.gradients)
+    alpha = coordinates.to(g)[..., None, None]
+    a = a.expand(len(alpha), -1, -1, -1)
+    if a.shape[-1] < g.shape[-1]:  # the narrower side takes the coordinates
+        a = alpha * a
+    else:
+        g = alpha * g
+    return g.flatten(0, 2).mT @ a.flatten(0, 2)
 
 
 def jacobians(captures: Iterable[LayerCapture]) -> Iterator[tuple[str, Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,15 +16,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_lora.curvature import structures
-from pyro_lora.curvature.batch_factors import FactorsFunction, factors_of, moments_in
-from pyro_lora.curvature.block_gaussian import BlockGaussian, Eigenblocks, eigenblocks
-from pyro_lora.curvature.capture import (
-    LayerCapture,
-    Recording,
-    capture_layers,
-    recording,
-    score_gradients,
+from pyro_lora.curvature.batch_factors import (
+    FactorsFunction,
+    batch_factors,
+    factors_of,
+    moments_in,
 )
+from pyro_lora.curvature.block_gaussian import BlockGaussian, Eigenblocks, eigenblocks
+from pyro_lora.curvature.capture import recording
 from pyro_lora.curvature.data_plate import data_plate
 from pyro_lora.curvature.data_sums import (
     DataSums,
@@ -32,7 +32,6 @@ from pyro_lora.curvature.data_sums import (
     fit_digest,
 )
 from pyro_lora.curvature.dense_gaussian import DenseGaussian
-from pyro_lora.curvature.fisher import FisherTerms
 from pyro_lora.curvature.likelihood_terms import TermsFunction, likelihood_terms
 from pyro_lora.curvature.prior_moments import prior_at_mode
 from pyro_lora.curvature.structures import DenseFactors, Structure
@@ -89,6 +88,7 @@ def fit_fisher(
     latents: Mapping[str, Tensor] | None = None,
     progress_bar: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
+    max_memory_gb: float | None = None,
 ) -> FisherFit:
     """Fisher information of the obs site in all lifted sites, for the full data.
 
@@ -108,6 +108,7 @@ def fit_fisher(
         latents: Values of latent sites that aren't lifted.
         progress_bar: Show one for each pass.
         checkpoint: A folder to write the sums into, and to resume from; None is none.
+        max_memory_gb: Of gradients at a time, in GB; None is no limit.
 
     Returns:
         The Fisher information with the prior's precision, and the mode's gradient.
@@ -142,6 +143,7 @@ def fit_fisher(
             fisher_terms=fisher_terms,
             obs_site=obs_site,
             latents=latents or {},
+            max_bytes=math.inf if max_memory_gb is None else 1e9 * max_memory_gb,
             checkpoint=checkpoints[-1] if checkpoints else None,
         )
 
@@ -187,6 +189,7 @@ def _data_pass(
     fisher_terms: TermsFunction,
     obs_site: str | Sequence[str] | None,
     latents: Mapping[str, Tensor],
+    max_bytes: float,
     checkpoint: PassCheckpoint | None,
 ) -> tuple[DataSums, Any]:
     """The sums over all data, and the last batch's trace.
@@ -221,14 +224,16 @@ def _data_pass(
                 terms, log_p = likelihood_terms(sites, fisher_terms)
             name = " and ".join(site["name"] for site in sites)
             _check_dependence(terms.terms, name)
-            captures, score = _gradients(terms, log_p, leaves, networks, record)
+            score, factors = batch_factors(
+                terms, log_p, leaves, record, of_batch, max_bytes
+            )
         del record  # or its tensors would live through the next forward pass
         _check_finite(log_p, score, index, name)
         found = DataSums({}, score, log_p.detach(), terms.terms.shape[1])
         sums = found if sums is None else sums.plus_rest(found)
-        for layers in of_batch(captures):
+        for layers in factors:
             sums.add_factors(layers)
-        del captures, layers
+        del factors, layers
         if checkpoint is not None:
             checkpoint.write(sums, num_batches, digest)
     if before is not None and checkpoint is not None and sums is None:
@@ -285,34 +290,6 @@ def check_latent_sites(trace: Any, known: Container[str] = ()) -> None:
                 "some batches only. Fix it to a value by pyro.poutine.condition, or "
                 "make it a constant of the model."
             )
-
-
-def _gradients(
-    found: FisherTerms,
-    log_likelihood: Tensor,
-    leaves: Mapping[str, Tensor],
-    networks: Sequence[LiftedNetwork],
-    record: Recording,
-) -> tuple[list[LayerCapture], dict[str, list[Tensor]]]:
-    """Of the terms at every layer, and of the log likelihood in every site."""
-    if found.coordinates is None:
-        score = _autograd_score(log_likelihood, leaves)
-    captures = capture_layers(networks, record, found.terms)
-    if found.coordinates is not None:
-        score = score_gradients(captures, found.coordinates)
-    return captures, score
-
-
-def _autograd_score(
-    log_likelihood: Tensor, leaves: Mapping[str, Tensor]
-) -> dict[str, list[Tensor]]:
-    found = torch.autograd.grad(
-        log_likelihood, list(leaves.values()), retain_graph=True, allow_unused=True
-    )
-    return {
-        site: list(torch.zeros_like(leaf) if g is None else g)
-        for (site, leaf), g in zip(leaves.items(), found, strict=True)
-    }
 
 
 def _blocks(

@@ -255,8 +255,8 @@ def _linearize(
             basis = torch.eye(values.shape[-1]).to(values)
         elif noise is not None:
             noise = noise[..., None]
-        captures = capture_layers(networks, record, values.flatten(1).mT)
-    return _Linearization(values.detach(), basis, captures, noise)
+        captures = capture_layers(record, values.flatten(1).mT)
+    return _Linearization(values.detach(), basis, list(captures.values()), noise)
 
 
 def _outcomes(site: dict[str, Any], tokens: Tokens | None) -> tuple[Any, Tensor]:

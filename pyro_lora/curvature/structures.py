@@ -183,6 +183,11 @@ def ekfac(a: Tensor, g: Tensor, rows: Tensor, columns: Tensor) -> DiagonalFactor
     return diagonal(a @ columns.to(a), g @ rows.to(g))
 
 
+def is_kfac(structure: LayerStructure) -> bool:
+    """Whether it is ``kfac_expand`` or ``kfac_reduce``, of any rank."""
+    return getattr(structure, "func", structure) in (kfac_expand, kfac_reduce)
+
+
 def with_same_inputs(
     structure: LayerStructure, a: Tensor, g: Sequence[Tensor]
 ) -> list[KroneckerFactors | DiagonalFactors]:
@@ -199,8 +204,7 @@ def with_same_inputs(
     Returns:
         What the structure returns for each layer.
     """
-    function = getattr(structure, "func", structure)
-    if len(g) == 1 or function not in (kfac_expand, kfac_reduce):
+    if len(g) == 1 or not is_kfac(structure):
         return [structure(a, g_l) for g_l in g]
     known: list[tuple[Tensor, KroneckerFactors]] = []
     result: list[KroneckerFactors | DiagonalFactors] = []

@@ -98,6 +98,7 @@ class AutoLaplace(AutoDelta):
         *,
         progress_bar: bool = False,
         checkpoint: str | os.PathLike[str] | None = None,
+        max_memory_gb: float | None = None,
     ) -> LaplacePosterior:
         """Fit the Gaussian at the guide's present mode, in one pass over the data.
 
@@ -115,6 +116,13 @@ class AutoLaplace(AutoDelta):
                 gives the same posterior bit for bit, labels drawn by ``fisher="mc"``
                 included (the random generator is set to where it was). Writing takes
                 5 % of the time at most; what was written is deleted at the end.
+            max_memory_gb: Limit, in GB, on the gradients of the layers' outputs that
+                are kept at a time: without one, those of every backward pass of a
+                batch. Beyond it they are computed in chunks of backward passes, then of
+                sites, and twice over, with the same result. What can't be divided may
+                exceed it: one backward pass of the layers that share an input, or of
+                all layers with ``dense``; and all passes of a structure of your own.
+                Smaller batches lower what the network itself takes.
 
         Returns:
             The posterior, which is a guide.
@@ -122,9 +130,11 @@ class AutoLaplace(AutoDelta):
         Raises:
             ValueError: If there are no batches or no labels, values are NaN, the
                 batches don't cover the plate's number of data, other latent sites set
-                the weights' prior, are in a plate or not continuous, or the checkpoint
-                is of another fit or other batches.
+                the weights' prior, are in a plate or not continuous, the checkpoint
+                is of another fit or other batches, or ``max_memory_gb`` isn't positive.
         """
+        if max_memory_gb is not None and not max_memory_gb > 0:
+            raise ValueError(f"max_memory_gb is {max_memory_gb}; it must be positive.")
         # After SVI a site that is a function of others isn't in the prototype.
         if self.prototype_trace is None or not lifted_networks(self.prototype_trace):
             self._start(batches)
@@ -145,6 +155,7 @@ class AutoLaplace(AutoDelta):
             fisher_terms=self._fisher_terms,
             obs_site=self._obs_site,
             progress_bar=progress_bar,
+            max_memory_gb=max_memory_gb,
         )
         posterior = fit(model, values, batches, checkpoint=checkpoint)
         return replace(posterior, refit=fit)
@@ -194,6 +205,7 @@ def _fit(
     fisher_terms: TermsFunction,
     obs_site: str | Sequence[str] | None,
     progress_bar: bool,
+    max_memory_gb: float | None,
     checkpoint: str | os.PathLike[str] | None = None,
 ) -> LaplacePosterior:
     mode = {site: values[site] for lora in networks for site in lora.sites}
@@ -215,6 +227,7 @@ def _fit(
             latents=latents,
             progress_bar=progress_bar,
             checkpoint=checkpoint,
+            max_memory_gb=max_memory_gb,
         )
     _warn_if_not_stationary(fit, block)
     return LaplacePosterior(
