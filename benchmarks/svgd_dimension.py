@@ -12,7 +12,6 @@ import math
 import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import date
 from functools import partial
 from importlib.metadata import version
@@ -30,123 +29,28 @@ from torch import Tensor, nn
 
 import pyro_lora as pl
 from benchmarks.lifting import header, machine
+from benchmarks.linear_gaussians import (
+    NUM_PARTICLES,
+    SIDES,
+    Target,
+    Variances,
+    filtered,
+    spectrum,
+    variances,
+)
 from pyro_lora.infer.transport import (
-    attract,
+    combine,
     gram_and_slope,
     squared_distances,
-    stein_repulsion,
+    stein_weights,
 )
 
-NUM_PARTICLES = 20
 CONDITION = 100.0  # of the ill-conditioned covariance
-FLAT = 1e-3  # prior precision over the smallest precision of the posterior
-SIDES = {1: (1, 1), 10: (5, 2), 100: (10, 10), 1000: (100, 10), 10_000: (100, 100)}
 LORA = {10: (1, 5), 100: (2, 25), 1000: (4, 125), 10_000: (4, 1250)}  # rank, side
 NUM_HEADS = 10  # sites in the kernel space that has one kernel a site
 NUM_STEPS, LEARNING_RATE, LAST_RATE = 200, 0.3, 3e-4
 KERNELS = {"RBF": pl.kernels.RBF, "IMQ": pl.kernels.IMQ, "Mixture": pl.kernels.Mixture}
 LOG = math.log(NUM_PARTICLES + 1)
-
-
-def spectrum(size: int, condition: float) -> Tensor:
-    """Eigenvalues of a circulant covariance with marginal variances 1, by frequency."""
-    half = condition ** -(torch.arange(size // 2 + 1) / max(1, size // 2))
-    whole = torch.cat([half, half[1 : (size + 1) // 2].flip(0)])
-    return half / whole.mean()
-
-
-def filtered(x: Tensor, factors: Tensor) -> Tensor:
-    """Multiply the Fourier coefficients along the last dim."""
-    return torch.fft.irfft(torch.fft.rfft(x) * factors, n=x.shape[-1])
-
-
-class Heads(nn.Module):
-    """A linear network without bias, whose outputs are those of several layers."""
-
-    def __init__(self, num_inputs: int, num_outputs: int, num_heads: int) -> None:
-        super().__init__()
-        for name in "abcdefghij"[:num_heads]:
-            setattr(self, name, nn.Linear(num_inputs, num_outputs // num_heads, False))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Outputs (..., O) of inputs (..., I)."""
-        return torch.cat([head(x) for head in self.children()], -1)
-
-
-@dataclass(frozen=True)
-class Variances:
-    """Of particles over those of the posterior: 1 is right, 0 is collapsed."""
-
-    marginal: float
-    widest: float
-    narrowest: float
-
-
-@dataclass(frozen=True, eq=False)
-class Problem:
-    """A lifted network, a Pyro model that calls it, and the data."""
-
-    lora: pl.LiftedNetwork
-    model: Callable[..., None]
-    data: dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Target:
-    """A Gaussian over O rows of I weights, each with a circulant covariance.
-
-    Attributes:
-        size: D = I O.
-        condition: Of the covariance.
-    """
-
-    size: int
-    condition: float
-
-    @property
-    def eigenvalues(self) -> Tensor:
-        """Of the covariance of a row, by frequency."""
-        return spectrum(SIDES[self.size][0], self.condition)
-
-    def draws(self) -> Tensor:
-        """Where particles start, (K, O, I)."""
-        torch.manual_seed(0)
-        num_inputs, num_outputs = SIDES[self.size]
-        noise = torch.randn(NUM_PARTICLES, num_outputs, num_inputs)
-        return filtered(noise, self.eigenvalues.sqrt())
-
-    def problem(self, num_heads: int = 1) -> Problem:
-        """A linear network, its Pyro model and the data with this posterior."""
-        num_inputs, num_outputs = SIDES[self.size]
-        precision = 1 / self.eigenvalues
-        flat = FLAT * precision.min()
-        prior = pl.priors.normal(scale=float(flat**-0.5))
-        lora = pl.lift(Heads(num_inputs, num_outputs, num_heads), prior=prior)
-
-        def model(x: Tensor, y: Tensor) -> None:
-            outputs = lora()(x)
-            if y.ndim == 1:  # each output a datum, as function space wants it
-                outputs = outputs.flatten(-2)
-            with pyro.plate("data", len(y), subsample=y):
-                fn = dist.Normal(outputs, 1.0).to_event(y.ndim - 1)
-                pyro.sample("y", fn, obs=y)
-
-        x = filtered(torch.eye(num_inputs), (precision - flat).sqrt())
-        return Problem(lora, model, {"x": x, "y": torch.zeros(num_inputs, num_outputs)})
-
-    def summary(self, particles: Tensor) -> Variances:
-        """What particles (K, O, I) keep."""
-        particles = particles.detach()
-        waves = torch.fft.rfft(particles - particles.mean(0), norm="ortho")
-        along = waves.abs().square().sum(0).mean(0) / (NUM_PARTICLES - 1)
-        return variances(particles.var(0), along / self.eigenvalues)
-
-
-def variances(marginal: Tensor, along: Tensor) -> Variances:
-    """Means of variances over the posterior's, along axes from wide to narrow."""
-    tenth = max(1, len(along) // 10)
-    parts = (marginal, along[:tenth], along[-tenth:])
-    return Variances(*(float(x.mean()) for x in parts))
 
 
 def optimizer() -> pyro.optim.PyroLRScheduler:
@@ -271,10 +175,11 @@ def damped(target: Target) -> Variances:
     x = target.draws().requires_grad_()
     optim = optimizer()
     for _ in range(NUM_STEPS):
-        score = -filtered(x.detach(), 1 / target.eigenvalues)
-        gram, slope = gram_and_slope(kernel, squared_distances(x.detach()))
-        push = stein_repulsion(x.detach(), slope)
-        x.grad = -(attract(score, gram.fill_diagonal_(share)) + push)
+        at = x.detach()
+        score = -filtered(at, 1 / target.eigenvalues)
+        gram, slope = gram_and_slope(kernel, squared_distances(at))
+        weights = stein_weights(gram.fill_diagonal_(share), slope)
+        x.grad = -combine(score, at, *weights)[0]
         optim([x])
         optim.step()
     return target.summary(x)
@@ -340,14 +245,17 @@ def scaled(**options: Any) -> Callable[[Target], Variances]:
 def measure(sizes: Sequence[int]) -> dict[tuple[str, Target], Variances | None]:
     """Every method on every target."""
     found = {}
-    for size in sizes:
-        for condition in (1.0, CONDITION):
+    for condition in (1.0, CONDITION):
+        for size in sizes if condition == 1 else sizes[1:]:
             target = Target(size, condition)
             for name, method in methods().items():
                 start = time.perf_counter()
                 found[name, target] = method(target)
                 seconds = time.perf_counter() - start
-                print(f"{target} {name}: {found[name, target]}, {seconds:.1f} s")
+                print(
+                    f"{target} {name}: {found[name, target]}, {seconds:.1f} s",
+                    flush=True,
+                )
     return found
 
 
@@ -359,26 +267,23 @@ def table(
     lines = header(
         "kernel",
         *(f"D = {size}" for size in sizes),
-        *(f"ill, D = {size}" for size in sizes),
+        *(f"ill, D = {size}" for size in sizes[1:]),
         *("widest", "narrowest"),
     )
     for name in methods():
         cells = [
-            number(v.marginal if (v := found[name, Target(size, condition)]) else None)
-            for condition in (1.0, CONDITION)
-            for size in sizes
+            number(v.marginal) if v else ""
+            for (row, _), v in found.items()
+            if row == name
         ]
-        last = found[name, largest]
-        axes = [last.widest, last.narrowest] if last else [None, None]
-        cells += [number(x) for x in axes]
+        if last := found[name, largest]:
+            cells += [number(last.widest), number(last.narrowest)]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 
 
-def number(x: float | None) -> str:
-    """Three digits; nothing where nothing was measured."""
-    if x is None:
-        return ""
+def number(x: float) -> str:
+    """Two digits."""
     return f"{x:.1e}" if x < 5e-4 else f"{x:.2g}" if x < 0.1 else f"{x:.2f}"
 
 
@@ -409,7 +314,7 @@ def plot(
             points = {
                 size: v.marginal
                 for size in sizes
-                if (v := found[name, Target(size, condition)])
+                if (v := found.get((name, Target(size, condition))))
             }
             ax.plot(points.keys(), points.values(), style, color=color, label=name)
         ax.axhline(1, color="k", linewidth=0.5)
@@ -441,7 +346,7 @@ def report(
         'variances are 1, too ("ill"); and, of the last, those along the widest and '
         f"the narrowest tenth of its axes at D = {sizes[-1]}. 1 is right. Particles "
         f"start at exact draws and take {NUM_STEPS} steps of Adam whose rate falls "
-        f"from {LEARNING_RATE} to {LAST_RATE}, in float32. Bandwidths are by the median "
+        f"from {LEARNING_RATE} to {LAST_RATE}, float32. Bandwidths are by the median "
         "heuristic, and the transport is Stein's unless β, the strength of the "
         "repulsive one, is given. One seed; the numbers are means over weights.",
         "",
