@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -181,7 +181,7 @@ def norm(values: Mapping[str, Tensor]) -> Tensor:
     return _root_mean_square(squares, values)
 
 
-def _root_mean_square(squares: Sequence[Tensor], like: Mapping[str, Tensor]) -> Tensor:
+def _root_mean_square(squares: list[Tensor], like: Mapping[str, Tensor]) -> Tensor:
     num_particles = next(iter(like.values())).shape[0]
     return (torch.stack(squares).double().sum() / num_particles).sqrt()
 
