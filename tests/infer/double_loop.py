@@ -9,6 +9,11 @@ from torch import Tensor
 Point = dict[str, Tensor]  # one particle, site -> value in unconstrained space
 LogJoint = Callable[[Point], Tensor]
 PairKernel = Callable[[Point, Point], Tensor]
+Profile = Callable[[Tensor], Tensor]  # the kernel as a function of d^2 / (2 h^2)
+
+
+def gaussian(scaled: Tensor) -> Tensor:
+    return (-scaled).exp()
 
 
 def points(particles: dict[str, Tensor]) -> list[Point]:
@@ -43,8 +48,13 @@ def median_bandwidth(squared_distances: list[float], num_particles: int) -> floa
     return ordered[(len(ordered) - 1) // 2] / math.log(num_particles + 1)
 
 
-def rbf(at: list[Point], sites: list[str], bandwidth: float | None) -> PairKernel:
-    """The Gaussian kernel over some sites; None takes the median over the particles."""
+def rbf(
+    at: list[Point],
+    sites: list[str],
+    bandwidth: float | None,
+    profile: Profile = gaussian,
+) -> PairKernel:
+    """A kernel over some sites; None takes the median over the particles."""
     if bandwidth is None:
         pairs = [
             squared_distance(at[i], at[j], sites).item()
@@ -54,15 +64,19 @@ def rbf(at: list[Point], sites: list[str], bandwidth: float | None) -> PairKerne
         twice_square = median_bandwidth(pairs, len(at))
     else:
         twice_square = 2 * bandwidth**2
-    return lambda x, y: (-squared_distance(x, y, sites) / twice_square).exp()
+    return lambda x, y: profile(squared_distance(x, y, sites) / twice_square)
 
 
-def joint_rbf(at: list[Point], bandwidth: float | None) -> dict[str, PairKernel]:
-    return dict.fromkeys(at[0], rbf(at, list(at[0]), bandwidth))
+def joint_rbf(
+    at: list[Point], bandwidth: float | None, profile: Profile = gaussian
+) -> dict[str, PairKernel]:
+    return dict.fromkeys(at[0], rbf(at, list(at[0]), bandwidth, profile))
 
 
-def site_rbf(at: list[Point], bandwidth: float | None) -> dict[str, PairKernel]:
-    return {site: rbf(at, [site], bandwidth) for site in at[0]}
+def site_rbf(
+    at: list[Point], bandwidth: float | None, profile: Profile = gaussian
+) -> dict[str, PairKernel]:
+    return {site: rbf(at, [site], bandwidth, profile) for site in at[0]}
 
 
 def attraction_and_repulsion(
@@ -133,6 +147,7 @@ def function_space(
     bandwidth: float | None,
     temperature: float,
     strength: float,
+    profile: Profile = gaussian,
 ) -> dict[str, Tensor]:
     """The same with k between the outputs (B, M) on the minibatch."""
     fixed = [outputs(x).detach() for x in at]
@@ -153,7 +168,7 @@ def function_space(
 
     def objective(x: Point) -> Tensor:
         f = outputs(x)
-        kernel = torch.stack([(-distance(f, g) / twice_square).exp() for g in fixed])
+        kernel = torch.stack([profile(distance(f, g) / twice_square) for g in fixed])
         return log_joint(x) / temperature - strength * kernel.sum().log()
 
     return stack([gradient(objective, x) for x in at])

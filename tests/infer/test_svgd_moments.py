@@ -8,6 +8,8 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer import MCMC, NUTS
+from pyro.ops.stats import effective_sample_size
 from torch import Tensor
 from torch.distributions import biject_to
 
@@ -44,6 +46,78 @@ def particles_of(
     )
     svgd.run([{}], num_epochs=num_steps, progress_bar=False)
     return svgd.get_samples()
+
+
+@pytest.mark.parametrize(
+    ("loc", "covariance"),
+    [
+        ([2.0], [[2.0]]),
+        ([1.0, -1.0], [[1.0, 0.0], [0.0, 1.0]]),
+        ([1.0, -1.0], [[4.0, 1.6], [1.6, 1.0]]),  # a correlation of .8
+    ],
+)
+def test_gaussians(loc: list[float], covariance: list[list[float]]) -> None:
+    mean, expected = torch.tensor(loc).double(), torch.tensor(covariance).double()
+
+    def model() -> None:
+        pyro.sample("x", dist.MultivariateNormal(mean, expected))
+
+    found = particles_of(model, 100, 300)["x"]
+    sd = expected.diagonal().sqrt()
+    # In standard deviations; SVGD has no Monte Carlo error.
+    assert ((found.mean(0) - mean).abs() / sd).max() < 0.02
+    # 100 particles keep most of the variance in one or two dims.
+    error = (found.T.cov().view_as(expected) - expected) / sd.outer(sd)
+    assert error.abs().max() < (0.06 if len(loc) == 1 else 0.12)
+    assert (error.diagonal() < 0.01).all()
+
+
+def test_a_skewed_target() -> None:
+    # x is the logarithm of an exponential variable.
+    one = torch.ones((), dtype=torch.float64)
+
+    def model() -> None:
+        x = pyro.sample("x", dist.Normal(one, one).mask(False))
+        pyro.factor("gumbel", x - x.exp())
+
+    found = particles_of(model, 100, 300)["x"]
+    mean, variance = torch.digamma(one).item(), math.pi**2 / 6
+    assert found.mean().item() == pytest.approx(mean, abs=0.05)
+    assert found.var().item() == pytest.approx(variance, rel=0.15)
+    # The deciles are those of the target, not of a normal of this mean and variance.
+    levels = torch.arange(1, 10).double() / 10
+    deciles = (-(1 - levels).log()).log()
+    error = (found.quantile(levels) - deciles).abs()
+    assert (error < 0.1).all()
+    normal = dist.Normal(mean, variance**0.5).icdf(levels)
+    assert ((normal - deciles).abs() > 0.1).any()
+
+
+def test_a_logistic_model_agrees_with_nuts() -> None:
+    # Two sites, an intercept and two slopes; 40 data leave room for skewness.
+    x = torch.randn(40, 2).double()
+    y = torch.bernoulli(torch.sigmoid(x @ torch.tensor([1.5, -1.0]).double() + 0.5))
+
+    def model() -> None:
+        b = pyro.sample("b", dist.Normal(x.new_zeros(()), 2.0))
+        w = pyro.sample("w", dist.Normal(x.new_zeros(2), 2.0).to_event(1))
+        logits = (x * w[..., None, :]).sum(-1) + b[..., None]
+        pyro.sample("y", dist.Bernoulli(logits=logits).to_event(1), obs=y)
+
+    found = particles_of(model, 100, 300)
+    mcmc = MCMC(NUTS(model), num_samples=600, warmup_steps=150, disable_progbar=True)
+    mcmc.run()
+    draws = mcmc.get_samples()
+    particles, chain = (torch.cat([v["b"][:, None], v["w"]], 1) for v in (found, draws))
+    sd = chain.std(0)
+    ess = effective_sample_size(chain[None], chain_dim=0, sample_dim=1)
+    # 4 standard errors of NUTS, beside the errors of SVGD stated above.
+    bias = (particles.mean(0) - chain.mean(0)).abs() / sd
+    assert (bias < 0.02 + 4 / ess.sqrt()).all()
+    ratio = particles.var(0) / chain.var(0)
+    assert ((ratio > 0.8) & (ratio < 1.05 + 4 * (2 / ess).sqrt())).all()
+    correlation = particles.T.corrcoef() - chain.T.corrcoef()
+    assert correlation.abs().max() < 0.05 + 4 / ess.min().sqrt()
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])

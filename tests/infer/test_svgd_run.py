@@ -84,6 +84,81 @@ def test_run_steps_a_scheduler_once_an_epoch(name: str, factors: list[float]) ->
     assert start in (0.1, 0.01)
 
 
+# All of Pyro's but Muon, which is for matrices, and SparseAdam.
+ALONE = (
+    "Adadelta Adafactor Adagrad AdagradRMSProp Adam AdamW Adamax ASGD ClippedAdam "
+    "DCTAdam NAdam RAdam RMSprop Rprop SGD"
+).split()
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_any_optimizer(name: str) -> None:
+    target = hierarchical_regression(2)
+    settings = {} if name == "AdagradRMSProp" else {"lr": 0.01}
+    optim = getattr(pyro.optim, name)(settings)
+    svgd = engine(target, optim, kernels.Zero())
+    leaves = {s: x.clone().requires_grad_() for s, x in target.particles.items()}
+    oracle = optim.pt_optim_constructor(list(leaves.values()), **settings)
+    for _ in range(3):
+        svgd.step(**target.batch)
+        for particle in range(2):
+            at = {s: x.detach()[particle] for s, x in leaves.items()}
+            score = double_loop.gradient(target.log_joint, at)
+            for site, x in leaves.items():
+                x.grad = torch.zeros_like(x) if particle == 0 else x.grad
+                assert x.grad is not None
+                x.grad[particle] = -score[site]
+        oracle.step()
+    found = svgd.state_dict()["particles"]
+    expected = {site: x.detach() for site, x in leaves.items()}
+    assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    assert any((x != target.particles[s]).all() for s, x in found.items())
+
+
+SCHEDULERS: dict[str, dict[str, Any]] = {
+    "ConstantLR": {"factor": 0.5, "total_iters": 2},
+    "CosineAnnealingLR": {"T_max": 3},
+    "CosineAnnealingWarmRestarts": {"T_0": 2},
+    "CyclicLR": {"base_lr": 1e-4, "max_lr": 1e-3, "step_size_up": 2},
+    "LinearLR": {"start_factor": 0.5, "total_iters": 3},
+    "MultiStepLR": {"milestones": [1, 2]},
+    "MultiplicativeLR": {"lr_lambda": lambda epoch: 0.9},
+    "OneCycleLR": {"max_lr": 1e-3, "total_steps": 5},
+    "PolynomialLR": {"total_iters": 4},
+    "StepLR": {"step_size": 2},
+}
+
+
+@pytest.mark.parametrize("name", list(SCHEDULERS))
+def test_any_scheduler(name: str) -> None:
+    target = hierarchical_regression(2)
+    arguments = {"lr": 1e-3, "momentum": 0.9}
+    optim = getattr(pyro.optim, name)(
+        {"optimizer": torch.optim.SGD, "optim_args": arguments, **SCHEDULERS[name]}
+    )
+    svgd = engine(target, optim, kernels.Zero())
+    sgd = torch.optim.SGD([torch.zeros(1, requires_grad=True)], **arguments)
+    oracle = getattr(torch.optim.lr_scheduler, name)(sgd, **SCHEDULERS[name])
+    rates = set()
+    for _ in range(4):
+        svgd.run([target.batch, target.batch], num_epochs=1, progress_bar=False)
+        sgd.step()
+        oracle.step()
+        for inner in optim.optim_objs.values():
+            assert inner.get_last_lr() == oracle.get_last_lr()
+        rates.add(oracle.get_last_lr()[0])
+    assert len(rates) > 1
+
+
+def test_an_optimizer_that_fails_moves_nothing() -> None:
+    target = hierarchical_regression(2)
+    svgd = engine(target, Adam({"rate": 0.1}))
+    with pytest.raises(TypeError, match="rate"):
+        svgd.step(**target.batch)
+    assert_close(svgd.state_dict()["particles"], target.particles)
+    assert svgd.diagnostics == {}
+
+
 def test_a_plateau_is_one_of_the_loss() -> None:
     optim = plateau(threshold=1e-3)
     target = hierarchical_regression(3)

@@ -172,31 +172,6 @@ def test_zero_is_independent_gradients(
 
 
 @pytest.mark.parametrize(
-    "kernel", [kernels.Zero(), kernels.RBF(), kernels.RBF(space="function")]
-)
-def test_one_particle_is_map(kernel: Any) -> None:
-    target = bert(1)
-    svgd = pl.SVGD(
-        target.model,
-        kernel,
-        pyro.optim.Adam({"lr": 0.01}),
-        1,
-        init_loc_fn=target.init,
-        repulsion=5.0 if kernel == kernels.RBF(space="function") else None,
-    )
-    leaves = {s: x[0].clone().requires_grad_() for s, x in target.particles.items()}
-    adam = torch.optim.Adam(leaves.values(), lr=0.01)
-    for _ in range(10):
-        adam.zero_grad()
-        loss = -target.log_joint(leaves)
-        loss.backward()
-        adam.step()
-        assert svgd.step(**target.batch) == pytest.approx(loss.item(), rel=1e-12)
-    particles = svgd.get_named_particles()
-    assert_equal(particles, {site: x.detach()[None] for site, x in leaves.items()})
-
-
-@pytest.mark.parametrize(
     "settings",
     [
         {"kernel": kernels.RBF()},
