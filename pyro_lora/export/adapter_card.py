@@ -33,7 +33,8 @@ def adapter_card(
     card = ModelCard.load(metadata)
     name = config.base_model_name_or_path or None
     card.data["base_model"] = name
-    card.data["tags"] = sorted({*(card.data.get("tags") or ()), "pyro_lora"})
+    tags = {tag for tag in card.data.get("tags") or () if not tag.endswith(":")}
+    card.data["tags"] = sorted(tags | {"pyro_lora"})
     kind = type(base)
     classes = ""
     if config.task_type in _CLASSIFIERS:

@@ -1,0 +1,57 @@
+"""Every example runs as it stands, and shows what it says."""
+
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.filterwarnings("ignore:The weights aren't a mode")
+EXAMPLES = Path(__file__).parents[1] / "examples"
+PAGES = [
+    "active_learning",
+    "adapters",
+    "generate",
+    "laplace",
+    "particles",
+    "regression",
+    "serving",
+]
+PARTS_OF_THE_DEMO = {"methods", "recipe", "report", "rows", "text", "vader"}
+
+
+def shows(name: str, found: dict[str, Any]) -> bool:
+    """Whether an example's numbers say what its text says."""
+    if name == "active_learning":
+        return len(found["known"]) == 64 and found["distinct"] > 45
+    if name == "adapters":
+        return found["difference"] < 1e-6
+    if name == "generate":
+        doubts = found["answer"].epistemic_entropy.sum(-1)
+        return bool(doubts[2] > 3 * doubts[:2].max())
+    if name == "laplace":
+        better = found["bayes"].metrics()["nll"] < found["point"].metrics()["nll"]
+        doubts = [p.epistemic_entropy.mean() for p in (found["bayes"], found["unseen"])]
+        likelier = found["tuned"].log_evidence() > found["posterior"].log_evidence()
+        return better and bool(doubts[0] < doubts[1]) and bool(likelier)
+    if name == "particles":
+        return found["m"]["accuracy"] > 0.7 and 1 < found["distinct"] < 5
+    if name == "regression":
+        metrics = found["prediction"].metrics()
+        return metrics["rmse"] < 0.8 and 0.75 < metrics["coverage"] < 1
+    assert name == "serving"
+    return len(found["answer"](found["request"])) == 8
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_it_runs(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    found = runpy.run_module(f"examples.{name}", run_name="__main__")
+    assert shows(name, found)
+    assert len(capsys.readouterr().out.splitlines()) >= 3
+
+
+def test_every_example_is_run_and_listed() -> None:
+    names = {file.stem for file in EXAMPLES.glob("*.py")} - {"__init__", "toy", "demo"}
+    assert names == {*PAGES} | PARTS_OF_THE_DEMO
+    readme = (EXAMPLES / "README.md").read_text("utf-8")
+    assert all(f"[{name}]({name}.py)" in readme for name in PAGES)
