@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -60,9 +60,12 @@ class Recording:
 
 
 @contextmanager
-def recording(networks: Iterable[LiftedNetwork]) -> Iterator[Recording]:
-    """Record inputs and outputs of every slot while the block runs."""
-    record = Recording([pair for lora in networks for pair in linear_layers(lora)])
+def recording(
+    networks: Iterable[LiftedNetwork], sites: Container[str]
+) -> Iterator[Recording]:
+    """Record inputs and outputs of the slots of some sites while the block runs."""
+    layers = [pair for lora in networks for pair in linear_layers(lora, sites)]
+    record = Recording(layers)
 
     def hook(slot: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         x = inputs[0].detach()
@@ -140,18 +143,21 @@ def capture_layers(
     return captures
 
 
-def linear_layers(lora: LiftedNetwork) -> list[tuple[nn.Linear, LiftedParameter]]:
-    """The linear layers of all sites in order, with the parameter that is lifted.
+def linear_layers(
+    lora: LiftedNetwork, sites: Container[str]
+) -> list[tuple[nn.Linear, LiftedParameter]]:
+    """The linear layers of some sites in order, with the parameter that is lifted.
 
     Args:
         lora: A lifted network.
+        sites: Which.
 
     Raises:
         ValueError: If a parameter isn't the weight or bias of an ``nn.Linear``.
     """
     found = []
     for site, members in lora.parameters.items():
-        for p in members:
+        for p in members if site in sites else ():
             holder = p.locations[0][0]
             if p.owner is not holder or not isinstance(holder, nn.Linear):
                 owner = type(p.owner or lora.network)

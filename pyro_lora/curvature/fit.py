@@ -97,7 +97,7 @@ def fit_fisher(
 
     Args:
         model: A Pyro model.
-        mode: Site -> value, each of the site's shape.
+        mode: Lifted site -> value, each of the site's shape.
         networks: The lifted networks in the model.
         batches: Mappings of model keyword arguments that cover all data once.
         structure: ``kfac_expand``, ``kfac_reduce``, ``ekfac``, ``diagonal``,
@@ -105,7 +105,7 @@ def fit_fisher(
         fisher_terms: A function of the obs site's distribution and value.
         obs_site: The likelihood's site, or several, whose Fisher information adds up;
             None is the only observed one.
-        latents: Values of latent sites that aren't lifted.
+        latents: Values of the latent sites that aren't in ``mode``.
         progress_bar: Show one for each pass.
         checkpoint: A folder to write the sums into, and to resume from; None is none.
         max_memory_gb: Of gradients at a time, in GB; None is no limit.
@@ -121,7 +121,8 @@ def fit_fisher(
     """
     if structure is structures.ekfac and iter(batches) is batches:
         raise ValueError(READ_ONCE.format("ekfac takes two passes over the data"))
-    loc = {s: mode[s].detach() for lora in networks for s in lora.sites}
+    sites = [s for lora in networks for s in lora.sites if s in mode]
+    loc = {s: mode[s].detach() for s in sites}
     leaves = {site: value.clone().requires_grad_() for site, value in loc.items()}
 
     checkpoints: list[PassCheckpoint] = []
@@ -129,7 +130,8 @@ def fit_fisher(
     def data_pass(of_batch: FactorsFunction, name: str) -> tuple[DataSums, Any]:
         if checkpoint is not None:
             fit = fit_digest(
-                {**loc, **(latents or {})}, [structure, fisher_terms, obs_site, name]
+                {**loc, **(latents or {})},
+                [structure, fisher_terms, obs_site, name, " ".join(sites)],
             )
             folder = Path(checkpoint) / name.lower()
             device = next(iter(loc.values())).device
@@ -148,17 +150,17 @@ def fit_fisher(
         )
 
     sums, trace = data_pass(factors_of(structure), "Fisher")
-    sites = observed_sites(trace, obs_site)
+    observed = observed_sites(trace, obs_site)
     prior = prior_at_mode(trace, leaves)
     if isinstance(sums.factors[0], DenseFactors):
         matrix = sums.factors[0].matrix.double()
         gaussian: WeightGaussian = DenseGaussian(loc, prior.precision, matrix)
     else:
-        blocks = _blocks(sums.factors, networks)
+        blocks = _blocks(sums.factors, loc)
         if structure is structures.ekfac:
             bases = [basis for block in blocks.values() for basis in block.bases()]
             moments, _ = data_pass(moments_in(bases), "EKFAC")
-            values = _blocks(moments.factors, networks)
+            values = _blocks(moments.factors, loc)
             blocks = {
                 site: replace(block, values=values[site].values)
                 for site, block in blocks.items()
@@ -175,7 +177,7 @@ def fit_fisher(
             s: torch.stack(sums.score[s]).reshape(x.shape).to(x) + prior.gradient[s]
             for s, x in loc.items()
         },
-        sites[0]["name"] if len(sites) == 1 else None,
+        observed[0]["name"] if len(observed) == 1 else None,
     )
 
 
@@ -216,7 +218,7 @@ def _data_pass(
                 before.restore_random_state()
                 continue
         with torch.enable_grad():
-            with recording(networks) as record, naming_batch(index):
+            with recording(networks, leaves) as record, naming_batch(index):
                 trace = trace_at(model, {**latents, **leaves}, batch)
             sites = observed_sites(trace, obs_site)
             check_latent_sites(trace, latents)
@@ -244,6 +246,25 @@ def _data_pass(
     name = " and ".join(site["name"] for site in sites)
     _check_number(sums.num_data, data_plate(sites[0]).full_size, name)
     return sums, trace
+
+
+def first_batch(batches: Iterable[Batch], why: str) -> Batch:
+    """The first batch, of batches that are read again.
+
+    Args:
+        batches: Mappings of model keyword arguments.
+        why: What it is read for, a clause.
+
+    Raises:
+        ValueError: If there is none, or they can be read once only.
+    """
+    iterator = iter(batches)
+    if iterator is batches:
+        raise ValueError(READ_ONCE.format(why))
+    first = next(iterator, None)
+    if first is None:
+        raise ValueError(NO_BATCHES)
+    return first
 
 
 @contextmanager
@@ -293,15 +314,14 @@ def check_latent_sites(trace: Any, known: Container[str] = ()) -> None:
 
 
 def _blocks(
-    factors: dict[int, Any], networks: Sequence[LiftedNetwork]
+    factors: dict[int, Any], loc: Mapping[str, Tensor]
 ) -> dict[str, Eigenblocks]:
     """Eigenblocks by site; the factors are used up."""
     known: dict[int, tuple[Tensor, Tensor]] = {}
     places = iter(range(len(factors)))
     return {
-        site: eigenblocks([factors.pop(next(places)) for _ in members], known, site)
-        for lora in networks
-        for site, members in lora.parameters.items()
+        site: eigenblocks([factors.pop(next(places)) for _ in layers], known, site)
+        for site, layers in loc.items()
     }
 
 

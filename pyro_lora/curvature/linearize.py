@@ -239,7 +239,7 @@ def _linearize(
     leaves = {site: x.detach().requires_grad_() for site, x in gaussian.loc.items()}
     with torch.enable_grad():
         # Not around the backward passes: a checkpointed network runs again in them.
-        with recording(networks) as record:
+        with recording(networks, leaves) as record:
             trace = trace_at(model, leaves, batch)
         site: dict[str, Any] = likelihood_site(trace, obs_site, gaussian.loc)
         fn, mask = _outcomes(site, tokens)

@@ -8,6 +8,7 @@ from functools import singledispatch
 from typing import Any
 
 import torch
+from pyro import poutine
 from pyro.distributions.torch_distribution import MaskedDistribution
 from torch import Tensor
 from torch import distributions as td
@@ -111,7 +112,7 @@ class LinearizedAtDraws:
             with evaluating(gaussian.loras):
                 trace = trace_at(self.model, gaussian.mode(), batch)
                 found = linearized_values(
-                    self.model,
+                    poutine.condition(self.model, gaussian.fixed),
                     gaussian.gaussian,
                     gaussian.loras,
                     batch,

@@ -68,11 +68,13 @@ def describe(posterior: Posterior, prefix: str = "") -> tuple[dict[str, Any], Te
     tensors[f"{prefix}log_likelihood"] = posterior.log_likelihood
     tensors[f"{prefix}log_prior"] = posterior.log_prior
     prior, found = describe_prior(posterior, f"{prefix}prior_parameters/")
+    tensors |= _named(f"{prefix}fixed/", posterior.fixed)
     latents, others = _describe_latents(posterior.latents, f"{prefix}latents/")
     description = {
         "kind": "laplace",
         "gaussian": kind,
         "sites": list(posterior.gaussian.loc),
+        "fixed": list(posterior.fixed),
         "obs_site": posterior.obs_site,
         "prior": prior,
         "latents": latents,
@@ -121,7 +123,9 @@ def restore(
     if kind != "laplace":
         raise KeyError(kind)
     mode = _at(f"{prefix}loc/", sites, tensors)
-    dtypes = _dtypes(mode, loras)
+    saved = _at(f"{prefix}fixed/", description.get("fixed", []), tensors)
+    dtypes = _dtypes({**mode, **saved}, loras)
+    fixed = _in_dtypes(saved, dtypes)
     loc, mean, tau = (
         _in_dtypes(_at(f"{prefix}{name}/", sites, tensors), dtypes)
         for name in ("loc", "prior_mean", "prior_precision")
@@ -129,7 +133,13 @@ def restore(
     names = description["prior"].get("parameters", [])
     parameters = _at(f"{prefix}prior_parameters/", names, tensors)
     prior = restore_prior(
-        description["prior"], _in_dtypes(parameters, dtypes), loras, mode, mean, tau
+        description["prior"],
+        _in_dtypes(parameters, dtypes),
+        loras,
+        mode,
+        mean,
+        tau,
+        fixed,
     )
     return LaplacePosterior(
         _restore_gaussian(description["gaussian"], loc, tau, tensors, prefix),
@@ -141,6 +151,7 @@ def restore(
         model,
         description["obs_site"],
         _restore_latents(description["latents"], tensors, f"{prefix}latents/", dtypes),
+        fixed=fixed,
     )
 
 

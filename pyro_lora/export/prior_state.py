@@ -12,7 +12,7 @@ from torch import distributions as td
 
 from pyro_lora.curvature.weight_gaussian import Weights
 from pyro_lora.infer.laplace_posterior import LaplacePosterior, normal_prior
-from pyro_lora.infer.prior_parameters import AtParameters
+from pyro_lora.infer.prior_parameters import AtParameters, fixing
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.lifting.model_trace import trace_at
 from pyro_lora.lifting.priors import Prior
@@ -63,6 +63,7 @@ def restore_prior(
     mode: Weights,
     mean: Weights,
     precision: Weights,
+    fixed: Weights,
 ) -> Prior:
     """The prior that :func:`describe_prior` described.
 
@@ -73,6 +74,7 @@ def restore_prior(
         mode: Site -> the mode, in the dtype that it was saved in.
         mean: Site -> mean of the normal prior.
         precision: Site -> precision of the normal prior.
+        fixed: Site -> value, of the sites that have a Delta there.
 
     Returns:
         The prior.
@@ -82,7 +84,7 @@ def restore_prior(
         ValueError: If the saved prior isn't normal, and the network's isn't the same.
     """
     if description["kind"] == "normal":
-        return normal_prior(mean, precision)
+        return normal_prior(mean, precision, fixed)
     if description["kind"] != "network":
         raise KeyError(description["kind"])
 
@@ -98,7 +100,7 @@ def restore_prior(
             f"at the mode is {expected:.6g}; that of the prior which the network was "
             f"lifted with is {found:.6g}. Lift the network with the prior of the fit."
         )
-    return prior
+    return fixing(prior, fixed)
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from operator import attrgetter
@@ -17,9 +17,8 @@ from torch import Tensor
 
 from pyro_lora.curvature.fisher import empirical_terms, exact_terms, mc_terms
 from pyro_lora.curvature.fit import (
-    NO_BATCHES,
-    READ_ONCE,
     FisherFit,
+    first_batch,
     fit_fisher,
     naming_batch,
 )
@@ -27,6 +26,8 @@ from pyro_lora.curvature.latent_block import LatentBlock, fit_latents, small_lat
 from pyro_lora.curvature.likelihood_terms import TermsFunction
 from pyro_lora.curvature.structures import Structure, kfac_expand
 from pyro_lora.infer.laplace_posterior import LaplacePosterior
+from pyro_lora.infer.prior_parameters import fixing
+from pyro_lora.infer.site_subset import chosen_sites
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.lifting.model_trace import (
     Batch,
@@ -58,9 +59,13 @@ class AutoLaplace(AutoDelta):
         num_fisher_samples: Labels for each datum with ``fisher="mc"``.
         obs_site: The likelihood's site, or a tuple of several that have the same data
             and whose Fisher information adds up; None is the only observed one.
+        sites: The lifted sites that the posterior is over, the others fixed at the
+            mode, as names or ``"last_layer"``: those of the lifted layer that is called
+            last, such as a classifier's head. None is all of them.
 
     Raises:
-        ValueError: If ``fisher`` or ``num_fisher_samples`` is something else.
+        ValueError: If ``fisher`` or ``num_fisher_samples`` is something else, or there
+            are no ``sites``.
     """
 
     def __init__(
@@ -72,6 +77,7 @@ class AutoLaplace(AutoDelta):
         fisher: Literal["exact", "mc", "empirical"] = "exact",
         num_fisher_samples: int = 1,
         obs_site: str | tuple[str, ...] | None = None,
+        sites: Collection[str] | Literal["last_layer"] | None = None,
     ) -> None:
         if num_fisher_samples < 1:
             raise ValueError(f"num_fisher_samples is {num_fisher_samples}; at least 1.")
@@ -84,6 +90,8 @@ class AutoLaplace(AutoDelta):
             raise ValueError(
                 f"fisher must be one of {sorted(terms)}, found {fisher!r}."
             )
+        if sites is not None and not sites:
+            raise ValueError("sites is empty. Name some, or leave it out for all.")
         # AutoDelta would take the gaps of an obs_mask for parameters of the model.
         without_gaps = poutine.block(model, hide_fn=_may_be_missing_outcome)
         super().__init__(without_gaps, init_loc_fn=init_loc_fn)
@@ -91,6 +99,7 @@ class AutoLaplace(AutoDelta):
         self._structure = structure
         self._fisher_terms = terms[fisher]
         self._obs_site = obs_site
+        self._sites = sites
 
     def laplace_approximation(
         self,
@@ -151,6 +160,7 @@ class AutoLaplace(AutoDelta):
         fit = partial(
             _fit,
             networks=networks,
+            sites=chosen_sites(self._sites, model, values, networks, batches),
             structure=self._structure,
             fisher_terms=self._fisher_terms,
             obs_site=self._obs_site,
@@ -166,12 +176,7 @@ class AutoLaplace(AutoDelta):
         Raises:
             ValueError: If there is nothing to take them from.
         """
-        iterator = iter(batches)
-        if iterator is batches:
-            raise ValueError(READ_ONCE.format("the first one sets the guide up"))
-        first = next(iterator, None)
-        if first is None:
-            raise ValueError(NO_BATCHES)
+        first = first_batch(batches, "the first one sets the guide up")
         model = self.model
 
         def checked(**batch: Any) -> Any:
@@ -201,6 +206,7 @@ def _fit(
     batches: Iterable[Batch],
     *,
     networks: tuple[LiftedNetwork, ...],
+    sites: Container[str],
     structure: Structure,
     fisher_terms: TermsFunction,
     obs_site: str | Sequence[str] | None,
@@ -208,14 +214,16 @@ def _fit(
     max_memory_gb: float | None,
     checkpoint: str | os.PathLike[str] | None = None,
 ) -> LaplacePosterior:
-    mode = {site: values[site] for lora in networks for site in lora.sites}
-    latents = {site: x for site, x in values.items() if site not in mode}
+    lifted = {site: values[site] for lora in networks for site in lora.sites}
+    latents = {site: x for site, x in values.items() if site not in lifted}
+    mode = {site: x for site, x in lifted.items() if site in sites}
+    fixed = {site: x for site, x in lifted.items() if site not in sites}
     if latents and iter(batches) is batches:
         raise ValueError(READ_ONCE.format(f"{list(latents)} take a pass of their own"))
     with evaluating(networks):
         block = None
         if latents:
-            block = fit_latents(model, networks, mode, latents, batches, obs_site)
+            block = fit_latents(model, networks, lifted, latents, batches, obs_site)
         fit = fit_fisher(
             model,
             mode,
@@ -224,7 +232,7 @@ def _fit(
             structure=structure,
             fisher_terms=fisher_terms,
             obs_site=obs_site,
-            latents=latents,
+            latents={**latents, **fixed},
             progress_bar=progress_bar,
             checkpoint=checkpoint,
             max_memory_gb=max_memory_gb,
@@ -235,11 +243,12 @@ def _fit(
         fit.prior_mean,
         fit.log_likelihood,
         fit.log_prior,
-        lambda lora: lora.prior(lora),
+        fixing(lambda lora: lora.prior(lora), fixed),
         networks,
         model,
         fit.obs_site,
         block,
+        fixed=fixed,
     )
 
 

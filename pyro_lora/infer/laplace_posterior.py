@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, overload
 
 import pyro
 import pyro.distributions as dist
+import torch
 from pyro import poutine
 from pyro.optim import PyroOptim
 from torch import Tensor
@@ -54,6 +55,8 @@ class LaplacePosterior:
             modes, draws and densities, too; None where there are none.
         refit: Fits again with the same settings: (model, mode, batches) to posterior;
             None where the posterior was loaded.
+        fixed: Lifted sites that are fixed at their mode -> values. They are part of
+            modes and draws, too, with variance 0, and no part of the evidence's D.
     """
 
     gaussian: WeightGaussian
@@ -66,23 +69,30 @@ class LaplacePosterior:
     obs_site: str | None
     latents: LatentBlock | None = None
     refit: Refit | None = None
+    fixed: Weights = field(default_factory=dict)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Weights:
         """Sample the sites: the guide's statements, whatever the model's arguments."""
-        infer = {site: {"lora": (lora,)} for lora in self.loras for site in lora.sites}
+        infer: dict[str, Any] = {
+            site: {"lora": (lora,)} for lora in self.loras for site in lora.sites
+        }
         weights = self.gaussian.pyro_sample(infer)
+        for site, value in self.fixed.items():
+            fn = dist.Delta(value, event_dim=value.ndim)
+            weights[site] = pyro.sample(site, fn, infer=infer[site])
         return weights if self.latents is None else weights | self.latents.pyro_sample()
 
     def mode(self) -> Weights:
         """The mode, site -> value of the site's shape."""
         latents = {} if self.latents is None else self.latents.values
-        return {
-            s: value.clone() for s, value in {**self.gaussian.loc, **latents}.items()
-        }
+        found = {**self.gaussian.loc, **self.fixed, **latents}
+        return {site: value.clone() for site, value in found.items()}
 
     def sample(self, num_samples: int) -> Weights:
         """Draws, site -> value with a leading (S,)."""
         weights = self.gaussian.sample(num_samples)
+        for site, value in self.fixed.items():
+            weights[site] = value.expand(num_samples, *value.shape).clone()
         return (
             weights
             if self.latents is None
@@ -90,8 +100,15 @@ class LaplacePosterior:
         )
 
     def log_prob(self, weights: Mapping[str, Tensor]) -> Tensor:
-        """Log density in nats, (S,) for weights with a leading (S,)."""
+        """Log density in nats, (S,) for weights with a leading (S,).
+
+        It is that of the sites that aren't fixed, and minus infinity where others have
+        other values.
+        """
         log_prob = self.gaussian.log_prob(weights)
+        for site, value in self.fixed.items():
+            fn = dist.Delta(value, event_dim=value.ndim)
+            log_prob = log_prob + fn.log_prob(weights[site])
         return (
             log_prob
             if self.latents is None
@@ -104,7 +121,8 @@ class LaplacePosterior:
 
     def variance(self) -> Weights:
         """Marginal variances, each of its site's shape; of latents to first order."""
-        variance = self.gaussian.variance()
+        fixed = {site: torch.zeros_like(x) for site, x in self.fixed.items()}
+        variance = self.gaussian.variance() | fixed
         return variance if self.latents is None else variance | self.latents.variance()
 
     @property
@@ -166,7 +184,7 @@ class LaplacePosterior:
             .sum()
             for s, x in gaussian.loc.items()
         )
-        prior = normal_prior(self.prior_mean, tau)
+        prior = normal_prior(self.prior_mean, tau, self.fixed)
         return replace(self, gaussian=gaussian, log_prior=log_prior, prior=prior)
 
     def optimize_prior(
@@ -273,6 +291,11 @@ class LaplacePosterior:
     def _refitted(
         self, batches: Iterable[Batch], optim: PyroOptim, num_epochs: int
     ) -> LaplacePosterior:
+        if self.fixed:
+            raise ValueError(
+                "Refits train every site, but this posterior is over some of them, and "
+                f"{sorted(self.fixed)} are fixed. Leave num_refits out."
+            )
         if self.model is None or self.refit is None:
             raise ValueError(
                 "Refits need the model and the settings of the fit, but this posterior "
@@ -355,24 +378,21 @@ class LaplacePosterior:
                 f"{caller} needs the model, but this posterior was loaded without one. "
                 "Use load(path, lora, model=model)."
             )
-        if self.latents is None:
-            return self.model
-        model: Model = poutine.condition(self.model, self.latents.values)
+        latents = {} if self.latents is None else self.latents.values
+        held = {**self.fixed, **latents}
+        model: Model = poutine.condition(self.model, held) if held else self.model
         return model
 
 
-def normal_prior(mean: Weights, precision: Weights) -> Prior:
-    """The prior N(mean, 1 / precision), both by site."""
+def normal_prior(mean: Weights, precision: Weights, fixed: Weights) -> Prior:
+    """The prior N(mean, 1 / precision), both by site, and Deltas at fixed values."""
+    fns: dict[str, dist.TorchDistribution] = {
+        site: dist.Normal(x, precision[site].rsqrt().expand(x.shape)).to_event(x.ndim)
+        for site, x in mean.items()
+    }
+    fns |= {site: dist.Delta(x, event_dim=x.ndim) for site, x in fixed.items()}
 
     def prior(lora: LiftedNetwork) -> Weights:
-        return {
-            site: pyro.sample(
-                site,
-                dist.Normal(
-                    mean[site], precision[site].rsqrt().expand(mean[site].shape)
-                ).to_event(mean[site].ndim),
-            )
-            for site in lora.sites
-        }
+        return {site: pyro.sample(site, fns[site]) for site in lora.sites}
 
     return prior

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
@@ -160,6 +161,19 @@ def under_prior(
     return changed
 
 
+def fixing(prior: Prior, fixed: Weights) -> Prior:
+    """The prior with some sites fixed at values: Deltas."""
+    if not fixed:
+        return prior
+    fns = {s: dist.Delta(x, event_dim=x.ndim) for s, x in fixed.items()}
+
+    def changed(lora: LiftedNetwork) -> Weights:
+        with _UnderPrior(fns):
+            return prior(lora)
+
+    return changed
+
+
 def _nodes(
     prior: Prior,
     networks: Sequence[LiftedNetwork],
@@ -170,7 +184,7 @@ def _nodes(
     for lora in networks:
         with AtParameters(values):
             trace = trace_at(partial(prior, lora), gaussian.loc, {})
-        nodes += [trace.nodes[site] for site in lora.sites]
+        nodes += [trace.nodes[site] for site in lora.sites if site in gaussian.loc]
     return nodes
 
 
@@ -210,7 +224,7 @@ def _moments(
     gradient: Weights = {}
     total = torch.zeros((), dtype=torch.float64)
     for lora in networks:
-        part = {site: mode[site] for site in lora.sites}
+        part = {site: mode[site] for site in lora.sites if site in mode}
         found = prior_at_mode(trace_at(partial(prior, lora), part, {}), part)
         mean |= found.mean
         precision |= found.precision
