@@ -12,7 +12,12 @@ from torch import Tensor
 from pyro_lora.export.chains import Chains, Some
 from pyro_lora.export.data_pass import DataPass, pass_over_data
 from pyro_lora.export.linearized_pass import LinearizedAtDraws
-from pyro_lora.export.prior_density import log_prior_by_site, prior_draws, prior_of
+from pyro_lora.export.prior_density import (
+    log_prior_by_site,
+    prior_draws,
+    prior_of,
+    with_scaled_sites,
+)
 from pyro_lora.export.weight_variables import (
     Variables,
     check_raw_size,
@@ -80,8 +85,10 @@ class DrawGroups:
         if data is not None:
             log_prior = data.log_prior | log_prior
         groups = {
-            "posterior": variables(loras, some.weights, mode),
-            "prior": variables(loras, drawn),
+            "posterior": variables(
+                loras, with_scaled_sites(prior, loras, some.weights), mode
+            ),
+            "prior": variables(loras, with_scaled_sites(prior, loras, drawn)),
             "log_prior": _variables(log_prior),
             "sample_stats": _variables(
                 self._sample_stats(some, data, log_prior, slice(start, stop))

@@ -1,4 +1,4 @@
-"""The prior of a posterior: draws of it, and its density at draws."""
+"""The prior of a posterior: draws of it, its density and its scales at draws."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from pyro_lora.lifting.model_trace import trace_at
 from pyro_lora.lifting.priors import Prior
 from pyro_lora.predict.draws import Guide, Weights
 
+NOISE = "_decentered"  # as Pyro's reparameterisations call it
+
 
 def prior_of(posterior: Guide) -> Prior:
     """The prior that a posterior was made with, else the lifted network's own."""
@@ -26,7 +28,7 @@ def prior_of(posterior: Guide) -> Prior:
 
 @torch.no_grad()
 def prior_draws(prior: Prior, loras: Sequence[LiftedNetwork], num: int) -> Weights:
-    """Draws of every site of the prior.
+    """Draws of every latent site of the prior.
 
     Args:
         prior: The prior.
@@ -43,6 +45,33 @@ def prior_draws(prior: Prior, loras: Sequence[LiftedNetwork], num: int) -> Weigh
             for name, node in _latent_nodes(trace).items():
                 found.setdefault(name, []).append(node["value"])
     return {name: torch.stack(values) for name, values in found.items()}
+
+
+@torch.no_grad()
+def with_scaled_sites(
+    prior: Prior, loras: Sequence[LiftedNetwork], draws: Mapping[str, Tensor]
+) -> Weights:
+    """The draws, and what a non-centred prior makes of their noise.
+
+    Args:
+        prior: The prior.
+        loras: The lifted networks.
+        draws: Site -> (S, ...), all latent sites of the prior.
+
+    Returns:
+        Site -> (S, ...): where the latents are ``<site>_decentered``, the site, too.
+    """
+    if not any(site.endswith(NOISE) for site in draws):
+        return dict(draws)
+    found: dict[str, list[Tensor]] = {}
+    for lora in loras:
+        for s in range(next(iter(draws.values())).shape[0]):
+            at = {site: value[s] for site, value in draws.items()}
+            trace = trace_at(lambda lora=lora: prior(lora), at, {})
+            for name, node in trace.nodes.items():
+                if f"{name}{NOISE}" in draws:
+                    found.setdefault(name, []).append(node["value"])
+    return dict(draws) | {name: torch.stack(values) for name, values in found.items()}
 
 
 def log_prior_by_site(

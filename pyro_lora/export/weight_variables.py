@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_lora.export.prior_density import NOISE
 from pyro_lora.lifting.lifted_network import LiftedNetwork
+from pyro_lora.lifting.priors.prior import hyper_name
 
 # Heads with more weights than this are given by their norm: a table of 600,000 rows
 # (a 768 x 768 layer before the classifier) helps nobody.
@@ -81,7 +83,8 @@ def delta_variables(
 
     Args:
         loras: The lifted networks.
-        weights: Site -> (S, ...); other latent sites are added as they are.
+        weights: Site -> (S, ...); other latent sites are added as they are, but for
+            the noise of non-centred ones.
         mode: Site -> value; None leaves the angle out.
 
     Returns:
@@ -114,7 +117,9 @@ def delta_variables(
                 angles = [_angle(factors[p], at_mode[p]) for p in paths]
                 angle = torch.stack(angles, 1) if layer else angles[0]
                 result.add(f"{name}.angle_to_mode", angle, layer, stem)
-    _add_sites(result, loras, weights, weights.keys() - matrices, MAX_HEAD_WEIGHTS)
+    noises = {f"{site}{NOISE}" for site in weights}
+    chosen = weights.keys() - matrices - noises
+    _add_sites(result, loras, weights, chosen, MAX_HEAD_WEIGHTS)
     return result
 
 
@@ -168,27 +173,43 @@ def _add_sites(
     chosen: AbstractSet[str],
     max_weights: int | None,
 ) -> None:
-    parameters = {site: names for lora in loras for site, names in lora.sites.items()}
-    classes = {site: _num_classes(lora) for lora in loras for site in lora.sites}
+    owners = {site: lora for lora in loras for site in lora.sites}
     for site, value in weights.items():
         if site not in chosen:
             continue
-        if site not in parameters:
+        owner = _owner(site)
+        lora = owners.get(owner)
+        if lora is not None and site.startswith(hyper_name("role_log_scale", "")):
+            if value.shape[1:] == (len(lora.sites),):
+                result.add(site, value, {"site": [*lora.sites]}, owner)
+                continue
+            lora = None  # of some sites
+        if lora is None or not _is_leading(value.shape[1:], weights[owner].shape[1:]):
             result.values[site] = value.detach().cpu().numpy()
             continue
-        layer = layer_dim(parameters[site])
+        layer = layer_dim(lora.sites[owner])
         value = value if layer else value[:, 0]
-        if max_weights is not None and value[0].numel() > max_weights:
+        sizes = value.shape[1 + len(layer) :]
+        if site == owner and max_weights is not None and sizes.numel() > max_weights:
             event = tuple(range(1 + len(layer), value.ndim))
             norm = torch.linalg.vector_norm(value, dim=event)
             result.add(f"{site}.frobenius_norm", norm, layer, site)
             continue
-        names = _event_dims(site, value.ndim - 1 - len(layer))
-        sizes = value.shape[1 + len(layer) :]
-        if site.startswith("head.") and sizes[0] == classes[site]:
+        names = _event_dims(owner, weights[owner].ndim - 2)
+        if owner.startswith("head.") and sizes[:1] == (_num_classes(lora),):
             names = ("class", *names[1:])
-        event_dims = {n: range(s) for n, s in zip(names, sizes, strict=True)}
-        result.add(site, value, layer | event_dims, site)
+        event_dims = {n: range(s) for n, s in zip(names, sizes, strict=False)}
+        result.add(site, value, layer | event_dims, owner)
+
+
+def _owner(site: str) -> str:
+    """The lifted site that a site is, or whose scale or noise it is."""
+    name = site.removesuffix(NOISE)
+    return name.split(".", 2)[2] if name.startswith("prior.") else name
+
+
+def _is_leading(shape: torch.Size, of: torch.Size) -> bool:
+    return 0 < len(shape) <= len(of) and shape == of[: len(shape)]
 
 
 def _num_classes(lora: LiftedNetwork) -> int:

@@ -2,7 +2,8 @@
 
 import math
 import warnings
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import arviz_stats
 import numpy as np
@@ -10,6 +11,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+import xarray
 from pyro import poutine
 from pyro.infer import MCMC, NUTS, autoguide
 from torch import Tensor
@@ -347,3 +349,103 @@ def test_a_stock_guide_over_a_scale_and_the_weights() -> None:
     assert tree["prior"]["scale"].shape == (1, 5)
     assert tree["log_prior"]["scale"].shape == (1, 5)
     assert tree["log_likelihood"].attrs["method"] == "sample"
+
+
+def under_autonormal(
+    prior: Any, weights: Literal["delta", "raw"] = "delta"
+) -> xarray.DataTree:
+    """Four draws of a stock guide for a network under a prior, always the same."""
+    pyro.clear_param_store()
+    pyro.set_rng_seed(4)
+    lora = pl.lift(networks.bert(), prior=prior)
+    model = pl.models.classification(lora, models.NUM_DATA)
+    guide = autoguide.AutoNormal(model, init_scale=0.5)
+    batches = models.two_batches()
+    guide(**batches[0])
+    return pl.to_datatree(
+        guide, model=model, batches=batches, num_samples=4, weights=weights
+    )
+
+
+def test_non_centred_sites_are_their_scale_times_noise() -> None:
+    prior = pl.priors.hierarchical(centered=False)
+    raw = under_autonormal(prior, "raw")["posterior"]
+    found = under_autonormal(prior)["posterior"]
+    path = "lora.bert.encoder.layer.attention.self.query"
+    sites = raw[f"prior.role_log_scale.{path}.A"].coords["site"].values.tolist()
+    mean, role_sd, layer_sd = (
+        raw[f"prior.{name}.{path}.A"].values[0]
+        for name in ("mean_log_scale", "role_spread", "layer_spread")
+    )
+    of_roles = raw[f"prior.role_log_scale.{path}.A_decentered"].values[0]
+    weights = []
+    for site in (f"{path}.B", f"{path}.A"):
+        role = mean + role_sd * of_roles[:, sites.index(site)]
+        noise = raw[f"prior.log_scale.{site}_decentered"].values[0]
+        log_scale = role[:, None] + layer_sd[:, None] * noise
+        allclose(found[f"prior.log_scale.{site}"][0], log_scale)
+        scale = np.exp(log_scale)[..., None, None]
+        weights.append(scale * raw[f"{site}_decentered"].values[0])
+    delta = 2.0 * weights[0] @ weights[1]  # lora_alpha / r = 6 / 3
+    allclose(
+        found[f"{QUERY}.frobenius_norm"][0], np.linalg.norm(delta, axis=(-2, -1)), 1e-6
+    )
+    assert not [name for name in found if str(name).endswith("_decentered")]
+
+
+def test_draws_of_a_non_centred_prior_have_their_weights() -> None:
+    found = under_autonormal(pl.priors.horseshoe(centered=False), "raw")["prior"]
+    site = "head.classifier.weight"
+    path = "lora.bert.encoder.layer.attention.self.query.A"
+    scale = found[site].values / found[f"{site}_decentered"].values
+    tau, slab = (
+        found[f"prior.{name}.{path}"].values[..., None, None]
+        for name in ("global_scale", "slab_variance")
+    )
+    wide = tau * found[f"prior.local_scale.{site}"].values
+    # tau lambda where it's small against the slab's width, that where it's large.
+    allclose(scale, 1 / np.sqrt(1 / slab + 1 / wide**2), 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("prior", "site", "dims"),
+    [
+        (pl.priors.hierarchical(), "prior.log_scale.{query}.A", ("layer",)),
+        (pl.priors.hierarchical(), "prior.log_scale.head.classifier.weight", ()),
+        (pl.priors.hierarchical(), "prior.role_log_scale.{query}.A", ("site",)),
+        (pl.priors.hierarchical(), "prior.mean_log_scale.{query}.A", ()),
+        (pl.priors.rank_ard(), "prior.rank_precision.{query}.A", ("layer", "rank")),
+        (
+            pl.priors.horseshoe(),
+            "prior.local_scale.{query}.B",
+            ("layer", "out_feature", "rank"),
+        ),
+        (
+            pl.priors.horseshoe(per="row"),
+            "prior.local_scale.head.classifier.weight",
+            ("class",),
+        ),
+    ],
+)
+def test_scales_of_a_prior_have_the_dims_of_what_they_scale(
+    prior: Any, site: str, dims: tuple[str, ...]
+) -> None:
+    path = "lora.bert.encoder.layer.attention.self.query"
+    found = under_autonormal(prior)["posterior"][site.format(query=path)]
+    assert found.dims == ("chain", "draw", *dims)
+    if "layer" in dims:
+        assert found.coords["layer"].values.tolist() == [0, 1]
+
+
+def test_a_precision_for_each_layer_is_a_list_also_in_a_file(tmp_path: Path) -> None:
+    lora, model = models.classifier()
+    posterior = models.laplace(lora, model, models.two_batches())
+    site = "lora.bert.encoder.layer.attention.self.query.A"
+    tau = {**posterior.prior_precision}
+    tau[site] = torch.tensor([3.0, 5.0], dtype=torch.float64)[:, None, None]
+    tree = pl.to_datatree(posterior.with_prior_precision(tau), num_samples=3)
+    name = f"prior_precision.{site}"
+    assert tree["posterior"].attrs[name] == pytest.approx([3, 5])
+    tree.to_netcdf(tmp_path / "tree.nc")
+    with xarray.open_datatree(tmp_path / "tree.nc", engine="h5netcdf") as again:
+        assert again["posterior"].attrs[name].tolist() == pytest.approx([3, 5])
