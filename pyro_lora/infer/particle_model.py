@@ -59,7 +59,13 @@ class ParticleModel:
 
     @property
     def factor_sites(self) -> frozenset[str]:
-        """The latent sites that are factors B and A of updates."""
+        """The latent sites that are factors B and A of updates.
+
+        None where a prior isn't centred: the latents are then the factors' noise.
+        """
+        sites = {site for lora in self.networks for site in lora.sites}
+        if not sites <= self.latents.keys():
+            return frozenset()
         return frozenset[str]().union(*(lora.factor_sites for lora in self.networks))
 
     def constrained(self, particles: Mapping[str, Tensor]) -> dict[str, Tensor]:

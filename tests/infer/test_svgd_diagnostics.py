@@ -9,6 +9,7 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.distributions.constraints import real
+from pyro.infer import autoguide
 from pyro.optim import SGD
 from torch import Tensor
 from torch.testing import assert_close
@@ -220,3 +221,32 @@ def test_named_particles_and_samples() -> None:
     for num_samples in (0, -1):
         with pytest.raises(ValueError, match="num_samples"):
             svgd.get_samples(num_samples)
+
+
+@pytest.mark.parametrize("space", ["joint", "site", "function"])
+def test_particles_of_a_non_centred_prior_have_no_spread_of_updates(space: Any) -> None:
+    lora = pl.lift(networks.bert(), prior=pl.priors.horseshoe(centered=False))
+    svgd = pl.SVGD(
+        pl.models.classification(lora, NUM_DATA),
+        kernels.RBF(space=space),
+        SGD({"lr": 1e-6}),
+        3,
+        init_loc_fn=autoguide.init_to_sample,
+    )
+    svgd.step(**networks.batch(NUM_DATA, 7))
+    assert svgd.diagnostics.keys() == {*DIAGNOSTICS}
+    assert svgd.diagnostics["spread"][0] > 0
+    assert "head.classifier.bias_decentered" in svgd.get_named_particles()
+
+
+def test_updates_of_a_non_centred_prior_are_no_latents_to_compare() -> None:
+    lora = pl.lift(networks.bert(), prior=pl.priors.horseshoe(centered=False))
+    svgd = pl.SVGD(
+        pl.models.classification(lora, NUM_DATA),
+        kernels.RBF(space="delta"),
+        SGD({"lr": 1e-6}),
+        3,
+        init_loc_fn=autoguide.init_to_sample,
+    )
+    with pytest.raises(ValueError, match=r"none of the sites .* is a factor"):
+        svgd.step(**networks.batch(NUM_DATA, 7))
