@@ -135,7 +135,9 @@ def rows(path: Path) -> list[dict[str, str]]:
 @pytest.fixture(scope="module")
 def laplace(place: Place) -> Path:
     posterior = place.folder / "laplace"
-    run("fit", place.adapter, place.train, posterior)
+    output = run("fit", place.adapter, place.train, posterior)
+    assert "Fisher: 100%" in output
+    assert "log evidence, prior chosen by it" in output
     return posterior
 
 
@@ -151,6 +153,7 @@ def svgd(place: Place) -> Path:
     )
     assert "particles" in output
     assert "mean_kernel" in output
+    assert "SVGD: 100%" in output
     return posterior
 
 
@@ -191,6 +194,7 @@ def test_predictions_are_those_of_predict(
         ):
             assert float(row[column]) == pytest.approx(float(value), abs=1e-5)
         assert row["class"] == str(int(p.argmax()))
+    assert "Predict: 100%" in output
     assert "linearized prediction" in output
     for name in ("accuracy", "nll", "ece", "brier"):
         assert f"{expected.metrics()[name]:.3g}"[:4] in output

@@ -70,6 +70,27 @@ def test_the_batch_size_changes_nothing_for_stock_guides(family: Any) -> None:
         assert_close(other, results[0], rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("structure", [pl.kfac_expand, pl.diagonal, pl.dense])
+def test_the_batch_size_changes_nothing_for_linearized_networks(
+    structure: Any,
+) -> None:
+    lora, model = models.classifier(3)
+    batches = models.two_batches(3)
+    laplace = models.laplace(lora, model, batches, structure)
+    mixture = pl.MixturePosterior([laplace, laplace.with_prior_precision(20.0)])
+    for posterior in (laplace, mixture):
+        results = [
+            pl.predict(
+                model, posterior, models.resized(batches, size), method="linearized"
+            )
+            for size in (1, 4, 10)
+        ]
+        for other in results[1:]:
+            for name in ("log_probs", "aleatoric_entropy"):
+                expected = getattr(results[0], name)
+                assert_close(getattr(other, name), expected, rtol=0, atol=1e-10)
+
+
 def test_networks_in_bfloat16() -> None:
     lora, model = models.classifier(3, networks.bert(3, dtype=torch.bfloat16))
     batches = models.two_batches(3)
