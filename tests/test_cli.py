@@ -383,19 +383,43 @@ def test_help_explains_every_parameter(command: str) -> None:
     assert len(found.commands[command].help) > 100
 
 
+PAGE = (Path(__file__).parents[1] / "docs" / "cli.md").read_text("utf-8")
+ON_THE_PAGE = re.findall(r"^pyro-lora (\w+) (.*)$", PAGE, re.MULTILINE)
+
+
 def test_the_commands_on_the_page_are_understood(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    page = (Path(__file__).parents[1] / "docs" / "cli.md").read_text("utf-8")
-    lines = re.findall(r"^pyro-lora (\w+) (.*)$", page, re.MULTILINE)
-    assert {name for name, _ in lines} == {"fit", "diagnose", "predict", "export"}
+    assert {name for name, _ in ON_THE_PAGE} == {"fit", "diagnose", "predict", "export"}
     monkeypatch.chdir(tmp_path)
     for file in ("train.csv", "dev.csv", "test.csv", "reviews.jsonl"):
         Path(file).touch()
     for folder in ("my_adapter", "posterior", "particles"):
         Path(folder).mkdir()
     commands: Any = get_command(app)
-    for name, rest in lines:
+    for name, rest in ON_THE_PAGE:
         context = commands.commands[name].make_context(name, shlex.split(rest))
         given = context.params["posterior"]
         assert Path(given).name in ("posterior", "particles")
+
+
+@pytest.mark.slow
+def test_the_commands_on_the_page_run(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("my_adapter").symlink_to(place.adapter)
+    for file in ("train.csv", "dev.csv", "test.csv"):
+        Path(file).symlink_to(place.train)
+    stars = [
+        {"review": text, "stars": "good" if label else "bad"}
+        for text, label in zip(TEXTS, LABELS, strict=True)
+    ]
+    Path("reviews.jsonl").write_text("\n".join(map(json.dumps, stars)))
+    for name, rest in ON_THE_PAGE:
+        if name == "diagnose":  # the last fit was of other columns
+            run("fit", "my_adapter", "train.csv", "posterior")
+        run(name, *shlex.split(rest))
+    assert {path.name for path in tmp_path.iterdir()} >= {
+        *("posterior", "particles", "adapters", "predictions.csv")
+    }

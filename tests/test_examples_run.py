@@ -17,7 +17,7 @@ PAGES = [
     "regression",
     "serving",
 ]
-PARTS_OF_THE_DEMO = {"methods", "recipe", "report", "rows", "text", "vader"}
+PARTS_OF_THE_DEMO = {"methods", "pictures", "recipe", "report", "rows", "text", "vader"}
 
 
 def shows(name: str, found: dict[str, Any]) -> bool:
