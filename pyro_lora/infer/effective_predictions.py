@@ -26,14 +26,17 @@ class Outcomes:
     Attributes:
         parameters: (K, B, E, P), of E outcomes a datum.
         affinity: Bhattacharyya coefficients (K, K, B, E) of the parameters.
+        counts: Which outcomes count, (B, E).
     """
 
     parameters: Tensor
     affinity: Callable[[Tensor], Tensor]
+    counts: Tensor
 
     def gram(self) -> Tensor:
         """Affinities of the particles' predictions, mean over the data, (K, K)."""
-        by_outcome = self.affinity(self.parameters)
+        # of outcomes that don't count, all particles say the same
+        by_outcome = self.affinity(self.parameters).where(self.counts, 1)
         # outcomes of one datum are independent given the weights: affinities multiply
         return by_outcome.prod(-1).mean(-1)
 
@@ -71,15 +74,6 @@ def _normal(fn: td.Normal) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     return torch.stack([fn.loc, fn.scale], -1).double(), _affinity_of_normals
 
 
-@outcome_parameters.register
-def _masked(fn: MaskedDistribution) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    parameters, affinity = outcome_parameters(fn.base_dist)
-    # of outcomes that don't count, all particles say the same
-    same = parameters.reshape(-1, parameters.shape[-1])[0]
-    mask = torch.as_tensor(fn._mask, device=parameters.device)
-    return parameters.where(mask[..., None], same), affinity
-
-
 def outcomes(fn: Any, num_particles: int) -> Outcomes:
     """What K particles say of the outcomes, by the likelihood in their trace.
 
@@ -90,19 +84,30 @@ def outcomes(fn: Any, num_particles: int) -> Outcomes:
     Raises:
         ValueError: If the type has no affinity here.
     """
-    event_ndim = len(fn.event_shape)
-    while isinstance(fn, td.Independent):
+    num_outcomes = fn.event_shape.numel()
+    mask = torch.tensor(True)
+    while isinstance(fn, td.Independent | MaskedDistribution):
+        if isinstance(fn, MaskedDistribution):
+            own = torch.as_tensor(fn._mask)
+            mask = mask & own.reshape(*own.shape, *[1] * len(fn.event_shape))
         fn = fn.base_dist
     parameters, affinity = outcome_parameters(fn)
-    num_outcomes = parameters.shape[parameters.ndim - 1 - event_ndim : -1].numel()
-    size = parameters.shape[-1]
-    shape = (num_particles, -1, num_outcomes, size)
-    return Outcomes(parameters.detach().reshape(shape), affinity)
+    counts = mask.to(parameters.device).expand(parameters.shape[:-1])
+    shape = (num_particles, -1, num_outcomes)
+    return Outcomes(
+        parameters.detach().reshape(*shape, parameters.shape[-1]),
+        affinity,
+        counts.reshape(shape)[0],
+    )
 
 
 def joined(parts: Sequence[Outcomes]) -> Outcomes:
     """The outcomes of all particles, from those of some."""
-    return Outcomes(torch.cat([p.parameters for p in parts]), parts[0].affinity)
+    return Outcomes(
+        torch.cat([p.parameters for p in parts]),
+        parts[0].affinity,
+        parts[0].counts,
+    )
 
 
 def effective_number(gram: Tensor) -> Tensor:

@@ -101,7 +101,10 @@ def test_regression() -> None:
     assert found == pytest.approx(vendi(by_loop(densities)), rel=1e-8)
 
 
-def test_outcomes_of_one_datum_multiply_and_masked_ones_do_not_count() -> None:
+@pytest.mark.parametrize("chunk_size", [None, 1])
+def test_outcomes_of_one_datum_multiply_and_masked_ones_do_not_count(
+    chunk_size: int | None,
+) -> None:
     mask = torch.tensor([[True, True, False], [True, False, False]])
 
     def model(y: Tensor) -> None:
@@ -122,8 +125,30 @@ def test_outcomes_of_one_datum_multiply_and_masked_ones_do_not_count() -> None:
                         x, y = p[i, b, e].item(), p[j, b, e].item()
                         product *= math.sqrt(x * y) + math.sqrt((1 - x) * (1 - y))
                 similarity[i, j] += product / 2
-    found = pl.effective_num_predictions(model, {"f": f}, [{"y": torch.zeros(2, 3)}])
+    found = pl.effective_num_predictions(
+        model, {"f": f}, [{"y": torch.zeros(2, 3)}], chunk_size=chunk_size
+    )
     assert found == pytest.approx(vendi(similarity), rel=1e-8)
+
+
+def test_a_masked_datum_does_not_count() -> None:
+    f = torch.randn(3, 2, 2).double()
+
+    def model(y: Tensor, mask: Tensor) -> None:
+        drawn = pyro.sample("f", dist.Normal(torch.zeros(2, 2), 1.0).to_event(2))
+        with pyro.plate("data", 2):
+            fn = dist.Bernoulli(logits=drawn).to_event(1).mask(mask)
+            pyro.sample("y", fn, obs=y)
+
+    mask = torch.tensor([False, True])
+    same_first = torch.cat([f[:1, :1].expand(3, 1, 2), f[:, 1:]], 1)
+    counted, alike = (
+        pl.effective_num_predictions(
+            model, {"f": x}, [{"y": torch.zeros(2, 2), "mask": m}]
+        )
+        for x, m in [(f, mask), (same_first, ~torch.zeros(2, dtype=torch.bool))]
+    )
+    assert counted == pytest.approx(alike, rel=1e-12)
 
 
 def test_dropout_is_off_and_comes_back() -> None:
