@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pyro_lora.curvature.fisher import empirical_terms, exact_terms, mc_terms
 from pyro_lora.curvature.fit import (
+    READ_ONCE,
     FisherFit,
     first_batch,
     fit_fisher,
