@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_lora.infer.particle_model import ParticleModel, particle_model
+from pyro_lora.infer.particle_model import ParticleModel
+from pyro_lora.infer.starting_point import particle_model
 from pyro_lora.lifting.model_trace import Batch, Model
 
 

@@ -29,13 +29,12 @@ from pyro_lora.infer.particle_model import (
     InitFn,
     ParticleModel,
     check_shapes,
-    initial_particles,
-    particle_model,
 )
 from pyro_lora.infer.particle_posterior import ParticlePosterior, Weights
 from pyro_lora.infer.preconditioner import Laplace
 from pyro_lora.infer.preconditioner import preconditioner as metric
 from pyro_lora.infer.schedules import Schedule
+from pyro_lora.infer.starting_point import initial_particles, particle_model
 from pyro_lora.infer.transport import spread
 from pyro_lora.infer.update_rule import Gathered, Repulsion, UpdateRule
 from pyro_lora.lifting.model_trace import Batch, Model
