@@ -132,18 +132,19 @@ def language_model(lora: LiftedNetwork, num_data: int) -> Callable[..., Tensor]:
         A Pyro model with keyword arguments: the network's inputs, (B, T), and
         ``labels``, (B, T) or None: the input ids with -100 where a token doesn't count,
         not shifted, as in transformers. Without labels all tokens of the
-        ``attention_mask`` count.
+        ``attention_mask`` count. A text's first token never does, on whichever side
+        the padding is: nothing comes before it.
     """
 
     def model(labels: Tensor | None = None, **inputs: Any) -> Tensor:
         net = lora()  # the pyro.sample statements
         logits = net(**inputs).logits[..., :-1, :]  # the last token's has no label
         tokens = inputs["input_ids"] if labels is None else labels
-        counts = inputs.get("attention_mask", torch.ones_like(tokens)) > 0
+        real = inputs.get("attention_mask", torch.ones_like(tokens)) > 0
+        counts = (real if labels is None else labels != IGNORED)[:, 1:] & real[:, :-1]
         if labels is not None:
-            counts = labels != IGNORED
-            labels = labels.where(counts, torch.zeros_like(labels))[:, 1:]
-        likelihood = dist.Categorical(logits=logits).mask(counts[:, 1:]).to_event(1)
+            labels = labels[:, 1:].where(counts, torch.zeros_like(labels[:, 1:]))
+        likelihood = dist.Categorical(logits=logits).mask(counts).to_event(1)
         with pyro.plate("data", num_data, subsample=tokens):
             return pyro.sample("y", likelihood, obs=labels)
 

@@ -164,6 +164,27 @@ def test_without_labels_a_language_model_counts_real_tokens() -> None:
     assert likelihood(model, lora, bare)["fn"].base_dist._mask.all()
 
 
+@pytest.mark.parametrize("with_labels", [True, False])
+def test_a_language_model_whatever_the_padding(with_labels: bool) -> None:
+    lora, model, batches = language_model()
+    right = networks.inputs(batches[1])
+    shifts = (right["attention_mask"] == 0).sum(1)
+    left = {
+        name: torch.stack([row.roll(int(n)) for row, n in zip(x, shifts, strict=True)])
+        for name, x in right.items()
+    }
+
+    def log_probs(texts: Batch) -> Tensor:
+        real = texts["attention_mask"] > 0
+        labels = texts["input_ids"].where(real, torch.tensor(-100))
+        batch = {**texts, "labels": labels} if with_labels else texts
+        fn = likelihood(model, lora, batch)["fn"]
+        return fn.log_prob(texts["input_ids"][:, 1:])
+
+    # rotary tables are float32
+    assert_close(log_probs(left), log_probs(right), rtol=0, atol=1e-4)
+
+
 def log_joint(model: Model, weights: dict[str, Tensor], batch: Batch) -> float:
     """Of the full data, nats."""
     at_weights = poutine.condition(model, weights)
