@@ -181,8 +181,9 @@ class Trunk:
     def _recalling(
         self, hidden: Tensor, fold: Fold, layer: int, last: bool
     ) -> Callable[..., Any]:
-        output = hidden.repeat(fold.num_particles, *[1] * (hidden.ndim - 1))
-        return lambda *args, **kwargs: self._wrapped[layer](output if last else hidden)
+        if last:
+            hidden = hidden.repeat(fold.num_particles, *[1] * (hidden.ndim - 1))
+        return lambda *args, **kwargs: self._wrapped[layer](hidden)
 
     def _remember(
         self, output: Any, layer: int, last: bool, keys: list[bytes] | None
