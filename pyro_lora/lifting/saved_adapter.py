@@ -32,8 +32,8 @@ def read_adapter(
     """The weights in a folder that ``save_pretrained`` made, stacked as sites.
 
     Args:
-        lora: A lifted PEFT network with an adapter of the same configuration. Its own
-            weights are as before afterwards.
+        lora: A lifted PEFT network with an adapter of the same configuration. All of
+            its weights are as before afterwards.
         folder: Holds ``adapter_config.json`` and the weights.
 
     Returns:
@@ -41,7 +41,8 @@ def read_adapter(
 
     Raises:
         ValueError: If there is no adapter in the folder, or it's for another network or
-            of another configuration.
+            of another configuration, or has other weights than the network where these
+            aren't lifted.
     """
     network, adapter = lora.network, lora.adapter
     if not isinstance(network, PeftModel) or adapter is None:
@@ -65,15 +66,21 @@ def read_adapter(
                 "network that was given this adapter's configuration."
             )
     state = load_peft_weights(str(path), device="cpu")
-    before = lora.weights()
+    before = {
+        name: (x, x.clone())
+        for name, x in [*network.named_parameters(), *network.named_buffers()]
+        if f".{adapter}" in name or name in state
+    }
     try:
         report: Any = set_peft_model_state_dict(network, state, adapter_name=adapter)
         missing = set(report.missing_keys)
         weights = lora.weights()
+        changed = [n for n, (x, old) in before.items() if not torch.equal(x, old)]
     except RuntimeError as error:  # of other shapes
         raise ValueError(f"{path} is an adapter of another network: {error}") from error
     finally:
-        lora.load(before)
+        for x, old in before.values():
+            x.copy_(old)
     for site, names in lora.sites.items():
         absent = [name for name in names if name in missing]
         if absent:
@@ -81,4 +88,12 @@ def read_adapter(
                 f"{path} has no {absent[0]!r}, which site {site!r} needs: it's an "
                 "adapter of another network, or was saved without that module."
             )
+    lifted = {name for names in lora.sites.values() for name in names}
+    frozen = [name for name in changed if name not in lifted]
+    if frozen:
+        raise ValueError(
+            f"{path} has another {frozen[0]!r} than the network, where it isn't "
+            "lifted, so the weights would mean something else. Load this adapter "
+            "before lifting, or lift that parameter, too: .requires_grad_(True)."
+        )
     return weights

@@ -109,6 +109,26 @@ def test_members_that_do_not_fit_are_named(tmp_path: Path) -> None:
         pl.ensemble(plain, [tmp_path])
 
 
+@pytest.mark.parametrize("frozen", ["lora_A", "classifier"])
+def test_a_folder_with_other_frozen_weights_is_refused(
+    frozen: str, tmp_path: Path
+) -> None:
+    task: Any = {"task_type": None} if frozen == "classifier" else {}
+    network = networks.bert(**task)
+    for name, parameter in network.named_parameters():
+        if frozen in name:
+            parameter.requires_grad_(False)
+    lora = pl.lift(network)
+    own = saved(lora, lora.weights(), tmp_path / "own")
+    networks.bert().save_pretrained(str(tmp_path / "other"))
+    before = {name: x.clone() for name, x in network.state_dict().items()}
+    assert pl.ensemble(lora, [own]).num_particles == 1
+    with pytest.raises(ValueError, match=f"another '.*{frozen}.* isn't lifted"):
+        pl.ensemble(lora, [tmp_path / "other"])
+    after = network.state_dict()
+    assert all(torch.equal(after[name], x) for name, x in before.items())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
