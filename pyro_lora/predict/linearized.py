@@ -17,7 +17,7 @@ from pyro_lora.curvature.gaussian_logits import (
 )
 from pyro_lora.infer.laplace_posterior import LaplacePosterior
 from pyro_lora.infer.mixture_posterior import MixturePosterior
-from pyro_lora.lifting.model_trace import Batch, likelihood_site, trace_at
+from pyro_lora.lifting.model_trace import Batch, Model, likelihood_site, trace_at
 from pyro_lora.predict.draws import DropoutSet, Guide
 from pyro_lora.predict.outcomes import (
     Tokens,
@@ -58,6 +58,7 @@ def check_linearizable(posterior: Guide, obs_site: str | None) -> None:
 
 def linearized(
     posterior: Any,
+    model: Model,
     batch: Batch,
     integral: Integral,
     obs_site: str | None,
@@ -68,6 +69,7 @@ def linearized(
 
     Args:
         posterior: Laplace, or a mixture of such: the network runs once for each.
+        model: The Pyro model.
         batch: The model's keyword arguments, without labels; of tokens, with them.
         integral: Log probabilities from Gaussian logits.
         obs_site: The likelihood's site.
@@ -82,9 +84,9 @@ def linearized(
     """
     parts = list(_laplace_parts(posterior))
     pi = torch.stack([weight for weight, _ in parts])
-    components = [replace(part, obs_site=obs_site) for _, part in parts]
+    components = [replace(part, model=model, obs_site=obs_site) for _, part in parts]
     if tokens is not None:
-        return _tokens(components, pi, batch, integral, tokens)
+        return _tokens(components, model, pi, batch, integral, tokens)
     with torch.enable_grad():  # for the Jacobian, wherever predict is called
         if num_draws:
             joint = [part.linearized(batch, joint=True) for part in components]
@@ -148,15 +150,15 @@ def _reals(gaussians: list[GaussianLogits], pi: Tensor) -> RegressionPrediction:
 
 def _tokens(
     components: list[LaplacePosterior],
+    model: Model,
     pi: Tensor,
     batch: Batch,
     integral: Integral,
     tokens: Tokens,
 ) -> AnyPrediction:
     first = components[0]
-    assert first.model is not None  # linearized would have said so
     with torch.no_grad(), DropoutSet():
-        trace = trace_at(first.model, first.mode(), batch)
+        trace = trace_at(model, first.mode(), batch)
     site = likelihood_site(trace, first.obs_site, first.mode())
     found = likelihood(site["fn"])
     check_outcomes(found, tokens, site["name"])
@@ -171,6 +173,9 @@ def _tokens(
     gaussians = []
     for part in components:
         with torch.enable_grad():
+            if tokens == "last":  # of all, only these have backward passes
+                gaussians.append(part.linearized(batch, tokens=places))
+                continue
             each = part.linearized(batch, tokens="each")
         gaussians.append(
             GaussianLogits(

@@ -130,7 +130,7 @@ def predict(
                     "whose joint Gaussian it draws from; found a second batch."
                 )
             kept = (num_samples or DEFAULT_NUM_SAMPLES) if keep_draws else 0
-            part = linearized(posterior, shown, integral, obs_site, tokens, kept)
+            part = linearized(posterior, model, shown, integral, obs_site, tokens, kept)
         else:
             if at_draws is None:
                 weights = draw_weights(

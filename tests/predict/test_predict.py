@@ -3,6 +3,7 @@
 import gc
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pyro
@@ -457,6 +458,28 @@ def test_linearized_refuses_what_has_no_gaussian() -> None:
     ]:
         with pytest.raises(ValueError, match=f"found {name}. Use method='sample'"):
             pl.predict(model, other, batches, method="linearized")
+
+
+def test_linearized_is_of_the_model_given() -> None:
+    lora, model = models.classifier()
+    batches = models.two_batches()
+    posterior = models.laplace(lora, model, batches)
+    expected = pl.predict(model, posterior, batches, method="linearized")
+    loaded = replace(posterior, model=None)
+    found = pl.predict(model, loaded, batches, method="linearized")
+    assert torch.equal(found.log_probs, expected.log_probs)
+
+    def halved(labels: Tensor | None = None, **inputs: Tensor) -> None:
+        logits = lora()(**inputs).logits / 2
+        with pyro.plate("data", models.NUM_DATA, subsample=inputs["input_ids"]):
+            pyro.sample("y", dist.Categorical(logits=logits), obs=labels)
+
+    changed = pl.predict(halved, posterior, batches, method="linearized")
+    direct = replace(posterior, model=halved).linearized(batches[0])
+    assert_close(
+        changed.log_probs[: len(direct.mean)],
+        pl.class_log_probs(direct).log_softmax(-1),
+    )
 
 
 def test_linearized_refuses_another_site() -> None:

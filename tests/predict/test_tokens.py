@@ -194,6 +194,28 @@ def test_linearized_tokens(tokens: Any) -> None:
     )
 
 
+def test_the_last_tokens_take_one_backward_pass_for_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lora, _ = models.classifier(2)
+    model = tagger(lora)
+    batches = [
+        {**b, "labels": torch.randint(2, (len(b["labels"]), 3))}
+        for b in models.two_batches()
+    ]
+    posterior = models.laplace(lora, model, batches)
+    passes = []
+    grad = torch.autograd.grad
+    monkeypatch.setattr(
+        torch.autograd, "grad", lambda *a, **k: passes.append(1) or grad(*a, **k)
+    )
+    options: Any = {"method": "linearized"}
+    pl.predict(model, posterior, batches[:1], tokens="last", **options)
+    assert len(passes) == 1
+    pl.predict(model, posterior, batches[:1], tokens="each", **options)
+    assert len(passes) == 1 + 3
+
+
 def test_bad_requests_are_named(lora: pl.LiftedNetwork) -> None:
     model, batches = pl.models.language_model(lora, models.NUM_DATA), text_batches()
     posterior = models.particles(lora, model)
