@@ -17,6 +17,7 @@ from pyro_lora.export.linearized_pass import has_linear_predictor
 from pyro_lora.infer.mixture_posterior import MixturePosterior
 from pyro_lora.lifting.model_trace import Batch, Model
 from pyro_lora.predict.draws import LORA_POSTERIORS, Guide, model_at_draws
+from pyro_lora.predict.dropout import check_no_dropout
 
 if TYPE_CHECKING:
     from xarray import DataTree
@@ -92,9 +93,9 @@ def to_datatree(
     Raises:
         ImportError: If ArviZ isn't installed.
         ValueError: If the model is missing or doesn't fit the posterior, ``batches``
-            is empty or can't be read again for more draws, only some batches have
-            labels, raw weights are too many, ``"linearized"`` doesn't fit, or ``path``
-            exists.
+            is empty or can't be read again for more draws or the prior's, only some
+            batches have labels, raw weights are too many, ``"linearized"`` doesn't
+            fit, the posterior is ``mc_dropout``'s, or ``path`` exists.
     """
     groups = _groups(posterior, model, batches, num_samples, weights, method, obs_site)
     num_draws = groups.chains.num_draws
@@ -141,6 +142,7 @@ def _groups(
         raise ValueError(
             f"method must be 'linearized', 'sample' or None, found {method!r}."
         )
+    check_no_dropout(posterior, "to_datatree")
     first, batches = _first_batch(batches)
     if isinstance(posterior, LORA_POSTERIORS):
         model = posterior.model if model is None else model

@@ -83,6 +83,23 @@ def mc_dropout(
     return DropoutPosterior(dict(weights), (lora,), obs_site)
 
 
+def check_no_dropout(posterior: object, caller: str) -> None:
+    """Refuse MC dropout where dropout would be off, and all of its draws the same.
+
+    Args:
+        posterior: Any guide.
+        caller: Names of what was called with it.
+
+    Raises:
+        ValueError: If it is :func:`mc_dropout`'s.
+    """
+    if isinstance(posterior, DropoutPosterior):
+        raise ValueError(
+            f"Dropout is off in {caller}, so that all draws of mc_dropout are the "
+            "same. Use predict, which leaves it on, or another posterior."
+        )
+
+
 @contextmanager
 def dropping(lora: LiftedNetwork) -> Iterator[None]:
     """Dropout on for one block; every module's mode is restored after it.

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.lifting.model_trace import evaluating, trace_at
 from pyro_lora.predict.draws import LORA_POSTERIORS, Guide, Weights, draw_weights
+from pyro_lora.predict.dropout import check_no_dropout
 
 DEFAULT_NUM_SAMPLES = 8  # all of them go through the network at once
 NOT_SCORED = -100  # transformers' mark of a token that isn't predicted
@@ -183,8 +184,10 @@ def lora_draws(
     """Draws of the network's sites, site -> (S, ...).
 
     Raises:
-        ValueError: If the posterior doesn't sample what the prior of ``lora`` does.
+        ValueError: If the posterior doesn't sample what the prior of ``lora`` does, or
+            is that of MC dropout.
     """
+    check_no_dropout(posterior, "generate and sequence_log_prob")
     batch = {"input_ids": input_ids, "attention_mask": attention_mask}
     draws = draw_weights(posterior, num_samples, DEFAULT_NUM_SAMPLES, batch)
     return site_values(lora, draws)

@@ -131,6 +131,9 @@ def test_arguments_are_checked(tmp_path: Path) -> None:
         pl.to_datatree(posterior, chunk_size=0)
     with pytest.raises(ValueError, match="4 draws, 3 at a time, take several passes"):
         pl.to_datatree(posterior, batches=iter(batches), chunk_size=3)
+    dropout = pl.DropoutPosterior(lora.weights(), (lora,))
+    with pytest.raises(ValueError, match="all draws of mc_dropout are the same"):
+        pl.to_datatree(dropout, model=model, batches=batches)
     once = pl.to_datatree(posterior, batches=iter(batches), chunk_size=4)
     assert once["log_likelihood"].sizes["datum"] == 10
     with pytest.raises(ValueError, match="exists"):

@@ -98,3 +98,10 @@ def test_draws_that_cannot_share_a_batch() -> None:
         lifted, particles(lifted), **prompts(), max_new_tokens=2, mode="draws"
     )
     assert found.sequences.shape == (3, 3, 7)
+
+
+def test_dropout_is_off_so_mc_dropout_is_refused() -> None:
+    lifted = pl.lift(networks.llama(None, lora_dropout=0.5))
+    refused(
+        "all draws of mc_dropout are the same", lifted, posterior=pl.mc_dropout(lifted)
+    )
