@@ -107,6 +107,11 @@ def to_datatree(
             f"{num_draws} draws, {size} at a time, take several passes over the data, "
             "but batches is an iterator. Pass a list or a DataLoader."
         )
+    if prior_predictive and batches is not None and iter(batches) is batches:
+        raise ValueError(
+            "prior_predictive=True takes a pass over the data of its own, but batches "
+            "is an iterator. Pass a list or a DataLoader."
+        )
     chunks = (
         groups.datasets(start, min(start + size, num_draws), prior_predictive)
         for start in range(0, num_draws, size)

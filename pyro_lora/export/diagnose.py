@@ -98,11 +98,12 @@ def diagnose(
             f"diagnose got num_samples={num_samples}, num_directions={num_directions}; "
             "k-hat needs 25 draws at least, and one direction."
         )
-    if iter(batches) is batches:
-        raise ValueError(
-            "diagnose reads the batches several times, but got an iterator. Pass a "
-            "list or a DataLoader."
-        )
+    for name, value in {"batches": batches, "held_out": held_out}.items():
+        if value is not None and iter(value) is value:
+            raise ValueError(
+                f"diagnose reads {name} several times, but got an iterator. Pass a "
+                "list or a DataLoader."
+            )
     if isinstance(posterior, LORA_POSTERIORS):
         obs_site = posterior.obs_site if obs_site is None else obs_site
     joint = LogJoint(posterior, model, batches, obs_site)

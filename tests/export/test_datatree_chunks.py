@@ -134,6 +134,8 @@ def test_arguments_are_checked(tmp_path: Path) -> None:
     dropout = pl.DropoutPosterior(lora.weights(), (lora,))
     with pytest.raises(ValueError, match="all draws of mc_dropout are the same"):
         pl.to_datatree(dropout, model=model, batches=batches)
+    with pytest.raises(ValueError, match="prior_predictive=True takes a pass"):
+        pl.to_datatree(posterior, batches=iter(batches), prior_predictive=True)
     once = pl.to_datatree(posterior, batches=iter(batches), chunk_size=4)
     assert once["log_likelihood"].sizes["datum"] == 10
     with pytest.raises(ValueError, match="exists"):

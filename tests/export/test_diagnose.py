@@ -376,6 +376,8 @@ def test_arguments_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
         pl.diagnose(posterior, model, [])
     with pytest.raises(ValueError, match="list or a DataLoader"):
         pl.diagnose(posterior, model, iter(batches))
+    with pytest.raises(ValueError, match="reads held_out several times"):
+        pl.diagnose(posterior, model, batches, held_out=iter(batches))
     with pytest.raises(ValueError, match="num_samples=9"):
         pl.diagnose(posterior, model, batches, num_samples=9)
     monkeypatch.setitem(sys.modules, "arviz_stats", None)
