@@ -103,6 +103,19 @@ def test_loo_is_leave_one_out(fits: tuple[Any, Trees]) -> None:
         assert (0 < gain < 0.8) if name == "SVGD" else abs(gain) < 0.5, name
 
 
+def test_approximate_loo_finds_nothing_to_correct_in_an_exact_posterior(
+    fits: tuple[Any, Trees],
+) -> None:
+    task, trees = fits
+    stats = trees["Laplace"]["sample_stats"]
+    log_ratio = (stats["lp"] - stats["log_q"]).values
+    np.testing.assert_allclose(log_ratio, float(task.log_evidence), atol=1e-6)
+    found = arviz_stats.loo_approximate_posterior(
+        trees["Laplace"], stats["lp"], stats["log_q"]
+    )
+    assert found.elpd == pytest.approx(arviz_stats.loo(trees["Laplace"]).elpd, abs=1e-6)
+
+
 def test_compare_sees_fits_of_one_posterior(fits: tuple[Any, Trees]) -> None:
     table = arviz_stats.compare(fits[1])
     assert set(table.index) == set(KINDS)
