@@ -43,9 +43,14 @@ class Eigenblocks:
         return list(zip(self.rows, self.columns, strict=True))
 
 
+# By identity of an input factor: its eigenvalues, and where its vectors are, a stack
+# over layers and the place there.
+Known = dict[int, tuple[Tensor, Tensor, int]]
+
+
 def eigenblocks(
     factors: list[KroneckerFactors] | list[DiagonalFactors],
-    known: dict[int, tuple[Tensor, Tensor]] | None = None,
+    known: Known | None = None,
     site: str = "",
 ) -> Eigenblocks:
     """Diagonalise the factors of one site's layers.
@@ -53,9 +58,9 @@ def eigenblocks(
     Args:
         factors: One for each layer, summed over all data. The list is emptied, so that
             eigenvectors take the place of the factors that nobody else holds.
-        known: By identity of an input factor, its eigenvalues and vectors; those of
-            factors that aren't there are added. Layers that share an input factor need
-            one decomposition.
+        known: Input factors that were diagonalised; those that weren't are added.
+            Layers that share an input factor need one decomposition, and sites whose
+            layers all do have one stack of vectors.
         site: The site's name, for messages.
 
     Returns:
@@ -75,24 +80,39 @@ def eigenblocks(
             )
     if diagonals:
         return Eigenblocks(torch.stack(diagonals).double(), None, None)
-    num_layers, stacks = len(factors), None
+    num_layers, stacks = len(factors), _shared_columns(factors, known)
+
+    def put(name: str, layer: int, x: Tensor) -> None:
+        if name not in stacks:
+            stacks[name] = x.new_empty(num_layers, *x.shape)
+        stacks[name][layer] = x
+
     for i in range(num_layers):
         f = factors.pop(0)
         assert isinstance(f, KroneckerFactors)
         factor = f"Site {site!r}, layer {i}: the factor of its"
         if id(f.a) not in known:
             values, vectors = eigh_psd(f.a, f"{factor} inputs")
-            known[id(f.a)] = values / f.count.clamp_min(1), vectors.to(f.a)
-        a_values, columns = known[id(f.a)]
-        g_values, rows = eigh_psd(f.g, f"{factor} gradients")
-        layer = g_values[:, None] * a_values, rows.to(f.g), columns
-        if stacks is None:
-            stacks = [x.new_empty(num_layers, *x.shape) for x in layer]
-        for stack, x in zip(stacks, layer, strict=True):
-            stack[i] = x
-        known[id(f.a)] = a_values, stacks[2][i]  # no second copy
-    assert stacks is not None
-    return Eigenblocks(*stacks)
+            a_values = values / f.count.clamp_min(1)
+            put("columns", i, vectors.to(f.a))
+            known[id(f.a)] = a_values, stacks["columns"], i
+        a_values, stack, place = known[id(f.a)]
+        if stack is not stacks.get("columns") or place != i:
+            put("columns", i, stack[place])
+        g_values, vectors = eigh_psd(f.g, f"{factor} gradients")
+        put("rows", i, vectors.to(f.g))
+        put("values", i, g_values[:, None] * a_values)
+    return Eigenblocks(stacks["values"], stacks["rows"], stacks["columns"])
+
+
+def _shared_columns(factors: Sequence[Any], known: Known) -> dict[str, Tensor]:
+    """The stack of another site whose layers all have the same input factors."""
+    found = [known.get(id(f.a)) for f in factors]
+    if found[0] is None or len(found[0][1]) != len(found):
+        return {}
+    stack = found[0][1]
+    places = [k[2] for k in found if k is not None and k[1] is stack]
+    return {"columns": stack} if places == list(range(len(found))) else {}
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,7 +22,12 @@ from pyro_lora.curvature.batch_factors import (
     factors_of,
     moments_in,
 )
-from pyro_lora.curvature.block_gaussian import BlockGaussian, Eigenblocks, eigenblocks
+from pyro_lora.curvature.block_gaussian import (
+    BlockGaussian,
+    Eigenblocks,
+    Known,
+    eigenblocks,
+)
 from pyro_lora.curvature.capture import recording
 from pyro_lora.curvature.data_plate import data_plate
 from pyro_lora.curvature.data_sums import (
@@ -317,7 +322,7 @@ def _blocks(
     factors: dict[int, Any], loc: Mapping[str, Tensor]
 ) -> dict[str, Eigenblocks]:
     """Eigenblocks by site; the factors are used up."""
-    known: dict[int, tuple[Tensor, Tensor]] = {}
+    known: Known = {}
     places = iter(range(len(factors)))
     return {
         site: eigenblocks([factors.pop(next(places)) for _ in layers], known, site)

@@ -16,9 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import pyro_lora as pl
+from pyro_lora.curvature.block_gaussian import BlockGaussian
 from pyro_lora.curvature.structures import Structure
 from tests.curvature.gauss_newton import laplace, split
-from tests.networks import batch, bert, inputs
+from tests.networks import batch, bert, inputs, llama
 
 pytestmark = pytest.mark.filterwarnings("ignore:The weights aren't a mode")
 
@@ -295,3 +296,19 @@ def test_query_and_value_share_the_factor_of_their_input(
     with Decompositions() as resumed:
         guide.laplace_approximation(split(texts, 2), checkpoint=tmp_path)
     assert resumed.widths == shared.widths
+
+
+def test_sites_with_the_same_inputs_have_one_basis() -> None:
+    # The same tokens count for the two, in every layer, also in the last.
+    lora = pl.lift(llama(3, target_modules=["gate_proj", "up_proj"]))
+    posterior = laplace(lora, batch(5, num_labels=3), 3)
+    assert isinstance(posterior.gaussian, BlockGaussian)
+    bases = {
+        basis.data_ptr(): basis
+        for site, block in posterior.gaussian.blocks.items()
+        for basis in (block.rows, block.columns)
+        if site.startswith("lora.") and basis is not None
+    }
+    widths = sorted(basis.shape[-1] for basis in bases.values())
+    # Of inputs (16 wide) and outputs (32) and between (3), of both but for the inputs.
+    assert widths == [3, 3, 3, 3, 16, 32, 32]
