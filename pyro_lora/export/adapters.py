@@ -11,6 +11,7 @@ from torch import Tensor
 from pyro_lora.curvature.tensor_folder import aside, put
 from pyro_lora.export.adapter_card import adapter_card, title
 from pyro_lora.export.posterior_state import Posterior
+from pyro_lora.export.prior_density import prior_of, with_scaled_sites
 from pyro_lora.infer.joint_distribution import check_num_samples
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.predict.draws import LORA_POSTERIORS
@@ -49,7 +50,9 @@ def export_adapters(
             f"{folder} holds draws already. Delete them, or name another folder."
         )
     _check_saved_by_peft(lora, network, adapter)
-    draws = posterior.sample(num_samples)
+    draws = with_scaled_sites(
+        prior_of(posterior), (lora,), posterior.sample(num_samples)
+    )
     before = lora.weights()
     folder.mkdir(parents=True, exist_ok=True)
     with aside(folder) as unfinished:

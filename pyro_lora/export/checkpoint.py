@@ -17,6 +17,7 @@ from pyro_lora.curvature.tensor_folder import (
     write_folder,
 )
 from pyro_lora.export.posterior_state import Posterior, describe, restore, sites_of
+from pyro_lora.export.prior_density import NOISE
 from pyro_lora.export.weight_variables import without_adapter_name
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.lifting.model_trace import Model
@@ -115,10 +116,11 @@ def _check_network(
     found = {s: list(x.shape) for lora in loras for s, x in lora.zeros().items()}
     remedy = "Lift the network that the posterior was made for."
     for site, shape in found.items():
-        if saved.get(site) != shape:
+        there = saved.get(site, saved.get(f"{site}{NOISE}", "no such site"))
+        if there != shape:
             raise ValueError(
                 f"{file}: site {site!r} of this network has shape {shape}, the saved "
-                f"posterior has {saved.get(site, 'no such site')}. {remedy}"
+                f"posterior has {there}. {remedy}"
             )
     saved_layers, layers = manifest["layers"], _layers(loras)
     for site, names in saved_layers["parameters"].items():

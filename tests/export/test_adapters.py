@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from pyro import poutine
 from torch import Tensor
 
 import pyro_lora as pl
@@ -65,6 +66,38 @@ def test_peft_loads_the_draws(
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
         torch.testing.assert_close(merged, expected, rtol=0, atol=1e-6)
     assert not torch.allclose(expected, peft_model(**batch).logits, atol=1e-3)
+
+
+def test_draws_of_a_non_centred_prior_are_written_as_the_weights_they_make(
+    tmp_path: Path,
+) -> None:
+    peft_model = networks.bert()
+    fresh = base_model(peft_model)
+    lora = pl.lift(peft_model, prior=pl.priors.horseshoe(centered=False))
+    model = pl.models.classification(lora, models.NUM_DATA)
+    latents: dict[str, list[Tensor]] = {}
+    for _ in range(2):
+        trace: Any = poutine.trace(lora.prior).get_trace(lora)
+        for name, site in trace.nodes.items():
+            if site["type"] == "sample" and not site["is_observed"]:
+                latents.setdefault(name, []).append(site["value"])
+    draws = {name: torch.stack(values) for name, values in latents.items()}
+    posterior = pl.ParticlePosterior(draws, (lora,), model, "y")
+    pl.export_adapters(posterior, tmp_path / "adapters", 2)
+    pl.save(posterior, tmp_path / "saved")
+    again = pl.load(tmp_path / "saved", lora, model=model)
+    batch = networks.batch()
+    expected = pl.predict(model, posterior, [batch], keep_draws=True).draw_log_probs
+    found = pl.predict(model, again, [batch], keep_draws=True).draw_log_probs
+    assert expected is not None
+    assert found is not None
+    torch.testing.assert_close(found, expected)
+    for index in range(2):
+        folder = str(tmp_path / "adapters" / f"draw_{index:03d}")
+        loaded = PeftModel.from_pretrained(copy.deepcopy(fresh), folder).double()
+        with torch.no_grad():
+            logits = loaded(**networks.inputs(batch)).logits
+        torch.testing.assert_close(logits.log_softmax(-1), expected[index])
 
 
 def test_an_adapter_of_another_name(tmp_path: Path) -> None:
