@@ -38,10 +38,7 @@ from benchmarks.svgd_growth import Job, direction, growth, growth_table, plot
 from pyro_lora.infer import transport
 from pyro_lora.infer.delta_space import DeltaSpace
 from pyro_lora.infer.particle_checks import check_finite
-from pyro_lora.infer.particle_model import (
-    initial_particles,
-    particle_model,
-)
+from pyro_lora.infer.starting_point import initial_particles, particle_model
 from pyro_lora.infer.update_rule import UpdateRule
 
 NUM_PARTICLES = 8
