@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch import distributions as td
 
 from pyro_lora.curvature.data_plate import data_plate
 from pyro_lora.curvature.fisher_roots import fisher_root
-from pyro_lora.curvature.linearize import contrasts
 from pyro_lora.infer import transport
 from pyro_lora.infer.kernels import Kernel
 from pyro_lora.infer.particle_model import (
@@ -27,6 +27,10 @@ from pyro_lora.lifting.model_trace import observed_site
 # fit a minibatch better than .3 nats per datum keeps most of what repulsion gains in
 # overfitted training, and does no harm in ordinary training.
 STRENGTH, LOSS_LEVEL = 0.4, 0.3
+
+# Distributions over classes, and those whose first parameter is a location.
+SOFTMAX = (td.Categorical, td.OneHotCategorical, td.Multinomial)
+LOCATION_SCALE = (td.Normal, td.StudentT, td.Laplace)
 
 # Repulsion strength, a function of (minibatch loss in nats per datum, N).
 Strength = Callable[[float, int], float]
@@ -45,14 +49,14 @@ class Predictions:
     """What K particles predict on a minibatch of B data.
 
     Attributes:
-        contrasts: Logit contrasts or location, (K, B, M), differentiable.
+        outputs: What the network says of each datum, (K, B, M), differentiable.
         loss: Negative log likelihood in nats per datum, (K,).
-        score_norm: Norm of the full-data log likelihood's gradient in the contrasts,
+        score_norm: Norm of the full-data log likelihood's gradient in the outputs,
             (K,).
         num_data: N.
     """
 
-    contrasts: Tensor
+    outputs: Tensor
     loss: Tensor
     score_norm: Tensor
     num_data: int
@@ -83,27 +87,36 @@ def predictions(trace: Any, obs_site: str | None, num_particles: int) -> Predict
         The particles' predictions.
 
     Raises:
-        ValueError: If there is no such site, or it isn't Categorical, Bernoulli or
-            Normal with one outcome a datum.
+        TypeError: If the natural parameter of its distribution isn't known.
+        ValueError: If there is no such site, or it has several outcomes a datum.
     """
     site = likelihood(trace, obs_site)
     fn, plate = site["fn"], data_plate(site)
-    if fn.event_shape:
+    if fn.event_shape and not isinstance(fn, SOFTMAX):
         raise ValueError(
             f"Site {site['name']!r}: function space is for one outcome a datum; found "
             f"event shape {tuple(fn.event_shape)}. Use another space."
         )
-    values, basis = contrasts(fn)
-    values = values.to(torch.promote_types(values.dtype, torch.float32))
-    with torch.no_grad():
+    try:
         root = fisher_root(fn, site["value"])
+    except TypeError as error:
+        raise TypeError(
+            f"Site {site['name']!r}: function space compares natural parameters, and "
+            f"that of {type(fn).__name__} isn't known. Use another space, or register "
+            "the type with pyro_lora.fisher_root.register."
+        ) from error
+    outputs = root.parameter
+    with torch.no_grad():
         score = (root.root @ root.coordinates[..., None])[..., 0]
-        if score.shape[-1] == basis.shape[0]:
-            score = score @ basis.to(score)
-        score = score[..., : values.shape[-1]]  # a Normal may have its scale, too
-        score = score.reshape(num_particles, -1) * plate.full_size / plate.size
+    if isinstance(fn, LOCATION_SCALE):  # without the scale, if that is trained
+        outputs, score = outputs[..., :1], score[..., :1]
+    elif (
+        isinstance(fn, SOFTMAX) and outputs.shape[-1] > 1
+    ):  # adding to all says nothing
+        outputs = outputs - outputs.mean(-1, keepdim=True)
+    score = score.reshape(num_particles, -1) * plate.full_size / plate.size
     return Predictions(
-        values.reshape(num_particles, -1, values.shape[-1]),
+        outputs.reshape(num_particles, -1, outputs.shape[-1]),
         datum_loss(site, num_particles),
         score.norm(dim=1),
         plate.full_size,
@@ -115,7 +128,7 @@ def repulsion_in_function_space(
 ) -> tuple[Tensor, Tensor]:
     r"""Gradient of :math:`-\log \sum_j k(f_i, f_j)` in :math:`f_i`, others held fixed.
 
-    The squared distance is that of the contrasts, averaged over the minibatch.
+    The squared distance is that of the outputs, averaged over the minibatch.
 
     Args:
         found: Predictions of all particles.
@@ -124,7 +137,7 @@ def repulsion_in_function_space(
     Returns:
         Directions (K, B, M) and the Gram matrix (K, K).
     """
-    f = found.contrasts.detach()
+    f = found.outputs.detach()
     num_data = f.shape[1]
     sq_dists = transport.squared_distances(f) / num_data
     gram, slope = transport.gram_and_slope(kernel, sq_dists)
@@ -204,7 +217,7 @@ def minibatch(
             parts.append(predictions(trace, obs_site, rows.stop - rows.start))
             size = batch_size(trace)
     found = Predictions(
-        torch.cat([p.contrasts for p in parts]),
+        torch.cat([p.outputs for p in parts]),
         torch.cat([p.loss for p in parts]),
         torch.cat([p.score_norm for p in parts]),
         parts[0].num_data,
@@ -226,7 +239,7 @@ def function_space_direction(
     r"""Own gradient plus repulsion of the predictions, pulled back to the weights.
 
     :math:`\phi_i = \nabla_i \log p / T + \beta J_i^T v_i` with v the repulsion of the
-    contrasts on all batches and J their Jacobian, in one backward pass a batch.
+    outputs on all batches and J their Jacobian, in one backward pass a batch.
 
     Args:
         target: The model.
@@ -240,7 +253,7 @@ def function_space_direction(
 
     Returns:
         Site -> direction (K, ...); and log joint (K,), norms of attraction and
-        repulsion of the contrasts, and mean kernel value.
+        repulsion of the outputs, and mean kernel value.
     """
     sizes = [1 if batch.size is None else batch.size for batch in batches]
     shares = [size / sum(sizes) for size in sizes]
@@ -261,7 +274,7 @@ def function_space_direction(
 
     pushes: Sequence[Tensor | None] = [None]
     if everyone is not None:
-        counts = [b.ahead.contrasts.shape[1] for b in batches if b.ahead is not None]
+        counts = [b.ahead.outputs.shape[1] for b in batches if b.ahead is not None]
         pushes = push_on(everyone).split(counts, dim=1)
     direction: dict[str, Tensor] = {}
     log_joint = torch.zeros(())
@@ -277,7 +290,7 @@ def function_space_direction(
             own = predictions(trace, obs_site, log_joint.shape[0])
             known = push_on(own) if push is None else push
             own_term = share * log_joint.sum() / temperature
-            return own_term + (known[rows] * own.contrasts).sum()
+            return own_term + (known[rows] * own.outputs).sum()
 
         found, of_batch = chunked_gradients(
             target,
@@ -303,7 +316,7 @@ def _joined(
     # A score is scaled to the full data by N / B, and here by N / (the sum of B).
     norms = torch.stack([s * p.score_norm for s, p in zip(shares, parts, strict=True)])
     return Predictions(
-        torch.cat([p.contrasts for p in parts], 1),
+        torch.cat([p.outputs for p in parts], 1),
         losses.sum(0),
         norms.square().sum(0).sqrt(),
         parts[0].num_data,

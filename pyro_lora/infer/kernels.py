@@ -32,8 +32,8 @@ class RBF:
             that variances don't shrink as the number of weights grows, while nothing
             drives correlations; ``"delta"``: all weights, but LoRA's by the updates
             :math:`s B A`, so that turning the factors is no distance; ``"function"``:
-            the likelihood's logit contrasts (or location), squared differences averaged
-            over the minibatch.
+            the likelihood's natural parameter (logits less their mean, a logit, a log
+            rate) or location, squared differences averaged over the minibatch.
         bandwidth: h, or None for the median heuristic :math:`2 h^2 = \mathrm{median}_{
             i<j} d_{ij}^2 / \log(K + 1)` (the lower median; Pyro's kernels divide by
             another factor), with no gradient through it.

@@ -248,6 +248,82 @@ def test_a_normal_with_a_scale_of_its_own() -> None:
     assert svgd.diagnostics["attraction"] == [pytest.approx(rms, rel=1e-9)]
 
 
+X = torch.randn(5, 2, generator=torch.Generator().manual_seed(0)).double()
+COUNTS = torch.tensor([0.0, 2.0, 1.0, 4.0, 1.0]).double()
+CLASSES = torch.tensor([[1, 0, 2], [0, 1, 0], [3, 0, 0], [0, 0, 1], [1, 1, 1]]).double()
+CUTPOINTS = torch.tensor([-1.0, 1.0]).double()
+
+# Likelihood of the network's outputs f, (B,) or (B, 3), and outcomes.
+LIKELIHOODS: dict[str, tuple[Callable[[Tensor], Any], Tensor]] = {
+    "Poisson": (lambda f: dist.Poisson(f.exp()), COUNTS),
+    "Binomial": (lambda f: dist.Binomial(4, logits=f), COUNTS),
+    "NegativeBinomial": (lambda f: dist.NegativeBinomial(3.0, logits=f), COUNTS),
+    "OrderedLogistic": (lambda f: dist.OrderedLogistic(f, CUTPOINTS), COUNTS % 3),
+    "StudentT": (lambda f: dist.StudentT(4.0, f, 0.7), COUNTS),
+    "Laplace": (lambda f: dist.Laplace(f, 0.7), COUNTS),
+    "OneHotCategorical": (
+        lambda f: dist.OneHotCategorical(logits=f),
+        torch.eye(3).double()[[0, 1, 2, 2, 0]],
+    ),
+    "Multinomial": (
+        lambda f: dist.Multinomial(logits=f, validate_args=False),
+        CLASSES,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(LIKELIHOODS))
+def test_other_likelihoods(name: str) -> None:
+    likelihood, y = LIKELIHOODS[name]
+    event = torch.Size([2, *y.shape[1:]])
+
+    def model(y: Tensor) -> None:
+        fn = dist.Normal(X.new_zeros(event), 1.0).to_event(len(event))
+        w = pyro.sample("w", fn)
+        f = (X[..., None] * w).sum(-2) if len(event) == 2 else (X * w).sum(-1)
+        with pyro.plate("data", NUM_DATA, subsample=y):
+            pyro.sample("y", likelihood(f), obs=y)
+
+    def log_joint(p: double_loop.Point) -> Tensor:
+        prior = dist.Normal(0.0, 1.0).log_prob(p["w"]).sum()
+        return prior + NUM_DATA / 5 * likelihood(X @ p["w"]).log_prob(y).sum()
+
+    def outputs(p: double_loop.Point) -> Tensor:
+        f = X @ p["w"]
+        return f[:, None] if f.ndim == 1 else f - f.mean(-1, keepdim=True)
+
+    particles = {"w": torch.randn(4, *event).double()}
+    target = Target(model, {"y": y}, particles, {}, log_joint, outputs)
+    svgd = step(target, repulsion=3.0)
+    assert_equal(moved(svgd, target), oracle(target, 3.0))
+    scores = [
+        double_loop.gradient(
+            lambda p: NUM_DATA / 5 * likelihood(p["f"]).log_prob(y).sum(),
+            {"f": X @ p["w"]},
+        )["f"]
+        for p in double_loop.points(particles)
+    ]
+    rms = torch.stack([s.square().sum() for s in scores]).mean().sqrt().item()
+    assert svgd.diagnostics["attraction"] == [pytest.approx(rms, rel=1e-6)]
+
+
+def test_a_likelihood_without_a_natural_parameter() -> None:
+    def model() -> None:
+        w = pyro.sample("w", dist.Normal(X.new_zeros(2), 1.0).to_event(1))
+        with pyro.plate("data", 5):
+            pyro.sample("y", dist.Cauchy((X * w).sum(-1), 1.0), obs=COUNTS)
+
+    svgd = pl.SVGD(
+        model,
+        kernels.RBF(space="function"),
+        SGD({"lr": 0.1}),
+        2,
+        init_loc_fn=lambda site: X[site["infer"].get("particle", 0)],
+    )
+    with pytest.raises(TypeError, match=r"'y'.*Cauchy isn't known"):
+        svgd.step()
+
+
 def test_particles_that_agree_stay_finite() -> None:
     # All B = 0 and one head: the same logits, and distances of 0.
     lora = pl.lift(networks.bert())
