@@ -12,6 +12,7 @@ from pyro_lora.curvature.block_gaussian import BlockGaussian, Eigenblocks
 from pyro_lora.curvature.dense_gaussian import DenseGaussian
 from pyro_lora.curvature.latent_block import LatentBlock
 from pyro_lora.curvature.weight_gaussian import WeightGaussian, Weights
+from pyro_lora.export.prior_density import NOISE
 from pyro_lora.export.prior_state import describe_prior, restore_prior
 from pyro_lora.export.transform_state import describe_transform, restore_transform
 from pyro_lora.infer.laplace_posterior import LaplacePosterior
@@ -236,7 +237,8 @@ def _restore_latents(
 
 def _dtypes(saved: Weights, loras: Sequence[LiftedNetwork]) -> Dtypes:
     """Lifted site -> the network's dtype, and saved dtype -> what it became there."""
-    sites = {s: x.dtype for lora in loras for s, x in lora.zeros().items()}
+    lifted = {s: x.dtype for lora in loras for s, x in lora.zeros().items()}
+    sites = {s if s in saved else f"{s}{NOISE}": x for s, x in lifted.items()}
     return sites, {saved[site].dtype: dtype for site, dtype in sites.items()}
 
 

@@ -68,12 +68,22 @@ def test_peft_loads_the_draws(
     assert not torch.allclose(expected, peft_model(**batch).logits, atol=1e-3)
 
 
+NON_CENTRED = pl.priors.horseshoe(centered=False)
+
+
+@pytest.mark.parametrize(
+    "prior",
+    [
+        NON_CENTRED,
+        pl.priors.by_site({"head.*": pl.priors.normal(1.0), "*": NON_CENTRED}),
+    ],
+)
 def test_draws_of_a_non_centred_prior_are_written_as_the_weights_they_make(
-    tmp_path: Path,
+    prior: Any, tmp_path: Path
 ) -> None:
     peft_model = networks.bert()
     fresh = base_model(peft_model)
-    lora = pl.lift(peft_model, prior=pl.priors.horseshoe(centered=False))
+    lora = pl.lift(peft_model, prior=prior)
     model = pl.models.classification(lora, models.NUM_DATA)
     latents: dict[str, list[Tensor]] = {}
     for _ in range(2):
