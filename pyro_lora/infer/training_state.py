@@ -88,8 +88,8 @@ def restore_generators(state: Mapping[str, Any]) -> None:
             doesn't have is left out.
     """
     torch.set_rng_state(state["torch"])
-    if torch.cuda.is_available():
-        for device, value in state["cuda"].items():
+    for device, value in state["cuda"].items():
+        if (torch.device(device).index or 0) < torch.cuda.device_count():
             torch.cuda.set_rng_state(value, device)
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])

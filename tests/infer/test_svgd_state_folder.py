@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 import pyro_lora as pl
 from pyro_lora import kernels
 from pyro_lora.curvature import tensor_folder
+from pyro_lora.infer import training_state
 from tests import networks
 from tests.infer.engines import OPTIMIZERS, assert_same, engine, regression_batches
 from tests.infer.targets import bert, hierarchical_regression
@@ -227,3 +228,23 @@ def test_counters_stay_counters(saved: tuple[pl.SVGD, Path]) -> None:
     (scheduler, *_) = svgd._optim.optim_objs.values()
     assert scheduler.milestones == Counter({1: 1, 3: 2})
     assert isinstance(scheduler.milestones, Counter)
+
+
+def test_generators_of_devices_that_are_not_here_are_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    restored: list[str] = []
+    monkeypatch.setattr(
+        torch.cuda, "set_rng_state", lambda _, device: restored.append(device)
+    )
+    here = torch.get_rng_state()
+    state = {
+        "torch": here,
+        "cuda": {"cuda": here, "cuda:0": here, "cuda:1": here},
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+    }
+    training_state.restore_generators(state)
+    assert restored == ["cuda", "cuda:0"]
