@@ -318,3 +318,16 @@ def test_a_users_own_structure() -> None:
     once = precision_matrix(laplace(lora, texts, structure=pl.diagonal)) - identity
     twice = precision_matrix(laplace(lora, texts, structure=doubled)) - identity
     assert_same(twice, 2 * once)
+
+
+@pytest.mark.parametrize("width", [319, 320, 331, 333])
+@pytest.mark.parametrize("structure", [pl.kfac_expand, pl.kfac_reduce])
+def test_wide_factors_are_sums_of_outer_products(
+    structure: Callable[..., structures.KroneckerFactors], width: int
+) -> None:
+    a, g = torch.randn(3, 1, 5).double(), torch.randn(2, 3, 1, width).double()
+    wide = structure(g[0], a[None])  # one token each: both structures are one
+    assert_same(wide.a, torch.einsum("bti,btj->ij", g[0], g[0]))
+    found = structure(a, g).g
+    assert_same(found, torch.einsum("mbti,mbtj->ij", g, g))
+    assert torch.equal(found, found.mT)
