@@ -254,12 +254,10 @@ def score_gradient(capture: LayerCapture, coordinates: Tensor) -> Tensor:
     """
     a, g = at_least_float32(capture.inputs), at_least_float32(capture.gradients)
     alpha = coordinates.to(g)[..., None, None]
-    a = a.expand(len(alpha), -1, -1, -1)
-    if a.shape[-1] < g.shape[-1]:  # the narrower side takes the coordinates
-        a = alpha * a
-    else:
-        g = alpha * g
-    return g.flatten(0, 2).mT @ a.flatten(0, 2)
+    # The narrower side takes the coordinates.
+    if a.shape[-1] < g.shape[-1]:
+        return g.flatten(0, 2).mT @ (alpha * a).flatten(0, 2)
+    return (alpha * g).sum(0).flatten(0, 1).mT @ a.flatten(0, 1)
 
 
 def jacobians(captures: Iterable[LayerCapture]) -> Iterator[tuple[str, Tensor]]:
