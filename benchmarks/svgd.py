@@ -155,6 +155,7 @@ class Update:
             accumulate=1,
             obs_site=None,
             preconditioner=None,
+            reference=None,
         )
         self.texts, init = texts, lora.init_to_adapter(jitter="auto")
         model = classifier(lora)

@@ -8,6 +8,11 @@ from collections.abc import Callable
 Schedule = Callable[[float], float]
 
 
+def fraction_done(done: int, total: int) -> float:
+    """0 at the first of ``total`` steps, 1 at the last."""
+    return min(done / (total - 1), 1.0) if total > 1 else 1.0
+
+
 def annealed(
     final: float = 1.0, *, start: float = 100.0, power: float = 5.0
 ) -> Schedule:

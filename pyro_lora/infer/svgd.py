@@ -33,7 +33,7 @@ from pyro_lora.infer.particle_model import (
 from pyro_lora.infer.particle_posterior import ParticlePosterior, Weights
 from pyro_lora.infer.preconditioner import Laplace
 from pyro_lora.infer.preconditioner import preconditioner as metric
-from pyro_lora.infer.schedules import Schedule
+from pyro_lora.infer.schedules import Schedule, fraction_done
 from pyro_lora.infer.starting_point import initial_particles, particle_model
 from pyro_lora.infer.transport import spread
 from pyro_lora.infer.update_rule import Gathered, Repulsion, UpdateRule
@@ -87,6 +87,8 @@ class SVGD:
             above, with distances by P (matrix-valued SVGD, Wang et al. 2019,
             https://arxiv.org/abs/1910.12794). A learning rate of 1 is then of the size
             of a Newton step: use ``pyro.optim.SGD``, since Adam rescales it again.
+        reference: A batch, labels included, on which function space compares
+            predictions, by passes of its own; None is the minibatch.
         init_loc_fn: Where particles start, for example
             ``lora.init_to_adapter(jitter="auto")`` or ``lora.init_to_fresh()``.
         obs_site: The likelihood's site (function space); None is the only one.
@@ -94,10 +96,10 @@ class SVGD:
     Attributes:
         diagnostics: Series with one value a step: ``loss`` (nats, full data),
             ``attraction`` and ``repulsion`` (norms, in function space those of the
-            directions of the logits), ``ratio`` (repulsion over attraction), ``spread``
-            (root mean square distance of the particles to their mean), ``delta_spread``
-            (where LoRA's weights count as the updates B A; if the model has such),
-            ``mean_kernel`` (off the diagonal).
+            directions of the logits, unless there is a ``reference``), ``ratio``
+            (repulsion over attraction), ``spread`` (root mean square distance of the
+            particles to their mean), ``delta_spread`` (where LoRA's weights count as
+            the updates B A; if the model has such), ``mean_kernel`` (off the diagonal).
 
     Raises:
         TypeError: If kernel or optimiser are no such thing, or a count is no integer.
@@ -118,6 +120,7 @@ class SVGD:
         chunk_size: int | None = None,
         accumulate: int = 1,
         preconditioner: Laplace | Sequence[Laplace] | None = None,
+        reference: Batch | None = None,
         init_loc_fn: InitFn,
         obs_site: str | None = None,
     ) -> None:
@@ -130,6 +133,7 @@ class SVGD:
             chunk_size=chunk_size,
             accumulate=accumulate,
             obs_site=obs_site,
+            reference=reference,
             preconditioner=None
             if preconditioner is None
             else metric(preconditioner, space_of(kernel)),
@@ -235,9 +239,9 @@ class SVGD:
                     losses = []
                     for batch in batches:
                         self._fraction = (
-                            _fraction(done, total)
+                            fraction_done(done, total)
                             if total
-                            else _fraction(epoch, num_epochs)
+                            else fraction_done(epoch, num_epochs)
                         )
                         losses.append(self.step(**batch))
                         done += 1
@@ -391,7 +395,3 @@ class SVGD:
             "spread": f"{last['spread']:.3g}",
             "repulsion": f"{last['repulsion']:.2g}",
         }
-
-
-def _fraction(done: int, total: int) -> float:
-    return min(done / (total - 1), 1.0) if total > 1 else 1.0

@@ -23,12 +23,14 @@ from pyro_lora.infer.function_space import (
 from pyro_lora.infer.kernels import Kernel, Zero, check_kernel, space_of
 from pyro_lora.infer.particle_model import ParticleModel
 from pyro_lora.infer.preconditioner import Preconditioner
+from pyro_lora.infer.reference_batch import reference_direction
 from pyro_lora.infer.schedules import Schedule
 from pyro_lora.infer.weight_space import (
     Gradients,
     log_joint_gradients,
     weight_space_direction,
 )
+from pyro_lora.lifting.model_trace import Batch
 
 Repulsion = Callable[[float, float], float]
 Transport = Literal["stein", "repulsive"]
@@ -49,6 +51,8 @@ class UpdateRule:
         accumulate: Batches in one update.
         obs_site: The likelihood's site; None is the only one.
         preconditioner: The metric of weight space; None is the identity.
+        reference: The batch on which function space compares predictions; None is the
+            minibatch.
 
     Raises:
         TypeError: If the kernel is none, or a count no integer.
@@ -64,6 +68,7 @@ class UpdateRule:
     accumulate: int
     obs_site: str | None
     preconditioner: Preconditioner | None
+    reference: Batch | None
 
     def __post_init__(self) -> None:
         counts: dict[str, Any] = {
@@ -95,6 +100,11 @@ class UpdateRule:
         if self._in_function_space and self.transport == "stein":
             raise ValueError(
                 "Function space has the repulsive transport only. Leave transport=None."
+            )
+        if self.reference is not None and not self._in_function_space:
+            raise ValueError(
+                "A reference batch has no effect: predictions are compared in function "
+                "space only. Use a kernel over 'function', or leave it out."
             )
         if self.repulsion is not None:
             if self._form == "stein" or isinstance(self.kernel, Zero):
@@ -150,7 +160,7 @@ class UpdateRule:
             What all of them give; and the log joint (K,) as this batch estimates it,
             None where only :meth:`direction` will know it.
         """
-        if self._in_function_space:
+        if self._keeps_batches:
             assert not isinstance(before, Gradients)
             ahead = self.accumulate > 1 or self._chunk_size < self.num_particles
             batch = minibatch(
@@ -168,7 +178,7 @@ class UpdateRule:
         found = log_joint_gradients(
             target,
             particles,
-            with_loss=callable(self.repulsion),
+            with_loss=callable(self.repulsion) or self.reference is not None,
             chunk_size=self._chunk_size,
             obs_site=self.obs_site,
             args=args,
@@ -222,6 +232,19 @@ class UpdateRule:
                 chunk_size=self._chunk_size,
                 obs_site=self.obs_site,
             )
+        if self.reference is not None:
+            assert not isinstance(self.kernel, Zero)
+            return reference_direction(
+                target,
+                particles,
+                gathered,
+                self.reference,
+                kernel=self.kernel,
+                temperature=temperature,
+                strength=strength,
+                chunk_size=self._chunk_size,
+                obs_site=self.obs_site,
+            )
         return weight_space_direction(
             target,
             particles,
@@ -249,11 +272,11 @@ class UpdateRule:
         """
         if state is None:
             return None
-        if count >= self.accumulate or ("batches" in state) != self._in_function_space:
+        if count >= self.accumulate or ("batches" in state) != self._keeps_batches:
             raise ValueError(
                 f"The state was saved after {count} batches of an update, by an SVGD "
-                "with another accumulate or kernel. Give this one the same (found "
-                f"accumulate={self.accumulate}, kernel={self.kernel})."
+                "with another accumulate, kernel or reference. Give this one the same "
+                f"(found accumulate={self.accumulate}, kernel={self.kernel})."
             )
         state = copy.deepcopy(dict(state))
         if "batches" not in state:
@@ -268,6 +291,10 @@ class UpdateRule:
     @property
     def _in_function_space(self) -> bool:
         return space_of(self.kernel) == "function"
+
+    @property
+    def _keeps_batches(self) -> bool:
+        return self._in_function_space and self.reference is None
 
     @property
     def _form(self) -> Transport:
