@@ -1,6 +1,6 @@
 """Cost of SVGD: the Stein direction, a step, the trunk, and how all of it grows.
 
-Usage: ``python -m benchmarks.svgd [--quick] [--repeats 5] [--device cuda]
+Usage: ``python -m benchmarks.svgd [--quick] [--repeats 3] [--device cuda]
 [--out benchmarks/results]``, on a quiet machine (Linux, which tells peak memory), with
 8 GB to spare. Networks, texts and particles are random; no download.
 """
@@ -344,7 +344,7 @@ def report(repeats: int, device: str, quick: bool, out: Path | None) -> list[str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--device", default="cpu")
     parser.add_argument(
