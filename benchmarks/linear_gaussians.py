@@ -19,15 +19,9 @@ SIDES = {1: (1, 1), 10: (5, 2), 100: (10, 10), 1000: (100, 10), 10_000: (100, 10
 
 
 def spectrum(size: int, condition: float) -> Tensor:
-    """Eigenvalues of a circulant covariance with marginal variances 1, by frequency."""
-    half = condition ** -(torch.arange(size // 2 + 1) / max(1, size // 2))
-    whole = torch.cat([half, half[1 : (size + 1) // 2].flip(0)])
-    return half / whole.mean()
-
-
-def filtered(x: Tensor, factors: Tensor) -> Tensor:
-    """Multiply the Fourier coefficients along the last dim."""
-    return torch.fft.irfft(torch.fft.rfft(x) * factors, n=x.shape[-1])
+    """Variances along the axes, wide first, of mean 1."""
+    values = condition ** -torch.linspace(0, 1, size)
+    return values / values.mean()
 
 
 class Heads(nn.Module):
@@ -45,7 +39,13 @@ class Heads(nn.Module):
 
 @dataclass(frozen=True)
 class Variances:
-    """Of particles over those of the posterior: 1 is right, 0 is collapsed."""
+    """Of particles over those of the posterior: 1 is right, 0 is collapsed.
+
+    Attributes:
+        marginal: Mean over weights of theirs, over that of the posterior's.
+        widest: Mean ratio along the widest tenth of the axes.
+        narrowest: Along the narrowest tenth.
+    """
 
     marginal: float
     widest: float
@@ -63,32 +63,42 @@ class Problem:
 
 @dataclass(frozen=True)
 class Target:
-    """A Gaussian over O rows of I weights, each with a circulant covariance.
+    """A Gaussian over O rows of I weights, each with the same covariance.
 
     Attributes:
         size: D = I O.
         condition: Of the covariance.
+        turned: Whether its axes are turned at random against those of the weights.
     """
 
     size: int
     condition: float
+    turned: bool = False
 
     @property
-    def eigenvalues(self) -> Tensor:
-        """Of the covariance of a row, by frequency."""
+    def spectrum(self) -> Tensor:
+        """Variances of a row along its axes, (I,)."""
         return spectrum(SIDES[self.size][0], self.condition)
+
+    @property
+    def axes(self) -> Tensor:
+        """Of a row, the columns of an orthogonal matrix (I, I)."""
+        side = SIDES[self.size][0]
+        generator = torch.Generator().manual_seed(1)
+        noise = torch.randn(side, side, generator=generator)
+        return torch.linalg.qr(noise).Q if self.turned else torch.eye(side)
 
     def draws(self) -> Tensor:
         """Where particles start, (K, O, I)."""
         torch.manual_seed(0)
         num_inputs, num_outputs = SIDES[self.size]
         noise = torch.randn(NUM_PARTICLES, num_outputs, num_inputs)
-        return filtered(noise, self.eigenvalues.sqrt())
+        return (noise * self.spectrum.sqrt()) @ self.axes.mT
 
     def problem(self, num_heads: int = 1) -> Problem:
         """A linear network, its Pyro model and the data with this posterior."""
         num_inputs, num_outputs = SIDES[self.size]
-        precision = 1 / self.eigenvalues
+        precision = 1 / self.spectrum
         flat = FLAT * precision.min()
         prior = pl.priors.normal(scale=float(flat**-0.5))
         lora = pl.lift(Heads(num_inputs, num_outputs, num_heads), prior=prior)
@@ -101,19 +111,21 @@ class Target:
                 fn = dist.Normal(outputs, 1.0).to_event(y.ndim - 1)
                 pyro.sample("y", fn, obs=y)
 
-        x = filtered(torch.eye(num_inputs), (precision - flat).sqrt())
+        x = (precision - flat).sqrt()[:, None] * self.axes.mT
         return Problem(lora, model, {"x": x, "y": torch.zeros(num_inputs, num_outputs)})
 
     def summary(self, particles: Tensor) -> Variances:
         """What particles (K, O, I) keep."""
-        particles = particles.detach()
-        waves = torch.fft.rfft(particles - particles.mean(0), norm="ortho")
-        along = waves.abs().square().sum(0).mean(0) / (NUM_PARTICLES - 1)
-        return variances(particles.var(0), along / self.eigenvalues)
+        along = (particles.detach() @ self.axes).var(0).mean(0)
+        return variances(along, self.spectrum)
 
 
-def variances(marginal: Tensor, along: Tensor) -> Variances:
-    """Means of variances over the posterior's, along axes from wide to narrow."""
-    tenth = max(1, len(along) // 10)
-    parts = (marginal, along[:tenth], along[-tenth:])
-    return Variances(*(float(x.mean()) for x in parts))
+def variances(found: Tensor, expected: Tensor) -> Variances:
+    """Compare variances along axes, wide ones first."""
+    tenth = max(1, len(found) // 10)
+    shares = found / expected
+    return Variances(
+        float(found.mean() / expected.mean()),
+        float(shares[:tenth].mean()),
+        float(shares[-tenth:].mean()),
+    )
