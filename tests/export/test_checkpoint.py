@@ -194,7 +194,7 @@ def saved(tmp_path: Path) -> tuple[pl.LiftedNetwork, Path]:
     return lora, tmp_path
 
 
-def refuses(saved: tuple[pl.LiftedNetwork, Path], message: str) -> None:
+def assert_refused(saved: tuple[pl.LiftedNetwork, Path], message: str) -> None:
     lora, folder = saved
     with pytest.raises(ValueError, match=message):
         pl.load(folder, lora)
@@ -210,7 +210,7 @@ def edit_manifest(folder: Path, *, sign: bool, **changes: Any) -> None:
 def test_a_truncated_tensor_file_is_refused(saved: Any) -> None:
     file = tensor_file(saved[1])
     os.truncate(file, file.stat().st_size - 1)
-    refuses(saved, rf"{file.name} has \d+ bytes, expected \d+: it was truncated")
+    assert_refused(saved, rf"{file.name} has \d+ bytes, expected \d+: it was truncated")
 
 
 def test_an_altered_tensor_file_is_refused(saved: Any) -> None:
@@ -218,35 +218,37 @@ def test_an_altered_tensor_file_is_refused(saved: Any) -> None:
     data = bytearray(file.read_bytes())
     data[-5] ^= 1
     file.write_bytes(data)
-    refuses(saved, f"{file.name} was altered")
+    assert_refused(saved, f"{file.name} was altered")
 
 
 def test_a_missing_tensor_file_is_refused(saved: Any) -> None:
     file = tensor_file(saved[1])
     file.unlink()
-    refuses(saved, f"{file.name} doesn't exist")
+    assert_refused(saved, f"{file.name} doesn't exist")
 
 
 def test_a_truncated_manifest_is_refused(saved: Any) -> None:
     file = saved[1] / "manifest.json"
     os.truncate(file, file.stat().st_size // 2)
-    refuses(saved, r"manifest\.json is truncated, or no manifest")
+    assert_refused(saved, r"manifest\.json is truncated, or no manifest")
 
 
 def test_an_altered_manifest_is_refused(saved: Any) -> None:
     edit_manifest(saved[1], sign=False, expanded={"x": [1]})
-    refuses(saved, r"manifest\.json was altered")
+    assert_refused(saved, r"manifest\.json was altered")
 
 
 def test_a_newer_version_is_refused(saved: Any) -> None:
     edit_manifest(saved[1], sign=True, version=2)
-    refuses(saved, r"manifest\.json has version 2; this pyro_lora reads up to 1")
+    assert_refused(saved, r"manifest\.json has version 2; this pyro_lora reads up to 1")
 
 
 @pytest.mark.parametrize("text", ['{"format": "other"}', "[1]", "{}", "\xff"])
 def test_a_foreign_manifest_is_refused(saved: Any, text: str) -> None:
     (saved[1] / "manifest.json").write_text(text, "latin-1")
-    refuses(saved, r"manifest\.json (has the format 'other'|is truncated, or no)")
+    assert_refused(
+        saved, r"manifest\.json (has the format 'other'|is truncated, or no)"
+    )
     lora, model = models.classifier()
     with pytest.raises(ValueError, match="Use another folder"):
         pl.save(models.particles(lora, model), saved[1])
@@ -255,13 +257,13 @@ def test_a_foreign_manifest_is_refused(saved: Any, text: str) -> None:
 
 def test_a_folder_without_a_manifest_is_refused(tmp_path: Path) -> None:
     lora, _ = models.classifier()
-    refuses((lora, tmp_path), r"manifest\.json doesn't exist.*no checkpoint")
-    refuses((lora, tmp_path / "nowhere"), "doesn't exist")
+    assert_refused((lora, tmp_path), r"manifest\.json doesn't exist.*no checkpoint")
+    assert_refused((lora, tmp_path / "nowhere"), "doesn't exist")
 
 
 def test_an_unknown_kind_is_refused(saved: Any) -> None:
     edit_manifest(saved[1], sign=True, posterior={"kind": "flow"})
-    refuses(saved, r"manifest\.json: '.*' is missing or unknown")
+    assert_refused(saved, r"manifest\.json: '.*' is missing or unknown")
 
 
 @pytest.mark.parametrize(
@@ -279,7 +281,7 @@ def test_another_network_is_refused(
     saved: Any, settings: dict[str, Any], message: str
 ) -> None:
     other = pl.lift(networks.bert(**settings))
-    refuses((other, saved[1]), message)
+    assert_refused((other, saved[1]), message)
 
 
 def test_the_adapters_name_does_not_matter(tmp_path: Path) -> None:
@@ -308,4 +310,4 @@ def test_two_networks_in_one_model(tmp_path: Path) -> None:
     again = pl.load(tmp_path, loras)
     assert again.loras == loras
     assert_same_draws(posterior, again)
-    refuses((loras[0], tmp_path), "nothing in this network")
+    assert_refused((loras[0], tmp_path), "nothing in this network")

@@ -5,7 +5,6 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
 
 import arviz_stats
 import numpy as np
@@ -21,6 +20,7 @@ from torch import Tensor
 import pyro_lora as pl
 from pyro_lora.export import weight_variables
 from tests import networks
+from tests.export.arrays import assert_allclose
 from tests.predict import models
 
 QUERY = "delta.bert.encoder.layer.attention.self.query"
@@ -34,12 +34,6 @@ def delta_weight(
     return 2.0 * weights[f"{site}.B"][layer] @ weights[f"{site}.A"][layer]  # 6 / 3
 
 
-def allclose(found: Any, expected: Any, tolerance: float = 1e-9) -> None:
-    np.testing.assert_allclose(
-        np.asarray(found), np.asarray(expected), rtol=tolerance, atol=tolerance
-    )
-
-
 def test_delta_weights_equal_dense_svds() -> None:
     lora, model = models.classifier()
     posterior = models.particles(lora, model, num=4)
@@ -51,12 +45,14 @@ def test_delta_weights_equal_dense_svds() -> None:
             singular = torch.linalg.svdvals(dense)
             norm = dense.square().sum().sqrt()
             at = {"chain": 0, "draw": s, "layer": layer}
-            allclose(found[f"{QUERY}.singular_values"].sel(at), singular[:3])
-            allclose(found[f"{QUERY}.frobenius_norm"].sel(at), norm)
-            allclose(found[f"{QUERY}.stable_rank"].sel(at), (norm / singular[0]) ** 2)
+            assert_allclose(found[f"{QUERY}.singular_values"].sel(at), singular[:3])
+            assert_allclose(found[f"{QUERY}.frobenius_norm"].sel(at), norm)
+            assert_allclose(
+                found[f"{QUERY}.stable_rank"].sel(at), (norm / singular[0]) ** 2
+            )
     head = found["head.classifier.weight"]
     assert head.dims == ("chain", "draw", "class", "in_feature")
-    allclose(head[0], posterior.particles["head.classifier.weight"][:, 0])
+    assert_allclose(head[0], posterior.particles["head.classifier.weight"][:, 0])
 
 
 def test_a_delta_weight_of_zero_has_stable_rank_zero() -> None:
@@ -64,7 +60,7 @@ def test_a_delta_weight_of_zero_has_stable_rank_zero() -> None:
     weights = {s: torch.zeros_like(x) for s, x in models.jittered(lora, 2).items()}
     posterior = pl.ParticlePosterior(weights, (lora,), model, "y")
     tree = pl.to_datatree(posterior)
-    allclose(tree["posterior"][f"{QUERY}.stable_rank"], np.zeros((1, 2, 2)))
+    assert_allclose(tree["posterior"][f"{QUERY}.stable_rank"], np.zeros((1, 2, 2)))
 
 
 def test_dims_say_which_layer() -> None:
@@ -111,7 +107,7 @@ def test_raw_weights_only_when_asked() -> None:
     assert set(raw.data_vars) == set(lora.sites)
     assert raw[site].dims == ("chain", "draw", "layer", "rank", "in_feature")
     for name, value in posterior.particles.items():
-        allclose(raw[name][0].values.ravel(), value.flatten())
+        assert_allclose(raw[name][0].values.ravel(), value.flatten())
 
 
 def test_too_many_raw_weights_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,7 +124,7 @@ def test_large_heads_are_given_by_their_norm(monkeypatch: pytest.MonkeyPatch) ->
     found = pl.to_datatree(posterior)["posterior"]
     assert "head.classifier.weight" not in found
     norm = posterior.particles["head.classifier.weight"].flatten(1).norm(dim=1)
-    allclose(found["head.classifier.weight.frobenius_norm"][0], norm)
+    assert_allclose(found["head.classifier.weight.frobenius_norm"][0], norm)
     assert "head.classifier.bias" in found
 
 
@@ -153,7 +149,7 @@ def test_log_likelihood_equals_a_loop() -> None:
     found = tree["log_likelihood"]["y"]
     assert found.dims == ("chain", "draw", "datum")
     assert found.dtype == np.float64
-    allclose(found[0], expected)
+    assert_allclose(found[0], expected)
     labels = torch.cat([b["labels"] for b in batches])
     assert tree["observed_data"]["y"].values.tolist() == labels.tolist()
 
@@ -168,12 +164,12 @@ def test_lp_is_the_log_joint_of_all_data() -> None:
         at = models.draw(posterior.particles, s)
         joint = poutine.trace(poutine.condition(model, at)).get_trace(**whole)
         log_joint = joint.log_prob_sum()
-        allclose(tree["sample_stats"]["lp"][0, s], log_joint.detach(), 1e-6)
+        assert_allclose(tree["sample_stats"]["lp"][0, s], log_joint.detach(), 1e-6)
         prior = sum(
             dist.Normal(0.0, 0.5).log_prob(value).sum() for value in at.values()
         )
         total = sum(float(x[0, s]) for x in tree["log_prior"].data_vars.values())
-        allclose(total, prior, 1e-6)
+        assert_allclose(total, prior, 1e-6)
     assert set(tree["log_prior"].data_vars) == set(lora.sites)
     assert "log_q" not in tree["sample_stats"]  # particles have no density
 
@@ -187,9 +183,9 @@ def test_lp_keeps_a_scale_of_the_users() -> None:
     scaled = pl.to_datatree(posterior, model=half, batches=batches)
     log_prior = sum(x.values for x in plain["log_prior"].data_vars.values())
     likelihood = plain["log_likelihood"]["y"].sum("datum").values
-    allclose(plain["sample_stats"]["lp"], log_prior + likelihood)
-    allclose(scaled["sample_stats"]["lp"], log_prior + 0.5 * likelihood)
-    allclose(scaled["log_likelihood"]["y"], plain["log_likelihood"]["y"])
+    assert_allclose(plain["sample_stats"]["lp"], log_prior + likelihood)
+    assert_allclose(scaled["sample_stats"]["lp"], log_prior + 0.5 * likelihood)
+    assert_allclose(scaled["log_likelihood"]["y"], plain["log_likelihood"]["y"])
 
 
 def test_laplace_brings_density_evidence_and_its_own_prior() -> None:
@@ -200,11 +196,11 @@ def test_laplace_brings_density_evidence_and_its_own_prior() -> None:
     tree = pl.to_datatree(posterior, batches=batches, num_samples=5)
     pyro.set_rng_seed(2)
     draws = posterior.sample(5)
-    allclose(tree["sample_stats"]["log_q"][0], posterior.log_prob(draws))
+    assert_allclose(tree["sample_stats"]["log_q"][0], posterior.log_prob(draws))
     for site, value in draws.items():
         normal = dist.Normal(torch.zeros_like(value), 7.0**-0.5)
         expected = normal.log_prob(value).flatten(1).sum(1)
-        allclose(tree["log_prior"][site][0], expected, 1e-6)
+        assert_allclose(tree["log_prior"][site][0], expected, 1e-6)
     attributes = tree["posterior"].attrs
     assert attributes["posterior"] == "LaplacePosterior"
     assert attributes["log_evidence"] == pytest.approx(float(posterior.log_evidence()))
@@ -251,8 +247,8 @@ def test_integer_inputs_are_kept_padded_with_zeros() -> None:
     (whole,) = models.resized(batches, models.NUM_DATA)
     assert set(constant.data_vars) == {"input_ids", "attention_mask"}
     assert constant["input_ids"].dims == ("datum", "token")
-    allclose(constant["input_ids"], whole["input_ids"])
-    allclose(constant["attention_mask"], whole["attention_mask"])
+    assert_allclose(constant["input_ids"], whole["input_ids"])
+    assert_allclose(constant["attention_mask"], whole["attention_mask"])
 
 
 def test_without_batches_only_what_needs_no_data() -> None:
@@ -288,15 +284,15 @@ def test_other_latent_variables_are_in_every_group() -> None:
     weights["noise"] = torch.rand(4, dtype=torch.float64) + 0.5
     posterior = pl.ParticlePosterior(weights, (lora,), model, "y")
     tree = pl.to_datatree(posterior, batches=batches)
-    allclose(tree["posterior"]["noise"][0], weights["noise"])
+    assert_allclose(tree["posterior"]["noise"][0], weights["noise"])
     expected = dist.LogNormal(0.0, 1.0).log_prob(weights["noise"])
-    allclose(tree["log_prior"]["noise"][0], expected)
+    assert_allclose(tree["log_prior"]["noise"][0], expected)
     (whole,) = models.resized(batches, models.NUM_DATA)
     for s in range(4):
         at = models.draw(weights, s)
         trace = poutine.trace(poutine.condition(model, at)).get_trace(**whole)
         log_joint = trace.log_prob_sum().detach()
-        allclose(tree["sample_stats"]["lp"][0, s], log_joint, 1e-6)
+        assert_allclose(tree["sample_stats"]["lp"][0, s], log_joint, 1e-6)
 
 
 def test_a_prior_with_scales_of_its_own() -> None:
@@ -320,13 +316,13 @@ def test_a_prior_with_scales_of_its_own() -> None:
     posterior = pl.ParticlePosterior(weights, (lora,), model, "y")
     tree = pl.to_datatree(posterior, batches=batches)
     expected = dist.HalfCauchy(1.0).log_prob(weights["scale"]).sum(1)
-    allclose(tree["log_prior"]["scale"][0], expected, 1e-6)
+    assert_allclose(tree["log_prior"]["scale"][0], expected, 1e-6)
     (whole,) = models.resized(batches, models.NUM_DATA)
     for s in range(3):
         at = models.draw(weights, s)
         trace = poutine.trace(poutine.condition(model, at)).get_trace(**whole)
         log_joint = trace.log_prob_sum().detach()
-        allclose(tree["sample_stats"]["lp"][0, s], log_joint, 1e-6)
+        assert_allclose(tree["sample_stats"]["lp"][0, s], log_joint, 1e-6)
     assert (tree["prior"]["scale"] > 0).all()
     assert tree["prior"]["scale"].shape == (1, 3, 2)
 
@@ -361,7 +357,7 @@ def test_a_mask_takes_data_out_of_the_likelihood() -> None:
     found = pl.to_datatree(posterior, model=model, batches=batches)["log_likelihood"]
     whole = pl.to_datatree(posterior, batches=batches)["log_likelihood"]["y"]
     mask = torch.cat([keep[6], keep[4]]).numpy()
-    allclose(found["y"], np.where(mask, whole, 0.0))
+    assert_allclose(found["y"], np.where(mask, whole, 0.0))
 
 
 def test_a_stock_guide_needs_model_and_batches() -> None:

@@ -17,7 +17,7 @@ from tests.predict import models
 OUTCOMES = ("posterior_predictive", "prior", "prior_predictive")  # drawn by chunk
 
 
-def allclose(found: Any, expected: Any) -> None:
+def assert_group_allclose(found: Any, expected: Any) -> None:
     """But for rounding: draws run in other forward passes."""
     xarray.testing.assert_allclose(found.ds, expected.ds, rtol=1e-10, atol=1e-10)
 
@@ -37,7 +37,7 @@ def test_chunks_add_up(chunk_size: int, tmp_path: Path) -> None:
     for name in whole.children:
         xarray.testing.assert_equal(stored[name].ds, parts[name].ds)
         if name not in OUTCOMES:
-            allclose(parts[name], whole[name])
+            assert_group_allclose(parts[name], whole[name])
     assert [path.name for path in tmp_path.iterdir()] == ["tree.zarr"]
     assert stored["posterior"].attrs["posterior"] == "ParticlePosterior"
     stored.close()
@@ -54,7 +54,7 @@ def test_chains_are_cut_along_the_draws(tmp_path: Path) -> None:
         chains, path=tmp_path / "tree.zarr", chunk_size=3, **options
     )
     for name in ("posterior", "log_likelihood", "log_prior", "sample_stats"):
-        allclose(stored[name], whole[name])
+        assert_group_allclose(stored[name], whole[name])
     assert stored["posterior"].sizes["draw"] == 4
     stored.close()
 

@@ -18,17 +18,12 @@ from torch import Tensor
 
 import pyro_lora as pl
 from tests import networks
+from tests.export.arrays import assert_allclose
 from tests.infer.linear_regression import linear_regression
 from tests.predict import models
 
 QUERY = "delta.bert.encoder.layer.attention.self.query"
 STRUCTURES = [pl.kfac_expand, pl.diagonal, pl.dense]
-
-
-def allclose(found: Any, expected: Any, tolerance: float = 1e-8) -> None:
-    np.testing.assert_allclose(
-        np.asarray(found), np.asarray(expected), rtol=tolerance, atol=tolerance
-    )
 
 
 def linearised_logits(
@@ -73,10 +68,10 @@ def test_laplace_is_linearised_by_default(structure: Any, num_labels: int) -> No
             for s in range(4)
         ]
     )
-    allclose(tree["log_likelihood"]["y"][0], expected)
+    assert_allclose(tree["log_likelihood"]["y"][0], expected)
     assert tree["log_likelihood"].attrs["method"] == "linearized"
     log_prior = sum(x[0].values for x in tree["log_prior"].data_vars.values())
-    allclose(tree["sample_stats"]["lp"][0], log_prior + expected.sum(1).numpy())
+    assert_allclose(tree["sample_stats"]["lp"][0], log_prior + expected.sum(1).numpy())
 
 
 def test_the_network_itself_when_asked() -> None:
@@ -90,7 +85,7 @@ def test_the_network_itself_when_asked() -> None:
     for s in range(3):
         logits = models.logits_at(lora, models.draw(draws, s), batches[0])
         expected = logits.log_softmax(-1).gather(1, batches[0]["labels"][:, None])
-        allclose(tree["log_likelihood"]["y"][0, s, :6], expected[:, 0])
+        assert_allclose(tree["log_likelihood"]["y"][0, s, :6], expected[:, 0])
     assert tree["log_likelihood"].attrs["method"] == "sample"
 
 
@@ -133,7 +128,7 @@ def test_a_linear_network_gives_the_same_either_way() -> None:
         )
     for group in ("log_likelihood", "sample_stats", "posterior"):
         for name, value in trees[0][group].data_vars.items():
-            allclose(value, trees[1][group][name])
+            assert_allclose(value, trees[1][group][name])
 
 
 def test_several_real_outputs_a_datum_are_linearised() -> None:
@@ -154,7 +149,7 @@ def test_several_real_outputs_a_datum_are_linearised() -> None:
     at = models.draw(posterior.sample(2), 1)
     loc = linearised_logits(lora, posterior.mode(), at, batches[0])
     expected = dist.Normal(loc, 0.7).log_prob(batches[0]["labels"]).sum(1)
-    allclose(tree["log_likelihood"]["y"][0, 1, :6], expected)
+    assert_allclose(tree["log_likelihood"]["y"][0, 1, :6], expected)
 
 
 def test_each_draw_of_a_mixture_is_linearised_at_its_own_mode() -> None:
@@ -178,7 +173,7 @@ def test_each_draw_of_a_mixture_is_linearised_at_its_own_mode() -> None:
         }
         logits = linearised_logits(lora, part.mode(), at, batches[0])
         expected = logits.log_softmax(-1).gather(1, batches[0]["labels"][:, None])
-        allclose(tree["log_likelihood"]["y"][0, s, :6], expected[:, 0])
+        assert_allclose(tree["log_likelihood"]["y"][0, s, :6], expected[:, 0])
 
 
 def test_a_mixture_with_particles_runs_the_network() -> None:
@@ -207,7 +202,7 @@ def test_the_angle_to_the_mode() -> None:
             other = mode[f"{site}.B"][layer] @ mode[f"{site}.A"][layer]
             cosine = (delta * other).sum() / delta.norm() / other.norm()
             found = tree["posterior"][f"{QUERY}.angle_to_mode"][0, s, layer]
-            allclose(found, cosine.arccos())
+            assert_allclose(found, cosine.arccos())
     particles = pl.to_datatree(models.particles(lora, model))["posterior"]
     assert f"{QUERY}.angle_to_mode" not in particles
 
@@ -283,14 +278,14 @@ def test_a_markov_chain_that_has_run() -> None:
     tree = pl.to_datatree(mcmc, model=task.model, batches=task.batches)
     samples = mcmc.get_samples()
     found = tree["posterior"]
-    allclose(found["base.bias"][0], samples["base.bias"][:, 0])
+    assert_allclose(found["base.bias"][0], samples["base.bias"][:, 0])
     assert found.sizes["draw"] == 60
     for s in (0, 59):
         at = {site: value[s] for site, value in samples.items()}
         trace: Any = poutine.trace(poutine.condition(task.model, at)).get_trace(
             **task.whole
         )
-        allclose(tree["sample_stats"]["lp"][0, s], trace.log_prob_sum().detach())
+        assert_allclose(tree["sample_stats"]["lp"][0, s], trace.log_prob_sum().detach())
     diverging = tree["sample_stats"]["diverging"]
     assert diverging.dtype == bool
     listed = mcmc.diagnostics()["divergences"]["chain 0"]
@@ -307,11 +302,11 @@ def test_chains_stay_chains() -> None:
     for group in ("posterior", "log_prior", "log_likelihood"):
         for name, value in once[group].data_vars.items():
             again = tree[group][name].values
-            allclose(again.reshape(value.shape), value.values)
+            assert_allclose(again.reshape(value.shape), value.values)
     table = arviz_stats.summary(tree, var_names=["base.bias"], round_to="none")
     assert table["r_hat"].iloc[0] < 1.2
     last = pl.to_datatree(chains, model=task.model, batches=task.batches, num_samples=4)
-    allclose(last["posterior"]["base.bias"][1], chains["base.bias"][1, -4:, 0])
+    assert_allclose(last["posterior"]["base.bias"][1], chains["base.bias"][1, -4:, 0])
 
 
 def test_samples_are_checked() -> None:
@@ -383,11 +378,11 @@ def test_non_centred_sites_are_their_scale_times_noise() -> None:
         role = mean + role_sd * of_roles[:, sites.index(site)]
         noise = raw[f"prior.log_scale.{site}_decentered"].values[0]
         log_scale = role[:, None] + layer_sd[:, None] * noise
-        allclose(found[f"prior.log_scale.{site}"][0], log_scale)
+        assert_allclose(found[f"prior.log_scale.{site}"][0], log_scale)
         scale = np.exp(log_scale)[..., None, None]
         weights.append(scale * raw[f"{site}_decentered"].values[0])
     delta = 2.0 * weights[0] @ weights[1]  # lora_alpha / r = 6 / 3
-    allclose(
+    assert_allclose(
         found[f"{QUERY}.frobenius_norm"][0], np.linalg.norm(delta, axis=(-2, -1)), 1e-6
     )
     assert not [name for name in found if str(name).endswith("_decentered")]
@@ -404,7 +399,7 @@ def test_draws_of_a_non_centred_prior_have_their_weights() -> None:
     )
     wide = tau * found[f"prior.local_scale.{site}"].values
     # tau lambda where it's small against the slab's width, that where it's large.
-    allclose(scale, 1 / np.sqrt(1 / slab + 1 / wide**2), 1e-5)
+    assert_allclose(scale, 1 / np.sqrt(1 / slab + 1 / wide**2), 1e-5)
 
 
 @pytest.mark.parametrize(

@@ -141,7 +141,7 @@ def saved(tmp_path: Path) -> tuple[pl.SVGD, Path]:
     return svgd, tmp_path
 
 
-def refuses(svgd: pl.SVGD, folder: Path, message: str) -> None:
+def assert_refused(svgd: pl.SVGD, folder: Path, message: str) -> None:
     """Loading raises, and the engine and the generators are as before."""
     before, generator = svgd.state_dict(), torch.get_rng_state()
     with pytest.raises(ValueError, match=message):
@@ -158,23 +158,23 @@ def test_damaged_states_are_refused(saved: tuple[pl.SVGD, Path]) -> None:
     content = bytearray(tensors.read_bytes())
     content[-1] ^= 1
     tensors.write_bytes(content)
-    refuses(svgd, folder, r"safetensors was altered.*Save the state again")
+    assert_refused(svgd, folder, r"safetensors was altered.*Save the state again")
     os.truncate(tensors, len(content) // 2)
-    refuses(svgd, folder, r"bytes, expected \d+: it was truncated")
+    assert_refused(svgd, folder, r"bytes, expected \d+: it was truncated")
     tensors.unlink()
-    refuses(svgd, folder, r"safetensors doesn't exist")
+    assert_refused(svgd, folder, r"safetensors doesn't exist")
     manifest = folder / "manifest.json"
     text = manifest.read_text()
     fields = json.loads(text)
     manifest.write_text(text.replace('"lr"', '"rl"'))
-    refuses(svgd, folder, r"manifest\.json was altered")
+    assert_refused(svgd, folder, r"manifest\.json was altered")
     fields["version"] = 2
     fields["manifest_sha256"] = tensor_folder.manifest_digest(fields)
     manifest.write_text(json.dumps(fields))
-    refuses(svgd, folder, "has version 2; this pyro_lora reads up to 1")
+    assert_refused(svgd, folder, "has version 2; this pyro_lora reads up to 1")
     manifest.write_text(text[:100])
-    refuses(svgd, folder, r"manifest\.json is truncated, or no manifest")
-    refuses(svgd, folder / "nowhere", r"manifest\.json doesn't exist")
+    assert_refused(svgd, folder, r"manifest\.json is truncated, or no manifest")
+    assert_refused(svgd, folder / "nowhere", r"manifest\.json doesn't exist")
 
 
 def test_foreign_states_are_refused(
@@ -182,13 +182,17 @@ def test_foreign_states_are_refused(
 ) -> None:
     svgd, folder = saved
     pl.save(svgd.posterior(), tmp_path / "posterior")
-    refuses(svgd, tmp_path / "posterior", "format 'pyro_lora posterior', expected")
+    assert_refused(
+        svgd, tmp_path / "posterior", "format 'pyro_lora posterior', expected"
+    )
     with pytest.raises(ValueError, match="Use another folder"):
         pl.save_state(svgd, tmp_path / "posterior")
     more = hierarchical_regression(4)
-    refuses(engine_after_a_step(more, Adam({"lr": 0.1})), folder, "num_particles=4")
+    assert_refused(
+        engine_after_a_step(more, Adam({"lr": 0.1})), folder, "num_particles=4"
+    )
     same = hierarchical_regression(3)
-    refuses(engine_after_a_step(same, SGD({"lr": 0.1})), folder, "Adam.*SGD")
+    assert_refused(engine_after_a_step(same, SGD({"lr": 0.1})), folder, "Adam.*SGD")
 
 
 def engine_after_a_step(target: Any, optim: PyroOptim) -> pl.SVGD:

@@ -343,7 +343,7 @@ def log_joint_of_draws(case: Case, draws: Draws) -> Tensor:
 
 
 @contextmanager
-def unchanged(network: PeftModel) -> Iterator[None]:
+def assert_unchanged(network: PeftModel) -> Iterator[None]:
     """Parameters and buffers are the same after the block, bit by bit."""
 
     def state() -> list[tuple[Any, ...]]:

@@ -23,12 +23,12 @@ from tests.lifting.conformance import (
     Case,
     ConformanceTable,
     Draws,
+    assert_unchanged,
     conformance_settings,
     drops_a_density,
     lifted_case,
     log_joint_of_draws,
     step_moves_all_parameters,
-    unchanged,
 )
 
 ROWS = [
@@ -55,7 +55,7 @@ def settings() -> Iterator[None]:
 def trained(case: Case, guide: str, elbo: str) -> Any:
     """The guide after a step, which moved all its parameters and nothing else."""
     guide = GUIDES[guide](case.model, init_loc_fn=case.lora.init_to_adapter())
-    with unchanged(case.network):
+    with assert_unchanged(case.network):
         step_moves_all_parameters(case.model, guide, elbo, case.texts)
     # The param store holds the guide's parameters, and none of the network.
     of_guide = {id(p) for p in guide.parameters()}

@@ -22,10 +22,10 @@ from tests.lifting.conformance import (
     LIKELIHOODS,
     NUM_DATA,
     Case,
+    assert_unchanged,
     conformance_settings,
     lifted_case,
     step_moves_all_parameters,
-    unchanged,
 )
 from tests.networks import particles
 
@@ -39,7 +39,7 @@ def settings() -> Iterator[None]:
 
 
 def trace_of(case: Case, model: Callable[..., Any]) -> Any:
-    with unchanged(case.network):
+    with assert_unchanged(case.network):
         trace = poutine.trace(model).get_trace(**case.texts)
     trace.compute_log_prob()
     return trace
@@ -56,7 +56,7 @@ def values_of(case: Case, trace: Any) -> dict[str, Tensor]:
     return {site: trace.nodes[site]["value"] for site in case.shapes}
 
 
-def check_output(case: Case, trace: Any, values: dict[str, Tensor]) -> None:
+def assert_output(case: Case, trace: Any, values: dict[str, Tensor]) -> None:
     found = trace.nodes["output"]["value"]
     assert_close(found, case.output(values), rtol=0, atol=1e-10)
 
@@ -70,7 +70,7 @@ def test_condition_on_all_sites(likelihood: str) -> None:
     values = some_values(case)
     trace = trace_of(case, poutine.condition(case.model, values))
     assert {s for s in case.shapes if trace.nodes[s]["is_observed"]} == {*case.shapes}
-    check_output(case, trace, values)
+    assert_output(case, trace, values)
     expected = case.log_joint(values)
     assert_close(trace.log_prob_sum(), expected, rtol=1e-10, atol=0)
 
@@ -83,7 +83,7 @@ def test_condition_on_one_site(likelihood: str) -> None:
     trace = trace_of(case, poutine.condition(case.model, {first: value}))
     assert trace.nodes[first]["value"] is value
     assert [s for s in others if trace.nodes[s]["is_observed"]] == []
-    check_output(case, trace, values_of(case, trace))
+    assert_output(case, trace, values_of(case, trace))
     expected = case.log_joint(values_of(case, trace))
     assert_close(trace.log_prob_sum(), expected, rtol=1e-10, atol=0)
 
@@ -96,7 +96,7 @@ def test_do_reaches_the_network_but_not_the_prior(likelihood: str) -> None:
     trace = trace_of(case, poutine.do(case.model, {first: value}))
     fresh = values_of(case, trace)  # what the prior drew, used nowhere
     assert not torch.equal(fresh[first], value)
-    check_output(case, trace, fresh | {first: value})
+    assert_output(case, trace, fresh | {first: value})
     log_prior = sum(case.log_prior(fresh).values())
     expected = log_prior + case.log_likelihood(fresh | {first: value}).sum()
     assert_close(trace.log_prob_sum(), expected, rtol=1e-10, atol=0)
@@ -111,7 +111,7 @@ def test_block_hides_sites_that_still_reach_the_network(likelihood: str) -> None
     trace = trace_of(case, model)
     assert hidden not in trace.nodes
     assert trace.nodes.keys() >= {"y", *others}
-    check_output(case, trace, values)
+    assert_output(case, trace, values)
     expected = case.log_joint(values) - case.log_prior(values)[hidden]
     assert_close(trace.log_prob_sum(), expected, rtol=1e-10, atol=0)
 
@@ -122,7 +122,7 @@ def test_mask_removes_densities_only(likelihood: str) -> None:
     values = some_values(case)
     model = poutine.condition(case.model, values)
     trace = trace_of(case, poutine.mask(model, mask=False))
-    check_output(case, trace, values)
+    assert_output(case, trace, values)
     assert float(trace.log_prob_sum()) == 0
 
 
@@ -132,7 +132,7 @@ def test_scale_multiplies_densities_only(likelihood: str) -> None:
     values = some_values(case)
     model = poutine.condition(case.model, values)
     trace = trace_of(case, poutine.scale(model, scale=0.25))
-    check_output(case, trace, values)
+    assert_output(case, trace, values)
     expected = case.log_joint(values) / 4
     assert_close(trace.log_prob_sum(), expected, rtol=1e-10, atol=0)
 
@@ -229,7 +229,7 @@ def test_svi_of_a_reparametrised_model(
     case = lifted_case(likelihood)
     lora, model = decentred(likelihood, centered)
     guide = AutoNormal(model, init_loc_fn=lora.init_to_adapter())
-    with unchanged(lora.network):
+    with assert_unchanged(lora.network):
         guide(**case.texts)
         start = guide.median()
         # It starts at the adapter: w = 2^(1 - centered) times the new variable.
@@ -249,7 +249,7 @@ def test_svi_of_a_reparametrised_model(
 @on_each_likelihood
 def test_get_dependencies(likelihood: str) -> None:
     case = lifted_case(likelihood)
-    with unchanged(case.network):
+    with assert_unchanged(case.network):
         found = get_dependencies(case.model, model_kwargs=case.texts)
     assert found["prior_dependencies"]["y"].keys() == {"y", *case.shapes}
     assert found["posterior_dependencies"].keys() == case.shapes.keys()
@@ -258,7 +258,7 @@ def test_get_dependencies(likelihood: str) -> None:
 @on_each_likelihood
 def test_render_model(likelihood: str) -> None:
     case = lifted_case(likelihood)
-    with unchanged(case.network):
+    with assert_unchanged(case.network):
         source = render_model(case.model, model_kwargs=case.texts).source
     name = r'"?([\w.]+)"?'
     edges = set(re.findall(rf"^\s*{name} -> {name}", source, re.MULTILINE))

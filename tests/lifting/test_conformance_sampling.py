@@ -18,10 +18,10 @@ from tests.lifting.conformance import (
     NUM_PARTICLES,
     Case,
     Draws,
+    assert_unchanged,
     conformance_settings,
     lifted_case,
     log_joint_of_draws,
-    unchanged,
 )
 from tests.networks import inputs
 
@@ -41,7 +41,7 @@ def settings() -> Iterator[None]:
 # Prediction.
 
 
-def check_prediction(
+def assert_prediction(
     case: Case, found: dict[str, Tensor], draws: dict[str, Tensor]
 ) -> None:
     expected = torch.stack(
@@ -63,7 +63,7 @@ def test_predictive_from_samples(likelihood: str, guide: str, parallel: bool) ->
     found = Predictive(guide, num_samples=NUM_DRAWS, parallel=parallel)(**case.texts)
     draws = {site: found[site] for site in case.shapes}
     predictive = Predictive(case.model, draws, parallel=parallel)
-    check_prediction(case, predictive(**inputs(case.texts)), draws)
+    assert_prediction(case, predictive(**inputs(case.texts)), draws)
 
 
 @one_by_one_or_parallel
@@ -76,9 +76,9 @@ def test_predictive_from_guide(likelihood: str, guide: str, parallel: bool) -> N
     predictive = Predictive(
         case.model, guide=guide, num_samples=NUM_DRAWS, parallel=parallel
     )
-    with unchanged(case.network):
+    with assert_unchanged(case.network):
         found = predictive(**inputs(case.texts))
-    check_prediction(case, found, found)
+    assert_prediction(case, found, found)
 
 
 @on_each_likelihood
@@ -104,7 +104,7 @@ def test_auto_normal_messenger_takes_labels_that_are_missing_for_a_latent(
 @on_each_likelihood
 def test_importance_from_the_prior(likelihood: str) -> None:
     case = lifted_case(likelihood)
-    with unchanged(case.network):
+    with assert_unchanged(case.network):
         run = Importance(case.model, num_samples=3).run(**case.texts)
     for trace, log_weight in zip(run.exec_traces, run.log_weights, strict=True):
         values = {site: trace.nodes[site]["value"] for site in case.shapes}
@@ -122,7 +122,7 @@ def test_importance_from_a_guide(likelihood: str) -> None:
         with draws:
             auto_normal(**texts)
 
-    with unchanged(case.network):
+    with assert_unchanged(case.network):
         run = Importance(case.model, guide, num_samples=NUM_PARTICLES)
         run.run(**case.texts)
     expected = log_joint_of_draws(case, draws) - draws.log_q()
@@ -179,7 +179,7 @@ def test_monte_carlo(likelihood: str, kernel: str) -> None:
         warmup_steps=1,
         disable_progbar=True,
     )
-    with unchanged(case.network):
+    with assert_unchanged(case.network):
         mcmc.run(**case.texts)
     samples = mcmc.get_samples()
     assert samples.keys() == case.shapes.keys()

@@ -33,7 +33,7 @@ def network() -> PeftModel:
 
 
 @contextmanager
-def unchanged(network: PeftModel, folder: Path) -> Iterator[None]:
+def assert_unchanged(network: PeftModel, folder: Path) -> Iterator[None]:
     """Everything that PEFT sees is the same after the block, bit by bit."""
 
     def state(name: str) -> tuple[Any, ...]:
@@ -80,7 +80,7 @@ def test_an_engine_leaves_what_peft_saves_bit_identical(
 ) -> None:
     texts = batch()
     lora = pl.lift(network)
-    with unchanged(network, tmp_path):
+    with assert_unchanged(network, tmp_path):
         engine(classifier(lora), lora, texts)
 
 

@@ -52,7 +52,7 @@ def rows(*, refused: bool) -> list[Any]:
 
 
 @contextmanager
-def unchanged(network: nn.Module, inputs: Mapping[str, Any]) -> Iterator[None]:
+def assert_unchanged(network: nn.Module, inputs: Mapping[str, Any]) -> Iterator[None]:
     """The network computes and holds the same after the block, bit by bit."""
     output = output_of(network, inputs)
 
@@ -115,7 +115,7 @@ def test_can_be_lifted(row: Row, caplog: pytest.LogCaptureFixture) -> None:
     original = built(row)
     network, inputs = copy.deepcopy(original), row.inputs()
     trainable = {n for n, p in network.named_parameters() if p.requires_grad}
-    with unchanged(network, inputs):
+    with assert_unchanged(network, inputs):
         lora = pl.lift(network, **row.lift)
         assert_named_well(lora, trainable)
         assert sites_in_words(lora.sites) == set(row.sites.split("; "))
@@ -296,5 +296,8 @@ def test_a_network_that_writes_into_its_buffers_sees_one_particle_at_a_time(
 @pytest.mark.parametrize("row", rows(refused=True))
 def test_is_refused(row: Row) -> None:
     network, inputs = built(row), row.inputs()
-    with unchanged(network, inputs), pytest.raises(ValueError, match=row.refused):
+    with (
+        assert_unchanged(network, inputs),
+        pytest.raises(ValueError, match=row.refused),
+    ):
         pl.lift(network, **row.lift)

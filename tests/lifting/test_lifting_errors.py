@@ -28,7 +28,7 @@ LAYER = r"base_model\.model\.bert\.encoder\.layer\.0\.attention\.self\.query"
 
 
 @contextmanager
-def refused(
+def assert_refused(
     network: nn.Module, message: str, error: type[Exception] = ValueError
 ) -> Iterator[None]:
     """The error is raised, and what the network computes and holds stays the same."""
@@ -47,19 +47,19 @@ def refused(
 
 def test_nothing_trainable_and_no_adapter() -> None:
     network = without_peft(bert()).requires_grad_(False)
-    with refused(network, "Nothing to lift.*get_peft_model"):
+    with assert_refused(network, "Nothing to lift.*get_peft_model"):
         pl.lift(network)
 
 
 def test_no_adapter_but_one_was_named() -> None:
     network = without_peft(bert())
-    with refused(network, "adapter='default'.*the model has none"):
+    with assert_refused(network, "adapter='default'.*the model has none"):
         pl.lift(network, adapter="default")
 
 
 def test_an_unknown_adapter() -> None:
     network = bert()
-    with refused(network, r"No adapter 'other'.*\['default'\].*adapter="):
+    with assert_refused(network, r"No adapter 'other'.*\['default'\].*adapter="):
         pl.lift(network, adapter="other")
 
 
@@ -71,7 +71,9 @@ def two_adapters(network: PeftModel) -> PeftModel:
 
 def test_an_adapter_that_is_not_active() -> None:
     network = two_adapters(bert())
-    with refused(network, rf"{LAYER}.*'other' is not active.*set_adapter\('other'\)"):
+    with assert_refused(
+        network, rf"{LAYER}.*'other' is not active.*set_adapter\('other'\)"
+    ):
         pl.lift(network, adapter="other")
     network.set_adapter("other")
     pl.lift(network, adapter="other")
@@ -80,29 +82,34 @@ def test_an_adapter_that_is_not_active() -> None:
 def test_several_active_adapters() -> None:
     network = two_adapters(llama(None))
     network.base_model.set_adapter(["default", "other"])
-    with refused(network, r"\['default', 'other'\].*adapter="):
+    with assert_refused(network, r"\['default', 'other'\].*adapter="):
         pl.lift(network)
 
 
 def test_a_second_trainable_adapter() -> None:
     network = two_adapters(llama(None))
     network.base_model.set_adapter(["default", "other"])
-    with refused(network, r"\.other\.weight' belongs to an adapter that isn't lifted"):
+    with assert_refused(
+        network, r"\.other\.weight' belongs to an adapter that isn't lifted"
+    ):
         pl.lift(network, adapter="default")
 
 
 def test_a_merged_adapter_before_and_after_lifting() -> None:
     network = bert()
     network.merge_adapter()
-    with refused(network, rf"{LAYER}.*merged.*unmerge_adapter\(\)"):
+    with assert_refused(network, rf"{LAYER}.*merged.*unmerge_adapter\(\)"):
         pl.lift(network)
     network.unmerge_adapter()
     lora = pl.lift(network)
     weights = particles(lora)
     network.merge_adapter()
-    with refused(network, rf"{LAYER}.*merged.*unmerge_adapter\(\)"), lora.bind(weights):
+    with (
+        assert_refused(network, rf"{LAYER}.*merged.*unmerge_adapter\(\)"),
+        lora.bind(weights),
+    ):
         pass
-    with refused(network, rf"{LAYER}.*merged.*unmerge_adapter\(\)"):
+    with assert_refused(network, rf"{LAYER}.*merged.*unmerge_adapter\(\)"):
         lora()
 
 
@@ -119,10 +126,10 @@ def test_an_adapter_that_is_unloaded_after_lifting() -> None:
 def test_a_disabled_adapter_before_and_after_lifting() -> None:
     network = bert()
     message = rf"{LAYER}.*disabled.*enable_adapter_layers\(\)"
-    with network.disable_adapter(), refused(network, message):
+    with network.disable_adapter(), assert_refused(network, message):
         pl.lift(network)
     lora = pl.lift(network)
-    with network.disable_adapter(), refused(network, message):
+    with network.disable_adapter(), assert_refused(network, message):
         lora()
     with lora.bind(particles(lora)):
         pass
@@ -131,7 +138,7 @@ def test_a_disabled_adapter_before_and_after_lifting() -> None:
 def test_lifting_twice() -> None:
     network = bert()
     lora = pl.lift(network)
-    with refused(network, rf"attention.*{LAYER}.*lifted already.*prior.*del"):
+    with assert_refused(network, rf"attention.*{LAYER}.*lifted already.*prior.*del"):
         pl.lift(network, name="again")
     with lora.bind(particles(lora)):
         pass
@@ -224,7 +231,7 @@ def test_wrong_weights(method: str, case: str) -> None:
     lora = pl.lift(network)
     change, message = WRONG_WEIGHTS[case]
     weights = change(particles(lora))
-    with refused(network, message):
+    with assert_refused(network, message):
         if method == "load":
             lora.load(weights)
         with lora.bind(weights):
@@ -236,7 +243,9 @@ def test_wrong_weights(method: str, case: str) -> None:
 def test_load_takes_no_particles() -> None:
     network = bert()
     lora = pl.lift(network)
-    with refused(network, rf"'{QUERY}\.A': load takes one.*\(3, 2, 3, 16\).*Pick one"):
+    with assert_refused(
+        network, rf"'{QUERY}\.A': load takes one.*\(3, 2, 3, 16\).*Pick one"
+    ):
         lora.load(particles(lora, 3))
 
 
@@ -245,14 +254,17 @@ def test_particle_dims_that_do_not_broadcast() -> None:
     lora = pl.lift(network)
     weights = {**particles(lora, 3), f"{QUERY}.A": particles(lora, 2)[f"{QUERY}.A"]}
     message = rf"broadcast: '{QUERY}\.A' has \(2,\), '{QUERY}\.B' has \(3,\).*same"
-    with refused(network, message), lora.bind(weights):
+    with assert_refused(network, message), lora.bind(weights):
         pass
 
 
 def test_no_particles_at_all() -> None:
     network = bert()
     lora = pl.lift(network)
-    with refused(network, r"\(0,\) hold no particle"), lora.bind(particles(lora, 0)):
+    with (
+        assert_refused(network, r"\(0,\) hold no particle"),
+        lora.bind(particles(lora, 0)),
+    ):
         pass
 
 
@@ -265,11 +277,11 @@ def test_a_bound_network_after_its_block(lead: tuple[int, ...]) -> None:
     lora = pl.lift(network)
     with lora.bind(particles(lora, *lead)) as net:
         net(**texts)
-    with refused(network, "after its `with", RuntimeError):
+    with assert_refused(network, "after its `with", RuntimeError):
         net(**texts)
     with pytest.raises(ZeroDivisionError), lora.bind(particles(lora)) as net:
         raise ZeroDivisionError
-    with refused(network, "after its `with", RuntimeError):
+    with assert_refused(network, "after its `with", RuntimeError):
         net(**texts)
 
 
@@ -288,7 +300,7 @@ def test_binding_inside_binding(lead: tuple[int, ...]) -> None:
         with pytest.raises(RuntimeError, match="Other weights are bound"):
             sampled(**texts)
         assert torch.equal(outer(**texts).logits, expected)
-    with refused(network, "after its `with", RuntimeError):
+    with assert_refused(network, "after its `with", RuntimeError):
         outer(**texts)
     assert sampled(**texts).logits.shape == (5, 2)
 
@@ -297,7 +309,7 @@ def test_the_original_network_while_particles_are_bound() -> None:
     network, texts = bert(), inputs(batch())
     lora = pl.lift(network)
     with (
-        refused(network, "need folded inputs.*lora", RuntimeError),
+        assert_refused(network, "need folded inputs.*lora", RuntimeError),
         lora.bind(particles(lora, 3)),
     ):
         network(**texts)
@@ -342,14 +354,14 @@ def sampled_without(missing: str | None) -> Callable[[pl.LiftedNetwork], Any]:
 def test_a_prior_that_misses_a_site() -> None:
     network = bert()
     lora = pl.lift(network, prior=sampled_without(f"{QUERY}.A"))
-    with refused(network, rf"missing \['{QUERY}\.A'\].*lora\.sites"):
+    with assert_refused(network, rf"missing \['{QUERY}\.A'\].*lora\.sites"):
         classifier(lora)(**batch())
 
 
 def test_a_prior_that_forgets_to_return() -> None:
     network = bert()
     lora = pl.lift(network, prior=sampled_without(None))
-    with refused(network, r"returns.*by site.*NoneType", TypeError):
+    with assert_refused(network, r"returns.*by site.*NoneType", TypeError):
         classifier(lora)(**batch())
 
 
@@ -358,7 +370,7 @@ def test_a_prior_of_a_wrong_shape() -> None:
     lora = pl.lift(
         network, prior=lambda lora: {k: v[0] for k, v in lora.zeros().items()}
     )
-    with refused(network, rf"'{QUERY}\.A': expected shape.*lora\.weights\(\)"):
+    with assert_refused(network, rf"'{QUERY}\.A': expected shape.*lora\.weights\(\)"):
         classifier(lora)(**batch())
 
 
@@ -369,5 +381,5 @@ def test_a_prior_that_gives_nan() -> None:
         return {k: v * torch.nan for k, v in lora.zeros().items()}
 
     lora = pl.lift(network, prior=prior)
-    with refused(network, r"Site '.*NaN or infinite.*the run that made them"):
+    with assert_refused(network, r"Site '.*NaN or infinite.*the run that made them"):
         classifier(lora)(**batch())

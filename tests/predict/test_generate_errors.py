@@ -13,7 +13,7 @@ from tests.predict.language import particles, prompts
 from tests.predict.models import classifier, guide_over
 
 
-def refused(message: str, lifted: Any = None, **changed: Any) -> None:
+def assert_refused(message: str, lifted: Any = None, **changed: Any) -> None:
     lifted = pl.lift(networks.llama(None)) if lifted is None else lifted
     settings: dict[str, Any] = {
         "posterior": particles(lifted),
@@ -36,25 +36,25 @@ def test_networks_without_a_continuation() -> None:
         decoder_start_token_id=networks.PAD,
     )
     t5 = AutoModelForSeq2SeqLM.from_config(config)
-    refused("encoder-decoder", pl.lift(lora(t5, "q", task_type="SEQ_2_SEQ_LM")))
-    refused("expected a causal language model", classifier()[0])
-    refused("expected a causal language model", pl.lift(torch.nn.Linear(2, 2)))
+    assert_refused("encoder-decoder", pl.lift(lora(t5, "q", task_type="SEQ_2_SEQ_LM")))
+    assert_refused("expected a causal language model", classifier()[0])
+    assert_refused("expected a causal language model", pl.lift(torch.nn.Linear(2, 2)))
 
 
 def test_beam_search() -> None:
     network = networks.llama(None)
     network.get_base_model().generation_config.num_beams = 2
-    refused("beam search, which ranks", pl.lift(network))
+    assert_refused("beam search, which ranks", pl.lift(network))
 
 
 def test_padding() -> None:
     right = networks.inputs(networks.batch(3, 5, padding="right"))
-    refused("Pad on the left", **right)
-    refused("starts with 0, the padding token", attention_mask=None)
+    assert_refused("Pad on the left", **right)
+    assert_refused("starts with 0, the padding token", attention_mask=None)
     empty = prompts()["attention_mask"]
     empty[1] = 0
-    refused("nothing but padding", attention_mask=empty)
-    refused("attention_mask has shape", attention_mask=empty[:2])
+    assert_refused("nothing but padding", attention_mask=empty)
+    assert_refused("attention_mask has shape", attention_mask=empty[:2])
 
 
 @pytest.mark.parametrize(
@@ -72,19 +72,21 @@ def test_padding() -> None:
     ],
 )
 def test_arguments(message: str, changed: dict[str, Any]) -> None:
-    refused(message, **changed)
+    assert_refused(message, **changed)
 
 
 def test_posteriors_without_a_mode() -> None:
     lifted = pl.lift(networks.llama(None))
-    refused("Particles have no mode|no single mode|no mode", lifted, mode="mode")
+    assert_refused("Particles have no mode|no single mode|no mode", lifted, mode="mode")
     guide = guide_over(lifted.weights())
-    refused("neither a mode nor a median", lifted, posterior=guide, mode="mode")
+    assert_refused("neither a mode nor a median", lifted, posterior=guide, mode="mode")
 
 
 def test_a_posterior_of_another_network() -> None:
     other = pl.lift(networks.llama(None), name="other")
-    refused("isn't among those that the posterior samples", posterior=particles(other))
+    assert_refused(
+        "isn't among those that the posterior samples", posterior=particles(other)
+    )
 
 
 def test_draws_that_cannot_share_a_batch() -> None:
@@ -93,7 +95,7 @@ def test_draws_that_cannot_share_a_batch() -> None:
     base.get_input_embeddings().weight.requires_grad_()
     base.lm_head.weight = base.get_input_embeddings().weight  # read by two layers
     lifted = pl.lift(network)
-    refused("draws in one batch", lifted)
+    assert_refused("draws in one batch", lifted)
     found = pl.generate(
         lifted, particles(lifted), **prompts(), max_new_tokens=2, mode="draws"
     )
@@ -102,6 +104,6 @@ def test_draws_that_cannot_share_a_batch() -> None:
 
 def test_dropout_is_off_so_mc_dropout_is_refused() -> None:
     lifted = pl.lift(networks.llama(None, lora_dropout=0.5))
-    refused(
+    assert_refused(
         "all draws of mc_dropout are the same", lifted, posterior=pl.mc_dropout(lifted)
     )

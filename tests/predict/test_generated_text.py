@@ -53,7 +53,7 @@ def unpadded(given: dict[str, Tensor], row: int) -> Tensor:
     return given["input_ids"][row][given["attention_mask"][row].bool()]
 
 
-def check_scores(
+def assert_scores(
     found: pl.Generation, index: Any, each: list[Any], prompt: Tensor, atol: float
 ) -> int:
     """Compare one text's scores to the long way; its length."""
@@ -86,7 +86,7 @@ def test_the_average_is_that_of_every_token(name: str, padded: bool) -> None:
     atol = TOLERANCE[name] if padded else 1e-8
     for row in range(len(given["input_ids"])):
         prompt = unpadded(given, row)
-        length = check_scores(found, row, each, prompt, atol)
+        length = assert_scores(found, row, each, prompt, atol)
         expected = averaged_text(each, prompt, NEW, END)
         assert torch.equal(found.new_tokens[row, :length], expected)
     assert (found.epistemic_entropy[found.log_probs != 0] > 1e-3).all()
@@ -103,7 +103,7 @@ def test_each_draw_has_its_own_text() -> None:
         alone = network.generate(**given, max_new_tokens=NEW, do_sample=False)
         assert torch.equal(found.sequences[draw, :, : alone.shape[1]], alone)
         for row in range(3):
-            check_scores(found, (draw, row), each, unpadded(given, row), 1e-7)
+            assert_scores(found, (draw, row), each, unpadded(given, row), 1e-7)
     assert not torch.equal(found.sequences[0], found.sequences[1])
 
 
