@@ -14,13 +14,10 @@ isn't computed again, so that an interrupted run goes on where it was.
 import argparse
 import json
 import os
-import platform
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import date
 from functools import lru_cache
-from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -36,7 +33,6 @@ from transformers.utils import logging
 
 import pyro_lora as pl
 from benchmarks.encoder_top import MAX_LENGTH, CachedRows, adapted, cache
-from benchmarks.lifting import header, machine
 from benchmarks.seed_runs import (
     PRIOR_PRECISION,
     RANKS,
@@ -46,6 +42,7 @@ from benchmarks.seed_runs import (
     run_ensemble,
     run_seed,
 )
+from benchmarks.tables import header, provenance
 from examples import vader
 from examples.rows import Corpus, read_corpus
 from examples.text import default_model
@@ -243,7 +240,6 @@ def precision_rows(results: Sequence[Result]) -> list[str]:
 
 def report(results: Results) -> list[str]:
     """All tables, in Markdown."""
-    packages = ["torch", "pyro-ppl", "transformers", "peft"]
     num_weights = next(iter(results.values()))["num_weights"]
     lines = [
         "# Quality of curvature and prior",
@@ -254,9 +250,7 @@ def report(results: Results) -> list[str]:
         f"and order. Prior precision in training {PRIOR_PRECISION}. Mean ± standard "
         "error over the seeds.",
         "",
-        f"{date.today()}, {machine('cpu')}, Python {platform.python_version()}, "
-        + ", ".join(f"{p} {version(p)}" for p in packages)
-        + ".",
+        provenance(),
         "",
         "Errors are those of the linearised predictive variance of the difference of "
         "the two logits on the test rows, against the dense GGN under the same prior: "

@@ -6,12 +6,9 @@ LoRA r=8 on query and value of all six layers, and the head.
 """
 
 import argparse
-import platform
 import warnings
 from collections.abc import Sequence
-from datetime import date
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +17,7 @@ import torch
 from torch import Tensor
 
 import pyro_lora as pl
-from benchmarks.lifting import header, machine
+from benchmarks.tables import header, provenance
 from examples import recipe, text, vader
 
 RANKS = (4, 8, 16, 32, 64, 96, 128, 160)
@@ -75,7 +72,6 @@ def report(epochs: int, quick: bool) -> list[str]:
         cells += [f"{float(f'{100 * e:.2g}'):g} %" for e in errors]
         rows.append(f"| {' | '.join(cells)} |")
         print(rows[-1], flush=True)
-    packages = ["torch", "pyro-ppl", "transformers", "peft"]
     return [
         "# KFAC of low rank",
         "",
@@ -86,9 +82,7 @@ def report(epochs: int, quick: bool) -> list[str]:
         f"prior of the training and under the one that the evidence chooses, {best:.2g}"
         f". The factors are {WIDTH} wide; a sketch of them takes 2 rank + 1 columns.",
         "",
-        f"{date.today()}, {machine('cpu')}, Python {platform.python_version()}, "
-        + ", ".join(f"{p} {version(p)}" for p in packages)
-        + ".",
+        provenance(),
         "",
         *header("rank", "memory", "error, training's prior", "error, evidence's"),
         *rows,

@@ -6,14 +6,11 @@ texts are random; no download. About 10 minutes on two cores, on Linux.
 """
 
 import argparse
-import platform
 import statistics
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 
 import pyro
@@ -31,8 +28,8 @@ from benchmarks.laplace_libraries import (
     laplace_torch,
     ours,
 )
-from benchmarks.lifting import header, machine
 from benchmarks.main_job import seconds
+from benchmarks.tables import header, provenance
 
 # The targets.
 MAX_FIT, MAX_PREDICTIVE = 1.25, 2.0  # over the floor
@@ -40,6 +37,7 @@ MIN_FIT_LAPLACE, MIN_GLM_LAPLACE, MIN_GLM_BLORA = 2.5, 15.0, 8.0  # times as fas
 MAX_EVIDENCE, MAX_EVIDENCE_MS = 1e-4, 0.5  # of the fit, or milliseconds
 
 BACKENDS = ("CurvlinopsGGN", "AsdlGGN", "BackPackGGN")
+PEERS = ("laplace-torch", "curvlinops-for-pytorch", "bayesian-lora")
 
 
 def runnable(setting: Setting) -> tuple[dict[str, Library], list[str]]:
@@ -227,8 +225,6 @@ def report(repeats: int, device: str, quick: bool) -> list[str]:
         rows += found
         refused += [line for line in not_running if line not in refused]
     hidden, layers = (256, 2) if quick else (4096, 32)
-    packages = ["torch", "pyro-ppl", "transformers", "peft", "laplace-torch"]
-    packages += ["curvlinops-for-pytorch", "bayesian-lora"]
     return [
         "# Cost of Laplace's approximation",
         "",
@@ -237,9 +233,7 @@ def report(repeats: int, device: str, quick: bool) -> list[str]:
         f"in batches of {BATCH}. Medians of {repeats}, our jobs taking turns; the "
         "others' once, after a warm-up. The unit is an epoch of MAP training.",
         "",
-        f"{date.today()}, {machine(device)}, Python {platform.python_version()}, "
-        + ", ".join(f"{p} {version(p)}" for p in packages)
-        + ".",
+        provenance(*PEERS, device=device),
         "",
         *header("network", "job", "ms", "MAP epochs", "compared", "target"),
         *rows,

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, LlamaConfig
 
 import pyro_lora as pl
-from benchmarks.lifting import header
+from benchmarks.tables import header
 
 LORA_RANK, RANK = 8, 64
 MAX_GB = {"kfac_expand": 8.6, f"kfac_expand, rank={RANK}": 0.3}  # the targets

@@ -8,12 +8,8 @@ download.
 import argparse
 import gc
 import itertools
-import os
-import platform
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +25,7 @@ from transformers import AutoModelForSequenceClassification, BertConfig
 
 import pyro_lora as pl
 from benchmarks.main_job import alternating_medians
+from benchmarks.tables import header, provenance
 
 MAX_ONE, MAX_FOLDED, MAX_STEP, MAX_MEMORY = 1.03, 1.0, 1.1, 1.0  # the targets
 HELPS = 0.95  # a smaller saving is within the noise of a table like this
@@ -100,11 +97,6 @@ def forward(network: Any, texts: Texts) -> Tensor:
     """The log likelihood, by a network that is plain or bound."""
     inputs = {k: v for k, v in texts.items() if k != "labels"}
     return log_likelihood(network(**inputs).logits, texts["labels"])
-
-
-def header(*columns: str) -> list[str]:
-    """The first two lines of a table in Markdown."""
-    return [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
 
 
 def plain_pass(network: PeftModel, texts: Texts) -> Callable[[], None]:
@@ -305,17 +297,6 @@ def memory(size: Size, count: int, device: str) -> list[str]:
     ]
 
 
-def machine(device: str) -> str:
-    """Processor, number of cores and threads."""
-    if device != "cpu":
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [x.split(":")[1].strip() for x in lines if x.startswith("model name")]
-    name = names[0] if names else platform.machine()
-    return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-
-
 def report(repeats: int, device: str, quick: bool) -> list[str]:
     """All tables, in Markdown."""
     if quick:
@@ -331,7 +312,6 @@ def report(repeats: int, device: str, quick: bool) -> list[str]:
         deep = sizes[1]
         grid = {"hidden": [128, 384], "batch": [1, 4, 16], "length": [16, 128]}
         counts = [1, 2, 4, 8]
-    packages = ["torch", "pyro-ppl", "transformers", "peft"]
     rows = [row for size in sizes for row in one_particle(size, repeats, device)]
     kept = (
         "Activations kept for the backward pass" if device == "cpu" else "Peak memory"
@@ -342,9 +322,7 @@ def report(repeats: int, device: str, quick: bool) -> list[str]:
         "BERT with random weights, LoRA r=8 on query and value of every layer, two "
         f"classes, float32. Medians of {repeats}, the jobs taking turns.",
         "",
-        f"{date.today()}, {machine(device)}, Python {platform.python_version()}, "
-        + ", ".join(f"{p} {version(p)}" for p in packages)
-        + ".",
+        provenance(device=device),
         "",
         "Forward and backward with one set of weights, in milliseconds:",
         "",

@@ -5,12 +5,9 @@ quiet machine. The network and data are the demo's.
 """
 
 import argparse
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +17,7 @@ from pyro.infer import SVI, Trace_ELBO
 from pyro.optim import Adam
 
 import pyro_lora as pl
+from benchmarks.tables import provenance
 from examples import recipe, text, vader
 
 NUM_PARTICLES = 5
@@ -126,10 +124,6 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     pyro.set_rng_seed(0)
-    packages = ["torch", "pyro-ppl", "transformers", "peft"]
-    machine = f"{platform.machine()}, {torch.get_num_threads()} threads"
-    if args.device != "cpu":
-        machine = torch.cuda.get_device_name()
     lines = [
         "# Cost of the main job",
         "",
@@ -138,9 +132,7 @@ def main() -> None:
         f"steps are {NUM_STEPS}. "
         f"Medians of {args.repeats}, the jobs taking turns.",
         "",
-        f"{date.today()}, {machine}, Python {platform.python_version()}, "
-        + ", ".join(f"{p} {version(p)}" for p in packages)
-        + ".",
+        provenance(device=args.device),
         "",
     ]
     for layers in ("last2", "all"):

@@ -8,11 +8,8 @@ of JSON lines or CSV with the fields ``text`` and ``label``, named by its folder
 
 import argparse
 import math
-import platform
 import statistics
 from collections.abc import Sequence
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 
 import pyro
@@ -20,6 +17,7 @@ import torch
 from torch import Tensor
 
 import pyro_lora as pl
+from benchmarks.tables import provenance
 from examples import recipe, rows, text, vader
 
 SCALES = (0.03, 0.06, 0.1, 0.3, 1.0, 3.0)
@@ -147,7 +145,6 @@ def main() -> None:
     corpora = {"vader": vader.load()}
     if args.path is not None:
         corpora[args.path.parent.name] = rows.read_corpus(args.path, args.path)
-    packages = ["torch", "pyro-ppl", "transformers", "peft"]
     lines = [
         "# Scale of the prior",
         "",
@@ -162,10 +159,7 @@ def main() -> None:
         "- kept: squared correlation over texts of a draw's logits with those of the "
         "same head on the pretrained encoder; 0: nothing is left of its features.",
         "",
-        f"{date.today()}, {platform.machine()}, 2 CPU cores, "
-        f"{torch.get_num_threads()} thread(s), Python {platform.python_version()}, "
-        + ", ".join(f"{p} {version(p)}" for p in packages)
-        + ".",
+        provenance(),
         "",
     ]
     for name, corpus in corpora.items():

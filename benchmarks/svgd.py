@@ -7,11 +7,8 @@ Usage: ``python -m benchmarks.svgd [--quick] [--repeats 3] [--device cuda]
 
 import argparse
 import ctypes
-import platform
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +24,13 @@ import pyro_lora as pl
 from benchmarks.lifting import (
     Size,
     Texts,
-    header,
-    machine,
     one_after_another,
     peak_bytes,
     plain_step,
 )
 from benchmarks.main_job import alternating_medians
 from benchmarks.svgd_growth import Job, direction, growth, growth_table, plot
+from benchmarks.tables import header, provenance
 from pyro_lora.infer import transport
 from pyro_lora.infer.delta_space import DeltaSpace
 from pyro_lora.infer.particle_checks import check_finite
@@ -302,14 +298,12 @@ def report(repeats: int, device: str, quick: bool, out: Path | None) -> list[str
     gradients = gradient_times(plain[0][0], passes, repeats, device)
     if out is not None:
         plot(times, gradients, out / "svgd_growth.png")
-    packages = ["torch", "pyro-ppl", "transformers", "peft"]
     return [
         "# Cost of SVGD",
         "",
-        f"Medians of {repeats}, the jobs taking turns, float32. {date.today()}, "
-        f"{machine(device)}, Python {platform.python_version()}, "
-        + ", ".join(f"{p} {version(p)}" for p in packages)
-        + ".",
+        f"Medians of {repeats}, the jobs taking turns, float32.",
+        "",
+        provenance(device=device),
         "",
         f"Kernel and Stein direction of N={NUM_PARTICLES} particles of D={num_weights} "
         "weights; peak memory beside particles and gradients:",

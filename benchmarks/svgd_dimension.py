@@ -9,13 +9,10 @@ variances are 1 too. Particles start at exact draws, and move until they stay.
 
 import argparse
 import math
-import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from datetime import date
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +26,6 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import pyro_lora as pl
-from benchmarks.lifting import header, machine
 from benchmarks.linear_gaussians import (
     NUM_PARTICLES,
     SIDES,
@@ -38,6 +34,7 @@ from benchmarks.linear_gaussians import (
     spectrum,
     variances,
 )
+from benchmarks.tables import header, provenance
 from pyro_lora.infer.transport import (
     combine,
     gram_and_slope,
@@ -332,7 +329,6 @@ def report(
     found: dict[tuple[str, Target], Variances | None], sizes: Sequence[int]
 ) -> list[str]:
     """All of it, in Markdown."""
-    packages = ["torch", "pyro-ppl", "matplotlib"]
     laws = [
         f"| {name} | {law(kernel(), 'stein'):.2f} | {law(kernel(), 'repulsive'):.2f} |"
         for name, kernel in KERNELS.items()
@@ -350,9 +346,7 @@ def report(
         "transport is Stein's unless β, the strength of the repulsive one, is given. "
         "One seed.",
         "",
-        f"{date.today()}, {machine('cpu')}, Python {platform.python_version()}, "
-        + ", ".join(f"{p} {version(p)}" for p in packages)
-        + ".",
+        provenance("matplotlib"),
         "",
         *table(found, sizes),
         "",

@@ -8,9 +8,6 @@ head, on vader (fetched by pip), trained until it overfits.
 
 import argparse
 import math
-import platform
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -21,8 +18,8 @@ import torch
 
 import pyro_lora as pl
 from benchmarks.curvature_quality import study
-from benchmarks.lifting import header, machine
 from benchmarks.seed_runs import Setting, decaying_adam
+from benchmarks.tables import header, provenance
 
 NUM_PARTICLES, NUM_ROWS, NUM_EPOCHS = 5, 500, 12
 RBF = pl.kernels.RBF
@@ -88,7 +85,7 @@ def plot(runs: dict[str, Run], path: Path) -> None:
     figure, grid = plt.subplots(2, 4, figsize=(13, 6), sharex=True)
     for name, ax in zip(names, grid.flat, strict=False):
         pl.plots.forces(runs[name][0], ax)
-        ax.set(title=name, ylim=(1e-1, 1e5))
+        ax.set(title=name, ylim=(1e-3, 1e4))
     for ax in grid.flat[len(names) :]:
         ax.axis("off")
     figure.tight_layout()
@@ -97,7 +94,6 @@ def plot(runs: dict[str, Run], path: Path) -> None:
 
 def report(runs: dict[str, Run], setting: Setting) -> list[str]:
     """The table, in Markdown."""
-    packages = ["torch", "pyro-ppl", "transformers", "peft"]
     num_weights = sum(x.numel() for x in setting.lora.weights().values())
     return [
         "# Attraction against repulsion",
@@ -111,9 +107,7 @@ def report(runs: dict[str, Run], setting: Setting) -> list[str]:
         f"of distinct predictions on {len(setting.test)} test rows, from 1 to "
         f"{NUM_PARTICLES}. RBF kernels with the median bandwidth. One seed.",
         "",
-        f"{date.today()}, {machine('cpu')}, Python {platform.python_version()}, "
-        + ", ".join(f"{p} {version(p)}" for p in packages)
-        + ".",
+        provenance(),
         "",
         *header(
             *("kernel", "ratio, first", "last", "kernel value, first", "last"),

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 import pyro_lora as pl
-from benchmarks.lifting import header
 from benchmarks.main_job import alternating_medians
+from benchmarks.tables import header
 from pyro_lora.infer.particle_model import ParticleModel
 from pyro_lora.infer.weight_space import Gradients, weight_space_direction
 

@@ -10,12 +10,9 @@ Networks, data sets, seeds and resuming are those of
 import argparse
 import json
 import math
-import platform
 import tempfile
 import warnings
 from collections.abc import Sequence
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -27,8 +24,8 @@ import torch
 import pyro_lora as pl
 from benchmarks.curvature_quality import EPOCHS, NUM_TRAIN, RANK, Study, study, write
 from benchmarks.encoder_top import MAX_LENGTH, CachedRows, cache
-from benchmarks.lifting import header, machine
 from benchmarks.seed_runs import PRIOR_PRECISION, Setting, decaying_adam
+from benchmarks.tables import header, provenance
 
 NUM_PARTICLES, NUM_MORE = 5, 8
 NUM_TEST, NUM_OTHER = 500, 250
@@ -244,7 +241,6 @@ def cell(values: Sequence[float]) -> str:
 
 def report(runs: Path) -> list[str]:
     """All tables, in Markdown."""
-    packages = ["torch", "pyro-ppl", "transformers", "peft"]
     lines = [
         "# Quality of particles",
         "",
@@ -255,9 +251,7 @@ def report(runs: Path) -> list[str]:
         f"training {PRIOR_PRECISION}. Mean ± standard error over the seeds; the "
         "column after NLL is the difference to the ensemble of 5, seed by seed.",
         "",
-        f"{date.today()}, {machine('cpu')}, Python {platform.python_version()}, "
-        + ", ".join(f"{p} {version(p)}" for p in packages)
-        + ".",
+        provenance(),
         "",
         "AUROC: telling the editorials by the total entropy. Diversity: mean epistemic "
         "entropy, nats. 80 %: trained on 80 % of the rows, the temperature fitted on "
