@@ -178,22 +178,13 @@ class AutoLaplace(AutoDelta):
             ValueError: If there is nothing to take them from.
         """
         first = first_batch(batches, "the first one sets the guide up")
-        model = self.model
-
-        def checked(**batch: Any) -> Any:
-            # AutoDelta would take a missing label for a parameter, so look first.
-            with naming_batch(0):
-                trace = trace_at(model, {}, batch)
-            networks = _networks_in(trace)
-            observed_sites(trace, self._obs_site)
-            small_latents(trace, networks)
-            return trace.nodes["_RETURN"]["value"]
-
-        self._model = (checked,)
-        try:
-            self._setup_prototype(**first)
-        finally:
-            self._model = (model,)
+        # AutoDelta would take a missing label for a parameter, so look first.
+        with naming_batch(0):
+            trace = trace_at(self.model, {}, first)
+        networks = _networks_in(trace)
+        observed_sites(trace, self._obs_site)
+        small_latents(trace, networks)
+        self._setup_prototype(**first)
 
 
 def _may_be_missing_outcome(site: Any) -> bool:
