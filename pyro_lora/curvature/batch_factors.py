@@ -50,14 +50,22 @@ def factors_of(structure: Structure) -> FactorsFunction:
     Args:
         structure: As :func:`~pyro_lora.curvature.fit.fit_fisher` takes it.
     """
-    if structure is structures.dense:
+    if structures.is_joint(structure):
+        of_layers_together = cast(structures.JointStructure, structure)
 
         def of_all(captures: Captures, counts: Counts) -> Iterator[Factors]:
             masked = [without_padding(captures[i], counts[i]) for i in sorted(captures)]
-            pairs = [(c.inputs, c.gradients) for c in masked]
-            yield {0: structures.dense(*zip(*pairs, strict=True))}
+            inputs = [c.inputs for c in masked]
+            found = of_layers_together(inputs, [c.gradients for c in masked])
+            if not isinstance(found, structures.DenseFactors):
+                raise ValueError(
+                    f"The joint structure returned {type(found).__name__}, expected "
+                    "DenseFactors, of a matrix over all weights."
+                )
+            yield {0: found}
 
-        return FactorsFunction(of_all, joint=True, of_chunks=_added)
+        adds = structure is structures.dense
+        return FactorsFunction(of_all, joint=True, of_chunks=_added if adds else None)
     first = structures.kfac_expand if structure is structures.ekfac else structure
     of_layer = cast(structures.LayerStructure, first)
 
@@ -74,8 +82,8 @@ def factors_of(structure: Structure) -> FactorsFunction:
 
     if structures.is_kfac(of_layer):
         return FactorsFunction(of_layers, of_chunks=_with_input_factors)
-    by_term = of_layer is structures.diagonal
-    return FactorsFunction(of_layers, of_chunks=_added if by_term else None)
+    adds = of_layer is structures.diagonal
+    return FactorsFunction(of_layers, of_chunks=_added if adds else None)
 
 
 def moments_in(bases: Sequence[tuple[Tensor, Tensor]]) -> FactorsFunction:

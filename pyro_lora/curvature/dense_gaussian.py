@@ -87,13 +87,16 @@ class DenseGaussian(WeightGaussian):
 
     def times_precision(self, weights: Mapping[str, Tensor]) -> Weights:
         """See the base class."""
-        root = self._cholesky(self.prior_precision)
-        return self._times(weights, root @ root.mT)
+        flat = flatten_weights(weights, self.loc)
+        found = flat.to(self._root) @ self._root @ self._root.mT
+        return unflatten_weights(found.to(flat), self.loc)
 
     def times_covariance(self, weights: Mapping[str, Tensor]) -> Weights:
         """See the base class."""
-        root = self._cholesky(self.prior_precision)
-        return self._times(weights, torch.cholesky_inverse(root))
+        flat = flatten_weights(weights, self.loc)
+        columns = flat.to(self._root).reshape(-1, flat.shape[-1]).mT
+        found = torch.cholesky_solve(columns, self._root).mT.reshape(flat.shape)
+        return unflatten_weights(found.to(flat), self.loc)
 
     def variance(self) -> Weights:
         """See the base class."""
@@ -105,8 +108,7 @@ class DenseGaussian(WeightGaussian):
 
     def effective_parameters_by_layer(self) -> Weights:
         """See the base class."""
-        root = self._cholesky(self.prior_precision)
-        share = torch.cholesky_solve(self.fisher, root).diagonal()
+        share = torch.cholesky_solve(self.fisher, self._root).diagonal()
         return {
             site: x.flatten(1).sum(1)
             for site, x in unflatten_weights(share, self.loc).items()
@@ -115,7 +117,7 @@ class DenseGaussian(WeightGaussian):
     def informed_directions(self, num_directions: int) -> tuple[Weights, Tensor]:
         """See the base class."""
         # P = R R^T, so u with R^-1 F R^-T u = s u gives v = R^-T u.
-        root = self._cholesky(self.prior_precision)
+        root = self._root
         half = torch.linalg.solve_triangular(root, self.fisher, upper=False)
         white = torch.linalg.solve_triangular(root, half.mT, upper=False)
         shares, vectors = torch.linalg.eigh(white)
@@ -155,10 +157,6 @@ class DenseGaussian(WeightGaussian):
             for site, value in unflatten_weights(flat, self.loc).items()
         }
 
-    def _times(self, weights: Mapping[str, Tensor], matrix: Tensor) -> Weights:
-        flat = flatten_weights(weights, self.loc)
-        return unflatten_weights((flat.to(matrix) @ matrix).to(flat), self.loc)
-
     def _cholesky(self, tau: Mapping[str, Tensor]) -> Tensor:
         return _cholesky(self._precision(tau))
 
@@ -167,6 +165,10 @@ class DenseGaussian(WeightGaussian):
             site: tau[site].double().expand(x.shape) for site, x in self.loc.items()
         }
         return self.fisher + torch.diag_embed(flatten_weights(full, self.loc))
+
+    @cached_property
+    def _root(self) -> Tensor:
+        return self._cholesky(self.prior_precision)
 
     @cached_property
     def _normal(self) -> dist.MultivariateNormal:

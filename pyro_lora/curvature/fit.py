@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from pyro_lora.curvature.batch_factors import (
     factors_of,
     moments_in,
 )
+from pyro_lora.curvature.batches import NO_BATCHES, READ_ONCE, naming_batch, trace_batch
 from pyro_lora.curvature.block_gaussian import (
     BlockGaussian,
     Eigenblocks,
@@ -47,16 +47,6 @@ from pyro_lora.lifting.model_trace import (
     Model,
     is_missing_outcome,
     observed_sites,
-    trace_at,
-)
-
-NO_BATCHES = (
-    "There are no batches. Give a re-iterable of batches, such as a list or a "
-    "DataLoader; a generator may be used up already."
-)
-READ_ONCE = (
-    "The batches are an iterator, which can be read once only, but {}. Give a list or "
-    "a DataLoader."
 )
 
 
@@ -106,7 +96,8 @@ def fit_fisher(
         networks: The lifted networks in the model.
         batches: Mappings of model keyword arguments that cover all data once.
         structure: ``kfac_expand``, ``kfac_reduce``, ``ekfac``, ``diagonal``,
-            ``dense``, or your own function of (layer inputs, output gradients).
+            ``dense``, or your own function of (layer inputs, output gradients), of
+            one layer or, by :func:`~pyro_lora.joint_structure`, of all.
         fisher_terms: A function of the obs site's distribution and value.
         obs_site: The likelihood's site, or several, whose Fisher information adds up;
             None is the only observed one.
@@ -217,14 +208,14 @@ def _data_pass(
                 continue
             if num_batches == before.num_batches:
                 before.check(num_batches, digest, checkpoint.folder)
-                with naming_batch(index):  # for the prior, if no batch is left
-                    trace = trace_at(model, {**latents, **leaves}, batch)
+                # For the prior, if no batch is left.
+                trace = trace_batch(model, {**latents, **leaves}, batch, index)
                 sums = before.sums
                 before.restore_random_state()
                 continue
         with torch.enable_grad():
-            with recording(networks, leaves) as record, naming_batch(index):
-                trace = trace_at(model, {**latents, **leaves}, batch)
+            with recording(networks, leaves) as record:
+                trace = trace_batch(model, {**latents, **leaves}, batch, index)
             sites = observed_sites(trace, obs_site)
             check_latent_sites(trace, latents)
             with naming_batch(index):
@@ -251,44 +242,6 @@ def _data_pass(
     name = " and ".join(site["name"] for site in sites)
     _check_number(sums.num_data, data_plate(sites[0]).full_size, name)
     return sums, trace
-
-
-def first_batch(batches: Iterable[Batch], why: str) -> Batch:
-    """The first batch, of batches that are read again.
-
-    Args:
-        batches: Mappings of model keyword arguments.
-        why: What it is read for, a clause.
-
-    Raises:
-        ValueError: If there is none, or they can be read once only.
-    """
-    iterator = iter(batches)
-    if iterator is batches:
-        raise ValueError(READ_ONCE.format(why))
-    first = next(iterator, None)
-    if first is None:
-        raise ValueError(NO_BATCHES)
-    return first
-
-
-@contextmanager
-def naming_batch(index: int) -> Iterator[None]:
-    """Say in an error of the model, such as Pyro's on NaN logits, which batch it was.
-
-    Args:
-        index: The batch's place.
-
-    Raises:
-        ValueError: If the block raises one.
-    """
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(
-            f"The model failed on batch {index}: {error}\nIf it runs on others, check "
-            "that batch's inputs and labels."
-        ) from error
 
 
 def check_latent_sites(trace: Any, known: Container[str] = ()) -> None:

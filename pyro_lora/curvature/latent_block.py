@@ -15,8 +15,8 @@ from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to
 
+from pyro_lora.curvature.batches import NO_BATCHES, trace_batch
 from pyro_lora.curvature.data_plate import data_plate
-from pyro_lora.curvature.fit import NO_BATCHES, naming_batch
 from pyro_lora.curvature.weight_gaussian import Weights
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.lifting.model_trace import (
@@ -24,7 +24,6 @@ from pyro_lora.lifting.model_trace import (
     Model,
     is_missing_outcome,
     observed_sites,
-    trace_at,
 )
 
 MAX_LATENTS = 1000  # one forward and as many small backward passes a batch
@@ -220,16 +219,14 @@ def fit_latents(
     hessian: Tensor | float = 0.0
     for index, batch in enumerate(batches):
         if trace is None:
-            with naming_batch(0):
-                trace = trace_at(model, {**weights, **latents}, batch)
+            trace = trace_batch(model, {**weights, **latents}, batch, index)
             _check_there(trace, latents, index)
             transforms = {s: biject_to(trace.nodes[s]["fn"].support) for s in latents}
         block = _block(latents, transforms)
         flat = block._loc().detach().requires_grad_()
         with torch.enable_grad():
             values = {s: x for s, (x, _) in block._constrained(flat).items()}
-            with naming_batch(index):
-                trace = trace_at(model, {**weights, **values}, batch)
+            trace = trace_batch(model, {**weights, **values}, batch, index)
             _check_there(trace, latents, index)
             total = flat.new_zeros((), dtype=torch.float64)
             for site in observed_sites(trace, obs_site):

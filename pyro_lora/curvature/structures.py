@@ -133,6 +133,26 @@ def diagonal(a: Tensor, g: Tensor) -> DiagonalFactors:
     return DiagonalFactors(total)
 
 
+def joint_structure(structure: JointStructure) -> JointStructure:
+    """Mark a structure as one of all layers at once, as :func:`dense` is.
+
+    Args:
+        structure: A function of the inputs of every layer, each (B, T, I), and of the
+            gradients, each (M, B, T, O), in the order of the lifted sites.
+
+    Returns:
+        The same function.
+
+    >>> @joint_structure
+    ... def without_covariances(a, g):
+    ...     diagonal = dense(a, g).matrix.diagonal()
+    ...     return DenseFactors(torch.diag(diagonal))
+    """
+    structure.joint = True  # type: ignore[attr-defined]
+    return structure
+
+
+@joint_structure
 def dense(a: Sequence[Tensor], g: Sequence[Tensor]) -> DenseFactors:
     r"""The whole Fisher matrix, :math:`\sum_{m,b} j_{mb} j_{mb}^T`; for small models.
 
@@ -181,6 +201,11 @@ def ekfac(a: Tensor, g: Tensor, rows: Tensor, columns: Tensor) -> DiagonalFactor
     """
     a, g = at_least_float32(a), at_least_float32(g)
     return diagonal(a @ columns.to(a), g @ rows.to(g))
+
+
+def is_joint(structure: Structure) -> bool:
+    """Whether it is of all layers at once."""
+    return getattr(getattr(structure, "func", structure), "joint", False)
 
 
 def is_kfac(structure: LayerStructure) -> bool:

@@ -15,14 +15,9 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoDelta
 from torch import Tensor
 
+from pyro_lora.curvature.batches import READ_ONCE, first_batch, trace_batch
 from pyro_lora.curvature.fisher import empirical_terms, exact_terms, mc_terms
-from pyro_lora.curvature.fit import (
-    READ_ONCE,
-    FisherFit,
-    first_batch,
-    fit_fisher,
-    naming_batch,
-)
+from pyro_lora.curvature.fit import FisherFit, fit_fisher
 from pyro_lora.curvature.latent_block import LatentBlock, fit_latents, small_latents
 from pyro_lora.curvature.likelihood_terms import TermsFunction
 from pyro_lora.curvature.structures import Structure, kfac_expand
@@ -36,7 +31,6 @@ from pyro_lora.lifting.model_trace import (
     evaluating,
     lifted_networks,
     observed_sites,
-    trace_at,
 )
 
 
@@ -179,8 +173,7 @@ class AutoLaplace(AutoDelta):
         """
         first = first_batch(batches, "the first one sets the guide up")
         # AutoDelta would take a missing label for a parameter, so look first.
-        with naming_batch(0):
-            trace = trace_at(self.model, {}, first)
+        trace = trace_batch(self.model, {}, first, 0)
         networks = _networks_in(trace)
         observed_sites(trace, self._obs_site)
         small_latents(trace, networks)

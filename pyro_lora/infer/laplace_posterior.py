@@ -14,7 +14,7 @@ from pyro import poutine
 from pyro.optim import PyroOptim
 from torch import Tensor
 
-from pyro_lora.curvature.fit import READ_ONCE
+from pyro_lora.curvature.batches import READ_ONCE
 from pyro_lora.curvature.gaussian_logits import GaussianLogits, JointGaussianLogits
 from pyro_lora.curvature.latent_block import LatentBlock
 from pyro_lora.curvature.linearize import (

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from pyro_lora.curvature.fit import READ_ONCE, naming_batch
+from pyro_lora.curvature.batches import READ_ONCE, naming_batch
 from pyro_lora.curvature.gaussian_logits import GaussianLogits, class_log_probs
 from pyro_lora.curvature.linearize import linearized_logits
 from pyro_lora.curvature.weight_gaussian import WeightGaussian, Weights

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from pyro_lora.curvature.fit import first_batch
+from pyro_lora.curvature.batches import first_batch
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.lifting.model_trace import Batch, Model, evaluating, trace_at
 

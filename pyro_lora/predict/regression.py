@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 COVERAGE = 0.9  # of the central interval whose coverage is counted
 _NUM_BISECTIONS = 80
+_LEAST = 1e-12  # of a probability; the distribution function rounds at 1e-16
 _NODES, _NODE_WEIGHTS = np.polynomial.legendre.leggauss(64)
 
 
@@ -138,13 +139,16 @@ class RegressionPrediction:
         By bisection of the mixture's distribution function.
 
         Args:
-            probability: Above 0 and below 1.
+            probability: Above 0 and below 1, by 1e-12 at least.
 
         Raises:
             ValueError: If it isn't.
         """
-        if not 0 < probability < 1:
-            raise ValueError(f"probability must be within 0 and 1, found {probability}")
+        if not _LEAST <= probability <= 1 - _LEAST:
+            raise ValueError(
+                f"probability must be above 0 and below 1, by {_LEAST} at least, found "
+                f"{probability}."
+            )
         reach = self._scale.amax(0)
         low, high = self.loc.amin(0) - reach, self.loc.amax(0) + reach
         while bool((self.cdf(low) > probability).any()):

@@ -16,11 +16,11 @@ from transformers import PreTrainedModel
 
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.lifting.model_trace import evaluating, trace_at
+from pyro_lora.models import IGNORED
 from pyro_lora.predict.draws import LORA_POSTERIORS, Guide, Weights, draw_weights
 from pyro_lora.predict.dropout import check_no_dropout
 
 DEFAULT_NUM_SAMPLES = 8  # all of them go through the network at once
-NOT_SCORED = -100  # transformers' mark of a token that isn't predicted
 # Log probabilities (S, B, T, V) held at once: 256 MiB in float32.
 MAX_LOG_PROBS = 2**26
 
@@ -83,7 +83,7 @@ def sequence_log_prob(
     """
     causal_network(lora)
     mask = checked_mask(input_ids, attention_mask)
-    scored = labels != NOT_SCORED
+    scored = labels != IGNORED
     _check_labels(input_ids, labels, scored, mask)
     weights = lora_draws(lora, posterior, num_samples, input_ids, mask)
     num_new = input_ids.shape[1] - int(scored.any(0).nonzero()[0])
@@ -124,7 +124,7 @@ def _check_labels(ids: Tensor, labels: Tensor, scored: Tensor, mask: Tensor) -> 
             row = int(wrong.any(-1).nonzero()[0])
             raise ValueError(
                 f"Row {row}: the labels {what}. Give input_ids where a token belongs "
-                f"to the continuation, and {NOT_SCORED} elsewhere."
+                f"to the continuation, and {IGNORED} elsewhere."
             )
 
 

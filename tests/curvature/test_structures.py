@@ -1,7 +1,8 @@
 """Each structure against the exact Gauss-Newton matrix, where it should be equal."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -101,6 +102,32 @@ def test_dense_is_the_gauss_newton_matrix(
     found = precision_matrix(laplace(lora, texts, 4, structure=pl.dense))
     exact = brute_force(lora, texts, 0.25)
     assert_same_fisher(found, exact.fisher + torch.diag(exact.precision), build)
+
+
+@pl.joint_structure
+def dense_in_each_layer(a: Sequence[Tensor], g: Sequence[Tensor]) -> pl.DenseFactors:
+    layers = [pl.dense([a_l], [g_l]).matrix for a_l, g_l in zip(a, g, strict=True)]
+    return pl.DenseFactors(torch.block_diag(*layers))
+
+
+def test_a_joint_structure_of_the_users() -> None:
+    lora, texts = pl.lift(bert(3)), batch(6, num_labels=3)
+    found = precision_matrix(laplace(lora, texts, 4, structure=dense_in_each_layer))
+    exact = brute_force(lora, texts, 1.0).fisher
+    expected = torch.eye(len(exact), dtype=exact.dtype)
+    for _, _, place in blocks(lora):
+        expected[place, place] += exact[place, place]
+    assert_same_fisher(found, expected)
+
+
+def test_a_joint_structure_returns_dense_factors() -> None:
+    @pl.joint_structure
+    def of_one_layer(a: Sequence[Tensor], g: Sequence[Tensor]) -> Any:
+        return pl.kfac_expand(a[0], g[0])
+
+    lora, texts = pl.lift(bert(3)), batch(6, num_labels=3)
+    with pytest.raises(ValueError, match="KroneckerFactors, expected DenseFactors"):
+        laplace(lora, texts, structure=of_one_layer)
 
 
 @pytest.mark.parametrize("build", [bert, llama])

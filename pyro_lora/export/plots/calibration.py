@@ -117,7 +117,7 @@ def rejection(predictions: Mapping[str, Prediction], ax: Axes | None = None) -> 
         ylabel="accuracy of the rest",
         xlim=(0, 1),
     )
-    ax.legend(loc="best", frameon=False)
+    ax.legend(loc="lower right", frameon=False, fontsize="small")  # below the curves
     return ax
 
 
