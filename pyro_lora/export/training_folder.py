@@ -15,9 +15,9 @@ def save_state(svgd: SVGD, path: str | os.PathLike[str]) -> None:
     """Write an SVGD run into a folder: all that the next step depends on.
 
     Particles, the optimiser with its schedule, batches of an unfinished update, the
-    diagnostics, and the random generators of torch, NumPy and Python. The files are as
-    those of :func:`~pyro_lora.save`: safetensors and JSON with checksums, nothing
-    pickled; a crash leaves the old state or the new one.
+    number of epochs, the diagnostics, and the random generators of torch, NumPy and
+    Python. The files are as those of :func:`~pyro_lora.save`: safetensors and JSON with
+    checksums, nothing pickled; a crash leaves the old state or the new one.
 
     Args:
         svgd: The engine, after its first step.
@@ -53,7 +53,7 @@ def load_state(
             state is that of another model, K or optimiser; ``svgd`` and the generators
             are then unchanged.
     """
-    state, _ = read_state(Path(path), device)
+    state = read_state(Path(path), device)
     generators = state.pop("random")
     svgd.load_state_dict(state)
     restore_generators(generators)

@@ -13,6 +13,31 @@ def fraction_done(done: int, total: int) -> float:
     return min(done / (total - 1), 1.0) if total > 1 else 1.0
 
 
+def check_epochs(
+    num_epochs: int, total_epochs: int | None, done: int
+) -> tuple[int, int]:
+    """The epochs before these, and those in all.
+
+    Args:
+        num_epochs: To run now.
+        total_epochs: In all; None is these alone.
+        done: Before.
+
+    Raises:
+        ValueError: If there are none to run, or too many.
+    """
+    if num_epochs < 1:
+        raise ValueError(f"num_epochs must be at least 1, found {num_epochs}.")
+    if total_epochs is None:
+        return 0, num_epochs
+    if done + num_epochs > total_epochs:
+        raise ValueError(
+            f"total_epochs is {total_epochs}; {done} are done, and num_epochs="
+            f"{num_epochs} more go beyond it."
+        )
+    return done, total_epochs
+
+
 def annealed(
     final: float = 1.0, *, start: float = 100.0, power: float = 5.0
 ) -> Schedule:

@@ -25,15 +25,11 @@ from pyro_lora.infer.particle_checks import (
     warn_if_stuck,
     warn_if_together,
 )
-from pyro_lora.infer.particle_model import (
-    InitFn,
-    ParticleModel,
-    check_shapes,
-)
+from pyro_lora.infer.particle_model import InitFn, ParticleModel, check_shapes
 from pyro_lora.infer.particle_posterior import ParticlePosterior, Weights
 from pyro_lora.infer.preconditioner import Laplace
 from pyro_lora.infer.preconditioner import preconditioner as metric
-from pyro_lora.infer.schedules import Schedule, fraction_done
+from pyro_lora.infer.schedules import Schedule, check_epochs, fraction_done
 from pyro_lora.infer.starting_point import initial_particles, particle_model
 from pyro_lora.infer.transport import spread
 from pyro_lora.infer.update_rule import Gathered, Repulsion, UpdateRule
@@ -56,7 +52,8 @@ class SVGD:
 
     ``temperature`` and ``repulsion`` may be functions of the fraction of :meth:`run`
     that is done: 0 at its first step and 1 at its last (rising once an epoch where the
-    batches have no length), 1 for a :meth:`step` outside of it.
+    batches have no length; over several calls by ``total_epochs``), 1 for a
+    :meth:`step` outside of it.
 
     Args:
         model: A Pyro model, as a rule one that calls a lifted network.
@@ -149,6 +146,7 @@ class SVGD:
         self._num_gathered = 0
         self._target: ParticleModel | None = None
         self._delta_space: DeltaSpace | None = None  # None without LoRA's factors
+        self._num_epochs = 0  # of all runs
         self._fraction = 1.0  # of the run that is done; 1 outside of run()
         self._warned: set[str] = set()
         self.diagnostics: dict[str, list[float]] = {}
@@ -217,34 +215,38 @@ class SVGD:
             self._warned.add("stuck")
 
     def run(
-        self, batches: Iterable[Batch], *, num_epochs: int, progress_bar: bool = True
+        self,
+        batches: Iterable[Batch],
+        *,
+        num_epochs: int,
+        total_epochs: int | None = None,
+        progress_bar: bool = True,
     ) -> None:
         """Step through the batches, and a scheduler once an epoch.
 
         Args:
             batches: Re-iterable of mappings of model keyword arguments.
             num_epochs: Passes over the batches.
+            total_epochs: Those of all calls, earlier ones and other processes' (by
+                :meth:`state_dict`) included, for schedules that go on from call to
+                call; None is this call by itself.
             progress_bar: Show loss, spread and repulsion.
 
         Raises:
-            ValueError: As :meth:`step`, or if there is nothing to step through.
+            ValueError: As :meth:`step`, or if there is nothing to step through, or
+                these epochs go beyond ``total_epochs``.
         """
-        if num_epochs < 1:
-            raise ValueError(f"num_epochs must be at least 1, found {num_epochs}.")
-        total = num_epochs * length_hint(batches) or None
+        first, total = check_epochs(num_epochs, total_epochs, self._num_epochs)
+        length = length_hint(batches)
+        steps = num_epochs * length or None
         try:
-            with tqdm(total=total, desc="SVGD", disable=not progress_bar) as bar:
-                done = 0
-                for epoch in range(num_epochs):
-                    losses = []
+            with tqdm(total=steps, desc="SVGD", disable=not progress_bar) as bar:
+                for epoch in range(first, first + num_epochs):
+                    losses: list[float] = []
                     for batch in batches:
-                        self._fraction = (
-                            fraction_done(done, total)
-                            if total
-                            else fraction_done(epoch, num_epochs)
-                        )
+                        done = epoch * length + len(losses) if length else epoch
+                        self._fraction = fraction_done(done, total * (length or 1))
                         losses.append(self.step(**batch))
-                        done += 1
                         if self.diagnostics:
                             bar.set_postfix(self._progress(), refresh=False)
                         bar.update()
@@ -260,6 +262,7 @@ class SVGD:
                     step_schedulers(
                         self._optim, self._particles.values(), sum(losses) / len(losses)
                     )
+                    self._num_epochs += 1
         finally:
             self._fraction = 1.0
 
@@ -314,7 +317,7 @@ class SVGD:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Particles, optimiser, diagnostics and batches of an unfinished update.
+        """All but random generators that the next step or epoch depends on.
 
         Raises:
             ValueError: Before the first step.
@@ -330,6 +333,7 @@ class SVGD:
             "diagnostics": {k: list(v) for k, v in self.diagnostics.items()},
             "gathered": None if self._gathered is None else asdict(self._gathered),
             "num_gathered": self._num_gathered,
+            "num_epochs": self._num_epochs,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -343,7 +347,7 @@ class SVGD:
                 object is then unchanged.
         """
         keys = {"values", "particles", "optim", "diagnostics"}
-        if not state.keys() >= keys | {"gathered", "num_gathered"}:
+        if not state.keys() >= keys | {"gathered", "num_gathered", "num_epochs"}:
             raise ValueError(
                 f"Expected a state from SVGD.state_dict(), found keys {sorted(state)}."
             )
@@ -361,6 +365,7 @@ class SVGD:
         )
         self._particles, self._loaded_values = particles, dict(state["values"])
         self._gathered, self._num_gathered = gathered, count
+        self._num_epochs = state["num_epochs"]
         self.diagnostics = {k: list(v) for k, v in state["diagnostics"].items()}
 
     def _set_up(self, args: Any, kwargs: Any) -> tuple[ParticleModel, Weights]:
@@ -389,9 +394,5 @@ class SVGD:
         return self._target, self._particles
 
     def _progress(self) -> dict[str, str]:
-        last = {name: series[-1] for name, series in self.diagnostics.items()}
-        return {
-            "loss": f"{last['loss']:.1f}",
-            "spread": f"{last['spread']:.3g}",
-            "repulsion": f"{last['repulsion']:.2g}",
-        }
+        formats = {"loss": ".1f", "spread": ".3g", "repulsion": ".2g"}
+        return {k: f"{self.diagnostics[k][-1]:{form}}" for k, form in formats.items()}

@@ -24,14 +24,13 @@ FORMAT = Format("pyro_lora training state", 1, "Save the state again.")
 Tensors = dict[str, Tensor]
 
 
-def write_state(state: Mapping[str, Any], folder: Path, *, num_epochs: int = 0) -> None:
+def write_state(state: Mapping[str, Any], folder: Path) -> None:
     """Write a state of :class:`~pyro_lora.SVGD`, and that of the random generators.
 
     Args:
         state: From ``SVGD.state_dict()``: nested dicts, lists and tuples of tensors
             and of what JSON has.
         folder: Where, in the form of ``tensor_folder``.
-        num_epochs: Epochs that are done.
 
     Raises:
         ValueError: If the state holds something else.
@@ -41,7 +40,6 @@ def write_state(state: Mapping[str, Any], folder: Path, *, num_epochs: int = 0) 
     whole = {**state, "random": _generators(device)}
     content = {
         "state": _encoded(whole, "", tensors),
-        "num_epochs": num_epochs,
         "device": str(device),
     }
     write_folder(folder, FORMAT, content, tensors)
@@ -49,7 +47,7 @@ def write_state(state: Mapping[str, Any], folder: Path, *, num_epochs: int = 0) 
 
 def read_state(
     folder: Path, device: torch.device | str | None = None
-) -> tuple[dict[str, Any], int]:
+) -> dict[str, Any]:
     """What :func:`write_state` wrote.
 
     Args:
@@ -57,7 +55,7 @@ def read_state(
         device: Where to put the tensors; None is where they were.
 
     Returns:
-        The state, with the generators' as ``"random"``, and the epochs done.
+        The state, with the generators' as ``"random"``.
 
     Raises:
         ValueError: If the folder is missing, damaged, newer or of something else, or
@@ -77,7 +75,7 @@ def read_state(
         name: x if name.startswith(kept) else x.to(there) for name, x in tensors.items()
     }
     state: dict[str, Any] = _decoded(manifest["state"], tensors)
-    return state, manifest["num_epochs"]
+    return state
 
 
 def restore_generators(state: Mapping[str, Any]) -> None:

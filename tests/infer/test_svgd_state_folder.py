@@ -70,6 +70,43 @@ def test_resumed_is_uninterrupted(name: str, fresh: bool, tmp_path: Path) -> Non
     assert second.diagnostics == whole.diagnostics
 
 
+def test_schedules_go_on(tmp_path: Path) -> None:
+    seen: list[float] = []
+
+    def temperature(fraction: float) -> float:
+        seen.append(fraction)
+        return 1 + fraction
+
+    target, batches = hierarchical_regression(3), regression_batches()
+
+    def particles_of(*runs: int, total: int | None = None) -> Any:
+        for i, num_epochs in enumerate(runs):
+            svgd = engine(target, OPTIMIZERS["Adam"](), temperature=temperature)
+            if i > 0:
+                pl.load_state(svgd, tmp_path)
+            svgd.run(
+                batches, num_epochs=num_epochs, total_epochs=total, progress_bar=False
+            )
+            pl.save_state(svgd, tmp_path)
+        return svgd.get_named_particles()
+
+    whole, fractions = particles_of(5), [*seen]
+    assert fractions[0] == 0
+    assert fractions[-1] == 1
+    seen.clear()
+    assert_same(particles_of(2, 1, 2, total=5), whole)
+    assert seen == fractions
+
+
+def test_epochs_beyond_the_total_are_refused() -> None:
+    svgd = engine(hierarchical_regression(3), OPTIMIZERS["Adam"]())
+    svgd.run(regression_batches(), num_epochs=2, progress_bar=False)
+    before = svgd.get_named_particles()
+    with pytest.raises(ValueError, match=r"total_epochs is 4; 2 are done, and .*=3"):
+        svgd.run(regression_batches(), num_epochs=3, total_epochs=4)
+    assert_same(svgd.get_named_particles(), before)
+
+
 def test_dropout_and_shuffled_batches_go_on(tmp_path: Path) -> None:
     network = networks.bert(dropout=0.3).train()
     rows = networks.batch(6, 5)
