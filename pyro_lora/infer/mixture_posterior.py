@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Union
+from typing import Any, Literal, Union
 
 import torch
 from torch import Tensor
@@ -23,7 +23,9 @@ class MixturePosterior:
 
     Args:
         components: Posteriors over the same sites.
-        weights: :math:`\pi`, one for each component, normalised here; None is equal.
+        weights: :math:`\pi`, one for each component, normalised here; None is equal;
+            ``"evidence"``, of Laplace posteriors, is :math:`\pi_n \propto p(y)_n`, the
+            mass that each finds around its mode: often all at one of them.
 
     Raises:
         ValueError: If there are no components, their sites or shapes differ, or the
@@ -33,7 +35,7 @@ class MixturePosterior:
     def __init__(
         self,
         components: Sequence[Posterior],
-        weights: Tensor | Sequence[float] | None = None,
+        weights: Tensor | Sequence[float] | Literal["evidence"] | None = None,
     ) -> None:
         if not components:
             raise ValueError("A mixture needs at least one component; found none.")
@@ -118,13 +120,15 @@ class MixturePosterior:
 
 
 def _normalised(
-    weights: Tensor | Sequence[float] | None,
+    weights: Tensor | Sequence[float] | str | None,
     components: Sequence[Posterior],
     like: Weights,
 ) -> Tensor:
     device = next(iter(like.values())).device
     if weights is None:
         weights = [1.0] * len(components)
+    if isinstance(weights, str):
+        weights = _log_evidences(weights, components).softmax(0)
     pi = torch.as_tensor(weights, dtype=torch.float64, device=device)
     valid = torch.isfinite(pi).all() and (pi >= 0).all() and pi.sum() > 0
     if pi.shape != (len(components),) or not valid:
@@ -133,3 +137,14 @@ def _normalised(
             f"each component, not all zero; found {pi.tolist()}."
         )
     return pi / pi.sum()
+
+
+def _log_evidences(weights: str, components: Sequence[Posterior]) -> Tensor:
+    laplace = [c for c in components if isinstance(c, LaplacePosterior)]
+    if weights != "evidence" or len(laplace) < len(components):
+        raise ValueError(
+            f"Mixture weights are {weights!r}. Give numbers, or 'evidence' where every "
+            "component is a Laplace posterior, found "
+            f"{[type(component).__name__ for component in components]}."
+        )
+    return torch.stack([component.log_evidence().double() for component in laplace])

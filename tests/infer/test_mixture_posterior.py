@@ -1,6 +1,7 @@
 """Mixtures of posteriors, against PyTorch's own mixture and closed forms."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pyro
 import pytest
@@ -295,3 +296,12 @@ def test_components_of_other_models(particles: pl.ParticlePosterior) -> None:
     ):
         with pytest.raises(ValueError, match=f"'{name}'.*Mix posteriors of one model"):
             pl.MixturePosterior(components)
+
+
+@pytest.mark.parametrize("name", ["evidence", "equal"])
+def test_weights_by_a_name_are_checked(
+    laplaces: list[pl.LaplacePosterior], particles: pl.ParticlePosterior, name: Any
+) -> None:
+    components = laplaces if name == "equal" else [laplaces[0], particles]
+    with pytest.raises(ValueError, match=f"{name}.*or 'evidence' where.*LaplacePos"):
+        pl.MixturePosterior(components, name)

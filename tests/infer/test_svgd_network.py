@@ -108,7 +108,7 @@ def test_from_laplace_to_svgd_and_back() -> None:
         )
         components.append(guide.laplace_approximation(regression.batches))
     log_evidence = torch.stack([q.log_evidence() for q in components])
-    mixture = pl.MixturePosterior(components, log_evidence.softmax(0))
+    mixture = pl.MixturePosterior(components, "evidence")
     # log p(y, x) - log q(x) at x, and q has the precision of the exact posterior p:
     # their quadratic forms differ by that of the distance to the mode.
     flat = torch.cat([x.flatten(1) for x in particles.values()], 1)
