@@ -27,7 +27,7 @@ def direction(particles: Tensor, scores: Tensor, space: Any) -> Tensor:
     found, _ = weight_space_direction(
         ParticleModel(lambda: None, {}, 0, ()),
         {"x": particles},
-        Gradients({"x": scores}, scores.new_zeros(len(scores)), 1, None, None),
+        Gradients({"x": scores}, scores.new_zeros(len(scores)), 1, None, 0, None),
         kernel=pl.kernels.RBF(space=space),
         space=space,
         form="stein",

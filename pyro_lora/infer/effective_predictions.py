@@ -13,8 +13,8 @@ from pyro.distributions import MaskedDistribution
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from pyro_lora.infer.function_space import likelihood
 from pyro_lora.infer.model_at_particles import model_at_particles
+from pyro_lora.infer.outcomes import likelihood
 from pyro_lora.infer.particle_model import chunks
 from pyro_lora.lifting.model_trace import Batch, Model, evaluating
 

@@ -14,14 +14,13 @@ from pyro_lora.curvature.data_plate import data_plate
 from pyro_lora.curvature.fisher_roots import fisher_root
 from pyro_lora.infer import transport
 from pyro_lora.infer.kernels import Kernel
+from pyro_lora.infer.outcomes import datum_loss, likelihood, single_outcomes
 from pyro_lora.infer.particle_model import (
-    PARTICLE_PLATE,
     ParticleModel,
     batch_size,
     chunked_gradients,
     chunks,
 )
-from pyro_lora.lifting.model_trace import observed_site
 
 # Measured on MiniLM with 500 to 1,000 sentences: a strength of .4 N while particles
 # fit a minibatch better than .3 nats per datum keeps most of what repulsion gains in
@@ -51,6 +50,7 @@ class Predictions:
     Attributes:
         outputs: What the network says of each datum, (K, B, M), differentiable.
         loss: Negative log likelihood in nats per datum, (K,).
+        size: Data that the loss is of: those that aren't masked.
         score_norm: Norm of the full-data log likelihood's gradient in the outputs,
             (K,).
         num_data: N.
@@ -58,21 +58,9 @@ class Predictions:
 
     outputs: Tensor
     loss: Tensor
+    size: int
     score_norm: Tensor
     num_data: int
-
-
-def likelihood(trace: Any, obs_site: str | None) -> dict[str, Any]:
-    """The observed site in a trace of K particles, without the particles' plate."""
-    site = observed_site(trace, obs_site)
-    frames = [f for f in site["cond_indep_stack"] if f.name != PARTICLE_PLATE]
-    return {**site, "cond_indep_stack": tuple(frames)}
-
-
-def datum_loss(site: dict[str, Any], num_particles: int) -> Tensor:
-    """Negative log likelihood in nats per datum, (K,), a constant."""
-    log_prob = site["unscaled_log_prob"].detach().reshape(num_particles, -1)
-    return -log_prob.mean(1)
 
 
 def predictions(trace: Any, obs_site: str | None, num_particles: int) -> Predictions:
@@ -114,10 +102,14 @@ def predictions(trace: Any, obs_site: str | None, num_particles: int) -> Predict
         isinstance(fn, SOFTMAX) and outputs.shape[-1] > 1
     ):  # adding to all says nothing
         outputs = outputs - outputs.mean(-1, keepdim=True)
+    _, counts = single_outcomes(site)
+    score = score.where(counts[..., None], torch.zeros_like(score))
     score = score.reshape(num_particles, -1) * plate.full_size / plate.size
+    loss, size = datum_loss(site, num_particles)
     return Predictions(
         outputs.reshape(num_particles, -1, outputs.shape[-1]),
-        datum_loss(site, num_particles),
+        loss,
+        size,
         score.norm(dim=1),
         plate.full_size,
     )
@@ -219,6 +211,7 @@ def minibatch(
     found = Predictions(
         torch.cat([p.outputs for p in parts]),
         torch.cat([p.loss for p in parts]),
+        parts[0].size,
         torch.cat([p.score_norm for p in parts]),
         parts[0].num_data,
     )
@@ -312,12 +305,14 @@ def _joined(
     """Predictions on all batches; the score's norm is that of one batch of them all."""
     if not parts:
         return None
-    losses = torch.stack([s * p.loss for s, p in zip(shares, parts, strict=True)])
+    size = sum(p.size for p in parts)
+    losses = torch.stack([p.size / max(1, size) * p.loss for p in parts])
     # A score is scaled to the full data by N / B, and here by N / (the sum of B).
     norms = torch.stack([s * p.score_norm for s, p in zip(shares, parts, strict=True)])
     return Predictions(
         torch.cat([p.outputs for p in parts], 1),
         losses.sum(0),
+        size,
         norms.square().sum(0).sqrt(),
         parts[0].num_data,
     )

@@ -13,8 +13,9 @@ from pyro_lora.curvature.data_plate import data_plate
 from pyro_lora.infer import transport
 from pyro_lora.infer.coordinate_space import coordinate_direction
 from pyro_lora.infer.delta_space import DeltaSpace
-from pyro_lora.infer.function_space import Strength, datum_loss, likelihood
+from pyro_lora.infer.function_space import Strength
 from pyro_lora.infer.kernels import Kernel, Space, Zero
+from pyro_lora.infer.outcomes import datum_loss, likelihood
 from pyro_lora.infer.particle_model import (
     ParticleModel,
     batch_size,
@@ -32,6 +33,7 @@ class Gradients:
         log_joint: (K,), nats, full data.
         batch_size: Data in the batches.
         loss: Negative log likelihood in nats per datum, (K,); None where unasked.
+        loss_size: Data that the loss is of: those that aren't masked.
         num_data: N; None likewise.
     """
 
@@ -39,20 +41,22 @@ class Gradients:
     log_joint: Tensor
     batch_size: int
     loss: Tensor | None
+    loss_size: int
     num_data: int | None
 
     def joined(self, other: Gradients) -> Gradients:
         """What one batch with the data of both would give: each datum counts alike."""
         batch_size = self.batch_size + other.batch_size
         share = other.batch_size / batch_size
-        loss = self.loss
+        loss, loss_size = self.loss, self.loss_size + other.loss_size
         if loss is not None and other.loss is not None:
-            loss = loss.lerp(other.loss, share)
+            loss = loss.lerp(other.loss, other.loss_size / max(1, loss_size))
         return Gradients(
             {s: g.lerp(other.by_site[s], share) for s, g in self.by_site.items()},
             self.log_joint.lerp(other.log_joint, share),
             batch_size,
             loss,
+            loss_size,
             self.num_data,
         )
 
@@ -86,14 +90,16 @@ def log_joint_gradients(
     """
     losses: list[Tensor] = []
     sizes: list[int] = []
-    num_data: list[int] = []
+    loss_size, num_data = 0, None
 
     def objective(rows: slice, trace: Any, log_joint: Tensor) -> Tensor:
+        nonlocal loss_size, num_data
         sizes.append(batch_size(trace))
         if with_loss:
             site = likelihood(trace, obs_site)
-            losses.append(datum_loss(site, log_joint.shape[0]))
-            num_data.append(data_plate(site).full_size)
+            loss, loss_size = datum_loss(site, log_joint.shape[0])
+            losses.append(loss)
+            num_data = data_plate(site).full_size
         return log_joint.sum()
 
     gradients, log_joint = chunked_gradients(
@@ -104,7 +110,8 @@ def log_joint_gradients(
         log_joint,
         sizes[0],
         torch.cat(losses) if with_loss else None,
-        num_data[0] if with_loss else None,
+        loss_size,
+        num_data,
     )
 
 

@@ -1,0 +1,64 @@
+"""The outcomes of a likelihood's data, and which of them count."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pyro.distributions import MaskedDistribution
+from torch import Tensor
+from torch import distributions as td
+
+from pyro_lora.infer.particle_model import PARTICLE_PLATE
+from pyro_lora.lifting.model_trace import observed_site
+
+
+def likelihood(trace: Any, obs_site: str | None) -> dict[str, Any]:
+    """The observed site in a trace of K particles, without the particles' plate."""
+    site = observed_site(trace, obs_site)
+    frames = [f for f in site["cond_indep_stack"] if f.name != PARTICLE_PLATE]
+    return {**site, "cond_indep_stack": tuple(frames)}
+
+
+def single_outcomes(site: dict[str, Any]) -> tuple[Any, Tensor]:
+    """Take masks and added event dims off a likelihood.
+
+    Args:
+        site: A node of a trace.
+
+    Returns:
+        The distribution of single outcomes; and which of them count by all masks, that
+        of the site among them: of its batch shape.
+    """
+    fn = site["fn"]
+    masks = [] if site["mask"] is None else [(site["mask"], fn.event_dim)]
+    while isinstance(fn, td.Independent | MaskedDistribution):
+        if isinstance(fn, MaskedDistribution):
+            masks.append((fn._mask, fn.event_dim))
+        fn = fn.base_dist
+    counts = torch.ones(fn.batch_shape, dtype=torch.bool, device=site["value"].device)
+    for mask, event_dim in masks:
+        own = torch.as_tensor(mask, device=counts.device)
+        counts = counts & own.reshape(*own.shape, *[1] * (event_dim - fn.event_dim))
+    return fn, counts
+
+
+def datum_loss(site: dict[str, Any], num_particles: int) -> tuple[Tensor, int]:
+    """Negative log likelihood in nats per datum, of the data that count.
+
+    Args:
+        site: Of the likelihood, in a trace of K particles with its log densities.
+        num_particles: K.
+
+    Returns:
+        (K,), a constant, 0 where no datum counts; and how many do. One does if an
+        outcome of it does.
+    """
+    log_prob = site["unscaled_log_prob"].detach().reshape(num_particles, -1)  # (K, B)
+    _, counts = single_outcomes(site)
+    data = counts.reshape(*log_prob.shape, -1).any(-1)
+    # Pyro's "unscaled" is unmasked, too: a masked label may be anything.
+    seen = log_prob.where(data, torch.zeros_like(log_prob))
+    size = int(data[0].sum())
+    wide = torch.promote_types(seen.dtype, torch.float32)
+    return -seen.sum(1, dtype=wide) / max(1, size), size
