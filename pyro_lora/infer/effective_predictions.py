@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 import torch.distributions as td
-from pyro.distributions import MaskedDistribution
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from pyro_lora.infer.model_at_particles import model_at_particles
-from pyro_lora.infer.outcomes import likelihood
+from pyro_lora.infer.outcomes import likelihood, single_outcomes
 from pyro_lora.infer.particle_model import chunks
 from pyro_lora.lifting.model_trace import Batch, Model, evaluating
 
@@ -74,26 +73,19 @@ def _normal(fn: td.Normal) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     return torch.stack([fn.loc, fn.scale], -1).double(), _affinity_of_normals
 
 
-def outcomes(fn: Any, num_particles: int) -> Outcomes:
+def outcomes(site: dict[str, Any], num_particles: int) -> Outcomes:
     """What K particles say of the outcomes, by the likelihood in their trace.
 
     Args:
-        fn: Its distribution, of batch shape (K, ...).
+        site: Of the likelihood, of batch shape (K, ...).
         num_particles: K.
 
     Raises:
         ValueError: If the type has no affinity here.
     """
-    num_outcomes = fn.event_shape.numel()
-    mask = torch.tensor(True)
-    while isinstance(fn, td.Independent | MaskedDistribution):
-        if isinstance(fn, MaskedDistribution):
-            own = torch.as_tensor(fn._mask)
-            mask = mask & own.reshape(*own.shape, *[1] * len(fn.event_shape))
-        fn = fn.base_dist
+    fn, counts = single_outcomes(site)
     parameters, affinity = outcome_parameters(fn)
-    counts = mask.to(parameters.device).expand(parameters.shape[:-1])
-    shape = (num_particles, -1, num_outcomes)
+    shape = (num_particles, -1, site["fn"].event_shape.numel())
     return Outcomes(
         parameters.detach().reshape(*shape, parameters.shape[-1]),
         affinity,
@@ -169,8 +161,8 @@ def effective_num_predictions(
             for rows in chunks(num_particles, chunk_size or num_particles):
                 some = {site: x[rows] for site, x in unconstrained.items()}
                 trace, _ = target.trace(some, (), dict(batch), plates)
-                fn = likelihood(trace, obs_site)["fn"]
-                parts.append(outcomes(fn, rows.stop - rows.start))
+                site = likelihood(trace, obs_site)
+                parts.append(outcomes(site, rows.stop - rows.start))
         found = joined(parts)
         size = found.parameters.shape[1]
         total, num_data = total + size * found.gram(), num_data + size

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import distributions as td
 
 from pyro_lora.curvature.data_plate import data_plate
 from pyro_lora.curvature.fisher_roots import fisher_root
+from pyro_lora.curvature.structures import at_least_float32
 from pyro_lora.infer import transport
 from pyro_lora.infer.kernels import Kernel
 from pyro_lora.infer.outcomes import datum_loss, likelihood, single_outcomes
@@ -29,6 +30,7 @@ STRENGTH, LOSS_LEVEL = 0.4, 0.3
 
 # Distributions over classes, and those whose first parameter is a location.
 SOFTMAX = (td.Categorical, td.OneHotCategorical, td.Multinomial)
+ROOTS_OF_LOGITS = [fisher_root.dispatch(kind) for kind in SOFTMAX]
 LOCATION_SCALE = (td.Normal, td.StudentT, td.Laplace)
 
 # Repulsion strength, a function of (minibatch loss in nats per datum, N).
@@ -48,9 +50,9 @@ class Predictions:
     """What K particles predict on a minibatch of B data.
 
     Attributes:
-        outputs: What the network says of each datum, (K, B, M), differentiable.
+        outputs: Natural parameters of all outcomes that count, (K, M), differentiable.
         loss: Negative log likelihood in nats per datum, (K,).
-        size: Data that the loss is of: those that aren't masked.
+        size: Data that count: those of which an outcome isn't masked.
         score_norm: Norm of the full-data log likelihood's gradient in the outputs,
             (K,).
         num_data: N.
@@ -63,12 +65,11 @@ class Predictions:
     num_data: int
 
 
-def predictions(trace: Any, obs_site: str | None, num_particles: int) -> Predictions:
-    """Read the observed site of a trace of K particles.
+def predictions(site: dict[str, Any], num_particles: int) -> Predictions:
+    """What the likelihood says of its outcomes: their natural parameters.
 
     Args:
-        trace: Of the vectorised model.
-        obs_site: The likelihood's site; None is the only observed one.
+        site: Of the likelihood, in a trace of K particles with its log densities.
         num_particles: K.
 
     Returns:
@@ -76,43 +77,65 @@ def predictions(trace: Any, obs_site: str | None, num_particles: int) -> Predict
 
     Raises:
         TypeError: If the natural parameter of its distribution isn't known.
-        ValueError: If there is no such site, or it has several outcomes a datum.
     """
-    site = likelihood(trace, obs_site)
-    fn, plate = site["fn"], data_plate(site)
-    if fn.event_shape and not isinstance(fn, SOFTMAX):
-        raise ValueError(
-            f"Site {site['name']!r}: function space is for one outcome a datum; found "
-            f"event shape {tuple(fn.event_shape)}. Use another space."
-        )
-    try:
-        root = fisher_root(fn, site["value"])
-    except TypeError as error:
-        raise TypeError(
-            f"Site {site['name']!r}: function space compares natural parameters, and "
-            f"that of {type(fn).__name__} isn't known. Use another space, or register "
-            "the type with pyro_lora.fisher_root.register."
-        ) from error
-    outputs = root.parameter
-    with torch.no_grad():
-        score = (root.root @ root.coordinates[..., None])[..., 0]
-    if isinstance(fn, LOCATION_SCALE):  # without the scale, if that is trained
-        outputs, score = outputs[..., :1], score[..., :1]
-    elif (
-        isinstance(fn, SOFTMAX) and outputs.shape[-1] > 1
-    ):  # adding to all says nothing
-        outputs = outputs - outputs.mean(-1, keepdim=True)
-    _, counts = single_outcomes(site)
-    score = score.where(counts[..., None], torch.zeros_like(score))
-    score = score.reshape(num_particles, -1) * plate.full_size / plate.size
+    plate = data_plate(site)
+    outputs, score = _outputs_and_score(site, num_particles)
     loss, size = datum_loss(site, num_particles)
     return Predictions(
-        outputs.reshape(num_particles, -1, outputs.shape[-1]),
+        outputs.flatten(1),
         loss,
         size,
-        score.norm(dim=1),
+        score.flatten(1).norm(dim=1) * plate.full_size / plate.size,
         plate.full_size,
     )
+
+
+def _outputs_and_score(site: dict[str, Any], num_particles: int) -> tuple[Tensor, ...]:
+    """Of the E outcomes that count, both (K, E, P); the score is a constant.
+
+    Raises:
+        TypeError: If the natural parameter of the distribution isn't known.
+    """
+    fn, counts = single_outcomes(site)
+    counts = counts.reshape(num_particles, -1)[0]
+
+    def counted(x: Tensor) -> Tensor:
+        x = x.expand(*fn.batch_shape, x.shape[-1])
+        return x.reshape(num_particles, counts.numel(), -1)[:, counts]
+
+    if fisher_root.dispatch(type(fn)) in ROOTS_OF_LOGITS:  # a root would be (C, C - 1)
+        value = site["value"] if fn.event_dim else site["value"][..., None]
+        outputs = at_least_float32(counted(fn.logits))
+        with torch.no_grad():
+            score = _score_in_logits(fn, outputs, counted(value))
+    else:
+        try:
+            root = fisher_root(fn, site["value"])
+        except TypeError as error:
+            raise TypeError(
+                f"Site {site['name']!r}: function space compares natural parameters, "
+                f"and that of {type(fn).__name__} isn't known. Use another space, or "
+                "register the type with pyro_lora.fisher_root.register."
+            ) from error
+        outputs = counted(root.parameter)
+        with torch.no_grad():
+            score = counted((root.root @ root.coordinates[..., None])[..., 0])
+    if isinstance(fn, LOCATION_SCALE):  # without the scale, if that is trained
+        return outputs[..., :1], score[..., :1]
+    if isinstance(fn, SOFTMAX) and outputs.shape[-1] > 1:  # adding to all says nothing
+        outputs = outputs - outputs.mean(-1, keepdim=True)
+    return outputs, score
+
+
+def _score_in_logits(fn: Any, logits: Tensor, value: Tensor) -> Tensor:
+    """Counts of the classes less those expected, (..., C)."""
+    probs = logits.softmax(-1)
+    if isinstance(fn, td.Multinomial):
+        return value - value.sum(-1, keepdim=True) * probs
+    if fn.event_dim > 0:  # one-hot: the largest entry is the label, as in its log_prob
+        value = value.argmax(-1, keepdim=True)
+    one = torch.ones_like(value, dtype=probs.dtype)
+    return probs.neg_().scatter_add_(-1, value.long(), one)
 
 
 def repulsion_in_function_space(
@@ -120,17 +143,17 @@ def repulsion_in_function_space(
 ) -> tuple[Tensor, Tensor]:
     r"""Gradient of :math:`-\log \sum_j k(f_i, f_j)` in :math:`f_i`, others held fixed.
 
-    The squared distance is that of the outputs, averaged over the minibatch.
+    The squared distance is that of the outputs, averaged over the data that count.
 
     Args:
         found: Predictions of all particles.
         kernel: A function of squared distances.
 
     Returns:
-        Directions (K, B, M) and the Gram matrix (K, K).
+        Directions (K, M) and the Gram matrix (K, K).
     """
     f = found.outputs.detach()
-    num_data = f.shape[1]
+    num_data = max(1, found.size)
     sq_dists = transport.squared_distances(f) / num_data
     gram, slope = transport.gram_and_slope(kernel, sq_dists)
     _, push = transport.repulsive_weights(gram, slope)
@@ -173,6 +196,7 @@ def minibatch(
     ahead: bool,
     chunk_size: int,
     obs_site: str | None,
+    latent: Iterable[str] | None = None,
     args: Any,
     kwargs: Any,
 ) -> Minibatch:
@@ -185,6 +209,7 @@ def minibatch(
             batches of the update must be known before the gradient of any.
         chunk_size: Particles in one pass.
         obs_site: The likelihood's site.
+        latent: The latent sites, where the outcomes need not be observed.
         args: The model's positional arguments.
         kwargs: The model's keyword arguments.
 
@@ -206,7 +231,8 @@ def minibatch(
                 some, args, kwargs, plates, rows.start
             )
             log_joints.append(log_joint)
-            parts.append(predictions(trace, obs_site, rows.stop - rows.start))
+            site = likelihood(trace, obs_site, latent)
+            parts.append(predictions(site, rows.stop - rows.start))
             size = batch_size(trace)
     found = Predictions(
         torch.cat([p.outputs for p in parts]),
@@ -280,7 +306,7 @@ def function_space_direction(
             share: float = share,
             push: Tensor | None = push,
         ) -> Tensor:
-            own = predictions(trace, obs_site, log_joint.shape[0])
+            own = predictions(likelihood(trace, obs_site), log_joint.shape[0])
             known = push_on(own) if push is None else push
             own_term = share * log_joint.sum() / temperature
             return own_term + (known[rows] * own.outputs).sum()

@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from pyro.distributions import MaskedDistribution
+from pyro.distributions import MaskedDistribution, NanMaskedNormal
 from torch import Tensor
 from torch import distributions as td
 
 from pyro_lora.infer.particle_model import PARTICLE_PLATE
-from pyro_lora.lifting.model_trace import observed_site
+from pyro_lora.lifting.model_trace import likelihood_site, observed_site
 
 
-def likelihood(trace: Any, obs_site: str | None) -> dict[str, Any]:
-    """The observed site in a trace of K particles, without the particles' plate."""
-    site = observed_site(trace, obs_site)
+def likelihood(
+    trace: Any, obs_site: str | None, latent: Iterable[str] | None = None
+) -> dict[str, Any]:
+    """The likelihood's site in a trace of K particles, without the particles' plate.
+
+    Args:
+        trace: Of the vectorised model.
+        obs_site: Its name; None is the only observed one.
+        latent: The latent sites, where the outcomes need not be observed.
+
+    Raises:
+        ValueError: If there is no such site, or more than one.
+    """
+    site = (
+        observed_site(trace, obs_site)
+        if latent is None
+        else likelihood_site(trace, obs_site, latent)
+    )
     frames = [f for f in site["cond_indep_stack"] if f.name != PARTICLE_PLATE]
     return {**site, "cond_indep_stack": tuple(frames)}
 
@@ -28,7 +44,7 @@ def single_outcomes(site: dict[str, Any]) -> tuple[Any, Tensor]:
 
     Returns:
         The distribution of single outcomes; and which of them count by all masks, that
-        of the site among them: of its batch shape.
+        of the site among them, of its batch shape.
     """
     fn = site["fn"]
     masks = [] if site["mask"] is None else [(site["mask"], fn.event_dim)]
@@ -40,6 +56,8 @@ def single_outcomes(site: dict[str, Any]) -> tuple[Any, Tensor]:
     for mask, event_dim in masks:
         own = torch.as_tensor(mask, device=counts.device)
         counts = counts & own.reshape(*own.shape, *[1] * (event_dim - fn.event_dim))
+    if isinstance(fn, NanMaskedNormal):
+        counts = counts & site["value"].isfinite()
     return fn, counts
 
 

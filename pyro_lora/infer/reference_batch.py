@@ -15,6 +15,7 @@ from pyro_lora.infer.function_space import (
     repulsion_in_function_space,
 )
 from pyro_lora.infer.kernels import Kernel
+from pyro_lora.infer.outcomes import likelihood
 from pyro_lora.infer.particle_model import ParticleModel, chunked_gradients
 from pyro_lora.infer.weight_space import Gradients
 from pyro_lora.lifting.model_trace import Batch
@@ -42,7 +43,7 @@ def reference_direction(
         target: The model.
         particles: Site -> (K, ...), unconstrained.
         gradients: Of the log joint, there, with the minibatch loss.
-        reference: The model's keyword arguments.
+        reference: The model's keyword arguments, with labels or without.
         kernel: A function of squared distances.
         temperature: T.
         strength: :math:`\beta`, a number, or a function of (minibatch loss, N).
@@ -66,13 +67,15 @@ def reference_direction(
         ahead=chunk_size < len(gradients.log_joint),
         chunk_size=chunk_size,
         obs_site=obs_site,
+        latent=target.latents,
         args=(),
         kwargs=dict(reference),
     )
     grams: list[Tensor] = []
 
     def objective(rows: slice, trace: Any, log_joint: Tensor) -> Tensor:
-        own = predictions(trace, obs_site, log_joint.shape[0])
+        site = likelihood(trace, obs_site, target.latents)
+        own = predictions(site, log_joint.shape[0])
         everyone = own if found.ahead is None else found.ahead
         push, gram = repulsion_in_function_space(everyone, kernel)
         grams.append(gram)

@@ -84,7 +84,7 @@ class SVGD:
             above, with distances by P (matrix-valued SVGD, Wang et al. 2019,
             https://arxiv.org/abs/1910.12794). A learning rate of 1 is then of the size
             of a Newton step: use ``pyro.optim.SGD``, since Adam rescales it again.
-        reference: A batch, labels included, on which function space compares
+        reference: A batch, with labels or without, on which function space compares
             predictions, by passes of its own; None is the minibatch.
         init_loc_fn: Where particles start, for example
             ``lora.init_to_adapter(jitter="auto")`` or ``lora.init_to_fresh()``.

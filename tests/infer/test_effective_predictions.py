@@ -7,6 +7,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from torch import Tensor
 
 import pyro_lora as pl
@@ -131,14 +132,15 @@ def test_outcomes_of_one_datum_multiply_and_masked_ones_do_not_count(
     assert found == pytest.approx(vendi(similarity), rel=1e-8)
 
 
-def test_a_masked_datum_does_not_count() -> None:
+@pytest.mark.parametrize("by_site", [False, True])
+def test_a_masked_datum_does_not_count(by_site: bool) -> None:
     f = torch.randn(3, 2, 2).double()
 
     def model(y: Tensor, mask: Tensor) -> None:
         drawn = pyro.sample("f", dist.Normal(torch.zeros(2, 2), 1.0).to_event(2))
-        with pyro.plate("data", 2):
-            fn = dist.Bernoulli(logits=drawn).to_event(1).mask(mask)
-            pyro.sample("y", fn, obs=y)
+        with pyro.plate("data", 2), poutine.mask(mask=mask if by_site else True):
+            fn = dist.Bernoulli(logits=drawn).to_event(1)
+            pyro.sample("y", fn if by_site else fn.mask(mask), obs=y)
 
     mask = torch.tensor([False, True])
     same_first = torch.cat([f[:1, :1].expand(3, 1, 2), f[:, 1:]], 1)

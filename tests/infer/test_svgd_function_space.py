@@ -348,25 +348,6 @@ def test_particles_that_agree_stay_finite() -> None:
     assert svgd.diagnostics["mean_kernel"][0] == 1
 
 
-def test_only_one_outcome_a_datum() -> None:
-    x = torch.randn(4, 2).double()
-
-    def model() -> None:
-        w = pyro.sample("w", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
-        with pyro.plate("data", 4):
-            pyro.sample("y", dist.Normal(x * w, 1.0).to_event(1), obs=x)
-
-    svgd = pl.SVGD(
-        model,
-        kernels.RBF(space="function"),
-        SGD({"lr": 0.1}),
-        2,
-        init_loc_fn=lambda site: x[site["infer"].get("particle", 0)],
-    )
-    with pytest.raises(ValueError, match=r"'y'.*event shape \(2,\)"):
-        svgd.step()
-
-
 def test_the_likelihood_is_named_where_there_are_two() -> None:
     target = hierarchical_regression(3)
 

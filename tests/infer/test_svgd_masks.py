@@ -83,10 +83,8 @@ def run(
     return seen, {**svgd.get_named_particles(), **svgd.diagnostics}
 
 
-@pytest.mark.parametrize(
-    ("observe", "settings"),
-    [*((by_poutine, settings) for settings in SPACES), (by_distribution, SPACES[0])],
-)
+@pytest.mark.parametrize("observe", [by_poutine, by_distribution])
+@pytest.mark.parametrize("settings", SPACES)
 @pytest.mark.parametrize("chunk_size", [None, 3])
 def test_a_masked_label_changes_nothing(
     observe: Callable[[Tensor, Tensor, Tensor], None],
@@ -114,9 +112,10 @@ def test_batches_count_by_the_data_that_do(settings: dict[str, Any]) -> None:
     assert_close(at_last, after)
 
 
-def test_a_batch_without_a_datum_that_counts() -> None:
+@pytest.mark.parametrize("settings", SPACES)
+def test_a_batch_without_a_datum_that_counts(settings: dict[str, Any]) -> None:
     target = masked(by_poutine)
     target.batch["counts"] = torch.zeros_like(COUNTS)
-    seen, after = run(target, **SPACES[0])
+    seen, after = run(target, **settings)
     assert seen == [0, 0]
-    assert all(torch.as_tensor(x).isfinite().all() for x in after.values())
+    assert all(torch.as_tensor(after[x]).isfinite().all() for x in ("w", "loss"))

@@ -136,11 +136,27 @@ def test_no_other_space_has_a_reference(space: Any) -> None:
         engine(target, SGD({"lr": 1.0}), kernels.RBF(space=space), reference=reference)
 
 
-def test_a_reference_without_labels() -> None:
+@pytest.mark.parametrize("chunk_size", [None, 1])
+def test_a_reference_needs_no_labels(chunk_size: int | None) -> None:
     target, reference = with_reference(3)
-    svgd = engine(
-        target, SGD({"lr": 1.0}), FUNCTION, reference=networks.inputs(reference)
-    )
-    with pytest.raises(ValueError, match="labels"):
+    states = []
+    for batch in (reference, networks.inputs(reference)):
+        svgd = engine(
+            target,
+            SGD({"lr": 1.0}),
+            FUNCTION,
+            repulsion=3.0,
+            reference=batch,
+            chunk_size=chunk_size,
+        )
         svgd.step(**target.batch)
-    assert svgd.diagnostics == {}
+        states.append(svgd.state_dict())
+    assert_same_state(states[1], states[0])
+
+
+def test_a_minibatch_needs_labels() -> None:
+    target, _ = with_reference(3)
+    svgd = engine(target, SGD({"lr": 1.0}), FUNCTION)
+    svgd.step(**target.batch)
+    with pytest.raises(ValueError, match="labels"):
+        svgd.step(**networks.inputs(target.batch))
