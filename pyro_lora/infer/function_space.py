@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 from torch import Tensor
 from torch import distributions as td
@@ -28,9 +29,12 @@ from pyro_lora.infer.particle_model import (
 # overfitted training, and does no harm in ordinary training.
 STRENGTH, LOSS_LEVEL = 0.4, 0.3
 
-# Distributions over classes, and those whose first parameter is a location.
-SOFTMAX = (td.Categorical, td.OneHotCategorical, td.Multinomial)
-ROOTS_OF_LOGITS = [fisher_root.dispatch(kind) for kind in SOFTMAX]
+# Roots of distributions whose parameter is the logits of classes, and distributions
+# whose first parameter is a location.
+ROOTS_OF_LOGITS = [
+    fisher_root.dispatch(kind)
+    for kind in (td.Categorical, td.OneHotCategorical, td.Multinomial)
+]
 LOCATION_SCALE = (td.Normal, td.StudentT, td.Laplace)
 
 # Repulsion strength, a function of (minibatch loss in nats per datum, N).
@@ -108,23 +112,29 @@ def _outputs_and_score(site: dict[str, Any], num_particles: int) -> tuple[Tensor
         outputs = at_least_float32(counted(fn.logits))
         with torch.no_grad():
             score = _score_in_logits(fn, outputs, counted(value))
-    else:
-        try:
-            root = fisher_root(fn, site["value"])
-        except TypeError as error:
-            raise TypeError(
-                f"Site {site['name']!r}: function space compares natural parameters, "
-                f"and that of {type(fn).__name__} isn't known. Use another space, or "
-                "register the type with pyro_lora.fisher_root.register."
-            ) from error
-        outputs = counted(root.parameter)
-        with torch.no_grad():
-            score = counted((root.root @ root.coordinates[..., None])[..., 0])
+        # adding to all logits says nothing
+        return outputs - outputs.mean(-1, keepdim=True), score
+    try:
+        root = fisher_root(_without_cutpoints(fn), site["value"])
+    except TypeError as error:
+        raise TypeError(
+            f"Site {site['name']!r}: function space compares natural parameters, and "
+            f"that of {type(fn).__name__} isn't known. Use another space, or register "
+            "the type with pyro_lora.fisher_root.register."
+        ) from error
+    outputs = counted(root.parameter)
+    with torch.no_grad():
+        score = counted((root.root @ root.coordinates[..., None])[..., 0])
     if isinstance(fn, LOCATION_SCALE):  # without the scale, if that is trained
         return outputs[..., :1], score[..., :1]
-    if isinstance(fn, SOFTMAX) and outputs.shape[-1] > 1:  # adding to all says nothing
-        outputs = outputs - outputs.mean(-1, keepdim=True)
     return outputs, score
+
+
+def _without_cutpoints(fn: Any) -> Any:
+    """The same with trained cutpoints held fixed, as a location without its scale."""
+    if not isinstance(fn, dist.OrderedLogistic):
+        return fn
+    return dist.OrderedLogistic(fn.predictor, fn.cutpoints.detach())
 
 
 def _score_in_logits(fn: Any, logits: Tensor, value: Tensor) -> Tensor:

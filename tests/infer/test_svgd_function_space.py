@@ -248,6 +248,34 @@ def test_a_normal_with_a_scale_of_its_own() -> None:
     assert svgd.diagnostics["attraction"] == [pytest.approx(rms, rel=1e-9)]
 
 
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_an_ordinal_likelihood_with_cutpoints_of_its_own(
+    chunk_size: int | None,
+) -> None:
+    # The kernel compares predictors; the cutpoints move by their gradient alone.
+    y = torch.tensor([0, 2, 1, 1, 0])
+
+    def likelihood(f: Tensor, c: Tensor) -> Any:
+        return dist.OrderedLogistic(f, torch.stack([c - 1, c + 1], -1))
+
+    def model(y: Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(X.new_zeros(2), 1.0).to_event(1))
+        c = pyro.sample("c", dist.Normal(X.new_zeros(()), 1.0))
+        with pyro.plate("data", NUM_DATA, subsample=y):
+            pyro.sample("y", likelihood((X * w).sum(-1), c), obs=y)
+
+    def log_joint(p: double_loop.Point) -> Tensor:
+        prior = sum(dist.Normal(0.0, 1.0).log_prob(x).sum() for x in p.values())
+        return prior + NUM_DATA / 5 * likelihood(X @ p["w"], p["c"]).log_prob(y).sum()
+
+    particles = {"w": torch.randn(3, 2).double(), "c": torch.randn(3).double()}
+    target = Target(
+        model, {"y": y}, particles, {}, log_joint, lambda p: (X @ p["w"])[:, None]
+    )
+    svgd = step(target, repulsion=3.0, chunk_size=chunk_size)
+    assert_equal(moved(svgd, target), oracle(target, 3.0))
+
+
 X = torch.randn(5, 2, generator=torch.Generator().manual_seed(0)).double()
 COUNTS = torch.tensor([0.0, 2.0, 1.0, 4.0, 1.0]).double()
 CLASSES = torch.tensor([[1, 0, 2], [0, 1, 0], [3, 0, 0], [0, 0, 1], [1, 1, 1]]).double()
