@@ -151,7 +151,7 @@ class Job:
         found = {}
         rules = {"default": None, "held-out level": gated, "constant": 0.4 * num_data}
         for name, repulsion in rules.items():
-            if name == "constant" and self.setting.seed >= NUM_SEEDS_OF_SPACES:
+            if name != "default" and self.setting.seed >= NUM_SEEDS_OF_SPACES:
                 continue
             posterior = self.particles(
                 self.setting.train, FUNCTION, repulsion=repulsion
