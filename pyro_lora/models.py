@@ -10,8 +10,7 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
 
 from pyro_lora.lifting.lifted_network import LiftedNetwork
-
-IGNORED = -100  # the label of a token that doesn't count, as in transformers
+from pyro_lora.lifting.model_trace import IGNORED
 
 
 def classification(lora: LiftedNetwork, num_data: int) -> Callable[..., Tensor]:

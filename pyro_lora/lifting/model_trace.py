@@ -16,6 +16,7 @@ from pyro_lora.lifting.lifted_network import LiftedNetwork
 
 Model = Callable[..., Any]
 Batch = Mapping[str, Any]
+IGNORED = -100  # the label of a token that doesn't count, as in transformers
 
 
 class _AtWeights(Messenger):

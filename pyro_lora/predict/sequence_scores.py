@@ -15,8 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pyro_lora.lifting.lifted_network import LiftedNetwork
-from pyro_lora.lifting.model_trace import evaluating, trace_at
-from pyro_lora.models import IGNORED
+from pyro_lora.lifting.model_trace import IGNORED, evaluating, trace_at
 from pyro_lora.predict.draws import LORA_POSTERIORS, Guide, Weights, draw_weights
 from pyro_lora.predict.dropout import check_no_dropout
 
