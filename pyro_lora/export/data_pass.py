@@ -57,12 +57,15 @@ class AtDraws(Protocol):
 
 
 @torch.no_grad()
-def pass_over_data(at_draws: AtDraws, batches: Iterable[Batch]) -> DataPass:
+def pass_over_data(
+    at_draws: AtDraws, batches: Iterable[Batch], labels: str
+) -> DataPass:
     """Run the model at all draws over all batches.
 
     Args:
         at_draws: The model at S draws.
         batches: At least one mapping of model keyword arguments.
+        labels: The argument that isn't an input: the outcomes.
 
     Returns:
         Everything on the device of the likelihood.
@@ -102,7 +105,7 @@ def pass_over_data(at_draws: AtDraws, batches: Iterable[Batch]) -> DataPass:
                 f"have labels (site {at_draws.obs_site!r} observed). Give all batches "
                 "labels, or none."
             )
-        inputs.append(_integer_inputs(batch, outcomes[-1].shape[1]))
+        inputs.append(_integer_inputs(batch, outcomes[-1].shape[1], labels))
     has_labels = bool(observed)
     return DataPass(
         at_draws.obs_site,
@@ -176,11 +179,11 @@ def observes_only(trace: Any, obs_site: str) -> bool:
     )
 
 
-def _integer_inputs(batch: Batch, batch_size: int) -> dict[str, Tensor]:
+def _integer_inputs(batch: Batch, batch_size: int, labels: str) -> dict[str, Tensor]:
     return {
         name: value
         for name, value in batch.items()
-        if name != "labels"
+        if name != labels
         and isinstance(value, Tensor)
         and not (value.is_floating_point() or value.is_complex())
         and value.ndim in (1, 2)

@@ -33,6 +33,7 @@ def to_datatree(
     method: Literal["linearized", "sample"] | None = None,
     prior_predictive: bool = False,
     obs_site: str | None = None,
+    labels: str = "labels",
     path: str | os.PathLike[str] | None = None,
     chunk_size: int | None = None,
 ) -> DataTree:
@@ -80,6 +81,7 @@ def to_datatree(
             over the data as there are draws.
         obs_site: The likelihood's site; None is the posterior's, else the model's
             only one.
+        labels: The model's argument with that site's outcomes.
         path: A zarr store to write, draws after draws, in the memory of
             ``chunk_size`` of them; it's there once all is written. None keeps the tree
             in memory.
@@ -97,7 +99,9 @@ def to_datatree(
             batches have labels, raw weights are too many, ``"linearized"`` doesn't
             fit, the posterior is ``mc_dropout``'s, or ``path`` exists.
     """
-    groups = _groups(posterior, model, batches, num_samples, weights, method, obs_site)
+    groups = _groups(
+        posterior, model, batches, num_samples, weights, method, obs_site, labels
+    )
     num_draws = groups.chains.num_draws
     size = num_draws if chunk_size is None else chunk_size
     if size < 1:
@@ -127,6 +131,7 @@ def _groups(
     weights: str,
     method: str | None,
     obs_site: str | None,
+    labels: str,
 ) -> DrawGroups:
     """What the groups are made from, the arguments checked.
 
@@ -189,6 +194,7 @@ def _groups(
         weights == "raw",
         linearized and method != "sample",
         obs_site,
+        labels,
     )
 
 

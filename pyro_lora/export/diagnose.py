@@ -6,12 +6,15 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch import distributions as td
 
 from pyro_lora.export.diagnosis import (
     Charge,
     Confidence,
+    Coverage,
     Diagnosis,
     Directions,
     Diversity,
@@ -31,7 +34,7 @@ from pyro_lora.predict.draws import (
     model_at_draws,
     without_labels,
 )
-from pyro_lora.predict.outcomes import outcome_log_probs
+from pyro_lora.predict.outcomes import likelihood, outcome_log_probs
 from pyro_lora.predict.predict import predict
 
 _OFFSETS = (-2.0, -1.0, 1.0, 2.0)  # standard deviations along a direction
@@ -48,6 +51,7 @@ def diagnose(
     num_directions: int = 4,
     num_samples: int = 50,
     obs_site: str | None = None,
+    labels: str = "labels",
 ) -> Diagnosis:
     r"""Ask a posterior five questions; ``print`` the answer.
 
@@ -62,7 +66,8 @@ def diagnose(
     - Are particles diverse? How often two disagree, against how often one errs: equal
       for a calibrated ensemble (Jiang et al. 2022, https://arxiv.org/abs/2106.13799).
     - Is the prior or the likelihood in charge? Effective parameters by layer.
-    - Is it over- or under-confident? Mean confidence less accuracy.
+    - Is it over- or under-confident? Mean confidence less accuracy; of real outcomes,
+      how many are inside their central 90% intervals.
 
     What can't be said of a posterior, or without labels, is left out, with the reason.
     A Laplace posterior takes about ``4 * num_directions + num_samples + 12`` forward
@@ -78,6 +83,7 @@ def diagnose(
         num_samples: Draws for :math:`\hat k`, at least 25.
         obs_site: The likelihood's site; None is the posterior's, else the model's only
             one.
+        labels: The model's argument with that site's outcomes.
 
     Returns:
         The numbers, and ``str`` of it the table.
@@ -112,9 +118,9 @@ def diagnose(
     for field, answer in {
         "stationarity": lambda: _stationarity(joint),
         "gaussian": lambda: _density(joint, num_directions, num_samples),
-        "diversity": lambda: _diversity(joint, held_out),
+        "diversity": lambda: _diversity(joint, held_out, labels),
         "charge": lambda: charge_of(posterior),
-        "confidence": lambda: _confidence(joint, held_out),
+        "confidence": lambda: _confidence(joint, held_out, labels),
     }.items():
         try:
             found[field] = answer()
@@ -215,7 +221,11 @@ def _k_hat(log_ratios: Tensor) -> float:
     if float(log_ratios.max() - log_ratios.min()) < _EQUAL_NATS:
         return -math.inf  # no tail to fit a Pareto distribution to
     # It takes log likelihoods, whose reciprocals are leave-one-out's weights.
-    _, k_hat = array_stats.psislw(-log_ratios.cpu().numpy())
+    try:
+        with np.errstate(divide="raise"):
+            _, k_hat = array_stats.psislw(-log_ratios.cpu().numpy())
+    except FloatingPointError:  # beside the largest weights the tail's others underflow
+        return math.inf
     return float(k_hat)
 
 
@@ -260,7 +270,9 @@ def _check_classes(joint: LogJoint) -> None:
 
 
 @torch.no_grad()
-def _diversity(joint: LogJoint, held_out: Iterable[Batch] | None) -> Diversity:
+def _diversity(
+    joint: LogJoint, held_out: Iterable[Batch] | None, labels: str
+) -> Diversity:
     posterior = joint.posterior
     if isinstance(posterior, ParticlePosterior):
         weights = posterior.particles
@@ -274,23 +286,23 @@ def _diversity(joint: LogJoint, held_out: Iterable[Batch] | None) -> Diversity:
         raise LeftOut("there is only one")
     _check_classes(joint)
     at = model_at_draws(
-        joint.model, weights, without_labels(joint.first), joint.obs_site
+        joint.model, weights, without_labels(joint.first, labels), joint.obs_site
     )
     log_probs: list[Tensor] = []
-    labels: list[Any] = []
+    outcomes: list[Any] = []
     for batch in joint.batches if held_out is None else held_out:
-        traces = at.traces(without_labels(batch))
+        traces = at.traces(without_labels(batch, labels))
         parts = [outcome_log_probs(t.nodes[at.obs_site]["fn"]) for t in traces]
         log_probs.append(torch.cat(parts))
-        labels.append(batch.get("labels"))
+        outcomes.append(batch.get(labels))
     log_p = torch.cat(log_probs, 1)  # (K, N, C)
     predicted = log_p.argmax(-1)
     differ = (predicted[:, None] != predicted).double().mean(-1)  # (K, K)
     total = torch.special.entr(log_p.exp().mean(0)).sum()
     aleatoric = torch.special.entr(log_p.exp()).sum((1, 2)).mean()
     error = None
-    if all(isinstance(x, Tensor) for x in labels):
-        wrong = predicted != torch.cat(labels).to(predicted)
+    if all(isinstance(x, Tensor) for x in outcomes):
+        wrong = predicted != torch.cat(outcomes).to(predicted)
         error = float(wrong.double().mean())
     return Diversity(
         num_particles=num,
@@ -300,18 +312,38 @@ def _diversity(joint: LogJoint, held_out: Iterable[Batch] | None) -> Diversity:
     )
 
 
-def _confidence(joint: LogJoint, held_out: Iterable[Batch] | None) -> Confidence:
-    _check_classes(joint)
+def _confidence(
+    joint: LogJoint, held_out: Iterable[Batch] | None, labels: str
+) -> Confidence | Coverage:
+    found = likelihood(joint.site["fn"])
+    if not found.is_real:
+        _check_classes(joint)
+    elif found.event_dims > 1:
+        raise LeftOut("the likelihood has several rows of outcomes a datum")
+    # Student's t has no closed form around a Gaussian location.
+    closed_form = isinstance(found.fn, td.Normal) or not found.is_real
     prediction = predict(
         joint.model,
         joint.posterior,
         joint.batches if held_out is None else held_out,
-        method="linearized" if _is_gaussian(joint.posterior) else "sample",
+        method="linearized"
+        if closed_form and _is_gaussian(joint.posterior)
+        else "sample",
         obs_site=joint.obs_site,
+        labels=labels,
     )
     if prediction.labels is None:
-        raise LeftOut("needs labels, and the batches have none")
+        raise LeftOut(
+            f"needs labels, and the batches have no {labels!r}: labels= says what they "
+            "are called"
+        )
     metrics = prediction.metrics()
+    if found.is_real:
+        return Coverage(
+            coverage=metrics["coverage"],
+            num_data=len(prediction.labels),
+            held_out=held_out is not None,
+        )
     confidence, predicted = prediction.probs.double().max(-1)
     gap = confidence - (predicted == prediction.labels).double()
     return Confidence(

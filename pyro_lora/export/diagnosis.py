@@ -8,8 +8,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from pyro_lora.predict.regression import COVERAGE
+
 NUM_LAYERS_SHOWN = 4  # of the effective parameters by layer
 TOO_ALIKE = 0.5  # of the disagreement that a calibrated ensemble would have
+_GIVE_HELD_OUT = "give held_out= for what counts: data not trained on"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,9 +257,47 @@ class Confidence:
             f"{self.standard_error:.3f}, ECE {self.ece:.3f}, on {self.num_data} "
             f"{where} data"
         ]
-        if not self.held_out:
-            result.append("give held_out= for what counts: data not trained on")
-        return result
+        return result if self.held_out else [*result, _GIVE_HELD_OUT]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Coverage:
+    """Whether the intervals of real outcomes are too narrow.
+
+    Attributes:
+        coverage: Share of the outcomes inside their central 90% intervals.
+        num_data: N.
+        held_out: Whether the data are other than those trained on.
+    """
+
+    coverage: float
+    num_data: int
+    held_out: bool
+
+    @property
+    def standard_error(self) -> float:
+        """Of the coverage, if it were right: binomial, one trial a datum.
+
+        Several outputs of a datum may err together, and so count as one.
+        """
+        return math.sqrt(COVERAGE * (1 - COVERAGE) / self.num_data)
+
+    @property
+    def verdict(self) -> str:
+        """``"over"``, ``"under"``, or ``"neither"`` within two standard errors."""
+        excess = self.coverage - COVERAGE
+        if abs(excess) <= 2 * self.standard_error:
+            return "neither"
+        return "under" if excess > 0 else "over"
+
+    def lines(self) -> list[str]:
+        """The numbers in words."""
+        where = "held-out" if self.held_out else "training"
+        result = [
+            f"{self.coverage:.1%} of {self.num_data} {where} data inside the central "
+            f"{COVERAGE:.0%} interval, +- {self.standard_error:.1%} by chance"
+        ]
+        return result if self.held_out else [*result, _GIVE_HELD_OUT]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -280,7 +321,7 @@ class Diagnosis:
     gaussian: Directions | Importance | None
     diversity: Diversity | None
     charge: Charge | None
-    confidence: Confidence | None
+    confidence: Confidence | Coverage | None
     left_out: Mapping[str, str]
 
     def __str__(self) -> str:

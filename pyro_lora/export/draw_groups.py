@@ -47,6 +47,7 @@ class DrawGroups:
         raw: Whether sites come as they are.
         linearized: Whether the likelihood is that of the linearised network.
         obs_site: The likelihood's site, or None.
+        labels: The model's argument with that site's outcomes.
     """
 
     posterior: Any
@@ -57,6 +58,7 @@ class DrawGroups:
     raw: bool
     linearized: bool
     obs_site: str | None
+    labels: str
 
     def datasets(
         self, start: int, stop: int, prior_predictive: bool
@@ -126,10 +128,11 @@ class DrawGroups:
         if self.linearized:
             assert self.obs_site is not None
             at = LinearizedAtDraws(self.model, self.posterior, some, self.obs_site)
-            return pass_over_data(at, self.batches)
+            return pass_over_data(at, self.batches, self.labels)
         return pass_over_data(
             model_at_draws(self.model, some.weights, self.first, self.obs_site),
             self.batches,
+            self.labels,
         )
 
     def _networks(self, data: DataPass | None) -> Sequence[LiftedNetwork]:
@@ -142,9 +145,11 @@ class DrawGroups:
         assert self.model is not None
         assert self.first is not None
         assert self.batches is not None
-        others = _other_latents(self.model, drawn, self.first, data)
+        hidden = without_labels(self.first, self.labels)
+        others = _other_latents(self.model, drawn, hidden, data)
         at = model_at_draws(self.model, drawn | others, self.first, data.obs_site)
-        outcomes = pass_over_data(at, map(without_labels, self.batches)).outcomes
+        batches = (without_labels(batch, self.labels) for batch in self.batches)
+        outcomes = pass_over_data(at, batches, self.labels).outcomes
         return _data_groups(data, {"prior_predictive": outcomes})["prior_predictive"]
 
     def _sample_stats(
@@ -188,7 +193,7 @@ def _other_latents(
     found: dict[str, list[Tensor]] = {}
     for s in range(_num_draws(drawn)):
         at = {site: value[s] for site, value in drawn.items()}
-        trace = trace_at(model, at, without_labels(batch))
+        trace = trace_at(model, at, batch)
         for site in data.log_prior:
             if site not in drawn:
                 found.setdefault(site, []).append(trace.nodes[site]["value"])

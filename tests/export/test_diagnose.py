@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from arviz_stats.base import array_stats
@@ -185,6 +186,20 @@ def test_stationarity_is_the_gradients_newton_decrement(structure: Any) -> None:
     assert found.verdict == "no"  # nothing was trained
 
 
+def test_weights_of_which_one_has_all_have_an_infinite_tail() -> None:
+    task = linear_regression()
+
+    def exact(x: Tensor, y: Tensor | None = None) -> None:
+        loc = task.lora()(x)[..., 0]
+        with pyro.plate("data", 12, subsample=x):
+            pyro.sample("y", dist.Normal(loc, 0.01), obs=y)
+
+    found = pl.diagnose(task.laplace(), exact, task.batches).gaussian
+    assert isinstance(found, diagnosis.Directions)
+    assert found.k_hat == math.inf
+    assert found.verdict == "no"
+
+
 def test_stationarity_is_under_the_posteriors_own_prior() -> None:
     task = linear_regression()
     posterior = task.laplace(structure=pl.dense).with_prior_precision(9.0)
@@ -292,33 +307,6 @@ def test_a_mixture_is_diagnosed_by_its_components() -> None:
     assert found.diversity.disagreement == 0  # one mode
 
 
-def test_confidence_is_that_of_the_linearised_prediction() -> None:
-    lora, model = models.classifier()
-    batches = models.two_batches()
-    posterior = models.laplace(lora, model, batches)
-    found = pl.diagnose(posterior, model, batches, held_out=batches[:1]).confidence
-    assert found is not None
-    prediction = pl.predict(model, posterior, batches[:1], method="linearized")
-    metrics = prediction.metrics()
-    assert found.overconfidence == pytest.approx(metrics["overconfidence"])
-    assert found.ece == pytest.approx(metrics["ece"])
-    assert (found.num_data, found.held_out) == (6, True)
-    gap = (
-        prediction.probs.max(1).values
-        - (prediction.probs.argmax(1) == batches[0]["labels"]).double()
-    )
-    assert found.standard_error == pytest.approx(float(gap.std()) * math.sqrt(5) / 6)
-
-
-def test_verdicts_on_confidence() -> None:
-    def verdict(gap: float) -> str:
-        return diagnosis.Confidence(
-            overconfidence=gap, standard_error=0.02, ece=0.1, num_data=9, held_out=True
-        ).verdict
-
-    assert [verdict(x) for x in (0.05, 0.03, -0.05)] == ["over", "neither", "under"]
-
-
 def test_without_labels_or_all_data_it_says_so() -> None:
     lora, model = models.classifier()
     batches = models.two_batches()
@@ -331,11 +319,6 @@ def test_without_labels_or_all_data_it_says_so() -> None:
     part = pl.diagnose(posterior, model, batches[:1])
     assert "the batches hold 6, the model's plate 10" in part.left_out["gaussian"]
     assert part.confidence is not None
-
-
-def test_real_outcomes_leave_out_what_needs_classes() -> None:
-    found = regression()
-    assert found.left_out["confidence"] == "the likelihood isn't one class a datum"
 
 
 def test_printed_it_answers_every_question() -> None:
