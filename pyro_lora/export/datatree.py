@@ -44,9 +44,11 @@ def to_datatree(
     - ``posterior`` and ``prior``: what the data can identify, which is for each
       adapted layer the singular values, the Frobenius norm and the stable rank of
       :math:`\Delta W = s B A`, around a Laplace mode its angle (radians) to the
-      mode's, and the head's weights; or every site as it is. Attributes of
+      mode's (in a mixture, to that of the draw's own component, NaN where it has
+      none), and the head's weights; or every site as it is. Attributes of
       ``posterior``: its kind, log evidence (nats), prior precisions (averaged over
-      each layer).
+      each layer); of a mixture its weights, and these of each component, as
+      ``component.0.log_evidence``.
     - ``log_prior``: log density of each site, nats, under the posterior's own prior,
       else the lifted network's.
     - ``sample_stats``: ``lp``, the log joint of all data, where the likelihood is all

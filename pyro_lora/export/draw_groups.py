@@ -78,9 +78,7 @@ class DrawGroups:
         data = self._pass(some)
         loras = self._networks(data)
         variables = raw_variables if self.raw else delta_variables
-        mode = None
-        if isinstance(self.posterior, LaplacePosterior):
-            mode = self.posterior.mode()
+        mode = _modes(self.posterior, some)
         prior = prior_of(self.posterior)
         drawn = prior_draws(prior, loras, _num_draws(some.weights))
         log_prior = log_prior_by_site(prior, loras, some.weights)
@@ -234,6 +232,23 @@ def _data_groups(
     return groups
 
 
+def _modes(posterior: Any, some: Some) -> Weights | None:
+    """The mode; of a mixture each draw's own, (S, ...), NaN where there is none."""
+    if isinstance(posterior, LaplacePosterior):
+        return posterior.mode()
+    if some.component is None:
+        return None
+    modes = [
+        part.mode()
+        if isinstance(part, LaplacePosterior)
+        else {site: torch.full_like(x, torch.nan) for site, x in part.mean().items()}
+        for part in posterior.components
+    ]
+    if not any(isinstance(part, LaplacePosterior) for part in posterior.components):
+        return None
+    return {s: torch.stack([m[s] for m in modes])[some.component] for s in modes[0]}
+
+
 def _variables(
     values: Weights, dims: Mapping[str, Sequence[int]] | None = None
 ) -> Variables:
@@ -252,4 +267,7 @@ def _posterior_attributes(posterior: Any) -> dict[str, Any]:
             found[f"prior_precision.{site}"] = rows[0] if len(set(rows)) == 1 else rows
     if isinstance(posterior, MixturePosterior):
         found["component_weights"] = posterior.weights.tolist()
+        for index, part in enumerate(posterior.components):
+            for name, value in _posterior_attributes(part).items():
+                found[f"component.{index}.{name}"] = value
     return found

@@ -85,7 +85,7 @@ def delta_variables(
         loras: The lifted networks.
         weights: Site -> (S, ...); other latent sites are added as they are, but for
             the noise of non-centred ones.
-        mode: Site -> value; None leaves the angle out.
+        mode: Site -> value, or each draw's own, (S, ...); None leaves the angle out.
 
     Returns:
         Variables named ``delta.<path>.singular_values`` and so on.

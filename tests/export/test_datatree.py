@@ -475,15 +475,3 @@ def test_a_single_particle_will_do(tmp_path: Path) -> None:
     tree = pl.to_datatree(posterior, batches=models.two_batches())
     assert tree["posterior"].sizes["draw"] == 1
     tree.to_netcdf(tmp_path / "tree.nc")
-
-
-def test_a_mixture_says_its_weights() -> None:
-    lora, model = models.classifier()
-    batches = models.two_batches()
-    laplace = models.laplace(lora, model, batches)
-    both = pl.MixturePosterior([laplace, laplace], [1, 3])
-    tree = pl.to_datatree(both, batches=batches, num_samples=4)
-    assert tree["posterior"].attrs["component_weights"] == [0.25, 0.75]
-    assert "log_q" in tree["sample_stats"]
-    some = pl.MixturePosterior([laplace, models.particles(lora, model)])
-    assert "log_q" not in pl.to_datatree(some, batches=batches)["sample_stats"]

@@ -19,28 +19,12 @@ from torch import Tensor
 import pyro_lora as pl
 from tests import networks
 from tests.export.arrays import assert_allclose
+from tests.export.linearised_draws import linearised_logits
 from tests.infer.linear_regression import linear_regression
 from tests.predict import models
 
 QUERY = "delta.bert.encoder.layer.attention.self.query"
 STRUCTURES = [pl.kfac_expand, pl.diagonal, pl.dense]
-
-
-def linearised_logits(
-    lora: pl.LiftedNetwork, mode: models.Weights, at: models.Weights, batch: Any
-) -> Tensor:
-    """f + J (w - mode) by a derivative in one direction, (B, C)."""
-
-    def logits(t: Tensor) -> Tensor:
-        weights = {s: x + t * (at[s] - x) for s, x in mode.items()}
-        with lora.bind(weights) as net:
-            result: Tensor = net(**networks.inputs(batch)).logits
-        return result
-
-    zero = torch.zeros((), dtype=torch.float64)
-    slope = torch.autograd.functional.jacobian(logits, zero)
-    assert isinstance(slope, Tensor)
-    return logits(zero).detach() + slope
 
 
 @pytest.mark.parametrize("num_labels", [2, 3])
@@ -150,41 +134,6 @@ def test_several_real_outputs_a_datum_are_linearised() -> None:
     loc = linearised_logits(lora, posterior.mode(), at, batches[0])
     expected = dist.Normal(loc, 0.7).log_prob(batches[0]["labels"]).sum(1)
     assert_allclose(tree["log_likelihood"]["y"][0, 1, :6], expected)
-
-
-def test_each_draw_of_a_mixture_is_linearised_at_its_own_mode() -> None:
-    lora, model = models.classifier()
-    batches = models.two_batches()
-    first = models.laplace(lora, model, batches)
-    elsewhere = models.draw(models.jittered(lora, 1), 0)
-    guide = pl.AutoLaplace(model, init_loc_fn=lora.init_to(elsewhere))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The weights aren't a mode")
-        second = guide.laplace_approximation(batches)
-    mixture = pl.MixturePosterior([first, second])
-    tree = pl.to_datatree(mixture, batches=batches, num_samples=12, weights="raw")
-    component = tree["sample_stats"]["component"].values[0]
-    assert {0, 1} == set(component.tolist())
-    for s in range(12):
-        part = (first, second)[component[s]]
-        at = {
-            site: torch.as_tensor(tree["posterior"][site].values[0, s]).reshape(x.shape)
-            for site, x in part.mode().items()
-        }
-        logits = linearised_logits(lora, part.mode(), at, batches[0])
-        expected = logits.log_softmax(-1).gather(1, batches[0]["labels"][:, None])
-        assert_allclose(tree["log_likelihood"]["y"][0, s, :6], expected[:, 0])
-
-
-def test_a_mixture_with_particles_runs_the_network() -> None:
-    lora, model = models.classifier()
-    batches = models.two_batches()
-    laplace = models.laplace(lora, model, batches)
-    some = pl.MixturePosterior([laplace, models.particles(lora, model)])
-    tree = pl.to_datatree(some, batches=batches, num_samples=4)
-    assert tree["log_likelihood"].attrs["method"] == "sample"
-    with pytest.raises(ValueError, match=r"'linearized' needs a Laplace.*Mixture"):
-        pl.to_datatree(some, batches=batches, method="linearized")
 
 
 def test_the_angle_to_the_mode() -> None:
