@@ -45,7 +45,9 @@ def to_datatree(
       adapted layer the singular values, the Frobenius norm and the stable rank of
       :math:`\Delta W = s B A`, around a Laplace mode its angle (radians) to the
       mode's (in a mixture, to that of the draw's own component, NaN where it has
-      none), and the head's weights; or every site as it is. Attributes of
+      none), and the head's weights; or every site as it is. What is said of
+      :math:`\Delta W` has the attribute ``module``, where in the network it is: a
+      path, or one for each ``layer``. Attributes of
       ``posterior``: its kind, log evidence (nats), prior precisions (averaged over
       each layer); of a mixture its weights, and these of each component, as
       ``component.0.log_evidence``.

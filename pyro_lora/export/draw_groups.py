@@ -109,6 +109,8 @@ class DrawGroups:
                     attrs=self._attributes(name),
                     check_conventions=False,  # a chunk may have fewer draws than chains
                 )
+                for variable, module in group.modules.items():
+                    result[name][variable].attrs["module"] = module
                 if per_draw(name):
                     result[name] = result[name].assign_coords(draw=range(start, stop))
         return result

@@ -33,11 +33,13 @@ class Variables:
         values: Name -> (S, ...).
         dims: Name -> names of the dims after S.
         coords: Dim -> values along it.
+        modules: Name -> the paths of the modules that it is about, along ``layer``.
     """
 
     values: dict[str, np.ndarray] = field(default_factory=dict)
     dims: dict[Hashable, Sequence[Hashable]] = field(default_factory=dict)
     coords: dict[Any, Any] = field(default_factory=dict)
+    modules: dict[str, str | list[str]] = field(default_factory=dict)
 
     def add(
         self,
@@ -88,7 +90,7 @@ def delta_variables(
         mode: Site -> value, or each draw's own, (S, ...); None leaves the angle out.
 
     Returns:
-        Variables named ``delta.<path>.singular_values`` and so on.
+        Variables named ``delta.<path>.singular_values`` and so on, with their modules.
     """
     result = Variables()
     matrices: set[str] = set()
@@ -110,13 +112,18 @@ def delta_variables(
                 singular, norm, rank = singular[:, 0], norm[:, 0], rank[:, 0]
             numbers = {"rank": range(singular.shape[-1])}
             name = f"delta.{stem}"
-            result.add(f"{name}.singular_values", singular, layer | numbers, stem)
-            result.add(f"{name}.frobenius_norm", norm, layer, stem)
-            result.add(f"{name}.stable_rank", rank, layer, stem)
+            found = {
+                "singular_values": (singular, layer | numbers),
+                "frobenius_norm": (norm, layer),
+                "stable_rank": (rank, layer),
+            }
             if at_mode is not None:
                 angles = [_angle(factors[p], at_mode[p]) for p in paths]
                 angle = torch.stack(angles, 1) if layer else angles[0]
-                result.add(f"{name}.angle_to_mode", angle, layer, stem)
+                found["angle_to_mode"] = (angle, layer)
+            for quantity, (value, dims) in found.items():
+                result.add(f"{name}.{quantity}", value, dims, stem)
+                result.modules[f"{name}.{quantity}"] = paths if layer else paths[0]
     noises = {f"{site}{NOISE}" for site in weights}
     chosen = weights.keys() - matrices - noises
     _add_sites(result, loras, weights, chosen, MAX_HEAD_WEIGHTS)

@@ -156,15 +156,6 @@ def test_the_angle_to_the_mode() -> None:
     assert f"{QUERY}.angle_to_mode" not in particles
 
 
-def test_dims_read_well() -> None:
-    lora, model = models.classifier(3)
-    tree = pl.to_datatree(models.particles(lora, model))
-    found = tree["posterior"]
-    assert found[f"{QUERY}.singular_values"].dims == ("chain", "draw", "layer", "rank")
-    assert found["head.classifier.weight"].dims[2:] == ("class", "in_feature")
-    assert found["head.classifier.bias"].dims[2:] == ("class",)
-
-
 def test_prior_predictive_outcomes_are_those_of_the_prior() -> None:
     lora, _ = models.classifier(1)
 
