@@ -12,19 +12,21 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
-import pyro
 import pytest
 import torch
 import xarray
-from pyro.infer import MCMC, NUTS, SVI, Trace_ELBO, autoguide
-from pyro.optim import Adam, ClippedAdam
+from pyro.infer import MCMC, NUTS
 from torch.distributions import Normal
 
 import pyro_lora as pl
+from tests.export.regression_trees import (
+    Trees,
+    regression_task,
+    regression_trees,
+)
 from tests.infer.linear_regression import NOISE_SD, linear_regression
 from tests.predict import models
 
-Trees = dict[str, xarray.DataTree]
 KINDS = ["Laplace", "SVGD", "mixture", "AutoNormal", "NUTS"]
 
 # Versions of ArviZ, xarray and pandas that warn of one another.
@@ -45,35 +47,16 @@ def close_figures() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def fits() -> tuple[Any, Trees]:
     """Linear regression by each kind of posterior."""
-    pyro.set_rng_seed(1)
-    pyro.clear_param_store()
-    task = linear_regression(prior_sd=0.1)  # so that no datum pulls too hard
-    laplace = task.laplace(structure=pl.dense)
-    svgd = pl.SVGD(
-        task.model,
-        pl.kernels.RBF(),
-        Adam({"lr": 0.01}),
-        80,
-        init_loc_fn=task.lora.init_to_adapter(jitter=0.1),
-    )
-    svgd.run([task.whole], num_epochs=200, progress_bar=False)
-    guide = autoguide.AutoNormal(task.model, init_loc_fn=task.lora.init_to_adapter())
-    optim = ClippedAdam({"lr": 0.05, "lrd": 0.01 ** (1 / 400)})
-    svi = SVI(task.model, guide, optim, Trace_ELBO(num_particles=4))
-    for _ in range(400):
-        svi.step(**task.whole)
+    task = regression_task()
+    trees = regression_trees(task)
     nuts = NUTS(task.model, max_tree_depth=3)
     mcmc = MCMC(nuts, num_samples=250, warmup_steps=60, disable_progbar=True)
     mcmc.run(**task.whole)
+    laplace = task.laplace(structure=pl.dense)
     mixture = pl.MixturePosterior([laplace, laplace])
     options: Any = {"model": task.model, "batches": task.batches}
-    trees = {
-        "Laplace": pl.to_datatree(laplace, num_samples=1000, **options),
-        "SVGD": pl.to_datatree(svgd.posterior(), **options),
-        "mixture": pl.to_datatree(mixture, num_samples=1000, **options),
-        "AutoNormal": pl.to_datatree(guide, num_samples=1000, **options),
-        "NUTS": pl.to_datatree(mcmc, **options),
-    }
+    trees["mixture"] = pl.to_datatree(mixture, num_samples=1000, **options)
+    trees["NUTS"] = pl.to_datatree(mcmc, **options)
     return task, trees
 
 

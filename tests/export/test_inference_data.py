@@ -4,15 +4,23 @@ import importlib.util
 import math
 import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
 import xarray
 
 import pyro_lora as pl
+from tests.export.regression_trees import Trees, regression_task, regression_trees
+from tests.infer.linear_regression import linear_regression
 from tests.predict import models
 
 QUERY = "delta.bert.encoder.layer.attention.self.query"
@@ -53,6 +61,12 @@ def test_other_versions_are_refused(
         pl.to_inference_data(tree)
 
 
+@pytest.fixture(autouse=True)
+def close_figures() -> Iterator[None]:
+    yield
+    plt.close("all")
+
+
 def old_arviz() -> Any:
     """ArviZ before version 1, else the test is skipped."""
     if importlib.util.find_spec("arviz") is None:
@@ -81,3 +95,52 @@ def test_old_arviz_itself(tree: xarray.DataTree, tmp_path: Path) -> None:
     assert set(again.groups()) == set(tree.children)
     axes = arviz.plot_forest(again, var_names=[f"{QUERY}.frobenius_norm"])
     assert len(axes) == 1
+
+
+@pytest.fixture(scope="module")
+def fits() -> Trees:
+    old_arviz()
+    return regression_trees(regression_task())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_old_arviz_compares_fits_of_one_posterior(fits: Trees) -> None:
+    arviz = old_arviz()
+    groups = {name: pl.to_inference_data(tree) for name, tree in fits.items()}
+    table = arviz.compare(groups)
+    assert set(table.index) == {"Laplace", "SVGD", "AutoNormal"}
+    assert table["elpd_loo"].max() - table["elpd_loo"].min() < 1
+    assert table["weight"].sum() == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("prior_sd", "charge", "other"),
+    [(100.0, "likelihood", "prior"), (0.01, "prior", "likelihood")],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_old_psens_sees_who_is_in_charge(
+    prior_sd: float, charge: str, other: str
+) -> None:
+    arviz = old_arviz()
+    task = linear_regression(prior_sd=prior_sd)
+    posterior = task.laplace(structure=pl.dense)
+    tree = pl.to_datatree(posterior, batches=task.batches, num_samples=400)
+    data = pl.to_inference_data(tree)
+    more, less = (arviz.psens(data, component=part) for part in (charge, other))
+    for name in tree["posterior"].data_vars:
+        assert (more[name] > less[name]).all()
+
+
+@pytest.mark.parametrize("kind", ["Laplace", "SVGD", "AutoNormal"])
+@pytest.mark.parametrize(
+    ("picture", "options"),
+    [("plot_ess", {}), ("plot_loo_pit", {"y": "y"}), ("plot_bpv", {})],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_old_plots_have_something_on_them(
+    fits: Trees, kind: str, picture: str, options: dict[str, str]
+) -> None:
+    getattr(old_arviz(), picture)(pl.to_inference_data(fits[kind]), **options)
+    (figure,) = map(plt.figure, plt.get_fignums())
+    assert figure.axes
+    assert all(axes.lines for axes in figure.axes)

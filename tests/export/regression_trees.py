@@ -1,0 +1,44 @@
+"""Trees of linear regression by several kinds of posterior, exact or nearly so."""
+
+import pyro
+import xarray
+from pyro.infer import SVI, Trace_ELBO, autoguide
+from pyro.optim import Adam, ClippedAdam
+
+import pyro_lora as pl
+from tests.infer.linear_regression import LinearRegression, linear_regression
+
+Trees = dict[str, xarray.DataTree]
+
+
+def regression_task() -> LinearRegression:
+    """Under a prior so narrow that no datum pulls too hard for importance sampling."""
+    pyro.set_rng_seed(1)
+    pyro.clear_param_store()
+    return linear_regression(prior_sd=0.1)
+
+
+def regression_trees(task: LinearRegression) -> Trees:
+    """By Laplace, SVGD and an autoguide."""
+    laplace = task.laplace(structure=pl.dense)
+    svgd = pl.SVGD(
+        task.model,
+        pl.kernels.RBF(),
+        Adam({"lr": 0.01}),
+        80,
+        init_loc_fn=task.lora.init_to_adapter(jitter=0.1),
+    )
+    svgd.run([task.whole], num_epochs=200, progress_bar=False)
+    guide = autoguide.AutoNormal(task.model, init_loc_fn=task.lora.init_to_adapter())
+    optim = ClippedAdam({"lr": 0.05, "lrd": 0.01 ** (1 / 400)})
+    svi = SVI(task.model, guide, optim, Trace_ELBO(num_particles=4))
+    for _ in range(400):
+        svi.step(**task.whole)
+    model, batches = task.model, task.batches
+    return {
+        "Laplace": pl.to_datatree(laplace, num_samples=1000, batches=batches),
+        "SVGD": pl.to_datatree(svgd.posterior(), batches=batches),
+        "AutoNormal": pl.to_datatree(
+            guide, num_samples=1000, model=model, batches=batches
+        ),
+    }
