@@ -354,7 +354,7 @@ def _svgd(
         pl.kernels.RBF(space="function"),  # repulsion of weights hardly changes outputs
         _adam(learning_rate),
         num_particles,
-        init_loc_fn=lora.init_to_adapter(jitter=0.01),
+        init_loc_fn=lora.init_to_adapter(jitter="auto"),
     )
     lora.network.train()
     engine.run(shuffled, num_epochs=epochs)

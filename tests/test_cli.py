@@ -169,6 +169,27 @@ def test_fit_is_laplace_s_approximation(place: Place, laplace: Path) -> None:
     assert_close(found.variance(), expected.variance(), rtol=1e-3, atol=1e-6)
 
 
+def test_particles_start_apart_as_far_as_half_precision_sees(
+    place: Place, tmp_path: Path
+) -> None:
+    options = ("--method", "svgd", "--epochs", 1, "--learning-rate", 0)
+    run("fit", place.adapter, place.train, tmp_path / "start", *options)
+    lora, model, _ = python_side(place)
+    found = pl.load(tmp_path / "start", lora, model=model)
+    assert isinstance(found, pl.ParticlePosterior)
+    for site, value in lora.weights().items():
+        a = lora.weights().get(f"{site.removesuffix('B')}A")
+        size = value.flatten(1).square().mean(1).sqrt()
+        if site.endswith(".B"):
+            assert a is not None
+            size = 1 / (4 * a.flatten(1).norm(dim=1))  # lora_alpha / r = 8 / 2
+        moved = (found.particles[site] - value).transpose(0, 1).flatten(1)
+        ratio = moved.square().mean(1) / (2**-7 * size).square()  # (L,)
+        # 5 standard errors of the mean square of so many normal numbers.
+        error = 5 * (2 / moved.shape[1]) ** 0.5
+        assert_close(ratio, torch.ones_like(ratio), rtol=0, atol=error)
+
+
 def test_predictions_are_those_of_predict(
     place: Place, laplace: Path, tmp_path: Path
 ) -> None:
