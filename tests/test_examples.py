@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from examples import demo, vader
-from examples.rows import Row, read_corpus
+from examples.rows import Corpus, Row, read_corpus
 
 GOOD = ["fine", "good", "great", "lovely"]
 BAD = ["awful", "bad", "dull", "poor"]
@@ -120,6 +120,35 @@ def test_demo_prints_every_method_and_writes_its_files(
         pixels = plt.imread(out / name)
         assert pixels.std() > 0  # something is on it
     assert list((out / "adapters" / "laplace").glob("**/adapter_model.safetensors"))
+
+
+@pytest.mark.filterwarnings("ignore:The weights aren't a mode")
+def test_other_domains_and_ratings_are_measured_and_drawn(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rated = [
+        Row(f"{first} {second}", label, spread=0.1 * i + 0.5 * label)
+        for label, words in enumerate((BAD, GOOD))
+        for i, first in enumerate(words)
+        for second in words
+    ]
+    elsewhere = {
+        name: [Row(f"film {word} {word}", 0, spread=1.0) for word in words]
+        for name, words in {"news": GOOD, "shops": BAD}.items()
+    }
+    corpus = Corpus(train=rated, test=rated, classes=("-", "+"), domains=elsewhere)
+    monkeypatch.setattr(vader, "load", lambda: corpus)
+    out = tmp_path / "out"
+    demo.main([f"--model={model}", f"--out={out}", "--epochs=1", "--quick"])
+    table = (out / "table.txt").read_text()
+    assert "test 32, news 4, shops 4" in table
+    for name, values in json.loads((out / "table.json").read_text())["rows"].items():
+        assert 0 <= values["auroc"] <= 1
+        assert -1 <= values["spearman"] <= 1
+        (line,) = [x for x in table.splitlines() if x.startswith(f"{name}  ")]
+        cells = line.removeprefix(name).split()
+        assert cells[4:6] == [f"{values['auroc']:.3f}", f"{values['spearman']:.3f}"]
+    assert plt.imread(out / "entropy.png").std() > 0
 
 
 @pytest.mark.filterwarnings("ignore:The weights aren't a mode")
