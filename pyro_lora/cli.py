@@ -53,8 +53,8 @@ probabilities and says what it doesn't know.
 
 4. `pyro-lora export posterior adapters` writes draws as ordinary PEFT adapters.
 
-Each is a call of a Python function, `pyro_lora.predict` and so on; other tasks than
-classification are open there.""",
+What is done with the texts is a call of a Python function, `pyro_lora.predict` and so
+on; other tasks than classification are open there.""",
 )
 
 

@@ -63,7 +63,8 @@ def predict(
     streamed: only N rows of numbers stay. Labels are kept for the metrics and hidden
     from the model, unless there are ``tokens``: which of them count is then in the
     labels. Draws come from torch's generator before the first batch runs, so that a
-    seed decides them whatever the batches' size.
+    seed decides them whatever the batches' size; but for :func:`mc_dropout`, whose
+    masks are drawn as the batches go by and depend on it and ``chunk_size``.
 
     Args:
         model: The Pyro model; its labels come in as ``labels``, None here.

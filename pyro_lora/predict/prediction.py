@@ -263,7 +263,8 @@ def fit_temperature(held_out: Prediction) -> float:
     is convex in :math:`\beta = 1 / T`, so its derivative is bisected.
 
     Args:
-        held_out: A prediction with labels, of data that weren't trained on.
+        held_out: A prediction of classes with labels (of tokens, with
+            ``tokens="last"``), of data that weren't trained on.
 
     Returns:
         T, within 0.01 to 100: at an end of it where the NLL falls beyond (0.01 if
