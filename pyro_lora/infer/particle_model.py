@@ -88,6 +88,9 @@ class ParticleModel:
         Returns:
             The trace, and site -> log density (K,) in nats, of the full data and with
             the transform's log Jacobian. They add up to the log joint.
+
+        Raises:
+            ValueError: If a site has batch dims that no plate declares.
         """
         num_particles = next(iter(particles.values())).shape[0]
         plate_dim = -self.max_plate_nesting - 1
@@ -115,6 +118,13 @@ class ParticleModel:
                 if name != PARTICLE_PLATE:
                     minibatch[name] = site["value"]
                 continue
+            if site["log_prob"].shape[:plate_dim].numel() > 1:
+                raise ValueError(
+                    f"Site {name!r}: with {num_particles} particles at dim {plate_dim} "
+                    f"its log density has shape {tuple(site['log_prob'].shape)}, a dim "
+                    "too many: one particle's values meet another's. Let the model "
+                    "keep every dim on the left of its own, as under pyro.plate."
+                )
             log_prob = site["log_prob"].reshape(num_particles, -1)
             wide = torch.promote_types(log_prob.dtype, torch.float32)
             log_density[name] = log_density.get(name, 0) + log_prob.sum(1, dtype=wide)

@@ -32,11 +32,16 @@ def by_loop(densities: list[Tensor]) -> Tensor:
     )
 
 
+def by_datum(f: Tensor, event_dim: int) -> Tensor:
+    """The first event dim in place of the plate's, which particles have as 1."""
+    return f.squeeze(-1 - event_dim) if f.ndim > event_dim else f
+
+
 def voter(logits: Tensor, y: Tensor) -> None:
     """Each particle is the logits themselves of B yes-no questions."""
     f = pyro.sample("f", dist.Normal(torch.zeros_like(logits), 1.0).to_event(1))
     with pyro.plate("data", len(y)):
-        pyro.sample("y", dist.Bernoulli(logits=f), obs=y)
+        pyro.sample("y", dist.Bernoulli(logits=by_datum(f, 1)), obs=y)
 
 
 def votes(*rows: list[float]) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
@@ -111,7 +116,7 @@ def test_outcomes_of_one_datum_multiply_and_masked_ones_do_not_count(
     def model(y: Tensor) -> None:
         f = pyro.sample("f", dist.Normal(torch.zeros(2, 3), 1.0).to_event(2))
         with pyro.plate("data", 2):
-            fn = dist.Bernoulli(logits=f).mask(mask).to_event(1)
+            fn = dist.Bernoulli(logits=by_datum(f, 2)).mask(mask).to_event(1)
             pyro.sample("y", fn, obs=y)
 
     f = torch.randn(3, 2, 3).double()
@@ -139,7 +144,7 @@ def test_a_masked_datum_does_not_count(by_site: bool) -> None:
     def model(y: Tensor, mask: Tensor) -> None:
         drawn = pyro.sample("f", dist.Normal(torch.zeros(2, 2), 1.0).to_event(2))
         with pyro.plate("data", 2), poutine.mask(mask=mask if by_site else True):
-            fn = dist.Bernoulli(logits=drawn).to_event(1)
+            fn = dist.Bernoulli(logits=by_datum(drawn, 2)).to_event(1)
             pyro.sample("y", fn if by_site else fn.mask(mask), obs=y)
 
     mask = torch.tensor([False, True])

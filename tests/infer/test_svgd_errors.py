@@ -348,3 +348,17 @@ def test_logits_that_overflow(space: Any, chunk_size: int | None) -> None:
     engine.load_state_dict(state)
     assert_nothing_moves(engine, r"Site 'y'.*particle\(s\) \[1\] is NaN", **batch)
     assert all(torch.isfinite(x[0]).all() for x in state["particles"].values())
+
+
+def test_particles_that_meet_in_a_dim_of_no_plate() -> None:
+    features, y = torch.randn(4), torch.randn(4)
+
+    def regression() -> None:
+        slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 4):
+            mean = slope[..., None] * features  # under particles it has its dim already
+            pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
+
+    engine = svgd(regression)
+    with pytest.raises(ValueError, match=r"Site 'y'.*3 particles.*\(3, 3, 4\).*plate"):
+        engine.step()
