@@ -16,8 +16,10 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import pyro_lora as pl
+from pyro_lora.curvature.tensor_folder import Format, read_manifest, write_folder
 
-SETTINGS = "command_line.json"  # in the posterior's folder
+SETTINGS = "command_line"  # in the posterior's folder
+FORMAT = Format("pyro_lora command line", 1, "Make it by `pyro-lora fit`.")
 Row = tuple[str, str | None]  # a text, and its label
 
 
@@ -44,21 +46,19 @@ class Settings:
 
 def remember(posterior: Path, settings: Settings) -> None:
     """Write the settings beside the posterior."""
-    unfinished = posterior / f"{SETTINGS}.tmp"
-    unfinished.write_text(json.dumps(asdict(settings), indent=2), "utf-8")
-    unfinished.replace(posterior / SETTINGS)
+    write_folder(posterior / SETTINGS, FORMAT, {"settings": asdict(settings)}, {})
 
 
 def remembered(posterior: Path, device: str) -> tuple[Settings, pl.LiftedNetwork]:
     """The settings of a fit, and its network, lifted anew.
 
     Raises:
-        ValueError: If the folder wasn't written by ``pyro-lora fit``.
+        ValueError: If the folder wasn't written by ``pyro-lora fit``, or its settings
+            are damaged or of a newer version.
     """
-    file = posterior / SETTINGS
-    if not file.is_file():
+    if not (posterior / SETTINGS).is_dir():
         raise ValueError(f"{posterior} has no {SETTINGS}: make it by `pyro-lora fit`.")
-    stored = json.loads(file.read_text("utf-8"))
+    stored = read_manifest(posterior / SETTINGS, FORMAT)["settings"]
     settings = Settings(**{**stored, "label_names": tuple(stored["label_names"])})
     network, _ = network_of(Path(settings.adapter), settings.label_names, [])
     return settings, lifted(network, settings, device)

@@ -395,6 +395,19 @@ def test_errors_are_sentences(place: Place, laplace: Path, tmp_path: Path) -> No
         assert "Traceback" not in output
 
 
+def test_damaged_settings_are_named(place: Place, tmp_path: Path) -> None:
+    posterior = tmp_path / "posterior"
+    run("fit", place.adapter, place.train, posterior)
+    file = posterior / "command_line" / "manifest.json"
+    whole = file.read_text()
+    for text, word in ((whole[:-9], "truncated"), (whole.replace("max", "min"), "alt")):
+        file.write_text(text)
+        output = run("predict", posterior, place.test, code=1)
+        assert "manifest.json" in output
+        assert word in output
+        assert "Traceback" not in output
+
+
 @pytest.mark.parametrize("command", ["fit", "predict", "diagnose", "export"])
 def test_help_explains_every_parameter(command: str) -> None:
     assert command in run("--help")

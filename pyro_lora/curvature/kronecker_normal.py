@@ -157,11 +157,11 @@ class KroneckerNormal(TorchDistribution):
     def to_basis(self, value: Tensor) -> Tensor:
         """:math:`U_G^T V U_A`, (..., O, I), or (..., j, k)."""
         if self.rows is not None:
-            value = self.rows.mT @ value
-        return value if self.columns is None else value @ self.columns
+            value = self.rows.to(value).mT @ value
+        return value if self.columns is None else value @ self.columns.to(value)
 
     def from_basis(self, value: Tensor) -> Tensor:
         """:math:`U_G V U_A^T`, (..., O, I)."""
         if self.rows is not None:
-            value = self.rows @ value
-        return value if self.columns is None else value @ self.columns.mT
+            value = self.rows.to(value) @ value
+        return value if self.columns is None else value @ self.columns.to(value).mT

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ from pyro_lora.infer.laplace_posterior import LaplacePosterior
 from pyro_lora.infer.mixture_posterior import MixturePosterior
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.lifting.model_trace import Batch, Model, trace_at
+from pyro_lora.lifting.priors import Prior
 from pyro_lora.predict.draws import Guide, Weights, model_at_draws, without_labels
 
 if TYPE_CHECKING:
@@ -79,16 +80,23 @@ class DrawGroups:
         loras = self._networks(data)
         variables = raw_variables if self.raw else delta_variables
         mode = _modes(self.posterior, some)
-        prior = prior_of(self.posterior)
-        drawn = prior_draws(prior, loras, _num_draws(some.weights))
-        log_prior = log_prior_by_site(prior, loras, some.weights)
+        priors = _priors(self.posterior, some)
+        drawn = _by_draw(
+            priors, lambda prior, draws: prior_draws(prior, loras, len(draws))
+        )
+        log_prior = _by_draw(
+            priors,
+            lambda prior, draws: log_prior_by_site(
+                prior, loras, {site: x[draws] for site, x in some.weights.items()}
+            ),
+        )
         if data is not None:
             log_prior = data.log_prior | log_prior
         groups = {
             "posterior": variables(
-                loras, with_scaled_sites(prior, loras, some.weights), mode
+                loras, with_scaled_sites(priors[0][0], loras, some.weights), mode
             ),
-            "prior": variables(loras, with_scaled_sites(prior, loras, drawn)),
+            "prior": variables(loras, with_scaled_sites(priors[0][0], loras, drawn)),
             "log_prior": _variables(log_prior),
             "sample_stats": _variables(
                 self._sample_stats(some, data, log_prior, slice(start, stop))
@@ -232,6 +240,26 @@ def _data_groups(
         token = {"token": range(value.shape[1])} if value.ndim == 2 else {}
         groups["constant_data"].add(name, value, datum | token, name)
     return groups
+
+
+def _priors(posterior: Any, some: Some) -> list[tuple[Prior, Tensor]]:
+    """Each prior, and which draws it is the one of: in a mixture its component's."""
+    if some.component is None:
+        return [(prior_of(posterior), torch.arange(_num_draws(some.weights)))]
+    found = [
+        (prior_of(part), (some.component == index).nonzero()[:, 0])
+        for index, part in enumerate(posterior.components)
+    ]
+    return [(prior, draws) for prior, draws in found if len(draws) > 0]
+
+
+def _by_draw(
+    priors: Sequence[tuple[Prior, Tensor]], values: Callable[[Prior, Tensor], Weights]
+) -> Weights:
+    """Values under each prior, in the order of the draws."""
+    parts = [values(prior, draws) for prior, draws in priors]
+    order = torch.cat([draws for _, draws in priors]).argsort()
+    return {s: torch.cat([part[s] for part in parts])[order] for s in parts[0]}
 
 
 def _modes(posterior: Any, some: Some) -> Weights | None:

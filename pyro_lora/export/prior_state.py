@@ -12,7 +12,7 @@ from torch import distributions as td
 
 from pyro_lora.curvature.weight_gaussian import Weights
 from pyro_lora.infer.laplace_posterior import LaplacePosterior, normal_prior
-from pyro_lora.infer.prior_parameters import AtParameters, fixing
+from pyro_lora.infer.prior_parameters import AtParameters, fixing, present_prior
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.lifting.model_trace import trace_at
 from pyro_lora.lifting.priors import Prior
@@ -88,9 +88,11 @@ def restore_prior(
     if description["kind"] != "network":
         raise KeyError(description["kind"])
 
+    present = present_prior(loras)
+
     def prior(lora: LiftedNetwork) -> Weights:
         with AtParameters(parameters):
-            return lora.prior(lora)
+            return present(lora)
 
     expected = description["log_density"]
     found = _log_density(_nodes(prior, loras, mode), mode)

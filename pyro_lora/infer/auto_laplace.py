@@ -22,7 +22,7 @@ from pyro_lora.curvature.latent_block import LatentBlock, fit_latents, small_lat
 from pyro_lora.curvature.likelihood_terms import TermsFunction
 from pyro_lora.curvature.structures import Structure, kfac_expand
 from pyro_lora.infer.laplace_posterior import LaplacePosterior
-from pyro_lora.infer.prior_parameters import fixing
+from pyro_lora.infer.prior_parameters import fixing, present_prior
 from pyro_lora.infer.site_subset import chosen_sites
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.lifting.model_trace import (
@@ -228,7 +228,7 @@ def _fit(
         fit.prior_mean,
         fit.log_likelihood,
         fit.log_prior,
-        fixing(lambda lora: lora.prior(lora), fixed),
+        fixing(present_prior(networks), fixed),
         networks,
         model,
         fit.obs_site,

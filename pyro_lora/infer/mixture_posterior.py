@@ -28,6 +28,7 @@ class MixturePosterior:
             mass that each finds around its mode: often all at one of them.
 
     Raises:
+        TypeError: If a component is another kind of guide.
         ValueError: If there are no components, their sites or shapes differ, or the
             weights don't fit.
     """
@@ -39,6 +40,13 @@ class MixturePosterior:
     ) -> None:
         if not components:
             raise ValueError("A mixture needs at least one component; found none.")
+        kinds = LaplacePosterior, ParticlePosterior, MixturePosterior
+        for index, component in enumerate(components):
+            if not isinstance(component, kinds):
+                raise TypeError(
+                    f"Component {index} is {type(component).__name__}; a mixture is of "
+                    "Laplace and particle posteriors and of mixtures of them."
+                )
         self.components = tuple(components)
         self._like = components[0].mean()
         for index, component in enumerate(self.components):

@@ -161,6 +161,16 @@ def under_prior(
     return changed
 
 
+def present_prior(networks: Sequence[LiftedNetwork]) -> Prior:
+    """The networks' priors as they are now, whatever ``lora.prior`` is set to later."""
+    priors = {frozenset(lora.sites): lora.prior for lora in networks}
+
+    def prior(lora: LiftedNetwork) -> Weights:
+        return priors[frozenset(lora.sites)](lora)
+
+    return prior
+
+
 def fixing(prior: Prior, fixed: Weights) -> Prior:
     """The prior with some sites fixed at values: Deltas."""
     if not fixed:

@@ -295,10 +295,11 @@ class SVGD:
         Raises:
             ValueError: Before the first step, or if S isn't positive.
         """
-        posterior = self.posterior()
-        if num_samples is None:
-            num_samples = posterior.num_particles
-        draws = posterior.sample(num_samples)
+        particles = self.get_named_particles()
+        posterior = ParticlePosterior(particles, (), self._model, self._obs_site)
+        draws = posterior.sample(
+            self._num_particles if num_samples is None else num_samples
+        )
         return {s: x[None] for s, x in draws.items()} if group_by_chain else draws
 
     def posterior(self) -> ParticlePosterior:
@@ -310,7 +311,8 @@ class SVGD:
         particles = self.get_named_particles()
         if self._target is None:
             raise ValueError(
-                "Step once after loading a state: the model is unknown yet."
+                "Step once after loading a state: the model is unknown yet. Or load a "
+                "posterior that pyro_lora.save wrote."
             )
         return ParticlePosterior(
             particles, self._target.networks, self._model, self._obs_site

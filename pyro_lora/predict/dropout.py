@@ -40,8 +40,13 @@ class DropoutPosterior:
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Sample the sites, at the weights whatever the model's arguments."""
+        infer: dict[str, Any] = {
+            site: {"lora": (lora,)} for lora in self.loras for site in lora.sites
+        }
         return {
-            site: pyro.sample(site, dist.Delta(x, event_dim=x.ndim))
+            site: pyro.sample(
+                site, dist.Delta(x, event_dim=x.ndim), infer=infer.get(site, {})
+            )
             for site, x in self.weights.items()
         }
 

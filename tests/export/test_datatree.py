@@ -180,6 +180,34 @@ def test_prior_draws_are_the_posteriors_prior() -> None:
     )
 
 
+def test_a_later_prior_of_the_network_is_not_the_posteriors() -> None:
+    lora, model = models.classifier()
+    batches = models.two_batches()
+    posterior = models.laplace(lora, model, batches)
+    draws = posterior.sample(3)
+    before = pl.to_datatree(posterior, batches=batches, num_samples=50)
+    lora.prior = pl.priors.normal(0.01)
+    after = pl.to_datatree(posterior, batches=batches, num_samples=50)
+    sd = after["prior"]["head.classifier.weight"].values.std()
+    assert sd == pytest.approx(0.5, rel=0.1)
+    site = "head.classifier.weight"
+    assert after["log_prior"][site].mean() == pytest.approx(
+        float(before["log_prior"][site].mean()), rel=0.1
+    )
+    trace = poutine.trace(posterior.prior).get_trace(lora)
+    assert trace.nodes[site]["fn"].log_prob(draws[site][0]).sum() == pytest.approx(
+        float(dist.Normal(0, 0.5).log_prob(draws[site][0]).sum())
+    )
+
+
+def test_the_prior_may_be_a_posterior_in_float32() -> None:
+    lora, model = models.classifier(network=networks.bert(dtype=torch.float32))
+    batches = models.two_batches()
+    lora.prior = pl.priors.from_posterior(models.laplace(lora, model, batches))
+    tree = pl.to_datatree(models.laplace(lora, model, batches), batches=batches)
+    assert np.isfinite(tree["log_prior"].to_dataset().to_array()).all()
+
+
 def test_outcomes_are_drawn_from_the_likelihood() -> None:
     lora, model = models.classifier(3)
     batches = models.two_batches(3)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 import xarray
@@ -15,6 +16,7 @@ from tests.export.linearised_draws import linearised_logits
 from tests.predict import models
 
 SITE = "lora.bert.encoder.layer.attention.self.query"
+HEAD = "head.classifier.weight"
 ANGLE = "delta.bert.encoder.layer.attention.self.query.angle_to_mode"
 
 
@@ -115,3 +117,23 @@ def test_the_angle_is_to_the_mode_of_the_draws_own_component() -> None:
             assert_allclose(found[layer], cosine.arccos())
     particles = pl.MixturePosterior([models.particles(lora, model)] * 2)
     assert ANGLE not in pl.to_datatree(particles)["posterior"]
+
+
+def test_each_component_has_its_own_prior() -> None:
+    lora, model = models.classifier()
+    batches = models.two_batches()
+    scales = 0.01, 0.5
+    parts = [
+        part.with_prior_precision(scale**-2)
+        for part, scale in zip(two_modes(lora, model, batches), scales, strict=True)
+    ]
+    tree = pl.to_datatree(pl.MixturePosterior(parts), num_samples=60, weights="raw")
+    component = tree["sample_stats"]["component"].values[0]
+    for index, scale in enumerate(scales):
+        some = component == index
+        drawn = tree["prior"][HEAD].values[0, some]
+        assert drawn.std() == pytest.approx(scale, rel=0.1)
+        value = torch.as_tensor(tree["posterior"][HEAD].values[0, some])
+        mean = parts[index].prior_mean[HEAD].reshape(value.shape[1:])
+        expected = dist.Normal(mean, scale).log_prob(value).flatten(1).sum(1)
+        assert_allclose(tree["log_prior"][HEAD].values[0, some], expected)

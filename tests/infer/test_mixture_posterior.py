@@ -8,6 +8,7 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import SVI, Importance, Predictive, Trace_ELBO
+from pyro.infer.autoguide import AutoNormal
 from pyro.optim import SGD, Adam
 from torch import Tensor
 from torch.testing import assert_close
@@ -305,3 +306,9 @@ def test_weights_by_a_name_are_checked(
     components = laplaces if name == "equal" else [laplaces[0], particles]
     with pytest.raises(ValueError, match=f"{name}.*or 'evidence' where.*LaplacePos"):
         pl.MixturePosterior(components, name)
+
+
+def test_components_of_other_kinds(laplaces: list[pl.LaplacePosterior]) -> None:
+    components: Any = [laplaces[0], AutoNormal(laplaces[0].model)]
+    with pytest.raises(TypeError, match="Component 1 is AutoNormal; a mixture is of"):
+        pl.MixturePosterior(components)

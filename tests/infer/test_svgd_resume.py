@@ -141,3 +141,15 @@ def test_a_state_of_another_model_before_the_first_step() -> None:
     svgd.step(**target.batch)
     mine.step(**target.batch)
     assert_same(svgd.get_named_particles(), mine.get_named_particles())
+
+
+def test_samples_of_a_loaded_state() -> None:
+    target = hierarchical_regression(3)
+    svgd, other = (engine(target, Adam({"lr": 0.01})) for _ in range(2))
+    svgd.step(**target.batch)
+    other.load_state_dict(svgd.state_dict())
+    assert_same(other.get_samples(), svgd.get_samples())
+    with pytest.raises(ValueError, match="num_samples must be at least 1, found 0"):
+        other.get_samples(0)
+    with pytest.raises(ValueError, match=r"Step once after loading.*pyro_lora\.save"):
+        other.posterior()

@@ -6,6 +6,7 @@ from typing import Any
 import pyro
 import pytest
 import torch
+from pyro import poutine
 from pyro.infer import Predictive
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -159,6 +160,8 @@ def test_dropout_is_left_on(network: Any) -> None:
     lora, model = models.classifier(network=network)
     batches = models.two_batches()
     posterior = pl.mc_dropout(lora)
+    for node in poutine.trace(posterior).get_trace().nodes.values():
+        assert node["type"] != "sample" or node["infer"]["lora"] == (lora,)
     modes = {n: m.training for n, m in network.named_modules()}
     num_samples = 400
     pyro.set_rng_seed(0)
