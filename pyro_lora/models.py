@@ -14,7 +14,9 @@ from pyro_lora.lifting.model_trace import IGNORED
 
 
 def classification(lora: LiftedNetwork, num_data: int) -> Callable[..., Tensor]:
-    """One label for each input, from the network's logits.
+    r"""One label for each input, from the network's logits.
+
+    :math:`y \sim \mathrm{Categorical}(\mathrm{softmax}\, f(x))`.
 
     Args:
         lora: A lifted network whose output has ``.logits``, (..., B, C).
@@ -78,7 +80,10 @@ def regression(
 def multiple_choice(
     lora: LiftedNetwork, num_data: int, choice_ids: Sequence[int]
 ) -> Callable[..., Tensor]:
-    """One of C answers, by the scores of their tokens after the last real token.
+    r"""One of C answers, by the scores of their tokens after the last real token.
+
+    :math:`y \sim \mathrm{Categorical}(\mathrm{softmax}\, f_{c_1 \dots c_C}(x))`, with f
+    the logits over the vocabulary there, and c the answers' tokens.
 
     Args:
         lora: A lifted causal language model, whose output has ``.logits``,
@@ -117,7 +122,10 @@ def multiple_choice(
 
 
 def language_model(lora: LiftedNetwork, num_data: int) -> Callable[..., Tensor]:
-    """The next token at each place; one datum is a sequence.
+    r"""The next token at each place; one datum is a sequence.
+
+    :math:`\log p(x) = \sum_t \log \mathrm{softmax}(f(x_{<t}))_{x_t}`, nats, over the
+    tokens that count.
 
     For ``AutoLaplace`` with ``fisher="mc"``: the exact Fisher information of a
     vocabulary takes too many backward passes.

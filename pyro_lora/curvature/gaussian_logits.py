@@ -17,7 +17,10 @@ _WIDE = 1.5  # sd from which the integral runs over the logit instead of the noi
 
 @dataclass(frozen=True, eq=False)
 class GaussianLogits:
-    """A Gaussian over the logits of each datum (their mean over classes removed).
+    r"""A Gaussian over the logits of each datum (their mean over classes removed).
+
+    :math:`N(f(x, \hat w), J P^{-1} J^T)`, the network linearised at the mode (Immer et
+    al. 2021, https://arxiv.org/abs/2008.08400, eq. 8).
 
     Attributes:
         mean: (B, C), or (B, T, C) for T tokens.

@@ -34,7 +34,12 @@ class KroneckerFactors:
 
 @dataclass(frozen=True)
 class DiagonalFactors:
-    """The exact diagonal of one linear layer's Fisher block, (O, I)."""
+    r"""The exact diagonal of one linear layer's Fisher block.
+
+    Attributes:
+        diagonal: :math:`\sum_{m,b} (\partial h_{mb} / \partial W)^2` over the Fisher
+            terms h, (O, I), nats, full data.
+    """
 
     diagonal: Tensor
 
@@ -44,7 +49,12 @@ class DiagonalFactors:
 
 @dataclass(frozen=True)
 class DenseFactors:
-    """The Fisher matrix of all layers together, (D, D)."""
+    r"""The Fisher matrix of all layers together.
+
+    Attributes:
+        matrix: :math:`\sum_{m,b} j_{mb} j_{mb}^T` with j the gradient of a Fisher term
+            in all weights, (D, D), nats, full data.
+    """
 
     matrix: Tensor
 
@@ -96,6 +106,10 @@ def kfac_expand(a: Tensor, g: Tensor, rank: int | None = None) -> KroneckerFacto
 def kfac_reduce(a: Tensor, g: Tensor, rank: int | None = None) -> KroneckerFactors:
     r"""KFAC-reduce: inputs averaged and gradients summed over the tokens of a datum.
 
+    :math:`F \approx G \otimes A / n` with :math:`A = \sum_b \bar a_b \bar a_b^T` over
+    the n data, :math:`\bar a_b` the mean over the tokens that count, and :math:`G =
+    \sum_{m,b} (\sum_t g_{mbt}) (\sum_t g_{mbt})^T`. Exact where the layer's outputs are
+    averaged over the tokens and nothing else is done with them.
     Eschenhagen et al. (2023), https://arxiv.org/abs/2311.00636, eq. 22.
 
     Args:

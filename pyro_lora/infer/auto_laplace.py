@@ -106,7 +106,8 @@ class AutoLaplace(AutoDelta):
     ) -> LaplacePosterior:
         """Fit the Gaussian at the guide's present mode, in one pass over the data.
 
-        Nothing is trained; dropout is off during the pass and restored after it. Small
+        Nothing is trained; dropout is off during the pass and restored after it. Away
+        from a mode it warns, with the gradient's norm. Small
         latent sites outside of the network, such as an observation noise, get a dense
         block of their own, in a pass before it; covariances with the weights are
         ignored (see :class:`~pyro_lora.curvature.latent_block.LatentBlock`).
@@ -132,6 +133,7 @@ class AutoLaplace(AutoDelta):
             The posterior, which is a guide.
 
         Raises:
+            TypeError: If ``fisher="exact"`` has no closed form for the likelihood.
             ValueError: If there are no batches or no labels, values are NaN, the
                 batches don't cover the plate's number of data, other latent sites set
                 the weights' prior, are in a plate or not continuous, the checkpoint

@@ -14,6 +14,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+__all__ = ["IMQ", "RBF", "Mixture", "Zero"]
+
 # Keeps the bandwidth positive where all particles coincide (all B = 0, function space).
 MIN_SQUARED_BANDWIDTH = 1e-8
 

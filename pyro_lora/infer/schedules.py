@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+__all__ = ["annealed", "cyclical"]
+
 Schedule = Callable[[float], float]
 
 

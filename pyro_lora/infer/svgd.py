@@ -163,6 +163,7 @@ class SVGD:
             nats (``pyro.infer.SVGD`` returns a dict of squared gradients instead).
 
         Raises:
+            TypeError: If function space doesn't know the likelihood.
             ValueError: If the model can't be run by particles, or a log density or
                 direction is NaN or infinite; no particle is changed then.
         """
@@ -297,9 +298,8 @@ class SVGD:
         """
         particles = self.get_named_particles()
         posterior = ParticlePosterior(particles, (), self._model, self._obs_site)
-        draws = posterior.sample(
-            self._num_particles if num_samples is None else num_samples
-        )
+        number = self._num_particles if num_samples is None else num_samples
+        draws = posterior.sample(number)
         return {s: x[None] for s, x in draws.items()} if group_by_chain else draws
 
     def posterior(self) -> ParticlePosterior:

@@ -163,6 +163,7 @@ class LiftedNetwork:
             ValueError: If a site is missing or unknown, a value has a wrong shape,
                 dtype or device or is NaN or infinite, or the adapter is merged or
                 inactive.
+            RuntimeError: Inside another ``bind`` of the same network.
         """
         network = self._bound_network(weights)
         self._check_values(weights)
