@@ -151,12 +151,9 @@ def test_foreign_folders_are_refused(
     assert all(torch.equal(x, before[s]) for s, x in lora.weights().items())
 
 
-@pytest.mark.parametrize(
-    "network",
-    [networks.bert(dropout=0.4), networks.bert(lora_dropout=0.4)],
-    ids=["base", "lora"],
-)
-def test_dropout_is_left_on(network: Any) -> None:
+@pytest.mark.parametrize("name", ["dropout", "lora_dropout"])
+def test_dropout_is_left_on(name: str) -> None:
+    network = networks.bert(**{name: 0.4})
     lora, model = models.classifier(network=network)
     batches = models.two_batches()
     posterior = pl.mc_dropout(lora)
@@ -166,7 +163,7 @@ def test_dropout_is_left_on(network: Any) -> None:
     num_samples = 400
     pyro.set_rng_seed(0)
     found = pl.predict(model, posterior, batches, num_samples=num_samples)
-    assert found.epistemic_entropy.min() > 1e-4
+    assert found.epistemic_entropy.min() > 1e-5  # 0 without
     assert {n: m.training for n, m in network.named_modules()} == modes
     network.train()
     with torch.no_grad():
