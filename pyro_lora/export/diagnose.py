@@ -221,12 +221,13 @@ def _k_hat(log_ratios: Tensor) -> float:
     if float(log_ratios.max() - log_ratios.min()) < _EQUAL_NATS:
         return -math.inf  # no tail to fit a Pareto distribution to
     # It takes log likelihoods, whose reciprocals are leave-one-out's weights.
+    # Where all others of the tail underflow it divides by zero, or says NaN.
     try:
         with np.errstate(divide="raise"):
             _, k_hat = array_stats.psislw(-log_ratios.cpu().numpy())
-    except FloatingPointError:  # beside the largest weights the tail's others underflow
+    except FloatingPointError:
         return math.inf
-    return float(k_hat)
+    return math.inf if math.isnan(k_hat) else float(k_hat)
 
 
 def charge_of(posterior: Guide) -> Charge:
