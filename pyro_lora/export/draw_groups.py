@@ -34,6 +34,8 @@ from pyro_lora.predict.draws import Guide, Weights, model_at_draws, without_labe
 if TYPE_CHECKING:
     from xarray import Dataset
 
+UnderPrior = Callable[[Prior, Sequence[LiftedNetwork], Weights], Weights]
+
 
 @dataclass(frozen=True, eq=False)
 class DrawGroups:
@@ -84,19 +86,23 @@ class DrawGroups:
         drawn = _by_draw(
             priors, lambda prior, draws: prior_draws(prior, loras, len(draws))
         )
-        log_prior = _by_draw(
-            priors,
-            lambda prior, draws: log_prior_by_site(
-                prior, loras, {site: x[draws] for site, x in some.weights.items()}
-            ),
-        )
+
+        def under_prior(of: UnderPrior, weights: Weights) -> Weights:
+            return _by_draw(
+                priors,
+                lambda prior, draws: of(
+                    prior, loras, {site: x[draws] for site, x in weights.items()}
+                ),
+            )
+
+        log_prior = under_prior(log_prior_by_site, some.weights)
         if data is not None:
             log_prior = data.log_prior | log_prior
         groups = {
             "posterior": variables(
-                loras, with_scaled_sites(priors[0][0], loras, some.weights), mode
+                loras, under_prior(with_scaled_sites, some.weights), mode
             ),
-            "prior": variables(loras, with_scaled_sites(priors[0][0], loras, drawn)),
+            "prior": variables(loras, under_prior(with_scaled_sites, drawn)),
             "log_prior": _variables(log_prior),
             "sample_stats": _variables(
                 self._sample_stats(some, data, log_prior, slice(start, stop))

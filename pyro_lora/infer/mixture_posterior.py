@@ -25,7 +25,7 @@ class MixturePosterior:
         components: Posteriors over the same sites.
         weights: :math:`\pi`, one for each component, normalised here; None is equal;
             ``"evidence"``, of Laplace posteriors, is :math:`\pi_n \propto p(y)_n`, the
-            mass that each finds around its mode: often all at one of them.
+            mass that each finds around its mode: a few nats leave one of them.
 
     Raises:
         TypeError: If a component is another kind of guide.

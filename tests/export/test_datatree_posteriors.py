@@ -116,16 +116,7 @@ def test_a_linear_network_gives_the_same_either_way() -> None:
 
 
 def test_several_real_outputs_a_datum_are_linearised() -> None:
-    lora, _ = models.classifier(3)
-
-    def model(labels: Tensor | None = None, **inputs: Tensor) -> None:
-        loc = lora()(**inputs).logits
-        with pyro.plate("data", models.NUM_DATA, subsample=inputs["input_ids"]):
-            pyro.sample("y", dist.Normal(loc, 0.7).to_event(1), obs=labels)
-
-    batches = models.two_batches()
-    for batch in batches:
-        batch["labels"] = torch.randn(len(batch["labels"]), 3, dtype=torch.float64)
+    lora, model, batches = models.real_outputs()
     posterior = models.laplace(lora, model, batches)
     pyro.set_rng_seed(2)
     tree = pl.to_datatree(posterior, batches=batches, num_samples=2)

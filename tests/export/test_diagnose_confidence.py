@@ -97,16 +97,7 @@ def test_students_noise_is_judged_by_draws() -> None:
 
 
 def test_several_outputs_count_as_one_datum() -> None:
-    lora, _ = models.classifier(3)
-
-    def model(labels: Tensor | None = None, **inputs: Tensor) -> None:
-        loc = lora()(**inputs).logits
-        with pyro.plate("data", models.NUM_DATA, subsample=inputs["input_ids"]):
-            pyro.sample("y", dist.Normal(loc, 0.7).to_event(1), obs=labels)
-
-    batches = models.two_batches()
-    for batch in batches:
-        batch["labels"] = torch.randn(len(batch["labels"]), 3, dtype=torch.float64)
+    lora, model, batches = models.real_outputs()
     posterior = models.particles(lora, model)
     found = pl.diagnose(posterior, model, batches).confidence
     assert isinstance(found, diagnosis.Coverage)

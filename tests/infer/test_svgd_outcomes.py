@@ -108,7 +108,7 @@ def several_outcomes(kind: str, mask: str) -> Target:
     return Target(model, {"y": y}, particles, {}, log_joint, outputs)
 
 
-def check(
+def assert_one_step(
     target: Target,
     bandwidth: float | None,
     tolerance: float = 1e-10,
@@ -139,7 +139,7 @@ def check(
 @pytest.mark.parametrize("mask", list(MASKS))
 def test_several_outcomes_a_datum(kind: str, mask: str) -> None:
     target = several_outcomes(kind, mask)
-    svgd = check(target, 1.5)
+    svgd = assert_one_step(target, 1.5)
     # The attraction is the likelihood's gradient in the outputs that count.
     single, y, _ = KINDS[kind]
     counts = MASKS[mask][2]
@@ -158,7 +158,7 @@ def test_several_outcomes_a_datum(kind: str, mask: str) -> None:
 @pytest.mark.parametrize("mask", ["inside", "both"])
 @pytest.mark.parametrize("kind", ["Normal", "Categorical"])
 def test_median_and_chunks(kind: str, mask: str) -> None:
-    check(several_outcomes(kind, mask), None, chunk_size=3)
+    assert_one_step(several_outcomes(kind, mask), None, chunk_size=3)
 
 
 def test_a_vocabulary_takes_no_roots() -> None:
@@ -184,7 +184,7 @@ def test_a_vocabulary_takes_no_roots() -> None:
         lambda p: normal(p["w"], 0.0, 1.0) + likelihood(p["w"]).log_prob(y).sum(),
         outputs,
     )
-    check(target, None)
+    assert_one_step(target, None)
 
 
 def texts() -> dict[str, Tensor]:
@@ -234,7 +234,7 @@ def language(num_particles: int) -> Target:
 @pytest.mark.parametrize("chunk_size", [None, 2])
 def test_a_language_model_by_its_texts(chunk_size: int | None) -> None:
     # Llama's norms are in float32, so that padding changes the last digits.
-    check(language(3), 4.0, 1e-4, chunk_size=chunk_size)
+    assert_one_step(language(3), 4.0, 1e-4, chunk_size=chunk_size)
 
 
 def test_a_language_model_trains() -> None:

@@ -34,6 +34,21 @@ def two_batches(num_labels: int = 2) -> list[Batch]:
     ]
 
 
+def real_outputs() -> tuple[pl.LiftedNetwork, Callable[..., None], list[Batch]]:
+    """Three real outcomes a datum, with noise of a known size."""
+    lora, _ = classifier(3)
+
+    def model(labels: Tensor | None = None, **inputs: Tensor) -> None:
+        loc = lora()(**inputs).logits
+        with pyro.plate("data", NUM_DATA, subsample=inputs["input_ids"]):
+            pyro.sample("y", dist.Normal(loc, 0.7).to_event(1), obs=labels)
+
+    batches = two_batches()
+    for batch in batches:
+        batch["labels"] = torch.randn(len(batch["labels"]), 3, dtype=torch.float64)
+    return lora, model, batches
+
+
 def resized(batches: list[Batch], size: int) -> list[Batch]:
     """The same data in batches of another size, texts padded to one length."""
     length = max(b["input_ids"].shape[1] for b in batches)
