@@ -73,9 +73,7 @@ class SVGD:
             standard Gaussian's variance over D weights (Ba et al. 2022,
             https://openreview.net/forum?id=Qycd9j5Qp9J), at 2 D / log(K + 1) all of it.
         chunk_size: Particles in one forward pass; None is all. Same numbers, less
-            memory; function space then needs a second forward pass. On a CPU, and
-            without a trunk to share, a pass of more than about 1,000 tokens can be
-            slower than several smaller ones.
+            memory; function space then needs a second forward pass.
         accumulate: Batches in one update: the particles move once for all of them, as
             on one batch that holds their data. :meth:`run` ends an epoch with an update
             of what is left. Function space then needs a second forward pass, too.
