@@ -12,7 +12,8 @@ import json
 import math
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -29,15 +30,13 @@ from benchmarks.tables import header, provenance
 
 NUM_PARTICLES, NUM_MORE = 5, 8
 NUM_TEST, NUM_OTHER = 500, 250
-NUM_SEEDS_OF_SPACES = 1  # for the rows that only show what doesn't help
 OUT_OF_DOMAIN = "nyt"
-FUNCTION = pl.kernels.RBF(space="function")
-SPACES: dict[str, tuple[pl.kernels.Kernel, dict[str, Any]]] = {
-    "SVGD, all weights": (pl.kernels.RBF(), {}),
-    "SVGD, all weights, T=100": (pl.kernels.RBF(), {"temperature": 100.0}),
-    "SVGD, by site": (pl.kernels.RBF(space="site"), {}),
-    "SVGD, LoRA's updates": (pl.kernels.RBF(space="delta"), {}),
+SPACES = {
+    "SVGD, all weights": "joint",
+    "SVGD, by site": "site",
+    "SVGD, LoRA's updates": "delta",
 }
+EFFECTIVE, HELD_OUT = "effective parameters", "held-out nll"
 Result = dict[str, Any]
 
 
@@ -120,7 +119,10 @@ class Job:
             "MAP": self.result(self.some(many, 1)),
             "deep ensemble of 5": self.result(few),
             "deep ensemble of 8": self.result(many),
-            "Laplace": self.result(pl.MixturePosterior(mixture.components[:1])),
+            "Laplace": {
+                **self.result(pl.MixturePosterior(mixture.components[:1])),
+                EFFECTIVE: float(mixture.components[0].gaussian.effective_parameters()),
+            },
             "mixture of Laplace": self.result(mixture),
         }
         kept, held_out = self.setting.halves()
@@ -131,30 +133,34 @@ class Job:
             temperature = pl.fit_temperature(tune)
             row = self.result(posterior, temperature)
             if number == 1:
-                row["held-out nll"] = tune.with_temperature(temperature).metrics()[
-                    "nll"
-                ]
+                row[HELD_OUT] = tune.with_temperature(temperature).metrics()["nll"]
             found[f"{name} + temperature, 80 %"] = row
         return found
 
     def run_function_space(self, ensembles: Result) -> Result:
-        """Repulsion of the predictions: by the default rule, and by another level.
+        """Repulsion of the predictions, by the default strength and by others.
 
-        The other level is what MAP reaches on held-out rows at its best temperature.
+        Each gate opens below a level of the training loss: 0.3; the expected optimism
+        gamma / N of a fit with gamma effective parameters, as Laplace at MAP has them;
+        or what MAP reaches on held-out rows at its best temperature.
         """
         num_data = len(self.setting.train)
-        level = ensembles["MAP + temperature, 80 %"]["held-out nll"]
 
-        def gated(fraction: float, loss: float) -> float:
-            return 0.4 * num_data * max(0.0, 1 - loss / level)
+        def gate(level: float) -> Callable[[float, float], float]:
+            return lambda _, loss: 0.4 * num_data * max(0.0, 1 - loss / level)
 
+        rules: dict[str, Any] = {
+            "default": None,
+            "level by Laplace": gate(ensembles["Laplace"][EFFECTIVE] / num_data),
+            "held-out level": gate(ensembles["MAP + temperature, 80 %"][HELD_OUT]),
+            "constant": 0.4 * num_data,
+        }
         found = {}
-        rules = {"default": None, "held-out level": gated, "constant": 0.4 * num_data}
         for name, repulsion in rules.items():
-            if name != "default" and self.setting.seed >= NUM_SEEDS_OF_SPACES:
-                continue
             posterior = self.particles(
-                self.setting.train, FUNCTION, repulsion=repulsion
+                self.setting.train,
+                pl.kernels.RBF(space="function"),
+                repulsion=repulsion,
             )
             found[f"SVGD, function, {name}"] = self.result(posterior)
             found[f"SVGD, function, {name} + Laplace"] = self.result(
@@ -162,13 +168,18 @@ class Job:
             )
         return found
 
-    def run_spaces(self) -> Result:
-        """Textbook SVGD over weights, and preconditioned by Laplace."""
+    def run_weight_space(self, ensembles: Result) -> Result:
+        """Textbook SVGD over weights; hotter; and preconditioned by Laplace."""
+        train = self.setting.train
         found = {
-            name: self.result(self.particles(self.setting.train, kernel, **options))
-            for name, (kernel, options) in SPACES.items()
+            name: self.result(self.particles(train, pl.kernels.RBF(space=space)))
+            for name, space in SPACES.items()
         }
-        start = self.some(self.particles(self.setting.train, pl.kernels.Zero()), 1)
+        hot = ensembles["Laplace"][EFFECTIVE] / math.log(NUM_PARTICLES + 1)
+        found["SVGD, all weights, T by Laplace"] = self.result(
+            self.particles(train, pl.kernels.RBF(), temperature=hot)
+        )
+        start = self.some(self.particles(train, pl.kernels.Zero()), 1)
         component = self.laplace(start).components[0]
         found["SVGD, all weights, preconditioned"] = self.result(
             self.preconditioned(component)
@@ -193,6 +204,16 @@ class Job:
         return svgd.posterior()
 
 
+def resumed(path: Path, compute: Callable[[], Result]) -> Result:
+    """The results in a file, which is written if there is none."""
+    if not path.exists():
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*aren't a mode.*")
+            write(path, compute())
+    found: Result = json.loads(path.read_text())
+    return found
+
+
 def run(job: Study, num_seeds: int, runs: Path) -> None:
     """Every result that has no file yet."""
     runs.mkdir(parents=True, exist_ok=True)
@@ -204,20 +225,14 @@ def run(job: Study, num_seeds: int, runs: Path) -> None:
         for name, regime in EPOCHS
         if name in job.corpora
     ]
-    for part in ("particles", "spaces"):  # what matters first
-        for name, regime, seed in keys:
-            path = runs / f"{name}_{regime}_{seed}_{part}.json"
-            if path.exists() or (part == "spaces" and seed >= NUM_SEEDS_OF_SPACES):
-                continue
-            one = Job(job.setting(name, regime, seed), other)
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message=".*aren't a mode.*")
-                if part == "spaces":
-                    found = one.run_spaces()
-                else:
-                    found = one.run_ensembles()
-                    found |= one.run_function_space(found)
-            write(path, found)
+    for name, regime, seed in keys:
+        one = Job(job.setting(name, regime, seed), other)
+        stem = f"{name}_{regime}_{seed}"
+        ensembles = resumed(runs / f"{stem}_ensembles.json", one.run_ensembles)
+        function_space = partial(one.run_function_space, ensembles)
+        resumed(runs / f"{stem}_function.json", function_space)
+        weight_space = partial(one.run_weight_space, ensembles)
+        resumed(runs / f"{stem}_weights.json", weight_space)
 
 
 def collected(runs: Path) -> dict[tuple[str, str], dict[str, list[Result]]]:
@@ -255,7 +270,9 @@ def report(runs: Path) -> list[str]:
         "",
         "AUROC: telling the editorials by the total entropy. Diversity: mean epistemic "
         "entropy, nats. 80 %: trained on 80 % of the rows, the temperature fitted on "
-        "the rest. Laplace: a KFAC Gaussian, its prior by the evidence, linearised.",
+        "the rest. Laplace: a KFAC Gaussian, its prior by the evidence, linearised. By "
+        "Laplace: with gamma effective parameters of Laplace at MAP, T is gamma / "
+        "log(K + 1), and the gate opens below gamma / N nats.",
         "",
     ]
     for (name, regime), methods in collected(runs).items():
