@@ -347,8 +347,7 @@ def report(repeats: int, device: str, quick: bool) -> list[str]:
         *(row for size in sizes for row in memory(size, counts[-1], device)),
         "",
     ]
-    if device == "cpu":
-        keep_freed_memory()
+    if device == "cpu" and keep_freed_memory():
         lines += [
             f"S particles at once once more, with `{SETTINGS}`, by which glibc keeps "
             "the memory of freed tensors:",

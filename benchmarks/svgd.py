@@ -334,8 +334,7 @@ def report(repeats: int, device: str, quick: bool, out: Path | None) -> list[str
         "",
         *([] if out is None else ["![Cost over N D and N](svgd_growth.png)", ""]),
     ]
-    if device == "cpu":
-        keep_freed_memory()
+    if device == "cpu" and keep_freed_memory():
         lines += [
             f"A step over as many plain steps once more, both with `{SETTINGS}`, by "
             "which glibc keeps the memory of freed tensors:",
