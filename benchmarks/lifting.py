@@ -314,7 +314,7 @@ def report(repeats: int, device: str, quick: bool) -> list[str]:
         grid = {"hidden": [128, 384], "batch": [1, 4, 16], "length": [16, 128]}
         counts = [1, 2, 4, 8]
     rows = [row for size in sizes for row in one_particle(size, repeats, device)]
-    saved = (
+    kept = (
         "Activations kept for the backward pass" if device == "cpu" else "Peak memory"
     )
     lines = [
@@ -341,7 +341,7 @@ def report(repeats: int, device: str, quick: bool) -> list[str]:
         *header("network", "plain PyTorch", "SVI", "ratio", "target"),
         *one_step(deep, repeats, device),
         "",
-        f"{saved}, in MiB, of a plain batch S times as large and of S particles:",
+        f"{kept}, in MiB, of a plain batch S times as large and of S particles:",
         "",
         *header("network", "plain PEFT", "lifted", "ratio", "target"),
         *(row for size in sizes for row in memory(size, counts[-1], device)),

@@ -31,7 +31,7 @@ from benchmarks.tables import header, provenance
 NUM_PARTICLES, NUM_MORE = 5, 8
 NUM_TEST, NUM_OTHER = 500, 250
 OUT_OF_DOMAIN = "nyt"
-SPACES = {
+SPACES: dict[str, Any] = {
     "SVGD, all weights": "joint",
     "SVGD, by site": "site",
     "SVGD, LoRA's updates": "delta",
@@ -179,7 +179,7 @@ class Job:
         found["SVGD, all weights, T by Laplace"] = self.result(
             self.particles(train, pl.kernels.RBF(), temperature=hot)
         )
-        start = self.some(self.particles(train, pl.kernels.Zero()), 1)
+        start = self.particles(train, pl.kernels.Zero(), 1)
         component = self.laplace(start).components[0]
         found["SVGD, all weights, preconditioned"] = self.result(
             self.preconditioned(component)
