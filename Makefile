@@ -1,5 +1,7 @@
 # make test     lint, types, tests          make demo    the example (DEMO_ARGS="...")
 # make lint     ruff and mypy only          make docs    the site, in docs/_build/html
+# make test-slow  the tests that take minutes; PYRO_LORA_MUTATIONS=1000000 for each kind
+#               of file is a night's work
 # make pictures the demo, and its pictures into docs/images
 # Another Python: make test PYTHON=python3.13 (.venv is then made anew)
 
@@ -14,9 +16,9 @@ STAMP := .venv/.installed-$(VERSION)
 TEST_STAMP := $(STAMP)-test
 
 export TOKENIZERS_PARALLELISM := false
-test: export HF_HUB_OFFLINE := 1
+test test-slow: export HF_HUB_OFFLINE := 1
 
-.PHONY: .venv test lint demo pictures docs
+.PHONY: .venv test test-slow lint demo pictures docs
 .DEFAULT_GOAL := test
 
 .venv: $(STAMP)
@@ -40,6 +42,9 @@ $(TEST_STAMP): $(STAMP)
 
 test: lint $(TEST_STAMP)
 	$(BIN)/python -m pytest --numprocesses auto
+
+test-slow: $(TEST_STAMP)
+	$(BIN)/python -m pytest -m slow --numprocesses auto
 
 lint: .venv
 	$(BIN)/ruff check .

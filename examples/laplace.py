@@ -30,8 +30,8 @@ tuned = posterior.optimize_prior()
 print(f"log evidence {posterior.log_evidence():.1f}, tuned {tuned.log_evidence():.1f}")
 
 point = pl.predict(model, pl.ensemble(lora, [tuned.mode()]), test)
-bayes = pl.predict(model, tuned, test, method="linearized")
-unseen = pl.predict(model, tuned, elsewhere, method="linearized")
+bayes = pl.predict(model, tuned, test)
+unseen = pl.predict(model, tuned, elsewhere)
 
 print("         accuracy    nll    ece")
 for name, prediction in {"mode": point, "Laplace": bayes}.items():

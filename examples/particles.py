@@ -39,7 +39,7 @@ mixture = pl.MixturePosterior(components)
 print("           accuracy    nll    ece")
 for name, prediction in {
     "particles": pl.predict(model, particles, test),
-    "mixture": pl.predict(model, mixture, test, method="linearized"),
+    "mixture": pl.predict(model, mixture, test),
 }.items():
     m = prediction.metrics()
     print(f"{name:10} {m['accuracy']:8.3f} {m['nll']:6.3f} {m['ece']:6.3f}")

@@ -134,7 +134,12 @@ def write(study: Study, task: Task, model: str, out: Path) -> str:
             tree = pl.to_datatree(posterior, batches=batches, num_samples=num_samples)
             tree.to_netcdf(out / f"{name}.nc", engine="h5netcdf")
             trees[name] = tree
-        pl.export_adapters(posterior, out / "adapters" / name, task.num_particles)
+        folder = out / "adapters" / name
+        if name == "svgd":
+            pl.export_adapters(posterior, folder, task.num_particles)
+        elif name == "laplace":  # draws of it are for the linearised network
+            mode = pl.ensemble(task.lora, [posterior.mode()])
+            pl.export_adapters(mode, folder, 1)
     drawn = pictures.draw(study, task.lora, trees["laplace"], out)
     names = ", ".join(path.name for path in drawn)
     return f"{text}\n\nPictures in {out}: {names}"

@@ -1,57 +1,68 @@
-"""Bayesian LoRA adapters as Pyro random variables."""
+"""Bayesian LoRA adapters as Pyro random variables.
 
-from pyro_lora import models
-from pyro_lora.curvature.fisher_roots import FisherRoot, fisher_root
-from pyro_lora.curvature.gaussian_logits import (
-    GaussianLogits,
-    JointGaussianLogits,
-    class_log_probs,
-    laplace_bridge,
-    probit,
-)
-from pyro_lora.curvature.structures import (
-    DenseFactors,
-    DiagonalFactors,
-    KroneckerFactors,
-    dense,
-    diagonal,
-    ekfac,
-    joint_structure,
-    kfac_expand,
-    kfac_reduce,
-)
-from pyro_lora.export import plots
-from pyro_lora.export.adapters import export_adapters
-from pyro_lora.export.checkpoint import load, save
-from pyro_lora.export.datatree import to_datatree
-from pyro_lora.export.diagnose import diagnose
-from pyro_lora.export.diagnosis import Diagnosis
-from pyro_lora.export.inference_data import to_inference_data
-from pyro_lora.export.training_folder import load_state, save_state
-from pyro_lora.infer import kernels, schedules
-from pyro_lora.infer.auto_laplace import AutoLaplace
-from pyro_lora.infer.effective_predictions import effective_num_predictions
-from pyro_lora.infer.ensemble import ensemble
-from pyro_lora.infer.laplace_posterior import LaplacePosterior
-from pyro_lora.infer.mixture_posterior import MixturePosterior
-from pyro_lora.infer.particle_posterior import ParticlePosterior
-from pyro_lora.infer.stein_discrepancy import (
-    SteinDiscrepancy,
-    kernelized_stein_discrepancy,
-)
-from pyro_lora.infer.svgd import SVGD
-from pyro_lora.lifting import priors
-from pyro_lora.lifting.lifted_network import LiftedNetwork, lift
-from pyro_lora.lifting.trunk_cache import cached_trunk
-from pyro_lora.predict.acquisition import Acquisition, acquire
-from pyro_lora.predict.dropout import DropoutPosterior, mc_dropout
-from pyro_lora.predict.generate import Generation, generate
-from pyro_lora.predict.predict import predict
-from pyro_lora.predict.prediction import Prediction, auroc, fit_temperature
-from pyro_lora.predict.regression import RegressionPrediction
-from pyro_lora.predict.semantic import SemanticEntropy, semantic_entropy
-from pyro_lora.predict.sequence_scores import SequenceLogProb, sequence_log_prob
-from pyro_lora.predict.token_prediction import TokenPrediction
+The public names are loaded, all at once, when the first of them is asked for: what
+needs none of them, such as the command line's help, doesn't wait for torch.
+"""
+
+import sys
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what _HOMES says below, for whom no code runs
+    from pyro_lora import models
+    from pyro_lora.curvature.fisher_roots import FisherRoot, fisher_root
+    from pyro_lora.curvature.gaussian_logits import (
+        GaussianLogits,
+        JointGaussianLogits,
+        class_log_probs,
+        laplace_bridge,
+        probit,
+    )
+    from pyro_lora.curvature.structures import (
+        DenseFactors,
+        DiagonalFactors,
+        KroneckerFactors,
+        dense,
+        diagonal,
+        ekfac,
+        joint_structure,
+        kfac_expand,
+        kfac_reduce,
+    )
+    from pyro_lora.export import plots
+    from pyro_lora.export.adapters import export_adapters
+    from pyro_lora.export.checkpoint import load, load_metadata, save
+    from pyro_lora.export.datatree import to_datatree
+    from pyro_lora.export.diagnose import diagnose
+    from pyro_lora.export.diagnosis import Diagnosis
+    from pyro_lora.export.inference_data import to_inference_data
+    from pyro_lora.export.training_folder import load_state, save_state
+    from pyro_lora.infer import kernels, schedules
+    from pyro_lora.infer.auto_laplace import AutoLaplace
+    from pyro_lora.infer.effective_predictions import effective_num_predictions
+    from pyro_lora.infer.ensemble import ensemble
+    from pyro_lora.infer.laplace_posterior import LaplacePosterior
+    from pyro_lora.infer.mixture_posterior import MixturePosterior
+    from pyro_lora.infer.particle_posterior import ParticlePosterior
+    from pyro_lora.infer.stein_discrepancy import (
+        SteinDiscrepancy,
+        kernelized_stein_discrepancy,
+    )
+    from pyro_lora.infer.svgd import SVGD
+    from pyro_lora.lifting import priors
+    from pyro_lora.lifting.lifted_network import LiftedNetwork, lift
+    from pyro_lora.lifting.trunk_cache import cached_trunk
+    from pyro_lora.predict.acquisition import Acquisition, acquire
+    from pyro_lora.predict.dropout import DropoutPosterior, mc_dropout
+    from pyro_lora.predict.generate import Generation, generate
+    from pyro_lora.predict.predict import predict
+    from pyro_lora.predict.prediction import Prediction, auroc, fit_temperature
+    from pyro_lora.predict.regression import RegressionPrediction
+    from pyro_lora.predict.semantic import SemanticEntropy, semantic_entropy
+    from pyro_lora.predict.sequence_scores import SequenceLogProb, sequence_log_prob
+    from pyro_lora.predict.token_prediction import TokenPrediction
 
 __all__ = [
     "SVGD",
@@ -98,6 +109,7 @@ __all__ = [
     "laplace_bridge",
     "lift",
     "load",
+    "load_metadata",
     "load_state",
     "mc_dropout",
     "models",
@@ -113,3 +125,87 @@ __all__ = [
     "to_datatree",
     "to_inference_data",
 ]
+
+_HOMES = {
+    "pyro_lora": "models",
+    "pyro_lora.curvature.fisher_roots": "FisherRoot fisher_root",
+    "pyro_lora.curvature.gaussian_logits": (
+        "GaussianLogits JointGaussianLogits class_log_probs laplace_bridge probit"
+    ),
+    "pyro_lora.curvature.structures": (
+        "DenseFactors DiagonalFactors KroneckerFactors dense diagonal ekfac "
+        "joint_structure kfac_expand kfac_reduce"
+    ),
+    "pyro_lora.export": "plots",
+    "pyro_lora.export.adapters": "export_adapters",
+    "pyro_lora.export.checkpoint": "load load_metadata save",
+    "pyro_lora.export.datatree": "to_datatree",
+    "pyro_lora.export.diagnose": "diagnose",
+    "pyro_lora.export.diagnosis": "Diagnosis",
+    "pyro_lora.export.inference_data": "to_inference_data",
+    "pyro_lora.export.training_folder": "load_state save_state",
+    "pyro_lora.infer": "kernels schedules",
+    "pyro_lora.infer.auto_laplace": "AutoLaplace",
+    "pyro_lora.infer.effective_predictions": "effective_num_predictions",
+    "pyro_lora.infer.ensemble": "ensemble",
+    "pyro_lora.infer.laplace_posterior": "LaplacePosterior",
+    "pyro_lora.infer.mixture_posterior": "MixturePosterior",
+    "pyro_lora.infer.particle_posterior": "ParticlePosterior",
+    "pyro_lora.infer.stein_discrepancy": (
+        "SteinDiscrepancy kernelized_stein_discrepancy"
+    ),
+    "pyro_lora.infer.svgd": "SVGD",
+    "pyro_lora.lifting": "priors",
+    "pyro_lora.lifting.lifted_network": "LiftedNetwork lift",
+    "pyro_lora.lifting.trunk_cache": "cached_trunk",
+    "pyro_lora.predict.acquisition": "Acquisition acquire",
+    "pyro_lora.predict.dropout": "DropoutPosterior mc_dropout",
+    "pyro_lora.predict.generate": "Generation generate",
+    "pyro_lora.predict.predict": "predict",
+    "pyro_lora.predict.prediction": "Prediction auroc fit_temperature",
+    "pyro_lora.predict.regression": "RegressionPrediction",
+    "pyro_lora.predict.semantic": "SemanticEntropy semantic_entropy",
+    "pyro_lora.predict.sequence_scores": "SequenceLogProb sequence_log_prob",
+    "pyro_lora.predict.token_prediction": "TokenPrediction",
+}
+
+
+@cache
+def _load() -> None:
+    # All at once, since some register themselves with others.
+    public = {}
+    for home, names in _HOMES.items():
+        module = import_module(home)
+        for name in names.split():
+            value = vars(module).get(name)
+            public[name] = import_module(f"{home}.{name}") if value is None else value
+    globals().update(public)
+
+
+class _Package(ModuleType):
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Keep the function ``predict`` when the room of that name is imported."""
+        is_room = isinstance(value, ModuleType) and name in __all__
+        if not is_room or name in _HOMES[__name__].split():
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+if not TYPE_CHECKING:  # or every misspelt name would be a public one
+
+    def __getattr__(name: str) -> Any:
+        if not name.startswith("__"):
+            _load()
+        try:
+            return globals()[name]
+        except KeyError:
+            message = f"module {__name__!r} has no attribute {name!r}"
+            raise AttributeError(
+                message, name=name, obj=sys.modules[__name__]
+            ) from None

@@ -5,39 +5,43 @@ from __future__ import annotations
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
-
-import pyro
-import torch
-from pyro.infer import SVI, Trace_ELBO
-from pyro.optim import PyroOptim
-from torch import Tensor
-from tqdm.auto import trange
+from typing import TYPE_CHECKING, Annotated, Any
 
 import pyro_lora as pl
 from pyro_lora.text_files import (
-    Settings,
-    lifted,
-    network_of,
-    read_rows,
-    remember,
-    remembered,
-    text_batches,
+    check_folder,
+    check_is_ours,
+    check_output,
+    given_names,
+    label_numbers,
+    read_texts,
     write_prediction,
 )
 
 try:
     import typer
 
-    from pyro_lora.terminal import errors_in_words, show, with_standard_errors
+    from pyro_lora.terminal import (
+        errors_in_words,
+        quiet_transformers,
+        say,
+        show,
+        with_standard_errors,
+    )
 except ImportError as error:
     raise ImportError(
         "The command line needs typer. Install it by: pip install 'pyro-lora[cli]'"
     ) from error
 
+if TYPE_CHECKING:
+    from pyro.optim import PyroOptim
+    from torch import Tensor
+
+# What a command needs is imported when it runs: help and completion don't wait for
+# torch, nor does the news that a file can't be read.
+
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="markdown",
     help="""Bayesian inference over a LoRA adapter for text classification.
 
@@ -72,6 +76,18 @@ class Predictive(StrEnum):
     sample = "sample"
 
 
+def _positive(value: float) -> float:
+    if not 1e-30 < value < 1e30:
+        raise typer.BadParameter(f"{value} is not a positive number up to 1e30.")
+    return value
+
+
+def _up_to_one(value: float) -> float:
+    if not 0 <= value <= 1:
+        raise typer.BadParameter(f"{value} is not a number from 0 to 1.")
+    return value
+
+
 Data = Annotated[
     Path,
     typer.Argument(
@@ -84,8 +100,12 @@ PosteriorFolder = Annotated[
         help="Folder that `pyro-lora fit` wrote.", exists=True, file_okay=False
     ),
 ]
-BatchSize = Annotated[int, typer.Option(min=1, help="Texts in one forward pass.")]
-Seed = Annotated[int, typer.Option(help="Same seed, same numbers.")]
+BatchSize = Annotated[
+    int, typer.Option(min=1, max=10**6, help="Texts in one forward pass.")
+]
+Seed = Annotated[
+    int, typer.Option(min=0, max=2**32 - 1, help="Same seed, same numbers.")
+]
 Device = Annotated[str, typer.Option(help="As torch names it: cpu, cuda, cuda:1, mps.")]
 
 
@@ -121,16 +141,24 @@ def fit(
         int | None,
         typer.Option(
             min=0,
+            max=10**6,
             help="Passes of training over the data. laplace: 0 takes the adapter as it "
             "is.  [default: 0 for laplace, 3 for svgd]",
         ),
     ] = None,
-    learning_rate: Annotated[float, typer.Option(help="Adam's.")] = 1e-3,
+    learning_rate: Annotated[
+        float, typer.Option(callback=_up_to_one, help="Adam's.")
+    ] = 1e-3,
     prior_scale: Annotated[
-        float, typer.Option(help="Standard deviation of every weight beforehand.")
+        float,
+        typer.Option(
+            callback=_positive, help="Standard deviation of every weight beforehand."
+        ),
     ] = 1.0,
-    num_particles: Annotated[int, typer.Option(min=2, help="For svgd.")] = 5,
-    max_length: Annotated[int, typer.Option(min=1, help="Tokens of a text.")] = 128,
+    num_particles: Annotated[int, typer.Option(min=2, max=1000, help="For svgd.")] = 5,
+    max_length: Annotated[
+        int, typer.Option(min=1, max=10**6, help="Tokens of a text.")
+    ] = 128,
     batch_size: BatchSize = 32,
     seed: Seed = 0,
     device: Device = "cpu",
@@ -142,23 +170,33 @@ def fit(
     as much as training `--num-particles` adapters.
     """
     with errors_in_words():
+        names = given_names(label_names)
+        check_folder(posterior, "POSTERIOR", adapter)
+        check_is_ours(posterior)
+        texts = read_texts(data, text_column, label_column)
+
+        import pyro
+
+        from pyro_lora import saved_classifier as saved
+
+        quiet_transformers()
         pyro.clear_param_store()
         pyro.set_rng_seed(seed)
-        rows = read_rows(data, text_column, label_column)
-        words = tuple(name.strip() for name in label_names.split(",") if name.strip())
-        network, names = network_of(adapter, words, [label for _, label in rows])
-        settings = Settings(
+        network = saved.network_of(adapter)
+        settings = saved.Settings(
             adapter=str(adapter.resolve()),
-            label_names=names,
+            label_names=saved.class_names(network, texts, names),
             text_column=text_column,
             label_column=label_column,
             max_length=max_length,
             prior_scale=prior_scale,
         )
-        lora = lifted(network, settings, device)
-        model = pl.models.classification(lora, len(rows))
-        batches = text_batches(rows, settings, batch_size, lora)
-        shuffled = text_batches(rows, settings, batch_size, lora, shuffle=True)
+        label_numbers(texts, settings.label_names)
+        lora = saved.lifted(network, settings, device)
+        saved.check_tokens(texts, settings, lora)
+        model = pl.models.classification(lora, len(texts))
+        batches = saved.text_batches(texts, settings, batch_size, lora)
+        shuffled = saved.text_batches(texts, settings, batch_size, lora, shuffle=True)
         found: pl.LaplacePosterior | pl.ParticlePosterior
         if method is Method.laplace:
             found, numbers = _laplace(
@@ -169,9 +207,12 @@ def fit(
             found, numbers = _svgd(
                 model, lora, shuffled, epochs, learning_rate, num_particles
             )
-        pl.save(found, posterior)
-        remember(posterior, settings)
-    counts = {"texts": len(rows), "classes": len(names), "weights": _num_weights(lora)}
+        saved.save_with(found, posterior, settings)
+    counts = {
+        "texts": len(texts),
+        "classes": len(settings.label_names),
+        "weights": _num_weights(lora),
+    }
     show(f"{method.value} posterior in {posterior}", {**counts, **numbers})
 
 
@@ -193,7 +234,9 @@ def predict(
     num_samples: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Draws, with sample.  [default: 64, or all particles]"
+            min=1,
+            max=10**6,
+            help="Draws, with sample.  [default: 64, or all particles]",
         ),
     ] = None,
     batch_size: BatchSize = 32,
@@ -210,28 +253,42 @@ def predict(
     seen too little).
     """
     with errors_in_words():
-        _check_writable(output)
+        _refuse(
+            method is Predictive.linearized and num_samples is not None,
+            "--num-samples is for --method sample: linearized predictions are exact.",
+        )
+        if output is not None:
+            check_output(output, [data, posterior])
+
+        import pyro
+
+        from pyro_lora import saved_classifier as saved
+
+        quiet_transformers()
         pyro.set_rng_seed(seed)
-        settings, lora = remembered(posterior, device)
-        rows = read_rows(
+        settings = saved.remembered(posterior)
+        if output is not None:
+            check_output(output, saved.files_of(settings))
+        texts = read_texts(
             data, settings.text_column, settings.label_column, optional=True
         )
-        model = pl.models.classification(lora, len(rows))
-        found = pl.load(posterior, lora, model=model)
-        if method is None:
-            is_laplace = isinstance(found, pl.LaplacePosterior)
-            method = Predictive.linearized if is_laplace else Predictive.sample
+        label_numbers(texts, settings.label_names)
+        lora = saved.restored(posterior, settings, device)
+        saved.check_tokens(texts, settings, lora)
+        model = pl.models.classification(lora, len(texts))
+        found = saved.load_with(posterior, settings, lora, model)
+        method = method or Predictive(found.prediction_method)
         prediction: pl.Prediction = pl.predict(
             model,
             found,
-            text_batches(rows, settings, batch_size, lora),
+            saved.text_batches(texts, settings, batch_size, lora),
             method=method.value,
             num_samples=num_samples,
             progress_bar=True,
         )
         if output is not None:
-            write_prediction(output, rows, prediction, settings)
-    numbers: dict[str, Any] = {"texts": len(rows)}
+            write_prediction(output, texts, prediction, settings.label_names)
+    numbers: dict[str, Any] = {"texts": len(texts)}
     if prediction.labels is None:
         numbers["mean confidence"] = float(prediction.probs.max(-1).values.mean())
     else:
@@ -261,23 +318,31 @@ def diagnose(
     it over- or under-confident? Takes some dozen passes over the data.
     """
     with errors_in_words():
+        import pyro
+
+        from pyro_lora import saved_classifier as saved
+
+        quiet_transformers()
         pyro.set_rng_seed(seed)
-        settings, lora = remembered(posterior, device)
+        settings = saved.remembered(posterior)
         columns = settings.text_column, settings.label_column
-        rows = read_rows(data, *columns)
-        model = pl.models.classification(lora, len(rows))
-        others = None
+        texts = read_texts(data, *columns)
+        files = [texts]
         if held_out is not None:
-            others = text_batches(
-                read_rows(held_out, *columns), settings, batch_size, lora
-            )
+            files.append(read_texts(held_out, *columns))
+        lora = saved.restored(posterior, settings, device)
+        batches = []
+        for file in files:
+            saved.check_tokens(file, settings, lora)
+            batches.append(saved.text_batches(file, settings, batch_size, lora))
+        model = pl.models.classification(lora, len(texts))
         found = pl.diagnose(
-            pl.load(posterior, lora, model=model),
+            saved.load_with(posterior, settings, lora, model),
             model,
-            text_batches(rows, settings, batch_size, lora),
-            held_out=others,
+            batches[0],
+            held_out=batches[1] if held_out is not None else None,
         )
-    typer.echo(str(found))
+    say(str(found))
 
 
 @app.command()
@@ -288,7 +353,9 @@ def export(
     ],
     num_samples: Annotated[
         int | None,
-        typer.Option(min=1, help="Adapters to write.  [default: 8, or all particles]"),
+        typer.Option(
+            min=1, max=10**6, help="Adapters to write.  [default: 8, or all particles]"
+        ),
     ] = None,
     mode: Annotated[
         bool, typer.Option("--mode", help="Write the mode alone, for laplace.")
@@ -299,12 +366,27 @@ def export(
 
     Each has a README.md that says how to load it, by `PeftModel.from_pretrained`, and
     whether servers of many LoRA adapters (vLLM, LoRAX) take it. The mean of the
-    probabilities that they give is the posterior's prediction.
+    probabilities that they give is the prediction of particles (svgd). Draws of a
+    laplace posterior, which is about the linearised network, may predict at chance:
+    write its `--mode`, or particles.
     """
     with errors_in_words():
+        _refuse(
+            mode and num_samples is not None,
+            "--mode writes one adapter: leave out --num-samples.",
+        )
+        check_folder(output, "OUTPUT", posterior)
+
+        import pyro
+
+        from pyro_lora import saved_classifier as saved
+
+        quiet_transformers()
         pyro.set_rng_seed(seed)
-        _, lora = remembered(posterior, "cpu")
-        found = pl.load(posterior, lora)
+        settings = saved.remembered(posterior)
+        check_folder(output, "OUTPUT", *saved.folders_of(settings))
+        lora = saved.restored(posterior, settings, "cpu")
+        found = saved.load_with(posterior, settings, lora)
         if mode:
             found = pl.ensemble(lora, [found.mode()])
         if num_samples is None:
@@ -316,6 +398,11 @@ def export(
     show(f"adapters in {output}", {"from": names[0], "to": names[-1]})
 
 
+def _refuse(condition: bool, words: str) -> None:
+    if condition:
+        raise ValueError(words)
+
+
 def _laplace(
     model: Callable[..., Tensor],
     lora: pl.LiftedNetwork,
@@ -324,6 +411,10 @@ def _laplace(
     epochs: int,
     learning_rate: float,
 ) -> tuple[pl.LaplacePosterior, dict[str, Any]]:
+    import torch
+    from pyro.infer import SVI, Trace_ELBO
+    from tqdm.auto import trange
+
     guide = pl.AutoLaplace(model, init_loc_fn=lora.init_to_adapter())
     svi = SVI(model, guide, _adam(learning_rate), Trace_ELBO())
     lora.network.train()
@@ -363,12 +454,10 @@ def _svgd(
     return engine.posterior(), {"particles": num_particles, **last}
 
 
-def _check_writable(file: Path | None) -> None:
-    if file is not None and not file.parent.is_dir():
-        raise ValueError(f"There is no folder {file.parent} to write into.")
-
-
 def _adam(learning_rate: float) -> PyroOptim:
+    import torch
+    from pyro.optim import PyroOptim
+
     return PyroOptim(torch.optim.Adam, {"lr": learning_rate})
 
 

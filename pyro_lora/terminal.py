@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
-from transformers.utils.logging import disable_progress_bar
 
-import pyro_lora as pl
+if TYPE_CHECKING:
+    import pyro_lora as pl
 
 
 @contextmanager
@@ -21,8 +20,9 @@ def errors_in_words() -> Iterator[None]:
 
     Raises:
         Exit: In place of it.
+        MemoryError: Never.
+        RuntimeError: If it isn't about memory: that is an error in this library.
     """
-    disable_progress_bar()  # of the files that transformers reads
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # for the libraries' authors
         warnings.showwarning = _say  # type: ignore[assignment]  # it takes more
@@ -31,6 +31,28 @@ def errors_in_words() -> Iterator[None]:
         except (ValueError, OSError, ImportError) as error:
             typer.secho(f"Error: {error}", fg="red", err=True)
             raise typer.Exit(1) from error
+        except (MemoryError, RuntimeError) as error:
+            if "memory" not in str(error):
+                raise
+            typer.secho(
+                "Error: not enough memory. A smaller --batch-size, --max-length, "
+                f"--num-particles or --num-samples takes less. ({_first_line(error)})",
+                fg="red",
+                err=True,
+            )
+            raise typer.Exit(1) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def quiet_transformers() -> None:
+    """Neither bars nor tables of what transformers reads: it's checked afterwards."""
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+    disable_progress_bar()
+    set_verbosity_error()
 
 
 def _say(message: Warning | str, *_: Any) -> None:
@@ -47,11 +69,20 @@ def with_standard_errors(prediction: pl.Prediction) -> dict[str, str]:
     }
 
 
+def say(text: str) -> None:
+    """Print text, and the codes of what the terminal has no characters for."""
+    encoding = sys.stdout.encoding or "utf-8"
+    typer.echo(text.encode(encoding, "backslashreplace").decode(encoding))
+
+
 def show(title: str, numbers: Mapping[str, Any]) -> None:
     """Print a table of two columns under its title."""
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table(show_header=False)
     for name, value in numbers.items():
         shown = f"{value:.4g}" if isinstance(value, float) else str(value)
         table.add_row(name, shown)
-    typer.echo(f"\n{title}")
+    say(f"\n{title}")
     Console().print(table)

@@ -2,17 +2,26 @@
 
 import csv
 import json
+import os
+import pickle
 import re
 import shlex
+import shutil
+import signal
+import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyro
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -26,8 +35,19 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 import pyro_lora as pl
+from pyro_lora import saved_classifier
 from pyro_lora.cli import app
-from pyro_lora.text_files import Settings, text_batches
+from pyro_lora.saved_classifier import (
+    Settings,
+    check_tokens,
+    class_names,
+    load_with,
+    remembered,
+    save_with,
+    text_batches,
+)
+from pyro_lora.text_files import Texts
+from tests.export.test_checkpoint_killed import child
 
 pytestmark = pytest.mark.filterwarnings("ignore:The weights aren't a mode")
 WORDS = ["[PAD]", "[UNK]", "good", "bad", "film", "play", "a", "the"]
@@ -127,6 +147,10 @@ def python_side(place: Place, names: tuple[str, ...] = ("0", "1")) -> Any:
     return lora, pl.models.classification(lora, len(TEXTS)), settings
 
 
+def texts(texts: list[str], labels: list[str]) -> Texts:
+    return Texts(Path("x"), "text", "label", texts, labels, range(len(texts)))
+
+
 def rows(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
@@ -161,7 +185,7 @@ def test_fit_is_laplace_s_approximation(place: Place, laplace: Path) -> None:
     lora, model, settings = python_side(place)
     found = pl.load(laplace, lora, model=model)
     assert isinstance(found, pl.LaplacePosterior)
-    train = [(t, str(int(y))) for t, y in zip(TEXTS, LABELS, strict=True)]
+    train = texts(TEXTS, [str(int(y)) for y in LABELS])
     guide = pl.AutoLaplace(model, init_loc_fn=lora.init_to_adapter())
     batches = text_batches(train, settings, 5, lora)
     expected = guide.laplace_approximation(batches).optimize_prior()
@@ -195,7 +219,7 @@ def test_predictions_are_those_of_predict(
 ) -> None:
     output = run("predict", laplace, place.test, "--output", tmp_path / "p.csv")
     lora, model, settings = python_side(place)
-    test = [(t, str(int(y))) for t, y in zip(TEXTS, LABELS, strict=True)][::-1]
+    test = texts(TEXTS[::-1], [str(int(y)) for y in LABELS[::-1]])
     expected = pl.predict(
         model,
         pl.load(laplace, lora, model=model),
@@ -231,12 +255,13 @@ def test_particles_predict_by_sampling(
     particles = pl.load(svgd, lora, model=model)
     assert isinstance(particles, pl.ParticlePosterior)
     assert particles.num_particles == 3
-    data = [(t, str(int(y))) for t, y in zip(TEXTS, LABELS, strict=True)]
+    data = texts(TEXTS, [str(int(y)) for y in LABELS])
     expected = pl.predict(model, particles, text_batches(data, settings, 32, lora))
     found = [float(row["p(1)"]) for row in rows(tmp_path / "p.csv")]
     assert found == pytest.approx(expected.probs[:, 1].tolist(), abs=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:Averaged over draws")
 def test_a_seed_gives_the_same_numbers(
     place: Place, laplace: Path, tmp_path: Path
 ) -> None:
@@ -261,7 +286,7 @@ def test_texts_without_labels(place: Place, laplace: Path, tmp_path: Path) -> No
 def test_diagnose_prints_the_diagnosis(place: Place, laplace: Path) -> None:
     output = run("diagnose", laplace, place.train)
     lora, model, settings = python_side(place)
-    data = [(t, str(int(y))) for t, y in zip(TEXTS, LABELS, strict=True)]
+    data = texts(TEXTS, [str(int(y)) for y in LABELS])
     pyro.set_rng_seed(0)
     expected = pl.diagnose(
         pl.load(laplace, lora, model=model),
@@ -315,7 +340,7 @@ def test_labels_that_are_words(place: Place, tmp_path: Path) -> None:
     data = write_csv(tmp_path / "words.csv", {True: "pos", False: "neg"}, "sentiment")
     options = ("--label-column", "sentiment", "--epochs", 0)
     wrong = run("fit", place.adapter, data, tmp_path / "p", *options, code=1)
-    assert "'neg' isn't one of the classes ['LABEL_0', 'LABEL_1']" in wrong
+    assert "line 2: label 'pos' isn't one of the classes 'LABEL_0', 'LABEL_1'" in wrong
     options = (*options, "--label-names", "neg, pos")
     run("fit", place.adapter, data, tmp_path / "p", *options)
     output = run("predict", tmp_path / "p", data, "--output", tmp_path / "p.csv")
@@ -380,13 +405,16 @@ def test_errors_are_sentences(place: Place, laplace: Path, tmp_path: Path) -> No
         ((*fit, empty, out), "has no rows"),
         ((*fit, other, out), "ends in .csv or .jsonl"),
         ((*fit, place.train, out, "--text-column", "t"), "has no column 't'"),
-        ((*fit, three, out), "doesn't fit a network with the 3 classes 0, 1, 2"),
+        ((*fit, three, out), "line 2: label '2' isn't one of the classes '0', '1'"),
         (("fit", bert, place.train, out), "knows SEQ_CLS"),
-        (("predict", place.adapter, place.test), "make it by `pyro-lora fit`"),
+        (
+            ("predict", place.adapter, place.test),
+            "holds no manifest.json. Make it by `pyro-lora fit`",
+        ),
         ((*fit, place.train, out, "--device", "gpu"), "--device gpu: "),
         (
             ("predict", laplace, place.test, "--output", tmp_path / "no" / "p.csv"),
-            f"no folder {tmp_path / 'no'}",
+            f"there is no folder {tmp_path / 'no'}",
         ),
         (("diagnose", laplace, place.folder / "empty.csv"), ""),
     ):
@@ -395,12 +423,27 @@ def test_errors_are_sentences(place: Place, laplace: Path, tmp_path: Path) -> No
         assert "Traceback" not in output
 
 
+def test_another_base_of_the_same_shapes_is_refused(
+    place: Place, tmp_path: Path
+) -> None:
+    run("fit", saved_adapter(tmp_path), place.train, tmp_path / "posterior")
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    base.bert.encoder.layer[0].output.dense.weight.data.mul_(1.01)
+    base.save_pretrained(tmp_path / "base")
+    output = run("predict", tmp_path / "posterior", place.test, code=1)
+    assert "output.dense.weight' has" in " ".join(output.split())
+    assert "so this is another network" in " ".join(output.split())
+
+
 def test_damaged_settings_are_named(place: Place, tmp_path: Path) -> None:
     posterior = tmp_path / "posterior"
     run("fit", place.adapter, place.train, posterior)
-    file = posterior / "command_line" / "manifest.json"
+    file = posterior / "manifest.json"
     whole = file.read_text()
-    for text, word in ((whole[:-9], "truncated"), (whole.replace("max", "min"), "alt")):
+    for text, word in (
+        (whole[:-9], "truncated"),
+        (whole.replace("max_", "min_"), "alt"),
+    ):
         file.write_text(text)
         output = run("predict", posterior, place.test, code=1)
         assert "manifest.json" in output
@@ -457,3 +500,318 @@ def test_the_commands_on_the_page_run(
     assert {path.name for path in tmp_path.iterdir()} >= {
         *("posterior", "particles", "adapters", "predictions.csv")
     }
+
+
+def settings_of(place: Place, names: tuple[str, str]) -> Settings:
+    return Settings(
+        adapter=str(place.adapter),
+        label_names=names,
+        text_column="text",
+        label_column="label",
+        max_length=128,
+        prior_scale=1.0,
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.*fork")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_a_posterior_never_meets_another_fit_s_settings(
+    place: Place, tmp_path: Path
+) -> None:
+    """Killed at each operation on files, the two are those of one and the same fit."""
+    lora, *_ = python_side(place)
+    fits = [
+        (pl.ensemble(lora, [lora.weights()] * n), settings_of(place, names))
+        for n, names in ((2, ("0", "1")), (3, ("1", "0")))
+    ]
+    save_with(fits[0][0], tmp_path, fits[0][1])
+
+    def save_and_die(at: int) -> None:
+        left = at
+
+        def die(event: str, arguments: tuple[Any, ...]) -> None:
+            nonlocal left
+            if any(str(x).startswith(str(tmp_path)) for x in arguments):
+                left -= 1
+                if left < 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(die)
+        save_with(fits[1][0], tmp_path, fits[1][1])
+
+    seen, killed = [], True
+    while killed:
+        with child(lambda: save_and_die(len(seen))) as pid:
+            killed = os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+        settings = remembered(tmp_path)
+        found: Any = load_with(tmp_path, settings, lora)
+        seen.append(settings == fits[1][1])
+        assert settings == fits[seen[-1]][1]
+        assert found.num_particles == fits[seen[-1]][0].num_particles
+        save_with(fits[0][0], tmp_path, fits[0][1])
+    # The old fit up to the manifest's rename, the new one from there on.
+    assert seen == sorted(seen)
+    assert 5 < len(seen) - sum(seen) < len(seen) < 100
+
+
+def test_a_posterior_that_is_replaced_while_it_is_read_is_refused(
+    place: Place, tmp_path: Path
+) -> None:
+    lora, *_ = python_side(place)
+    particles = pl.ensemble(lora, [lora.weights()] * 2)
+    save_with(particles, tmp_path, settings_of(place, ("1", "0")))
+    with pytest.raises(ValueError, match="was written to while it was read"):
+        load_with(tmp_path, settings_of(place, ("0", "1")), lora)
+    pl.save(particles, tmp_path)  # from Python, without settings
+    assert "has no settings" in run("predict", tmp_path, place.test, code=1)
+
+
+def altered_adapter(place: Place, folder: Path, **config: Any) -> Path:
+    shutil.copytree(place.adapter, folder)
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **config}))
+    return folder
+
+
+WEIGHTS = "adapter_model.safetensors"
+LAYER = "base_model.model.bert.encoder.layer.7.attention.self.query.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"peft_type": "NONSENSE"}, "adapter_config.json is no configuration"),
+        ({"task_type": 5}, "adapter_config.json is no configuration"),
+        ({"base_model_name_or_path": None}, "base_model_name_or_path is None"),
+        ({"base_model_name_or_path": ["x"]}, "base_model_name_or_path is ['x']"),
+        ({"base_model_name_or_path": "/nowhere"}, "its base network '/nowhere' can't"),
+        ({"r": "eight"}, "doesn't fit its base network"),
+        ({"r": 3}, "doesn't fit its base network"),
+        ({"target_modules": "("}, "doesn't fit its base network"),
+    ],
+)
+def test_hostile_configurations(
+    place: Place, tmp_path: Path, config: dict[str, Any], message: str
+) -> None:
+    adapter = altered_adapter(place, tmp_path / "adapter", **config)
+    output = run("fit", adapter, place.train, tmp_path / "p", code=1)
+    assert f"Error: {adapter}" in output
+    assert message in output
+    assert not (tmp_path / "p").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda whole, tensors: whole[:0], "is truncated"),
+        (lambda whole, tensors: whole[:100], "is truncated"),
+        (lambda whole, tensors: whole[:-1], "is truncated"),
+        (lambda whole, tensors: save_tensors({}), "doesn't fit its base network"),
+        (
+            lambda whole, tensors: save_tensors(dict(sorted(tensors.items())[1:])),
+            "has no weights for",
+        ),
+        (
+            lambda whole, tensors: save_tensors({**tensors, LAYER: torch.ones(2, 16)}),
+            "of another network",
+        ),
+        (
+            lambda whole, tensors: save_tensors(
+                {k: torch.full_like(x, torch.nan) for k, x in tensors.items()}
+            ),
+            "has NaN or infinite values",
+        ),
+    ],
+)
+def test_damaged_weights(
+    place: Place, tmp_path: Path, change: Callable[..., bytes], message: str
+) -> None:
+    adapter = altered_adapter(place, tmp_path / "adapter")
+    whole = (adapter / WEIGHTS).read_bytes()
+    (adapter / WEIGHTS).write_bytes(change(whole, load_tensors(whole)))
+    output = run("fit", adapter, place.train, tmp_path / "p", code=1)
+    assert f"Error: {adapter}" in output
+    assert message in output
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return print, ("run by pickle",)
+
+
+def test_pickled_weights_run_nothing(place: Place, tmp_path: Path) -> None:
+    adapter = altered_adapter(place, tmp_path / "adapter")
+    (adapter / WEIGHTS).unlink()
+    assert "doesn't exist" in run("fit", adapter, place.train, tmp_path / "p", code=1)
+    (adapter / "adapter_model.bin").write_bytes(pickle.dumps(Evil()))
+    output = run("fit", adapter, place.train, tmp_path / "p", code=1)
+    assert "adapter_model.bin is truncated, or holds no weights" in output
+    assert "run by pickle" not in output
+
+
+def test_a_base_that_lacks_weights_is_refused(place: Place, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(place.folder / "base", base)
+    tensors = load_tensors((base / "model.safetensors").read_bytes())
+    lost = "bert.encoder.layer.0.attention.self.query.weight"
+    del tensors[lost]
+    (base / "model.safetensors").write_bytes(save_tensors(tensors, {"format": "pt"}))
+    adapter = altered_adapter(
+        place, tmp_path / "adapter", base_model_name_or_path=str(base)
+    )
+    output = run("fit", adapter, place.train, tmp_path / "p", code=1)
+    assert f"has weights for '{lost}'" in output
+
+
+def test_classes_are_those_of_the_adapter(place: Place, tmp_path: Path) -> None:
+    """Not the largest label, nor what the base network's configuration says."""
+    adapter = altered_adapter(place, tmp_path / "adapter")
+    tensors = load_tensors((adapter / WEIGHTS).read_bytes())
+    for name, value in tensors.items():
+        if "classifier" in name:
+            tensors[name] = torch.cat([value, value[:1]])
+    (adapter / WEIGHTS).write_bytes(save_tensors(tensors))
+    assert "3" in run("fit", adapter, place.train, tmp_path / "p")
+    assert remembered(tmp_path / "p").label_names == ("0", "1", "2")
+    data = tmp_path / "data.csv"
+    for label in ("30000000", "9" * 30, "-1", "2", "1.0", "nan", "", "³", "good"):
+        data.write_text(f"text,label\na film,0\na play,{label}\n", "utf-8")
+        output = run("fit", place.adapter, data, tmp_path / "q", code=1)
+        assert f"{data}, line 3: " in output
+        assert f"label {label!r} isn't one of the classes '0', '1'" in output
+    options = ("--label-names", "a,b,c")
+    output = run("fit", place.adapter, place.train, tmp_path / "q", *options, code=1)
+    assert "--label-names: 3 names, but the network has 2 classes" in output
+
+
+def test_numbers_that_are_names_too(place: Place, tmp_path: Path) -> None:
+    lora, *_ = python_side(place)
+    network: Any = lora.network
+    for config, labels, expected in (
+        ("01", "01", ("0", "1")),
+        ("12", "12", ("1", "2")),
+        ("12", "01", ("0", "1")),
+        ("ab", "ab", ("a", "b")),
+        ("ab", "01", ("0", "1")),
+    ):
+        network.config.id2label = dict(enumerate(config))
+        found = class_names(network, texts(["x", "y"], list(labels)))
+        assert found == expected
+    network.config.id2label = {0: "1", 1: "0"}
+    with pytest.raises(ValueError, match="and numbers of them, too"):
+        class_names(network, texts(["x", "y"], ["0", "1"]))
+
+
+def test_long_texts_are_cut_with_a_word(place: Place, tmp_path: Path) -> None:
+    file = tmp_path / "long.csv"
+    file.write_text("text,label\na film,0\n" + "good film " * 30 + ",1\n")
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")  # as in a terminal
+        output = run("fit", place.adapter, file, tmp_path / "p").replace("\n", " ")
+    assert "1 of 2 texts are cut after 16 tokens" in output
+    assert f"{file}, line 3" in output
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([], "finds no tokens in the text 'y'"),
+        ([8], "token 8, but the network knows 8"),
+    ],
+)
+def test_tokens_that_the_network_cannot_read(
+    place: Place, monkeypatch: pytest.MonkeyPatch, ids: list[int], message: str
+) -> None:
+    class OneText:
+        model_max_length = 10**30
+
+        def __call__(self, texts: list[str], verbose: bool) -> Any:
+            return SimpleNamespace(input_ids=[[7], ids])
+
+    lora, _, settings = python_side(place)
+    monkeypatch.setattr(saved_classifier, "tokenizer_of", lambda _: OneText())
+    with pytest.raises(ValueError, match=f"x, line 1: .*{message}"):
+        check_tokens(texts(["x", "y"], ["0", "1"]), settings, lora)
+
+
+def test_nothing_is_loaded_for_a_target_that_cannot_be_written(
+    place: Place, laplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise AssertionError("a network was loaded")
+
+    monkeypatch.setattr(saved_classifier, "network_of", fail)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "manifest.json").write_text('{"name": "an app"}')
+    fit = ("fit", place.adapter, place.train)
+    predict = ("predict", laplace, place.test, "--output")
+    for args in (
+        (*fit, other),
+        (*fit, place.train / "below"),
+        (*fit, place.adapter),
+        (*predict, place.test),
+        (*predict, laplace / "manifest.json"),
+        (*predict, place.adapter / "adapter_config.json"),
+        (*predict, place.folder / "base" / "config.json"),
+        ("export", laplace, laplace),
+        ("export", laplace, place.adapter),
+        ("export", laplace, tmp_path / "a", "--mode", "--num-samples", 3),
+    ):
+        before = sorted(place.folder.rglob("*"))
+        assert "Error: " in run(*args, code=1)
+        assert sorted(place.folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *((option, "nan") for option in ("--learning-rate", "--prior-scale")),
+        *((option, "inf") for option in ("--learning-rate", "--prior-scale")),
+        ("--learning-rate", "-1"),
+        ("--prior-scale", "0"),
+        ("--seed", "-1"),
+        ("--seed", "4294967296"),
+        *((name, "9" * 23) for name in ("--max-length", "--batch-size", "--epochs")),
+        ("--num-particles", "1000000000000"),
+        ("--device", "meta"),
+    ],
+)
+def test_options_out_of_bounds_are_named(
+    place: Place, tmp_path: Path, option: str, value: str
+) -> None:
+    code = 1 if option == "--device" else 2
+    args = ("fit", place.adapter, place.train, tmp_path / "p", option, value)
+    assert option in run(*args, code=code)
+    assert not (tmp_path / "p").exists()
+
+
+def test_a_column_that_is_called_as_a_result_is_kept(
+    place: Place, tmp_path: Path
+) -> None:
+    data = write_csv(tmp_path / "data.csv", {True: "1", False: "0"}, "class")
+    run("fit", place.adapter, data, tmp_path / "p", "--label-column", "class")
+    run("predict", tmp_path / "p", data, "--output", tmp_path / "out.csv")
+    written = rows(tmp_path / "out.csv")
+    assert [row["class"] for row in written] == [str(int(y)) for y in LABELS]
+    assert {row["predicted_class"] for row in written} <= {"0", "1"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="others have no such names")
+def test_names_of_files_that_are_no_text(
+    place: Place, laplace: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / os.fsdecode(b"caf\xe9.csv")
+    data.write_bytes(place.train.read_bytes())
+    assert "caf\\udce9.csv" in run("predict", laplace, data)
+
+
+def test_memory_that_is_short_is_said(
+    place: Place, laplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(pl, "predict", fail)
+    output = run("predict", laplace, place.test, code=1)
+    assert "Error: not enough memory. A smaller --batch-size" in output

@@ -282,7 +282,7 @@ def test_bad_arguments_are_named() -> None:
         pl.models.multiple_choice(lora, 5, [4])
     with pytest.raises(ValueError, match=r"different token ids, found \[4, 4\]"):
         pl.models.multiple_choice(lora, 5, [4, 4])
-    with pytest.raises(ValueError, match=r"must be positive, found -1.0"):
+    with pytest.raises(ValueError, match=r"must be positive and finite, found -1.0"):
         pl.models.regression(lora, 5, -1.0)
     two = pl.lift(networks.bert(2))
     with pytest.raises(ValueError, match=r"2 outputs a datum, expected one"):

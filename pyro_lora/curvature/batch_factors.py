@@ -21,6 +21,7 @@ from pyro_lora.curvature.capture import (
 )
 from pyro_lora.curvature.fisher import FisherTerms
 from pyro_lora.curvature.structures import KroneckerFactors, Structure
+from pyro_lora.lifting.interrupts import eagerly
 
 Captures = Mapping[int, LayerCapture]  # by place among the layers
 Counts = Mapping[int, Tensor]  # place -> which tokens count, (B, T)
@@ -125,6 +126,7 @@ def batch_factors(
     """
     terms, alpha = found.terms, found.coordinates
     score = _autograd_score(log_likelihood, leaves) if alpha is None else None
+    record.find_layouts(terms, max_bytes)
     groups, step = _chunks(record, terms, of_batch, max_bytes)
     starts = range(0, len(terms), step)
     whole = len(groups) * len(starts) == 1
@@ -232,9 +234,10 @@ def _with_input_factors(
 def _autograd_score(
     log_likelihood: Tensor, leaves: Mapping[str, Tensor]
 ) -> dict[str, list[Tensor]]:
-    found = torch.autograd.grad(
-        log_likelihood, list(leaves.values()), retain_graph=True, allow_unused=True
-    )
+    with eagerly():
+        found = torch.autograd.grad(
+            log_likelihood, list(leaves.values()), retain_graph=True, allow_unused=True
+        )
     return {
         site: list(torch.zeros_like(leaf) if g is None else g)
         for (site, leaf), g in zip(leaves.items(), found, strict=True)

@@ -11,6 +11,7 @@ import pyro
 from torch import Tensor
 
 from pyro_lora.curvature.weight_gaussian import Weights
+from pyro_lora.lifting.batch import check_batches, checked_batches
 from pyro_lora.lifting.model_trace import Batch, Model, trace_at
 
 NO_BATCHES = (
@@ -31,12 +32,12 @@ def first_batch(batches: Iterable[Batch], why: str) -> Batch:
         why: What it is read for, a clause.
 
     Raises:
-        ValueError: If there is none, or they can be read once only.
+        ValueError: If they are something else, or read once only, or there is none.
     """
-    iterator = iter(batches)
-    if iterator is batches:
+    check_batches(batches)
+    if iter(batches) is batches:
         raise ValueError(READ_ONCE.format(why))
-    first = next(iterator, None)
+    first = next(checked_batches(batches), None)
     if first is None:
         raise ValueError(NO_BATCHES)
     return first
@@ -76,6 +77,10 @@ def naming_batch(
         yield
     except ValueError as error:
         at = "".join(f", site {name!r}" for name in find_sites())
+        if str(error).startswith(f"Batch {index}"):
+            if not at:
+                raise
+            raise ValueError(f"{error}\nNaN are the parameters of{at[1:]}.") from error
         raise ValueError(
             f"The model failed on batch {index}{at}: {error}\nIf it runs on others, "
             "check that batch's inputs and labels."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,8 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_lora.curvature.layout import Call, Layout, Run, find_layouts, mixes_data
 from pyro_lora.curvature.structures import at_least_float32
+from pyro_lora.lifting.folding import tensors_in
+from pyro_lora.lifting.interrupts import eagerly, hooked
 from pyro_lora.lifting.lifted_network import LiftedNetwork
+from pyro_lora.lifting.model_trace import lifted_networks
 from pyro_lora.lifting.sites import LiftedParameter
 
 
@@ -31,20 +36,6 @@ class LayerCapture:
     gradients: Tensor
 
 
-@dataclass(frozen=True)
-class _Call:
-    """One call of a slot, and the versions of its tensors at that time."""
-
-    input: Tensor
-    output: Tensor
-    versions: tuple[int, int]
-
-    @property
-    def overwritten(self) -> bool:
-        """Whether a later operation wrote into the input or the output."""
-        return (self.input._version, self.output._version) != self.versions
-
-
 @dataclass
 class Recording:
     """What the forward hooks saw.
@@ -52,33 +43,203 @@ class Recording:
     Attributes:
         layers: Each layer of each site, sites in order, layers in order; a layer's
             weight and bias are two.
-        calls: For each slot its calls, slots in the order of their first.
+        networks: The lifted networks that they are in.
+        calls: For each slot its calls under the posterior's weights, slots in the order
+            of their first.
+        weights: Place among the layers -> the posterior's weights that stood there, one
+            for each call of the network.
+        plain: The networks that were called without them.
+        outside: Calls of slots outside of their networks'.
+        runs: Calls of the networks.
+        layouts: Of each call, once it is known.
     """
 
     layers: list[tuple[nn.Linear, LiftedParameter]]
-    calls: dict[nn.Module, list[_Call]] = field(default_factory=dict)
+    networks: Sequence[LiftedNetwork] = ()
+    calls: dict[nn.Module, list[Call]] = field(default_factory=dict)
+    weights: dict[int, list[Tensor]] = field(default_factory=dict)
+    plain: set[nn.Module] = field(default_factory=set)
+    outside: Run = field(default_factory=Run)
+    runs: list[Run] = field(default_factory=list)
+    layouts: dict[Call, Layout] = field(default_factory=dict)
+
+    def find_layouts(self, terms: Tensor, max_bytes: float = math.inf) -> None:
+        """Find which positions of each layer belong to which datum.
+
+        Args:
+            terms: All Fisher terms, (M, B).
+            max_bytes: Of gradients at a time.
+
+        Raises:
+            ValueError: If a position belongs to several data, or a layer's input is
+                overwritten in place.
+        """
+        if any(call.overwritten for calls in self.calls.values() for call in calls):
+            raise ValueError(
+                "The network overwrites inputs or outputs of a lifted layer in place, "
+                "so their gradients can't be read. Set inplace=False in its "
+                "activations."
+            )
+        with eagerly():
+            self.layouts = find_layouts([self.outside, *self.runs], terms, max_bytes)
+
+    def mixes_data(self, terms: Tensor) -> bool:
+        """Whether the terms, (M, B), of several data depend on the same output."""
+        with eagerly():
+            return mixes_data(self.runs, terms)
 
 
 @contextmanager
 def recording(
     networks: Iterable[LiftedNetwork], sites: Container[str]
 ) -> Iterator[Recording]:
-    """Record inputs and outputs of the slots of some sites while the block runs."""
+    """Record inputs and outputs of the slots of some sites while the block runs.
+
+    Calls that aren't under the posterior's weights, such as those of a reference that
+    the model compares with, say nothing of these and aren't recorded.
+    """
+    by_module = {lora.network: lora for lora in networks}
+    networks = tuple(by_module.values())
     layers = [pair for lora in networks for pair in linear_layers(lora, sites)]
-    record = Recording(layers)
+    record = Recording(layers, networks)
+    lifted = dict(reversed(layers))  # the first of weight and bias
+    active = [record.outside]
 
-    def hook(slot: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def starts(network: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        for i, (slot, p) in enumerate(layers):
+            weight = _posterior_weight(slot, p)
+            if weight is not None:
+                record.weights.setdefault(i, []).append(weight)
+        if not by_module[network].is_bound:
+            record.plain.add(network)
+        given = [(name, x is None) for name, x in [*enumerate(args), *kwargs.items()]]
+        active.append(Run(by_module[network], tuple(given)))
+        record.runs.append(active[-1])
+
+    def ends(network: Any, args: Any, output: Any) -> None:
+        active.pop().outputs += [x for x in tensors_in(output) if x.ndim > 0]
+
+    def called(slot: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        p = lifted[slot]
+        if _posterior_weight(slot, p) is None:
+            return
         x = inputs[0].detach()
-        call = _Call(x, output, (x._version, output._version))
+        call = Call(p.name, p.site, x, output, (x._version, output._version))
         record.calls.setdefault(slot, []).append(call)
+        active[-1].calls.append(call)
 
-    slots = {slot for slot, _ in record.layers}
-    handles = [slot.register_forward_hook(hook) for slot in slots]
-    try:
+    # Two blocks, since a network may be a single layer, which has ended after its call.
+    runs = dict.fromkeys(by_module, starts)
+    with (
+        hooked(dict.fromkeys(lifted, called), runs),
+        hooked(dict.fromkeys(by_module, ends)),
+    ):
         yield record
-    finally:
-        for handle in handles:
-            handle.remove()
+
+
+def _posterior_weight(slot: nn.Linear, p: LiftedParameter) -> Tensor | None:
+    """What a layer computes with, if it is bound and has gradients; else None."""
+    name = p.locations[0][1]
+    value: Any = getattr(getattr(slot, "bound", None), name, None)
+    value = slot._parameters[name] if value is None else value
+    bound = value.requires_grad and not isinstance(value, nn.Parameter)
+    return value if bound else None
+
+
+def check_recorded(record: Recording, trace: Any, values: Tensor, site: str) -> None:
+    """Check that what wasn't recorded really says nothing of the weights.
+
+    Of a layer that isn't called in a pass nothing is recorded, and zero gradients are
+    taken for zero information: right for an expert to which no token is routed, or a
+    layer that is dropped, but wrong where the model calls another network.
+
+    Args:
+        record: Of the pass.
+        trace: Of the model, in that pass.
+        values: What the posterior's Jacobian is of, differentiable.
+        site: Of the likelihood.
+
+    Raises:
+        ValueError: If a network isn't called with the posterior's weights (unless the
+            model samples it and calls another of the posterior's instead), no gradient
+            reaches them, or ``values`` depend on the weights of a layer that isn't
+            called.
+    """
+    sampled = lifted_networks(trace)
+    for lora in record.networks:
+        members = {p for ps in lora.parameters.values() for p in ps}
+        places = [i for i, (_, p) in enumerate(record.layers) if p in members]
+        if not places or any(i in record.weights for i in places):
+            continue
+        if lora in sampled and record.weights and lora.network not in record.plain:
+            continue  # as a model does that chooses between networks
+        p = record.layers[places[0]][1]
+        raise ValueError(
+            f"Site {p.site!r}: its layers, such as {p.name!r}, weren't called with the "
+            f"posterior's weights, so nothing is known of them. "
+            f"{_why_not_called(lora, sampled, record)}"
+        )
+    if not values.requires_grad:
+        raise ValueError(
+            f"The likelihood of site {site!r} doesn't depend on the lifted "
+            "network: no gradient reaches its outputs. Call the network that lora() "
+            "returns inside the model, without torch.no_grad() or detach()."
+        )
+    unseen = {
+        (weight.grad_fn, weight.output_nr): record.layers[i][1]
+        for i, weights in record.weights.items()
+        if record.layers[i][0] not in record.calls
+        for weight in weights
+    }
+    read = _reached(values, unseen) if unseen else None
+    if read is not None:
+        raise ValueError(
+            f"Site {read.site!r}: the likelihood depends on {read.name!r}, but its "
+            "layer wasn't called, so that its inputs and gradients are unknown. Let "
+            "the network call the layer, not its .forward, and not read the weight "
+            "itself; or freeze the parameter before lifting."
+        )
+
+
+def _why_not_called(
+    lora: LiftedNetwork, sampled: Sequence[LiftedNetwork], record: Recording
+) -> str:
+    if lora not in sampled and sampled:
+        return (
+            "The model samples another lifted network than the posterior's: one that "
+            "was lifted again, or loaded for; or this is a deep copy, in which a "
+            "function keeps the network that it was written with (those of "
+            "pyro_lora.models are copied with it). Use the model and the network "
+            "together, as in load(path, lora, model=model)."
+        )
+    if lora.network in record.plain:
+        return (
+            "The model called the network itself, at its own weights. Call what lora() "
+            "returns: net = lora(); net(**inputs)."
+        )
+    return (
+        "Call the network that lora() returns inside the model: net = lora(); "
+        "net(**inputs)."
+    )
+
+
+def _reached(
+    values: Tensor, wanted: Mapping[tuple[Any, int], LiftedParameter]
+) -> LiftedParameter | None:
+    """The first of some tensors, by node and place, that values depend on.
+
+    A walk over autograd's graph, which costs no backward pass.
+    """
+    nodes: list[Any] = [values.grad_fn]
+    seen = set(nodes)
+    while nodes:
+        for edge in nodes.pop().next_functions:
+            if edge in wanted:
+                return wanted[edge]
+            if edge[0] is not None and edge[0] not in seen:
+                seen.add(edge[0])
+                nodes.append(edge[0])
+    return None
 
 
 def capture_layers(
@@ -90,7 +251,7 @@ def capture_layers(
     """Gradients of every term at every recorded layer: one backward pass a term.
 
     Args:
-        record: Filled by :func:`recording` around the forward pass.
+        record: Filled by :func:`recording` around the forward pass, its layouts found.
         terms: (M, B), each datum's terms depending on that datum alone.
         places: Which of ``record.layers``; None is all of them.
         keep_graph: Whether further backward passes follow.
@@ -99,21 +260,17 @@ def capture_layers(
         Place -> capture; a layer that wasn't called or has no gradient has zero
         gradients. Layers that get the same tensor, as query and value do, have the
         same ``inputs``.
-
-    Raises:
-        ValueError: If a layer's input isn't batch first, or is overwritten in place.
     """
     batch_size = terms.shape[1]
     layers = dict(enumerate(record.layers))
     if places is not None:
         layers = {i: layers[i] for i in places}
     slots = {slot for slot, _ in layers.values()}
-    calls = {slot: found for slot, found in record.calls.items() if slot in slots}
-    if any(call.overwritten for of_slot in calls.values() for call in of_slot):
-        raise ValueError(
-            "The network overwrites inputs or outputs of a lifted layer in place, so "
-            "their gradients can't be read. Set inplace=False in its activations."
-        )
+    calls = {
+        slot: some
+        for slot, of_slot in record.calls.items()
+        if slot in slots and (some := [c for c in of_slot if c in record.layouts])
+    }
     outputs = [call.output for of_slot in calls.values() for call in of_slot]
     rows = [  # M queues, from which each gradient is taken once, to free its memory
         deque(_output_gradients(term, outputs, keep_graph or i < len(terms) - 1))
@@ -123,11 +280,15 @@ def capture_layers(
     gradients: dict[nn.Module, Tensor] = {}
     same: dict[tuple[Any, ...], Tensor] = {}
     for slot, of_slot in calls.items():
-        a = _joined([_by_token(c.input, batch_size) for c in of_slot], 1)
-        inputs[slot] = same.setdefault((a.data_ptr(), a.shape, a.stride()), a)
+        layouts = [record.layouts[c] for c in of_slot]
+        xs = [c.input for c in of_slot]
+        key = (*((x.data_ptr(), x.shape, x.stride()) for x in xs), *layouts)
+        if key not in same:
+            by_datum = [at.inputs(x) for at, x in zip(layouts, xs, strict=True)]
+            same[key] = _joined(by_datum, 1)
+        inputs[slot] = same[key]
         per_call = [
-            torch.stack([_by_token(row.popleft(), batch_size) for row in rows])
-            for _ in of_slot
+            torch.stack([at.gradients(row.popleft()) for row in rows]) for at in layouts
         ]
         gradients[slot] = _joined(per_call, 2)
     captures = {}
@@ -213,13 +374,14 @@ def _output_gradients(
     term: Tensor, outputs: Sequence[Tensor], keep_graph: bool
 ) -> list[Tensor]:
     wanted = [out for out in outputs if out.requires_grad]
-    found = iter(
-        torch.autograd.grad(
-            term.sum(), wanted, retain_graph=keep_graph, allow_unused=True
+    with eagerly():
+        found = iter(
+            torch.autograd.grad(
+                term.sum(), wanted, retain_graph=keep_graph, allow_unused=True
+            )
+            if wanted
+            else ()
         )
-        if wanted
-        else ()
-    )
     gradients = []
     for out in outputs:
         gradient = next(found) if out.requires_grad else None
@@ -230,16 +392,6 @@ def _output_gradients(
 def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
     # A single one needs no copy.
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
-
-
-def _by_token(x: Tensor, batch_size: int) -> Tensor:
-    if x.shape[0] % batch_size != 0:
-        raise ValueError(
-            f"A lifted layer has an input or output of shape {tuple(x.shape)} for "
-            f"{batch_size} data: its first dim must be the batch, or batch times "
-            "tokens. Networks that route tokens across data aren't supported."
-        )
-    return x.reshape(batch_size, -1, x.shape[-1])
 
 
 def score_gradient(capture: LayerCapture, coordinates: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ class DataPlate:
         scale: The site's scale with the data's subsampling divided out; that of
             another plate stands for the outcomes of a datum that weren't drawn.
         mask: The site's mask, None where there is none.
+        name: The plate's, None where there is none.
     """
 
     dim: int | None
@@ -27,6 +28,7 @@ class DataPlate:
     full_size: int
     scale: Tensor | float
     mask: Tensor | bool | None
+    name: str | None = None
 
     def data_last(self, value: Tensor, batch_shape: torch.Size) -> Tensor:
         """(..., M) with ... broadcasting to the batch shape -> (M', B)."""
@@ -40,7 +42,7 @@ def data_plate(site: dict[str, Any]) -> DataPlate:
     """Find the data plate of an observed site in a trace.
 
     The subsampled plate (the outermost one), else the rightmost, else the last batch
-    dim.
+    dim. A fit checks that the network's inputs are along it.
 
     Args:
         site: A node of a trace, of type sample.
@@ -58,4 +60,4 @@ def data_plate(site: dict[str, Any]) -> DataPlate:
     frame = subsampled[0] if subsampled else max(frames, key=lambda f: f.dim)
     full_size = frame.full_size or frame.size
     scale = site["scale"] / (full_size / frame.size)
-    return DataPlate(frame.dim, frame.size, full_size, scale, site["mask"])
+    return DataPlate(frame.dim, frame.size, full_size, scale, site["mask"], frame.name)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import msgspec
 import torch
 from torch import Tensor
 
+from pyro_lora.curvature.checked_tensors import FLOAT32, CheckedTensors, check_definite
+from pyro_lora.curvature.digests import update
 from pyro_lora.curvature.structures import (
     DenseFactors,
     DiagonalFactors,
@@ -20,15 +22,37 @@ from pyro_lora.curvature.structures import (
 )
 from pyro_lora.curvature.tensor_folder import (
     MANIFEST,
+    Count,
     Format,
+    Manifest,
+    Schema,
     delete_folder,
-    read_manifest,
-    read_tensors,
+    read_folder,
     write_folder,
 )
+from pyro_lora.lifting.fingerprint import Fingerprint
+from pyro_lora.lifting.model_trace import Model
 
-FORMAT = Format("pyro_lora fit", 1, "Start anew.")
 _FACTORS = (KroneckerFactors, DiagonalFactors, DenseFactors)
+_FIELDS = {kind.__name__: kind.__annotations__.keys() for kind in _FACTORS}
+
+
+class SavedSums(Schema):
+    """The fields of a fit's manifest."""
+
+    fit: str
+    num_batches: Annotated[int, msgspec.Meta(ge=1, le=2**53)]
+    num_data: Annotated[int, msgspec.Meta(ge=1, le=2**53)]
+    digest: str
+    random: tuple[str, ...]
+    factors: Literal["KroneckerFactors", "DiagonalFactors", "DenseFactors"]
+    fields: tuple[str, ...]
+    num_factors: Count
+    shared: dict[str, str]
+    layers: dict[str, Count]
+
+
+FORMAT = Format("pyro_lora fit", 2, "Start anew.", SavedSums)
 _REST = 20  # so long, in units of the last write, that writing costs 5 % at most
 
 
@@ -118,6 +142,47 @@ class PassState:
                 "the same order (shuffle=False), or delete it to start anew."
             )
 
+    def check_score(self, score: Mapping[str, Sequence[Tensor]], folder: Path) -> None:
+        """Check that a batch's gradient adds to the one that was read.
+
+        Args:
+            score: Site -> gradients of its layers.
+            folder: Where the state was read.
+
+        Raises:
+            ValueError: If it's of other shapes.
+        """
+        for site, layers in score.items():
+            for old, new in zip(self.sums.score[site], layers, strict=True):
+                if old.shape != new.shape:
+                    raise ValueError(
+                        f"{folder} has a gradient of shape {tuple(old.shape)} at site "
+                        f"{site!r}, not {tuple(new.shape)}. Delete it to start anew."
+                    )
+
+    def check_factors(self, layers: Mapping[int, Any], folder: Path) -> None:
+        """Check that a batch's factors add to those that were read.
+
+        Args:
+            layers: Place -> factors.
+            folder: Where the state was read.
+
+        Raises:
+            ValueError: If they're of another structure.
+        """
+        for i, new in layers.items():
+            old = self.sums.factors.get(i)
+            forms = [
+                (type(f), [(n, x.shape, x.dtype) for n, x in vars(f).items()])
+                for f in (old, new)
+                if f is not None
+            ]
+            if len(forms) != 2 or forms[0] != forms[1]:
+                raise ValueError(
+                    f"{folder} has other factors than this fit: {forms}. Delete it to "
+                    "start anew."
+                )
+
     def restore_random_state(self) -> None:
         """Set the generators, so that the next labels drawn are those that were due."""
         for device, state in self.random.items():
@@ -135,11 +200,13 @@ class PassCheckpoint:
         folder: Where.
         fit: Tells this fit from others.
         device: Where the sums live.
+        shapes: Site -> shape of its stack of layers, of all sites.
     """
 
     folder: Path
     fit: str
     device: torch.device
+    shapes: Mapping[str, tuple[int, ...]]
     _resting_until: float = field(default=0.0, init=False)
 
     def read(self) -> PassState | None:
@@ -150,32 +217,72 @@ class PassCheckpoint:
         """
         if not (self.folder / MANIFEST).exists():
             return None
-        try:
-            header = read_manifest(self.folder, FORMAT)
-            if header["fit"] != self.fit:
+
+        def check(manifest: Manifest) -> None:
+            if manifest.content.fit != self.fit:
                 raise ValueError(
                     f"{self.folder} is of another fit: of another mode, structure, "
-                    "Fisher or obs site. Give another checkpoint."
+                    "Fisher, obs site, network or model. Give another checkpoint."
                 )
-            tensors = read_tensors(self.folder, FORMAT, header, torch.device("cpu"))
+
+        try:
+            manifest, tensors = read_folder(
+                self.folder, FORMAT, torch.device("cpu"), check
+            )
+            try:
+                return self._state(manifest.content, tensors)
+            except ValueError as error:
+                raise ValueError(f"{manifest.file}: {error}.") from error
         except ValueError as error:
             raise ValueError(
                 f"{error} Or delete {self.folder} to start anew."
             ) from error
-        random = {d: tensors.pop(f"random/{d}") for d in header["random"]}
+
+    def _state(self, saved: SavedSums, tensors: dict[str, Tensor]) -> PassState:
+        """What was read, if these can be the sums of this fit.
+
+        Raises:
+            ValueError: If they can't.
+        """
+        random = {
+            device: _generator(
+                tensors.pop(f"random/{device}", None), device, self.device
+            )
+            for device in saved.random
+        }
+        if "cpu" not in random:
+            raise ValueError("the generator's state is missing")
         tensors = {name: x.to(self.device) for name, x in tensors.items()}
-        tensors |= {name: tensors[first] for name, first in header["shared"].items()}
-        (kind,) = (kind for kind in _FACTORS if kind.__name__ == header["factors"])
+        for name, first in saved.shared.items():
+            if first not in tensors or name in tensors:
+                raise ValueError(f"shared: {name!r:.80} can't share {first!r:.80}")
+            tensors[name] = tensors[first]
+        checked = CheckedTensors(tensors)
+        layers = [shape[1:] for shape in self.shapes.values() for _ in range(shape[0])]
+        expected = {site: shape[0] for site, shape in self.shapes.items()}
+        if saved.layers != expected:
+            raise ValueError(f"layers are {saved.layers}, expected {expected}")
+        joint = saved.factors == "DenseFactors"
+        num_factors = 1 if joint else len(layers)
+        kind = next(kind for kind in _FACTORS if kind.__name__ == saved.factors)
+        if saved.num_factors != num_factors or {*saved.fields} != {
+            *_FIELDS[saved.factors]
+        }:
+            raise ValueError(f"{saved.num_factors} {saved.factors} of {saved.fields}")
+        size = sum(shape.numel() for shape in map(torch.Size, layers))
         factors = {
-            i: kind(**{n: tensors[f"factors/{i}/{n}"] for n in header["fields"]})
-            for i in range(header["num_factors"])
+            i: kind(**_factor(checked.under(f"factors/{i}/"), saved.factors, shape))
+            for i, shape in enumerate([(size, size)] if joint else layers)
         }
         score = {
-            site: [tensors[f"score/{site}/{i}"] for i in range(num_layers)]
-            for site, num_layers in header["layers"].items()
+            site: [
+                _score(checked, f"score/{site}/{i}", shape[1:]) for i in range(shape[0])
+            ]
+            for site, shape in self.shapes.items()
         }
-        sums = DataSums(factors, score, tensors["log_likelihood"], header["num_data"])
-        return PassState(sums, header["num_batches"], header["digest"], random)
+        log_likelihood = checked.real("log_likelihood", (), (torch.float64,))
+        sums = DataSums(factors, score, log_likelihood, saved.num_data)
+        return PassState(sums, saved.num_batches, saved.digest, random)
 
     def write(self, sums: DataSums, num_batches: int, digest: str) -> None:
         """Write the state, unless the last write is so recent that it would cost.
@@ -227,35 +334,99 @@ class PassCheckpoint:
         delete_folder(self.folder)
 
 
+def _generator(state: Tensor | None, device: str, sums: torch.device) -> Tensor:
+    """The state of a device's generator, once it's seen to be one.
+
+    Raises:
+        ValueError: If it isn't.
+    """
+    known = device in ("cpu", str(sums))
+    if state is None or not known or state.dtype != torch.uint8 or state.ndim != 1:
+        raise ValueError(f"the generator's state of {device!r:.80} is missing or none")
+    try:
+        torch.Generator("cpu" if device == "cpu" else sums).set_state(state)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"the generator's state of {device!r}: {error}") from error
+    return state
+
+
+def _factor(
+    tensors: CheckedTensors, kind: str, shape: tuple[int, ...]
+) -> dict[str, Tensor]:
+    """The fields of one layer's factors, or of all layers'.
+
+    Raises:
+        ValueError: If they aren't sums of squares or outer products of its size.
+    """
+    dtypes = (torch.float32, torch.float64)
+    out, width = (*shape, 1)[:2]
+    if kind == "DiagonalFactors":
+        return {"diagonal": tensors.not_negative("diagonal", (out, width), dtypes)}
+    if kind == "DenseFactors":
+        return {"matrix": _gram(tensors, "matrix", out)}
+    count = tensors.not_negative("count", (), dtypes)
+    return {
+        "a": _gram(tensors, "a", width),
+        "g": _gram(tensors, "g", out),
+        "count": count,
+    }
+
+
+def _gram(tensors: CheckedTensors, name: str, width: int) -> Tensor:
+    """A Gram matrix (n, n), or the sketch (n, 2 k + 1) of one.
+
+    Raises:
+        ValueError: If it's neither.
+    """
+    x = tensors.real(name, None, (torch.float32, torch.float64))
+    if x.shape == (width, width):
+        check_definite(x, f"tensor {tensors.prefix}{name}", FLOAT32)
+        return x
+    sketch = x.ndim == 2 and x.shape[0] == width and x.shape[1] < width
+    if not sketch or x.shape[1] % 2 == 0:
+        raise ValueError(
+            f"tensor {tensors.prefix}{name} has shape {tuple(x.shape)}, expected "
+            f"({width}, {width}) or ({width}, 2 k + 1)"
+        )
+    return x
+
+
+def _score(tensors: CheckedTensors, name: str, shape: tuple[int, ...]) -> Tensor:
+    """The gradient of one layer; that of a bias may be a column.
+
+    Raises:
+        ValueError: If it's something else.
+    """
+    x = tensors.real(name)
+    if x.numel() != torch.Size(shape).numel():
+        raise ValueError(f"tensor {name} has shape {tuple(x.shape)}, expected {shape}")
+    return x
+
+
 def batch_digest(digest: str, batch: Mapping[str, Any]) -> str:
     """Digest of all batches so far, given that of those before this one."""
     found = hashlib.sha256(digest.encode())
     for name in sorted(batch):
-        _update(found, name, batch[name])
+        update(found, name)
+        update(found, batch[name])
     return found.hexdigest()
 
 
-def fit_digest(mode: Mapping[str, Tensor], settings: Sequence[Any]) -> str:
-    """What tells one fit from another: the mode, and functions and names."""
-    found = hashlib.sha256(repr([_described(x) for x in settings]).encode())
-    for site, value in mode.items():
-        _update(found, site, value)
+def fit_digest(
+    mode: Mapping[str, Tensor],
+    settings: Sequence[Any],
+    networks: Sequence[Fingerprint],
+    model: Model,
+) -> str:
+    """What tells one fit from another.
+
+    Args:
+        mode: Site -> value.
+        settings: Functions, with what they close over, and names.
+        networks: What the networks are.
+        model: The Pyro model, likewise a function with what it closes over.
+    """
+    found = hashlib.sha256()
+    for value in (dict(mode), settings, networks, model):
+        update(found, value)
     return found.hexdigest()
-
-
-def _update(found: Any, name: str, value: object) -> None:
-    if isinstance(value, Tensor):
-        flat = value.detach().cpu().contiguous().reshape(-1)
-        found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        found.update(flat.view(torch.uint8).numpy())
-    elif isinstance(value, str | int | float | bool | None):
-        found.update(f"{name} {value!r}".encode())
-
-
-def _described(setting: str | Callable[..., Any] | None) -> object:
-    if isinstance(setting, functools.partial):
-        return _described(setting.func), setting.args, sorted(setting.keywords.items())
-    if setting is None or isinstance(setting, str):
-        return setting
-    named = setting if isinstance(setting, type(_described)) else type(setting)
-    return f"{named.__module__}.{named.__qualname__}"

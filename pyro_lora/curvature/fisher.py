@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import singledispatch
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 from pyro.distributions.torch_distribution import MaskedDistribution
 from torch import Tensor
 from torch import distributions as td
 
 from pyro_lora.curvature.fisher_roots import fisher_root
+from pyro_lora.curvature.outcomes import is_given
 from pyro_lora.curvature.structures import at_least_float32
 
 
@@ -76,32 +79,106 @@ def mc_terms(fn: Any, value: Tensor, num_samples: int = 1) -> FisherTerms:
 
     Args:
         fn: The observed site's distribution.
-        value: Ignored (the labels are sampled).
+        value: The observed value, of which only so much counts as says what there was
+            to observe: which outcomes are missing, and of how many trials counts are.
         num_samples: M, the number of labels drawn for each datum. A datum's outcomes
             (event dims, such as tokens) are drawn together: M terms for all of them.
 
     Returns:
         Terms (..., M), no coordinates.
     """
-    log_prob = _sampled_log_prob(fn, num_samples)
+
+    def drawn(single: Any, given: Tensor) -> Tensor:
+        found = log_prob_of_draws(single, given, num_samples)
+        return at_least_float32(found).movedim(0, -1)
+
+    log_prob = _log_prob_of_data(fn, value, drawn)
     return FisherTerms(log_prob / num_samples**0.5, None, scores=True)
 
 
-def _sampled_log_prob(fn: Any, num_samples: int) -> Tensor:
-    """Log likelihoods of outcomes drawn from ``fn`` itself, (..., M)."""
+def _log_prob_of_data(
+    fn: Any, value: Tensor, of_single: Callable[[Any, Tensor], Tensor]
+) -> Tensor:
+    """Log likelihoods of all outcomes of a datum, (..., M), from those of single ones.
+
+    What doesn't count is 0, but still a function of the network's outputs.
+    """
     if isinstance(fn, td.Independent):
-        found = _sampled_log_prob(fn.base_dist, num_samples)
+        found = _log_prob_of_data(fn.base_dist, value, of_single)
         return found.flatten(-1 - fn.reinterpreted_batch_ndims, -2).sum(-2)
     if isinstance(fn, MaskedDistribution):
-        found = _sampled_log_prob(fn.base_dist, num_samples)
-        on = torch.as_tensor(fn._mask, device=found.device)[..., None]
-        return found.where(on, torch.zeros_like(found))
-    drawn = fn.sample(torch.Size([num_samples]))
-    if isinstance(fn, td.Categorical):
-        # log_prob would take the logits M times, and every backward pass, too: with a
-        # vocabulary's and many tokens, each is most of the memory that there is.
-        return at_least_float32(fn.logits.gather(-1, drawn.movedim(0, -1)))
-    return at_least_float32(fn.log_prob(drawn)).movedim(0, -1)
+        found = _log_prob_of_data(fn.base_dist, value, of_single)
+        counts = torch.as_tensor(fn._mask, device=found.device)
+    else:
+        found, counts = of_single(fn, value), is_given(fn, value)
+    return found.where(counts[..., None], torch.zeros_like(found))
+
+
+@singledispatch
+def log_prob_of_draws(fn: Any, value: Tensor, num_samples: int) -> Tensor:
+    """Log likelihood of M outcomes that could have been in the place of ``value``.
+
+    By the distribution's type, where drawing from it isn't all: counts, for example,
+    have the number of trials that the given ones have.
+
+    Args:
+        fn: The distribution of single outcomes.
+        value: The observed value, of ``fn``'s shape.
+        num_samples: M.
+
+    Returns:
+        (M, ...) with ... the batch shape, up to a constant; anything where no outcome
+        is given.
+    """
+    return fn.log_prob(_drawn(fn, num_samples))
+
+
+@log_prob_of_draws.register
+def _with_gaps(
+    fn: dist.NanMaskedMultivariateNormal, value: Tensor, num_samples: int
+) -> Tensor:
+    seen = value.isfinite()
+    seen = seen | ~seen.any(-1, keepdim=True)
+    return fn.log_prob(_drawn(fn, num_samples).where(seen, torch.nan))
+
+
+@log_prob_of_draws.register
+def _categorical(fn: td.Categorical, value: Tensor, num_samples: int) -> Tensor:
+    # log_prob would take the logits M times, and every backward pass, too: with a
+    # vocabulary's and many tokens, each is most of the memory that there is.
+    drawn = _drawn(fn, num_samples)
+    return fn.logits.gather(-1, drawn.movedim(0, -1)).movedim(-1, 0)
+
+
+@log_prob_of_draws.register
+def _multinomial(fn: td.Multinomial, value: Tensor, num_samples: int) -> Tensor:
+    # A distribution has one total for all data, but log_prob goes by the counts' own.
+    total = value.detach().double().sum(-1)
+    total = total.where(total.isfinite(), torch.zeros_like(total))
+    rest = total.expand(num_samples, *fn.batch_shape)
+    # The part of a trial, as soft labels may have: its root, so that the score has a
+    # part of the variance.
+    whole, part = rest.floor(), rest - rest.floor()
+    probs = fn.probs.detach().double()
+    last = td.Categorical(probs, validate_args=False).sample(whole.shape[:1])
+    drawn = torch.zeros(*whole.shape, probs.shape[-1]).to(probs)
+    left = probs.flip(-1).cumsum(-1).flip(-1)  # P(y >= j)
+    for j in range(probs.shape[-1]):  # class j, or one after it
+        share = (probs[..., j] / left[..., j]).nan_to_num(0.0).clamp(0, 1)
+        drawn[..., j] = torch.binomial(whole, share.expand(whole.shape))
+        whole = whole - drawn[..., j]
+    drawn.scatter_add_(-1, last[..., None], part.sqrt()[..., None])
+    logits = fn.logits
+    return (drawn * logits.where(drawn > 0, torch.zeros_like(logits))).sum(-1)
+
+
+def _drawn(fn: Any, num_samples: int) -> Tensor:
+    """M outcomes, (M, ...), which have no history."""
+    with torch.no_grad():
+        # A transform may remember the tensor that it made, and answer without the
+        # parameters' gradients if it is asked for the inverse: it gets another one.
+        drawn: Tensor = fn.sample(torch.Size([num_samples])).clone()
+    return drawn
 
 
 def empirical_terms(fn: Any, value: Tensor) -> FisherTerms:
@@ -114,6 +191,15 @@ def empirical_terms(fn: Any, value: Tensor) -> FisherTerms:
     Returns:
         Terms (..., 1) and coordinates, all one.
     """
-    log_prob = fn.log_prob(value)[..., None]
+
+    def scored(single: Any, given: Tensor) -> Tensor:
+        missing = ~is_given(single, given)
+        if bool(missing.any()):
+            event = (1,) * len(single.event_shape)
+            missing = missing.reshape(missing.shape + event)
+            given = _drawn(single, 1)[0].where(missing, given)
+        return single.log_prob(given)[..., None]
+
+    log_prob = _log_prob_of_data(fn, value, scored)
     ones = torch.ones_like(log_prob).detach()
     return FisherTerms(log_prob, ones, scores=True)

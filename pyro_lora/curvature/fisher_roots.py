@@ -221,7 +221,10 @@ def _softmax(logits: Tensor, counts: Tensor) -> FisherRoot:
     counts_after = counts.flip(-1).cumsum(-1).flip(-1)[..., 1:]  # of y > j
     alpha = counts[..., :-1] * (after / here / split).sqrt()
     alpha = alpha - counts_after * (split / here / after).sqrt()
-    return _root(logits, root, alpha)
+    # A choice that isn't there has logit -inf, which no root should meet.
+    present = logits > -math.inf
+    root = root.where(present[..., None], torch.zeros_like(root))
+    return _root(logits.where(present, torch.zeros_like(logits)), root, alpha)
 
 
 def _logistic(logits: Tensor, value: Tensor, total_count: Tensor) -> FisherRoot:

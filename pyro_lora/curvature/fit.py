@@ -28,7 +28,7 @@ from pyro_lora.curvature.block_gaussian import (
     Known,
     eigenblocks,
 )
-from pyro_lora.curvature.capture import recording
+from pyro_lora.curvature.capture import check_recorded, recording
 from pyro_lora.curvature.data_plate import data_plate
 from pyro_lora.curvature.data_sums import (
     DataSums,
@@ -37,10 +37,17 @@ from pyro_lora.curvature.data_sums import (
     fit_digest,
 )
 from pyro_lora.curvature.dense_gaussian import DenseGaussian
-from pyro_lora.curvature.likelihood_terms import TermsFunction, likelihood_terms
+from pyro_lora.curvature.likelihood_terms import (
+    TermsFunction,
+    likelihood_terms,
+    several_plates,
+    wrong_plate,
+)
 from pyro_lora.curvature.prior_moments import prior_at_mode
 from pyro_lora.curvature.structures import DenseFactors, Structure
 from pyro_lora.curvature.weight_gaussian import WeightGaussian, Weights
+from pyro_lora.lifting.batch import check_batches, checked_batches, explaining
+from pyro_lora.lifting.fingerprint import fingerprint
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.lifting.model_trace import (
     Batch,
@@ -115,6 +122,7 @@ def fit_fisher(
             ``ekfac`` is given an iterator, which can be read once only, or the
             checkpoint is of another fit or other batches.
     """
+    check_batches(batches)
     if structure is structures.ekfac and iter(batches) is batches:
         raise ValueError(READ_ONCE.format("ekfac takes two passes over the data"))
     sites = [s for lora in networks for s in lora.sites if s in mode]
@@ -128,10 +136,13 @@ def fit_fisher(
             fit = fit_digest(
                 {**loc, **(latents or {})},
                 [structure, fisher_terms, obs_site, name, " ".join(sites)],
+                [fingerprint(lora) for lora in networks],
+                model,
             )
             folder = Path(checkpoint) / name.lower()
             device = next(iter(loc.values())).device
-            checkpoints.append(PassCheckpoint(folder, fit, device))
+            shapes = {site: tuple(x.shape) for site, x in loc.items()}
+            checkpoints.append(PassCheckpoint(folder, fit, device, shapes))
         return _data_pass(
             model,
             leaves,
@@ -199,7 +210,7 @@ def _data_pass(
     sums: DataSums | None = None
     before = None if checkpoint is None else checkpoint.read()
     num_batches, digest = 0, ""
-    for index, batch in enumerate(batches):
+    for index, batch in enumerate(checked_batches(batches)):
         num_batches = index + 1
         if checkpoint is not None:
             digest = batch_digest(digest, batch)
@@ -218,18 +229,28 @@ def _data_pass(
                 trace = trace_batch(model, {**latents, **leaves}, batch, index)
             sites = observed_sites(trace, obs_site)
             check_latent_sites(trace, latents)
-            with naming_batch(index):
+            with (
+                naming_batch(index),
+                explaining(batch, nodes=trace.nodes),
+            ):
                 terms, log_p = likelihood_terms(sites, fisher_terms)
             name = " and ".join(site["name"] for site in sites)
-            _check_dependence(terms.terms, name)
+            check_recorded(record, trace, terms.terms, name)
+            for site in sites:
+                if several_plates(site) and record.mixes_data(terms.terms):
+                    raise ValueError(wrong_plate(site))
             score, factors = batch_factors(
                 terms, log_p, leaves, record, of_batch, max_bytes
             )
         del record  # or its tensors would live through the next forward pass
         _check_finite(log_p, score, index, name)
         found = DataSums({}, score, log_p.detach(), terms.terms.shape[1])
+        if before is not None and checkpoint is not None:
+            before.check_score(score, checkpoint.folder)
         sums = found if sums is None else sums.plus_rest(found)
         for layers in factors:
+            if before is not None and checkpoint is not None:
+                before.check_factors(layers, checkpoint.folder)
             sums.add_factors(layers)
         del factors, layers
         if checkpoint is not None:
@@ -240,7 +261,8 @@ def _data_pass(
         raise ValueError(NO_BATCHES)
     sites = observed_sites(trace, obs_site)
     name = " and ".join(site["name"] for site in sites)
-    _check_number(sums.num_data, data_plate(sites[0]).full_size, name)
+    read_from = None if before is None or checkpoint is None else checkpoint.folder
+    _check_number(sums.num_data, data_plate(sites[0]).full_size, name, read_from)
     return sums, trace
 
 
@@ -283,15 +305,6 @@ def _blocks(
     }
 
 
-def _check_dependence(terms: Tensor, site: str) -> None:
-    if not terms.requires_grad:
-        raise ValueError(
-            f"The likelihood of site {site!r} doesn't depend on the lifted "
-            "network: no gradient reaches its outputs. Call the network that lora() "
-            "returns inside the model, without torch.no_grad() or detach()."
-        )
-
-
 def _check_finite(
     log_likelihood: Tensor, score: Mapping[str, list[Tensor]], index: int, site: str
 ) -> None:
@@ -309,10 +322,13 @@ def _check_finite(
             )
 
 
-def _check_number(num_seen: int, full_size: int, site: str) -> None:
+def _check_number(
+    num_seen: int, full_size: int, site: str, read_from: Path | None
+) -> None:
     if num_seen != full_size:
+        where = "" if read_from is None else f", those summed in {read_from} included"
         raise ValueError(
-            f"The batches hold {num_seen} data, but the plate of site "
+            f"The batches hold {num_seen} data{where}, but the plate of site "
             f"{site!r} says {full_size}. Give batches that cover every datum "
             "exactly once (drop_last=False, no repeats), or correct num_data in the "
             "model's pyro.plate."

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.quasirandom import SobolEngine
 
 # Sobol points. The error in a probability is 1e-4 at most for 3 classes and logits of
 # sd 1, .003 for 5 classes and sd 10.
 _NUM_POINTS = 4096
-_WIDE = 1.5  # sd from which the integral runs over the logit instead of the noise
+_WIDE = 1.5  # sd from which the integral doesn't run over the noise
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,11 +31,17 @@ class GaussianLogits:
             vary. A Normal likelihood has its C locations, and a regular one.
         noise_variance: Of a Normal likelihood, at the mode, of the mean's shape; None
             for classes.
+        cutpoints: Of ordered classes, (B, C - 1) or (B, T, C - 1): the Gaussian is then
+            over their one predictor, mean (B, 1), and the cutpoints are held at their
+            values at the mode, learned or not. None for others.
+
+    A choice that isn't there has mean -inf.
     """
 
     mean: Tensor
     covariance_matrix: Tensor
     noise_variance: Tensor | None = None
+    cutpoints: Tensor | None = None
 
     def rsample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
         """Draws of the logits, ``(*sample_shape, B, C)``."""
@@ -69,11 +78,13 @@ class JointGaussianLogits:
         covariance_matrix: The mean's shape twice, (B, C, B, C): of logit c of datum b
             with logit d of datum a at [b, c, a, d].
         noise_variance: As in :class:`GaussianLogits`; independent across data.
+        cutpoints: As in :class:`GaussianLogits`.
     """
 
     mean: Tensor
     covariance_matrix: Tensor
     noise_variance: Tensor | None = None
+    cutpoints: Tensor | None = None
 
     def rsample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
         """Draws of the logits, ``(*sample_shape, B, C)``, correlated across data."""
@@ -90,15 +101,60 @@ class JointGaussianLogits:
         blocks = self.covariance_matrix.reshape(rows, num_logits, rows, num_logits)
         each = blocks.diagonal(dim1=0, dim2=2).movedim(-1, 0)
         return GaussianLogits(
-            self.mean, each.reshape(*shape, num_logits), self.noise_variance
+            self.mean,
+            each.reshape(*shape, num_logits),
+            self.noise_variance,
+            self.cutpoints,
+        )
+
+    def log_probs_of(self, values: Tensor) -> Tensor:
+        """Log probabilities (..., B, C), float64, of draws by :meth:`rsample`."""
+        if self.cutpoints is None:
+            return values.double().log_softmax(-1)
+        return _ordered_log_probs(
+            self.cutpoints.double() - values.double(), torch.nn.functional.logsigmoid
         )
 
 
+def _of_choices(
+    integral: Callable[[GaussianLogits], Tensor],
+) -> Callable[[GaussianLogits], Tensor]:
+    """The integral of each datum over the choices that it has."""
+
+    @wraps(integral)
+    def of_choices(logits: GaussianLogits) -> Tensor:
+        present = logits.mean > -math.inf
+        if logits.cutpoints is not None or bool(present.all()):
+            return integral(logits)
+        num_classes = present.shape[-1]
+        mean, on = logits.mean.flatten(0, -2), present.flatten(0, -2)
+        covariance = logits.covariance_matrix.reshape(-1, num_classes, num_classes)
+        entropies = integral.__name__ == "expected_entropy"
+        result = mean.new_full((len(mean), num_classes), -math.inf, dtype=torch.float64)
+        for choices in on.unique(dim=0):
+            rows = (on == choices).all(-1).nonzero()[:, 0]
+            at = choices.nonzero()[:, 0]
+            some = GaussianLogits(
+                mean[rows[:, None], at],
+                covariance[rows[:, None, None], at[:, None], at],
+            )
+            found = torch.zeros_like(result[rows[:, None], at])  # of one choice: sure
+            if len(at) > 1:
+                found = integral(some)
+            result[rows[:, None], at] = found.reshape(len(rows), -1)
+        if entropies:  # the same at every choice
+            return result.amax(-1).reshape(present.shape[:-1])
+        return result.reshape(present.shape)
+
+    return of_choices
+
+
+@_of_choices
 def class_log_probs(logits: GaussianLogits) -> Tensor:
     r"""Log of :math:`E[\mathrm{softmax}(f)]` for Gaussian f.
 
-    Two classes: a quadrature of relative error below 1e-8 at any standard deviation,
-    also where the probability is as small as 1e-300.
+    Two classes: a relative error below 1e-8 of both probabilities, at any standard
+    deviation, and where one is as small as exp(-1e6).
     More classes: quasi-Monte Carlo with 4096 fixed Sobol points, an absolute error of
     1e-4 for narrow Gaussians and .003 for wide ones.
 
@@ -111,6 +167,10 @@ def class_log_probs(logits: GaussianLogits) -> Tensor:
     Raises:
         ValueError: If there is one output only, which has no classes.
     """
+    if logits.cutpoints is not None:
+        splits, variance = _ordered_splits(logits)
+        spread = variance.sqrt().expand_as(splits)
+        return _ordered_log_probs(splits, lambda x: _log_expected_sigmoid(x, spread))
     mean, sd = _binary(logits)
     if sd is None:
         return _sobol_logits(logits).log_softmax(-1).logsumexp(0) - math.log(
@@ -121,6 +181,7 @@ def class_log_probs(logits: GaussianLogits) -> Tensor:
     )
 
 
+@_of_choices
 def probit(logits: GaussianLogits) -> Tensor:
     r"""Log of :math:`E[\mathrm{softmax}(f)]` by MacKay's probit approximation.
 
@@ -148,6 +209,10 @@ def probit(logits: GaussianLogits) -> Tensor:
     >>> probit(wide).exp()
     tensor([[0.2723, 0.7277]], dtype=torch.float64)
     """
+    if logits.cutpoints is not None:
+        splits, variance = _ordered_splits(logits)
+        scaled = splits / (1 + math.pi / 8 * variance).sqrt()
+        return _ordered_log_probs(scaled, torch.nn.functional.logsigmoid)
     mean, covariance = _classes(logits)
     variance = covariance.diagonal(dim1=-2, dim2=-1)
     both = variance[..., :, None] + variance[..., None, :] - 2 * covariance
@@ -157,6 +222,7 @@ def probit(logits: GaussianLogits) -> Tensor:
     return (-scaled.logsumexp(-1)).log_softmax(-1)
 
 
+@_of_choices
 def laplace_bridge(logits: GaussianLogits) -> Tensor:
     r"""Log of :math:`E[\mathrm{softmax}(f)]` by the Laplace bridge to a Dirichlet.
 
@@ -201,6 +267,7 @@ def laplace_bridge(logits: GaussianLogits) -> Tensor:
     return (spread - variance.log()).log_softmax(-1)
 
 
+@_of_choices
 def expected_entropy(logits: GaussianLogits) -> Tensor:
     r""":math:`E[H(\mathrm{softmax}(f))]` for Gaussian f, by the same integrals.
 
@@ -213,6 +280,8 @@ def expected_entropy(logits: GaussianLogits) -> Tensor:
     Raises:
         ValueError: If there is one output only.
     """
+    if logits.cutpoints is not None:
+        return _expected_ordered_entropy(logits)
     mean, sd = _binary(logits)
     if sd is None:
         log_p = _sobol_logits(logits).log_softmax(-1)
@@ -227,6 +296,46 @@ def expected_entropy(logits: GaussianLogits) -> Tensor:
         _binary_entropy(f) * _density((f - mean[..., None]) / wide_sd) / wide_sd
     ).sum(-1)
     return torch.where(sd < _WIDE, narrow * 0.05, wide * 0.1)
+
+
+def _ordered_splits(logits: GaussianLogits) -> tuple[Tensor, Tensor]:
+    """Cutpoints less the predictor's mean (..., C - 1), and its variance (..., 1)."""
+    assert logits.cutpoints is not None
+    splits = logits.cutpoints.double() - logits.mean.double()
+    return splits, logits.covariance_matrix.double()[..., 0].clamp_min(0)
+
+
+def _ordered_log_probs(
+    splits: Tensor, log_sigmoid: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Log probabilities (..., C) from log P(y <= k) = log_sigmoid(splits_k)."""
+    below = pad(log_sigmoid(splits), (0, 1), value=0.0)  # log P(y <= k)
+    above = pad(log_sigmoid(-splits), (1, 0), value=0.0)  # log P(y >= k)
+    # The difference of the smaller two of each class cancels least.
+    low = pad(below[..., :-1], (1, 0), value=-math.inf)
+    high = pad(above[..., 1:], (0, 1), value=-math.inf)
+    upper = below.where(below < above, above)
+    lower = low.where(below < above, high)
+    return upper + torch.log1p(-(lower - upper).exp().clamp_max(1))
+
+
+def _expected_ordered_entropy(logits: GaussianLogits) -> Tensor:
+    splits, variance = _ordered_splits(logits)
+    sd = variance.sqrt()  # (..., 1)
+    z = torch.arange(-9, 9.01, 0.05, dtype=sd.dtype, device=sd.device)
+    reach = float(splits.abs().max()) + 45
+    f = torch.arange(-reach, reach, 0.1, dtype=sd.dtype, device=sd.device)
+
+    def entropy(predictor: Tensor) -> Tensor:  # (..., points)
+        by_point = splits[..., None, :] - predictor[..., None]
+        log_p = _ordered_log_probs(by_point, torch.nn.functional.logsigmoid)
+        return torch.special.entr(log_p.exp()).sum(-1)
+
+    # Narrow: over the noise. Wide: over the predictor, as of two classes.
+    narrow = (entropy(sd * z) * _density(z)).sum(-1) * 0.05
+    wide_sd = sd.clamp_min(_WIDE)
+    wide = (entropy(f.expand(*sd.shape[:-1], -1)) * _density(f / wide_sd)).sum(-1)
+    return torch.where(sd[..., 0] < _WIDE, narrow, wide * 0.1 / wide_sd[..., 0])
 
 
 def _binary(logits: GaussianLogits) -> tuple[Tensor, Tensor | None]:
@@ -255,21 +364,62 @@ def _classes(logits: GaussianLogits) -> tuple[Tensor, Tensor]:
 
 
 def _log_expected_sigmoid(mean: Tensor, sd: Tensor) -> Tensor:
-    # Both integrands are analytic in a strip, so the trapezoid rule converges
-    # exponentially. Narrow: over the noise z. Wide: sigmoid(f) = P(x < f) for logistic
-    # x, so E sigmoid(f) = E_x Phi((mean - x) / sd), smooth however large sd is.
+    # Narrow: the integrand over the noise z is analytic in a strip, so the trapezoid
+    # rule converges exponentially.
     z = torch.arange(-9, 9.01, 0.05, dtype=mean.dtype, device=mean.device)
     shifted = mean[..., None] + sd[..., None] * z
     narrow = (torch.nn.functional.logsigmoid(shifted) + _log_density(z)).logsumexp(-1)
-    # Its integrand peaks near mean + sd^2 where that is negative, as wide as the noise.
-    peak = (mean + sd.square()).clamp_max(0)
-    reach = 45 + 10 * sd * (peak < 0)
-    unit = torch.linspace(-1, 1, 901, dtype=mean.dtype, device=mean.device)
-    x = peak[..., None] + reach[..., None] * unit
-    log_logistic = -x.abs() - 2 * torch.log1p((-x.abs()).exp())
-    standard = (mean[..., None] - x) / sd.clamp_min(_WIDE)[..., None]
-    wide = (torch.special.log_ndtr(standard) + log_logistic).logsumexp(-1)
-    return torch.where(sd < _WIDE, narrow + math.log(0.05), wide + (reach / 450).log())
+    # Wide: a series for the smaller of the two probabilities.
+    smaller = _log_wide_sigmoid(-mean.abs(), sd.clamp_min(_WIDE))
+    wide = smaller.where(mean < 0, torch.log1p(-smaller.exp()))
+    return torch.where(sd < _WIDE, narrow + math.log(0.05), wide)
+
+
+def _log_wide_sigmoid(mean: Tensor, sd: Tensor) -> Tensor:
+    r"""Log of E sigmoid(f) for a mean of at most 0.
+
+    Geometric series of the sigmoid on both sides of 0 give, with :math:`a = m / s` and
+    Mills' ratio :math:`R(x) = \int_0^\infty e^{-x t - t^2 / 2} dt`,
+
+    .. math:: E \sigma(f) = \phi(a) \Bigl[\sum_{k \ge 1} (-1)^{k-1} R(k s + a)
+              + \sum_{k \ge 0} (-1)^k R(k s - a)\Bigr].
+
+    Both are alternating sums of a moment sequence, and positive, so that none cancels.
+    """
+    terms = torch.arange(len(_ALTERNATING), dtype=mean.dtype, device=mean.device)
+    m, s = mean[..., None], sd[..., None]
+
+    def log_summands(k: Tensor, sign: int) -> Tensor:
+        # phi(a) R(x) is Phi(-x) exp((x^2 - a^2) / 2), where the squares would cancel.
+        x = k * s + sign * m / s
+        left = k * (sign * m + k * s.square() / 2) + torch.special.log_ndtr(-x)
+        ratio = torch.special.erfcx(x.clamp_min(0) / math.sqrt(2))
+        right = (ratio / 2).log() - (m / s).square() / 2
+        return torch.where(x < 0, left, right)
+
+    log_found = torch.cat([log_summands(terms + 1, 1), log_summands(terms, -1)], -1)
+    largest = log_found.amax(-1, keepdim=True)
+    weights = torch.tensor(2 * _ALTERNATING, dtype=mean.dtype, device=mean.device)
+    return largest[..., 0] + ((log_found - largest).exp() @ weights).log()
+
+
+def _alternating_weights(number: int) -> list[float]:
+    """Weights of the first terms of an alternating sum of moments.
+
+    Its relative error is below 2 / 5.8^n (Cohen, Rodriguez Villegas & Zagier 2000,
+    "Convergence acceleration of alternating series", algorithm 1).
+    """
+    scale = (3 + math.sqrt(8)) ** number
+    scale = (scale + 1 / scale) / 2
+    step, rest, weights = -1.0, -scale, []
+    for k in range(number):
+        rest = step - rest
+        weights.append(rest / scale)
+        step *= (k + number) * (k - number) / ((k + 0.5) * (k + 1))
+    return weights
+
+
+_ALTERNATING = _alternating_weights(20)
 
 
 def _log_density(z: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from torch.distributions import biject_to
 from pyro_lora.curvature.batches import NO_BATCHES, trace_batch
 from pyro_lora.curvature.data_plate import data_plate
 from pyro_lora.curvature.weight_gaussian import Weights
+from pyro_lora.lifting.batch import checked_batches, explaining
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.lifting.model_trace import (
     Batch,
@@ -217,7 +218,7 @@ def fit_latents(
     transforms: dict[str, Any] = {}
     gradient: Tensor | float = 0.0
     hessian: Tensor | float = 0.0
-    for index, batch in enumerate(batches):
+    for index, batch in enumerate(checked_batches(batches)):
         if trace is None:
             trace = trace_batch(model, {**weights, **latents}, batch, index)
             _check_there(trace, latents, index)
@@ -231,7 +232,8 @@ def fit_latents(
             total = flat.new_zeros((), dtype=torch.float64)
             for site in observed_sites(trace, obs_site):
                 plate = data_plate(site)
-                log_prob = site["fn"].log_prob(site["value"])
+                with explaining(batch, nodes=trace.nodes):
+                    log_prob = site["fn"].log_prob(site["value"])
                 scaled = scale_and_mask(log_prob, plate.scale, plate.mask)
                 total = total + scaled.double().sum()
             found = _derivatives(total, flat)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyro_lora.curvature.data_plate import DataPlate, data_plate
 from pyro_lora.curvature.fisher import FisherTerms
+from pyro_lora.curvature.outcomes import values_to_score
 
 TermsFunction = Callable[[Any, Tensor], FisherTerms]
 Site = dict[str, Any]
@@ -82,7 +83,7 @@ def _of_site(
     site: Site, plate: DataPlate, fisher_terms: TermsFunction
 ) -> tuple[FisherTerms, Tensor]:
     """Terms (M, B) and log likelihood of one site."""
-    fn, value = site["fn"], site["value"]
+    fn, value = site["fn"], values_to_score(site)
     log_prob = scale_and_mask(fn.log_prob(value), plate.scale, plate.mask)
     found = fisher_terms(fn, value)
     if plate.mask is not None:
@@ -99,11 +100,27 @@ def _of_site(
     return found, log_prob
 
 
+def several_plates(site: Site) -> list[str]:
+    """Names of the plates of a site, if it is in several with more than one entry."""
+    frames = [f for f in site["cond_indep_stack"] if f.vectorized and f.size > 1]
+    return [f.name for f in frames] if len(frames) > 1 else []
+
+
+def wrong_plate(site: Site) -> str:
+    """What to say where the subsampled plate isn't that of the network's inputs."""
+    return (
+        f"Site {site['name']!r} is in the plates {several_plates(site)}, of which "
+        f"{data_plate(site).name!r} is subsampled, and so would be the data's, but its "
+        "entries have the same inputs of the network: another plate is the data's. "
+        "Declare the others as event dims, by .to_event(...) on the distribution."
+    )
+
+
 def _check_plates(site: Site) -> None:
     frames = [f for f in site["cond_indep_stack"] if f.vectorized and f.size > 1]
     if len(frames) > 1 and all(f.full_size in (None, f.size) for f in frames):
         raise ValueError(
-            f"Site {site['name']!r} is in the plates {[f.name for f in frames]}, none "
+            f"Site {site['name']!r} is in the plates {several_plates(site)}, none "
             "of them subsampled, so the data's can't be told from the others. Declare "
             "the others as event dims, by .to_event(...) on the distribution."
         )

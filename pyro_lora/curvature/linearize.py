@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import singledispatch
 from typing import Any, Literal
 
+import pyro.distributions as dist
 import torch
-from pyro.distributions.torch_distribution import MaskedDistribution
 from torch import Tensor
 from torch import distributions as td
 
 from pyro_lora.curvature.capture import (
     LayerCapture,
     capture_layers,
+    check_recorded,
     jacobians,
     recording,
 )
 from pyro_lora.curvature.gaussian_logits import GaussianLogits, JointGaussianLogits
+from pyro_lora.curvature.outcomes import single_outcomes
 from pyro_lora.curvature.structures import at_least_float32
 from pyro_lora.curvature.weight_gaussian import WeightGaussian
 from pyro_lora.lifting.lifted_network import LiftedNetwork
@@ -42,20 +45,39 @@ def contrasts(fn: object) -> tuple[Tensor, Tensor]:
     """
     raise ValueError(
         f"No linear predictor for {type(fn).__name__}; expected Categorical, "
-        "Bernoulli or Normal."
+        "OrderedLogistic, Bernoulli or Normal."
     )
 
 
 @contrasts.register
 def _categorical(fn: td.Categorical) -> tuple[Tensor, Tensor]:
-    # Helmert's orthonormal contrasts: class m against the mean of those before it.
+    # Helmert's orthonormal contrasts: class m against the mean of those before it. A
+    # choice that isn't there, of logit -inf, is left out, which gives a datum a basis
+    # of its own.
     logits = at_least_float32(fn.logits)
-    num_classes = logits.shape[-1]
-    m = torch.arange(1, num_classes, dtype=torch.float64, device=logits.device)
-    c = torch.arange(num_classes, device=logits.device)[:, None]
-    basis = (c < m) / m - (c == m).double()
-    basis = (basis / basis.norm(dim=0)).to(logits)
-    return logits @ basis, basis
+    present = logits > -math.inf
+    if bool(present.all()):
+        present = present.new_ones(logits.shape[-1])
+    on = present.double()[..., None]  # (..., C, 1)
+    c = torch.arange(logits.shape[-1], device=logits.device)[:, None]
+    m = c[1:, 0]
+    before = on * (c < m)
+    number = before.sum(-2, keepdim=True)
+    basis = before / number.clamp_min(1) - ((c == m) & (number > 0)).double()
+    basis = basis * on * (on[..., 1:, 0][..., None, :])
+    norm = basis.norm(dim=-2, keepdim=True)
+    basis = (basis / norm.where(norm > 0, 1.0)).to(logits)
+    known = logits.where(present, torch.zeros_like(logits))
+    if basis.ndim == 2:
+        return known @ basis, basis
+    return (known[..., None, :] @ basis)[..., 0, :], basis
+
+
+@contrasts.register
+def _ordered_logistic(fn: dist.OrderedLogistic) -> tuple[Tensor, Tensor]:
+    # One predictor, as its Fisher information has; its cutpoints are held fixed.
+    predictor = at_least_float32(fn.predictor)[..., None]
+    return predictor, predictor.new_ones(1, 1)
 
 
 @contrasts.register
@@ -103,6 +125,37 @@ def linearized_logits(
         ValueError: If the likelihood isn't a known type, or its event dims and
             ``tokens`` don't fit.
     """
+    return linearized_site(
+        model, gaussian, networks, batch, obs_site, prior_precisions, tokens
+    )[0]
+
+
+def linearized_site(
+    model: Model,
+    gaussian: WeightGaussian,
+    networks: Sequence[LiftedNetwork],
+    batch: Batch,
+    obs_site: str | None,
+    prior_precisions: Sequence[Mapping[str, Tensor]] | None = None,
+    tokens: Tokens | None = None,
+) -> tuple[list[GaussianLogits], dict[str, Any]]:
+    """As :func:`linearized_logits`, and the likelihood's site at the mode.
+
+    Args:
+        model: A Pyro model.
+        gaussian: Mode and precision.
+        networks: The lifted networks in the model.
+        batch: The model's keyword arguments.
+        obs_site: The likelihood's site.
+        prior_precisions: Priors to evaluate; None is the Gaussian's own.
+        tokens: Where a datum has several outcomes, which of them.
+
+    Returns:
+        A Gaussian for each prior, and the node of the trace.
+
+    Raises:
+        ValueError: As :func:`linearized_logits`.
+    """
     found = _linearize(model, gaussian, networks, batch, obs_site, tokens)
     covariances = gaussian.covariance(
         found.jacobians(found.values[..., 0].numel(), found.values.shape[-1]),
@@ -112,11 +165,12 @@ def linearized_logits(
     return [
         GaussianLogits(
             found.mean,
-            (found.basis @ c @ found.basis.mT).reshape(shape),
+            (found.row_basis @ c @ found.row_basis.mT).reshape(shape),
             found.noise_variance,
+            found.cutpoints,
         )
         for c in covariances
-    ]
+    ], found.site
 
 
 def joint_linearized_logits(
@@ -156,10 +210,14 @@ def joint_linearized_logits(
     )
     m = found.values.shape[-1]
     blocks = covariance.to(found.mean).reshape(num_rows, m, num_rows, m)
-    joint = torch.einsum("cm,amzn,dn->aczd", found.basis, blocks, found.basis)
+    basis = found.row_basis.expand(num_rows, -1, -1)
+    joint = torch.einsum("acm,amzn,zdn->aczd", basis, blocks, basis)
     shape = found.mean.shape
     return JointGaussianLogits(
-        found.mean, joint.reshape(shape + shape), found.noise_variance
+        found.mean,
+        joint.reshape(shape + shape),
+        found.noise_variance,
+        found.cutpoints,
     )
 
 
@@ -199,7 +257,7 @@ def linearized_values(
         step = (weights[site][:, i] - gaussian.loc[site][i]).flatten(1)  # (S, O I)
         moved = moved + torch.einsum("si,bmi->sbm", step.to(j), j.flatten(2))
     assert isinstance(moved, Tensor)
-    return found.mean + moved @ found.basis.mT
+    return found.mean + (found.row_basis @ moved[..., None])[..., 0]
 
 
 @dataclass(frozen=True)
@@ -208,19 +266,34 @@ class _Linearization:
 
     Attributes:
         values: (B, ..., M).
-        basis: (C, M).
+        basis: (C, M), or (B, ..., C, M) where choices are missing.
         captures: All layers, gradients of the flattened (..., M).
         noise_variance: Of the outcomes, (B, C), where they are real numbers.
+        site: The likelihood's.
+        cutpoints: Of an ordinal outcome, (B, ..., C - 1), else None.
+        present: Which choices are there, (B, ..., C); None is all.
     """
 
     values: Tensor
     basis: Tensor
     captures: list[LayerCapture]
     noise_variance: Tensor | None
+    site: dict[str, Any]
+    cutpoints: Tensor | None
+    present: Tensor | None
+
+    @property
+    def row_basis(self) -> Tensor:
+        """(C, M), or one for each row, (rows, C, M)."""
+        if self.basis.ndim == 2:
+            return self.basis
+        return self.basis.flatten(0, -3)
 
     @property
     def mean(self) -> Tensor:
-        return self.values @ self.basis.mT
+        """Of the logits, -inf of a choice that isn't there."""
+        mean = (self.basis @ self.values[..., None])[..., 0]
+        return mean if self.present is None else mean.where(self.present, -math.inf)
 
     def jacobians(self, rows: int, terms: int) -> Iterator[tuple[str, Tensor]]:
         """Site and (rows, terms, O, I) of each layer, one layer at a time."""
@@ -246,17 +319,38 @@ def _linearize(
         values, basis = contrasts(fn)
         values = values.expand(*fn.batch_shape, values.shape[-1])
         noise = fn.variance.detach() if isinstance(fn, td.Normal) else None
+        cutpoints = (
+            fn.cutpoints.detach() if isinstance(fn, dist.OrderedLogistic) else None
+        )
+        present = None
+        if basis.ndim > 2:
+            basis = basis.expand(*fn.batch_shape, *basis.shape[-2:])
+            present = fn.logits > -math.inf
         if tokens is not None:
             index = _positions(tokens, mask, site["name"])
             values = _taken(values, index)
+            cutpoints = None if cutpoints is None else _taken(cutpoints, index)
+            if present is not None:
+                basis, present = _taken(basis, index), _taken(present, index)
             noise = None if noise is None else _taken(noise[..., None], index)
         elif len(fn.batch_shape) == 2:  # several outputs: correlated, so one vector
             values = values[..., 0]
             basis = torch.eye(values.shape[-1]).to(values)
         elif noise is not None:
             noise = noise[..., None]
-        captures = capture_layers(record, values.flatten(1).mT)
-    return _Linearization(values.detach(), basis, list(captures.values()), noise)
+        check_recorded(record, trace, values, site["name"])
+        terms = values.flatten(1).mT
+        record.find_layouts(terms)
+        captures = capture_layers(record, terms)
+    return _Linearization(
+        values.detach(),
+        basis,
+        list(captures.values()),
+        noise,
+        site,
+        cutpoints,
+        present,
+    )
 
 
 def _outcomes(site: dict[str, Any], tokens: Tokens | None) -> tuple[Any, Tensor]:
@@ -265,15 +359,9 @@ def _outcomes(site: dict[str, Any], tokens: Tokens | None) -> tuple[Any, Tensor]
     Raises:
         ValueError: If it has other dims than ``tokens`` is for.
     """
-    fn = site["fn"]
-    mask = torch.tensor(True)
-    event_dims = 0
-    while isinstance(fn, MaskedDistribution | td.Independent):
-        if isinstance(fn, td.Independent):
-            event_dims += fn.reinterpreted_batch_ndims
-        elif event_dims > 0:  # other masks hide whole data, and labels, not logits
-            mask = mask & torch.as_tensor(fn._mask).cpu()
-        fn = fn.base_dist
+    single = single_outcomes(site["fn"])
+    # Masks outside of the event hide whole data, and labels, not logits.
+    fn, event_dims, mask = single.fn, single.event_dims, single.inside.cpu()
     found = (
         f"Site {site['name']!r}: found batch shape {tuple(site['fn'].batch_shape)} and "
         f"event shape {tuple(site['fn'].event_shape)}"
@@ -290,7 +378,7 @@ def _outcomes(site: dict[str, Any], tokens: Tokens | None) -> tuple[Any, Tensor]
             f"{found}, not one outcome a datum. Say which by tokens='last', "
             "tokens='each', or their positions."
         )
-    return fn, mask.expand(fn.batch_shape) if event_dims else mask
+    return fn, mask
 
 
 def _positions(tokens: Tokens, mask: Tensor, site: str) -> Tensor:

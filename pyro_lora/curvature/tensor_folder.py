@@ -7,22 +7,52 @@ import json
 import os
 import re
 import secrets
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from pyro_lora.lifting.unfinished import aside, locked
 
 Tensors = dict[str, Tensor]
 
 MANIFEST = "manifest.json"
 _TENSOR_FILE = re.compile(r"[0-9a-f]{64}\.safetensors")
-_TEMPORARY = re.compile(r"[0-9a-f]{16}\.pyro_lora\.tmp")
+
+# Of a manifest, before it is parsed: the largest has the names of a network's tensors.
+_MAX_BYTES, _MAX_DEPTH = 64_000_000, 100
+# As msgspec reads them: JSON's numbers have no bounds, torch's do.
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+Real = Annotated[float, msgspec.Meta(ge=-1e300, le=1e300)]
+Shape = Annotated[tuple[Count, ...], msgspec.Meta(max_length=16)]
+
+
+class Schema(msgspec.Struct, forbid_unknown_fields=True):
+    """What a JSON object holds: the fields of a subclass, and nothing else."""
+
+
+class _TensorFile(Schema):
+    file: str
+    bytes: Count
+    sha256: str
+
+
+class _Frame(Schema):
+    """The fields of every manifest."""
+
+    format: str
+    version: Annotated[int, msgspec.Meta(ge=1)]
+    tensors: _TensorFile
+    expanded: dict[str, Shape]
+    manifest_sha256: str
 
 
 @dataclass(frozen=True)
@@ -33,11 +63,33 @@ class Format:
         name: Written into the manifest, and expected there.
         version: The newest that can be read; written into the manifest.
         remedy: What to do about a damaged folder.
+        content: The manifest's own fields, a subclass of :class:`Schema` or a
+            dataclass, as msgspec reads it.
     """
 
     name: str
     version: int
     remedy: str
+    content: type[Any]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A manifest that was read and checked.
+
+    Attributes:
+        file: Where.
+        version: Of its format.
+        content: Of the format's type.
+        tensor_file: Name, size and checksum of the file of tensors.
+        expanded: Tensor -> its shape, where dims only repeat.
+    """
+
+    file: Path
+    version: int
+    content: Any
+    tensor_file: _TensorFile
+    expanded: Mapping[str, tuple[int, ...]]
 
 
 def write_folder(
@@ -45,10 +97,12 @@ def write_folder(
 ) -> None:
     """Write tensors and what JSON can hold into a folder, made if it isn't there.
 
-    A crash at any time leaves the old content or the new one: the tensor file is
-    named by its own sha256, the manifest that names it is renamed into place last, and
-    the old tensor file is deleted after that. What a crash leaves over, the next write
-    deletes. Dims that only repeat by ``expand`` are stored once.
+    A crash at any time leaves the old content or the new one: the tensor file has a
+    name that no other has, the manifest that says it is renamed into place last, and
+    the tensor file of the manifest before it is deleted after that. Of several writers
+    the last one's rename counts; readers go by :func:`read_folder`. What a killed
+    writer leaves over, the next write deletes, and nothing that isn't named by one of
+    these manifests. Dims that only repeat by ``expand`` are stored once.
 
     Args:
         folder: The folder.
@@ -64,33 +118,70 @@ def write_folder(
     if manifest_file.exists():
         _read_manifest(manifest_file, form)
     compact, shapes = _without_repetition(tensors)
-    with aside(folder) as unfinished:
+    with aside(folder, partial(_delete_replaced, folder)) as unfinished:
         new = unfinished / "tensors"
         new.touch()
         mode = new.stat().st_mode
         save_file(compact, new)
         new.chmod(mode)  # safetensors lets nobody but the owner read what it writes
-        digest = _file_digest(new)
         manifest = {
             "format": form.name,
             "version": form.version,
             **content,
             "tensors": {
-                "file": f"{digest}.safetensors",
+                "file": f"{secrets.token_hex(32)}.safetensors",
                 "bytes": new.stat().st_size,
-                "sha256": digest,
+                "sha256": _file_digest(new),
             },
             "expanded": shapes,
         }
-        put(new, folder / f"{digest}.safetensors")
-        new = unfinished / "manifest"
         manifest["manifest_sha256"] = manifest_digest(manifest)
-        new.write_text(json.dumps(manifest, indent=1))
-        put(new, manifest_file)
-    _remove_tensors(folder, but=f"{digest}.safetensors")
+        new_manifest = unfinished / "new.json"
+        new_manifest.write_text(json.dumps(manifest, indent=1))
+        _sync(new)  # here, where it keeps nobody waiting
+        with locked(folder):
+            if manifest_file.exists():
+                replaced = manifest_file.read_bytes()
+                (unfinished / "replaced.json").write_bytes(replaced)
+            put(new, folder / manifest["tensors"]["file"])
+            put(new_manifest, manifest_file)
 
 
-def read_manifest(folder: Path, form: Format) -> dict[str, Any]:
+def read_folder(
+    folder: Path,
+    form: Format,
+    device: torch.device,
+    check: Callable[[Manifest], None] = lambda manifest: None,
+) -> tuple[Manifest, Tensors]:
+    """Manifest and tensors, of one and the same write, also beside writers.
+
+    Args:
+        folder: The folder.
+        form: What it holds.
+        device: Where to put the tensors.
+        check: Called with the manifest before the tensors are read.
+
+    Returns:
+        The manifest; name -> tensor.
+
+    Raises:
+        ValueError: As :func:`read_manifest`, :func:`read_tensors` and ``check`` do.
+        OSError: If a file can't be read.
+        RuntimeError: If torch can't map it into memory.
+    """
+    manifest = read_manifest(folder, form)
+    while True:
+        check(manifest)
+        try:
+            return manifest, read_tensors(folder, form, manifest, device)
+        except (ValueError, OSError, RuntimeError):  # the last is torch's, of no file
+            newer = read_manifest(folder, form)
+            if newer == manifest:
+                raise
+            manifest = newer  # whose write has deleted the tensors of the one before
+
+
+def read_manifest(folder: Path, form: Format) -> Manifest:
     """The manifest of a folder written by :func:`write_folder`.
 
     Args:
@@ -102,7 +193,7 @@ def read_manifest(folder: Path, form: Format) -> dict[str, Any]:
 
     Raises:
         ValueError: If it's missing, truncated, altered, of something else or written
-            by a newer version.
+            by a newer version, or a field isn't what the format has there.
     """
     file = folder / MANIFEST
     if not file.is_file():
@@ -114,7 +205,7 @@ def read_manifest(folder: Path, form: Format) -> dict[str, Any]:
     version = manifest.get("version")
     if not isinstance(version, int) or version > form.version:
         raise ValueError(
-            f"{file} has version {version}; this pyro_lora reads up to "
+            f"{file} has version {version!r:.50}; this pyro_lora reads up to "
             f"{form.version}. Upgrade pyro_lora."
         )
     if manifest.get("manifest_sha256") != manifest_digest(manifest):
@@ -122,11 +213,19 @@ def read_manifest(folder: Path, form: Format) -> dict[str, Any]:
             f"{file} was altered after it was written: its checksum doesn't match. "
             f"{form.remedy}"
         )
-    return manifest
+    own = {
+        name: manifest.pop(name) for name in _Frame.__struct_fields__ & manifest.keys()
+    }
+    try:
+        frame = msgspec.convert(own, _Frame)
+        content = msgspec.convert(manifest, form.content)
+    except (msgspec.ValidationError, UnicodeError) as error:
+        raise ValueError(f"{file}: {error}. {form.remedy}") from error
+    return Manifest(file, frame.version, content, frame.tensors, frame.expanded)
 
 
 def read_tensors(
-    folder: Path, form: Format, manifest: Mapping[str, Any], device: torch.device
+    folder: Path, form: Format, manifest: Manifest, device: torch.device
 ) -> Tensors:
     """The tensors that a manifest names.
 
@@ -140,49 +239,49 @@ def read_tensors(
         Name -> tensor.
 
     Raises:
-        ValueError: If the file is missing, truncated or altered.
+        ValueError: If the file is missing, truncated or altered, or holds no tensors.
     """
-    entry = manifest["tensors"]
-    file = folder / entry["file"]
-    if not _TENSOR_FILE.fullmatch(entry["file"]) or not file.is_file():
-        raise ValueError(f"{file} doesn't exist. Copy the whole folder.")
-    size = file.stat().st_size
-    if size != entry["bytes"]:
+    entry = manifest.tensor_file
+    if not _TENSOR_FILE.fullmatch(entry.file):
         raise ValueError(
-            f"{file} has {size} bytes, expected {entry['bytes']}: it was truncated or "
-            f"altered. Copy it again. {form.remedy}"
-        )
-    if _file_digest(file) != entry["sha256"]:
-        raise ValueError(
-            f"{file} was altered: its sha256 isn't {entry['sha256']}. Copy it again. "
+            f"{manifest.file}: {entry.file!r:.80} is no name of a file of tensors. "
             f"{form.remedy}"
         )
-    shapes = manifest["expanded"]
-    return {
-        name: x.to(device).expand(tuple(shapes.get(name, x.shape)))
-        for name, x in load_file(file).items()
-    }
-
-
-@contextmanager
-def aside(folder: Path) -> Iterator[Path]:
-    """A folder for what is unfinished, that which others leave beside it included.
-
-    What a crash left over there is deleted first.
-
-    Args:
-        folder: Where finished files go, which exists.
-
-    Yields:
-        A new folder inside of it, deleted at the end.
-    """
-    _remove_unfinished(folder)
-    unfinished = folder / f"{secrets.token_hex(8)}.pyro_lora.tmp"
-    unfinished.mkdir()
+    file = folder / entry.file
+    if not file.is_file():
+        raise ValueError(f"{file} doesn't exist. Copy the whole folder.")
+    size = file.stat().st_size
+    if size != entry.bytes:
+        raise ValueError(
+            f"{file} has {size} bytes, expected {entry.bytes}: it was truncated or "
+            f"altered. Copy it again. {form.remedy}"
+        )
+    if _file_digest(file) != entry.sha256:
+        raise ValueError(
+            f"{file} was altered: its sha256 isn't {entry.sha256:.64}. Copy it again. "
+            f"{form.remedy}"
+        )
     try:
-        yield unfinished
-    finally:
-        shutil.rmtree(unfinished)
+        stored = load_file(file)
+    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
+        raise ValueError(
+            f"{file} holds no tensors that can be read: {error}. {form.remedy}"
+        ) from error
+    if not manifest.expanded.keys() <= stored.keys():
+        raise ValueError(
+            f"{manifest.file}: expanded has tensors that aren't there. {form.remedy}"
+        )
+    tensors = {}
+    for name, x in stored.items():
+        shape = tuple(manifest.expanded.get(name, x.shape))
+        if not _repeats(x.shape, shape):
+            raise ValueError(
+                f"{manifest.file}: tensor {name!r} of shape {tuple(x.shape)} can't be "
+                f"repeated to {shape}. {form.remedy}"
+            )
+        # A copy, since what was loaded is the file itself, which may be overwritten.
+        tensors[name] = x.to(device, copy=True).expand(shape)
+    return tensors
 
 
 def put(new: Path, target: Path) -> None:
@@ -206,10 +305,14 @@ def delete_folder(folder: Path) -> None:
     """
     if not folder.is_dir():
         return
-    (folder / MANIFEST).unlink(missing_ok=True)  # first: a crash leaves no half
-    _remove_unfinished(folder)
-    _remove_tensors(folder)
-    if not any(folder.iterdir()):
+    with (
+        aside(folder, partial(_delete_replaced, folder)) as unfinished,
+        locked(folder),
+    ):
+        manifest = folder / MANIFEST
+        if manifest.exists():
+            os.replace(manifest, unfinished / "replaced.json")
+    with suppress(OSError):  # there is something else in it
         folder.rmdir()
 
 
@@ -220,19 +323,54 @@ def manifest_digest(manifest: Mapping[str, Any]) -> str:
 
 
 def _read_manifest(file: Path, form: Format) -> dict[str, Any]:
+    size = file.stat().st_size
+    if size > _MAX_BYTES:
+        raise ValueError(
+            f"{file} has {size} bytes, more than any manifest of pyro_lora "
+            f"({_MAX_BYTES}). Use another folder."
+        )
     try:
-        manifest: dict[str, Any] = json.loads(file.read_bytes())
+        manifest = json.loads(file.read_bytes())
         found = manifest["format"]
-    except (ValueError, TypeError, KeyError) as error:
+        _check_depth(manifest)
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(
             f"{file} is truncated, or no manifest of pyro_lora. Use another folder."
         ) from error
     if found != form.name:
         raise ValueError(
-            f"{file} has the format {found!r}, expected {form.name!r}. Use another "
+            f"{file} has the format {found!r:.80}, expected {form.name!r}. Use another "
             "folder."
         )
+    assert isinstance(manifest, dict)  # nothing else of JSON's has a "format"
     return manifest
+
+
+def _check_depth(value: Any) -> None:
+    """Refuse what functions that call themselves couldn't follow.
+
+    Raises:
+        ValueError: If it's nested too deep.
+    """
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not level:
+            return
+    raise ValueError(f"It is nested more than {_MAX_DEPTH} deep.")
+
+
+def _repeats(stored: Sequence[int], shape: Sequence[int]) -> bool:
+    """Whether a shape is the stored one with some dims of 1 repeated."""
+    same = len(stored) == len(shape)
+    return same and all(
+        n == m or (n == 1 and m > 0) for n, m in zip(stored, shape, strict=True)
+    )
 
 
 def _without_repetition(tensors: Tensors) -> tuple[Tensors, dict[str, list[int]]]:
@@ -249,16 +387,23 @@ def _without_repetition(tensors: Tensors) -> tuple[Tensors, dict[str, list[int]]
     return compact, shapes
 
 
-def _remove_unfinished(folder: Path) -> None:
-    for path in folder.iterdir():
-        if _TEMPORARY.fullmatch(path.name):
-            shutil.rmtree(path)
+def _delete_replaced(folder: Path, unfinished: Path) -> None:
+    """Delete the tensors that a write has replaced, or its own where it didn't end."""
+    current = _tensor_file(folder / MANIFEST)
+    for manifest in unfinished.glob("*.json"):
+        file = _tensor_file(manifest)
+        if file is not None and file != current:
+            (folder / file).unlink(missing_ok=True)
 
 
-def _remove_tensors(folder: Path, but: str | None = None) -> None:
-    for file in folder.iterdir():
-        if _TENSOR_FILE.fullmatch(file.name) and file.name != but:
-            file.unlink()
+def _tensor_file(manifest: Path) -> str | None:
+    """The name of the tensor file, None where no manifest says one that is ours."""
+    try:
+        name = json.loads(manifest.read_bytes())["tensors"]["file"]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return None
+    is_ours = isinstance(name, str) and _TENSOR_FILE.fullmatch(name)
+    return name if is_ours else None
 
 
 def _sync(path: Path) -> None:

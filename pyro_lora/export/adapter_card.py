@@ -16,13 +16,20 @@ _CLASSIFIERS = ("SEQ_CLS", "TOKEN_CLS")
 
 
 def adapter_card(
-    metadata: Path, title: str, base: Any, config: Any, tensors: Sequence[str]
+    metadata: Path,
+    title: str,
+    meaning: str,
+    base: Any,
+    config: Any,
+    tensors: Sequence[str],
 ) -> ModelCard:
     """A card with PEFT's metadata and a text of our own.
 
     Args:
         metadata: The README.md that PEFT wrote.
         title: Whose draw it is, from :func:`title`.
+        meaning: What it has to do with the posterior's prediction, from
+            :func:`meaning`.
         base: The network under the adapter.
         config: The adapter's configuration.
         tensors: Names of the adapter's tensors, as saved.
@@ -46,8 +53,7 @@ def adapter_card(
     card.text = f"""
 # {title}
 
-A weight set of a PEFT adapter, written by pyro_lora. What the posterior predicts is the
-mean of the probabilities under several such weight sets, not what one of them says.
+A weight set of a PEFT adapter, written by pyro_lora. {meaning}
 
 ```python
 from peft import PeftModel
@@ -60,6 +66,52 @@ network = PeftModel.from_pretrained(base, "this folder").eval()
 {_contents(config, tensors)}
 """
     return card
+
+
+def is_linearized(posterior: Posterior) -> bool:
+    """Whether a posterior, or a part of it, describes a network that is linearised.
+
+    A Gaussian over one layer is the same either way: the network is linear in that
+    layer's weights, up to what comes after it.
+
+    Args:
+        posterior: The posterior.
+    """
+    if isinstance(posterior, MixturePosterior):
+        return any(is_linearized(component) for component in posterior.components)
+    if isinstance(posterior, ParticlePosterior):
+        return False
+    layers = {
+        p.locations[0][0]
+        for lora in posterior.loras
+        for site, members in lora.parameters.items()
+        for p in members
+        if site in posterior.gaussian.loc
+    }
+    return len(layers) > 1
+
+
+def meaning(posterior: Posterior) -> str:
+    """What a draw has to do with what the posterior predicts.
+
+    Args:
+        posterior: What it was drawn from.
+
+    Returns:
+        Lines of text.
+    """
+    if is_linearized(posterior):
+        return (
+            "The Gaussian that it was drawn from\ndescribes the network linearised at "
+            "a mode. In the network itself such a weight set, and the\nmean of the "
+            "probabilities under several, may predict at chance: evaluate it before "
+            "use. Draws\nof a posterior over the last layer, particles, or the mode "
+            "itself predict as they should."
+        )
+    return (
+        "What the posterior predicts is the\nmean of the probabilities under several "
+        "such weight sets, not what one of them says."
+    )
 
 
 def title(posterior: Posterior, index: int, num_samples: int) -> str:

@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 
 from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor
 
-from pyro_lora.curvature.tensor_folder import aside, put
-from pyro_lora.export.adapter_card import adapter_card, title
+from pyro_lora.curvature.tensor_folder import put
+from pyro_lora.export.adapter_card import (
+    adapter_card,
+    is_linearized,
+    meaning,
+    title,
+)
 from pyro_lora.export.posterior_state import Posterior
 from pyro_lora.export.prior_density import prior_of, with_scaled_sites
 from pyro_lora.infer.joint_distribution import check_num_samples
+from pyro_lora.lifting.interrupts import leaving_no_trace, undone
 from pyro_lora.lifting.lifted_network import LiftedNetwork
+from pyro_lora.lifting.unfinished import aside
+from pyro_lora.lifting.warning import warn
 from pyro_lora.predict.draws import LORA_POSTERIORS
 
 _CARD = "README.md"
 
 
+@leaving_no_trace
 def export_adapters(
     posterior: Posterior, path: str | os.PathLike[str], num_samples: int
 ) -> None:
@@ -26,49 +36,96 @@ def export_adapters(
 
     Each is a folder for ``PeftModel.from_pretrained(base_model, folder)``, for a server
     of LoRA adapters, or for the hub, with a model card that says how to load it. The
-    mean of the probabilities that the adapters give is the posterior's prediction. For
-    the mode alone: ``export_adapters(ensemble(lora, [posterior.mode()]), path, 1)``.
+    mean of the probabilities that the adapters give is the prediction of particles, and
+    of a Gaussian over one layer (``AutoLaplace(sites="last_layer")``). A Gaussian over
+    several layers describes the linearised network; adapters drawn from it may predict
+    at chance, so that there is a warning, and the card says so. For the mode alone:
+    ``export_adapters(ensemble(lora, [posterior.mode()]), path, 1)``.
 
-    An adapter is written aside, onto the disk, and then renamed: each is there in full
-    or not at all, also after ``kill -9``. The network's own adapter stays what it was.
+    All are written aside, onto the disk, and the whole folder is then renamed: after
+    ``kill -9``, too, it holds every draw or none. The network's own adapter stays what
+    it was.
 
     Args:
         posterior: A Laplace, particle or mixture posterior of one PEFT model.
-        path: The folder to hold them, made if it isn't there.
+        path: The folder to hold them, which must be new or empty.
         num_samples: Number of draws; that of the particles writes each one, in order.
 
     Raises:
-        ValueError: If the posterior is of another kind, the folder holds draws already,
-            the lifted network isn't one PEFT model, a lifted parameter isn't part of
-            what PEFT saves, or ``num_samples`` isn't positive.
+        ValueError: If the posterior is of another kind, the folder holds draws already
+            or anything else, or can't be replaced (a mount, the current folder), the
+            lifted network isn't one PEFT model, a lifted parameter isn't part of what
+            PEFT saves, or ``num_samples`` isn't positive.
+        OSError: If the disk is full, say; there is no draw then.
+
+    Warns:
+        UserWarning: If the posterior is a Gaussian over several layers, or a mixture
+            with one.
     """
-    folder = Path(path)
+    folder = Path(path).resolve()  # not a link to it
     check_num_samples(num_samples)
     lora, network, adapter = _one_adapter(posterior)
-    if next(folder.glob("draw_*"), None) is not None:
-        raise ValueError(
-            f"{folder} holds draws already. Delete them, or name another folder."
-        )
+    _check_replaceable(folder)
     _check_saved_by_peft(lora, network, adapter)
+    if is_linearized(posterior):
+        warn(
+            "A Gaussian over several layers describes the network linearised at its "
+            "mode. The network itself, which the adapters are for, may predict at "
+            "chance at draws of it: evaluate them first. Draws of a posterior over the "
+            "last layer (AutoLaplace(sites='last_layer')), particles (SVGD) and the "
+            "mode (ensemble(lora, [posterior.mode()])) predict as they should."
+        )
     draws = with_scaled_sites(
         prior_of(posterior), (lora,), posterior.sample(num_samples)
     )
     before = lora.weights()
-    folder.mkdir(parents=True, exist_ok=True)
-    with aside(folder) as unfinished:
-        try:
-            new = []
+    with aside(folder.parent) as unfinished:
+        whole = unfinished / "whole"
+        whole.mkdir()
+        if folder.is_dir():
+            whole.chmod(folder.stat().st_mode)
+        with undone(partial(lora.load, before)):
             for index in range(num_samples):
                 lora.load({site: draws[site][index] for site in lora.sites})
                 what = title(posterior, index, num_samples)
-                new.append(_write(network, adapter, unfinished / str(index), what))
-        finally:
-            lora.load(before)
-        for index, draw in enumerate(new):
-            put(draw, folder / f"draw_{index:03d}")
+                draw = _write(
+                    network, adapter, unfinished / str(index), what, meaning(posterior)
+                )
+                draw.rename(whole / f"draw_{index:03d}")
+        try:
+            put(whole, folder)
+        except OSError:
+            _check_replaceable(folder)  # another was faster
+            raise
 
 
-def _write(network: PeftModel, adapter: str, folder: Path, what: str) -> Path:
+def _check_replaceable(folder: Path) -> None:
+    """Check that a folder can be renamed into this place.
+
+    Raises:
+        ValueError: If it can't.
+    """
+    if next(folder.glob("draw_*"), None) is not None:
+        raise ValueError(
+            f"{folder} holds draws already. Delete them, or name another folder."
+        )
+    if folder.is_dir() and next(folder.iterdir(), None) is not None:
+        reason = "holds something else"
+    elif folder == Path.cwd():
+        reason = "is the current folder"
+    elif folder.is_mount():
+        reason = "is a mount"
+    else:
+        return
+    raise ValueError(
+        f"{folder} {reason}, so it can't be replaced by a folder that holds every draw "
+        f"or none. Name a new one, such as {folder / 'draws'}."
+    )
+
+
+def _write(
+    network: PeftModel, adapter: str, folder: Path, what: str, meaning: str
+) -> Path:
     """The folder that holds the adapter, inside of the one given."""
     network.save_pretrained(
         str(folder),
@@ -80,6 +137,7 @@ def _write(network: PeftModel, adapter: str, folder: Path, what: str) -> Path:
     card = adapter_card(
         folder / _CARD,
         what,
+        meaning,
         network.get_base_model(),
         network.peft_config[adapter],
         list(_saved(network, adapter)),

@@ -9,10 +9,10 @@ import torch
 from pyro.infer import MCMC
 from torch import Tensor
 
-from pyro_lora.infer.laplace_posterior import LaplacePosterior
 from pyro_lora.infer.mixture_posterior import MixturePosterior
 from pyro_lora.infer.particle_posterior import ParticlePosterior
 from pyro_lora.lifting.model_trace import Batch
+from pyro_lora.lifting.settings import check_count
 from pyro_lora.predict.draws import LORA_POSTERIORS, Guide, Weights, draw_weights
 
 DEFAULT_NUM_SAMPLES = 100  # PSIS needs 25; quantiles want a few more
@@ -87,8 +87,7 @@ def chains_of(
         num_samples = DEFAULT_NUM_SAMPLES
         if isinstance(posterior, ParticlePosterior):
             num_samples = posterior.num_particles
-    if num_samples < 1:
-        raise ValueError(f"num_samples must be at least 1, found {num_samples}.")
+    check_count("num_samples", num_samples)
     if isinstance(posterior, ParticlePosterior):
         particles = posterior.sample(num_samples)
         return Chains(1, num_samples, lambda a, b: Some(_slice(particles, a, b)))
@@ -99,14 +98,6 @@ def chains_of(
     return Chains(
         1, num_samples, lambda a, b: Some(draw_weights(posterior, b - a, 1, batch))
     )
-
-
-def is_linearizable(posterior: object) -> bool:
-    """Whether a posterior is a Gaussian, or some, over a network's weights alone."""
-    parts: tuple[object, ...] = (posterior,)
-    if isinstance(posterior, MixturePosterior):
-        parts = posterior.components
-    return all(isinstance(p, LaplacePosterior) and p.latents is None for p in parts)
 
 
 def _slice(weights: Mapping[str, Tensor], start: int, stop: int) -> Weights:

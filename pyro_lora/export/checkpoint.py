@@ -7,46 +7,101 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 
+from pyro_lora.curvature.checked_tensors import CheckedTensors
 from pyro_lora.curvature.tensor_folder import (
-    MANIFEST,
     Format,
+    Manifest,
+    Real,
+    Schema,
+    Shape,
+    read_folder,
     read_manifest,
-    read_tensors,
     write_folder,
 )
-from pyro_lora.export.posterior_state import Posterior, describe, restore, sites_of
-from pyro_lora.export.prior_density import NOISE
+from pyro_lora.export.posterior_state import (
+    Description,
+    Posterior,
+    describe,
+    restore,
+    sites_of,
+)
 from pyro_lora.export.weight_variables import without_adapter_name
+from pyro_lora.lifting.fingerprint import (
+    NetworkDescription,
+    check_networks,
+    described,
+    fingerprint,
+    restored,
+)
+from pyro_lora.lifting.initialization import NOISE
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.lifting.model_trace import Model
 
-FORMAT = Format("pyro_lora posterior", 1, "Save the posterior again.")
+
+class _Layers(Schema):
+    """What tells apart networks whose sites have the same names and shapes."""
+
+    parameters: dict[str, tuple[str, ...]]
+    scalings: dict[str, Real]
 
 
-def save(posterior: Posterior, path: str | os.PathLike[str]) -> None:
+class SavedPosterior(Schema):
+    """The fields of a posterior's manifest; version 1 had no ``networks``."""
+
+    posterior: Description
+    sites: dict[str, Shape]
+    layers: _Layers
+    networks: tuple[NetworkDescription, ...] | None = None
+    metadata: dict[str, str] = msgspec.field(default_factory=dict)
+
+
+FORMAT = Format("pyro_lora posterior", 2, "Save the posterior again.", SavedPosterior)
+
+
+def save(
+    posterior: Posterior,
+    path: str | os.PathLike[str],
+    *,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """Write a posterior into a folder, which is made if it isn't there.
 
     The folder has a tensor file (safetensors) and ``manifest.json`` with a sha256 of
     both; nothing is pickled. A crash at any time, also ``kill -9``, leaves the old
-    checkpoint or the new one.
+    checkpoint or the new one. Several processes may save into one folder: the last one
+    wins, and who loads meanwhile gets one of them, whole. Files that no manifest of
+    this folder names are left alone.
 
     Args:
         posterior: A Laplace, particle or mixture posterior.
         path: The folder.
+        metadata: Words of your own, such as the names of the classes, that are there
+            with the posterior or not at all, for :func:`load_metadata`.
 
     Raises:
-        ValueError: If the posterior is of another kind, or the folder holds a
-            ``manifest.json`` of something else.
+        ValueError: If the posterior is of another kind, the metadata aren't strings, or
+            the folder holds a ``manifest.json`` of something else.
     """
+    metadata = {} if metadata is None else dict(metadata)
+    for name, value in metadata.items():
+        if not isinstance(name, str) or not isinstance(value, str):
+            raise ValueError(
+                f"metadata must be strings by name, found {name!r}: {value!r}. Put "
+                "other things into one by json.dumps."
+            )
     description, tensors = describe(posterior)
+    networks, values = described([fingerprint(lora) for lora in posterior.loras])
     content = {
         "posterior": description,
         "sites": {site: list(shape) for site, shape in sites_of(posterior).items()},
         "layers": _layers(posterior.loras),
+        "metadata": metadata,
+        "networks": networks,
     }
-    write_folder(Path(path), FORMAT, content, tensors)
+    write_folder(Path(path), FORMAT, content, tensors | values)
 
 
 def load(
@@ -77,19 +132,45 @@ def load(
     """
     loras = (lora,) if isinstance(lora, LiftedNetwork) else tuple(lora)
     folder = Path(path)
-    manifest_file = folder / MANIFEST
-    manifest = read_manifest(folder, FORMAT)
-    _check_network(manifest_file, manifest, loras)
     device = next(iter(loras[0].zeros().values())).device
-    tensors = read_tensors(folder, FORMAT, manifest, device)
+
+    def check(manifest: Manifest) -> None:
+        _check_network(manifest.file, manifest.content, loras)
+
+    manifest, read = read_folder(folder, FORMAT, device, check)
+    content: SavedPosterior = manifest.content
+    file = manifest.file
+    tensors = CheckedTensors(read)
     try:
-        return restore(manifest["posterior"], tensors, loras, model)
-    except KeyError as error:
-        raise ValueError(
-            f"{manifest_file}: {error} is missing or unknown. Save the posterior again."
-        ) from error
+        if manifest.version > 1:  # else there were none
+            saved = restored(content.networks or (), tensors.values)
+            check_networks(saved, loras, "the posterior")
+        posterior = restore(content.posterior, tensors, loras, model)
+        if sites_of(posterior) != content.sites:
+            raise ValueError(
+                f"the sites have the shapes {sites_of(posterior)}, the manifest says "
+                f"{content.sites}. {FORMAT.remedy}"
+            )
     except ValueError as error:
-        raise ValueError(f"{manifest_file}: {error}") from error
+        raise ValueError(f"{file}: {error}") from error
+    return posterior
+
+
+def load_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """What was given to :func:`save` as ``metadata``, without loading the posterior.
+
+    Args:
+        path: The folder.
+
+    Returns:
+        Name -> words.
+
+    Raises:
+        ValueError: If the manifest is missing, truncated, altered, not one of ours or
+            written by a newer version.
+    """
+    content: SavedPosterior = read_manifest(Path(path), FORMAT).content
+    return content.metadata
 
 
 def _layers(loras: Sequence[LiftedNetwork]) -> dict[str, Any]:
@@ -110,26 +191,27 @@ def _layers(loras: Sequence[LiftedNetwork]) -> dict[str, Any]:
 
 
 def _check_network(
-    file: Path, manifest: Mapping[str, Any], loras: Sequence[LiftedNetwork]
+    file: Path, saved: SavedPosterior, loras: Sequence[LiftedNetwork]
 ) -> None:
-    saved = manifest["sites"]
-    found = {s: list(x.shape) for lora in loras for s, x in lora.zeros().items()}
+    found = {s: tuple(x.shape) for lora in loras for s, x in lora.zeros().items()}
     remedy = "Lift the network that the posterior was made for."
     for site, shape in found.items():
-        there = saved.get(site, saved.get(f"{site}{NOISE}", "no such site"))
+        there = saved.sites.get(site, saved.sites.get(f"{site}{NOISE}"))
+        said = "no such site" if there is None else list(there)
         if there != shape:
             raise ValueError(
-                f"{file}: site {site!r} of this network has shape {shape}, the saved "
-                f"posterior has {there}. {remedy}"
+                f"{file}: site {site!r} of this network has shape {list(shape)}, the "
+                f"saved posterior has {said}. {remedy}"
             )
-    saved_layers, layers = manifest["layers"], _layers(loras)
-    for site, names in saved_layers["parameters"].items():
-        if layers["parameters"].get(site) != names:
+    layers = _layers(loras)
+    for site, names in saved.layers.parameters.items():
+        here = tuple(layers["parameters"].get(site, ()))
+        if here != names:
             raise ValueError(
-                f"{file}: site {site!r} holds {names} in the saved posterior, and "
-                f"{layers['parameters'].get(site, 'nothing')} in this network. {remedy}"
+                f"{file}: site {site!r} holds {list(names)} in the saved posterior, "
+                f"and {list(here) or 'nothing'} in this network. {remedy}"
             )
-    for layer, scaling in saved_layers["scalings"].items():
+    for layer, scaling in saved.layers.scalings.items():
         other = layers["scalings"].get(layer)
         if other is None or abs(other - scaling) > 1e-6 * abs(scaling):
             raise ValueError(
@@ -137,3 +219,12 @@ def _check_network(
                 f"posterior, and {other} in this network, so the same weights mean "
                 f"another update. {remedy}"
             )
+    if (
+        saved.layers.parameters.keys() != layers["parameters"].keys()
+        or saved.layers.scalings.keys() != layers["scalings"].keys()
+    ):
+        raise ValueError(
+            f"{file}: the saved posterior is of the layers "
+            f"{sorted(saved.layers.scalings)}, this network has "
+            f"{sorted(layers['scalings'])}. {remedy}"
+        )

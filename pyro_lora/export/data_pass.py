@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,8 +12,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from pyro_lora.curvature.data_plate import data_plate
+from pyro_lora.curvature.outcomes import data_that_count, values_to_score
+from pyro_lora.lifting.batch import checked_batches, explaining
 from pyro_lora.lifting.lifted_network import LiftedNetwork
-from pyro_lora.lifting.model_trace import Batch, lifted_networks
+from pyro_lora.lifting.model_trace import (
+    Batch,
+    is_missing_outcome,
+    lifted_networks,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +36,7 @@ class DataPass:
         log_prior: Site -> (S,), float64, nats, of latent sites outside the network.
         outcomes: Drawn from the likelihood, (S, N, ...).
         observed: The outcomes given, (N, ...); None without labels.
+        counts: Which data of them count, (N,); None without labels.
         inputs: The integer inputs, name -> (N, ...), padded with zeros on the right.
     """
 
@@ -40,6 +47,7 @@ class DataPass:
     log_prior: dict[str, Tensor]
     outcomes: Tensor
     observed: Tensor | None
+    counts: Tensor | None
     inputs: dict[str, Tensor]
 
 
@@ -58,14 +66,14 @@ class AtDraws(Protocol):
 
 @torch.no_grad()
 def pass_over_data(
-    at_draws: AtDraws, batches: Iterable[Batch], labels: str
+    at_draws: AtDraws, batches: Iterable[Batch], labels: Collection[str]
 ) -> DataPass:
     """Run the model at all draws over all batches.
 
     Args:
         at_draws: The model at S draws.
         batches: At least one mapping of model keyword arguments.
-        labels: The argument that isn't an input: the outcomes.
+        labels: The arguments that aren't inputs: the outcomes.
 
     Returns:
         Everything on the device of the likelihood.
@@ -77,18 +85,20 @@ def pass_over_data(
     totals: list[Tensor] = []
     outcomes: list[Tensor] = []
     observed: list[Tensor] = []
+    counts: list[Tensor] = []
     inputs: list[dict[str, Tensor]] = []
     latent: list[dict[str, Tensor]] = []
     networks: Sequence[LiftedNetwork] = ()
     alone = True
     index = 0
-    for index, batch in enumerate(batches, 1):
+    for index, batch in enumerate(checked_batches(batches), 1):
         drawn, log_likelihood, total = [], [], []
         for trace in at_draws.traces(batch):
             site = trace.nodes[at_draws.obs_site]
             drawn.append(site["fn"].sample())
             if site["is_observed"]:
-                log_likelihood.append(datum_log_probs(site))
+                with explaining(batch, nodes=trace.nodes):
+                    log_likelihood.append(datum_log_probs(site))
                 total.append((log_likelihood[-1] * data_plate(site).scale).sum(-1))
             if index == 1:
                 networks = lifted_networks(trace)
@@ -99,6 +109,7 @@ def pass_over_data(
             log_likelihoods.append(torch.cat(log_likelihood))
             totals.append(torch.cat(total))
             observed.append(_one_draw(site))
+            counts.append(data_that_count(site))
         if len(observed) not in (0, index):
             raise ValueError(
                 f"Batch {index - 1} and the ones before it differ in whether they "
@@ -115,17 +126,22 @@ def pass_over_data(
         {name: torch.cat([part[name] for part in latent]) for name in latent[0]},
         torch.cat(outcomes, 1),
         torch.cat(observed) if has_labels else None,
-        {name: _padded_rows([part[name] for part in inputs]) for name in inputs[0]},
+        torch.cat(counts) if has_labels else None,
+        {
+            name: _padded_rows([part[name] for part in inputs])
+            for name in inputs[0]
+            if all(name in part for part in inputs)
+        },
     )
 
 
 def datum_log_probs(site: Mapping[str, Any]) -> Tensor:
-    """Log density of each datum, (S', B), float64.
+    """Log density of each datum, (S', B), float64; 0 of one that doesn't count.
 
     Args:
         site: The likelihood's site in a trace.
     """
-    log_prob = site["fn"].log_prob(site["value"]).double()
+    log_prob = site["fn"].log_prob(values_to_score(site)).double()
     if site["mask"] is None:
         return log_prob
     mask = torch.as_tensor(site["mask"], device=log_prob.device)
@@ -159,6 +175,7 @@ def latent_log_probs(
             and not site_is_subsample(site)
             and "lora" not in site["infer"]
             and name not in lifted
+            and not is_missing_outcome(trace, name)  # its density is no prior
         ):
             log_prob = site["fn"].log_prob(site["value"]).double() * site["scale"]
             result[name] = log_prob.flatten(1).sum(1)
@@ -179,11 +196,13 @@ def observes_only(trace: Any, obs_site: str) -> bool:
     )
 
 
-def _integer_inputs(batch: Batch, batch_size: int, labels: str) -> dict[str, Tensor]:
+def _integer_inputs(
+    batch: Batch, batch_size: int, labels: Collection[str]
+) -> dict[str, Tensor]:
     return {
         name: value
         for name, value in batch.items()
-        if name != labels
+        if name not in labels
         and isinstance(value, Tensor)
         and not (value.is_floating_point() or value.is_complex())
         and value.ndim in (1, 2)

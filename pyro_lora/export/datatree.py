@@ -3,26 +3,39 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pyro.infer import MCMC
 
-from pyro_lora.export.chains import Samples, chains_of, is_linearizable
+from pyro_lora.export.chains import Samples, chains_of
 from pyro_lora.export.draw_chunks import joined, written
 from pyro_lora.export.draw_groups import DrawGroups
 from pyro_lora.export.linearized_pass import has_linear_predictor
 from pyro_lora.infer.mixture_posterior import MixturePosterior
+from pyro_lora.lifting.batch import check_batches, checked_batches
+from pyro_lora.lifting.interrupts import leaving_no_trace
 from pyro_lora.lifting.model_trace import Batch, Model
-from pyro_lora.predict.draws import LORA_POSTERIORS, Guide, model_at_draws
+from pyro_lora.lifting.settings import check_count, check_word
+from pyro_lora.lifting.warning import warn
+from pyro_lora.predict.draws import (
+    LORA_POSTERIORS,
+    Guide,
+    check_guide,
+    check_names,
+    model_at_draws,
+    prediction_method,
+)
 from pyro_lora.predict.dropout import check_no_dropout
+from pyro_lora.predict.linearized import laplace_parts, obstacle
 
 if TYPE_CHECKING:
     from xarray import DataTree
 
 
+@leaving_no_trace
 def to_datatree(
     posterior: Guide | MCMC | Samples,
     *,
@@ -33,7 +46,7 @@ def to_datatree(
     method: Literal["linearized", "sample"] | None = None,
     prior_predictive: bool = False,
     obs_site: str | None = None,
-    labels: str = "labels",
+    labels: str | None = None,
     path: str | os.PathLike[str] | None = None,
     chunk_size: int | None = None,
 ) -> DataTree:
@@ -57,7 +70,9 @@ def to_datatree(
       that the model observes; ``log_q``, the posterior's log density, both in nats;
       ``component``, a mixture's; ``diverging``, of NUTS.
     - ``log_likelihood``: one value a datum, nats, float64.
-    - ``posterior_predictive`` and ``observed_data``: outcomes, drawn and given.
+    - ``posterior_predictive`` and ``observed_data``: outcomes, drawn and given. Data
+      whose outcome is missing or masked are in the first alone, and the others keep
+      their numbers in the coordinate ``datum``.
     - ``prior_predictive``: outcomes under draws of the prior.
     - ``constant_data``: the integer inputs (token ids, masks), padded with zeros on
       the right to one length.
@@ -78,14 +93,17 @@ def to_datatree(
             leaves out the groups that depend on data.
         num_samples: Draws; None is every particle once, all of a Markov chain, or 100.
         weights: ``"delta"`` or ``"raw"``.
-        method: ``"linearized"`` or ``"sample"``; None is ``"linearized"`` where the
-            posterior is Laplace's over nothing but weights, and the likelihood
-            Categorical, Bernoulli or Normal, one outcome a datum.
+        method: ``"linearized"`` or ``"sample"``; None is the posterior's own, as in
+            ``predict``: ``"linearized"`` where it is Laplace's. That needs one over
+            nothing but weights, and a likelihood that is Categorical, Bernoulli or
+            Normal, one outcome a datum; else the network is run at draws of the
+            weights, with a warning.
         prior_predictive: Draw outcomes under the prior, too: as many forward passes
             over the data as there are draws.
         obs_site: The likelihood's site; None is the posterior's, else the model's
             only one.
-        labels: The model's argument with that site's outcomes.
+        labels: The model's argument with that site's outcomes; None follows the
+            arguments to its ``obs=``.
         path: A zarr store to write, draws after draws, in the memory of
             ``chunk_size`` of them; it's there once all is written. None keeps the tree
             in memory.
@@ -102,14 +120,17 @@ def to_datatree(
             is empty or can't be read again for more draws or the prior's, only some
             batches have labels, raw weights are too many, ``"linearized"`` doesn't
             fit, the posterior is ``mc_dropout``'s, or ``path`` exists.
+
+    Warns:
+        UserWarning: If a Gaussian posterior's draws go through the network itself,
+            since that can't be linearised.
     """
     groups = _groups(
         posterior, model, batches, num_samples, weights, method, obs_site, labels
     )
     num_draws = groups.chains.num_draws
     size = num_draws if chunk_size is None else chunk_size
-    if size < 1:
-        raise ValueError(f"chunk_size must be at least 1, found {chunk_size}.")
+    check_count("chunk_size", size)
     if size < num_draws and batches is not None and iter(batches) is batches:
         raise ValueError(
             f"{num_draws} draws, {size} at a time, take several passes over the data, "
@@ -135,7 +156,7 @@ def _groups(
     weights: str,
     method: str | None,
     obs_site: str | None,
-    labels: str,
+    labels: str | None,
 ) -> DrawGroups:
     """What the groups are made from, the arguments checked.
 
@@ -150,12 +171,12 @@ def _groups(
         raise ImportError(
             "to_datatree needs ArviZ. Install it by: pip install 'pyro-lora[arviz]'"
         ) from error
-    if weights not in ("delta", "raw"):
-        raise ValueError(f"weights must be 'delta' or 'raw', found {weights!r}.")
-    if method not in ("linearized", "sample", None):
-        raise ValueError(
-            f"method must be 'linearized', 'sample' or None, found {method!r}."
-        )
+    check_word("weights", weights, ("delta", "raw"))
+    check_word("method", method, ("linearized", "sample", None))
+    if num_samples is not None:
+        check_count("num_samples", num_samples)
+    if not isinstance(posterior, MCMC | Mapping):
+        check_guide(posterior)
     check_no_dropout(posterior, "to_datatree")
     first, batches = _first_batch(batches)
     if isinstance(posterior, LORA_POSTERIORS):
@@ -166,6 +187,8 @@ def _groups(
             f"{type(posterior).__name__} doesn't know the model. Pass model= and "
             "batches= to to_datatree."
         )
+    if model is not None:
+        check_names(model, obs_site, labels)
     if first is not None and model is None:
         raise ValueError(
             "This posterior was loaded without its model. Pass model= to "
@@ -173,22 +196,24 @@ def _groups(
         )
     chains = chains_of(posterior, num_samples, first or {})
     linearized = False
-    if model is not None and first is not None and is_linearizable(posterior):
-        part = posterior
-        if isinstance(posterior, MixturePosterior):
-            part = posterior.components[0]
-        one = {site: value[None] for site, value in part.mode().items()}
-        at = model_at_draws(model, one, first, obs_site)
-        obs_site = at.obs_site
-        (trace,) = at.traces(first)
-        linearized = has_linear_predictor(trace.nodes[obs_site]["fn"])
-    if method == "linearized" and first is not None and not linearized:
-        raise ValueError(
-            "method='linearized' needs a Laplace posterior over nothing but weights, "
-            "or a mixture of them, and a Categorical, Bernoulli or Normal likelihood "
-            f"with one outcome a datum; the posterior is {type(posterior).__name__}. "
-            "Use method='sample'."
-        )
+    if model is not None and first is not None:
+        if method != "sample" and prediction_method(posterior) == "linearized":
+            reason, obs_site = _obstacle(posterior, model, first, obs_site)
+            linearized = reason is None
+            if reason is not None and method is None:
+                warn(
+                    f"The network can't be linearised here, since {reason}: the "
+                    "log likelihood is that of the network itself at draws of the "
+                    "weights, which may leave the range where the Gaussian holds. Say "
+                    "method='sample' if that's what you want."
+                )
+        if method == "linearized" and not linearized:
+            raise ValueError(
+                "method='linearized' needs a Laplace posterior over nothing but "
+                "weights, or a mixture of them, and a Categorical, Bernoulli or Normal "
+                "likelihood with one outcome a datum; the posterior is "
+                f"{type(posterior).__name__}. Use method='sample'."
+            )
     return DrawGroups(
         posterior,
         chains,
@@ -196,10 +221,30 @@ def _groups(
         batches,
         first,
         weights == "raw",
-        linearized and method != "sample",
+        linearized,
         obs_site,
         labels,
     )
+
+
+def _obstacle(
+    posterior: Any, model: Model, first: Batch, obs_site: str | None
+) -> tuple[str | None, str | None]:
+    """Why the likelihood can't be linearised, if so, and its site."""
+    parts = [part for _, part in laplace_parts(posterior)]
+    one = {site: value[None] for site, value in parts[0].mode().items()}
+    at = model_at_draws(model, one, first, obs_site)
+    (trace,) = at.traces(first)
+    if any(part.latents is not None for part in parts):
+        return "the posterior has latent sites besides the weights", at.obs_site
+    components = posterior.components if isinstance(posterior, MixturePosterior) else ()
+    if any(isinstance(component, MixturePosterior) for component in components):
+        return "the posterior is a mixture of mixtures", at.obs_site
+    fn = trace.nodes[at.obs_site]["fn"]
+    reason = obstacle(fn)
+    if reason is None and not has_linear_predictor(fn):
+        reason = f"{type(fn).__name__} isn't one outcome a datum"
+    return reason, at.obs_site
 
 
 def _first_batch(
@@ -207,8 +252,9 @@ def _first_batch(
 ) -> tuple[Batch | None, Iterable[Batch] | None]:
     if batches is None:
         return None, None
+    check_batches(batches)
     iterator = iter(batches)
-    first = next(iterator, None)
+    first = next(checked_batches(iterator), None)
     if first is None:
         raise ValueError("to_datatree got no batches. Is the iterable used up already?")
     # An iterator can be read once only, so what it gave is put back.

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch import distributions as td
 
 from pyro_lora.export.diagnosis import (
     Charge,
@@ -25,16 +24,21 @@ from pyro_lora.export.log_joint import LeftOut, LogJoint, guide_draws
 from pyro_lora.infer.laplace_posterior import LaplacePosterior
 from pyro_lora.infer.mixture_posterior import MixturePosterior
 from pyro_lora.infer.particle_posterior import ParticlePosterior
-from pyro_lora.lifting.model_trace import Batch, Model
+from pyro_lora.lifting.batch import check_batches
+from pyro_lora.lifting.interrupts import leaving_no_trace
+from pyro_lora.lifting.model_trace import IGNORED, Batch, Model
+from pyro_lora.lifting.settings import check_count
 from pyro_lora.predict.draws import (
     DRAWS_AT_ONCE,
     LORA_POSTERIORS,
     Guide,
     Weights,
+    check_guide,
+    check_names,
     model_at_draws,
-    without_labels,
+    outcome_source,
 )
-from pyro_lora.predict.outcomes import likelihood, outcome_log_probs
+from pyro_lora.predict.outcomes import GivenLabels, likelihood, outcome_log_probs
 from pyro_lora.predict.predict import predict
 
 _OFFSETS = (-2.0, -1.0, 1.0, 2.0)  # standard deviations along a direction
@@ -42,6 +46,7 @@ _NUM_WHOLE_DRAWS = 10
 _EQUAL_NATS = 1e-6  # log weights that differ by less are equal but for rounding
 
 
+@leaving_no_trace
 def diagnose(
     posterior: Guide,
     model: Model,
@@ -51,7 +56,7 @@ def diagnose(
     num_directions: int = 4,
     num_samples: int = 50,
     obs_site: str | None = None,
-    labels: str = "labels",
+    labels: str | None = None,
 ) -> Diagnosis:
     r"""Ask a posterior five questions; ``print`` the answer.
 
@@ -83,7 +88,8 @@ def diagnose(
         num_samples: Draws for :math:`\hat k`, at least 25.
         obs_site: The likelihood's site; None is the posterior's, else the model's only
             one.
-        labels: The model's argument with that site's outcomes.
+        labels: The model's argument with that site's outcomes; None follows the
+            arguments to its ``obs=``.
 
     Returns:
         The numbers, and ``str`` of it the table.
@@ -99,12 +105,18 @@ def diagnose(
         raise ImportError(
             "diagnose needs ArviZ. Install it by: pip install 'pyro-lora[arviz]'"
         ) from error
-    if num_samples < 25 or num_directions < 1:
+    check_count("num_samples", num_samples)
+    check_count("num_directions", num_directions)
+    check_names(model, obs_site, labels)
+    check_guide(posterior)
+    if num_samples < 25:
         raise ValueError(
             f"diagnose got num_samples={num_samples}, num_directions={num_directions}; "
             "k-hat needs 25 draws at least, and one direction."
         )
     for name, value in {"batches": batches, "held_out": held_out}.items():
+        if name == "batches" or value is not None:
+            check_batches(value, name)
         if value is not None and iter(value) is value:
             raise ValueError(
                 f"diagnose reads {name} several times, but got an iterator. Pass a "
@@ -272,7 +284,7 @@ def _check_classes(joint: LogJoint) -> None:
 
 @torch.no_grad()
 def _diversity(
-    joint: LogJoint, held_out: Iterable[Batch] | None, labels: str
+    joint: LogJoint, held_out: Iterable[Batch] | None, labels: str | None
 ) -> Diversity:
     posterior = joint.posterior
     if isinstance(posterior, ParticlePosterior):
@@ -286,16 +298,19 @@ def _diversity(
     if num == 1:
         raise LeftOut("there is only one")
     _check_classes(joint)
+    one = {site: x[0] for site, x in weights.items()}
+    source = outcome_source(joint.model, one, joint.obs_site, labels)
     at = model_at_draws(
-        joint.model, weights, without_labels(joint.first, labels), joint.obs_site
+        joint.model, weights, source.hidden(joint.first), joint.obs_site
     )
     log_probs: list[Tensor] = []
     outcomes: list[Any] = []
-    for batch in joint.batches if held_out is None else held_out:
-        traces = at.traces(without_labels(batch, labels))
+    given = GivenLabels(source)
+    for index, batch in enumerate(joint.batches if held_out is None else held_out):
+        traces = at.traces(source.hidden(batch))
         parts = [outcome_log_probs(t.nodes[at.obs_site]["fn"]) for t in traces]
         log_probs.append(torch.cat(parts))
-        outcomes.append(batch.get(labels))
+        outcomes.append(given.read(batch, log_probs[-1].shape[-1], index))
     log_p = torch.cat(log_probs, 1)  # (K, N, C)
     predicted = log_p.argmax(-1)
     differ = (predicted[:, None] != predicted).double().mean(-1)  # (K, K)
@@ -303,8 +318,9 @@ def _diversity(
     aleatoric = torch.special.entr(log_p.exp()).sum((1, 2)).mean()
     error = None
     if all(isinstance(x, Tensor) for x in outcomes):
-        wrong = predicted != torch.cat(outcomes).to(predicted)
-        error = float(wrong.double().mean())
+        true = torch.cat(outcomes).to(predicted)
+        wrong = (predicted != true)[:, true != IGNORED]
+        error = float(wrong.double().mean()) if wrong.numel() else None
     return Diversity(
         num_particles=num,
         disagreement=float(differ.sum()) / (num * (num - 1)),
@@ -314,30 +330,29 @@ def _diversity(
 
 
 def _confidence(
-    joint: LogJoint, held_out: Iterable[Batch] | None, labels: str
+    joint: LogJoint, held_out: Iterable[Batch] | None, labels: str | None
 ) -> Confidence | Coverage:
     found = likelihood(joint.site["fn"])
     if not found.is_real:
         _check_classes(joint)
     elif found.event_dims > 1:
         raise LeftOut("the likelihood has several rows of outcomes a datum")
-    # Student's t has no closed form around a Gaussian location.
-    closed_form = isinstance(found.fn, td.Normal) or not found.is_real
     prediction = predict(
         joint.model,
         joint.posterior,
         joint.batches if held_out is None else held_out,
-        method="linearized"
-        if closed_form and _is_gaussian(joint.posterior)
-        else "sample",
         obs_site=joint.obs_site,
         labels=labels,
     )
     if prediction.labels is None:
         raise LeftOut(
-            f"needs labels, and the batches have no {labels!r}: labels= says what they "
-            "are called"
+            f"needs labels, and the batches have no {labels or 'labels'!r}: labels= "
+            "says what they are called"
         )
+    try:
+        prediction = prediction.labelled("diagnose")
+    except ValueError as error:
+        raise LeftOut(str(error)) from error
     metrics = prediction.metrics()
     if found.is_real:
         return Coverage(
@@ -354,9 +369,3 @@ def _confidence(
         num_data=len(gap),
         held_out=held_out is not None,
     )
-
-
-def _is_gaussian(posterior: Guide) -> bool:
-    if isinstance(posterior, MixturePosterior):
-        return all(_is_gaussian(component) for component in posterior.components)
-    return isinstance(posterior, LaplacePosterior)

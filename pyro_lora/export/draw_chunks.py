@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pyro_lora.export.draw_groups import per_draw
+from pyro_lora.lifting.unfinished import aside
 
 if TYPE_CHECKING:
     from xarray import Dataset, DataTree
@@ -63,13 +63,15 @@ def written(chunks: Iterable[Groups], path: Path) -> DataTree:
 
     if path.exists():
         raise ValueError(f"{path} exists. Name a store that doesn't, or delete it.")
-    part = path.with_name(f"{path.name}.part")
-    shutil.rmtree(part, ignore_errors=True)  # what an interrupted call left
-    for index, groups in enumerate(chunks):
-        for name, group in groups.items():
-            if index == 0:
-                group.to_zarr(part, group=name, mode="a", consolidated=False)
-            elif per_draw(name):
-                group.to_zarr(part, group=name, append_dim="draw", consolidated=False)
-    part.rename(path)
+    with aside(path.parent) as unfinished:
+        part = unfinished / path.name
+        for index, groups in enumerate(chunks):
+            for name, group in groups.items():
+                if index == 0:
+                    group.to_zarr(part, group=name, mode="a", consolidated=False)
+                elif per_draw(name):
+                    group.to_zarr(
+                        part, group=name, append_dim="draw", consolidated=False
+                    )
+        part.rename(path)
     return open_datatree(path, engine="zarr", consolidated=False)

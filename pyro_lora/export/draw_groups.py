@@ -27,9 +27,10 @@ from pyro_lora.export.weight_variables import (
 from pyro_lora.infer.laplace_posterior import LaplacePosterior
 from pyro_lora.infer.mixture_posterior import MixturePosterior
 from pyro_lora.lifting.lifted_network import LiftedNetwork
-from pyro_lora.lifting.model_trace import Batch, Model, trace_at
+from pyro_lora.lifting.model_trace import Batch, Model, evaluating_model, trace_at
+from pyro_lora.lifting.outcome_source import OutcomeSource
 from pyro_lora.lifting.priors import Prior
-from pyro_lora.predict.draws import Guide, Weights, model_at_draws, without_labels
+from pyro_lora.predict.draws import Guide, Weights, model_at_draws, outcome_source
 
 if TYPE_CHECKING:
     from xarray import Dataset
@@ -50,7 +51,7 @@ class DrawGroups:
         raw: Whether sites come as they are.
         linearized: Whether the likelihood is that of the linearised network.
         obs_site: The likelihood's site, or None.
-        labels: The model's argument with that site's outcomes.
+        labels: The model's argument with that site's outcomes, where it is named.
     """
 
     posterior: Any
@@ -61,7 +62,7 @@ class DrawGroups:
     raw: bool
     linearized: bool
     obs_site: str | None
-    labels: str
+    labels: str | None
 
     def datasets(
         self, start: int, stop: int, prior_predictive: bool
@@ -110,7 +111,7 @@ class DrawGroups:
             **_data_groups(data),
         }
         if prior_predictive and data is not None:
-            groups["prior_predictive"] = self._prior_predictive(drawn, data)
+            groups["prior_predictive"] = self._prior_predictive(some, drawn, data)
         result = {}
         # Group by group: a site's draws and its log prior have one name, other dims.
         for name, group in groups.items():
@@ -139,15 +140,21 @@ class DrawGroups:
         if self.batches is None or self.first is None:
             return None
         assert self.model is not None  # to_datatree has checked it
+        labels = self._source(some).arguments(self.first)
         if self.linearized:
             assert self.obs_site is not None
             at = LinearizedAtDraws(self.model, self.posterior, some, self.obs_site)
-            return pass_over_data(at, self.batches, self.labels)
+            return pass_over_data(at, self.batches, labels)
         return pass_over_data(
             model_at_draws(self.model, some.weights, self.first, self.obs_site),
             self.batches,
-            self.labels,
+            labels,
         )
+
+    def _source(self, some: Some) -> OutcomeSource:
+        assert self.model is not None
+        one = {site: value[0] for site, value in some.weights.items()}
+        return outcome_source(self.model, one, self.obs_site, self.labels)
 
     def _networks(self, data: DataPass | None) -> Sequence[LiftedNetwork]:
         if data is not None:
@@ -155,15 +162,18 @@ class DrawGroups:
         loras: Sequence[LiftedNetwork] = self.posterior.loras
         return loras
 
-    def _prior_predictive(self, drawn: Weights, data: DataPass) -> Variables:
+    def _prior_predictive(
+        self, some: Some, drawn: Weights, data: DataPass
+    ) -> Variables:
         assert self.model is not None
         assert self.first is not None
         assert self.batches is not None
-        hidden = without_labels(self.first, self.labels)
+        source = self._source(some)
+        hidden = source.hidden(self.first)
         others = _other_latents(self.model, drawn, hidden, data)
         at = model_at_draws(self.model, drawn | others, self.first, data.obs_site)
-        batches = (without_labels(batch, self.labels) for batch in self.batches)
-        outcomes = pass_over_data(at, batches, self.labels).outcomes
+        batches = (source.hidden(batch) for batch in self.batches)
+        outcomes = pass_over_data(at, batches, source.arguments(self.first)).outcomes
         return _data_groups(data, {"prior_predictive": outcomes})["prior_predictive"]
 
     def _sample_stats(
@@ -207,7 +217,8 @@ def _other_latents(
     found: dict[str, list[Tensor]] = {}
     for s in range(_num_draws(drawn)):
         at = {site: value[s] for site, value in drawn.items()}
-        trace = trace_at(model, at, batch)
+        with evaluating_model():
+            trace = trace_at(model, at, batch)
         for site in data.log_prior:
             if site not in drawn:
                 found.setdefault(site, []).append(trace.nodes[site]["value"])
@@ -230,17 +241,24 @@ def _data_groups(
     if data is None:
         return {}
     datum = {"datum": range(data.outcomes.shape[1])}
-    found = {
-        "log_likelihood": data.log_likelihood,
-        "posterior_predictive": data.outcomes,
-        "observed_data": data.observed,
-        **(outcomes or {}),
-    }
     groups = {
         group: _variables({data.obs_site: value}, datum)
-        for group, value in found.items()
-        if value is not None
+        for group, value in {
+            "posterior_predictive": data.outcomes,
+            **(outcomes or {}),
+        }.items()
     }
+    if data.observed is not None and data.log_likelihood is not None:
+        assert data.counts is not None
+        # A missing outcome is no datum: leave-one-out would count its 0.
+        seen = data.counts.nonzero()[:, 0]
+        of_seen = {"datum": seen.tolist()}
+        groups |= {
+            "log_likelihood": _variables(
+                {data.obs_site: data.log_likelihood[:, seen]}, of_seen
+            ),
+            "observed_data": _variables({data.obs_site: data.observed[seen]}, of_seen),
+        }
     groups["constant_data"] = Variables()
     for name, value in data.inputs.items():
         token = {"token": range(value.shape[1])} if value.ndim == 2 else {}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import singledispatch
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.distributions.torch_distribution import MaskedDistribution
@@ -38,6 +39,11 @@ def at_values(fn: object, values: Tensor) -> Any:
 @at_values.register
 def _categorical(fn: td.Categorical, values: Tensor) -> Any:
     return type(fn)(logits=values)
+
+
+@at_values.register
+def _ordered_logistic(fn: dist.OrderedLogistic, values: Tensor) -> Any:
+    return type(fn)(values[..., 0], fn.cutpoints.to(values))
 
 
 @at_values.register

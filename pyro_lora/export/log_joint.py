@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
 
 import torch
-from pyro import poutine
 from torch import Tensor
 
 from pyro_lora.curvature.data_plate import data_plate
@@ -17,12 +15,14 @@ from pyro_lora.export.data_pass import (
 )
 from pyro_lora.export.prior_density import log_prior_by_site, prior_of
 from pyro_lora.infer.laplace_posterior import LaplacePosterior
+from pyro_lora.lifting.batch import checked_batches, explaining
 from pyro_lora.lifting.model_trace import (
     Batch,
     Model,
     evaluating,
     lifted_networks,
     trace_at,
+    trace_on,
 )
 from pyro_lora.predict.draws import LORA_POSTERIORS, Guide, Weights, model_at_draws
 
@@ -52,7 +52,7 @@ class LogJoint:
         batches: Iterable[Batch],
         obs_site: str | None,
     ) -> None:
-        first = next(iter(batches), None)
+        first = next(checked_batches(batches), None)
         if first is None:
             raise ValueError("diagnose got no batches.")
         self.posterior, self.model, self.batches = posterior, model, batches
@@ -63,7 +63,7 @@ class LogJoint:
         self.loras = lifted_networks(trace)
         self.observes_only = observes_only(trace, at.obs_site)
         self.num_data = 0
-        for batch in batches:
+        for batch in checked_batches(batches):
             (trace,) = at.traces(batch)
             self.num_data += data_plate(trace.nodes[at.obs_site]).size
 
@@ -94,11 +94,13 @@ class LogJoint:
         at = model_at_draws(self.model, weights, self.first, self.obs_site)
         totals: list[Tensor] = []
         latents: list[dict[str, Tensor]] = []
-        for index, batch in enumerate(self.batches):
+        for index, batch in enumerate(checked_batches(self.batches)):
             parts = []
             for trace in at.traces(batch):
                 site = trace.nodes[self.obs_site]
-                parts.append((datum_log_probs(site) * data_plate(site).scale).sum(-1))
+                with explaining(batch, nodes=trace.nodes):
+                    log_prob = datum_log_probs(site)
+                parts.append((log_prob * data_plate(site).scale).sum(-1))
                 if index == 0:
                     latents.append(latent_log_probs(trace, self.loras))
             totals.append(torch.cat(parts))
@@ -125,10 +127,11 @@ class LogJoint:
                 self.prior, self.loras, {s: x[None] for s, x in leaves.items()}
             )
             torch.stack(list(prior.values())).sum().backward()
-            for batch in self.batches:
+            for batch in checked_batches(self.batches):
                 trace = trace_at(self.model, {**mode, **leaves}, batch)
                 site = trace.nodes[self.obs_site]
-                log_prob = datum_log_probs(site) * data_plate(site).scale
+                with explaining(batch, nodes=trace.nodes):
+                    log_prob = datum_log_probs(site) * data_plate(site).scale
                 log_prob.sum().backward()
         return {
             s: torch.zeros_like(x) if x.grad is None else x.grad
@@ -151,7 +154,7 @@ def guide_draws(
     """
     for _ in range(num):
         with torch.no_grad():
-            trace: Any = poutine.trace(guide).get_trace(**batch)
+            trace = trace_on(guide, (), batch)
             log_q = trace.log_prob_sum()
         weights = {
             name: site["value"]

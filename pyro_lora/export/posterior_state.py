@@ -3,21 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import Annotated, Any, Literal
 
+import msgspec
 import torch
 from torch import Tensor
 
 from pyro_lora.curvature.block_gaussian import BlockGaussian, Eigenblocks
+from pyro_lora.curvature.checked_tensors import (
+    DOUBLE,
+    FLOAT32,
+    CheckedTensors,
+    check_broadcasts,
+    check_definite,
+)
 from pyro_lora.curvature.dense_gaussian import DenseGaussian
-from pyro_lora.curvature.latent_block import LatentBlock
+from pyro_lora.curvature.latent_block import MAX_LATENTS, LatentBlock
+from pyro_lora.curvature.tensor_folder import Schema
 from pyro_lora.curvature.weight_gaussian import WeightGaussian, Weights
-from pyro_lora.export.prior_density import NOISE
-from pyro_lora.export.prior_state import describe_prior, restore_prior
-from pyro_lora.export.transform_state import describe_transform, restore_transform
+from pyro_lora.export.prior_state import (
+    PriorDescription,
+    describe_prior,
+    restore_prior,
+)
+from pyro_lora.export.transform_state import (
+    TransformDescription,
+    describe_transform,
+    restore_transform,
+)
 from pyro_lora.infer.laplace_posterior import LaplacePosterior
 from pyro_lora.infer.mixture_posterior import MixturePosterior
 from pyro_lora.infer.particle_posterior import ParticlePosterior
+from pyro_lora.lifting.initialization import NOISE
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.lifting.model_trace import Model
 
@@ -26,6 +44,44 @@ Tensors = dict[str, Tensor]
 Dtypes = tuple[dict[str, torch.dtype], dict[torch.dtype, torch.dtype]]
 
 _OF_LATENTS = ("precision", "log_prior", "gradient")
+_ROUNDING = 1e-6  # of a sum of float64 weights, far above it
+
+
+class LatentDescription(Schema):
+    """Of a :class:`LatentBlock`: its sites in order, and how they are mapped."""
+
+    sites: tuple[str, ...]
+    transforms: dict[str, TransformDescription]
+
+
+class LaplaceDescription(Schema, tag_field="kind", tag="laplace"):
+    """Of a :class:`LaplacePosterior`: its sites in order, those that are fixed too."""
+
+    gaussian: Literal["dense", "blocks"]
+    sites: tuple[str, ...]
+    obs_site: str | None
+    prior: PriorDescription
+    latents: LatentDescription | None
+    fixed: tuple[str, ...] = ()
+
+
+class ParticleDescription(Schema, tag_field="kind", tag="particles"):
+    """Of a :class:`ParticlePosterior`: its sites in order."""
+
+    sites: Annotated[tuple[str, ...], msgspec.Meta(min_length=1)]
+    obs_site: str | None
+
+
+class MixtureDescription(Schema, tag_field="kind", tag="mixture"):
+    """Of a :class:`MixturePosterior`."""
+
+    components: Annotated[
+        tuple[LaplaceDescription | ParticleDescription | MixtureDescription, ...],
+        msgspec.Meta(min_length=1),
+    ]
+
+
+Description = LaplaceDescription | ParticleDescription | MixtureDescription
 
 
 def describe(posterior: Posterior, prefix: str = "") -> tuple[dict[str, Any], Tensors]:
@@ -84,11 +140,10 @@ def describe(posterior: Posterior, prefix: str = "") -> tuple[dict[str, Any], Te
 
 
 def restore(
-    description: Mapping[str, Any],
-    tensors: Tensors,
+    description: Description,
+    tensors: CheckedTensors,
     loras: tuple[LiftedNetwork, ...],
     model: Model | None,
-    prefix: str = "",
 ) -> Posterior:
     """The posterior that :func:`describe` described.
 
@@ -100,42 +155,52 @@ def restore(
         tensors: As returned by ``describe``.
         loras: The lifted networks.
         model: The Pyro model, or None.
-        prefix: As given to ``describe``.
 
     Returns:
         The posterior.
 
     Raises:
-        KeyError: If a tensor or a field is missing.
-        ValueError: If the prior isn't normal, and the network has another.
+        ValueError: If the description and the tensors aren't those of a posterior over
+            the networks' weights, or the prior isn't normal, and the network has
+            another.
     """
-    kind = description["kind"]
-    if kind == "mixture":
+    if isinstance(description, MixtureDescription):
+        pi = tensors.not_negative("weights", (len(description.components),), DOUBLE)
+        if not abs(float(pi.sum()) - 1) <= _ROUNDING:
+            raise ValueError(
+                f"tensor {tensors.prefix}weights sums to {float(pi.sum()):.6g}; the "
+                "weights of a mixture sum to 1"
+            )
         components = [
-            restore(part, tensors, loras, model, f"{prefix}components/{index}/")
-            for index, part in enumerate(description["components"])
+            restore(part, tensors.under(f"components/{index}/"), loras, model)
+            for index, part in enumerate(description.components)
         ]
-        return MixturePosterior(components, tensors[f"{prefix}weights"])
-    sites = description["sites"]  # in order: draws and dense matrices depend on it
-    if kind == "particles":
-        saved = _at(f"{prefix}particles/", sites, tensors)
+        return MixturePosterior(components, pi)
+    lifted = {s: x for lora in loras for s, x in lora.zeros().items()}
+    sites = description.sites  # in order: draws and dense matrices depend on it
+    if isinstance(description, ParticleDescription):
+        _check_sites(sites, lifted)
+        saved = _particles(tensors.under("particles/"), sites, lifted)
         particles = _in_dtypes(saved, _dtypes(saved, loras))
-        return ParticlePosterior(particles, loras, model, description["obs_site"])
-    if kind != "laplace":
-        raise KeyError(kind)
-    mode = _at(f"{prefix}loc/", sites, tensors)
-    saved = _at(f"{prefix}fixed/", description.get("fixed", []), tensors)
-    dtypes = _dtypes({**mode, **saved}, loras)
-    fixed = _in_dtypes(saved, dtypes)
-    loc, mean, tau = (
-        _in_dtypes(_at(f"{prefix}{name}/", sites, tensors), dtypes)
-        for name in ("loc", "prior_mean", "prior_precision")
+        return ParticlePosterior(particles, loras, model, description.obs_site)
+    _check_sites([*sites, *description.fixed], lifted, noise=False)
+    shapes = {site: tuple(x.shape) for site, x in lifted.items()}
+
+    def values(name: str, sites: Sequence[str]) -> Weights:
+        inner = tensors.under(f"{name}/")
+        return {site: inner.real(site, shapes[site]) for site in sites}
+
+    mode, fixed_there = values("loc", sites), values("fixed", description.fixed)
+    tau_there = _precisions(tensors, description, shapes)
+    dtypes = _dtypes({**mode, **fixed_there}, loras)
+    loc, mean, tau, fixed = (
+        _in_dtypes(x, dtypes)
+        for x in (mode, values("prior_mean", sites), tau_there, fixed_there)
     )
-    names = description["prior"].get("parameters", [])
-    parameters = _at(f"{prefix}prior_parameters/", names, tensors)
     prior = restore_prior(
-        description["prior"],
-        _in_dtypes(parameters, dtypes),
+        description.prior,
+        tensors.under("prior_parameters/"),
+        partial(_in_dtypes, dtypes=dtypes),
         loras,
         mode,
         mean,
@@ -143,17 +208,86 @@ def restore(
         fixed,
     )
     return LaplacePosterior(
-        _restore_gaussian(description["gaussian"], loc, tau, tensors, prefix),
+        _restore_gaussian(description.gaussian, loc, tau, tensors),
         mean,
-        tensors[f"{prefix}log_likelihood"],
-        tensors[f"{prefix}log_prior"],
+        tensors.real("log_likelihood", (), DOUBLE),
+        tensors.real("log_prior", (), DOUBLE),
         prior,
         loras,
         model,
-        description["obs_site"],
-        _restore_latents(description["latents"], tensors, f"{prefix}latents/", dtypes),
+        description.obs_site,
+        _restore_latents(description.latents, tensors.under("latents/"), dtypes),
         fixed=fixed,
     )
+
+
+def _check_sites(
+    sites: Sequence[str], lifted: Mapping[str, Tensor], noise: bool = True
+) -> None:
+    """Check that each lifted site is there once, by its name or that of its noise.
+
+    Raises:
+        ValueError: If one isn't, or there is another where ``noise`` isn't allowed.
+    """
+    names = [
+        f"{site}{NOISE}" if noise and f"{site}{NOISE}" in sites else site
+        for site in lifted
+    ]
+    unknown = [] if noise else [site for site in sites if site not in lifted]
+    missing = [site for site in names if site not in sites]
+    if unknown or missing or len(set(sites)) < len(sites):
+        raise ValueError(
+            f"the sites are {list(sites)}; expected each of the network's once, {names}"
+        )
+
+
+def _particles(
+    tensors: CheckedTensors, sites: Sequence[str], lifted: Mapping[str, Tensor]
+) -> Weights:
+    found = {site: tensors.real(site) for site in sites}
+    num_particles = {x.shape[:1] for x in found.values()}
+    if (
+        len(num_particles) > 1
+        or 0 in min(num_particles, default=(0,))
+        or () in (num_particles)
+    ):
+        raise ValueError(
+            f"tensors {tensors.prefix}... hold {sorted(map(tuple, num_particles))} "
+            "particles; expected one number, positive, for all sites"
+        )
+    for site, x in found.items():
+        like = lifted.get(site.removesuffix(NOISE), lifted.get(site))
+        if like is not None and x.shape[1:] != like.shape:
+            raise ValueError(
+                f"tensor {tensors.prefix}{site} has particles of shape "
+                f"{tuple(x.shape[1:])}, expected {tuple(like.shape)}"
+            )
+    return found
+
+
+def _precisions(
+    tensors: CheckedTensors,
+    description: LaplaceDescription,
+    shapes: Mapping[str, tuple[int, ...]],
+) -> Weights:
+    """Prior precisions in the shapes in which the Gaussians keep them.
+
+    Raises:
+        ValueError: If they aren't positive, or of another shape.
+    """
+    found = {}
+    inner = tensors.under("prior_precision/")
+    for site in description.sites:
+        shape = shapes[site]
+        if description.gaussian == "dense":
+            tau = inner.positive(site)
+            check_broadcasts(tau, shape, f"tensor {inner.prefix}{site}")
+        elif f"rows/{site}" in tensors:  # one for each matrix
+            tau = inner.positive(site, (shape[0], *[1] * (len(shape) - 1)))
+        else:
+            tau = inner.positive(site, shape)
+        found[site] = tau
+    return found
 
 
 def sites_of(posterior: Posterior) -> dict[str, tuple[int, ...]]:
@@ -177,21 +311,53 @@ def _describe_gaussian(gaussian: WeightGaussian, prefix: str) -> tuple[str, Tens
 
 
 def _restore_gaussian(
-    kind: str, loc: Weights, tau: Weights, tensors: Tensors, prefix: str
+    kind: str, loc: Weights, tau: Weights, tensors: CheckedTensors
 ) -> WeightGaussian:
     if kind == "dense":
-        return DenseGaussian(loc, tau, tensors[f"{prefix}fisher"])
-    if kind != "blocks":
-        raise KeyError(kind)
-    blocks = {
-        site: Eigenblocks(
-            tensors[f"{prefix}values/{site}"],
-            tensors.get(f"{prefix}rows/{site}"),
-            tensors.get(f"{prefix}columns/{site}"),
+        size = sum(x.numel() for x in loc.values())
+        fisher = tensors.real("fisher", (size, size), DOUBLE)
+        check_definite(fisher, f"tensor {tensors.prefix}fisher", floor=FLOAT32)
+        gaussian = DenseGaussian(loc, tau, fisher)
+        gaussian.variance()  # raises where the precision isn't definite
+        return gaussian
+    return BlockGaussian(loc, tau, {s: _block(s, x, tensors) for s, x in loc.items()})
+
+
+def _block(site: str, loc: Tensor, tensors: CheckedTensors) -> Eigenblocks:
+    """Eigenvalues and bases that fit together, and the site.
+
+    Raises:
+        ValueError: If they don't.
+    """
+    if loc.ndim not in (2, 3):
+        raise ValueError(
+            f"site {site!r} has shape {tuple(loc.shape)}, and no matrices to have "
+            "eigenvalues"
         )
-        for site in loc
-    }
-    return BlockGaussian(loc, tau, blocks)
+    num_layers, out, width = (*loc.shape, 1)[:3]  # a bias is a matrix of one column
+    values = tensors.under("values/").not_negative(site, None, DOUBLE)
+    bases = [name for name in ("rows", "columns") if f"{name}/{site}" in tensors]
+    if not bases:
+        whole = (num_layers, out, width)
+        return Eigenblocks(
+            tensors.under("values/").not_negative(site, whole, DOUBLE), None, None
+        )
+    if values.ndim != 3 or values.shape[0] != num_layers:
+        raise ValueError(
+            f"tensor {tensors.prefix}values/{site} has shape {tuple(values.shape)}, "
+            f"expected ({num_layers}, j, k)"
+        )
+    _, j, k = values.shape
+    if not (0 < j <= out and 0 < k <= width):
+        raise ValueError(
+            f"tensor {tensors.prefix}values/{site} has {j} x {k} eigenvalues a matrix, "
+            f"expected at most {out} x {width}"
+        )
+    return Eigenblocks(
+        values,
+        tensors.under("rows/").orthonormal(site, (num_layers, out, j)),
+        tensors.under("columns/").orthonormal(site, (num_layers, width, k)),
+    )
 
 
 def _describe_latents(
@@ -215,23 +381,41 @@ def _describe_latents(
 
 
 def _restore_latents(
-    description: Mapping[str, Any] | None,
-    tensors: Tensors,
-    prefix: str,
-    dtypes: Dtypes,
+    description: LatentDescription | None, tensors: CheckedTensors, dtypes: Dtypes
 ) -> LatentBlock | None:
     if description is None:
         return None
-    transforms = {}
-    for site, transform in description["transforms"].items():
-        start = f"{prefix}transforms/{site}/"
-        own = {name: x for name, x in tensors.items() if name.startswith(start)}
-        transforms[site] = restore_transform(transform, _in_dtypes(own, dtypes), start)
-    values = _at(f"{prefix}values/", description["sites"], tensors)
+    if {*description.transforms} != {*description.sites} or not description.sites:
+        raise ValueError(
+            f"the latent sites are {list(description.sites)}, those with a transform "
+            f"{list(description.transforms)}; expected the same"
+        )
+    inner = tensors.under("values/")
+    values = {site: inner.real(site) for site in description.sites}
+    size = sum(x.numel() for x in values.values())
+    if size > MAX_LATENTS:
+        raise ValueError(f"the latent sites have {size} entries, more than allowed")
+    values = _in_dtypes(values, dtypes)
+    transforms = {
+        site: restore_transform(
+            description.transforms[site],
+            tensors.under(f"transforms/{site}/"),
+            partial(_in_dtypes, dtypes=dtypes),
+            x,
+        )
+        for site, x in values.items()
+    }
+    free = sum(
+        transforms[site].inverse_shape(x.shape).numel() for site, x in values.items()
+    )
+    precision = tensors.real("precision", (free, free), DOUBLE)
+    check_definite(precision, f"tensor {tensors.prefix}precision", floor=0.0)
     return LatentBlock(
-        _in_dtypes(values, dtypes),
+        values,
         transforms,
-        *(tensors[f"{prefix}{name}"] for name in _OF_LATENTS),
+        precision,
+        tensors.real("log_prior", (), DOUBLE),
+        tensors.real("gradient", (free,), DOUBLE),
     )
 
 
@@ -252,7 +436,3 @@ def _in_dtypes(values: Tensors, dtypes: Dtypes) -> Tensors:
 
 def _named(prefix: str, values: Mapping[str, Tensor]) -> Tensors:
     return {f"{prefix}{name}": value for name, value in values.items()}
-
-
-def _at(prefix: str, sites: Sequence[str], tensors: Tensors) -> Weights:
-    return {site: tensors[f"{prefix}{site}"] for site in sites}

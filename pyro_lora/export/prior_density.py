@@ -11,12 +11,11 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_lora.infer.laplace_posterior import LaplacePosterior
+from pyro_lora.lifting.initialization import NOISE
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.lifting.model_trace import trace_at
 from pyro_lora.lifting.priors import Prior
 from pyro_lora.predict.draws import Guide, Weights
-
-NOISE = "_decentered"  # as Pyro's reparameterisations call it
 
 
 def prior_of(posterior: Guide) -> Prior:

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch import distributions as td
+from torch.distributions import constraints
 
+from pyro_lora.curvature.checked_tensors import CheckedTensors
+from pyro_lora.curvature.tensor_folder import Real, Schema
 from pyro_lora.curvature.weight_gaussian import Weights
 from pyro_lora.infer.laplace_posterior import LaplacePosterior, normal_prior
-from pyro_lora.infer.prior_parameters import AtParameters, fixing, present_prior
+from pyro_lora.infer.prior_parameters import (
+    AtParameters,
+    PriorAtParameters,
+    fixing,
+    present_prior,
+)
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.lifting.model_trace import trace_at
 from pyro_lora.lifting.priors import Prior
@@ -20,6 +28,51 @@ from pyro_lora.lifting.priors import Prior
 Tensors = dict[str, Tensor]
 
 _SAME = 1e-5  # relative difference of two log densities, summed in another order
+
+
+class NormalPrior(Schema, tag_field="kind", tag="normal"):
+    """N(prior mean, 1 / prior precision), the posterior's own."""
+
+
+class NetworkPrior(Schema, tag_field="kind", tag="network"):
+    """The prior that the network was lifted with, recognised by its density."""
+
+    log_density: Real
+    parameters: tuple[str, ...]
+
+
+PriorDescription = NormalPrior | NetworkPrior
+
+
+class _Expecting(AtParameters):
+    """Likewise, once each value is seen to be one that the statement may have."""
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        super().__init__(values)
+        self.seen: set[str] = set()
+
+    def _pyro_param(self, msg: Any) -> None:
+        name = msg["name"]
+        if name not in self.values:
+            raise ValueError(
+                f"the prior of the network has a parameter {name!r}, the posterior's "
+                f"has {list(self.values)}. Lift the network with the prior of the fit."
+            )
+        first = msg["args"][0] if msg["args"] else None
+        first = first() if callable(first) else first
+        value = self.values[name]
+        constraint = msg["kwargs"].get("constraint", constraints.real)
+        if isinstance(first, Tensor) and first.shape != value.shape:
+            raise ValueError(
+                f"tensor prior_parameters/{name} has shape {tuple(value.shape)}, "
+                f"expected {tuple(first.shape)}"
+            )
+        if not constraint.check(value).all():
+            raise ValueError(
+                f"tensor prior_parameters/{name} isn't {constraint}, as it must be"
+            )
+        self.seen.add(name)
+        super()._pyro_param(msg)
 
 
 def describe_prior(
@@ -57,8 +110,9 @@ def describe_prior(
 
 
 def restore_prior(
-    description: Mapping[str, Any],
-    parameters: Tensors,
+    description: PriorDescription,
+    tensors: CheckedTensors,
+    in_dtypes: Callable[[Tensors], Tensors],
     loras: Sequence[LiftedNetwork],
     mode: Weights,
     mean: Weights,
@@ -69,7 +123,8 @@ def restore_prior(
 
     Args:
         description: As returned by ``describe_prior``.
-        parameters: Name -> value, of its ``pyro.param`` statements.
+        tensors: By name, of its ``pyro.param`` statements.
+        in_dtypes: Brings tensors to the network's dtype.
         loras: The lifted networks.
         mode: Site -> the mode, in the dtype that it was saved in.
         mean: Site -> mean of the normal prior.
@@ -80,22 +135,25 @@ def restore_prior(
         The prior.
 
     Raises:
-        KeyError: If a field is missing.
-        ValueError: If the saved prior isn't normal, and the network's isn't the same.
+        ValueError: If a parameter is missing or something else, or the saved prior
+            isn't normal, and the network's isn't the same.
     """
-    if description["kind"] == "normal":
+    if isinstance(description, NormalPrior):
         return normal_prior(mean, precision, fixed)
-    if description["kind"] != "network":
-        raise KeyError(description["kind"])
-
+    parameters = in_dtypes({n: tensors.real(n) for n in description.parameters})
     present = present_prior(loras)
+    prior = PriorAtParameters(present, parameters)
 
-    def prior(lora: LiftedNetwork) -> Weights:
-        with AtParameters(parameters):
-            return present(lora)
-
-    expected = description["log_density"]
-    found = _log_density(_nodes(prior, loras, mode), mode)
+    expecting = _Expecting(parameters)
+    with expecting:
+        found = _log_density(_nodes(present, loras, mode), mode)
+    if expecting.seen != parameters.keys():
+        raise ValueError(
+            f"the posterior's prior has the parameters {list(parameters)}, the "
+            f"network's {sorted(expecting.seen)}. Lift the network with the prior of "
+            "the fit."
+        )
+    expected = description.log_density
     if not abs(found - expected) <= _SAME * max(1.0, abs(expected)):
         raise ValueError(
             f"the posterior's prior isn't N(mean, 1 / precision), and its log density "

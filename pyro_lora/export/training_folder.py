@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from pyro_lora.curvature.tensor_folder import MANIFEST
 from pyro_lora.infer.svgd import SVGD
 from pyro_lora.infer.training_state import read_state, restore_generators, write_state
 
@@ -50,10 +51,14 @@ def load_state(
     Raises:
         ValueError: If a file is missing, truncated, altered, not one of ours or
             written by a newer version, this machine doesn't have the device, or the
-            state is that of another model, K or optimiser; ``svgd`` and the generators
-            are then unchanged.
+            state is that of another model, network, K or optimiser, or can't be one;
+            ``svgd`` and the generators are then unchanged.
     """
-    state = read_state(Path(path), device)
+    folder = Path(path)
+    state = read_state(folder, device)
     generators = state.pop("random")
-    svgd.load_state_dict(state)
+    try:
+        svgd.load_state_dict(state)
+    except ValueError as error:
+        raise ValueError(f"{folder / MANIFEST}: {error}") from error
     restore_generators(generators)

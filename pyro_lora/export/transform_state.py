@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable
+from typing import Annotated, Any
 
+import msgspec
+import torch
 from pyro.distributions import transforms as pyro_transforms
 from torch import Tensor
 from torch.distributions import transforms
 from torch.distributions.transforms import Transform
 
+from pyro_lora.curvature.checked_tensors import CheckedTensors, check_broadcasts
+from pyro_lora.curvature.tensor_folder import Real, Schema
+
 Tensors = dict[str, Tensor]
+Dims = Annotated[int, msgspec.Meta(ge=0, le=8)]
 
 # Those of ``biject_to`` that have no settings.
 _PLAIN = {
@@ -24,6 +30,45 @@ _PLAIN = {
         pyro_transforms.OrderedTransform,
     )
 }
+
+
+class _Exp(Schema, tag_field="kind", tag="ExpTransform"): ...
+
+
+class _Sigmoid(Schema, tag_field="kind", tag="SigmoidTransform"): ...
+
+
+class _Softplus(Schema, tag_field="kind", tag="SoftplusTransform"): ...
+
+
+class _StickBreaking(Schema, tag_field="kind", tag="StickBreakingTransform"): ...
+
+
+class _CorrCholesky(Schema, tag_field="kind", tag="CorrCholeskyTransform"): ...
+
+
+class _Ordered(Schema, tag_field="kind", tag="OrderedTransform"): ...
+
+
+class _Affine(Schema, tag_field="kind", tag="AffineTransform"):
+    event_dim: Dims
+    loc: Real | None = None  # None: a tensor
+    scale: Real | None = None
+
+
+class _Independent(Schema, tag_field="kind", tag="IndependentTransform"):
+    base: TransformDescription
+    dims: Dims
+
+
+class _Compose(Schema, tag_field="kind", tag="ComposeTransform"):
+    parts: Annotated[tuple[TransformDescription, ...], msgspec.Meta(max_length=8)]
+
+
+_WithoutSettings = (
+    _Exp | _Sigmoid | _Softplus | _StickBreaking | _CorrCholesky | _Ordered
+)
+TransformDescription = _WithoutSettings | _Affine | _Independent | _Compose
 
 
 def describe_transform(
@@ -70,36 +115,83 @@ def describe_transform(
 
 
 def restore_transform(
-    description: Mapping[str, Any], tensors: Tensors, prefix: str
+    description: TransformDescription,
+    tensors: CheckedTensors,
+    in_dtypes: Callable[[Tensors], Tensors],
+    value: Tensor,
 ) -> Transform:
     """The transform that :func:`describe_transform` described.
 
     Args:
         description: As returned by ``describe_transform``.
         tensors: As returned by ``describe_transform``.
-        prefix: As given to ``describe_transform``.
+        in_dtypes: Brings tensors to the network's dtype.
+        value: On the support, what it maps to.
 
     Returns:
         The transform.
 
     Raises:
-        KeyError: If a tensor or a field is missing.
+        ValueError: If a tensor is missing or something else, or no transform maps
+            onto ``value``.
     """
-    kind = description["kind"]
-    if kind == "ComposeTransform":
+    what = f"the transform {tensors.prefix}"
+    transform = _restored(description, tensors, in_dtypes, value)
+    try:
+        u = transform.inv(value)
+        again = transform(u)
+        finite = transform.log_abs_det_jacobian(u, again).isfinite().all()
+        shape = transform.inverse_shape(value.shape)
+    except (ValueError, RuntimeError, AssertionError, IndexError) as error:
+        raise ValueError(
+            f"{what} can't map to {tuple(value.shape)}: {error}"
+        ) from error
+    rounding = 10 * torch.finfo(value.dtype).eps ** 0.5
+    form = again.shape, again.dtype
+    same = form == (value.shape, value.dtype) and torch.allclose(
+        again, value, rtol=rounding, atol=rounding
+    )
+    if not (same and finite and u.isfinite().all() and u.shape == shape):
+        raise ValueError(f"{what} isn't onto a support that has the site's value")
+    return transform
+
+
+def _restored(
+    description: TransformDescription,
+    tensors: CheckedTensors,
+    in_dtypes: Callable[[Tensors], Tensors],
+    value: Tensor,
+) -> Transform:
+    if isinstance(description, _Compose):
         parts = [
-            restore_transform(part, tensors, f"{prefix}{index}/")
-            for index, part in enumerate(description["parts"])
+            _restored(part, tensors.under(f"{index}/"), in_dtypes, value)
+            for index, part in enumerate(description.parts)
         ]
         return transforms.ComposeTransform(parts)
-    if kind == "IndependentTransform":
-        base = restore_transform(description["base"], tensors, prefix)
-        return transforms.IndependentTransform(base, description["dims"])
-    if kind == "AffineTransform":
+    if isinstance(description, _Independent):
+        base = _restored(description.base, tensors, in_dtypes, value)
+        return transforms.IndependentTransform(base, description.dims)
+    if isinstance(description, _Affine):
         loc, scale = (
-            description[name] if name in description else tensors[f"{prefix}{name}"]
+            _affine(tensors, name, getattr(description, name), in_dtypes, value)
             for name in ("loc", "scale")
         )
-        return transforms.AffineTransform(loc, scale, description["event_dim"])
-    found: Transform = _PLAIN[kind]()
+        if (torch.as_tensor(scale) == 0).any():
+            raise ValueError(f"the transform {tensors.prefix} has a scale of 0")
+        return transforms.AffineTransform(loc, scale, description.event_dim)
+    found: Transform = _PLAIN[str(description.__struct_config__.tag)]()
     return found
+
+
+def _affine(
+    tensors: CheckedTensors,
+    name: str,
+    number: float | None,
+    in_dtypes: Callable[[Tensors], Tensors],
+    value: Tensor,
+) -> Tensor | float:
+    if number is not None:
+        return number
+    x = tensors.real(name)
+    check_broadcasts(x, value.shape, f"tensor {tensors.prefix}{name}")
+    return in_dtypes({tensors.prefix + name: x})[tensors.prefix + name]

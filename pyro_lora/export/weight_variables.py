@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_lora.export.prior_density import NOISE
+from pyro_lora.lifting.initialization import NOISE
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.lifting.priors.prior import hyper_name
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Collection, Container, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from operator import attrgetter
 from typing import Any, Literal
 
+import pyro
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoDelta
+from pyro.infer.autoguide.initialization import InitMessenger
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from pyro_lora.curvature.batches import READ_ONCE, first_batch, trace_batch
 from pyro_lora.curvature.fisher import empirical_terms, exact_terms, mc_terms
@@ -24,14 +26,31 @@ from pyro_lora.curvature.structures import Structure, kfac_expand
 from pyro_lora.infer.laplace_posterior import LaplacePosterior
 from pyro_lora.infer.prior_parameters import fixing, present_prior
 from pyro_lora.infer.site_subset import chosen_sites
+from pyro_lora.lifting.batch import check_batches
+from pyro_lora.lifting.initialization import check_start
+from pyro_lora.lifting.interrupts import leaving_no_trace
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.lifting.model_trace import (
     Batch,
     Model,
+    check_model,
     evaluating,
+    evaluating_model,
     lifted_networks,
     observed_sites,
 )
+from pyro_lora.lifting.settings import (
+    check_count,
+    check_function,
+    check_kind,
+    check_path,
+    check_positive,
+    check_word,
+)
+from pyro_lora.lifting.warning import warn
+
+# Which guide has put a parameter into Pyro's store.
+_OWNERS: Any = WeakTensorKeyDictionary()
 
 
 class AutoLaplace(AutoDelta):
@@ -39,7 +58,11 @@ class AutoLaplace(AutoDelta):
 
     Train it by SVI like ``AutoDelta``, or start from an adapter that is trained
     already and skip SVI. As with every Pyro guide, SVI keeps the parameters in the
-    global param store: clear it before you train a second guide of the same model.
+    global param store, by the guide's name. Another ``AutoLaplace`` starts where its
+    own ``init_loc_fn`` says, whatever an earlier one has left there, and takes its
+    place; the earlier one keeps its values for :meth:`laplace_approximation`, but says
+    that its place is taken if SVI goes on with it. What no guide of this process put
+    there (``pyro.get_param_store().load``) is gone on from.
 
     Args:
         model: A Pyro model that calls a lifted network.
@@ -74,28 +97,85 @@ class AutoLaplace(AutoDelta):
         obs_site: str | tuple[str, ...] | None = None,
         sites: Collection[str] | Literal["last_layer"] | None = None,
     ) -> None:
-        if num_fisher_samples < 1:
-            raise ValueError(f"num_fisher_samples is {num_fisher_samples}; at least 1.")
+        check_model(model)
+        check_function("init_loc_fn", init_loc_fn, "such as lora.init_to_adapter()")
+        check_function("structure", structure, "such as kfac_expand")
+        check_count("num_fisher_samples", num_fisher_samples)
         terms: dict[str, TermsFunction] = {
             "exact": exact_terms,
             "mc": partial(mc_terms, num_samples=num_fisher_samples),
             "empirical": empirical_terms,
         }
-        if fisher not in terms:
-            raise ValueError(
-                f"fisher must be one of {sorted(terms)}, found {fisher!r}."
-            )
+        check_word("fisher", fisher, terms)
+        if not isinstance(obs_site, str | None):
+            check_kind("obs_site", obs_site, Sequence, "a name, or several")
+        if sites is not None and not isinstance(sites, Collection):
+            raise TypeError(f"sites must be names, or 'last_layer', found {sites!r}.")
         if sites is not None and not sites:
             raise ValueError("sites is empty. Name some, or leave it out for all.")
-        # AutoDelta would take the gaps of an obs_mask for parameters of the model.
-        without_gaps = poutine.block(model, hide_fn=_may_be_missing_outcome)
-        super().__init__(without_gaps, init_loc_fn=init_loc_fn)
+        super().__init__(_without_gaps(model), init_loc_fn=init_loc_fn)
+        self._mark = object()  # of this guide's parameters in the store
+        self._is_in_store = False
         self._user_model = (model,)
         self._structure = structure
         self._fisher_terms = terms[fisher]
         self._obs_site = obs_site
         self._sites = sites
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The guide's sample statements.
+
+        Args:
+            args: The model's.
+            kwargs: The model's.
+
+        Raises:
+            ValueError: If another guide has taken this one's place in the param store,
+                or ``init_to`` has values of a site that the model doesn't sample.
+        """
+        self._take_place_in_store()
+        values = super().forward(*args, **kwargs)
+        for parameter in self.parameters():
+            _OWNERS[parameter] = self._mark
+        return values
+
+    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        super()._setup_prototype(*args, **kwargs)
+        trace: Any = self.prototype_trace
+        try:
+            check_start(
+                self.init_loc_fn,
+                {s: node["value"] for s, node in trace.iter_stochastic_nodes()},
+            )
+        except ValueError:
+            self.prototype_trace = None
+            raise
+
+    def _take_place_in_store(self) -> None:
+        """Remove what other guides have put under this one's name.
+
+        Raises:
+            ValueError: If they have done so since this guide put its own there.
+        """
+        store = pyro.get_param_store()
+        others = [
+            name
+            for name, parameter in store.named_parameters()
+            if name.startswith(f"{self._pyro_name}.")
+            and _OWNERS.get(parameter, self._mark) is not self._mark
+        ]
+        if others and self._is_in_store:
+            raise ValueError(
+                f"{others[0]!r} in Pyro's param store is another AutoLaplace's, made "
+                "after this one, whose values SVI would train. Go on with that guide; "
+                "or, to train several side by side, set "
+                "pyro.settings.set(module_local_params=True) before you make them."
+            )
+        for name in others:
+            del store[name]
+        self._is_in_store = True
+
+    @leaving_no_trace
     def laplace_approximation(
         self,
         batches: Iterable[Batch],
@@ -139,8 +219,9 @@ class AutoLaplace(AutoDelta):
                 the weights' prior, are in a plate or not continuous, the checkpoint
                 is of another fit or other batches, or ``max_memory_gb`` isn't positive.
         """
-        if max_memory_gb is not None and not max_memory_gb > 0:
-            raise ValueError(f"max_memory_gb is {max_memory_gb}; it must be positive.")
+        if max_memory_gb is not None:
+            check_positive("max_memory_gb", max_memory_gb)
+        check_path("checkpoint", checkpoint)
         # After SVI a site that is a function of others isn't in the prototype.
         if self.prototype_trace is None or not lifted_networks(self.prototype_trace):
             self._start(batches)
@@ -167,6 +248,18 @@ class AutoLaplace(AutoDelta):
         posterior = fit(model, values, batches, checkpoint=checkpoint)
         return replace(posterior, refit=fit)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # AutoGuide's takes the model away, from the guide itself, too.
+        model = self._model
+        state: dict[str, Any] = super().__getstate__()
+        self._model = model
+        return {**state, "_model": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        (model,) = self._user_model
+        self._model = (InitMessenger(self.init_loc_fn)(_without_gaps(model)),)
+
     def _start(self, batches: Iterable[Batch]) -> None:
         """Take the initial values, as the first step of SVI would.
 
@@ -175,11 +268,22 @@ class AutoLaplace(AutoDelta):
         """
         first = first_batch(batches, "the first one sets the guide up")
         # AutoDelta would take a missing label for a parameter, so look first.
-        trace = trace_batch(self.model, {}, first, 0)
+        with evaluating_model():
+            trace = trace_batch(self.model, {}, first, 0)
         networks = _networks_in(trace)
         observed_sites(trace, self._obs_site)
         small_latents(trace, networks)
-        self._setup_prototype(**first)
+        with evaluating(networks):
+            self._setup_prototype(**first)
+
+
+def _without_gaps(model: Model) -> Model:
+    """The model without the gaps of an ``obs_mask``.
+
+    AutoDelta would take them for parameters.
+    """
+    found: Model = poutine.block(model, hide_fn=_may_be_missing_outcome)
+    return found
 
 
 def _may_be_missing_outcome(site: Any) -> bool:
@@ -205,6 +309,7 @@ def _fit(
     latents = {site: x for site, x in values.items() if site not in lifted}
     mode = {site: x for site, x in lifted.items() if site in sites}
     fixed = {site: x for site, x in lifted.items() if site not in sites}
+    check_batches(batches)
     if latents and iter(batches) is batches:
         raise ValueError(READ_ONCE.format(f"{list(latents)} take a pass of their own"))
     with evaluating(networks):
@@ -268,11 +373,9 @@ def _warn_if_not_stationary(fit: FisherFit, block: LatentBlock | None) -> None:
     if newton > effective:
         norm = float(sum(g.square().sum() for g in fit.gradient.values())) ** 0.5
         largest = max(fit.gradient, key=lambda s: float(fit.gradient[s].norm()))
-        warnings.warn(
+        warn(
             "The weights aren't a mode of the log joint: its gradient has norm "
             f"{norm:.3g}, most of it at site {largest!r}, and g' P^-1 g = {newton:.3g} "
             f"exceeds the effective number of parameters, {effective:.3g}. Train "
-            "longer, or check that the training used the same prior and data.",
-            UserWarning,
-            stacklevel=4,
+            "longer, or check that the training used the same prior and data."
         )

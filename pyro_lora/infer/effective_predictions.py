@@ -12,10 +12,13 @@ import torch.distributions as td
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from pyro_lora.curvature.outcomes import outcomes_that_count, single_outcomes
 from pyro_lora.infer.model_at_particles import model_at_particles
-from pyro_lora.infer.outcomes import likelihood, single_outcomes
+from pyro_lora.infer.outcomes import likelihood
 from pyro_lora.infer.particle_model import chunks
+from pyro_lora.lifting.batch import check_batches, checked_batches
 from pyro_lora.lifting.model_trace import Batch, Model, evaluating
+from pyro_lora.lifting.settings import check_count
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ def outcomes(site: dict[str, Any], num_particles: int) -> Outcomes:
     Raises:
         ValueError: If the type has no affinity here.
     """
-    fn, counts = single_outcomes(site)
+    fn, counts = single_outcomes(site["fn"]).fn, outcomes_that_count(site)
     parameters, affinity = outcome_parameters(fn)
     shape = (num_particles, -1, site["fn"].event_shape.numel())
     return Outcomes(
@@ -149,10 +152,11 @@ def effective_num_predictions(
             particles, a site is missing or has another shape, or the likelihood is of
             another type.
     """
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size must be positive, found {chunk_size}.")
+    if chunk_size is not None:
+        check_count("chunk_size", chunk_size)
     total, num_data = torch.zeros(()), 0
-    for batch in batches:
+    check_batches(batches)
+    for batch in checked_batches(batches):
         target, unconstrained = model_at_particles(model, particles, batch)
         num_particles = next(iter(unconstrained.values())).shape[0]
         parts = []
@@ -160,7 +164,7 @@ def effective_num_predictions(
         with evaluating(target.networks):
             for rows in chunks(num_particles, chunk_size or num_particles):
                 some = {site: x[rows] for site, x in unconstrained.items()}
-                trace, _ = target.trace(some, (), dict(batch), plates)
+                trace, _ = target.trace(some, (), batch, plates)
                 site = likelihood(trace, obs_site)
                 parts.append(outcomes(site, rows.stop - rows.start))
         found = joined(parts)

@@ -12,6 +12,7 @@ from pyro_lora.infer.particle_posterior import ParticlePosterior
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.lifting.model_trace import Model
 from pyro_lora.lifting.saved_adapter import read_adapter
+from pyro_lora.lifting.settings import check_kind, check_lora, check_weights
 
 Member = Mapping[str, Tensor] | str | os.PathLike[str]
 
@@ -50,6 +51,11 @@ def ensemble(
             f"members must be a list of weight sets or folders, found a "
             f"{type(members).__name__}. Put it into a list."
         )
+    check_lora(lora)
+    check_kind("members", members, Sequence, "a list of weight sets or folders")
+    for index, member in enumerate(members):
+        if not isinstance(member, str | os.PathLike):
+            check_weights(member, f"Member {index}")
     if not members:
         raise ValueError("An ensemble needs at least one member; found none.")
     weights = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +14,11 @@ from torch import distributions as td
 
 from pyro_lora.curvature.data_plate import data_plate
 from pyro_lora.curvature.fisher_roots import fisher_root
+from pyro_lora.curvature.outcomes import outcomes_that_count, single_outcomes
 from pyro_lora.curvature.structures import at_least_float32
 from pyro_lora.infer import transport
 from pyro_lora.infer.kernels import Kernel
-from pyro_lora.infer.outcomes import datum_loss, likelihood, single_outcomes
+from pyro_lora.infer.outcomes import datum_loss, likelihood
 from pyro_lora.infer.particle_model import (
     ParticleModel,
     batch_size,
@@ -100,7 +102,7 @@ def _outputs_and_score(site: dict[str, Any], num_particles: int) -> tuple[Tensor
     Raises:
         TypeError: If the natural parameter of the distribution isn't known.
     """
-    fn, counts = single_outcomes(site)
+    fn, counts = single_outcomes(site["fn"]).fn, outcomes_that_count(site)
     counts = counts.reshape(num_particles, -1)[0]
 
     def counted(x: Tensor) -> Tensor:
@@ -112,8 +114,11 @@ def _outputs_and_score(site: dict[str, Any], num_particles: int) -> tuple[Tensor
         outputs = at_least_float32(counted(fn.logits))
         with torch.no_grad():
             score = _score_in_logits(fn, outputs, counted(value))
-        # adding to all logits says nothing
-        return outputs - outputs.mean(-1, keepdim=True), score
+        # Adding to all logits says nothing, nor does a choice that isn't there.
+        present = outputs > -math.inf
+        outputs = outputs.where(present, torch.zeros_like(outputs))
+        mean = outputs.sum(-1, keepdim=True) / present.sum(-1, keepdim=True)
+        return (outputs - mean) * present, score
     try:
         root = fisher_root(_without_cutpoints(fn), site["value"])
     except TypeError as error:
@@ -227,10 +232,10 @@ def minibatch(
         The batch.
 
     Raises:
-        ValueError: If a log density is NaN or infinite.
+        ValueError: If labels are missing, or a log density is NaN or infinite.
     """
     if not ahead:
-        return Minibatch(args, kwargs, {}, None, None, None)
+        return Minibatch(args, dict(kwargs), {}, None, None, None)
     plates: dict[str, Tensor] = {}
     parts, log_joints, size = [], [], 1
     num_particles = next(iter(particles.values())).shape[0]
@@ -241,6 +246,8 @@ def minibatch(
                 some, args, kwargs, plates, rows.start
             )
             log_joints.append(log_joint)
+            if latent is None:
+                target.check_observed(trace, obs_site)
             site = likelihood(trace, obs_site, latent)
             parts.append(predictions(site, rows.stop - rows.start))
             size = batch_size(trace)
@@ -251,7 +258,7 @@ def minibatch(
         torch.cat([p.score_norm for p in parts]),
         parts[0].num_data,
     )
-    return Minibatch(args, kwargs, plates, found, torch.cat(log_joints), size)
+    return Minibatch(args, dict(kwargs), plates, found, torch.cat(log_joints), size)
 
 
 def function_space_direction(
@@ -316,6 +323,7 @@ def function_space_direction(
             share: float = share,
             push: Tensor | None = push,
         ) -> Tensor:
+            target.check_observed(trace, obs_site)
             own = predictions(likelihood(trace, obs_site), log_joint.shape[0])
             known = push_on(own) if push is None else push
             own_term = share * log_joint.sum() / temperature

@@ -14,6 +14,7 @@ from torch.distributions import constraints
 
 from pyro_lora.curvature.dense_gaussian import flatten_weights, unflatten_weights
 from pyro_lora.lifting.lifted_network import LiftedNetwork
+from pyro_lora.lifting.settings import check_count
 
 Weights = dict[str, Tensor]
 
@@ -70,13 +71,13 @@ class JointDistribution(TorchDistribution):
 
 
 def check_num_samples(num_samples: int) -> None:
-    """Refuse a number of draws that isn't positive.
+    """Check that there are draws to make.
 
     Raises:
-        ValueError: If it is less than 1.
+        TypeError: If S isn't an integer.
+        ValueError: If S isn't positive.
     """
-    if num_samples < 1:
-        raise ValueError(f"num_samples must be at least 1, found {num_samples}.")
+    check_count("num_samples", num_samples)
 
 
 def sample_jointly(

@@ -14,6 +14,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from pyro_lora.lifting.settings import check_positive, check_word
+
 __all__ = ["IMQ", "RBF", "Mixture", "Zero"]
 
 # Keeps the bandwidth positive where all particles coincide (all B = 0, function space).
@@ -106,8 +108,10 @@ class Mixture:
 
     def __post_init__(self) -> None:
         _check(self.space, self.bandwidth)
-        if not self.scales or not all(scale > 0 for scale in self.scales):
-            raise ValueError(f"scales must be positive numbers, found {self.scales}.")
+        if not isinstance(self.scales, tuple | list) or not self.scales:
+            raise ValueError(f"scales must be positive numbers, found {self.scales!r}.")
+        for scale in self.scales:
+            check_positive("Each of scales", scale)
 
     def __call__(self, sq_dists: Tensor) -> Tensor:
         """Gram matrix (..., K, K) of squared distances (..., K, K)."""
@@ -142,10 +146,9 @@ def space_of(kernel: Kernel | Zero) -> Space:
 
 
 def _check(space: str, bandwidth: float | None) -> None:
-    if space not in _SPACES:
-        raise ValueError(f"space must be one of {_SPACES}, found {space!r}.")
-    if bandwidth is not None and not bandwidth > 0:
-        raise ValueError(f"bandwidth must be positive, found {bandwidth}.")
+    check_word("space", space, _SPACES)
+    if bandwidth is not None:
+        check_positive("bandwidth", bandwidth)
 
 
 def _scaled(sq_dists: Tensor, bandwidth: float | None) -> Tensor:

@@ -25,12 +25,23 @@ from pyro_lora.curvature.linearize import (
 from pyro_lora.curvature.weight_gaussian import WeightGaussian, Weights
 from pyro_lora.infer import prior_tuning
 from pyro_lora.infer.kernels import Zero
+from pyro_lora.infer.optimizer_state import check_optimizer
 from pyro_lora.infer.prior_parameters import train_parameters, under_prior
 from pyro_lora.infer.svgd import SVGD
+from pyro_lora.lifting.batch import check_batches, checked_batch
+from pyro_lora.lifting.interrupts import leaving_no_trace
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.lifting.model_trace import Batch, Model, evaluating
 from pyro_lora.lifting.priors import Prior
+from pyro_lora.lifting.settings import (
+    check_count,
+    check_name,
+    check_weights,
+    check_word,
+)
 
+# How a posterior is predicted from where nobody says.
+PredictionMethod = Literal["sample", "linearized"]
 Refit = Callable[[Model, Weights, Iterable[Batch]], "LaplacePosterior"]
 
 
@@ -82,6 +93,11 @@ class LaplacePosterior:
             weights[site] = pyro.sample(site, fn, infer=infer[site])
         return weights if self.latents is None else weights | self.latents.pyro_sample()
 
+    @property
+    def prediction_method(self) -> PredictionMethod:
+        """How to predict: with the linearised network, whose posterior this is."""
+        return "linearized"
+
     def mode(self) -> Weights:
         """The mode, site -> value of the site's shape."""
         latents = {} if self.latents is None else self.latents.values
@@ -90,6 +106,7 @@ class LaplacePosterior:
 
     def sample(self, num_samples: int) -> Weights:
         """Draws, site -> value with a leading (S,)."""
+        check_count("num_samples", num_samples)
         weights = self.gaussian.sample(num_samples)
         for site, value in self.fixed.items():
             weights[site] = value.expand(num_samples, *value.shape).clone()
@@ -104,7 +121,19 @@ class LaplacePosterior:
 
         It is that of the sites that aren't fixed, and minus infinity where others have
         other values.
+
+        Raises:
+            ValueError: If a site is missing, or isn't one of this posterior's.
         """
+        check_weights(weights)
+        known = self.gaussian.loc.keys() | self.fixed.keys()
+        known |= set() if self.latents is None else self.latents.values.keys()
+        if weights.keys() != known:
+            raise ValueError(
+                "log_prob needs a value of each of the posterior's sites and of no "
+                f"others: missing {sorted(known - weights.keys())}, unknown "
+                f"{sorted(weights.keys() - known)}."
+            )
         log_prob = self.gaussian.log_prob(weights)
         for site, value in self.fixed.items():
             fn = dist.Delta(value, event_dim=value.ndim)
@@ -187,6 +216,7 @@ class LaplacePosterior:
         prior = normal_prior(self.prior_mean, tau, self.fixed)
         return replace(self, gaussian=gaussian, log_prior=log_prior, prior=prior)
 
+    @leaving_no_trace
     def optimize_prior(
         self,
         *,
@@ -197,7 +227,6 @@ class LaplacePosterior:
         optim: PyroOptim | None = None,
         num_epochs: int = 1,
         obs_site: str | None = None,
-        labels: str = "labels",
     ) -> LaplacePosterior:
         r"""Choose the prior precision by the evidence or by held-out data.
 
@@ -224,7 +253,6 @@ class LaplacePosterior:
             optim: A ``pyro.optim`` optimizer for the refits.
             num_epochs: Passes over the data in each refit, before the one that fits.
             obs_site: With ``"nll"``: the likelihood's site; None is the posterior's.
-            labels: With ``"nll"``: the model's argument with that site's outcomes.
 
         Returns:
             A new posterior; network, model and param store are as before.
@@ -233,7 +261,14 @@ class LaplacePosterior:
             ValueError: If the arguments don't fit, held-out labels are missing, the
                 posterior was loaded (for refits), or the prior has no parameters.
         """
-        if num_refits < 0 or (num_refits > 0) != (optim is not None):
+        check_count("num_refits", num_refits, 0)
+        check_count("num_epochs", num_epochs)
+        check_word("objective", objective, ("evidence", "nll"))
+        check_word("per", per, ("all", "site", "layer", "prior"))
+        check_name("obs_site", obs_site)
+        if optim is not None:
+            check_optimizer(optim)
+        if (num_refits > 0) != (optim is not None):
             raise ValueError(
                 f"optimize_prior got num_refits={num_refits} and "
                 f"{'no ' if optim is None else 'an '}optim: refits need an optimizer, "
@@ -246,15 +281,10 @@ class LaplacePosterior:
                     "the batches are the held-out ones."
                 )
             model = self._model("optimize_prior(objective='nll')")
+            site = obs_site or self.obs_site
             with evaluating(self.loras):
                 tau = prior_tuning.minimize_nll(
-                    model,
-                    self.gaussian,
-                    self.loras,
-                    batches,
-                    obs_site or self.obs_site,
-                    labels,
-                    per,
+                    model, self.gaussian, self.loras, batches, site, per
                 )
             return self.with_prior_precision(tau)
         if objective != "evidence" or (num_refits > 0) != (batches is not None):
@@ -264,6 +294,8 @@ class LaplacePosterior:
                 "objective is 'evidence' or 'nll', 'nll' needs held-out batches and "
                 "takes no per='prior', and the evidence needs batches for refits only."
             )
+        if num_refits:
+            check_batches(batches)
         if num_refits and iter(batches or ()) is batches:
             raise ValueError(READ_ONCE.format("each refit takes several passes"))
         best = self._maximize_evidence(per)
@@ -364,7 +396,7 @@ class LaplacePosterior:
             ValueError: If this posterior was loaded without a model, the likelihood
                 isn't Categorical, Bernoulli or Normal, or ``tokens`` doesn't fit it.
         """
-        model = self._model("linearized")
+        model, batch = self._model("linearized"), checked_batch(batch)
         site = obs_site or self.obs_site
         at = (model, self.gaussian, self.loras, batch, site)
         with evaluating(self.loras):
@@ -391,8 +423,14 @@ def normal_prior(mean: Weights, precision: Weights, fixed: Weights) -> Prior:
         for site, x in mean.items()
     }
     fns |= {site: dist.Delta(x, event_dim=x.ndim) for site, x in fixed.items()}
+    return _SitePriors(fns)
 
-    def prior(lora: LiftedNetwork) -> Weights:
-        return {site: pyro.sample(site, fns[site]) for site in lora.sites}
 
-    return prior
+@dataclass(frozen=True, eq=False)
+class _SitePriors:
+    """A distribution for each site."""
+
+    fns: Mapping[str, dist.TorchDistribution]
+
+    def __call__(self, lora: LiftedNetwork) -> Weights:
+        return {site: pyro.sample(site, self.fns[site]) for site in lora.sites}

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from pyro_lora.infer.joint_distribution import check_num_samples, sample_jointly
-from pyro_lora.infer.laplace_posterior import LaplacePosterior
+from pyro_lora.infer.laplace_posterior import LaplacePosterior, PredictionMethod
 from pyro_lora.infer.particle_posterior import ParticlePosterior
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.lifting.model_trace import Model
+from pyro_lora.lifting.settings import check_kind
 
 Weights = dict[str, Tensor]
 Posterior = Union[LaplacePosterior, ParticlePosterior, "MixturePosterior"]
@@ -38,6 +39,8 @@ class MixturePosterior:
         components: Sequence[Posterior],
         weights: Tensor | Sequence[float] | Literal["evidence"] | None = None,
     ) -> None:
+        name = "The components of a mixture"
+        check_kind(name, components, Sequence, "a list of posteriors")
         if not components:
             raise ValueError("A mixture needs at least one component; found none.")
         kinds = LaplacePosterior, ParticlePosterior, MixturePosterior
@@ -67,6 +70,12 @@ class MixturePosterior:
     def __call__(self, *args: Any, **kwargs: Any) -> Weights:
         """Sample the sites, whatever the model's arguments."""
         return sample_jointly(self, self._like, self.loras)
+
+    @property
+    def prediction_method(self) -> PredictionMethod:
+        """How to predict: with linearised networks where all components do so."""
+        methods = {component.prediction_method for component in self.components}
+        return "linearized" if methods == {"linearized"} else "sample"
 
     def sample(self, num_samples: int) -> Weights:
         """Draws in random order of components, site -> value with a leading (S,).
@@ -137,6 +146,15 @@ def _normalised(
         weights = [1.0] * len(components)
     if isinstance(weights, str):
         weights = _log_evidences(weights, components).softmax(0)
+    if not isinstance(weights, Tensor):
+        check_kind("Mixture weights", weights, Sequence, "a list of numbers")
+        if not all(
+            isinstance(w, int | float) and not isinstance(w, bool) for w in weights
+        ):
+            raise ValueError(
+                f"Mixture weights must be {len(components)} non-negative numbers, "
+                f"found {weights!r}."
+            )
     pi = torch.as_tensor(weights, dtype=torch.float64, device=device)
     valid = torch.isfinite(pi).all() and (pi >= 0).all() and pi.sum() > 0
     if pi.shape != (len(components),) or not valid:

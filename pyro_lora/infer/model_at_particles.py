@@ -10,7 +10,8 @@ from torch import Tensor
 
 from pyro_lora.infer.particle_model import ParticleModel
 from pyro_lora.infer.starting_point import particle_model
-from pyro_lora.lifting.model_trace import Batch, Model
+from pyro_lora.lifting.model_trace import Batch, Model, check_model
+from pyro_lora.lifting.settings import check_weights
 
 
 def model_at_particles(
@@ -20,8 +21,7 @@ def model_at_particles(
 
     Args:
         model: A Pyro model.
-        particles: Site -> (K, ...), on the sites' supports; of sites that the model
-            doesn't have, nothing is used.
+        particles: Site -> (K, ...), on the sites' supports.
         batch: The model's keyword arguments.
 
     Returns:
@@ -29,8 +29,10 @@ def model_at_particles(
 
     Raises:
         ValueError: If there are no particles, a latent site is missing or has another
-            shape, or the model can't be run by particles.
+            shape, one isn't the model's, or the model can't be run by particles.
     """
+    check_model(model)
+    check_weights(particles, "particles")
     num_particles = next((x.shape[0] for x in particles.values() if x.ndim), 0)
     if num_particles < 1:
         raise ValueError(
@@ -50,12 +52,19 @@ def model_at_particles(
             )
         return particles[name][0]
 
-    target = particle_model(model, first, None, (), dict(batch))
+    target = particle_model(model, first, None, (), batch)
     missing = sorted(target.latents.keys() - particles.keys())
     if missing:
         raise ValueError(
             f"Site {missing[0]!r} of the model isn't among the particles, which have "
             f"{sorted(particles)}. Give values of all latent sites."
+        )
+    unknown = sorted(particles.keys() - target.latents.keys())
+    if unknown:
+        raise ValueError(
+            f"The particles have values of {unknown}, which the model doesn't sample; "
+            f"its latent sites are {sorted(target.latents)}. Leave them out, or give "
+            "the model that the particles are of."
         )
     with torch.no_grad():
         return target, {

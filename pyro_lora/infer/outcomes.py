@@ -6,11 +6,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from pyro.distributions import MaskedDistribution, NanMaskedNormal
 from torch import Tensor
-from torch import distributions as td
 
-from pyro_lora.infer.particle_model import PARTICLE_PLATE
+from pyro_lora.curvature.outcomes import outcomes_that_count
+from pyro_lora.infer.particle_checks import PARTICLE_PLATE
 from pyro_lora.lifting.model_trace import likelihood_site, observed_site
 
 
@@ -36,31 +35,6 @@ def likelihood(
     return {**site, "cond_indep_stack": tuple(frames)}
 
 
-def single_outcomes(site: dict[str, Any]) -> tuple[Any, Tensor]:
-    """Take masks and added event dims off a likelihood.
-
-    Args:
-        site: A node of a trace.
-
-    Returns:
-        The distribution of single outcomes; and which of them count by all masks, that
-        of the site among them, of its batch shape.
-    """
-    fn = site["fn"]
-    masks = [] if site["mask"] is None else [(site["mask"], fn.event_dim)]
-    while isinstance(fn, td.Independent | MaskedDistribution):
-        if isinstance(fn, MaskedDistribution):
-            masks.append((fn._mask, fn.event_dim))
-        fn = fn.base_dist
-    counts = torch.ones(fn.batch_shape, dtype=torch.bool, device=site["value"].device)
-    for mask, event_dim in masks:
-        own = torch.as_tensor(mask, device=counts.device)
-        counts = counts & own.reshape(*own.shape, *[1] * (event_dim - fn.event_dim))
-    if isinstance(fn, NanMaskedNormal):
-        counts = counts & site["value"].isfinite()
-    return fn, counts
-
-
 def datum_loss(site: dict[str, Any], num_particles: int) -> tuple[Tensor, int]:
     """Negative log likelihood in nats per datum, of the data that count.
 
@@ -73,7 +47,7 @@ def datum_loss(site: dict[str, Any], num_particles: int) -> tuple[Tensor, int]:
         outcome of it does.
     """
     log_prob = site["unscaled_log_prob"].detach().reshape(num_particles, -1)  # (K, B)
-    _, counts = single_outcomes(site)
+    counts = outcomes_that_count(site)
     data = counts.reshape(*log_prob.shape, -1).any(-1)
     # Pyro's "unscaled" is unmasked, too: a masked label may be anything.
     seen = log_prob.where(data, torch.zeros_like(log_prob))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pyro
@@ -13,12 +14,16 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions.transforms import Transform
 
-from pyro_lora.infer.particle_checks import check_finite
+from pyro_lora.infer.particle_checks import PARTICLE_PLATE, check_finite
+from pyro_lora.lifting.batch import explaining
 from pyro_lora.lifting.lifted_network import LiftedNetwork
-from pyro_lora.lifting.model_trace import Model, trace_at
-
-# The plate of the particles, left of the model's own; Pyro's ELBOs use the same name.
-PARTICLE_PLATE = "num_particles_vectorized"
+from pyro_lora.lifting.model_trace import (
+    Model,
+    observed_names,
+    observed_sites,
+    trace_at,
+    unobserved_names,
+)
 
 InitFn = Callable[[dict[str, Any]], Tensor]
 
@@ -47,12 +52,14 @@ class ParticleModel:
         latents: Site -> its support and batch shape.
         max_plate_nesting: Batch dims that the model's own sites take.
         networks: The lifted networks in the model.
+        observes: Whether it observed anything in the run that found the others.
     """
 
     model: Model
     latents: Mapping[str, LatentSite]
     max_plate_nesting: int
     networks: tuple[LiftedNetwork, ...]
+    observes: bool
 
     @property
     def factor_sites(self) -> frozenset[str]:
@@ -64,6 +71,29 @@ class ParticleModel:
         if not sites <= self.latents.keys():
             return frozenset()
         return frozenset[str]().union(*(lora.factor_sites for lora in self.networks))
+
+    def check_observed(self, trace: Any, obs_site: str | None) -> None:
+        """Check that a batch has the outcomes that it should have.
+
+        A site whose labels are missing would be drawn anew in each run, as if the batch
+        said nothing of it.
+
+        Args:
+            trace: Of the model on the batch.
+            obs_site: A site that must be observed, or None.
+
+        Raises:
+            ValueError: If it isn't, or another one that isn't latent is sampled, or
+                nothing is observed where the first batch had outcomes.
+        """
+        if obs_site is not None or (self.observes and not observed_names(trace)):
+            observed_sites(trace, obs_site)
+        for name in sorted(unobserved_names(trace) - self.latents.keys()):
+            raise ValueError(
+                f"Site {name!r} is neither observed in this batch nor one of the "
+                f"latent sites of the first, {sorted(self.latents)}. Put labels into "
+                "all batches; a site without any must not be sampled."
+            )
 
     def constrained(self, particles: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Particles on the sites' supports, (K, ...)."""
@@ -109,8 +139,10 @@ class ParticleModel:
             values[site] = value.reshape(
                 num_particles, *[1] * missing, *value.shape[1:]
             )
+        vectorized.__wrapped__ = partial(self.model, *args)  # type: ignore[attr-defined]
         trace = trace_at(vectorized, {**values, **minibatch}, kwargs)
-        trace.compute_log_prob(lambda name, site: not site_is_subsample(site))
+        with explaining(kwargs, nodes=trace.nodes):
+            trace.compute_log_prob(lambda name, site: not site_is_subsample(site))
         for name, site in trace.nodes.items():
             if site["type"] != "sample":
                 continue

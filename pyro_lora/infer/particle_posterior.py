@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -39,6 +39,11 @@ class ParticlePosterior:
         """Sample the sites: one particle, whatever the model's arguments."""
         like = {site: value[0] for site, value in self.particles.items()}
         return sample_jointly(self, like, self.loras)
+
+    @property
+    def prediction_method(self) -> Literal["sample"]:
+        """How to predict: by running the network at draws."""
+        return "sample"
 
     @property
     def num_particles(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -128,10 +129,7 @@ def train_parameters(
             "them by constraint=, or use per='all', which has bounds."
         )
 
-    def best(lora: LiftedNetwork) -> dict[str, Tensor]:
-        with AtParameters(at):
-            return prior(lora)
-
+    best = PriorAtParameters(prior, at)
     return best, _moments(best, networks, mode)
 
 
@@ -161,27 +159,55 @@ def under_prior(
     return changed
 
 
+@dataclass(frozen=True, eq=False)
+class PriorAtParameters:
+    """A prior whose ``pyro.param`` statements take given values.
+
+    Attributes:
+        prior: The prior.
+        values: Name -> value.
+    """
+
+    prior: Prior
+    values: Mapping[str, Tensor]
+
+    def __call__(self, lora: LiftedNetwork) -> Weights:
+        """Sample every site."""
+        with AtParameters(self.values):
+            return self.prior(lora)
+
+
+@dataclass(frozen=True, eq=False)
+class _PriorOfEach:
+    """Of several networks, each told by its sites, the prior of each."""
+
+    priors: Mapping[frozenset[str], Prior]
+
+    def __call__(self, lora: LiftedNetwork) -> Weights:
+        return self.priors[frozenset(lora.sites)](lora)
+
+
+@dataclass(frozen=True, eq=False)
+class _Fixing:
+    """A prior with some sites fixed at values."""
+
+    prior: Prior
+    fixed: Weights
+
+    def __call__(self, lora: LiftedNetwork) -> Weights:
+        fns = {s: dist.Delta(x, event_dim=x.ndim) for s, x in self.fixed.items()}
+        with _UnderPrior(fns):
+            return self.prior(lora)
+
+
 def present_prior(networks: Sequence[LiftedNetwork]) -> Prior:
     """The networks' priors as they are now, whatever ``lora.prior`` is set to later."""
-    priors = {frozenset(lora.sites): lora.prior for lora in networks}
-
-    def prior(lora: LiftedNetwork) -> Weights:
-        return priors[frozenset(lora.sites)](lora)
-
-    return prior
+    return _PriorOfEach({frozenset(lora.sites): lora.prior for lora in networks})
 
 
 def fixing(prior: Prior, fixed: Weights) -> Prior:
     """The prior with some sites fixed at values: Deltas."""
-    if not fixed:
-        return prior
-    fns = {s: dist.Delta(x, event_dim=x.ndim) for s, x in fixed.items()}
-
-    def changed(lora: LiftedNetwork) -> Weights:
-        with _UnderPrior(fns):
-            return prior(lora)
-
-    return changed
+    return _Fixing(prior, fixed) if fixed else prior
 
 
 def _nodes(

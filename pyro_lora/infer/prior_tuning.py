@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyro_lora.curvature.batches import READ_ONCE, naming_batch
 from pyro_lora.curvature.gaussian_logits import GaussianLogits, class_log_probs
-from pyro_lora.curvature.linearize import linearized_logits
+from pyro_lora.curvature.linearize import linearized_site
+from pyro_lora.curvature.outcomes import outcomes_that_count
 from pyro_lora.curvature.weight_gaussian import WeightGaussian, Weights
+from pyro_lora.lifting.batch import check_batches, checked_batches
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.lifting.model_trace import Batch, Model
+from pyro_lora.lifting.settings import check_number, check_word
 
 MIN_PRECISION, MAX_PRECISION = 1e-8, 1e8  # prior scales from 1e4 to 1e-4
 _NUM_STEPS = 500  # of L-BFGS at most; concave in log tau, a few dozen are usual
@@ -36,6 +40,8 @@ def checked_precision(
     Raises:
         ValueError: If names, shapes or values are wrong.
     """
+    if not isinstance(value, Mapping | Tensor):
+        check_number("A prior precision", value, MIN_PRECISION, MAX_PRECISION)
     if isinstance(value, Mapping):
         if value.keys() != like.keys():
             raise ValueError(
@@ -138,8 +144,7 @@ def maximize_evidence(
 def _num_precisions(loc: Weights, per: str) -> int:
     sizes = {"all": 1, "site": len(loc)}
     sizes["layer"] = sum(x.shape[0] for x in loc.values())
-    if per not in sizes:
-        raise ValueError(f"per must be one of {sorted(sizes)}, found {per!r}.")
+    check_word("per", per, sizes)
     return sizes[per]
 
 
@@ -174,7 +179,6 @@ def minimize_nll(
     networks: Sequence[LiftedNetwork],
     batches: Iterable[Batch],
     obs_site: str | None,
-    labels: str,
     per: str,
 ) -> Weights:
     """The prior precisions with the smallest held-out negative log likelihood.
@@ -188,7 +192,6 @@ def minimize_nll(
         networks: The lifted networks in the model.
         batches: Held-out batches with labels.
         obs_site: The likelihood's site.
-        labels: The model's argument with its outcomes.
         per: ``"all"``, ``"site"`` or ``"layer"``: what shares one precision.
 
     Returns:
@@ -199,6 +202,7 @@ def minimize_nll(
             or they can be read once only and there are several precisions.
     """
     size = _num_precisions(gaussian.loc, per)
+    check_batches(batches)
     if size > 1 and iter(batches) is batches:
         raise ValueError(READ_ONCE.format("each of several precisions takes passes"))
     device = next(iter(gaussian.loc.values())).device
@@ -209,7 +213,7 @@ def minimize_nll(
             checked_precision(_spread(tau, gaussian.loc, per), gaussian.loc)
             for tau in candidates
         ]
-        losses = _nll(model, gaussian, networks, batches, obs_site, labels, priors)
+        losses = _nll(model, gaussian, networks, batches, obs_site, priors)
         return candidates[int(losses.argmin())]
 
     tau = best_of(grid[:, None].expand(-1, size))
@@ -227,31 +231,65 @@ def _nll(
     networks: Sequence[LiftedNetwork],
     batches: Iterable[Batch],
     obs_site: str | None,
-    labels: str,
     priors: Sequence[Weights],
 ) -> Tensor:
     total: Tensor | float = 0.0
-    for index, batch in enumerate(batches):
-        outcomes = batch.get(labels)
-        if outcomes is None:
-            raise ValueError(
-                f"Held-out batch {index} has no {labels!r}, which objective='nll' "
-                "needs. If the model calls them otherwise, say labels=."
-            )
+    num_outcomes = 0
+    for index, batch in enumerate(checked_batches(batches)):
         with naming_batch(index):
-            found = linearized_logits(
+            found, site = linearized_site(
                 model, gaussian, networks, batch, obs_site, priors
             )
-        total = total + torch.stack([_log_loss(logits, outcomes) for logits in found])
+            if not site["is_observed"]:
+                raise ValueError(
+                    f"Held-out batch {index} has no labels, which objective='nll' "
+                    f"needs: site {site['name']!r} isn't observed."
+                )
+            losses = torch.stack([_log_loss(logits, site) for logits in found])
+            if not losses.isfinite().all():
+                raise ValueError(
+                    f"Site {site['name']!r}: the log likelihood is NaN or infinite. "
+                    "Check the labels."
+                )
+            total = total + losses
+            num_outcomes += int(outcomes_that_count(site).sum())
     if not isinstance(total, Tensor):
         raise ValueError("objective='nll' got no batches.")
+    if num_outcomes == 0:
+        raise ValueError(
+            "objective='nll' got no outcome that counts: all held-out data are masked "
+            "or missing. Give others."
+        )
     return total
 
 
-def _log_loss(logits: GaussianLogits, outcomes: Tensor) -> Tensor:
-    """Of classes; of real outcomes, each output by itself."""
+def _log_loss(logits: GaussianLogits, site: dict[str, Any]) -> Tensor:
+    """Of the outcomes that count: of classes; of real ones, each output by itself.
+
+    Raises:
+        ValueError: If one of them is none.
+    """
+    counts, value = outcomes_that_count(site), site["value"]
     if logits.noise_variance is None:
-        return -class_log_probs(logits).gather(1, outcomes.long()[:, None]).sum()
-    variance = logits.predictive_variance.double()
-    error = outcomes.double().reshape(variance.shape) - logits.mean
-    return 0.5 * (error.square() / variance + (2 * math.pi * variance).log()).sum()
+        log_probs = class_log_probs(logits)
+        value = value.where(counts, torch.zeros_like(value))
+        wrong = ~((value >= 0) & (value < log_probs.shape[-1]))
+        _check_outcomes(wrong, value, site)
+        loss = -log_probs.gather(1, value.long()[:, None])[:, 0]
+    else:
+        variance = logits.predictive_variance.double()
+        value = value.double().reshape(variance.shape)
+        counts = counts.reshape(variance.shape)
+        _check_outcomes(counts & ~value.isfinite(), value, site)
+        square = (value - logits.mean).square() / variance
+        loss = 0.5 * (square + (2 * math.pi * variance).log())
+    return loss.where(counts, torch.zeros_like(loss)).sum()
+
+
+def _check_outcomes(wrong: Tensor, value: Tensor, site: dict[str, Any]) -> None:
+    if bool(wrong.any()):
+        raise ValueError(
+            f"Site {site['name']!r}: {value[wrong][0].item()} is no outcome of a "
+            f"{type(site['fn']).__name__}. Mask the data without one in the model, or "
+            "leave them out."
+        )

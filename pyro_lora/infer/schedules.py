@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
+
+from pyro_lora.lifting.settings import check_count, check_number
 
 __all__ = ["annealed", "cyclical"]
 
@@ -28,8 +31,9 @@ def check_epochs(
     Raises:
         ValueError: If there are none to run, or too many.
     """
-    if num_epochs < 1:
-        raise ValueError(f"num_epochs must be at least 1, found {num_epochs}.")
+    check_count("num_epochs", num_epochs)
+    if total_epochs is not None:
+        check_count("total_epochs", total_epochs)
     if total_epochs is None:
         return 0, num_epochs
     if done + num_epochs > total_epochs:
@@ -40,9 +44,8 @@ def check_epochs(
     return done, total_epochs
 
 
-def annealed(
-    final: float = 1.0, *, start: float = 100.0, power: float = 5.0
-) -> Schedule:
+@dataclass(frozen=True)
+class annealed:
     r"""Hot at first, so that particles spread, then cooling to ``final``.
 
     :math:`T(u) = \min(T_0, T_1 / \gamma(u))` with :math:`\gamma(u) = \tanh((1.3 u)^p) /
@@ -54,8 +57,7 @@ def annealed(
         start: :math:`T_0`, of the first.
         power: p; larger is hot for longer.
 
-    Returns:
-        A function for ``SVGD(temperature=...)``.
+    A function for ``SVGD(temperature=...)``.
 
     Raises:
         ValueError: If a number isn't positive, or ``start`` is below ``final``.
@@ -64,18 +66,23 @@ def annealed(
     >>> schedule(0.0), schedule(1.0)
     (100.0, 1.0)
     """
-    _check(final, start, power)
 
-    def schedule(fraction: float) -> float:
-        share = math.tanh((1.3 * fraction) ** power) / math.tanh(1.3**power)
-        return final / max(share, final / start)
+    final: float = 1.0
+    _: KW_ONLY
+    start: float = 100.0
+    power: float = 5.0
 
-    return schedule
+    def __post_init__(self) -> None:
+        _check(self.final, self.start, self.power)
+
+    def __call__(self, fraction: float) -> float:
+        """The temperature when a fraction of the run is done."""
+        share = math.tanh((1.3 * fraction) ** self.power) / math.tanh(1.3**self.power)
+        return self.final / max(share, self.final / self.start)
 
 
-def cyclical(
-    final: float = 1.0, *, start: float = 100.0, power: float = 5.0, num_cycles: int = 4
-) -> Schedule:
+@dataclass(frozen=True)
+class cyclical:
     r"""Heating up again and again: particles spread, then settle, in each cycle.
 
     :math:`T(u) = \min(T_0, T_1 / v^p)`, v the fraction of the present cycle (D'Angelo &
@@ -88,8 +95,7 @@ def cyclical(
         power: p; larger is hot for longer.
         num_cycles: Cycles in a run.
 
-    Returns:
-        A function for ``SVGD(temperature=...)``.
+    A function for ``SVGD(temperature=...)``.
 
     Raises:
         ValueError: As :func:`annealed`, or if there is no cycle.
@@ -98,19 +104,27 @@ def cyclical(
     >>> schedule(0.0), schedule(0.5), schedule(1.0)
     (100.0, 100.0, 1.0)
     """
-    _check(final, start, power)
-    if num_cycles < 1:
-        raise ValueError(f"num_cycles must be at least 1, found {num_cycles}.")
 
-    def schedule(fraction: float) -> float:
-        inside = fraction * num_cycles % 1 if fraction < 1 else 1.0
-        return final / max(inside**power, final / start)
+    final: float = 1.0
+    _: KW_ONLY
+    start: float = 100.0
+    power: float = 5.0
+    num_cycles: int = 4
 
-    return schedule
+    def __post_init__(self) -> None:
+        _check(self.final, self.start, self.power)
+        check_count("num_cycles", self.num_cycles)
+
+    def __call__(self, fraction: float) -> float:
+        """The temperature when a fraction of the run is done."""
+        inside = fraction * self.num_cycles % 1 if fraction < 1 else 1.0
+        return self.final / max(inside**self.power, self.final / self.start)
 
 
 def _check(final: float, start: float, power: float) -> None:
-    if not (0 < final <= start < math.inf and power > 0):
+    for name, value in {"final": final, "start": start, "power": power}.items():
+        check_number(name, value)
+    if not (0 < final <= start and power > 0):
         raise ValueError(
             "Expected 0 < final <= start and power > 0, found "
             f"final={final}, start={start}, power={power}."

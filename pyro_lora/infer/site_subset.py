@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_lora.curvature.batches import first_batch
+from pyro_lora.lifting.interrupts import hooked
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.lifting.model_trace import Batch, Model, evaluating, trace_at
 
@@ -58,16 +59,13 @@ def _last_layer(
 ) -> list[str]:
     calls: list[torch.nn.Module] = []
     members = [p for lora in networks for ps in lora.parameters.values() for p in ps]
-    handles = [
-        holder.register_forward_hook(lambda module, *_: calls.append(module))
-        for holder in {p.locations[0][0] for p in members}
-    ]
-    try:
-        with torch.no_grad(), evaluating(networks):
-            trace_at(model, values, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    holders = {p.locations[0][0] for p in members}
+
+    def hook(module: torch.nn.Module, *_: object) -> None:
+        calls.append(module)
+
+    with torch.no_grad(), evaluating(networks), hooked(dict.fromkeys(holders, hook)):
+        trace_at(model, values, batch)
     last = [p for p in members if calls and p.locations[0][0] is calls[-1]]
     found = [p.site for p in last]
     if not last or any(p.site in found and p not in last for p in members):

@@ -12,7 +12,15 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from pyro_lora.infer.particle_model import InitFn, LatentSite, ParticleModel
-from pyro_lora.lifting.model_trace import Model, lifted_networks
+from pyro_lora.lifting.initialization import check_start
+from pyro_lora.lifting.model_trace import (
+    Model,
+    evaluating_model,
+    lifted_networks,
+    observed_names,
+    observed_site,
+    trace_on,
+)
 
 
 def particle_model(
@@ -21,6 +29,7 @@ def particle_model(
     max_plate_nesting: int | None,
     args: Any,
     kwargs: Any,
+    obs_site: str | None = None,
 ) -> ParticleModel:
     """Inspect the model by one run, where the first particle starts.
 
@@ -30,16 +39,20 @@ def particle_model(
         max_plate_nesting: Batch dims that the model's sites take; None finds out.
         args: The model's positional arguments.
         kwargs: The model's keyword arguments.
+        obs_site: A site that must be observed; None is any or none.
 
     Returns:
         The model with its latent sites.
 
     Raises:
-        ValueError: If there are no latent sites, one is discrete, belongs to the data
-            of a minibatch or has a support without a transform, ``init_loc_fn`` gives
-            a value of another shape, or ``max_plate_nesting`` is too small.
+        ValueError: If ``obs_site`` isn't observed, there are no latent sites, one is
+            discrete, belongs to the data of a minibatch or has a support without a
+            transform, ``init_loc_fn`` gives a value of another shape, or
+            ``max_plate_nesting`` is too small.
     """
     trace = _starting_trace(model, init_loc_fn, 0, args, kwargs)
+    if obs_site is not None:
+        observed_site(trace, obs_site)
     latents = {}
     needed: dict[str, int] = {}
     for name, site in trace.nodes.items():
@@ -88,6 +101,7 @@ def particle_model(
         latents,
         needed[widest] if max_plate_nesting is None else max_plate_nesting,
         lifted_networks(trace),
+        bool(observed_names(trace)),
     )
 
 
@@ -112,14 +126,16 @@ def initial_particles(
         Site -> (K, ...), unconstrained, leaf tensors that require gradients.
 
     Raises:
-        ValueError: If a starting point has another shape than its site, or is NaN or
-            infinite.
+        ValueError: If a starting point has another shape than its site, is NaN or
+            infinite, or isn't all that ``init_to`` was given.
     """
     rows = []
     for k in range(num_particles):
         trace = _starting_trace(target.model, init_loc_fn, k, args, kwargs)
+        start = {site: trace.nodes[site]["value"] for site in target.latents}
+        check_start(init_loc_fn, start, k)
         row = {
-            site: latent.transform.inv(trace.nodes[site]["value"])
+            site: latent.transform.inv(start[site])
             for site, latent in target.latents.items()
         }
         for site, latent in target.latents.items():
@@ -155,5 +171,9 @@ def _starting_trace(
             )
         return value
 
-    with InitMessenger(init), poutine.infer_config(config_fn=lambda _: number):
-        return poutine.trace(model).get_trace(*args, **kwargs)
+    with (
+        evaluating_model(),
+        InitMessenger(init),
+        poutine.infer_config(config_fn=lambda _: number),
+    ):
+        return trace_on(model, args, kwargs)

@@ -13,12 +13,11 @@ from pyro_lora.curvature.data_plate import data_plate
 from pyro_lora.infer import transport
 from pyro_lora.infer.kernels import IMQ, Kernel, Zero, check_kernel, space_of
 from pyro_lora.infer.model_at_particles import model_at_particles
-from pyro_lora.infer.particle_model import (
-    PARTICLE_PLATE,
-    ParticleModel,
-    chunked_gradients,
-)
+from pyro_lora.infer.particle_checks import PARTICLE_PLATE
+from pyro_lora.infer.particle_model import ParticleModel, chunked_gradients
+from pyro_lora.lifting.batch import check_batches, checked_batches
 from pyro_lora.lifting.model_trace import Batch, Model, evaluating, observed_sites
+from pyro_lora.lifting.settings import check_count, check_positive
 
 # Shares of the data add up to one but for rounding.
 SHARE_TOLERANCE = 1e-6
@@ -131,10 +130,8 @@ def _check(kernel: Kernel, temperature: float, num_bootstrap: int) -> None:
             "A Stein discrepancy compares weights: give a kernel over 'joint' or "
             f"'site', found {kernel!r}."
         )
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, found {temperature}.")
-    if num_bootstrap < 0:
-        raise ValueError(f"num_bootstrap must not be negative, found {num_bootstrap}.")
+    check_positive("temperature", temperature)
+    check_count("num_bootstrap", num_bootstrap, 0)
 
 
 def _stein_kernel(
@@ -184,13 +181,14 @@ def _scores(
         ValueError: If there is nothing to go through, a site is missing or has another
             shape, or the batches don't cover the data once.
     """
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size must be positive, found {chunk_size}.")
+    if chunk_size is not None:
+        check_count("chunk_size", chunk_size)
     target: ParticleModel | None = None
     unconstrained: dict[str, Tensor] = {}
     scores: dict[str, Tensor] = {}
     covered, num_draws = 0.0, 0
-    for batch in batches:
+    check_batches(batches)
+    for batch in checked_batches(batches):
         if target is None:
             target, unconstrained = model_at_particles(model, particles, batch)
             num_draws = next(iter(unconstrained.values())).shape[0]
@@ -210,7 +208,7 @@ def _scores(
                 chunk_size or num_draws,
                 objective,
                 (),
-                dict(batch),
+                batch,
                 {},
             )
         scores = {s: scores.get(s, 0) + g.double() for s, g in found.items()}

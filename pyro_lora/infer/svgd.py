@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from operator import length_hint
 from typing import Any, Literal
 
@@ -12,6 +15,7 @@ from pyro.optim import PyroOptim
 from tqdm.auto import tqdm
 
 from pyro_lora.infer.delta_space import DeltaSpace
+from pyro_lora.infer.engine_state import checked_state
 from pyro_lora.infer.kernels import Kernel, Zero, space_of
 from pyro_lora.infer.optimizer_state import (
     check_optimizer,
@@ -20,6 +24,7 @@ from pyro_lora.infer.optimizer_state import (
     step_schedulers,
 )
 from pyro_lora.infer.particle_checks import (
+    DataCount,
     check_finite,
     warn_if_collapsed,
     warn_if_stuck,
@@ -33,7 +38,21 @@ from pyro_lora.infer.schedules import Schedule, check_epochs, fraction_done
 from pyro_lora.infer.starting_point import initial_particles, particle_model
 from pyro_lora.infer.transport import spread
 from pyro_lora.infer.update_rule import Gathered, Repulsion, UpdateRule
-from pyro_lora.lifting.model_trace import Batch, Model
+from pyro_lora.lifting.batch import (
+    PlacedBatch,
+    check_batches,
+    checked_batch,
+    checked_batches,
+)
+from pyro_lora.lifting.fingerprint import (
+    Fingerprint,
+    check_networks,
+    described,
+    fingerprint,
+)
+from pyro_lora.lifting.interrupts import leaving_no_trace, undone
+from pyro_lora.lifting.model_trace import Batch, Model, check_model
+from pyro_lora.lifting.settings import check_count, check_function, check_kind
 
 
 class SVGD:
@@ -86,7 +105,8 @@ class SVGD:
             predictions, by passes of its own; None is the minibatch.
         init_loc_fn: Where particles start, for example
             ``lora.init_to_adapter(jitter="auto")`` or ``lora.init_to_fresh()``.
-        obs_site: The likelihood's site (function space); None is the only one.
+        obs_site: The likelihood's site, which every batch must then observe; None is
+            the only one.
 
     Attributes:
         diagnostics: Series with one value a step: ``loss`` (nats, full data),
@@ -119,6 +139,9 @@ class SVGD:
         init_loc_fn: InitFn,
         obs_site: str | None = None,
     ) -> None:
+        if reference is not None:
+            check_kind("reference", reference, Mapping, "a batch, a mapping")
+            reference = checked_batch(reference, "The reference")
         self._rule = UpdateRule(
             kernel=kernel,
             transport=transport,
@@ -134,21 +157,28 @@ class SVGD:
             else metric(preconditioner, space_of(kernel)),
         )
         check_optimizer(optim)
+        check_model(model)
+        check_function("init_loc_fn", init_loc_fn, "such as lora.init_to_adapter()")
+        if max_plate_nesting is not None:
+            check_count("max_plate_nesting", max_plate_nesting, 0)
         self._model, self._optim = model, optim
         self._num_particles = num_particles
         self._max_plate_nesting = max_plate_nesting
         self._init_loc_fn, self._obs_site = init_loc_fn, obs_site
         self._particles: Weights | None = None
         self._loaded_values: Weights = {}
+        self._loaded_networks: list[Fingerprint] | None = None
         self._gathered: Gathered | None = None  # by the batches of an unfinished update
         self._num_gathered = 0
         self._target: ParticleModel | None = None
         self._delta_space: DeltaSpace | None = None  # None without LoRA's factors
         self._num_epochs = 0  # of all runs
         self._fraction = 1.0  # of the run that is done; 1 outside of run()
+        self._given: set[str] | None = None  # the first batch's arguments
         self._warned: set[str] = set()
         self.diagnostics: dict[str, list[float]] = {}
 
+    @leaving_no_trace
     def step(self, *args: Any, **kwargs: Any) -> float:
         """One batch; with ``accumulate``, the last batch of an update moves particles.
 
@@ -165,18 +195,35 @@ class SVGD:
             ValueError: If the model can't be run by particles, or a log density or
                 direction is NaN or infinite; no particle is changed then.
         """
+        return self._step(args, checked_batch(kwargs))
+
+    def _step(self, args: Any, kwargs: PlacedBatch) -> float:
+        with self._naming_batch():
+            if self._given is not None:
+                kwargs.check_given(self._given)
         target, particles = self._set_up(args, kwargs)
+        self._given = kwargs.given
         check_finite(particles, "value")
-        gathered, log_joint = self._rule.gather(
-            target, particles, self._gathered, args, kwargs
-        )
-        if self._num_gathered + 1 == self._rule.accumulate:
-            self._update(gathered)
-        else:
-            self._gathered, self._num_gathered = gathered, self._num_gathered + 1
+        with self._naming_batch():
+            gathered, log_joint = self._rule.gather(
+                target, particles, self._gathered, args, kwargs
+            )
+            if self._num_gathered + 1 == self._rule.accumulate:
+                self._update(gathered)
+            else:
+                self._gathered, self._num_gathered = gathered, self._num_gathered + 1
         if log_joint is None:
             return self.diagnostics["loss"][-1]
         return -log_joint.mean().item()
+
+    @contextmanager
+    def _naming_batch(self) -> Iterator[None]:
+        updates = len(self.diagnostics.get("loss", ()))
+        number = updates * self._rule.accumulate + self._num_gathered
+        try:
+            yield
+        except ValueError as error:
+            raise ValueError(f"SVGD's batch {number} (from 0): {error}") from error
 
     def _update(self, gathered: Gathered) -> None:
         """Move the particles, once for all batches that were gathered."""
@@ -196,13 +243,10 @@ class SVGD:
         }
         if self._delta_space is not None:
             found["delta_spread"] = self._delta_space.spread(particles)
-        for site, particle in particles.items():
-            particle.grad = direction[site].neg_()
-        try:
+        with undone(partial(_drop_gradients, particles)):
+            for site, particle in particles.items():
+                particle.grad = direction[site].neg_()
             self._optim(list(particles.values()))
-        finally:
-            for particle in particles.values():
-                particle.grad = None
         self._gathered, self._num_gathered = None, 0
         values = torch.stack([x.double() for x in found.values()]).tolist()
         for name, value in zip(found, values, strict=True):
@@ -234,18 +278,26 @@ class SVGD:
         Raises:
             ValueError: As :meth:`step`, or if there is nothing to step through, or
                 these epochs go beyond ``total_epochs``.
+
+        Warns:
+            UserWarning: After the first epoch, if its batches hold another number of
+                data than the model's plate says, which every batch stands for. A
+                ``DataLoader`` with ``drop_last`` may leave out less than a batch.
         """
         first, total = check_epochs(num_epochs, total_epochs, self._num_epochs)
+        check_batches(batches)
         length = length_hint(batches)
         steps = num_epochs * length or None
-        try:
+        with undone(partial(setattr, self, "_fraction", 1.0)):
             with tqdm(total=steps, desc="SVGD", disable=not progress_bar) as bar:
                 for epoch in range(first, first + num_epochs):
                     losses: list[float] = []
-                    for batch in batches:
+                    count = DataCount()
+                    for batch in checked_batches(batches):
                         done = epoch * length + len(losses) if length else epoch
                         self._fraction = fraction_done(done, total * (length or 1))
-                        losses.append(self.step(**batch))
+                        with count:
+                            losses.append(self._step((), batch))
                         if self.diagnostics:
                             bar.set_postfix(self._progress(), refresh=False)
                         bar.update()
@@ -262,8 +314,10 @@ class SVGD:
                         self._optim, self._particles.values(), sum(losses) / len(losses)
                     )
                     self._num_epochs += 1
-        finally:
-            self._fraction = 1.0
+                    if epoch == first and "num_data" not in self._warned:
+                        drop_last = getattr(batches, "drop_last", False)
+                        if count.warn_if_not_covered(drop_last):
+                            self._warned.add("num_data")
 
     def get_named_particles(self) -> Weights:
         """The particles, site -> (K, ...).
@@ -324,6 +378,9 @@ class SVGD:
         """
         if self._particles is None:
             raise ValueError("There is no state before the first step.")
+        networks = self._loaded_networks
+        if self._target is not None:
+            networks = [fingerprint(lora) for lora in self._target.networks]
         return {
             "values": self.get_named_particles(),
             "particles": {s: x.detach().clone() for s, x in self._particles.items()},
@@ -334,6 +391,7 @@ class SVGD:
             "gathered": None if self._gathered is None else asdict(self._gathered),
             "num_gathered": self._num_gathered,
             "num_epochs": self._num_epochs,
+            "networks": None if networks is None else described(networks),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -343,30 +401,50 @@ class SVGD:
             state: From :meth:`state_dict` of an engine with the same model and K.
 
         Raises:
-            ValueError: If the state is that of another model, K or optimiser; this
-                object is then unchanged.
+            ValueError: If the state is that of another model, network, K or optimiser,
+                or can't be one; this object is then unchanged.
         """
-        keys = {"values", "particles", "optim", "diagnostics"}
-        if not state.keys() >= keys | {"gathered", "num_gathered", "num_epochs"}:
-            raise ValueError(
-                f"Expected a state from SVGD.state_dict(), found keys {sorted(state)}."
-            )
+        checked = checked_state(state, self._num_particles, self._target)
         particles = {
-            s: x.detach().clone().requires_grad_()
-            for s, x in state["particles"].items()
+            s: x.detach().clone().requires_grad_() for s, x in checked.particles.items()
         }
-        check_shapes(particles, self._num_particles, self._target)
-        count = state["num_gathered"]
-        gathered = self._rule.restored(state["gathered"], count)
+        for site, x in particles.items():
+            here = (self._particles or particles).get(site, x)
+            if here.dtype != x.dtype:
+                raise ValueError(
+                    f"Site {site!r}: the state holds {x.dtype}, this SVGD has "
+                    f"{here.dtype}. Load it into a network of the same dtype."
+                )
+        networks = checked.networks
+        if networks is not None and self._target is not None:
+            check_networks(networks, self._target.networks, "The state")
+        count = checked.num_gathered
+        gathered = self._rule.restored(checked.gathered, count, particles)
         restore_optimizer(
             self._optim,
-            [(x, state["optim"][s]) for s, x in particles.items()],
+            [(x, checked.optim[s]) for s, x in particles.items()],
             replaced=(self._particles or {}).values(),
         )
-        self._particles, self._loaded_values = particles, dict(state["values"])
+        self._particles, self._loaded_values = particles, dict(checked.values)
+        self._loaded_networks = networks
         self._gathered, self._num_gathered = gathered, count
-        self._num_epochs = state["num_epochs"]
-        self.diagnostics = {k: list(v) for k, v in state["diagnostics"].items()}
+        self._num_epochs = checked.num_epochs
+        self.diagnostics = {k: list(v) for k, v in checked.diagnostics.items()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What pyro.optim keeps for each tensor can't be pickled, but its state can.
+        optim = copy.copy(self._optim)
+        optim.optim_objs, optim.grad_clip = {}, {}
+        states = [
+            (x, optimizer_state(self._optim, x))
+            for x in (self._particles or {}).values()
+        ]
+        return {**vars(self), "_optim": optim, "states": states}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        states = state.pop("states")
+        vars(self).update(state)
+        restore_optimizer(self._optim, states, replaced=())
 
     def _set_up(self, args: Any, kwargs: Any) -> tuple[ParticleModel, Weights]:
         if self._target is None:
@@ -379,10 +457,13 @@ class SVGD:
                     self._max_plate_nesting,
                     args,
                     kwargs,
+                    self._obs_site,
                 )
             self._rule.check(target)
             if self._particles is not None:
                 check_shapes(self._particles, self._num_particles, target)
+            if self._loaded_networks is not None:
+                check_networks(self._loaded_networks, target.networks, "The state")
             self._target = target
             if target.factor_sites:
                 self._delta_space = DeltaSpace(target.networks)
@@ -396,3 +477,8 @@ class SVGD:
     def _progress(self) -> dict[str, str]:
         formats = {"loss": ".1f", "spread": ".3g", "repulsion": ".2g"}
         return {k: f"{self.diagnostics[k][-1]:{form}}" for k, form in formats.items()}
+
+
+def _drop_gradients(particles: Weights) -> None:
+    for particle in particles.values():
+        particle.grad = None

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any, Literal
 
+import msgspec
 from torch import Tensor
 
+from pyro_lora.curvature.checked_tensors import LARGEST, REAL
 from pyro_lora.infer.function_space import (
-    Minibatch,
     Minibatches,
-    Predictions,
     Strength,
     function_space_direction,
     gated_strength,
     minibatch,
 )
 from pyro_lora.infer.kernels import Kernel, Zero, check_kernel, space_of
+from pyro_lora.infer.particle_checks import check_finite
 from pyro_lora.infer.particle_model import ParticleModel
 from pyro_lora.infer.preconditioner import Preconditioner
 from pyro_lora.infer.reference_batch import reference_direction
@@ -31,6 +30,13 @@ from pyro_lora.infer.weight_space import (
     weight_space_direction,
 )
 from pyro_lora.lifting.model_trace import Batch
+from pyro_lora.lifting.settings import (
+    check_count,
+    check_name,
+    check_number,
+    check_positive,
+    check_word,
+)
 
 Repulsion = Callable[[float, float], float]
 Transport = Literal["stein", "repulsive"]
@@ -77,26 +83,17 @@ class UpdateRule:
             "accumulate": self.accumulate,
         }
         for name, value in counts.items():
-            if not isinstance(value, Integral):
-                raise TypeError(f"{name} must be an integer, found {value!r}.")
-        if self.num_particles < 1:
-            raise ValueError(
-                f"num_particles must be at least 1, found {self.num_particles}."
-            )
+            check_count(name, value)
         if not callable(self.temperature):
             _check_temperature(self.temperature)
-        if not 1 <= self._chunk_size <= self.num_particles:
+        if self._chunk_size > self.num_particles:
             raise ValueError(
                 "chunk_size must lie between 1 and "
                 f"num_particles={self.num_particles}, found {self.chunk_size}."
             )
-        if self.accumulate < 1:
-            raise ValueError(f"accumulate must be at least 1, found {self.accumulate}.")
         check_kernel(self.kernel)
-        if self.transport not in (None, "stein", "repulsive"):
-            raise ValueError(
-                f"transport: 'stein' or 'repulsive', found {self.transport!r}."
-            )
+        check_word("transport", self.transport, ("stein", "repulsive", None))
+        check_name("obs_site", self.obs_site)
         if self._in_function_space and self.transport == "stein":
             raise ValueError(
                 "Function space has the repulsive transport only. Leave transport=None."
@@ -113,10 +110,8 @@ class UpdateRule:
                     "the repulsive transport. Add transport='repulsive' and a kernel, "
                     "or leave it out."
                 )
-            if not callable(self.repulsion) and not self.repulsion >= 0:
-                raise ValueError(
-                    f"repulsion must not be negative, found {self.repulsion}."
-                )
+            if not callable(self.repulsion):
+                check_number("repulsion", self.repulsion, 0)
 
     def check(self, target: ParticleModel) -> None:
         """Refuse a model that the rule can't move particles of.
@@ -178,7 +173,7 @@ class UpdateRule:
         found = log_joint_gradients(
             target,
             particles,
-            with_loss=callable(self.repulsion) or self.reference is not None,
+            with_loss=self._with_loss,
             chunk_size=self._chunk_size,
             obs_site=self.obs_site,
             args=args,
@@ -257,12 +252,18 @@ class UpdateRule:
             preconditioner=self.preconditioner,
         )
 
-    def restored(self, state: Mapping[str, Any] | None, count: int) -> Gathered | None:
+    def restored(
+        self,
+        state: Mapping[str, Any] | None,
+        count: int,
+        particles: Mapping[str, Tensor],
+    ) -> Gathered | None:
         """What the first batches of an update gave, from a saved state.
 
         Args:
             state: ``dataclasses.asdict`` of what :meth:`gather` gave, or None.
             count: Number of those batches.
+            particles: Site -> (K, ...).
 
         Returns:
             A copy.
@@ -270,6 +271,10 @@ class UpdateRule:
         Raises:
             ValueError: If an update of this rule can't go on from there.
         """
+        if (state is None) != (count == 0):
+            raise ValueError(
+                f"The state has gathered {count} batches, but not what of."
+            )
         if state is None:
             return None
         if count >= self.accumulate or ("batches" in state) != self._keeps_batches:
@@ -278,15 +283,53 @@ class UpdateRule:
                 "with another accumulate, kernel or reference. Give this one the same "
                 f"(found accumulate={self.accumulate}, kernel={self.kernel})."
             )
-        state = copy.deepcopy(dict(state))
-        if "batches" not in state:
-            return Gradients(**state)
-        return Minibatches(
-            tuple(
-                Minibatch(**{**batch, "ahead": Predictions(**batch["ahead"])})
-                for batch in state["batches"]
-            )
-        )
+        kind: type[Gathered] = Minibatches if "batches" in state else Gradients
+        try:
+            found: Gathered = msgspec.convert(copy.deepcopy(dict(state)), kind)
+        except (msgspec.ValidationError, UnicodeError) as error:
+            raise ValueError(f"The state's gathered batches: {error}.") from error
+        tensors: dict[str, Tensor | None]
+        if isinstance(found, Gradients):
+            tensors = {"log_joint": found.log_joint}
+            if (found.loss is None) == self._with_loss:
+                raise ValueError("The state's gathered batches have another loss.")
+            tensors |= {"loss": found.loss} if self._with_loss else {}
+            _check_like(found.by_site, particles, "by_site")
+            for site, x in particles.items():
+                if found.by_site[site].dtype != x.dtype:
+                    raise ValueError(
+                        f"The state's gradients at {site!r} aren't {x.dtype}."
+                    )
+            counts = [found.batch_size, *([found.num_data] if self._with_loss else [])]
+        else:
+            if len(found.batches) != count:
+                raise ValueError(
+                    f"The state has {len(found.batches)} gathered batches, not {count}."
+                )
+            tensors, counts = {}, []
+            for i, batch in enumerate(found.batches):
+                if batch.ahead is None:
+                    raise ValueError(f"Gathered batch {i} has no predictions.")
+                if batch.ahead.outputs.ndim != 2:
+                    raise ValueError(f"Gathered batch {i} has no matrix of outputs.")
+                tensors |= {
+                    f"{i}.outputs": batch.ahead.outputs[:, 0],
+                    f"{i}.loss": batch.ahead.loss,
+                    f"{i}.score_norm": batch.ahead.score_norm,
+                    f"{i}.log_joint": batch.log_joint,
+                }
+                check_finite({"outputs": batch.ahead.outputs}, "gathered output")
+                counts += [batch.size, batch.ahead.num_data]
+        one = next(iter(particles.values())).detach()
+        rows = {name: one.flatten(1).sum(1) for name in tensors}
+        _check_like(tensors, rows, "gathered")
+        if not all(isinstance(n, int) and n > 0 for n in counts):
+            raise ValueError(f"The state's gathered batches have {counts} data.")
+        return found
+
+    @property
+    def _with_loss(self) -> bool:
+        return callable(self.repulsion) or self.reference is not None
 
     @property
     def _in_function_space(self) -> bool:
@@ -307,8 +350,26 @@ class UpdateRule:
         return self.num_particles if self.chunk_size is None else self.chunk_size
 
 
+def _check_like(
+    found: Mapping[str, Tensor | None], like: Mapping[str, Tensor], what: str
+) -> None:
+    """Check that gathered tensors are finite, and of the shapes of others.
+
+    Raises:
+        ValueError: If they aren't.
+    """
+    if found.keys() != like.keys():
+        raise ValueError(f"The state's {what} is of {list(found)}, not {list(like)}.")
+    for name, x in found.items():
+        shape = like[name].shape
+        if x is None or x.shape != shape or x.dtype not in REAL[:2]:
+            raise ValueError(
+                f"The state's {what}, {name!r}: expected real numbers of shape "
+                f"{tuple(shape)}."
+            )
+        if not (x.abs() <= LARGEST).all():
+            raise ValueError(f"The state's {what}, {name!r}, is NaN or infinite.")
+
+
 def _check_temperature(temperature: float) -> None:
-    if not 0 < temperature < math.inf:
-        raise ValueError(
-            f"temperature must be positive and finite, found {temperature}."
-        )
+    check_positive("temperature", temperature)

@@ -50,10 +50,10 @@ class Gradients:
         share = other.batch_size / batch_size
         loss, loss_size = self.loss, self.loss_size + other.loss_size
         if loss is not None and other.loss is not None:
-            loss = loss.lerp(other.loss, other.loss_size / max(1, loss_size))
+            loss = loss.lerp(other.loss.to(loss), other.loss_size / max(1, loss_size))
         return Gradients(
             {s: g.lerp(other.by_site[s], share) for s, g in self.by_site.items()},
-            self.log_joint.lerp(other.log_joint, share),
+            self.log_joint.lerp(other.log_joint.to(self.log_joint), share),
             batch_size,
             loss,
             loss_size,
@@ -78,7 +78,7 @@ def log_joint_gradients(
         particles: Site -> (K, ...), unconstrained.
         with_loss: Also find the minibatch loss.
         chunk_size: Particles in one forward and backward pass.
-        obs_site: The likelihood's site, for the minibatch loss.
+        obs_site: The likelihood's site, for the minibatch loss; it must be observed.
         args: The model's positional arguments.
         kwargs: The model's keyword arguments.
 
@@ -86,7 +86,8 @@ def log_joint_gradients(
         The gradients.
 
     Raises:
-        ValueError: If a log density or a gradient is NaN or infinite.
+        ValueError: If labels are missing, or a log density or a gradient is NaN or
+            infinite.
     """
     losses: list[Tensor] = []
     sizes: list[int] = []
@@ -94,6 +95,7 @@ def log_joint_gradients(
 
     def objective(rows: slice, trace: Any, log_joint: Tensor) -> Tensor:
         nonlocal loss_size, num_data
+        target.check_observed(trace, obs_site)
         sizes.append(batch_size(trace))
         if with_loss:
             site = likelihood(trace, obs_site)

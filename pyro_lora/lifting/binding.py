@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+import threading
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +17,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+from pyro_lora.lifting.interrupts import undone
 from pyro_lora.lifting.sites import LiftedParameter
 from pyro_lora.lifting.slots import (
     BoundLinear,
@@ -22,31 +26,101 @@ from pyro_lora.lifting.slots import (
     LinearSlot,
     Location,
     Slot,
-    swapped,
 )
 
 # One weight set, or that of all particles, by the parameter that is replaced.
 Values = Mapping[LiftedParameter, Tensor]
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
+class Bound:
+    """A binding while it lasts, and what it has taken the place of.
+
+    Attributes:
+        binding: What is bound.
+        slots: Attributes of each slot, and what was bound there.
+        parameters: What was at each location.
+        thread: Where the block runs that it is bound for; None: unknown.
+        by_user: Whether that is a ``with lora.bind(...)``, or else one call.
+    """
+
+    binding: Binding
+    slots: list[tuple[dict[str, Any], Any]]
+    parameters: dict[Location, nn.Parameter]
+    thread: int | None
+    by_user: bool
+
+    def put_back(self) -> None:
+        """Let everything be as it was, once or again."""
+        for attributes, bound in self.slots:
+            attributes["_bound"] = bound
+        for (holder, name), parameter in self.parameters.items():
+            holder._parameters[name] = parameter
+
+
+# Of every network that was ever lifted, also by views that are gone.
+_BINDINGS: weakref.WeakKeyDictionary[nn.Module, list[Bindings]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def undo_interrupted(network: nn.Module) -> None:
+    """End what interrupted calls have left bound, by whatever view of a network."""
+    for bindings in _BINDINGS.get(network, ()):
+        bindings.undo_interrupted()
+
+
+@dataclass(eq=False)
 class Bindings:
     """What is bound to one lifted network at the moment.
 
     Attributes:
-        active: The bindings, the innermost last.
-        own: The network's own parameters, where others have taken their place.
+        active: The bindings, the innermost last. One is here before it changes
+            anything, and until it has put everything back.
         is_known: Whether the network is one of transformers', whose linear layers'
             parameters nothing reads but the layers.
     """
 
-    active: list[Binding] = field(default_factory=list)
-    own: dict[Location, nn.Parameter] = field(default_factory=dict)
+    active: list[Bound] = field(default_factory=list)
     is_known: bool = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.active:
+            raise RuntimeError(
+                "The network can't be copied or pickled while weights are bound to it. "
+                "Leave the `with lora.bind(...)` block before."
+            )
+        return vars(self)
+
+    def are_of(self, network: nn.Module) -> None:
+        """Let :func:`undo_interrupted` find these."""
+        _BINDINGS.setdefault(network, []).append(self)
 
     def parameter(self, lifted: LiftedParameter) -> nn.Parameter:
         """The network's own parameter, whatever is bound."""
-        return self.own.get(lifted.locations[0], lifted.parameter)
+        for bound in self.active:  # the outermost that has replaced it
+            own = bound.parameters.get(lifted.locations[0])
+            if own is not None:
+                return own
+        return lifted.parameter
+
+    def undo(self, bound: Bound) -> None:
+        """End a binding, if it lasts, and those inside of it."""
+        while bound in self.active:
+            self.active[-1].put_back()
+            self.active.pop()
+
+    def undo_interrupted(self) -> None:
+        """End the bindings of calls, of which none can be running in this thread.
+
+        One is left where an interrupt came before it could put anything back.
+        """
+        if torch.compiler.is_compiling():
+            return
+        here = threading.get_ident()
+        for bound in list(self.active):
+            if not bound.by_user and bound.thread == here:
+                self.undo(bound)
 
     def is_read_elsewhere(self, lifted: LiftedParameter) -> bool:
         """Whether a linear layer's parameter may be read past its forward."""
@@ -58,21 +132,39 @@ def checkpoint_contexts(bindings: Bindings) -> tuple[AbstractContextManager[Any]
     if torch.compiler.is_compiling():  # bound tensors are inputs of a compiled graph
         contexts: Any = create_selective_checkpoint_contexts(_recompute)
         return tuple(contexts)
-    return nullcontext(), bindings.active[-1] if bindings.active else nullcontext()
+    if not bindings.active:
+        return nullcontext(), nullcontext()
+    return nullcontext(), _Recomputing(bindings.active[-1].binding)
 
 
 def _recompute(*args: Any, **kwargs: Any) -> CheckpointPolicy:
     return CheckpointPolicy.PREFER_RECOMPUTE
 
 
-class Binding(AbstractContextManager[None]):
-    """Values bound while a block runs; then what was bound before is bound again.
+class _Recomputing(ExitStack):
+    """Bound as in the forward pass; entered again for each backward pass."""
+
+    def __init__(self, binding: Binding) -> None:
+        super().__init__()
+        self._binding = binding
+
+    def __enter__(self) -> _Recomputing:
+        try:
+            self.enter_context(self._binding.bound())
+            return self
+        except BaseException:
+            self.close()
+            raise
+
+
+class Binding:
+    """Values to be bound while a block runs; then what was before is bound again.
 
     Linear slots are given their values. Other layers, and linear ones whose parameters
     may be read past their forward, get one weight set in the places of their
     parameters, which is right for any network; a stack of them goes to their slots. A
-    stack needs folded inputs. A binding can be entered again and again: gradient
-    checkpointing recomputes once for each backward pass.
+    stack needs folded inputs. It can be bound again and again: gradient checkpointing
+    recomputes once for each backward pass.
 
     Args:
         bindings: Those of the network.
@@ -114,28 +206,27 @@ class Binding(AbstractContextManager[None]):
             )
         for slot, stacks in modules.items():
             self._slots[slot] = BoundModule(stacks, fold)
-        self._exits: list[ExitStack] = []
 
-    def __enter__(self) -> None:
-        with ExitStack() as stack:
-            own = self._bindings.own
-            for holder, name in self._in_place.keys() - own.keys():
-                own[holder, name] = holder._parameters[name]  # type: ignore[assignment]
-                stack.callback(own.pop, (holder, name))
-            stack.enter_context(swapped(self._in_place))
+    @contextmanager
+    def bound(self, by_user: bool = False) -> Iterator[None]:
+        """Bind the values for a block.
+
+        Args:
+            by_user: Whether it is a ``with lora.bind(...)``, or else one call.
+        """
+        compiling = torch.compiler.is_compiling()
+        bound = Bound(
+            self,
+            [(vars(slot), slot.bound) for slot in self._slots],
+            {at: at[0]._parameters[at[1]] for at in self._in_place},  # type: ignore[misc]
+            None if compiling else threading.get_ident(),
+            by_user,
+        )
+        with undone(partial(self._bindings.undo, bound)):
+            self._bindings.active.append(bound)
+            for (holder, name), value in self._in_place.items():
+                holder._parameters[name] = value  # type: ignore[assignment]
             # Not slot.bound = ..., which takes nn.Module.__setattr__'s time for each.
-            before = [(vars(slot), slot.bound) for slot in self._slots]
-            stack.callback(_restore, before)
-            for slot, bound in self._slots.items():
-                vars(slot)["_bound"] = bound
-            self._bindings.active.append(self)
-            stack.callback(self._bindings.active.pop)
-            self._exits.append(stack.pop_all())
-
-    def __exit__(self, *exception: object) -> None:
-        self._exits.pop().close()
-
-
-def _restore(before: list[tuple[dict[str, Any], Any]]) -> None:
-    for attributes, bound in before:
-        attributes["_bound"] = bound
+            for slot, in_slot in self._slots.items():
+                vars(slot)["_bound"] = in_slot
+            yield

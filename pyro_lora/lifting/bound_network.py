@@ -31,6 +31,7 @@ from pyro_lora.lifting.folding import (
     unfold_output,
 )
 from pyro_lora.lifting.host import Host, check_checkpointing
+from pyro_lora.lifting.interrupts import leaving_no_trace
 from pyro_lora.lifting.sites import LiftedParameter
 from pyro_lora.lifting.slots import Fold, LinearSlot, NotFoldable, swapped
 from pyro_lora.lifting.trunk import Trunk
@@ -66,6 +67,7 @@ class BoundNetwork:
                 weights.
         """
         host = self._host
+        host.check_names(kwargs)
         return self._run(host.network, args, kwargs, host.trunk, ())
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -95,14 +97,16 @@ class BoundNetwork:
         num_particles = self._lead.numel() if stacked else None
         self._own = Binding(self._host.bindings, self._values, num_particles)
         try:
-            with self._own:
+            with self._own.bound(by_user=True):
                 yield
         finally:
             self._closed = True
 
     def _check_none_bound(self) -> None:
-        active = self._host.bindings.active
-        if active and active[-1] is not self._own:
+        bindings = self._host.bindings
+        if bindings.active:
+            bindings.undo_interrupted()
+        if bindings.active and bindings.active[-1].binding is not self._own:
             raise RuntimeError(
                 "Other weights are bound to this network at the moment. Leave the "
                 "`with lora.bind(...)` block before binding again."
@@ -163,7 +167,7 @@ class BoundNetwork:
             p: v if v.ndim == p.parameter.ndim else v[particle]
             for p, v in self._values.items()
         }
-        with Binding(self._host.bindings, values):
+        with Binding(self._host.bindings, values).bound():
             return function(*args, **kwargs)
 
     def _folded(
@@ -212,7 +216,7 @@ class BoundNetwork:
         args = tuple(fold_input(v, f"{i}", fold) for i, v in enumerate(args))
         kwargs = {k: fold_input(v, k, fold) for k, v in kwargs.items()}
         binding = Binding(self._host.bindings, values, fold.num_particles, fold)
-        with binding, trunk.shared(fold, {**dict(enumerate(args)), **kwargs}):
+        with binding.bound(), trunk.shared(fold, {**dict(enumerate(args)), **kwargs}):
             output = function(*args, **kwargs)
         return unfold_output(output, "output", self._lead, fold)
 
@@ -228,9 +232,11 @@ class BoundNetwork:
             p: v[None] if v.ndim == p.parameter.ndim else v[:1]
             for p, v in self._values.items()
         }
-        with Binding(self._host.bindings, one, 1, replace(fold, num_particles=1)):
+        alone = replace(fold, num_particles=1)
+        with Binding(self._host.bindings, one, 1, alone).bound():
             function(*args, **kwargs)
 
+    @leaving_no_trace
     def _check_independent(
         self, function: Callable[..., Any], args: Any, kwargs: Any, fold: Fold
     ) -> None:

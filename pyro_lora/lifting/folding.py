@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
+from pyro_lora.lifting.interrupts import undone
 from pyro_lora.lifting.slots import Fold, NotFoldable
 
 
@@ -175,13 +176,17 @@ def unchanged_buffers(network: nn.Module) -> Iterator[None]:
         NotFoldable: If it has changed one: a state that the particles would share.
     """
     before = [(b, b.clone(), b._version) for b in network.buffers()]
-    try:
-        yield
-    finally:
-        changed = [(b, value) for b, value, version in before if b._version != version]
-        with torch.no_grad():
-            for buffer, value in changed:
+    changed: list[Tensor] = []
+
+    @torch.no_grad()
+    def put_back() -> None:
+        for buffer, value, version in before:
+            if buffer._version != version:
                 buffer.copy_(value)
+                changed.append(buffer)
+
+    with undone(put_back):
+        yield
     if changed:
         raise NotFoldable("the network writes into its buffers")
 

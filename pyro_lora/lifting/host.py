@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,8 +34,12 @@ class Host:
         context_fn: Contexts that recompute with what is bound at the moment.
         has_slots: Whether every lifted parameter belongs to a slot.
         has_tables: Whether a lifted parameter is that of an embedding.
+        argument_names: What the network's forward is known to take; of others a
+            misspelled one is refused, since transformers' networks take any.
         checked: The forms of call, see ``_run``, that are known to take particles.
         unfoldable: Those that need one particle at a time.
+        layouts: Form of call -> how its layers lay out the rows of its outputs, as far
+            as the curvature has seen.
     """
 
     network: nn.Module
@@ -46,8 +52,10 @@ class Host:
     has_slots: bool = field(init=False)
     has_tables: bool = field(init=False)
     is_pretrained: bool = field(init=False)
+    argument_names: set[str] = field(init=False)
     checked: set[tuple[Any, ...]] = field(default_factory=set)
     unfoldable: set[tuple[Any, ...]] = field(default_factory=set)
+    layouts: dict[tuple[Any, ...], Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.checkpointed = {
@@ -66,10 +74,32 @@ class Host:
         self.has_slots = None not in owners
         self.has_tables = any(isinstance(owner, nn.Embedding) for owner in owners)
         get_base = getattr(self.network, "get_base_model", lambda: self.network)
-        network = type(getattr(get_base(), "_orig_mod", get_base()))
+        network: Any = type(getattr(get_base(), "_orig_mod", get_base()))
         known = network.__module__.startswith("transformers.")
         self.is_pretrained = known and issubclass(network, PreTrainedModel)
+        self.bindings.are_of(self.network)
         self.bindings.is_known = self.is_pretrained
+        self.argument_names = set(inspect.signature(network.forward).parameters)
+
+    def check_names(self, names: Collection[str]) -> None:
+        """Check that no argument is misspelled, a mask that wouldn't count, say.
+
+        Args:
+            names: Of the keyword arguments of a call.
+
+        Raises:
+            ValueError: If one is nearly the name of another that isn't there.
+        """
+        for name in names:
+            if name in self.argument_names:
+                continue
+            others = [x for x in self.argument_names if x not in names]
+            meant = difflib.get_close_matches(name, others, n=1, cutoff=0.85)
+            if meant:
+                raise ValueError(
+                    f"The network takes no argument {name!r}. Do you mean {meant[0]!r}?"
+                )
+            self.argument_names.add(name)
 
 
 def check_checkpointing(host: Host) -> None:

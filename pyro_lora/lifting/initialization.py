@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.adalora.layer import AdaLoraLayer
 from pyro.infer.autoguide.initialization import init_to_median
 from torch import Tensor, nn
+from torch import distributions as td
 from transformers import PreTrainedModel
 
+from pyro_lora.lifting.settings import check_number, check_weights
 from pyro_lora.lifting.sites import LiftedParameter
 from pyro_lora.lifting.slots import swapped
 
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
 
 InitFn = Callable[[dict[str, Any]], Tensor]
 
+# What Pyro's reparameterisations put after the name of a site that isn't centred.
+NOISE = "_decentered"
 
 # Half-precision networks must tell the particles apart: the least change of a number of
 # size one that bfloat16 still resolves.
@@ -36,23 +41,32 @@ def init_to_adapter(lora: LiftedNetwork, jitter: float | str) -> InitFn:
     weights = lora.weights()
     if jitter == "auto":
         scales = _resolved_scales(lora, weights)
-    elif isinstance(jitter, str) or not jitter >= 0:
+    elif isinstance(jitter, str):
         raise ValueError(
             f"jitter: expected 'auto' or a standard deviation from 0 on, found "
             f"{jitter!r}."
         )
     else:
+        check_number("jitter, unless 'auto',", jitter, 0)
         scales = {site: torch.full_like(x, jitter) for site, x in weights.items()}
+    return _Around(weights, {} if jitter == 0 else scales)
 
-    def init(site: dict[str, Any]) -> Tensor:
-        if site["name"] not in weights:
+
+@dataclass(frozen=True, eq=False)
+class _Around:
+    """Values plus normal noise, where there are scales for it."""
+
+    weights: Mapping[str, Tensor]
+    scales: Mapping[str, Tensor]
+
+    def __call__(self, site: dict[str, Any]) -> Tensor:
+        name = site["name"]
+        if name not in self.weights:
             return init_to_median(site)
-        value = weights[site["name"]]
-        if jitter == 0:
+        value = self.weights[name]
+        if not self.scales:
             return value.clone()
-        return value + scales[site["name"]] * torch.randn_like(value)
-
-    return init
+        return value + self.scales[name] * torch.randn_like(value)
 
 
 def _resolved_scales(
@@ -82,68 +96,153 @@ def _resolved_scales(
     return result
 
 
-def init_to(lora: LiftedNetwork, weights: Mapping[str, Tensor]) -> InitFn:
-    """Given weights; a leading (K,) holds one weight set for each particle.
+@dataclass(frozen=True, eq=False)
+class GivenWeights:
+    """``init_loc_fn`` at given values of latent sites, the median at others.
+
+    Attributes:
+        weights: Site -> value on its support, lifted or not; (K, ...) for particles.
+        num_particles: K; None where there is one weight set.
+        checked: The sites whose shapes are known to be right.
+    """
+
+    weights: Mapping[str, Tensor]
+    num_particles: int | None
+    checked: Collection[str]
+
+    def __call__(self, site: dict[str, Any]) -> Tensor:
+        """The value of a site, of ``site["infer"]["particle"]``'s or the first one.
+
+        Raises:
+            ValueError: If there are fewer particles, or the model's site has another
+                shape.
+        """
+        name: str = site["name"]
+        fn: Any = site.get("fn")
+        particle = site["infer"].get("particle", 0)
+        if name in self.weights:
+            value = self._of(name, particle).clone()
+        elif f"{name}{NOISE}" in self.weights:
+            # LocScaleReparam asks for the site itself, and takes the noise from it.
+            while isinstance(fn, td.Independent):
+                fn = fn.base_dist
+            value = fn.loc + fn.scale * self._of(f"{name}{NOISE}", particle)
+        else:
+            return init_to_median(site)
+        if name not in self.checked and value.shape != (shape := site["fn"].shape()):
+            raise ValueError(
+                f"Site {name!r}: expected an initial value of shape {tuple(shape)}, "
+                f"found {tuple(value.shape)} in the weights given to init_to. Give the "
+                "model's own, with a leading (K,) if every site has one."
+            )
+        return value
+
+    def _of(self, name: str, particle: int) -> Tensor:
+        value = self.weights[name].detach()
+        if self.num_particles is None:
+            return value
+        if particle >= self.num_particles:
+            raise ValueError(
+                f"Site {name!r}: particle {particle + 1} was asked for, but the "
+                f"initial weights hold {self.num_particles}. Give one for each "
+                "particle."
+            )
+        return value[particle]
+
+
+def check_start(
+    init: Callable[..., Any], start: Mapping[str, Tensor], particle: int = 0
+) -> None:
+    """Check that a model starts at all that :func:`init_to` was given.
+
+    Args:
+        init: Any ``init_loc_fn``; only :func:`init_to`'s says what it has.
+        start: The values of the model's latent sites, as it was used.
+        particle: Whose.
 
     Raises:
-        ValueError: If a site is missing, has a wrong shape or values that are NaN or
-            infinite.
+        ValueError: Naming a site that isn't the model's, or starts elsewhere.
     """
+    if not isinstance(init, GivenWeights):
+        return
+    # Where a latent site is noise, what follows from it may be given as well.
+    known = start.keys() | {name.removesuffix(NOISE) for name in start}
+    unused = sorted(init.weights.keys() - known)
+    if unused:
+        raise ValueError(
+            f"The weights given to init_to have values of {unused}, which the model "
+            f"doesn't sample; its latent sites are {sorted(start)}. Leave them out, "
+            "or start from weights of the same model and prior."
+        )
+    for name in init.weights.keys() & start.keys():
+        given, found = init._of(name, particle), start[name].detach()
+        if not torch.allclose(found.double(), given.to(found).double(), 1e-3, 1e-5):
+            raise ValueError(
+                f"Site {name!r} doesn't start where init_to says: it follows from "
+                f"{name.removesuffix(NOISE)!r} in a way that isn't "
+                "LocScaleReparam(0.0)'s, or that site was given another value. Give "
+                f"{name.removesuffix(NOISE)!r} alone."
+            )
+
+
+def init_to(lora: LiftedNetwork, weights: Mapping[str, Tensor]) -> GivenWeights:
+    """Given values; a leading (K,) holds one set of them for each particle.
+
+    Raises:
+        ValueError: If a lifted site is missing, has a wrong shape or values that are
+            NaN or infinite.
+    """
+    check_weights(weights, "initial weights")
     shapes = {site: zeros.shape for site, zeros in lora.zeros().items()}
-    counts = set()
+    counts: dict[str, int | None] = {}
     for site, shape in shapes.items():
-        if site not in weights:
+        # Under a prior that isn't centred, the latent site is the noise.
+        name = site if site in weights else f"{site}{NOISE}"
+        if name not in weights:
             raise ValueError(
                 f"Site {site!r} is missing from the initial weights: expected "
                 f"{sorted(shapes)}, found {sorted(weights)}."
             )
-        found = weights[site].shape
+        found = weights[name].shape
         if found != shape and found[1:] != shape:
             raise ValueError(
-                f"Site {site!r}: expected initial weights of shape {tuple(shape)}, or "
+                f"Site {name!r}: expected initial weights of shape {tuple(shape)}, or "
                 f"(K, ...) with one for each particle, found {tuple(found)}."
             )
-        if not torch.isfinite(weights[site]).all():
+        counts[name] = found[0] if found != shape else None
+    num_particles = next(iter(counts.values()))
+    for site, value in weights.items():
+        if not torch.isfinite(value).all():
             raise ValueError(
                 f"Site {site!r}: the initial weights have NaN or infinite values; "
                 "every value must be finite. Check the run that made them."
             )
-        counts.add(found[0] if found != shape else None)
-    if len(counts) > 1:
+        if site not in counts and num_particles is not None:
+            counts[site] = value.shape[0] if value.ndim else None
+    if len(set(counts.values())) > 1:
         raise ValueError(
             f"The initial weights hold different numbers of particles: {counts}. "
             "Give every site the same leading (K,), or none."
         )
-    num_particles = counts.pop()
-
-    def init(site: dict[str, Any]) -> Tensor:
-        name = site["name"]
-        if name not in shapes:
-            return init_to_median(site)
-        value = weights[name].detach()
-        if num_particles is None:
-            return value.clone()
-        particle = site["infer"].get("particle", 0)
-        if particle >= num_particles:
-            raise ValueError(
-                f"Site {name!r}: particle {particle + 1} was asked for, but the "
-                f"initial weights hold {num_particles}. Give one for each particle."
-            )
-        return value[particle].clone()
-
-    return init
+    return GivenWeights(dict(weights), num_particles, frozenset(shapes))
 
 
 def init_to_fresh(lora: LiftedNetwork) -> InitFn:
     """PEFT's own random initialisation, and the head's, anew at each call."""
+    return _Fresh(lora)
 
-    def init(site: dict[str, Any]) -> Tensor:
+
+@dataclass(frozen=True, eq=False)
+class _Fresh:
+    """New values at each call."""
+
+    lora: LiftedNetwork
+
+    def __call__(self, site: dict[str, Any]) -> Tensor:
         name = site["name"]
-        if name not in lora.sites:
+        if name not in self.lora.sites:
             return init_to_median(site)
-        return _fresh(lora, name)
-
-    return init
+        return _fresh(self.lora, name)
 
 
 @torch.no_grad()

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from functools import cached_property
 from typing import Any, Literal
 
 import pyro
 import torch
 from pyro import poutine
+from pyro.poutine.runtime import _PYRO_STACK
+from pyro.poutine.subsample_messenger import SubsampleMessenger
 from torch import Tensor, nn
 
 from pyro_lora.lifting import initialization, priors
@@ -18,8 +22,11 @@ from pyro_lora.lifting.adapter import (
     adapter_name,
     check_in_use,
 )
+from pyro_lora.lifting.batch import LORA_IN_PLATE
+from pyro_lora.lifting.binding import undo_interrupted
 from pyro_lora.lifting.bound_network import BoundNetwork
 from pyro_lora.lifting.host import Host
+from pyro_lora.lifting.interrupts import undone
 from pyro_lora.lifting.low_rank import (
     factor_locations,
     has_one_update,
@@ -27,15 +34,17 @@ from pyro_lora.lifting.low_rank import (
     update_factors,
 )
 from pyro_lora.lifting.priors import Prior
+from pyro_lora.lifting.priors.prior import check_prior
 from pyro_lora.lifting.refusals import (
     check_network,
     keep_bitsandbytes_differentiable,
 )
+from pyro_lora.lifting.settings import check_name, check_weights
 from pyro_lora.lifting.sites import LiftedParameter, lifted_parameters
-from pyro_lora.lifting.slots import as_slot
+from pyro_lora.lifting.slots import Location, as_slot
 from pyro_lora.lifting.trunk import Trunk, find_trunk
 
-# The lifted networks that are in use, to tell when a parameter is lifted twice.
+# The lifted networks that are in use, to tell those whose parameters are lifted anew.
 _IN_USE: weakref.WeakSet[LiftedNetwork] = weakref.WeakSet()
 
 
@@ -56,6 +65,11 @@ def lift(
     trainable parameters ``base.<path>...``; L is 1 where there is one layer. The
     network itself computes as before whenever nothing is bound.
 
+    Lifting a network again, as a notebook's cell does that is run again, gives it anew.
+    What was lifted before is stale then, and says so when it is called, bound or
+    loaded; so do models that call it, and posteriors with such a model. The posteriors
+    themselves are as good as before with a model that calls the new one.
+
     Args:
         model: A ``peft.PeftModel``, or any module with trainable parameters.
         prior: A function of the lifted network that samples every site; None is
@@ -68,15 +82,24 @@ def lift(
         The lifted network; call it inside a Pyro model.
 
     Raises:
-        TypeError: If ``model`` isn't a module.
+        TypeError: If ``model`` isn't a module, or another argument of a wrong kind.
         ValueError: If there is nothing to lift, the adapter is unknown, merged or
-            inactive, a trainable parameter can't be lifted or is lifted already, or
-            a value is NaN or infinite.
+            inactive, a trainable parameter can't be lifted, or a value is NaN or
+            infinite.
+        RuntimeError: Inside of a ``with lora.bind(...)`` block of the same network.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"lift takes a torch.nn.Module, a PeftModel for one, but found a "
             f"{type(model).__name__}. Pass the network itself."
+        )
+    check_prior("prior", prior)
+    check_name("adapter", adapter)
+    check_name("name", name)
+    if name is not None and not re.fullmatch(r"[\w-]+(\.[\w-]+)*", name):
+        raise ValueError(
+            f"name must be letters, digits and dots, as it is put into the names of "
+            f"sites, found {name!r}."
         )
     return LiftedNetwork(
         model, priors.normal(scale=1.0) if prior is None else prior, adapter, name
@@ -99,6 +122,7 @@ class LiftedNetwork:
     def __init__(
         self, model: nn.Module, prior: Prior, adapter: str | None, name: str | None
     ) -> None:
+        undo_interrupted(model)
         check_network(model)
         self.adapter = adapter_name(model, adapter)
         self._adapter_modules = adapter_modules(model, self.adapter)
@@ -113,8 +137,8 @@ class LiftedNetwork:
             site: tuple(p.name for p in ps) for site, ps in self.parameters.items()
         }
         everything = [p for ps in self.parameters.values() for p in ps]
+        before = _lifted_before(everything)
         _check_finite(everything)
-        _check_free(everything)
         owners = {p.owner for p in everything if p.owner is not None}
         self._host = Host(model, self.parameters, find_trunk(model, owners))
         keep_bitsandbytes_differentiable(model)
@@ -123,6 +147,16 @@ class LiftedNetwork:
                 as_slot(owner)
         self._masks = rank_masks(model, self.adapter, self.parameters)
         self.initial_weights = self.weights()
+        self._lifted_anew: str | None = None  # a parameter of a later lift
+        for lora, name in before.items():
+            lora._lifted_anew = name
+            _IN_USE.discard(lora)
+        _IN_USE.add(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A copy, deep or unpickled, has a network of its own, with slots of its own.
+        vars(self).update(state)
+        self._host.bindings.are_of(self.network)
         _IN_USE.add(self)
 
     def __call__(self) -> BoundNetwork:
@@ -132,10 +166,14 @@ class LiftedNetwork:
 
         Raises:
             TypeError: If the prior doesn't return its values by site.
-            ValueError: If the prior misses a site, or gives a wrong shape, dtype or
-                device or (checked where Pyro validates distributions) a NaN or infinite
-                value; or if the adapter is merged or inactive.
+            ValueError: Inside the data's plate; if the prior misses a site, or gives a
+                wrong shape, dtype or device or (checked where Pyro validates
+                distributions) a NaN or infinite value; or if the adapter is merged or
+                inactive.
+            RuntimeError: If the network has been lifted again.
         """
+        self._check_current()
+        _check_plates()
         with poutine.infer_config(config_fn=self._infer):
             weights = self.prior(self)
         if not isinstance(weights, Mapping):
@@ -163,7 +201,8 @@ class LiftedNetwork:
             ValueError: If a site is missing or unknown, a value has a wrong shape,
                 dtype or device or is NaN or infinite, or the adapter is merged or
                 inactive.
-            RuntimeError: Inside another ``bind`` of the same network.
+            RuntimeError: Inside another ``bind`` of the same network, or if it has been
+                lifted again.
         """
         network = self._bound_network(weights)
         self._check_values(weights)
@@ -173,7 +212,16 @@ class LiftedNetwork:
     def _infer(self, site: Any) -> Any:
         return {"lora": (self,)} if site["name"] in self.sites else {}
 
+    def _check_current(self) -> None:
+        if self._lifted_anew is not None:
+            raise RuntimeError(
+                f"This lifted network is stale: {self._lifted_anew!r} has been lifted "
+                "again. Use what the later pyro_lora.lift returned, in models made "
+                "with it; for another prior set its .prior instead of lifting again."
+            )
+
     def _bound_network(self, weights: Mapping[str, Tensor]) -> BoundNetwork:
+        self._check_current()
         self._check_shapes(weights)
         check_in_use(self.network, self._adapter_modules, self.adapter)
         return BoundNetwork(self._host, self._masked(weights))
@@ -184,6 +232,14 @@ class LiftedNetwork:
             for site, mask in self._masks.items()
         }
         return {**weights, **kept}
+
+    @cached_property
+    def _locations(self) -> frozenset[Location]:
+        members = [p for ps in self.parameters.values() for p in ps]
+        return frozenset(location for p in members for location in p.locations)
+
+    def _holds(self, p: LiftedParameter) -> bool:
+        return not self._locations.isdisjoint(p.locations)
 
     def _own(self, site: str) -> list[nn.Parameter]:
         return [self._host.bindings.parameter(p) for p in self.parameters[site]]
@@ -223,7 +279,9 @@ class LiftedNetwork:
         Raises:
             ValueError: As :meth:`bind`, or if there are particle dims; the adapter is
                 then unchanged.
+            RuntimeError: If the network has been lifted again.
         """
+        self._check_current()
         self._check_shapes(weights)
         self._check_values(weights)
         for site, zeros in self.zeros().items():
@@ -233,9 +291,24 @@ class LiftedNetwork:
                     f"{tuple(zeros.shape)}, found {tuple(weights[site].shape)}. "
                     "Pick one particle or draw first."
                 )
-        for site, values in self._masked(weights).items():
-            for parameter, value in zip(self._own(site), values, strict=True):
+        masked = self._masked(weights)
+        new = [
+            pair
+            for site in masked
+            for pair in zip(self._own(site), masked[site], strict=True)
+        ]
+        before = [(parameter, parameter.clone()) for parameter, _ in new]
+        is_whole = False
+
+        @torch.no_grad()  # an interrupt may have ended the caller's
+        def put_back() -> None:
+            for parameter, value in () if is_whole else before:
                 parameter.copy_(value)
+
+        with undone(put_back):
+            for parameter, value in new:
+                parameter.copy_(value)
+            is_whole = True
 
     def init_to_adapter(
         self, jitter: float | Literal["auto"] = 0.0
@@ -259,9 +332,16 @@ class LiftedNetwork:
     def init_to(self, weights: Mapping[str, Tensor]) -> initialization.InitFn:
         """``init_loc_fn``: given weights, with a leading (K,) one set a particle.
 
+        Args:
+            weights: Site -> value on its support, as ``get_named_particles()``,
+                ``sample`` and ``mode()`` give them. Latent sites outside of the network
+                count, too, such as an observation noise; those that aren't given start
+                at their median. ``SVGD`` and ``AutoLaplace`` refuse what the model
+                doesn't sample.
+
         Raises:
-            ValueError: If a site is missing, has a wrong shape or values that are NaN
-                or infinite.
+            ValueError: If a lifted site is missing, has a wrong shape, there are values
+                that are NaN or infinite, or not all sites have the same (K,).
         """
         return initialization.init_to(self, weights)
 
@@ -282,9 +362,19 @@ class LiftedNetwork:
         return self._host.context_fn
 
     @property
+    def is_bound(self) -> bool:
+        """Whether weights are bound to the network at the moment."""
+        return bool(self._host.bindings.active)
+
+    @property
     def trunk(self) -> Trunk:
         """The layers below the first adapted one, the same for all particles."""
         return self._host.trunk
+
+    @property
+    def layouts(self) -> dict[tuple[Any, ...], Any]:
+        """What is known of the rows that its layers get, by the form of a call."""
+        return self._host.layouts
 
     def delta_weight_factors(
         self, weights: Mapping[str, Tensor]
@@ -330,6 +420,7 @@ class LiftedNetwork:
         )
 
     def _check_shapes(self, weights: Mapping[str, Tensor]) -> None:
+        check_weights(weights)
         zeros = self.zeros()
         if weights.keys() != zeros.keys():
             missing = sorted(zeros.keys() - weights.keys())
@@ -370,6 +461,18 @@ class LiftedNetwork:
                 )
 
 
+def _check_plates() -> None:
+    """Check that no plate of a minibatch is open, whose data would each be sampled for.
+
+    Raises:
+        ValueError: If one is. A plate of particles, which isn't subsampled, may be.
+    """
+    for handler in _PYRO_STACK:
+        if isinstance(handler, SubsampleMessenger):
+            if handler.subsample_size != handler.size:
+                raise ValueError(LORA_IN_PLATE.format(handler.name))
+
+
 def _check_finite(parameters: Iterable[LiftedParameter]) -> None:
     for p in parameters:
         if not torch.isfinite(p.parameter).all():
@@ -379,18 +482,22 @@ def _check_finite(parameters: Iterable[LiftedParameter]) -> None:
             )
 
 
-def _check_free(parameters: Iterable[LiftedParameter]) -> None:
-    taken = {
-        location
-        for lora in _IN_USE
-        for members in lora.parameters.values()
-        for p in members
-        for location in p.locations
-    }
+def _lifted_before(
+    parameters: Iterable[LiftedParameter],
+) -> dict[LiftedNetwork, str]:
+    """The lifted networks that hold some of these parameters, with the name of one.
+
+    Raises:
+        RuntimeError: If weights are bound to one of them.
+    """
+    found = {}
     for p in parameters:
-        if not taken.isdisjoint(p.locations):
-            raise ValueError(
-                f"Site {p.site!r}: parameter {p.name!r} is lifted already. Use that "
-                "lifted network (for another prior set its .prior), or drop it by del "
-                "before lifting again."
-            )
+        for lora in _IN_USE:
+            if lora not in found and lora._holds(p):
+                if lora._host.bindings.active:
+                    raise RuntimeError(
+                        f"Weights are bound to parameter {p.name!r} at the moment. "
+                        "Leave the `with lora.bind(...)` block before lifting again."
+                    )
+                found[lora] = p.name
+    return found

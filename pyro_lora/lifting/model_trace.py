@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import pyro.distributions as dist
@@ -12,7 +13,10 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor, nn
 
+from pyro_lora.lifting.batch import check_outcomes, checked_batch, explaining
+from pyro_lora.lifting.interrupts import leaving_no_trace, undone
 from pyro_lora.lifting.lifted_network import LiftedNetwork
+from pyro_lora.lifting.settings import check_function
 
 Model = Callable[..., Any]
 Batch = Mapping[str, Any]
@@ -31,6 +35,21 @@ class _AtWeights(Messenger):
             msg["value"] = self.weights[msg["name"]]
 
 
+def check_model(model: object) -> None:
+    """Check that something can be a Pyro model.
+
+    Raises:
+        TypeError: If it can't be called, or is the lifted network itself.
+    """
+    expected = "a Pyro model, such as models.classification(lora, num_data)"
+    if isinstance(model, LiftedNetwork):
+        raise TypeError(
+            f"model must be {expected}, which calls lora(); found a LiftedNetwork."
+        )
+    check_function("model", model, expected)
+
+
+@leaving_no_trace
 def trace_at(model: Model, weights: Mapping[str, Tensor], batch: Batch) -> Any:
     """Trace of the model with its latent sites at ``weights``.
 
@@ -43,22 +62,36 @@ def trace_at(model: Model, weights: Mapping[str, Tensor], batch: Batch) -> Any:
         A ``pyro.poutine.Trace``.
 
     Raises:
-        ValueError: If there are no data in the batch.
+        ValueError: As :func:`trace_on`.
     """
-    check_not_empty(batch)
     with _AtWeights(weights):
-        return poutine.trace(model).get_trace(**batch)
+        return trace_on(model, (), batch)
 
 
-def check_not_empty(batch: Batch) -> None:
-    """Check that a batch has data: networks fail on none in ways of their own.
+def trace_on(model: Model, args: tuple[Any, ...], batch: Batch) -> Any:
+    """Trace of a model on a batch, that says what is wrong with a bad one.
+
+    Args:
+        model: A Pyro model, or a guide.
+        args: Positional arguments.
+        batch: Keyword arguments.
+
+    Returns:
+        A ``pyro.poutine.Trace``.
 
     Raises:
-        ValueError: If every tensor in it has a first dim of 0.
+        ValueError: If the batch has no data, the model fails on it, or what it observes
+            isn't of the likelihood's shape.
     """
-    sizes = [x.shape[0] for x in batch.values() if isinstance(x, Tensor) and x.ndim > 0]
-    if sizes and not any(sizes):
-        raise ValueError("The batch is empty, of 0 data. Leave it out.")
+    batch = checked_batch(batch)
+    handler: Any = poutine.trace(model)
+    known = model if not args else partial(model, *args)
+    with explaining(batch, known, lambda: handler.msngr.trace.nodes):
+        trace = handler.get_trace(*args, **batch)
+    for site in _random_sites(trace).values():
+        if site["is_observed"]:
+            check_outcomes(site, batch)
+    return trace
 
 
 def lifted_networks(trace: Any) -> tuple[LiftedNetwork, ...]:
@@ -98,6 +131,16 @@ def is_missing_outcome(trace: Any, name: str) -> bool:
     """
     stem = name.removesuffix("_unobserved")
     return stem != name and {stem, f"{stem}_observed"} <= trace.nodes.keys()
+
+
+def observed_names(trace: Any) -> set[str]:
+    """The names of all observed sites."""
+    return {name for name, site in _random_sites(trace).items() if site["is_observed"]}
+
+
+def unobserved_names(trace: Any) -> set[str]:
+    """The names of the sites that were sampled."""
+    return _random_sites(trace).keys() - observed_names(trace)
 
 
 def observed_sites(
@@ -188,19 +231,59 @@ def likelihood_site(
 
 @contextmanager
 def evaluating(networks: Iterable[LiftedNetwork]) -> Iterator[None]:
-    """Dropout off for one block; every module's mode is restored after it."""
-    with ExitStack() as stack:
+    """Evaluation mode for one block; every module's mode is restored after it.
+
+    Dropout is off, and no batch norm moves its statistics.
+    """
+    networks = tuple(networks)
+    modes = {m: mode for lora in networks for m, mode in modes_of(lora).items()}
+    with undone(partial(set_modes, modes)):
         for lora in networks:
-            stack.enter_context(_evaluating(lora.network))
+            lora.network.eval()
         yield
 
 
 @contextmanager
-def _evaluating(network: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in network.modules()}
-    network.eval()
-    try:
+def in_mode(put: Callable[[LiftedNetwork], object]) -> Iterator[None]:
+    """A mode for each lifted network, from the moment that a model samples it.
+
+    For a run that tells which networks there are; all are as before at its end.
+
+    Args:
+        put: Puts a network into the mode.
+    """
+    modes: dict[nn.Module, bool] = {}  # as they were
+    with undone(partial(set_modes, modes)), _PuttingIntoMode(put, modes):
         yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+
+
+def evaluating_model() -> AbstractContextManager[None]:
+    """:func:`evaluating`, of whatever lifted networks a model samples in a block."""
+    return in_mode(lambda lora: lora.network.eval())
+
+
+class _PuttingIntoMode(Messenger):
+    def __init__(
+        self, put: Callable[[LiftedNetwork], object], modes: dict[nn.Module, bool]
+    ) -> None:
+        super().__init__()
+        self._put, self._modes = put, modes
+        self._seen: set[int] = set()
+
+    def _pyro_sample(self, msg: Any) -> None:
+        for lora in msg["infer"].get("lora", ()):
+            if id(lora) not in self._seen:
+                self._seen.add(id(lora))
+                self._modes.update({**modes_of(lora), **self._modes})
+                self._put(lora)
+
+
+def modes_of(lora: LiftedNetwork) -> dict[nn.Module, bool]:
+    """Which modules of a network are in training mode."""
+    return {module: module.training for module in lora.network.modules()}
+
+
+def set_modes(modes: Mapping[nn.Module, bool]) -> None:
+    """Put modules into these modes."""
+    for module, mode in modes.items():
+        module.training = mode

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import product
+from typing import Any
 
+import torch
 from peft.tuners.cpt import CPTEmbedding
 from peft.tuners.lora.layer import MultiheadAttention
 from peft.tuners.xlora import XLoraModel
-from torch import nn
+from torch import Tensor, nn
 
 
 def check_network(model: nn.Module) -> None:
@@ -50,6 +53,56 @@ def keep_bitsandbytes_differentiable(model: nn.Module) -> None:
     for module in model.modules():
         if "support_avx512bf16_for_cpu" in vars(module):
             vars(module)["support_avx512bf16_for_cpu"] = False
+
+
+def check_storages(lifted: Iterable[str], model: nn.Module) -> None:
+    """Check that no lifted parameter shares its numbers with another one.
+
+    One ``nn.Parameter`` in several places is one parameter. Two of them on the same
+    numbers, as PEFT's ``ensure_weight_tying`` makes of the matrices for tied
+    embeddings, would be sites that move independently.
+
+    Args:
+        lifted: Names of lifted parameters.
+        model: The network.
+
+    Raises:
+        ValueError: Naming both.
+    """
+    by_storage: dict[Any, list[tuple[str, Tensor]]] = {}
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        # Quantised types and the like have no storage of their own, and no gradient.
+        if type(tensor) in (nn.Parameter, Tensor) and tensor.numel():
+            start = tensor.device, tensor.untyped_storage().data_ptr()
+            by_storage.setdefault(start, []).append((name, tensor))
+    names = set(lifted)
+    for (_, start), tensors in by_storage.items():
+        own = [pair for pair in tensors if pair[0] in names]
+        for (one, x), (two, y) in product(own if start else [], tensors):  # 0: no data
+            if x is not y and _overlap(x, y):
+                raise ValueError(
+                    f"Parameters {one!r} and {two!r} are two views of the same numbers "
+                    "(tied by PEFT's ensure_weight_tying=True, perhaps), and would be "
+                    "lifted as if they could differ. Leave one out (of target_modules, "
+                    "say), or share one nn.Parameter."
+                )
+
+
+def _overlap(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors on one storage have numbers in common."""
+    if x.element_size() != y.element_size():
+        return True  # one reads the other's bytes as another type
+    starts = [z.storage_offset() for z in (x, y)]
+    steps = [zip(z.shape, z.stride(), strict=True) for z in (x, y)]
+    ends = [
+        1 + start + sum((size - 1) * stride for size, stride in of_dims)
+        for start, of_dims in zip(starts, steps, strict=True)
+    ]
+    if ends[0] <= starts[1] or ends[1] <= starts[0]:
+        return False
+    marked = torch.zeros(max(ends), dtype=torch.bool)
+    marked.as_strided(x.shape, x.stride(), x.storage_offset()).fill_(True)
+    return bool(marked.as_strided(y.shape, y.stride(), y.storage_offset()).any())
 
 
 def check_parameter(

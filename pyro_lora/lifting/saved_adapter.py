@@ -10,6 +10,7 @@ import torch
 from peft import PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
 from torch import Tensor
 
+from pyro_lora.lifting.interrupts import undone
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 
 # What of an adapter's configuration decides what its weights mean.
@@ -71,16 +72,24 @@ def read_adapter(
         for name, x in [*network.named_parameters(), *network.named_buffers()]
         if f".{adapter}" in name or name in state
     }
-    try:
-        report: Any = set_peft_model_state_dict(network, state, adapter_name=adapter)
+
+    @torch.no_grad()  # an interrupt may have ended the caller's
+    def put_back() -> None:
+        for x, old in before.values():
+            x.copy_(old)
+
+    with undone(put_back):
+        try:
+            report: Any = set_peft_model_state_dict(
+                network, state, adapter_name=adapter
+            )
+        except RuntimeError as error:  # of other shapes
+            raise ValueError(
+                f"{path} is an adapter of another network: {error}"
+            ) from error
         missing = set(report.missing_keys)
         weights = lora.weights()
         changed = [n for n, (x, old) in before.items() if not torch.equal(x, old)]
-    except RuntimeError as error:  # of other shapes
-        raise ValueError(f"{path} is an adapter of another network: {error}") from error
-    finally:
-        for x, old in before.values():
-            x.copy_(old)
     for site, names in lora.sites.items():
         absent = [name for name in names if name in missing]
         if absent:

@@ -13,7 +13,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from pyro_lora.lifting.owners import find_owners
-from pyro_lora.lifting.refusals import check_parameter
+from pyro_lora.lifting.refusals import check_parameter, check_storages
 from pyro_lora.lifting.slots import Location
 
 # PEFT's names of an adapter's parts -> kind and role in the site's name; of the others
@@ -69,7 +69,7 @@ def lifted_parameters(
 
     Raises:
         ValueError: If there is nothing to lift, or a trainable parameter can't be
-            lifted.
+            lifted or is a view of another parameter's numbers.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     aliases: dict[int, list[str]] = {}
@@ -97,6 +97,7 @@ def lifted_parameters(
             "Wrap it with peft.get_peft_model first, or set requires_grad on the "
             "parameters that should be random."
         )
+    check_storages(sites, model)
     for full_name, site in sites.items():
         if any(other.startswith(f"{site}.") for other in sites.values()):
             sites[full_name] = f"{site}.weight"  # no site is a prefix of another

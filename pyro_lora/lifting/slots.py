@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyro_lora.lifting.interrupts import undone
+
 # Where a parameter lives: the module that holds it, and the attribute.
 Location = tuple[nn.Module, str]
 
@@ -110,7 +112,7 @@ class Slot(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         # By its plain class, since a slot's class is made when it is needed.
         plain = next(c for c in type(self).__mro__ if not issubclass(c, Slot))
-        return _new_slot, (plain,), {**self.__dict__, "_bound": None}
+        return _new_slot, (plain,), {**self.__getstate__(), "_bound": None}
 
 
 class LinearSlot(Slot, nn.Linear):
@@ -255,13 +257,15 @@ def swapped(values: Mapping[Location, Tensor]) -> Iterator[None]:
         values: Location -> tensor of the parameter's shape.
     """
     before = [(holder, name, holder._parameters[name]) for holder, name in values]
-    try:
+
+    def put_back() -> None:
+        for holder, name, parameter in before:
+            holder._parameters[name] = parameter
+
+    with undone(put_back):
         for (holder, name), value in values.items():
             holder._parameters[name] = cast(nn.Parameter, value)
         yield
-    finally:
-        for holder, name, parameter in before:
-            holder._parameters[name] = parameter
 
 
 @functools.cache
@@ -283,8 +287,9 @@ def as_slot(layer: nn.Module) -> None:
     """Turn a layer into a slot, in place; a slot stays as it is."""
     if not isinstance(layer, Slot):
         cls: Any = type(layer)
-        layer.__class__ = _slot_class(cls)
-        # torch.compile doesn't guard against what isn't there, but against a None.
+        # First, since a slot reads it; torch.compile guards against a None, not
+        # against what isn't there.
         layer.__dict__["_bound"] = None
+        layer.__class__ = _slot_class(cls)
     if "_old_forward" in vars(layer):  # what the forward of accelerate's hook calls
         vars(layer)["_old_forward"] = types.MethodType(type(layer).forward, layer)

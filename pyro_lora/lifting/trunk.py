@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_lora.lifting.interrupts import undone
 from pyro_lora.lifting.slots import Fold
 from pyro_lora.lifting.trunk_cache import TrunkCache, row_keys, versions
 
@@ -88,6 +89,9 @@ class Trunk:
         # Layer -> what a call returns around its hidden states.
         self._wrapped: dict[int, Callable[[Tensor], Any]] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "cache": None, "_wrapped": {}}  # both of the cache
+
     def check_cacheable(self) -> None:
         """Refuse a cache where nothing can be cached.
 
@@ -163,20 +167,22 @@ class Trunk:
         if keys is not None and self.cache is not None:
             hidden = self.cache.get(keys)
         before = [layer.__dict__.get("forward") for layer in layers]
-        for i, layer in enumerate(layers):
-            last = i == len(layers) - 1
-            layer.forward = (
-                self._sharing(layer.forward, fold, i, last, keys)
-                if hidden is None
-                else self._recalling(hidden, fold, i, last)
-            )
-        try:
-            yield
-        finally:
+
+        def put_back() -> None:
             for layer, forward in zip(layers, before, strict=True):
-                del layer.__dict__["forward"]
+                layer.__dict__.pop("forward", None)
                 if forward is not None:
                     layer.__dict__["forward"] = forward
+
+        with undone(put_back):
+            for i, layer in enumerate(layers):
+                last = i == len(layers) - 1
+                layer.forward = (
+                    self._sharing(layer.forward, fold, i, last, keys)
+                    if hidden is None
+                    else self._recalling(hidden, fold, i, last)
+                )
+            yield
 
     def _recalling(
         self, hidden: Tensor, fold: Fold, layer: int, last: bool

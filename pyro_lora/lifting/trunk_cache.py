@@ -10,9 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from pyro_lora.lifting.interrupts import undone
+from pyro_lora.lifting.settings import check_lora, check_number, check_path
+from pyro_lora.lifting.unfinished import aside
 
 if TYPE_CHECKING:
     from pyro_lora.lifting.lifted_network import LiftedNetwork
@@ -41,7 +45,8 @@ def cached_trunk(
         max_gigabytes: Memory for the cache (1e9 bytes), on the network's device: T
             times the hidden size for each datum. The rest goes to files.
         folder: Where to put these (safetensors); None is the system's place for
-            temporary files. They are deleted after the block.
+            temporary files. They are deleted after the block; what a killed process
+            left there, by the next one.
 
     Yields:
         Nothing.
@@ -59,19 +64,20 @@ def cached_trunk(
     Traceback (most recent call last):
     ValueError: There is no trunk to cache: no stack of layers begins below the ...
     """
-    if not max_gigabytes >= 0:
-        raise ValueError(f"max_gigabytes must not be negative, found {max_gigabytes}.")
+    check_number("max_gigabytes", max_gigabytes, 0)
+    check_path("folder", folder)
+    check_lora(lora)
     trunk = lora.trunk
     trunk.check_cacheable()
-    if folder is not None:
-        Path(folder).mkdir(parents=True, exist_ok=True)
     before = trunk.cache
-    with tempfile.TemporaryDirectory(prefix="trunk-", dir=folder) as files:
-        trunk.cache = TrunkCache(int(max_gigabytes * GIGABYTE), Path(files))
-        try:
+
+    def put_back() -> None:
+        trunk.cache = before
+
+    with aside(Path(tempfile.gettempdir() if folder is None else folder)) as files:
+        with undone(put_back):
+            trunk.cache = TrunkCache(int(max_gigabytes * GIGABYTE), files)
             yield
-        finally:
-            trunk.cache = before
 
 
 class TrunkCache:
@@ -86,18 +92,21 @@ class TrunkCache:
         self._room = max_bytes
         self._folder = folder
         self._in_memory: dict[bytes, Tensor] = {}
-        self._on_disk: dict[bytes, tuple[Path, int]] = {}
+        # Where a row is, and a digest of it: files may be altered by others.
+        self._on_disk: dict[bytes, tuple[Path, int, bytes]] = {}
         self._device = "cpu"
 
     def get(self, keys: Sequence[bytes]) -> Tensor | None:
-        """The rows (B, ...) of these keys; None if one isn't there."""
+        """The rows (B, ...) of these keys; None if one isn't there.
+
+        Raises:
+            ValueError: If a file was altered.
+        """
         rows = []
         for key in keys:
             row = self._in_memory.get(key)
             if row is None and key in self._on_disk:
-                path, i = self._on_disk[key]
-                with safe_open(path, "pt", device=self._device) as file:
-                    row = file.get_slice(_NAME)[i : i + 1][0]
+                row = self._read(*self._on_disk[key])
             if row is None:
                 return None
             rows.append(row)
@@ -120,7 +129,32 @@ class TrunkCache:
         self._device = str(kept.device)
         path = self._folder / f"{len(self._on_disk)}.safetensors"
         save_file({_NAME: kept}, path)
-        self._on_disk.update({key: (path, i) for i, key in enumerate(new)})
+        digests = [_row_digest(row) for row in kept.cpu()]
+        self._on_disk.update({key: (path, i, digests[i]) for i, key in enumerate(new)})
+
+    def _read(self, path: Path, place: int, digest: bytes) -> Tensor:
+        try:
+            with safe_open(path, "pt") as file:
+                row: Tensor = file.get_slice(_NAME)[place : place + 1][0]
+            whole = _row_digest(row) == digest
+        except (SafetensorError, OSError, IndexError, RuntimeError) as error:
+            raise ValueError(
+                f"{path}, which the trunk's cache wrote, can't be read: {error}. Leave "
+                "the files in its folder alone."
+            ) from error
+        if not whole:
+            raise ValueError(
+                f"{path}, which the trunk's cache wrote, was altered. Leave the files "
+                "in its folder alone."
+            )
+        return row.to(self._device)
+
+
+def _row_digest(row: Tensor) -> bytes:
+    """Of a row on the CPU, its dtype and shape included."""
+    form = f"{row.dtype}{tuple(row.shape)}".encode()
+    flat = row.contiguous().reshape(-1).view(torch.uint8).numpy()
+    return hashlib.blake2b(flat.tobytes(), key=form[:64], digest_size=16).digest()
 
 
 def row_keys(inputs: Mapping[Any, Any], batch_size: int, state: Any) -> list[bytes]:

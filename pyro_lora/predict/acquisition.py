@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from pyro_lora.lifting.interrupts import leaving_no_trace
+from pyro_lora.lifting.settings import check_count, check_word
 from pyro_lora.predict.prediction import Prediction
 
 # Numbers in the largest intermediate array: 256 MB of float64.
@@ -29,6 +31,7 @@ class Acquisition:
     scores: Tensor
 
 
+@leaving_no_trace
 def acquire(
     prediction: Prediction,
     num: int,
@@ -77,14 +80,15 @@ def acquire(
     """
     if not isinstance(prediction, Prediction):
         raise ValueError(
-            f"acquire needs a Prediction of classes, found a "
+            f"prediction must be a Prediction of classes, found a "
             f"{type(prediction).__name__}."
         )
     num_data, num_classes = prediction.log_probs.shape
+    check_count("num", num, 0)
+    check_count("max_configurations", max_configurations)
     if not 1 <= num <= num_data:
         raise ValueError(f"num must be from 1 to {num_data}, the data; found {num}.")
-    if method not in ("bald", "batch_bald"):
-        raise ValueError(f"method must be 'bald' or 'batch_bald', found {method!r}.")
+    check_word("method", method, ("bald", "batch_bald"))
     if method == "bald":
         scores, indices = prediction.epistemic_entropy.topk(num)
         return Acquisition(indices, scores)

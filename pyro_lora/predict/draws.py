@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pyro import poutine
-from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_lora.infer.laplace_posterior import LaplacePosterior
+from pyro_lora.infer.laplace_posterior import LaplacePosterior, PredictionMethod
 from pyro_lora.infer.mixture_posterior import MixturePosterior
 from pyro_lora.infer.particle_posterior import ParticlePosterior
+from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.lifting.model_trace import (
     Batch,
     Model,
-    evaluating,
+    check_model,
+    evaluating_model,
+    in_mode,
     is_missing_outcome,
     likelihood_site,
     trace_at,
+    trace_on,
 )
-from pyro_lora.predict.dropout import DropoutPosterior, dropping
+from pyro_lora.lifting.outcome_source import OutcomeSource
+from pyro_lora.lifting.settings import (
+    check_count,
+    check_function,
+    check_name,
+)
+from pyro_lora.predict.dropout import DropoutPosterior, drop
 
 Weights = dict[str, Tensor]
 Guide = Callable[..., Any]  # any Pyro guide
@@ -32,6 +39,17 @@ LORA_POSTERIORS = LaplacePosterior | ParticlePosterior | MixturePosterior
 
 # Draws folded into one forward pass: a few fill the processor, more cost memory.
 DRAWS_AT_ONCE = 8
+
+
+def prediction_method(posterior: Guide) -> PredictionMethod:
+    """How a posterior is predicted from, where nobody says: draws of any other guide.
+
+    Args:
+        posterior: One of ours, or any Pyro guide.
+    """
+    if isinstance(posterior, LORA_POSTERIORS | DropoutPosterior):
+        return posterior.prediction_method
+    return "sample"
 
 
 @torch.no_grad()
@@ -52,19 +70,52 @@ def draw_weights(
     Raises:
         ValueError: If S isn't positive.
     """
+    check_guide(posterior)
     if num_samples is None and isinstance(posterior, ParticlePosterior):
         num_samples = posterior.num_particles
     num_samples = default if num_samples is None else num_samples
-    if num_samples < 1:
-        raise ValueError(f"num_samples must be at least 1, found {num_samples}.")
+    check_count("num_samples", num_samples)
     if isinstance(posterior, LORA_POSTERIORS | DropoutPosterior):
         return posterior.sample(num_samples)
     draws = [_guide_draw(posterior, batch) for _ in range(num_samples)]
     return {site: torch.stack([d[site] for d in draws]) for site in draws[0]}
 
 
+def check_guide(posterior: object) -> None:
+    """Check that something can be a posterior: a Pyro guide.
+
+    Raises:
+        TypeError: If it can't be called, or is a network.
+    """
+    expected = "a posterior, one of pyro_lora's or any Pyro guide"
+    if isinstance(posterior, LiftedNetwork):
+        raise TypeError(f"posterior must be {expected}, found a LiftedNetwork.")
+    check_function("posterior", posterior, expected)
+
+
+def check_names(model: object, obs_site: object, labels: object = None) -> None:
+    """Check the arguments that every function of a model and a posterior has.
+
+    Args:
+        model: The Pyro model.
+        obs_site: The likelihood's site, or None.
+        labels: The name of the labels' argument, or None.
+
+    Raises:
+        TypeError: If one is of a wrong kind, or model and posterior were swapped.
+    """
+    if isinstance(model, LORA_POSTERIORS | DropoutPosterior):
+        raise TypeError(
+            f"model must be the Pyro model, found a {type(model).__name__}. Are model "
+            "and posterior in each other's place?"
+        )
+    check_model(model)
+    check_name("obs_site", obs_site)
+    check_name("labels", labels)
+
+
 def _guide_draw(guide: Guide, batch: Batch) -> Weights:
-    trace: Any = poutine.trace(guide).get_trace(**batch)
+    trace = trace_on(guide, (), batch)
     return {
         name: site["value"]
         for name, site in trace.nodes.items()
@@ -75,34 +126,23 @@ def _guide_draw(guide: Guide, batch: Batch) -> Weights:
     }
 
 
-def without_labels(batch: Batch, labels: str = "labels") -> dict[str, Any]:
-    """The batch with its labels, where there are any, set to None."""
-    return {name: None if name == labels else x for name, x in batch.items()}
-
-
-class DropoutSet(Messenger):
-    """Dropout off, or on, from the moment that a lifted network is sampled in a model.
+def outcome_source(
+    model: Model, weights: Weights, obs_site: str | None, labels: str | None
+) -> OutcomeSource:
+    """Finds the outcomes of a likelihood in batches, dropout off.
 
     Args:
-        on: Whether dropout is on.
+        model: A Pyro model.
+        weights: One weight set, all latent sites.
+        obs_site: The likelihood's site, or None.
+        labels: The argument with its outcomes, where it is known.
     """
 
-    def __init__(self, on: bool = False) -> None:
-        super().__init__()
-        self._on = on
-        self._stack = ExitStack()
-        self._seen: set[int] = set()
+    def trace(batch: Batch) -> Any:
+        with torch.no_grad(), evaluating_model():
+            return trace_at(model, weights, batch)
 
-    def _pyro_sample(self, msg: Any) -> None:
-        for lora in msg["infer"].get("lora", ()):
-            if id(lora) not in self._seen:
-                self._seen.add(id(lora))
-                mode = dropping(lora) if self._on else evaluating((lora,))
-                self._stack.enter_context(mode)
-
-    def __exit__(self, *exc_info: Any) -> None:
-        super().__exit__(*exc_info)
-        self._stack.close()
+    return OutcomeSource(trace, obs_site, tuple(weights), labels)
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,7 +186,7 @@ class ModelAtDraws:
         for start in range(0, self.num_draws, self.chunk_size):
             end = min(start + self.chunk_size, self.num_draws)
             some = {site: x[start:end] for site, x in self.weights.items()}
-            with DropoutSet(self.dropout):
+            with in_mode(drop) if self.dropout else evaluating_model():
                 trace = trace_at(self.model, some, batch)
             found = tuple(trace.nodes[self.obs_site]["fn"].batch_shape)
             some_draws = end - start
@@ -168,6 +208,7 @@ def model_at_draws(
     obs_site: str | None,
     chunk_size: int = DRAWS_AT_ONCE,
     dropout: bool = False,
+    trace: Any = None,
 ) -> ModelAtDraws:
     """Trace the model once, at the first draw, and fit the draws to its plates.
 
@@ -178,19 +219,21 @@ def model_at_draws(
         obs_site: The likelihood's site, or None.
         chunk_size: Draws in one forward pass.
         dropout: Whether dropout is on, for MC dropout.
+        trace: That trace, where it is known.
 
     Returns:
         The model at the draws.
 
     Raises:
         ValueError: If ``chunk_size`` isn't positive, the likelihood isn't found or
-            gives more than one outcome a datum, a latent site isn't sampled by the
-            posterior, or is local to a datum.
+            gives more than one outcome a datum, the model and the posterior have
+            different latent sites, or one is local to a datum.
     """
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, found {chunk_size}.")
-    with DropoutSet():
-        trace = trace_at(model, {s: x[0] for s, x in weights.items()}, batch)
+    check_count("chunk_size", chunk_size)
+    check_names(model, obs_site)
+    if trace is None:
+        with evaluating_model():
+            trace = trace_at(model, {s: x[0] for s, x in weights.items()}, batch)
     obs = likelihood_site(trace, obs_site, weights)
     if len(obs["fn"].batch_shape) != 1:
         raise ValueError(
@@ -214,6 +257,12 @@ def model_at_draws(
                 f"samples, {sorted(weights)}. Use the model that the posterior was "
                 "made for, with every latent site in the guide."
             )
+    unknown = sorted(weights.keys() - trace.nodes.keys())
+    if unknown:
+        raise ValueError(
+            f"The posterior samples {unknown}, which the model doesn't; the model has "
+            f"{sorted(nodes)}. Use the model that the posterior was made for."
+        )
     # Not those of pyro.deterministic: what it records may have any number of dims.
     nesting = _plate_nesting([obs, *(n for s, n in nodes.items() if s in weights)])
     padded = {

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import pyro
 import pyro.distributions as dist
@@ -15,7 +13,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from pyro_lora.infer.joint_distribution import check_num_samples
 from pyro_lora.lifting.lifted_network import LiftedNetwork
-from pyro_lora.lifting.model_trace import evaluating
+from pyro_lora.lifting.settings import check_lora
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +48,11 @@ class DropoutPosterior:
             for site, x in self.weights.items()
         }
 
+    @property
+    def prediction_method(self) -> Literal["sample"]:
+        """How to predict: by running the network at draws."""
+        return "sample"
+
     def sample(self, num_samples: int) -> dict[str, Tensor]:
         """The weights, site -> value with a leading (S,)."""
         check_num_samples(num_samples)
@@ -76,6 +79,7 @@ def mc_dropout(
     Raises:
         ValueError: If the network has no dropout, or a site is missing.
     """
+    check_lora(lora)
     if not any(_drops(module) for module in lora.network.modules()):
         raise ValueError(
             "The network has no dropout, so MC dropout would predict from one weight "
@@ -105,19 +109,12 @@ def check_no_dropout(posterior: object, caller: str) -> None:
         )
 
 
-@contextmanager
-def dropping(lora: LiftedNetwork) -> Iterator[None]:
-    """Dropout on for one block; every module's mode is restored after it.
-
-    Args:
-        lora: A lifted network, whose batch norms keep evaluating.
-    """
-    with evaluating((lora,)):  # which restores the modes
-        lora.network.train()
-        for module in lora.network.modules():
-            if isinstance(module, _BatchNorm):
-                module.eval()
-        yield
+def drop(lora: LiftedNetwork) -> None:
+    """Turn dropout on; batch norms keep evaluating."""
+    lora.network.train()
+    for module in lora.network.modules():
+        if isinstance(module, _BatchNorm):
+            module.eval()
 
 
 def _drops(module: nn.Module) -> bool:

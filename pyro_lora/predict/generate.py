@@ -16,11 +16,21 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from pyro_lora.lifting.interrupts import leaving_no_trace
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.lifting.model_trace import evaluating
-from pyro_lora.predict.draws import Guide
+from pyro_lora.lifting.settings import (
+    check_count,
+    check_function,
+    check_kind,
+    check_number,
+    check_positive,
+    check_word,
+)
+from pyro_lora.predict.draws import Guide, check_guide
 from pyro_lora.predict.sequence_scores import (
     causal_network,
+    check_vocabulary,
     checked_mask,
     log_mean_exp,
     lora_draws,
@@ -67,6 +77,7 @@ class Generation:
         return (self.total_entropy - self.aleatoric_entropy).clamp(min=0)
 
 
+@leaving_no_trace
 @torch.no_grad()
 def generate(
     lora: LiftedNetwork,
@@ -130,10 +141,15 @@ def generate(
             draws in one batch with ``"average"``.
     """
     network = causal_network(lora)
-    if mode not in get_args(Mode):
-        raise ValueError(f"mode must be one of {get_args(Mode)}, found {mode!r}.")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be 1 or more, found {max_new_tokens}.")
+    check_word("mode", mode, get_args(Mode))
+    check_count("max_new_tokens", max_new_tokens)
+    check_guide(posterior)
+    if generator is not None:
+        check_kind("generator", generator, torch.Generator, "a torch.Generator")
+    expected = "a list of transformers' LogitsProcessor"
+    check_kind("logits_processor", logits_processor, Sequence, expected)
+    for processor in logits_processor:
+        check_function("Each logits_processor", processor, expected)
     if (network.generation_config.num_beams or 1) > 1:
         raise ValueError(
             "The network's generation_config asks for beam search, which ranks whole "
@@ -141,6 +157,12 @@ def generate(
             "several. Set generation_config.num_beams = 1."
         )
     mask = checked_mask(input_ids, attention_mask)
+    size = check_vocabulary(network, input_ids)
+    ends = [] if eos_token_id is None else [eos_token_id]
+    for token in eos_token_id if isinstance(eos_token_id, Sequence) else ends:
+        _check_token("eos_token_id", token, size)
+    if pad_token_id is not None:
+        _check_token("pad_token_id", pad_token_id, size)
     eos, pad = _special_tokens(network.generation_config, eos_token_id, pad_token_id)
     _check_padding(input_ids, mask, attention_mask is None, pad)
     warpers = _warpers(do_sample, temperature, top_k, top_p)
@@ -265,6 +287,11 @@ def _warpers(
     Raises:
         ValueError: If they would have nothing to act on.
     """
+    check_positive("temperature", temperature)
+    if top_k is not None:
+        check_count("top_k", top_k)
+    if top_p is not None:
+        check_number("top_p", top_p, 0, 1)
     warpers = LogitsProcessorList()
     if temperature != 1.0:
         warpers.append(TemperatureLogitsWarper(temperature))
@@ -278,6 +305,14 @@ def _warpers(
             "do_sample=True, or leave them out."
         )
     return warpers
+
+
+def _check_token(name: str, token: object, size: int) -> None:
+    check_count(name, token, 0)
+    if int(token) >= size:  # type: ignore[call-overload]
+        raise ValueError(
+            f"{name} {token} is outside of the network's vocabulary of {size}."
+        )
 
 
 def _special_tokens(

@@ -15,10 +15,17 @@ from pyro_lora.curvature.gaussian_logits import (
     JointGaussianLogits,
     expected_entropy,
 )
+from pyro_lora.curvature.linearize import contrasts
 from pyro_lora.infer.laplace_posterior import LaplacePosterior
 from pyro_lora.infer.mixture_posterior import MixturePosterior
-from pyro_lora.lifting.model_trace import Batch, Model, likelihood_site, trace_at
-from pyro_lora.predict.draws import DropoutSet, Guide
+from pyro_lora.lifting.model_trace import (
+    Batch,
+    Model,
+    evaluating_model,
+    likelihood_site,
+    trace_at,
+)
+from pyro_lora.predict.draws import Guide
 from pyro_lora.predict.outcomes import (
     Tokens,
     check_outcomes,
@@ -56,6 +63,24 @@ def check_linearizable(posterior: Guide, obs_site: str | None) -> None:
         )
 
 
+def obstacle(fn: Any, tokens: Tokens | None = None) -> str | None:
+    """Why a network can't be linearised in front of a likelihood; None if it can.
+
+    Args:
+        fn: The likelihood's distribution.
+        tokens: Which outcomes of a datum.
+    """
+    outcome = likelihood(fn).fn
+    kind = type(outcome).__name__
+    if contrasts.dispatch(type(outcome)) is contrasts.dispatch(object):
+        return f"{kind} has no linear predictor here"
+    if tokens is not None and outcome.event_shape == ():
+        num_classes = outcome_logits(outcome).shape[-1]
+        if num_classes > MOST_EXACT_CLASSES:
+            return f"{num_classes} classes take as many backward passes for each token"
+    return None
+
+
 def linearized(
     posterior: Any,
     model: Model,
@@ -82,7 +107,7 @@ def linearized(
     Raises:
         ValueError: If the likelihood has no such outcomes.
     """
-    parts = list(_laplace_parts(posterior))
+    parts = list(laplace_parts(posterior))
     pi = torch.stack([weight for weight, _ in parts])
     components = [replace(part, model=model, obs_site=obs_site) for _, part in parts]
     if tokens is not None:
@@ -100,7 +125,7 @@ def linearized(
     return Prediction(log_probs=log_p, aleatoric_entropy=entropy, draw_log_probs=draws)
 
 
-def _laplace_parts(posterior: Any) -> Iterator[tuple[Tensor, LaplacePosterior]]:
+def laplace_parts(posterior: Any) -> Iterator[tuple[Tensor, LaplacePosterior]]:
     """The Gaussians of a mixture of any depth, with their weights."""
     if isinstance(posterior, LaplacePosterior):
         yield torch.ones((), dtype=torch.float64), posterior
@@ -108,7 +133,7 @@ def _laplace_parts(posterior: Any) -> Iterator[tuple[Tensor, LaplacePosterior]]:
         for weight, component in zip(
             posterior.weights, posterior.components, strict=True
         ):
-            for inner, part in _laplace_parts(component):
+            for inner, part in laplace_parts(component):
                 yield weight * inner.to(weight), part
 
 
@@ -129,8 +154,8 @@ def _joint_draws(
     """Log probabilities under draws of the weights, (S, B, C), by component."""
     drawn = torch.multinomial(pi, num_draws, replacement=True)
     counts = torch.bincount(drawn, minlength=len(joint)).tolist()
-    parts = [g.rsample((n,)) for g, n in zip(joint, counts, strict=True) if n > 0]
-    return torch.cat(parts).double().log_softmax(-1)
+    pairs = zip(joint, counts, strict=True)
+    return torch.cat([g.log_probs_of(g.rsample((n,))) for g, n in pairs if n > 0])
 
 
 def _reals(gaussians: list[GaussianLogits], pi: Tensor) -> RegressionPrediction:
@@ -157,7 +182,7 @@ def _tokens(
     tokens: Tokens,
 ) -> AnyPrediction:
     first = components[0]
-    with torch.no_grad(), DropoutSet():
+    with torch.no_grad(), evaluating_model():
         trace = trace_at(model, first.mode(), batch)
     site = likelihood_site(trace, first.obs_site, first.mode())
     found = likelihood(site["fn"])
@@ -179,13 +204,17 @@ def _tokens(
             each = part.linearized(batch, tokens="each")
         gaussians.append(
             GaussianLogits(
-                each.mean[rows, places], each.covariance_matrix[rows, places]
+                each.mean[rows, places],
+                each.covariance_matrix[rows, places],
+                cutpoints=None
+                if each.cutpoints is None
+                else each.cutpoints[rows, places],
             )
         )
     log_p, entropy = _averaged(gaussians, pi, integral)
     labels = None
     if site["is_observed"]:
-        labels = token_labels(site["value"], rows, places)
+        labels = token_labels(site, rows, places)
     if tokens == "last":
         return Prediction(log_probs=log_p, aleatoric_entropy=entropy, labels=labels)
     return token_prediction(log_p, entropy, rows, places, len(mask), labels, None)

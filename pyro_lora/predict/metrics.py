@@ -13,6 +13,8 @@ from torchmetrics.functional.classification import (
     multiclass_calibration_error,
 )
 
+from pyro_lora.lifting.settings import check_count
+
 NUM_BINS = 15  # the field's usual number for the calibration error
 COVERAGE = 0.8  # share of the data that selective accuracy keeps
 
@@ -147,7 +149,8 @@ def with_standard_errors(
     Raises:
         ValueError: If ``num_bootstrap`` is 1 or negative.
     """
-    if num_bootstrap < 0 or num_bootstrap == 1:
+    check_count("num_bootstrap", num_bootstrap, 0)
+    if num_bootstrap == 1:
         raise ValueError(
             f"num_bootstrap must be 0 or at least 2, found {num_bootstrap}. A hundred "
             "give a standard error to within 7%."

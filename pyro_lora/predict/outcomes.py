@@ -7,9 +7,19 @@ from functools import singledispatch
 from typing import Any, Literal
 
 import torch
-from pyro.distributions.torch_distribution import MaskedDistribution
 from torch import Tensor
 from torch import distributions as td
+
+from pyro_lora.curvature.outcomes import (
+    may_not_count,
+    outcomes_that_count,
+    single_outcomes,
+)
+from pyro_lora.lifting.model_trace import (
+    IGNORED,
+    Batch,
+)
+from pyro_lora.lifting.outcome_source import OutcomeSource
 
 Tokens = Literal["last", "each"]
 REAL_TYPES = (td.Normal, td.StudentT)
@@ -45,14 +55,8 @@ def likelihood(fn: Any) -> Likelihood:
         What is inside. A mask outside the event hides whole data, and labels rather
         than predictions: it's ignored.
     """
-    event_dims, mask = 0, torch.tensor(True)
-    while isinstance(fn, MaskedDistribution | td.Independent):
-        if isinstance(fn, td.Independent):
-            event_dims += fn.reinterpreted_batch_ndims
-        elif event_dims > 0:
-            mask = mask & torch.as_tensor(fn._mask)
-        fn = fn.base_dist
-    return Likelihood(fn, event_dims, mask.expand(fn.batch_shape))
+    single = single_outcomes(fn)
+    return Likelihood(single.fn, single.event_dims, single.inside)
 
 
 def check_outcomes(found: Likelihood, tokens: Tokens | None, site: str) -> None:
@@ -156,3 +160,83 @@ def outcome_log_probs(fn: object) -> Tensor:
             "datum. Expected one class a datum."
         )
     return outcome_logits(found.fn).double().log_softmax(-1)
+
+
+@dataclass
+class GivenLabels:
+    """The labels of one batch after another, those marked that don't count.
+
+    Predictions are made without labels, but which of them count may be said in the
+    labels alone. So the model runs once more with them, at one weight set: on the first
+    batch; and on every one if it has masks or a mark for missing outcomes, or holds
+    labels that are none.
+
+    Attributes:
+        source: Where the labels are in a batch.
+        may_not_count: Whether some outcomes may not count; None before the first batch.
+    """
+
+    source: OutcomeSource
+    may_not_count: bool | None = None
+
+    def read(self, batch: Batch, num_classes: int | None, index: int) -> Tensor | None:
+        """The labels of a batch, where there are any.
+
+        Args:
+            batch: The model's keyword arguments.
+            num_classes: C, None of real outcomes.
+            index: The batch's place.
+
+        Returns:
+            Of the given shape, -100 where a class doesn't count, NaN where a real
+            outcome doesn't.
+
+        Raises:
+            ValueError: If one that counts is no outcome.
+        """
+        given = self.source.outcomes(batch)
+        if given is None:
+            return None
+        labels = torch.as_tensor(given)
+        wrong = _are_none(labels, num_classes)
+        if self.may_not_count is False and not wrong.any():
+            return labels
+        site = self.source.site(batch)
+        known = site["is_observed"]
+        self.may_not_count = bool(known and may_not_count(site))
+        counts = torch.ones_like(labels, dtype=torch.bool)
+        if known:
+            counts = _like(outcomes_that_count(site).to(labels.device), labels)
+        if bool((wrong & counts).any()):
+            expected = (
+                "finite numbers"
+                if num_classes is None
+                else f"classes 0 to {num_classes - 1}"
+            )
+            name = " and ".join(self.source.arguments(batch))
+            raise ValueError(
+                f"Batch {index}, site {site['name']!r}: {name} must be "
+                f"{expected}, found {labels[wrong & counts][0].item()}. Mask the data "
+                "without one in the model, by poutine.mask or obs_mask=, or leave "
+                "them out."
+            )
+        if bool(counts.all()):
+            return labels
+        if num_classes is not None:
+            return labels.masked_fill(~counts, IGNORED)
+        real = labels if labels.is_floating_point() else labels.double()
+        return real.masked_fill(~counts, torch.nan)
+
+
+def _are_none(labels: Tensor, num_classes: int | None) -> Tensor:
+    if num_classes is None:
+        return ~labels.isfinite()
+    return ~((labels >= 0) & (labels < num_classes))
+
+
+def _like(counts: Tensor, labels: Tensor) -> Tensor:
+    """Which outcomes count, of the labels' shape, which may have dims of size one."""
+    if counts.numel() == labels.numel():
+        return counts.reshape(labels.shape)
+    by_datum = counts.reshape(len(labels), -1).any(-1)
+    return by_datum.reshape(-1, *[1] * (labels.ndim - 1)).expand(labels.shape)

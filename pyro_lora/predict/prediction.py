@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from pyro_lora.lifting.model_trace import IGNORED
+from pyro_lora.lifting.settings import check_kind, check_positive, check_word
 from pyro_lora.predict.metrics import (
     auroc_of_scores,
     class_metrics,
@@ -34,14 +36,15 @@ class Prediction:
         log_probs: Log of the averaged probabilities, (N, C), nats.
         aleatoric_entropy: Entropy of each draw's probabilities, averaged over the
             draws, (N,), nats: the doubt that more training data would leave.
-        labels: True classes, (N,), integers, or None.
+        labels: True classes, (N,), integers, -100 where there is none; or None.
         draw_log_probs: Log probabilities under each draw of the weights, (S, N, C),
             nats, where ``predict(keep_draws=True)`` was asked for them. One draw is
             the same weights for all data.
 
     Raises:
         ValueError: If shapes don't fit, there are no data, a log probability is NaN
-            or not normalised, or a label isn't one of 0 ... C - 1.
+            or not normalised, or a label is neither -100 nor one of
+            0 ... C - 1.
 
     >>> p = torch.tensor([[0.9, 0.1], [0.4, 0.6]])
     >>> entropy = -(p * p.log()).sum(-1)
@@ -92,10 +95,11 @@ class Prediction:
                 "one class for each datum."
             )
         wrong = (labels < 0) | (labels >= num_classes) | (labels != labels.long())
+        wrong = wrong & (labels != IGNORED)
         if wrong.any():
             raise ValueError(
                 f"labels must be classes 0 to {num_classes - 1}, found "
-                f"{labels[wrong][0].item()}. Leave unlabelled data out."
+                f"{labels[wrong][0].item()}. A datum without one has {IGNORED}."
             )
 
     @cached_property
@@ -121,7 +125,7 @@ class Prediction:
     def metrics(
         self, *, ood: Prediction | None = None, num_bootstrap: int = 0
     ) -> dict[str, float]:
-        r"""Quality against the labels.
+        r"""Quality against the labels, of the data that have one.
 
         - ``accuracy``: share of data whose most probable class is the label.
         - ``nll``: mean of :math:`-\log p(y)`, nats.
@@ -152,14 +156,36 @@ class Prediction:
         Raises:
             ValueError: If there are no labels, or ``num_bootstrap`` is 1 or negative.
         """
-        self._labels("metrics")
+        known = self.labelled("metrics")
+        if ood is not None:
+            check_kind("ood", ood, Prediction, "a Prediction of classes")
         return with_standard_errors(
-            self._metrics(ood),
+            known._metrics(ood),
             num_bootstrap,
-            lambda: self._resampled()._metrics(
+            lambda: known._resampled()._metrics(
                 None if ood is None else ood._resampled()
             ),
         )
+
+    def labelled(self, caller: str = "labelled") -> Prediction:
+        """The data that have a label.
+
+        Args:
+            caller: What needs them, for the error.
+
+        Raises:
+            ValueError: If there are none.
+        """
+        labels = self._labels(caller)
+        known = labels != IGNORED
+        if bool(known.all()):
+            return self
+        if not bool(known.any()):
+            raise ValueError(
+                f"{caller} needs labels, and no datum of this prediction has one that "
+                "counts: all are masked or missing."
+            )
+        return self._at(known.nonzero()[:, 0])
 
     def _metrics(self, ood: Prediction | None) -> dict[str, float]:
         values = class_metrics(self.probs, self.log_probs, self._labels("metrics"))
@@ -172,8 +198,11 @@ class Prediction:
 
     def _resampled(self) -> Prediction:
         """As many data, drawn with replacement."""
-        index = resampled(len(self.log_probs), self.log_probs.device)
-        labels = self.labels
+        return self._at(resampled(len(self.log_probs), self.log_probs.device))
+
+    def _at(self, index: Tensor) -> Prediction:
+        """The data of an index, (N',), without draws."""
+        index, labels = index.to(self.log_probs.device), self.labels
         return Prediction(
             log_probs=self.log_probs[index],
             aleatoric_entropy=self.aleatoric_entropy[index],
@@ -217,10 +246,7 @@ class Prediction:
         Raises:
             ValueError: If T isn't positive and finite.
         """
-        if not (temperature > 0 and math.isfinite(temperature)):
-            raise ValueError(
-                f"temperature must be positive and finite, found {temperature}."
-            )
+        check_positive("temperature", temperature)
         log_probs = (self.log_probs / temperature).log_softmax(-1)
         return Prediction(
             log_probs=log_probs,
@@ -264,7 +290,8 @@ def fit_temperature(held_out: Prediction) -> float:
 
     Args:
         held_out: A prediction of classes with labels (of tokens, with
-            ``tokens="last"``), of data that weren't trained on.
+            ``tokens="last"``), of data that weren't trained on. Data without a label
+            don't count.
 
     Returns:
         T, within 0.01 to 100: at an end of it where the NLL falls beyond (0.01 if
@@ -283,9 +310,10 @@ def fit_temperature(held_out: Prediction) -> float:
     """
     if not isinstance(held_out, Prediction):
         raise ValueError(
-            f"fit_temperature needs a Prediction of classes, found a "
+            f"fit_temperature: held_out must be a Prediction of classes, found a "
             f"{type(held_out).__name__}."
         )
+    held_out = held_out.labelled("fit_temperature")
     labels = held_out._labels("fit_temperature")
     # A class of probability 0 has none at any temperature; -inf would become NaN.
     log_probs = held_out.log_probs.double().clamp_min(-1e4)
@@ -328,8 +356,9 @@ def auroc(
     >>> auroc(prediction(0.99), prediction(0.6))
     1.0
     """
-    if score not in ("total", "epistemic"):
-        raise ValueError(f"score must be 'total' or 'epistemic', found {score!r}.")
+    check_word("score", score, ("total", "epistemic"))
+    for name, given in {"in_domain": in_domain, "out_of_domain": out_of_domain}.items():
+        check_kind(name, given, Prediction, "a Prediction of classes")
     inside, outside = (
         p.total_entropy if score == "total" else p.epistemic_entropy
         for p in (in_domain, out_of_domain)

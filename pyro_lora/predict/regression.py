@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch import distributions as td
 
+from pyro_lora.lifting.settings import check_number
 from pyro_lora.predict.metrics import resampled, with_standard_errors
 from pyro_lora.predict.tables import data_frame
 
@@ -40,7 +41,7 @@ class RegressionPrediction:
             of the linearised network; None is 0, that of draws.
         df: Degrees of freedom of Student's noise, of ``loc``'s shape; None is normal.
         weights: :math:`\pi`, (S,); None is equal.
-        labels: Outcomes, (N,) or (N, P), or None.
+        labels: Outcomes, (N,) or (N, P), NaN where there is none; or None.
 
     Raises:
         ValueError: If shapes don't fit or values are impossible.
@@ -78,7 +79,10 @@ class RegressionPrediction:
                     f"{name} has shape {tuple(value.shape)}; expected {tuple(like)}, "
                     f"by that of loc, {tuple(shape)}."
                 )
-            if value is not None and not value.isfinite().all():
+            if value is None:
+                continue
+            wrong = value.isinf() if name == "labels" else ~value.isfinite()
+            if wrong.any():
                 raise ValueError(f"{name} has NaN or infinite values.")
         if not self.loc.isfinite().all() or not (self.noise_scale > 0).all():
             raise ValueError(
@@ -144,6 +148,7 @@ class RegressionPrediction:
         Raises:
             ValueError: If it isn't.
         """
+        check_number("probability", probability)
         if not _LEAST <= probability <= 1 - _LEAST:
             raise ValueError(
                 f"probability must be above 0 and below 1, by {_LEAST} at least, found "
@@ -162,7 +167,7 @@ class RegressionPrediction:
         return (low + high) / 2
 
     def metrics(self, *, num_bootstrap: int = 0) -> dict[str, float]:
-        r"""Quality against the labels, means over the data and the outputs.
+        r"""Quality against the labels, means over the data and outputs that have one.
 
         - ``nll``: mean of :math:`-\log p(y)`, nats, in the labels' unit.
         - ``rmse``: root of the mean squared error of the mean.
@@ -186,23 +191,46 @@ class RegressionPrediction:
                 "into every batch given to predict."
             )
 
-        def replicate() -> dict[str, float]:
-            return self._at(resampled(self.loc.shape[1], self.loc.device))._metrics()
+        known = self.labelled("metrics")
 
-        return with_standard_errors(self._metrics(), num_bootstrap, replicate)
+        def replicate() -> dict[str, float]:
+            return known._at(resampled(known.loc.shape[1], self.loc.device))._metrics()
+
+        return with_standard_errors(known._metrics(), num_bootstrap, replicate)
+
+    def labelled(self, caller: str = "labelled") -> RegressionPrediction:
+        """The data that have a label, of an output at least.
+
+        Args:
+            caller: What needs them, for the error.
+
+        Raises:
+            ValueError: If there are none.
+        """
+        labels = self.labels
+        known = torch.zeros(0) if labels is None else ~labels.isnan()
+        some = known.reshape(len(known), -1).any(-1) if known.numel() else known
+        if not bool(some.any()):
+            raise ValueError(
+                f"{caller} needs labels, and no datum of this prediction has one that "
+                "counts: all are masked or missing."
+            )
+        return self._at(some.nonzero()[:, 0].to(self.loc.device))
 
     def _metrics(self) -> dict[str, float]:
         assert self.labels is not None  # metrics has seen to it
         labels = self.labels.to(self.loc)
+        known = ~labels.isnan()
+        labels = labels.where(known, self.mean)
         place = self.cdf(labels)
         tail = (1 - COVERAGE) / 2
         values = {
-            "nll": -self.log_prob(labels).mean(),
-            "rmse": (self.mean - labels).square().mean().sqrt(),
-            "coverage": ((place > tail) & (place < 1 - tail)).double().mean(),
+            "nll": -self.log_prob(labels)[known].mean(),
+            "rmse": (self.mean - labels)[known].square().mean().sqrt(),
+            "coverage": ((place > tail) & (place < 1 - tail))[known].double().mean(),
         }
         if self.df is None:
-            values["crps"] = self._crps(labels).mean()
+            values["crps"] = self._crps(labels)[known].mean()
         return {name: float(value) for name, value in values.items()}
 
     def _at(self, index: Tensor) -> RegressionPrediction:
@@ -217,7 +245,11 @@ class RegressionPrediction:
             noise_scale=self.noise_scale[:, index],
             loc_variance=some(self.loc_variance, 1),
             df=some(self.df, 1),
-            labels=some(self.labels, 0),
+            labels=(
+                None
+                if self.labels is None
+                else self.labels[index.to(self.labels.device)]
+            ),
         )
 
     def to_pandas(self) -> DataFrame:

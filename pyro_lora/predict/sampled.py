@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch import distributions as td
 
-from pyro_lora.lifting.model_trace import Batch
+from pyro_lora.curvature.outcomes import outcomes_that_count
+from pyro_lora.lifting.model_trace import IGNORED, Batch
 from pyro_lora.predict.draws import ModelAtDraws
 from pyro_lora.predict.outcomes import (
     Tokens,
@@ -121,8 +122,10 @@ def _tokens(
             logits = outcome_logits(likelihood(node["fn"]).fn)
             log_p = logits[:, rows, places].double().log_softmax(-1)  # (S', M, C)
             if node["is_observed"]:
-                labels = token_labels(node["value"], rows, places)
-                chosen = log_p.gather(2, labels.expand(log_p.shape[:2])[..., None])
+                labels = token_labels(node, rows, places)
+                known = labels.clamp_min(0).expand(log_p.shape[:2])
+                chosen = log_p.gather(2, known[..., None])
+                chosen = chosen * (labels != IGNORED)[..., None]
                 zeros = log_p.new_zeros(len(log_p), len(mask))
                 of_texts.append(zeros.index_add(1, rows, chosen[..., 0]))
             yield log_p
@@ -137,7 +140,30 @@ def _tokens(
     return token_prediction(log_p, entropy, rows, places, len(mask), labels, texts)
 
 
-def token_labels(value: Tensor, rows: Tensor, places: Tensor) -> Tensor:
-    """The observed classes, (M,), whatever dims the draws added before (B, T)."""
-    one = value.reshape(-1, *value.shape[-2:])[0].to(rows.device)
-    return one[rows, places].long()
+def token_labels(site: dict[str, Any], rows: Tensor, places: Tensor) -> Tensor:
+    """The observed classes, (M,), -100 where they don't count.
+
+    Args:
+        site: The likelihood's site, whatever dims the draws added before (B, T).
+        rows: Their data, (M,).
+        places: Their places, (M,).
+
+    Raises:
+        ValueError: If one that counts isn't a class.
+    """
+
+    def of_tokens(value: Tensor) -> Tensor:
+        one = value.reshape(-1, *value.shape[-2:])[0].to(rows.device)
+        return one[rows, places]
+
+    labels = of_tokens(site["value"])
+    counts = of_tokens(outcomes_that_count(site))
+    num_classes = outcome_logits(likelihood(site["fn"]).fn).shape[-1]
+    wrong = counts & ~((labels >= 0) & (labels < num_classes))
+    if bool(wrong.any()):
+        raise ValueError(
+            f"Site {site['name']!r}: labels must be classes 0 to {num_classes - 1}, "
+            f"found {labels[wrong][0].item()}. Mask the tokens without one in the "
+            "model, by .mask(...) before .to_event(1)."
+        )
+    return labels.masked_fill(~counts, IGNORED).long()

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyro_lora.lifting.settings import check_function, check_kind
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class SemanticEntropy:
@@ -81,6 +83,7 @@ def semantic_entropy(
             "Pass exactly one of same_meaning, a function of two texts, and key, a "
             "function of one."
         )
+    check_function("key or same_meaning", key or same_meaning, "a function of texts")
     if same_meaning is None:
         members = _by_key(texts, key)  # type: ignore[arg-type]
     else:
@@ -123,12 +126,18 @@ def _by_key(texts: Sequence[str], key: Callable[[str], Hashable]) -> list[int]:
 
 
 def _check(texts: Sequence[str], log_probs: Tensor) -> None:
-    if isinstance(texts, str) or not texts:
+    if (
+        not isinstance(texts, Sequence)
+        or isinstance(texts, str)
+        or not texts
+        or not all(isinstance(text, str) for text in texts)
+    ):
         raise ValueError("texts must be one or more strings in a sequence.")
+    check_kind("log_probs", log_probs, Tensor, "a tensor, one value for each text")
     if log_probs.shape != (len(texts),):
         raise ValueError(
             f"log_probs have shape {tuple(log_probs.shape)}; expected "
-            f"({len(texts)},), one value for each text."
+            f"({len(texts)},), one value for each of texts."
         )
     if not log_probs.isfinite().all():
         raise ValueError("log_probs has values that are NaN or infinite.")

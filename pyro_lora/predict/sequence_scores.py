@@ -14,8 +14,10 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pyro_lora.lifting.interrupts import leaving_no_trace
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.lifting.model_trace import IGNORED, evaluating, trace_at
+from pyro_lora.lifting.settings import check_kind, check_lora
 from pyro_lora.predict.draws import LORA_POSTERIORS, Guide, Weights, draw_weights
 from pyro_lora.predict.dropout import check_no_dropout
 
@@ -48,6 +50,7 @@ class SequenceLogProb:
     num_tokens: Tensor
 
 
+@leaving_no_trace
 @torch.no_grad()
 def sequence_log_prob(
     lora: LiftedNetwork,
@@ -80,8 +83,10 @@ def sequence_log_prob(
             aren't the input's own tokens, or a continuation is empty, padded inside,
             or starts at the first token.
     """
-    causal_network(lora)
+    network = causal_network(lora)
     mask = checked_mask(input_ids, attention_mask)
+    check_vocabulary(network, input_ids)
+    check_kind("labels", labels, Tensor, "a tensor (B, T)")
     scored = labels != IGNORED
     _check_labels(input_ids, labels, scored, mask)
     weights = lora_draws(lora, posterior, num_samples, input_ids, mask)
@@ -133,6 +138,7 @@ def causal_network(lora: LiftedNetwork) -> PreTrainedModel:
     Raises:
         ValueError: If there is none.
     """
+    check_lora(lora)
     networks = (m for m in lora.network.modules() if isinstance(m, PreTrainedModel))
     network = next(networks, None)
     if network is None or network.get_output_embeddings() is None:
@@ -156,6 +162,7 @@ def checked_mask(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
     Raises:
         ValueError: If shapes are wrong or a row is nothing but padding.
     """
+    check_kind("input_ids", input_ids, Tensor, "a tensor (B, T)")
     if input_ids.ndim != 2 or input_ids.is_floating_point() or not input_ids.numel():
         raise ValueError(
             f"input_ids have shape {tuple(input_ids.shape)} and dtype "
@@ -163,6 +170,7 @@ def checked_mask(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         )
     if attention_mask is None:
         return torch.ones_like(input_ids)
+    check_kind("attention_mask", attention_mask, Tensor, "a tensor (B, T)")
     if attention_mask.shape != input_ids.shape:
         raise ValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)}; expected that "
@@ -171,6 +179,30 @@ def checked_mask(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
     if not attention_mask.any(-1).all():
         raise ValueError("attention_mask: a row is nothing but padding. Leave it out.")
     return attention_mask.to(input_ids.dtype)
+
+
+def check_vocabulary(network: PreTrainedModel, input_ids: Tensor) -> int:
+    """Check that the network knows all tokens.
+
+    Args:
+        network: A network of transformers.
+        input_ids: The tokens.
+
+    Returns:
+        The size of its vocabulary.
+
+    Raises:
+        ValueError: If it doesn't.
+    """
+    table: Any = network.get_input_embeddings()
+    size: int = table.weight.shape[0]
+    wrong = input_ids[(input_ids < 0) | (input_ids >= size)]
+    if wrong.numel():
+        raise ValueError(
+            f"input_ids: token {int(wrong[0])} is outside of the network's vocabulary "
+            f"of {size}, 0 to {size - 1}. Use the network's own tokenizer."
+        )
+    return size
 
 
 def lora_draws(

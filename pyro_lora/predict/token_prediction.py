@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.classification import binary_calibration_error
 
+from pyro_lora.lifting.model_trace import IGNORED
 from pyro_lora.predict.metrics import (
     NUM_BINS,
     adaptive_ece,
@@ -38,8 +39,9 @@ class TokenPrediction:
         total_entropy: Of the averaged probabilities, (M,), nats.
         aleatoric_entropy: Of each draw's, averaged over the draws, (M,), nats.
         num_data: N.
-        labels: The observed class, (M,), or None.
-        label_log_probs: Log of its averaged probability, (M,), nats, or None.
+        labels: The observed class, (M,), -100 where it doesn't count; or None.
+        label_log_probs: Log of its averaged probability, (M,), nats, NaN where it
+            doesn't count; or None.
         text_log_probs: Log of the probability of all labels of a text together, each
             draw's product over the tokens averaged over the draws, (N,), nats, 0 of a
             text without labels; None without labels or draws.
@@ -62,7 +64,7 @@ class TokenPrediction:
         return (self.total_entropy - self.aleatoric_entropy).clamp_min(0)
 
     def metrics(self, *, num_bootstrap: int = 0) -> dict[str, float]:
-        r"""Quality against the labels, means over the tokens.
+        r"""Quality against the labels, means over the tokens whose label counts.
 
         - ``accuracy``, ``overconfidence``, ``ece``, ``adaptive_ece``,
           ``selective_accuracy``, ``aurc``: as :meth:`Prediction.metrics`, of tokens.
@@ -84,16 +86,18 @@ class TokenPrediction:
                 "metrics needs labels, and this prediction has none. Put 'labels' "
                 "into every batch given to predict."
             )
-        if len(self.labels) == 0:
+        counts = self.labels != IGNORED
+        every = counts.nonzero()[:, 0]
+        if len(every) == 0:
             raise ValueError("metrics got no tokens that count. Check the labels.")
-        texts = self.data.unique()
+        texts = self.data[every].unique()
 
         def replicate() -> dict[str, float]:
             some = texts[resampled(len(texts), texts.device)]
-            _, tokens = (some[:, None] == self.data).nonzero(as_tuple=True)
+            of_some = (some[:, None] == self.data) & counts
+            _, tokens = of_some.nonzero(as_tuple=True)
             return self._metrics(tokens)
 
-        every = torch.arange(len(self.data), device=self.data.device)
         return with_standard_errors(self._metrics(every), num_bootstrap, replicate)
 
     def _metrics(self, tokens: Tensor) -> dict[str, float]:
@@ -160,6 +164,10 @@ def token_prediction(
         The prediction.
     """
     confidence, predicted = log_probs.max(-1)
+    of_labels = None
+    if labels is not None:
+        of_labels = log_probs.gather(1, labels.clamp_min(0)[:, None])[:, 0]
+        of_labels = of_labels.masked_fill(labels == IGNORED, torch.nan)
     return TokenPrediction(
         data=rows,
         positions=places,
@@ -169,9 +177,7 @@ def token_prediction(
         aleatoric_entropy=aleatoric_entropy,
         num_data=num_data,
         labels=labels,
-        label_log_probs=(
-            None if labels is None else log_probs.gather(1, labels[:, None])[:, 0]
-        ),
+        label_log_probs=of_labels,
         text_log_probs=text_log_probs,
     )
 

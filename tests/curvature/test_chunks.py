@@ -139,5 +139,5 @@ def test_no_more_gradients_are_kept_than_allowed() -> None:
 
 def test_a_limit_is_positive() -> None:
     lora, texts = pl.lift(bert(2)), batch(NUM_DATA)
-    with pytest.raises(ValueError, match="max_memory_gb is 0"):
+    with pytest.raises(ValueError, match="max_memory_gb must be positive"):
         guide_of(lora).laplace_approximation([texts], max_memory_gb=0)

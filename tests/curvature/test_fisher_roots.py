@@ -1,18 +1,26 @@
 """The table of Fisher roots: each against the expected Hessian by double autograd."""
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyro.distributions as dist
+import pyro.distributions.transforms as T
 import pytest
 import torch
 from torch import Tensor
+from torch import distributions as td
 
 import pyro_lora as pl
-from pyro_lora.curvature.fisher import FisherTerms, exact_terms, mc_terms
+from pyro_lora.curvature.fisher import (
+    FisherTerms,
+    empirical_terms,
+    exact_terms,
+    mc_terms,
+)
 from tests.curvature.gauss_newton import assert_same
 
 Outcomes = tuple[Tensor, Tensor]  # values (V, ...) and their probabilities (V,)
@@ -119,6 +127,9 @@ CASES = {
         lambda x: dist.OrderedLogistic(x[0], x[1:]), (0.7, -1.0, 0.4), 2, enumerated
     ),
     "normal": Case(lambda x: dist.Normal(x[0], 0.3), (0.4,), 1, hermite),
+    "nan-masked-normal": Case(
+        lambda x: dist.NanMaskedNormal(x[0], 0.3), (0.4,), 1, hermite
+    ),
     "normal-scale": Case(
         lambda x: dist.Normal(x[0], x[1].exp()), (0.4, -0.5), 2, hermite
     ),
@@ -194,18 +205,176 @@ def test_coordinates_recover_the_score_of_every_outcome(case: Case) -> None:
     assert_same(torch.einsum("v,vi,vj->ij", weights, alpha, alpha), identity)
 
 
+def assert_within_standard_error(scores: Tensor, exact: Tensor) -> None:
+    """The mean of s s' over M draws (M, P) is the Fisher information, by 5 errors.
+
+    The standard error is that of the draws themselves.
+    """
+    squares = scores[:, :, None] * scores[:, None]
+    standard_error = squares.std(0) / len(squares) ** 0.5
+    assert ((squares.mean(0) - exact).abs() <= 5 * standard_error + 1e-12).all()
+
+
+def mc_scores(fn: Any, value: Tensor, leaf: Tensor, num_samples: int) -> Tensor:
+    """Gradients in the leaf of M draws of all data together, (M, *leaf)."""
+    terms = mc_terms(fn, value, num_samples).terms.reshape(-1, num_samples).sum(0)
+    one_each = torch.eye(num_samples, dtype=torch.float64)
+    (found,) = torch.autograd.grad(terms, leaf, one_each, is_grads_batched=True)
+    return found * num_samples**0.5
+
+
+def plain(fn: Any) -> Any:
+    return fn.expand([3])
+
+
+def masked(fn: Any) -> Any:
+    return fn.expand([3]).mask(torch.tensor([True, False, True]))
+
+
+def masked_in_event(fn: Any) -> Any:
+    mask = torch.tensor([[True, False], [False, False], [True, True]])
+    return fn.expand([3, 2]).mask(mask).to_event(1)
+
+
+def masked_around_event(fn: Any) -> Any:
+    return fn.expand([3, 2]).to_event(1).mask(torch.tensor([True, False, True]))
+
+
+def masked_and_expanded(fn: Any) -> Any:
+    return fn.expand([2]).mask(torch.tensor([True, False])).to_event(1).expand([3])
+
+
 @every_case
-def test_mc_converges_to_exact(case: Case) -> None:
-    num_samples = 2_000
+@pytest.mark.parametrize(
+    ("variant", "count"),
+    [
+        (plain, 3),
+        (masked, 2),
+        (masked_in_event, 3),
+        (masked_around_event, 4),
+        (masked_and_expanded, 3),
+    ],
+)
+def test_mc_converges_to_exact(
+    case: Case, variant: Callable[[Any], Any], count: int
+) -> None:
+    num_samples = 500
+    values, weights, scores = outcomes_and_scores(case)
+    leaf = leaf_of(case)
+    fn = variant(case.likelihood(leaf))
+    value = values[weights.argmax()].expand(fn.shape())
+    root = roots(FisherTerms(exact_terms(fn, value).terms.flatten(), None), leaf)
+    exact = root.mT @ root
+    expected = count * torch.einsum("v,vi,vj->ij", weights, scores, scores)
+    assert_same(exact, expected)
+    assert_within_standard_error(mc_scores(fn, value, leaf, num_samples), exact)
+
+
+GAPS = torch.tensor([[1.0, torch.nan], [torch.nan, torch.nan], [0.5, -1.0]]).double()
+
+
+@pytest.mark.parametrize("terms", [exact_terms, mc_terms, empirical_terms])
+@pytest.mark.parametrize("event_dims", [0, 1, 2])
+def test_missing_outcomes_have_no_terms(terms: Any, event_dims: int) -> None:
+    leaf = torch.zeros(3, 2, dtype=torch.float64, requires_grad=True)
+    fn = dist.NanMaskedNormal(leaf, 0.5).to_event(event_dims)
+    found = terms(fn, GAPS)
+    # A whole batch may be missing: nothing of it, but not nothing to differentiate.
+    assert terms(fn, GAPS * torch.nan).terms.requires_grad
+    gradients = torch.stack(
+        [
+            torch.autograd.grad(t, leaf, retain_graph=True)[0]
+            for t in found.terms.flatten()
+        ]
+    )
+    assert torch.equal((gradients != 0).any(0), GAPS.isfinite())
+
+
+def test_a_normal_is_missing_where_only_some_of_its_values_are() -> None:
+    covariance = torch.tensor([[2.0, 0.9], [0.9, 1.0]], dtype=torch.float64)
+    leaf = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    for value, exact in [
+        ([1.0, torch.nan], torch.tensor([[0.5, 0.0], [0.0, 0.0]])),
+        ([torch.nan, torch.nan], torch.zeros(2, 2)),
+        ([1.0, 1.0], covariance.inverse()),
+    ]:
+        fn = dist.NanMaskedMultivariateNormal(leaf, covariance)
+        scores = mc_scores(fn, torch.tensor(value).double(), leaf, 1_000)
+        assert_within_standard_error(scores, exact.double())
+
+
+@pytest.mark.parametrize("total", [0.0, 1.0, 7.0, 0.5, 2.25])
+def test_counts_have_the_total_of_the_given_ones(total: float) -> None:
+    # One distribution with one total, whose data have others, soft labels among them.
+    leaf = torch.tensor(THREE, dtype=torch.float64, requires_grad=True)
+    shares = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
+    value = torch.stack([total * shares, shares])
+    fn = dist.Multinomial(1, logits=leaf.expand(2, 3), validate_args=False)
+    root = roots(FisherTerms(exact_terms(fn, value).terms.flatten(), None), leaf)
+    p = leaf.detach().softmax(-1)
+    expected = (total + 1) * (p.diag() - torch.outer(p, p))
+    assert_same(root.mT @ root, expected)
+    assert_within_standard_error(mc_scores(fn, value, leaf, 2_000), expected)
+
+
+def test_trials_that_differ_between_data() -> None:
+    leaf = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    fn = dist.Binomial(torch.tensor([0.0, 1.0, 9.0]).double(), logits=leaf + 0.4)
+    p = torch.tensor(0.4, dtype=torch.float64).sigmoid()
+    expected = (p * (1 - p) * torch.tensor([0.0, 1.0, 9.0]).double()).diag()
+    value = torch.zeros(3).double()
+    root = roots(FisherTerms(exact_terms(fn, value).terms.flatten(), None), leaf)
+    assert_same(root.mT @ root, expected)
+    assert_within_standard_error(mc_scores(fn, value, leaf, 2_000), expected)
+
+
+def affine(f: Tensor) -> Any:
+    shift = td.AffineTransform(f, 0.5, cache_size=1)
+    return dist.TransformedDistribution(dist.Normal(torch.zeros(3).double(), 1), shift)
+
+
+def lognormal(f: Tensor) -> Any:
+    exp = td.ExpTransform(cache_size=1)
+    return dist.TransformedDistribution(dist.Normal(f, 0.5), exp)
+
+
+def coupling(f: Tensor) -> Any:
+    """The second of two numbers around f, by a conditional coupling."""
+
+    class Shift(torch.nn.Module):
+        def forward(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+            return context, torch.full_like(context, math.log(0.5))
+
+    flow = T.ConditionalAffineCoupling(1, Shift())
+    base = dist.Normal(torch.zeros(3, 2).double(), 1).to_event(1)
+    return dist.ConditionalTransformedDistribution(base, [flow]).condition(f[:, None])
+
+
+@pytest.mark.parametrize("likelihood", [affine, lognormal, coupling])
+@pytest.mark.parametrize("event_dims", [0, 1])
+def test_a_transform_forgets_what_it_drew(likelihood: Any, event_dims: int) -> None:
+    leaf = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    fn = likelihood(leaf)
+    value = fn.sample()
+    scores = mc_scores(fn.to_event(event_dims), value, leaf, 2_000)
+    expected = 4 * torch.eye(3, dtype=torch.float64)  # each a Normal of scale .5
+    assert_within_standard_error(scores, expected)
+
+
+def test_zeros_of_two_kinds_take_samples() -> None:
+    case = Case(
+        lambda x: dist.ZeroInflatedPoisson(x[0].exp(), gate=torch.tensor(0.3).double()),
+        (0.5,),
+        1,
+        up_to(60),
+    )
     _, weights, scores = outcomes_and_scores(case)
     exact = torch.einsum("v,vi,vj->ij", weights, scores, scores)
-    fourth = torch.einsum("v,vi,vj->ij", weights, scores.square(), scores.square())
-    standard_error = ((fourth - exact.square()).clamp_min(0) / num_samples).sqrt()
     leaf = leaf_of(case)
-    terms = mc_terms(case.likelihood(leaf), torch.zeros(()), num_samples).terms
-    one_each = torch.eye(num_samples, dtype=torch.float64)
-    (root,) = torch.autograd.grad(terms, leaf, one_each, is_grads_batched=True)
-    assert ((root.mT @ root - exact).abs() <= 4 * standard_error + 1e-12).all()
+    fn = case.likelihood(leaf).expand([1])
+    with pytest.raises(TypeError, match="fisher='mc'"):
+        exact_terms(fn, torch.zeros(1))
+    assert_within_standard_error(mc_scores(fn, torch.zeros(1), leaf, 2_000), exact)
 
 
 @pytest.mark.parametrize("name", sorted(CASES.keys() - {"ordinal-cutpoints"}))

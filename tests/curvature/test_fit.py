@@ -372,6 +372,22 @@ def test_several_complete_plates_are_refused() -> None:
         fit(lora, model, [one])
 
 
+@pytest.mark.parametrize("raters", [2, 3, 4, 6])
+def test_a_subsampled_plate_that_is_not_the_data_is_refused(raters: int) -> None:
+    # With as many raters in the batch as data, nothing in the shapes tells them apart.
+    lora, texts = pl.lift(bert(3, num_layers=1)), batch(4)
+
+    def model(y: Tensor, **texts: Tensor) -> Tensor:
+        logits = lora()(**texts).logits
+        of_raters = pyro.plate("raters", 8, subsample=y, dim=-2)
+        with of_raters, pyro.plate("data", 4, dim=-1):
+            return pyro.sample("y", dist.Categorical(logits=logits), obs=y)
+
+    one = {**inputs(texts), "y": torch.randint(3, (raters, 4))}
+    with pytest.raises(ValueError, match=r"'raters', 'data'.*'raters' is subsampled"):
+        fit(lora, model, [one])
+
+
 def test_a_second_plate_gives_terms_of_the_same_datum() -> None:
     lora, texts = pl.lift(bert(4)), batch(6)
 

@@ -1,12 +1,16 @@
 """A fit that is interrupted resumes from its checkpoint, bit for bit."""
 
+import copy
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from torch import Tensor
 
 import pyro_lora as pl
@@ -122,7 +126,7 @@ def test_a_broken_batch_leaves_the_sums_so_far(tmp_path: Path) -> None:
     guide = guide_of(lora)
     expected = guide.laplace_approximation(batches)
     broken = [batches[0], {**batches[1], "labels": batches[1]["labels"] + 9}]
-    with pytest.raises(ValueError, match="batch 1"):
+    with pytest.raises(ValueError, match="Batch 1"):
         guide.laplace_approximation(broken, checkpoint=tmp_path)
     found = guide.laplace_approximation(batches, checkpoint=tmp_path)
     assert_identical(found, expected)
@@ -159,6 +163,76 @@ def test_another_fits_checkpoint_is_refused(difference: str, tmp_path: Path) -> 
         lora.load({s: x + 0.1 for s, x in lora.weights().items()})
     with pytest.raises(ValueError, match="another mode, structure, Fisher"):
         guide_of(lora, **options).laplace_approximation(batches, checkpoint=tmp_path)
+
+
+def classifier_of(lora: pl.LiftedNetwork, scale: float = 1.0, **more: Any) -> Any:
+    """A model with settings in its closure, a default and its bytecode."""
+    shift = more.get("shift", torch.zeros(3, dtype=torch.float64))
+    likelihood = more.get("likelihood", lambda logits: dist.Categorical(logits=logits))
+
+    def model(
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Any = None,
+        power: float = 1.0,
+    ) -> None:
+        logits = lora()(input_ids=input_ids, attention_mask=attention_mask).logits
+        with pyro.plate("data", 7, subsample=input_ids):
+            with poutine.scale(scale=power):
+                fn = likelihood(scale * logits + shift)
+                pyro.sample("y", fn, obs=torch.as_tensor(labels))
+
+    if "default" in more:
+        model.__defaults__ = (None, more["default"])
+    return poutine.scale(model, scale=more.get("outside", 1.0))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"scale": 2.0},
+        {"shift": torch.ones(3, dtype=torch.float64)},
+        {"likelihood": lambda logits: dist.Categorical(logits=2 * logits)},
+        {"likelihood": lambda logits: dist.Categorical(probs=logits.softmax(-1))},
+        {"default": 2.0},
+        {"outside": 2.0},
+    ],
+)
+def test_another_model_of_the_same_name_is_refused(
+    other: dict[str, Any], tmp_path: Path
+) -> None:
+    lora, batches = pl.lift(bert(3)), split(batch(7, num_labels=3), 1)
+
+    def guide(**settings: Any) -> pl.AutoLaplace:
+        model = classifier_of(lora, **settings)
+        return pl.AutoLaplace(model, init_loc_fn=lora.init_to_adapter())
+
+    interrupted(guide(), batches, tmp_path)
+    with pytest.raises(ValueError, match=r"of another mode.*network or model"):
+        guide(**other).laplace_approximation(batches, checkpoint=tmp_path)
+    guide().laplace_approximation(batches, checkpoint=tmp_path)
+
+
+@torch.no_grad()
+def test_another_base_of_the_same_shapes_is_refused(tmp_path: Path) -> None:
+    network, batches = bert(3), split(batch(7, num_labels=3), 1)
+    other = copy.deepcopy(network)
+    other.base_model.model.bert.encoder.layer[0].output.dense.weight.mul_(1.01)
+    interrupted(guide_of(pl.lift(network)), batches, tmp_path)
+    with pytest.raises(ValueError, match=r"of another mode.*network or model"):
+        guide_of(pl.lift(other)).laplace_approximation(batches, checkpoint=tmp_path)
+
+
+@pytest.mark.parametrize("form", [torch.Tensor.tolist, torch.Tensor.numpy, tuple])
+def test_labels_count_in_whatever_form(form: Any, tmp_path: Path) -> None:
+    lora, batches = pl.lift(bert(3)), split(batch(7, num_labels=3), 1)
+    given = [{**one, "labels": form(one["labels"])} for one in batches]
+    others = [{**one, "labels": form((one["labels"] + 1) % 3)} for one in batches]
+    guide = pl.AutoLaplace(classifier_of(lora), init_loc_fn=lora.init_to_adapter())
+    interrupted(guide, given, tmp_path)
+    with pytest.raises(ValueError, match=r"same order \(shuffle=False\)"):
+        guide.laplace_approximation(others, checkpoint=tmp_path)
+    guide.laplace_approximation(given, checkpoint=tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,11 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -59,6 +62,74 @@ def test_a_probability_far_out_in_the_tail(mean: float, sd: float) -> None:
     assert expected < -50
     assert_same(class_log_probs(binary(mean, sd))[0, 1], expected, rtol=1e-9)
     assert_same(class_log_probs(binary(-mean, sd))[0, 0], expected, rtol=1e-9)
+
+
+NODES, NODE_WEIGHTS = np.polynomial.legendre.leggauss(40)
+
+
+def log_expected_sigmoid(mean: float, sd: float) -> float:
+    """By Gauss-Legendre in pieces around the mode of the log-concave integrand."""
+
+    def log_integrand(f: np.ndarray | float) -> np.ndarray:
+        log_density = -0.5 * np.square((f - mean) / sd) - math.log(sd)
+        return -np.logaddexp(0, -f) + log_density - 0.5 * math.log(2 * math.pi)
+
+    low, high = mean, mean + sd**2
+    for _ in range(200):
+        middle = (low + high) / 2
+        rises = np.exp(-np.logaddexp(0, middle)) > (middle - mean) / sd**2
+        low, high = (middle, high) if rises else (low, middle)
+    top = float(log_integrand(low))
+    edges = []
+    for sign in (-1, 1):  # as far as it is within 45 nats of the mode
+        width = 1e-3 * sd
+        while log_integrand(low + sign * width) > top - 45:
+            width *= 1.5
+        edges.append(low + sign * width)
+    near_zero = np.linspace(-40, 40, 81)
+    inside = near_zero[(near_zero > edges[0]) & (near_zero < edges[1])]
+    cuts = np.unique([*np.linspace(*edges, 40), *inside])
+    half = np.diff(cuts)[:, None] / 2
+    f = cuts[:-1, None] + half * (1 + NODES)
+    return top + math.log((half * NODE_WEIGHTS * np.exp(log_integrand(f) - top)).sum())
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    sd=st.floats(1e-3, 1e3),
+    # the integrand's mode is on either side of 0, or there, by the mean over sd^2
+    share=st.floats(-3, 3),
+    shift=st.floats(-30, 30),
+)
+@example(sd=30.0, share=-1.0, shift=0.0)
+@example(sd=1e3, share=-1.0, shift=0.0)
+@example(sd=1e3, share=0.0, shift=0.0)
+@example(sd=1.5, share=-3.0, shift=30.0)
+def test_two_classes_at_any_mean_and_sd(sd: float, share: float, shift: float) -> None:
+    mean = share * sd**2 + shift
+    found = class_log_probs(binary(mean, sd))[0]
+    expected = [log_expected_sigmoid(-mean, sd), log_expected_sigmoid(mean, sd)]
+    error = found - torch.tensor(expected, dtype=torch.float64)
+    assert (error.abs() < 1e-8).all()
+    assert (found <= 0).all()
+    assert_same(found.logsumexp(0), torch.zeros(()).double(), atol=1e-9)
+
+
+@settings(max_examples=50, deadline=None)
+@given(sd=st.floats(0, 1e3), mean=st.floats(-1e3, 1e3))
+def test_a_third_class_that_never_wins(sd: float, mean: float) -> None:
+    two = binary(mean, sd)
+    half = torch.tensor([-0.5, 0.5, 0.0], dtype=torch.float64)
+    never = torch.tensor([0.0, 0.0, -1e5], dtype=torch.float64)
+    three = GaussianLogits(
+        (mean * half + never)[None], sd**2 * torch.outer(half, half)[None]
+    )
+    for integral, bound in [(class_log_probs, 3e-3), (probit, 1e-9)]:
+        alone, beside = integral(two).exp(), integral(three).exp()
+        assert (beside[:, :2] - alone).abs().max() < bound
+        assert_same(beside.sum(-1), torch.ones(1).double(), atol=1e-9)
+    exact = class_log_probs(two).exp()
+    assert (probit(two).exp() - exact).abs().max() < 0.02
 
 
 def random_logits(num_classes: int, scale: float) -> GaussianLogits:

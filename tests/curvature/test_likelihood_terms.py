@@ -238,7 +238,7 @@ def test_a_posterior_of_several_sites_is_linearised_for_each(structure: Any) -> 
         posterior.linearized(exact.texts)
     options: Any = {"objective": "nll", "batches": [exact.texts]}
     best = posterior.optimize_prior(**options, obs_site="y")
-    other = posterior.optimize_prior(**options, obs_site="z", labels="z")
+    other = posterior.optimize_prior(**options, obs_site="z")
     assert float(best.log_evidence()) != float(other.log_evidence())
 
 

@@ -288,21 +288,6 @@ def test_layers_overwritten_in_place_are_refused(layers: str) -> None:
         fit_regression(pl.lift(Careless()), x, torch.zeros_like(x), pl.kfac_expand)
 
 
-def test_a_layer_whose_input_is_not_batch_first_is_refused() -> None:
-    class TokensFirst(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Linear(3, 3).double()
-
-        def forward(self, x: Tensor) -> Tensor:
-            out: Tensor = self.layer(x.transpose(0, 1)).sum(0)
-            return out
-
-    x = torch.randn(4, 3, 3, dtype=torch.float64)
-    with pytest.raises(ValueError, match="first dim must be the batch"):
-        fit_regression(pl.lift(TokensFirst()), x, torch.zeros(4, 3), pl.kfac_expand)
-
-
 # The structures as plain functions.
 
 

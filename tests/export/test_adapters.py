@@ -1,6 +1,7 @@
 """Adapters that PEFT loads, and a network that stays what it was."""
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ from torch import Tensor
 import pyro_lora as pl
 from tests import networks
 from tests.predict import models
+
+# Told of draws of a Gaussian, and tested where that is said.
+pytestmark = pytest.mark.filterwarnings("ignore:A Gaussian over several layers")
 
 
 def base_model(network: PeftModel) -> Any:
@@ -209,3 +213,31 @@ def test_one_peft_model_is_needed(tmp_path: Path) -> None:
     two = pl.ParticlePosterior(posterior.particles, (lora, lora), None, "y")
     with pytest.raises(ValueError, match="2 lifted networks; expected one"):
         pl.export_adapters(two, tmp_path, 2)
+
+
+@pytest.mark.parametrize("kind", ["laplace", "mixture", "last_layer", "particles"])
+def test_draws_that_may_predict_at_chance_are_told(kind: str, tmp_path: Path) -> None:
+    lora, model = models.classifier()
+    batches = models.two_batches()
+    laplace = models.laplace(lora, model, batches)
+    last = pl.AutoLaplace(model, init_loc_fn=lora.init_to_adapter(), sites="last_layer")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The weights aren't a mode")
+        narrow = last.laplace_approximation(batches)
+    posterior: Any = {
+        "laplace": laplace,
+        "mixture": pl.MixturePosterior([laplace, models.particles(lora, model)]),
+        "last_layer": narrow,
+        "particles": models.particles(lora, model),
+    }[kind]
+    told = kind in ("laplace", "mixture")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        pl.export_adapters(posterior, tmp_path, 1)
+    said = [str(w.message) for w in caught if w.category is UserWarning]
+    assert len(said) == told
+    for remedy in ("last layer", "particles", "mode"):
+        assert all(remedy in text for text in said)
+    card = (tmp_path / "draw_000" / "README.md").read_text(encoding="utf-8")
+    assert ("may predict at chance" in card) == told
+    assert ("What the posterior predicts is the" in card) != told

@@ -20,6 +20,9 @@ import pyro_lora as pl
 from tests import networks
 from tests.predict import models
 
+# Told of draws of a Gaussian, and tested where that is said.
+pytestmark = pytest.mark.filterwarnings("ignore:A Gaussian over several layers")
+
 
 def saved_base(folder: Path, **lora: Any) -> PeftModel:
     """An adapted network whose base is in a folder, as on a user's disk."""

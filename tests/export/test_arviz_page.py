@@ -19,7 +19,8 @@ def code(page: str) -> str:
     return "\n".join(re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL))
 
 
-# Versions of ArviZ and xarray that warn of one another.
+# Few draws; and versions of ArviZ and xarray that warn of one another.
+@pytest.mark.filterwarnings("ignore:Estimated shape parameter of Pareto")
 @pytest.mark.filterwarnings("ignore:In a future version of xarray:FutureWarning")
 def test_the_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
     names: dict[str, Any] = {}

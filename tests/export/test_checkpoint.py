@@ -129,8 +129,10 @@ def test_repeated_values_are_stored_once(tmp_path: Path) -> None:
     posterior = models.laplace(lora, model, models.two_batches(), pl.diagonal)
     pl.save(posterior, tmp_path)
     weights = sum(x.numel() for x in lora.weights().values())
-    # The mode and the diagonal; prior mean and precision are one number a site.
-    assert tensor_file(tmp_path).stat().st_size < 8 * weights * 2 + 8_000
+    # The mode and the diagonal; prior mean and precision are one number a site. And
+    # 32 values of each frozen tensor.
+    frozen = 4 * 32 * sum(not x.requires_grad for x in lora.network.parameters())
+    assert tensor_file(tmp_path).stat().st_size < 8 * weights * 2 + frozen + 8_000
 
 
 def test_saving_again_replaces_the_old_file(tmp_path: Path) -> None:
@@ -239,8 +241,19 @@ def test_an_altered_manifest_is_refused(saved: Any) -> None:
 
 
 def test_a_newer_version_is_refused(saved: Any) -> None:
-    edit_manifest(saved[1], sign=True, version=2)
-    assert_refused(saved, r"manifest\.json has version 2; this pyro_lora reads up to 1")
+    edit_manifest(saved[1], sign=True, version=3)
+    assert_refused(saved, r"manifest\.json has version 3; this pyro_lora reads up to 2")
+
+
+def test_the_first_version_is_read(saved: Any) -> None:
+    lora, folder = saved
+    expected = pl.load(folder, lora)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["networks"]  # which it didn't have
+    manifest["version"] = 1
+    manifest["manifest_sha256"] = tensor_folder.manifest_digest(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert_same_draws(expected, pl.load(folder, lora))
 
 
 @pytest.mark.parametrize("text", ['{"format": "other"}', "[1]", "{}", "\xff"])
@@ -263,7 +276,47 @@ def test_a_folder_without_a_manifest_is_refused(tmp_path: Path) -> None:
 
 def test_an_unknown_kind_is_refused(saved: Any) -> None:
     edit_manifest(saved[1], sign=True, posterior={"kind": "flow"})
-    assert_refused(saved, r"manifest\.json: '.*' is missing or unknown")
+    assert_refused(saved, r"manifest\.json: Invalid value 'flow' - at `\$\.posterior")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"posterior": 3}, r"Expected `object`, got `int` - at `\$\.posterior`"),
+        ({"sites": {"x": [-1]}}, r"Expected `int` >= 0 - at `\$\.sites\[...\]\[0\]`"),
+        ({"more": 1}, "contains unknown field `more`"),
+        (
+            {"tensors": {"file": "../x", "bytes": 1, "sha256": ""}},
+            "is no name of a file",
+        ),
+        ({"expanded": {"networks/0": [2**40, 2, 3]}}, "can't be repeated"),
+        ({"expanded": {"x": [1]}}, "expanded has tensors that aren't there"),
+    ],
+)
+def test_fields_of_another_form_are_named(
+    saved: Any, changes: dict[str, Any], message: str
+) -> None:
+    edit_manifest(saved[1], sign=True, **changes)
+    assert_refused(saved, rf"manifest\.json: .*{message}|{message}")
+
+
+def test_a_manifest_that_is_too_deep_is_refused(saved: Any) -> None:
+    for depth in (200, 100_000):
+        text = '{"format": "pyro_lora posterior", "x": ' + "[" * depth + "]" * depth
+        (saved[1] / "manifest.json").write_text(text + "}")
+        assert_refused(saved, r"manifest\.json is truncated, or no manifest")
+
+
+@torch.no_grad()
+def test_another_base_of_the_same_shapes_is_refused(saved: Any) -> None:
+    lora, folder = saved
+    network = copy.deepcopy(lora.network)
+    network.base_model.model.bert.encoder.layer[1].output.dense.weight.mul_(1.01)
+    assert_refused(
+        (pl.lift(network), folder),
+        r"manifest\.json: the posterior: frozen tensor '.*layer\.1\.output\.dense"
+        r"\.weight' has .* there, .* here, so this is another network",
+    )
 
 
 @pytest.mark.parametrize(
@@ -288,7 +341,7 @@ def test_the_adapters_name_does_not_matter(tmp_path: Path) -> None:
     lora, model = models.classifier()
     posterior = models.particles(lora, model)
     pl.save(posterior, tmp_path)
-    network = networks.bert()
+    network = copy.deepcopy(lora.network)
     network.add_adapter("other", network.peft_config["default"])
     network.set_adapter("other")
     renamed = pl.lift(network)

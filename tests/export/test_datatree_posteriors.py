@@ -184,7 +184,8 @@ def test_a_latent_noise_is_drawn_not_linearised() -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The weights aren't a mode")
         posterior = guide.laplace_approximation(task.batches)
-    tree = pl.to_datatree(posterior, batches=task.batches, num_samples=5)
+    with pytest.warns(UserWarning, match="latent sites besides the weights"):
+        tree = pl.to_datatree(posterior, batches=task.batches, num_samples=5)
     assert tree["log_likelihood"].attrs["method"] == "sample"
     assert float(tree["posterior"]["noise"].std()) > 0
     with pytest.raises(ValueError, match=r"needs a Laplace posterior over nothing but"):

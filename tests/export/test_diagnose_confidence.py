@@ -82,6 +82,7 @@ def test_too_little_noise_is_overconfidence() -> None:
     ]
 
 
+@pytest.mark.filterwarnings("ignore:The network can't be linearised here")
 def test_students_noise_is_judged_by_draws() -> None:
     task = linear_regression()
 
@@ -142,8 +143,11 @@ def test_outcomes_by_another_name() -> None:
         found = pl.diagnose(posterior, of_stars, renamed, labels="stars")
         assert found.confidence == expected.confidence
         assert found.diversity == expected.diversity
-        unnamed = pl.diagnose(posterior, of_stars, renamed)
-        assert "no 'labels': labels= says" in unnamed.left_out["confidence"]
+        unnamed = pl.diagnose(posterior, of_stars, renamed)  # found from the model
+        assert unnamed.confidence == expected.confidence
+        bare = [{k: x for k, x in b.items() if k != "stars"} for b in renamed]
+        without = pl.diagnose(posterior, of_stars, bare)
+        assert "no 'labels': labels= says" in without.left_out["confidence"]
 
 
 def test_outcomes_by_another_name_are_no_input_of_the_tree() -> None:

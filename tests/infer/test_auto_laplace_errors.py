@@ -57,7 +57,10 @@ def test_missing_labels(
         if missing == "left out":
             del one["labels"]
     start = trained(lora, texts) if after_svi else guide(lora)
-    with pytest.raises(ValueError, match=r"observed nothing.*Put labels into the ba"):
+    later = r"Batch 1 has no 'labels', other than the first.*same arguments"
+    nothing = r"observed nothing.*Put labels into the ba"
+    message = later if missing == "in a later batch" else nothing
+    with pytest.raises(ValueError, match=message):
         start.laplace_approximation(batches)
 
 
@@ -135,10 +138,10 @@ def test_an_empty_batch(
     batches = split(texts, 3)
     batches.insert(index, {name: x[:0] for name, x in texts.items()})
     start = trained(lora, texts) if after_svi else guide(lora)
-    with pytest.raises(ValueError, match=rf"batch {index}: .*is empty.*Leave it out"):
+    with pytest.raises(ValueError, match=rf"Batch {index} is empty.*Leave it out"):
         start.laplace_approximation(batches)
     posterior = laplace(lora, texts)
-    with pytest.raises(ValueError, match=rf"batch {index}: .*is empty"):
+    with pytest.raises(ValueError, match=rf"Batch {index} is empty"):
         posterior.optimize_prior(objective="nll", batches=batches)
     with pytest.raises(ValueError, match="is empty"):
         posterior.linearized(batches[index])
@@ -164,7 +167,7 @@ def test_nan_in_a_batch(
 
     batches = [{**one, "factor": torch.tensor(1.0)} for one in split(texts, 3)]
     batches[index]["factor"] = torch.tensor(math.nan)
-    with pytest.raises(ValueError, match=rf"batch {index}, site 'y': (.|\n)*inputs"):
+    with pytest.raises(ValueError, match=rf"Batch {index}, .*'factor'(.|\n)*'y'"):
         guide(lora, model).laplace_approximation(batches)
     with pyro.validation_enabled(False):  # then Pyro leaves it to us
         with pytest.raises(ValueError, match=rf"Batch {index}: .*'y' is NaN.*inputs"):
@@ -187,7 +190,9 @@ def test_labels_outside_of_the_classes(
     lora: pl.LiftedNetwork, texts: dict[str, Tensor]
 ) -> None:
     texts["labels"][4] = 3
-    with pytest.raises(ValueError, match=r"batch 1: (.|\n)*support(.|\n)*labels"):
+    with pytest.raises(
+        ValueError, match=r"Batch 1, site 'y': .* 3 .*support.*classes 0 to 2.*labels"
+    ):
         guide(lora).laplace_approximation(split(texts, 3))
 
 
@@ -296,9 +301,9 @@ def test_two_observed_sites(lora: pl.LiftedNetwork, texts: dict[str, Tensor]) ->
 
 
 def test_an_unknown_fisher(lora: pl.LiftedNetwork) -> None:
-    with pytest.raises(ValueError, match=r"'empirical', 'exact', 'mc'.*'kfac'"):
+    with pytest.raises(ValueError, match=r"'exact', 'mc' or 'empirical'.*'kfac'"):
         guide(lora, fisher="kfac")
-    with pytest.raises(ValueError, match="num_fisher_samples is 0"):
+    with pytest.raises(ValueError, match=r"num_fisher_samples .* at least 1, found 0"):
         guide(lora, fisher="mc", num_fisher_samples=0)
 
 

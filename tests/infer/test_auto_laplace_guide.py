@@ -197,6 +197,68 @@ def test_a_trained_guide_does_not_leak_into_another() -> None:
     assert_same(flatten(found.mode()), flatten(lora.weights()))
 
 
+def trainer(seed: int) -> tuple[pl.LiftedNetwork, pl.AutoLaplace, SVI]:
+    """A guide of a network of its own, and SVI for it."""
+    torch.manual_seed(seed)
+    lora = pl.lift(bert(3))
+    model = pl.models.classification(lora, 7)
+    guide = pl.AutoLaplace(model, init_loc_fn=lora.init_to_adapter())
+    return lora, guide, SVI(model, guide, Adam({"lr": 0.01}), Trace_ELBO())
+
+
+@pytest.mark.filterwarnings(NOT_A_MODE)
+def test_a_second_guide_in_the_param_store_starts_where_it_is_told() -> None:
+    texts = batch(7, num_labels=3)
+    alone = {}
+    for seed in (1, 2):
+        pyro.clear_param_store()
+        _, guide, svi = trainer(seed)
+        losses = [svi.step(**texts) for _ in range(2)]
+        alone[seed] = losses, flatten(guide.laplace_approximation([texts]).mode())
+    pyro.clear_param_store()
+    _, first, svi_of_first = trainer(1)
+    assert [svi_of_first.step(**texts) for _ in range(2)] == alone[1][0]
+    _, second, svi = trainer(2)
+    assert [svi.step(**texts) for _ in range(2)] == alone[2][0]
+    assert_same(flatten(second.laplace_approximation([texts]).mode()), alone[2][1])
+    # The first keeps what it has found, and doesn't train the second's.
+    assert_same(flatten(first.laplace_approximation([texts]).mode()), alone[1][1])
+    before = {n: x.clone() for n, x in pyro.get_param_store().items()}
+    with pytest.raises(ValueError, match=r"'AutoLaplace\.lora.*another AutoLaplace's"):
+        svi_of_first.step(**texts)
+    for name, value in before.items():
+        assert torch.equal(pyro.param(name), value)
+    svi.step(**texts)
+    pyro.clear_param_store()  # which makes room
+    svi_of_first.step(**texts)
+
+
+def test_guides_side_by_side_under_module_local_params() -> None:
+    texts = batch(7, num_labels=3)
+    alone = []
+    for seed in (1, 2):
+        pyro.clear_param_store()
+        svi = trainer(seed)[2]
+        alone.append([svi.step(**texts) for _ in range(3)])
+    pyro.clear_param_store()
+    with pyro.settings.context(module_local_params=True):
+        both = [trainer(seed)[2] for seed in (1, 2)]
+        found = [[svi.step(**texts) for svi in both] for _ in range(3)]
+    assert [list(losses) for losses in zip(*found, strict=True)] == alone
+
+
+def test_a_store_from_a_file_is_gone_on_from(tmp_path: Any) -> None:
+    texts = batch(7, num_labels=3)
+    svi = trainer(1)[2]
+    for _ in range(2):
+        svi.step(**texts)
+    pyro.get_param_store().save(tmp_path / "store")
+    expected = svi.evaluate_loss(**texts)
+    pyro.clear_param_store()
+    pyro.get_param_store().load(tmp_path / "store")
+    assert trainer(1)[2].evaluate_loss(**texts) == expected
+
+
 # What the pass leaves alone.
 
 
@@ -240,7 +302,7 @@ def test_dropout_is_off_during_the_pass_and_restored() -> None:
     guide = pl.AutoLaplace(
         pl.models.classification(lora, 7), init_loc_fn=lora.init_to_adapter()
     )
-    with pytest.raises(ValueError, match="batch 0"):
+    with pytest.raises(ValueError, match="Batch 0"):
         guide.laplace_approximation(broken)
     assert [module.training for module in network.modules()] == modes
 

@@ -321,3 +321,35 @@ def test_latents_that_fit_no_block() -> None:
         with pytest.raises(ValueError, match=message):
             guide.laplace_approximation([{"kind": kind, **texts}])
     assert laplace(lora, texts).latents is None
+
+
+@ignore_mode
+def test_laplace_starts_where_svgd_left_the_noise() -> None:
+    lora, texts = pl.lift(bert(1)), batch(8)
+    texts["labels"] = 0.1 * torch.randn(8).double()
+    model = pl.models.regression(lora, 8)
+    svgd = pl.SVGD(
+        model,
+        pl.kernels.Zero(),
+        Adam({"lr": 0.05}),
+        1,
+        init_loc_fn=lora.init_to_adapter(),
+    )
+    svgd.run([texts], num_epochs=20, progress_bar=False)
+    particle = svgd.get_named_particles()
+    guide = pl.AutoLaplace(model, init_loc_fn=lora.init_to(particle))
+    mode = guide.laplace_approximation([texts]).mode()
+    assert mode.keys() == particle.keys()
+    for site, value in particle.items():
+        assert torch.equal(mode[site], value[0])
+
+
+@ignore_mode
+def test_a_density_takes_all_sites_and_no_others() -> None:
+    posterior = Regression().laplace()
+    draws = posterior.sample(2)
+    assert posterior.log_prob(draws).shape == (2,)
+    others = dict(draws)
+    sigma = others.pop("sigma")
+    with pytest.raises(ValueError, match=r"missing \['sigma'\], unknown \['tau'\]"):
+        posterior.log_prob({**others, "tau": sigma})

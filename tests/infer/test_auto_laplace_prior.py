@@ -333,7 +333,7 @@ def test_held_out_nll_of_real_outcomes() -> None:
     design = torch.cat([x, torch.ones(20, 1).double()], 1)
     y = design @ task.mode + noise
     held_out = [{"x": x[:9], "y": y[:9]}, {"x": x[9:], "y": y[9:]}]
-    best = posterior.optimize_prior(objective="nll", batches=held_out, labels="y")
+    best = posterior.optimize_prior(objective="nll", batches=held_out)
     found = float(next(iter(best.prior_precision.values())).flatten()[0])
     gram = task.design.mT @ task.design / NOISE_SD**2
     grid = torch.logspace(-4, 6, 81, dtype=torch.float64)
@@ -351,10 +351,10 @@ def test_held_out_nll_of_real_outcomes() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"per": "matrix"}, "per must be one of .*'layer', 'site'.*'matrix'"),
+        ({"per": "matrix"}, "per must be 'all', .*'layer'.*'matrix'"),
         ({"objective": "accuracy"}, "'evidence' or 'nll'"),
         ({"objective": "nll"}, "needs held-out batches"),
-        ({"objective": "nll", "per": "site", "batches": [{}]}, "batch 0 .*'labels'"),
+        ({"objective": "nll", "per": "site", "batches": [{}]}, "Batch 0, .*input_ids"),
         ({"objective": "nll", "per": "prior", "batches": [{}]}, "no per='prior'"),
         ({"per": "prior"}, "no pyro.param.*'layer'"),
         ({"batches": [{}]}, "batches for refits only"),
@@ -371,7 +371,10 @@ def test_held_out_nll_of_real_outcomes() -> None:
             "objective='evidence' only",
         ),
         ({"objective": "nll", "batches": []}, "no batches"),
-        ({"objective": "nll", "batches": [inputs(batch(3))]}, "batch 0 .*'labels'"),
+        (
+            {"objective": "nll", "batches": [inputs(batch(3))]},
+            "Held-out batch 0 has no labels",
+        ),
     ],
 )
 def test_impossible_searches_are_refused(options: Any, message: str) -> None:

@@ -8,6 +8,8 @@ from pyro.optim import SGD
 import pyro_lora as pl
 from tests.infer.targets import hierarchical_regression
 
+pytestmark = pytest.mark.filterwarnings("ignore:The batches of an epoch hold")
+
 FRACTIONS = [i / 40 for i in range(41)]
 
 

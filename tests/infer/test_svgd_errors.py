@@ -40,8 +40,8 @@ def model() -> None:
         ({"temperature": float("nan")}, "temperature must be positive"),
         ({"temperature": float("inf")}, "positive and finite, found inf"),
         ({"chunk_size": 4}, "chunk_size must lie between 1 and num_particles=3"),
-        ({"chunk_size": 0}, "chunk_size must lie between"),
-        ({"transport": "annealed"}, "'stein' or 'repulsive', found 'annealed'"),
+        ({"chunk_size": 0}, "chunk_size must be at least 1, found 0"),
+        ({"transport": "annealed"}, "'stein', 'repulsive' or None, found 'annealed'"),
         (
             {"kernel": kernels.RBF(space="function"), "transport": "stein"},
             "repulsive transport only",
@@ -52,8 +52,11 @@ def model() -> None:
             {"repulsion": 2.0, "transport": "repulsive", "kernel": kernels.Zero()},
             "has no effect",
         ),
-        ({"repulsion": -1.0, "transport": "repulsive"}, "must not be negative"),
-        ({"repulsion": float("nan"), "transport": "repulsive"}, "must not be negative"),
+        ({"repulsion": -1.0, "transport": "repulsive"}, "and at least 0"),
+        (
+            {"repulsion": float("nan"), "transport": "repulsive"},
+            "finite and at least 0",
+        ),
         ({"optim": Adam(lambda name: {"lr": 0.1})}, "Per-parameter callables"),
         (
             {"optim": Adam({"lr": 0.1}, lambda module, name: {"clip_norm": 1.0})},
@@ -362,3 +365,80 @@ def test_particles_that_meet_in_a_dim_of_no_plate() -> None:
     engine = svgd(regression)
     with pytest.raises(ValueError, match=r"Site 'y'.*3 particles.*\(3, 3, 4\).*plate"):
         engine.step()
+
+
+SPACES: list[dict[str, Any]] = [
+    {"kernel": kernels.Zero()},
+    {"kernel": kernels.RBF()},
+    {"kernel": kernels.RBF(space="site"), "chunk_size": 2},
+    {"kernel": kernels.RBF(space="coordinate"), "transport": "repulsive"},
+    {"kernel": kernels.RBF(space="function")},
+    {"kernel": kernels.RBF(space="function"), "chunk_size": 2, "accumulate": 3},
+    {"kernel": kernels.RBF(space="function"), "reference": "first"},
+]
+
+
+def regression(x: Tensor, y: Tensor | None = None, *, sampled: bool = True) -> None:
+    w = pyro.sample("w", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+    with pyro.plate("data", 20, subsample=x):
+        if sampled or y is not None:
+            pyro.sample("y", dist.Normal((x * w).sum(-1), 1.0), obs=y)
+
+
+def regression_batch(**settings: Any) -> dict[str, Any]:
+    return {"x": torch.randn(4, 2).double(), "y": torch.randn(4).double(), **settings}
+
+
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("sampled", [True, False])
+@pytest.mark.parametrize("obs_site", [None, "y"])
+def test_a_later_batch_without_labels(
+    space: dict[str, Any], sampled: bool, obs_site: str | None
+) -> None:
+    batch = regression_batch(sampled=sampled)
+    if "reference" in space:
+        space = {**space, "reference": batch}
+    engine = svgd(regression, obs_site=obs_site, **space)
+    for _ in range(2):
+        engine.step(**batch)
+    before = engine.state_dict()
+    with pytest.raises(ValueError, match=r"batch 2 \(from 0\): .*has no 'y'"):
+        engine.step(**{**batch, "y": None})
+    assert_same_state(engine.state_dict(), before)
+    engine.step(**batch)
+
+
+def test_an_outcome_beside_the_named_one_without_labels() -> None:
+    def model(y: Tensor, z: Tensor | None) -> None:
+        w = pyro.sample("w", dist.Normal(y.new_zeros(()), 1.0))
+        with pyro.plate("data", 4):
+            pyro.sample("y", dist.Normal(w, 1.0), obs=y)
+            pyro.sample("z", dist.Normal(w, 1.0), obs=z)
+
+    y = torch.randn(4).double()
+    for space in (kernels.RBF(), kernels.RBF(space="function")):
+        engine = svgd(model, kernel=space, obs_site="y")
+        engine.step(y=y, z=y)
+        with pytest.raises(ValueError, match=r"batch 1 .*has no 'z'"):
+            engine.step(y=y, z=None)
+
+
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("name", ["no_such_site", "w", "data"])
+def test_a_site_that_is_not_observed_is_refused_at_once(
+    space: dict[str, Any], name: str
+) -> None:
+    batch = regression_batch()
+    if "reference" in space:
+        space = {**space, "reference": batch}
+    engine = svgd(regression, obs_site=name, **space)
+    with pytest.raises(ValueError, match=rf"'{name}' isn't observed; observed .*'y'"):
+        engine.step(**batch)
+    with pytest.raises(ValueError, match="before the first step"):
+        engine.get_named_particles()
+
+
+def test_a_model_without_data_needs_no_site() -> None:
+    engine = svgd(model)
+    engine.step()
+    engine.step()

@@ -19,6 +19,8 @@ from tests.infer.engines import (
 )
 from tests.infer.targets import bert, hierarchical_regression
 
+pytestmark = pytest.mark.filterwarnings("ignore:The batches of an epoch hold")
+
 
 @pytest.mark.parametrize("name", list(OPTIMIZERS))
 @pytest.mark.parametrize("fresh", [True, False])

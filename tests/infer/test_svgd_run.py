@@ -28,6 +28,9 @@ from tests.infer.engines import (
 )
 from tests.infer.targets import NUM_DATA, hierarchical_regression
 
+# Most batches here are a part of the data, which is told, and tested below.
+pytestmark = pytest.mark.filterwarnings("ignore:The batches of an epoch hold")
+
 
 @pytest.mark.parametrize("name", ["Adam", "ClippedAdam", "SGD", "clipped"])
 def test_optimizers_follow_the_direction(name: str) -> None:
@@ -275,7 +278,7 @@ def test_the_schedule_is_at_its_end_after_a_run_that_broke() -> None:
     svgd = engine(
         target, SGD({"lr": 0.01}), temperature=lambda u: seen.append(u) or 1.0
     )
-    with pytest.raises(TypeError):
+    with pytest.raises(ValueError, match="Batch 1 has"):
         svgd.run([target.batch, {"wrong": 1}], num_epochs=2, progress_bar=False)
     svgd.step(**target.batch)
     assert seen == [0.0, 1.0]
@@ -365,3 +368,97 @@ def test_float32_particles_and_a_float64_latent() -> None:
     )
     svgd.step(**batch)
     assert svgd.get_named_particles()["bias"].dtype == torch.float64
+
+
+def counted(num_data: int, **settings: Any) -> pl.SVGD:
+    """SVGD of a model that takes its data to be as many as that."""
+    lora = pl.lift(networks.bert())
+    return pl.SVGD(
+        pl.models.classification(lora, num_data),
+        kernels.RBF(space=settings.pop("space", "joint")),
+        SGD({"lr": 1e-4}),
+        2,
+        init_loc_fn=lora.init_to_adapter(jitter=0.1),
+        **settings,
+    )
+
+
+def rows(num_data: int, **settings: Any) -> DataLoader[Any]:
+    data = networks.batch(num_data)
+    each = [{name: x[i] for name, x in data.items()} for i in range(num_data)]
+    return DataLoader(each, **settings)  # type: ignore[arg-type]
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"chunk_size": 1},
+    {"accumulate": 2},
+    {"space": "function"},
+    {"space": "function", "accumulate": 2, "chunk_size": 1},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_run_notices_data_that_the_plate_does_not_have(settings: Any) -> None:
+    loader = rows(7, batch_size=2)
+    counted(7, **settings).run(loader, num_epochs=2, progress_bar=False)
+    svgd = counted(14, **settings)
+    message = r"hold 7 data, but the plate of site 'y' says 14.*weighs 2 times"
+    with pytest.warns(UserWarning, match=message):
+        svgd.run(loader, num_epochs=1, progress_bar=False)
+    svgd.run(loader, num_epochs=1, progress_bar=False)  # it has been said
+    svgd = counted(5, **settings)
+    with pytest.warns(UserWarning, match=r"hold 7 data.*says 5"):
+        svgd.run(loader, num_epochs=1, progress_bar=False)
+
+
+def test_a_loader_may_drop_its_last_batch() -> None:
+    dropping = rows(7, batch_size=2, drop_last=True)
+    counted(7).run(dropping, num_epochs=1, progress_bar=False)
+    for num_data in (8, 5):  # a batch too many, and one too few
+        svgd = counted(num_data)
+        with pytest.warns(UserWarning, match=f"hold 6 data.*says {num_data}"):
+            svgd.run(dropping, num_epochs=1, progress_bar=False)
+    svgd = counted(7)
+    with pytest.warns(UserWarning, match=r"hold 6 data.*says 7"):
+        svgd.run(list(dropping), num_epochs=1, progress_bar=False)
+
+
+def test_a_model_without_a_plate_of_data_has_nothing_to_cover() -> None:
+    lora = pl.lift(networks.bert())
+
+    def model(labels: Tensor, **texts: Tensor) -> None:
+        logits = lora()(**texts).logits
+        log_prob = dist.Categorical(logits=logits).log_prob(labels)
+        pyro.factor("y", log_prob.sum(-1))
+
+    svgd = pl.SVGD(
+        model,
+        kernels.Zero(),
+        SGD({"lr": 1e-4}),
+        2,
+        max_plate_nesting=0,
+        init_loc_fn=lora.init_to_adapter(jitter=0.1),
+    )
+    svgd.run([networks.batch()] * 2, num_epochs=1, progress_bar=False)
+
+
+def test_plates_of_other_things_than_data_are_not_counted() -> None:
+    lora = pl.lift(networks.bert())
+
+    def model(labels: Tensor, **texts: Tensor) -> None:
+        with pyro.plate("groups", 2):
+            pyro.sample("known", dist.Normal(0.0, 1.0), obs=torch.zeros(2))
+            pyro.deterministic("fixed", torch.ones(2))
+        pl.models.classification(lora, 10)(labels=labels, **texts)
+
+    svgd = pl.SVGD(
+        model,
+        kernels.Zero(),
+        SGD({"lr": 1e-4}),
+        2,
+        init_loc_fn=lora.init_to_adapter(jitter=0.1),
+    )
+    svgd.run([networks.batch(5)] * 2, num_epochs=1, progress_bar=False)
+    with pytest.warns(UserWarning, match=r"hold 5 data.*'y' says 10"):
+        svgd.run([networks.batch(5)], num_epochs=1, progress_bar=False)

@@ -2,9 +2,11 @@
 
 import copy
 import json
+import operator
 import os
 import random
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -205,10 +207,10 @@ def test_damaged_states_are_refused(saved: tuple[pl.SVGD, Path]) -> None:
     fields = json.loads(text)
     manifest.write_text(text.replace('"lr"', '"rl"'))
     assert_refused(svgd, folder, r"manifest\.json was altered")
-    fields["version"] = 2
+    fields["version"] = 3
     fields["manifest_sha256"] = tensor_folder.manifest_digest(fields)
     manifest.write_text(json.dumps(fields))
-    assert_refused(svgd, folder, "has version 2; this pyro_lora reads up to 1")
+    assert_refused(svgd, folder, "has version 3; this pyro_lora reads up to 2")
     manifest.write_text(text[:100])
     assert_refused(svgd, folder, r"manifest\.json is truncated, or no manifest")
     assert_refused(svgd, folder / "nowhere", r"manifest\.json doesn't exist")
@@ -236,6 +238,77 @@ def engine_after_a_step(target: Any, optim: PyroOptim) -> pl.SVGD:
     svgd = engine(target, optim)
     svgd.step(**target.batch)
     return svgd
+
+
+def test_another_base_of_the_same_shapes_is_refused(tmp_path: Path) -> None:
+    network = networks.bert()
+    batch = networks.batch()
+
+    def engine_on(network: Any) -> pl.SVGD:
+        lora = pl.lift(network)
+        return pl.SVGD(
+            pl.models.classification(lora, 5),
+            pl.kernels.RBF(),
+            Adam({"lr": 0.01}),
+            2,
+            init_loc_fn=lora.init_to_adapter(jitter="auto"),
+        )
+
+    svgd = engine_on(network)
+    svgd.step(**batch)
+    pl.save_state(svgd, tmp_path)
+    same, other = copy.deepcopy(network), copy.deepcopy(network)
+    other.base_model.model.bert.encoder.layer[0].output.dense.weight.data.mul_(1.01)
+    found = engine_on(same)
+    pl.load_state(found, tmp_path)
+    found.step(**batch)
+    late = engine_on(other)
+    pl.load_state(late, tmp_path)  # which network that is, the first step will tell
+    for _ in range(2):
+        with pytest.raises(ValueError, match="so this is another network"):
+            late.step(**batch)
+    stepped = engine_on(copy.deepcopy(other))
+    stepped.step(**batch)
+    assert_refused(stepped, tmp_path, r"manifest\.json: The state: frozen tensor")
+
+
+def signed_anew(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    change(manifest["state"])
+    manifest["manifest_sha256"] = tensor_folder.manifest_digest(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def field(state: Any, *path: Any) -> list[Any]:
+    """The pair of a name and a value in the state as a manifest has it."""
+    for i, name in enumerate(path):
+        items = state["items"] if isinstance(state, dict) else state
+        pair = next(x for x in items if not isinstance(name, str) or x[0] == name)
+        if i + 1 == len(path):
+            return pair  # type: ignore[no-any-return]
+        state = pair[1] if isinstance(pair, list) else pair
+    raise AssertionError(path)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("num_epochs",), -1, r"Expected `int` >= 0 - at `\$\.num_epochs`"),
+        (("num_gathered",), 2, "has gathered 2 batches, but not what of"),
+        (("diagnostics",), None, r"Expected `object`, got `null`"),
+        (("optim", "w", "kind"), "SGD", "The state is that of SGD"),
+        (("random", "python"), [3], "a random generator's state is none"),
+        (("optim", "w", "optimizer", "param_groups", 0, "lr"), -1, r"\.lr is -1"),
+        (("optim", "w", "optimizer", "param_groups", 0, "maximize"), True, "maximize"),
+        (("optim", "w", "optimizer", "param_groups", 0, "eps"), 0, r"\.eps is 0"),
+    ],
+)
+def test_fields_of_another_form_are_named(
+    path: Any, value: Any, message: str, saved: tuple[pl.SVGD, Path]
+) -> None:
+    svgd, folder = saved
+    signed_anew(folder, lambda state: operator.setitem(field(state, *path), 1, value))
+    assert_refused(svgd, folder, rf"manifest\.json: .*{message}")
 
 
 def test_what_no_file_holds_is_refused(tmp_path: Path) -> None:

@@ -8,8 +8,12 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
+from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoNormal
+from pyro.optim import SGD
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -123,7 +127,7 @@ def test_automatic_jitter_of_other_parameters() -> None:
 
 @pytest.mark.parametrize("jitter", [-0.1, math.nan, "wide"])
 def test_jitters_out_of_range(jitter: Any) -> None:
-    with pytest.raises(ValueError, match=r"jitter: expected 'auto' or"):
+    with pytest.raises(ValueError, match=r"jitter.* 'auto'"):
         pl.lift(bert()).init_to_adapter(jitter=jitter)
 
 
@@ -190,6 +194,102 @@ def test_wrong_weights_are_refused_at_once(value: Tensor | None, message: str) -
     lora = pl.lift(bert())
     with pytest.raises(ValueError, match=message):
         lora.init_to(replaced(lora.weights(), value))
+
+
+LATENTS = {  # a constrained value of each, and where a guide starts without it
+    "noise": dist.LogNormal(0.0, 1.0),
+    "shares": dist.Dirichlet(torch.ones(3).double()),
+    "shift": dist.Normal(torch.zeros(2, 2).double(), 1.0).to_event(2),
+}
+
+
+def with_latents(lora: pl.LiftedNetwork) -> Callable[..., None]:
+    def model(**texts: Tensor) -> None:
+        for name, fn in LATENTS.items():
+            pyro.sample(name, fn)
+        classifier(lora)(**texts)
+
+    return model
+
+
+@settings(deadline=None, max_examples=10, suppress_health_check=list(HealthCheck))
+@given(names=st.sets(st.sampled_from(sorted(LATENTS))), num=st.integers(0, 3))
+def test_every_site_that_is_given_counts(names: set[str], num: int) -> None:
+    lora = pl.lift(bert())
+    lead = (num,) if num else ()
+    weights = particles(lora, *lead)
+    weights |= {name: LATENTS[name].sample(lead) for name in sorted(names)}
+    init = lora.init_to(weights)
+    for k in range(max(1, num)):
+        expected = {s: x[k] if num else x for s, x in weights.items()}
+        for name, value in expected.items():
+            found = init(
+                {"name": name, "infer": {"particle": k}, "fn": LATENTS.get(name)}
+            )
+            assert torch.equal(found, value)
+    pyro.clear_param_store()
+    guide = AutoDelta(with_latents(lora), init_loc_fn=init)
+    guide(**batch())
+    for name in names:
+        first = weights[name][0] if num else weights[name]
+        assert_close(guide.median()[name], first, rtol=1e-6, atol=1e-6)
+
+
+def test_a_latent_of_another_shape_is_refused() -> None:
+    lora = pl.lift(bert())
+    weights = {**lora.weights(), "shift": torch.zeros(3, 2)}
+    guide = AutoDelta(with_latents(lora), init_loc_fn=lora.init_to(weights))
+    with pytest.raises(ValueError, match=r"'shift'.*\(2, 2\).*found \(3, 2\)"):
+        guide(**batch())
+
+
+def engines(lora: pl.LiftedNetwork, model: Any, init: Any) -> dict[str, Any]:
+    guide = pl.AutoLaplace(model, init_loc_fn=init)
+    trained = pl.AutoLaplace(model, init_loc_fn=init)
+    svgd = pl.SVGD(model, pl.kernels.Zero(), SGD({"lr": 0.0}), 1, init_loc_fn=init)
+    return {
+        "laplace": lambda: guide.laplace_approximation([batch()]),
+        "svi": lambda: SVI(model, trained, SGD({"lr": 0.0}), Trace_ELBO()).step(
+            **batch()
+        ),
+        "svgd": lambda: svgd.step(**batch()),
+    }
+
+
+@pytest.mark.parametrize("engine", ["laplace", "svi", "svgd"])
+def test_a_site_that_the_model_does_not_sample_is_refused(engine: str) -> None:
+    lora = pl.lift(bert())
+    weights = {**lora.weights(), "noise": torch.ones(())}
+    run = engines(lora, classifier(lora, num_data=5), lora.init_to(weights))[engine]
+    for _ in range(2):  # and nothing was set up by the first
+        with pytest.raises(ValueError, match=r"\['noise'\], which the model doesn't"):
+            run()
+
+
+def test_noise_of_a_prior_that_is_not_centred() -> None:
+    prior = pl.priors.hierarchical(0.3, centered=False)
+    lora = pl.lift(bert(), prior=prior)
+    model = classifier(lora)
+    first = AutoDelta(model, init_loc_fn=pyro.infer.autoguide.init_to_sample)
+    first(**batch())
+    found = first.median()
+    pyro.clear_param_store()
+    again = AutoDelta(model, init_loc_fn=lora.init_to(found))
+    again(**batch())
+    for name, value in found.items():
+        assert_close(again.median()[name], value, rtol=1e-9, atol=1e-9)
+    svgd = pl.SVGD(
+        model, pl.kernels.Zero(), SGD({"lr": 0.0}), 1, init_loc_fn=lora.init_to(found)
+    )
+    svgd.step(**batch())
+    for name, value in svgd.get_named_particles().items():
+        assert_close(value[0], found[name], rtol=1e-6, atol=1e-6)
+    other = {**found, f"{QUERY}.A": torch.ones(2, 3, 16).double()}
+    svgd = pl.SVGD(
+        model, pl.kernels.Zero(), SGD({"lr": 0.0}), 1, init_loc_fn=lora.init_to(other)
+    )
+    with pytest.raises(ValueError, match=rf"'{QUERY}\.A_decentered' doesn't start"):
+        svgd.step(**batch())
 
 
 # init_to_fresh

@@ -135,17 +135,6 @@ def test_a_disabled_adapter_before_and_after_lifting() -> None:
         pass
 
 
-def test_lifting_twice() -> None:
-    network = bert()
-    lora = pl.lift(network)
-    with assert_refused(network, rf"attention.*{LAYER}.*lifted already.*prior.*del"):
-        pl.lift(network, name="again")
-    with lora.bind(particles(lora)):
-        pass
-    del lora
-    pl.lift(network)
-
-
 def test_what_is_not_a_module() -> None:
     lora = pl.lift(bert())
     with pytest.raises(TypeError, match=r"torch\.nn\.Module.*found a LiftedNetwork"):

@@ -330,3 +330,15 @@ def test_a_guide_without_densities_is_refused(guide: Callable[..., Any]) -> None
     lora.prior = pl.priors.from_posterior(lambda: auto(**texts))
     with pytest.raises(ValueError, match=r"query\.A'.*found a Delta.*priors\.normal"):
         lora()
+
+
+def test_sites_outside_of_the_network_are_named() -> None:
+    lora = pl.lift(bert())
+    weights = {**particles(lora, 3), "noise": torch.ones(3)}
+    posterior = pl.ParticlePosterior(weights, (lora,), None, None)
+    mixture = pl.MixturePosterior([posterior])
+    for one in (posterior, mixture):
+        with pytest.warns(
+            UserWarning, match=r"\['noise'\] belong to no lifted network"
+        ):
+            pl.priors.from_posterior(one, bandwidth=0.1)

@@ -14,6 +14,7 @@ from torch.testing import assert_close
 
 import pyro_lora as pl
 from pyro_lora import kernels
+from pyro_lora.lifting.trunk_cache import TrunkCache
 from tests.lifting.test_trunk import bert_on_top, layers, llama_on_top, loop
 from tests.networks import adapted, batch, bert, inputs, particles
 
@@ -182,7 +183,7 @@ def test_what_is_refused() -> None:
     network = bert_on_top(dropout=0.1)
     lora = pl.lift(network)
     weights, texts = particles(lora, 3), inputs(batch())
-    with pytest.raises(ValueError, match="max_gigabytes must not be negative"):
+    with pytest.raises(ValueError, match="max_gigabytes must be finite and at least 0"):
         pl.cached_trunk(lora, max_gigabytes=-1).__enter__()
     with pl.cached_trunk(lora):
         layers(network)[1].train()
@@ -243,3 +244,37 @@ def test_trunks_of_other_forms_are_refused(
     expected = loop(lora, weights, lambda net: net(x))
     with lora.bind(weights) as net:
         assert_close(net(x), torch.stack(expected), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_altered_files_are_refused(dtype: torch.dtype, tmp_path: Path) -> None:
+    rows = torch.randn(3, 2, 4).to(dtype)
+    keys = [bytes([i]) for i in range(3)]
+    cache = TrunkCache(0, tmp_path)
+    cache.put(keys, rows)
+    (file,) = tmp_path.iterdir()
+    intact = file.read_bytes()
+    damaged = [intact[:n] for n in range(0, len(intact), 7)]
+    for i in range(len(intact)):
+        flipped = bytearray(intact)
+        flipped[i] ^= 1 << (i % 8)
+        damaged.append(bytes(flipped))
+    refusals = []
+    for content in damaged:
+        file.write_bytes(content)
+        try:
+            found = cache.get(keys)
+        except ValueError as error:
+            refusals.append(str(error))
+            continue
+        assert found is not None
+        assert torch.equal(found, rows)
+    assert len(refusals) > 0.9 * len(damaged)
+    assert all(str(file) in refusal for refusal in refusals)
+    file.unlink()
+    with pytest.raises(ValueError, match=r"0\.safetensors, which the trunk's cache"):
+        cache.get(keys)
+    file.write_bytes(intact)
+    again = cache.get(keys)
+    assert again is not None
+    assert torch.equal(again, rows)

@@ -60,8 +60,8 @@ def test_padding() -> None:
 @pytest.mark.parametrize(
     ("message", "changed"),
     [
-        ("mode must be one of", {"mode": "beam"}),
-        ("max_new_tokens must be 1 or more", {"max_new_tokens": 0}),
+        ("mode must be 'average', 'draws' or 'mode'", {"mode": "beam"}),
+        ("max_new_tokens must be at least 1", {"max_new_tokens": 0}),
         ("num_samples must be at least 1", {"num_samples": 0}),
         ("nothing but samples", {"temperature": 0.5}),
         ("nothing but samples", {"top_k": 3}),

@@ -158,7 +158,7 @@ def test_bootstrap_resamples_both_domains() -> None:
 
 @pytest.mark.parametrize("num_bootstrap", [-3, 1])
 def test_too_few_resamples_are_refused(num_bootstrap: int) -> None:
-    with pytest.raises(ValueError, match=r"num_bootstrap must be 0 or at least 2"):
+    with pytest.raises(ValueError, match=r"num_bootstrap must be"):
         calibrated(5).metrics(num_bootstrap=num_bootstrap)
 
 

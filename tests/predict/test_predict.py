@@ -52,7 +52,8 @@ def test_more_draws_than_one_pass_holds_equal_a_loop() -> None:
     found = pl.predict(model, posterior, batches)
     assert_close(found.probs, probs, rtol=0, atol=1e-10)
     assert_close(found.aleatoric_entropy, aleatoric, rtol=0, atol=1e-10)
-    assert at_once == [1, 8, 8, 1, 8, 8, 1]  # the first finds the model's plates
+    # The first finds the model's plates, and which labels count.
+    assert at_once == [1, 8, 8, 1, 8, 8, 1]
 
 
 def test_as_many_draws_as_data_are_not_mixed_up() -> None:
@@ -68,7 +69,7 @@ def test_laplace_draws_are_those_of_the_posterior() -> None:
     batches = models.two_batches()
     posterior = models.laplace(lora, model, batches)
     pyro.set_rng_seed(3)
-    found = pl.predict(model, posterior, batches, num_samples=4)
+    found = pl.predict(model, posterior, batches, method="sample", num_samples=4)
     pyro.set_rng_seed(3)
     probs, aleatoric = models.averaged(lora, posterior.sample(4), batches)
     assert_close(found.probs, probs)
@@ -83,7 +84,9 @@ def test_the_batch_size_changes_nothing() -> None:
     for size in (1, 4, 10):
         pyro.set_rng_seed(1)
         resized = models.resized(batches, size)
-        results.append(pl.predict(model, posterior, resized, num_samples=11))
+        results.append(
+            pl.predict(model, posterior, resized, method="sample", num_samples=11)
+        )
     for other in results[1:]:
         assert_close(other.probs, results[0].probs, rtol=0, atol=1e-10)
     assert len(results[0].probs) == 10
@@ -96,7 +99,8 @@ def test_the_seed_decides() -> None:
 
     def probs(seed: int) -> Tensor:
         pyro.set_rng_seed(seed)
-        return pl.predict(model, posterior, batches, num_samples=3).probs
+        found = pl.predict(model, posterior, batches, method="sample", num_samples=3)
+        return found.probs
 
     assert torch.equal(probs(1), probs(1))
     assert not torch.allclose(probs(1), probs(2), atol=1e-4)
@@ -279,11 +283,19 @@ def test_labels_stay_hidden_from_the_model() -> None:
     def model(labels: Tensor | None, **inputs: Tensor) -> None:
         seen.append(labels)
         logits = lora()(**inputs).logits
+        if labels is not None:  # one that gives them away
+            logits = logits + 9 * torch.eye(2)[labels]
         with pyro.plate("data", models.NUM_DATA, subsample=inputs["input_ids"]):
             pyro.sample("y", dist.Categorical(logits=logits), obs=labels)
 
-    pl.predict(model, models.particles(lora, model), models.two_batches())
-    assert seen == [None] * len(seen)
+    batches, posterior = models.two_batches(), models.particles(lora, model)
+    found = pl.predict(model, posterior, batches)
+    # Runs of the first batch have them, which ask for no more than which argument
+    # they are, and which of them count.
+    assert all(x is None for x in seen[-1:])
+    assert len([x for x in seen if x is not None]) <= 2
+    probs, _ = models.averaged(lora, posterior.particles, batches)
+    assert_close(found.probs, probs, rtol=0, atol=1e-10)
 
 
 def test_without_labels_there_are_none() -> None:
@@ -494,9 +506,9 @@ def test_arguments_are_checked() -> None:
     lora, model = models.classifier()
     batches = models.two_batches()
     posterior = models.particles(lora, model)
-    with pytest.raises(ValueError, match="'sample' or 'linearized', found 'glm'"):
+    with pytest.raises(ValueError, match="'sample', 'linearized' or None, found 'glm'"):
         pl.predict(model, posterior, batches, method="glm")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"found a str in it. Put a single batch"):
+    with pytest.raises(ValueError, match=r"found a dict. Put a single batch"):
         pl.predict(model, posterior, batches[0])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no batches"):
         pl.predict(model, posterior, [])

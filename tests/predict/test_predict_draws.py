@@ -140,9 +140,9 @@ def test_memory_is_that_of_the_results(method: Any) -> None:
             yield batch
 
     pl.predict(model, posterior, batches(), method=method, num_samples=4)
-    # A batch leaves 8 log-probability pairs and 8 entropies.
+    # A batch leaves 8 log-probability pairs and 8 entropies; by draws, the mode's, too.
     growth = [b - a for a, b in pairwise(before[1:])]
-    assert all(0 < g <= 8 * 3 for g in growth)
+    assert all(0 < g <= 8 * 6 for g in growth)
 
 
 def test_a_progress_bar_is_shown(capsys: pytest.CaptureFixture[str]) -> None:

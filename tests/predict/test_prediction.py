@@ -182,7 +182,7 @@ def test_missing_labels_are_named() -> None:
     ("labels", "message"),
     [
         (torch.tensor([0, 1, 2]), "classes 0 to 1, found 2"),
-        (torch.tensor([0, -100, 1]), "classes 0 to 1, found -100"),
+        (torch.tensor([0, -1, 1]), "classes 0 to 1, found -1"),
         (torch.tensor([0.0, 0.5, 1.0]), "classes 0 to 1, found 0.5"),
         (torch.tensor([0, 1]), r"shape \(2,\); expected \(3,\)"),
     ],

@@ -222,7 +222,7 @@ def test_standard_errors_of_means() -> None:
     # From 400 resamples: a relative error of 1 / sqrt(800), 3.5%.
     assert metrics["nll_se"] == pytest.approx(exact, rel=4 * 0.035)
     assert {k for k in metrics if not k.endswith("_se")} == found.metrics().keys()
-    with pytest.raises(ValueError, match="num_bootstrap must be 0 or at least 2"):
+    with pytest.raises(ValueError, match="num_bootstrap must be"):
         found.metrics(num_bootstrap=1)
 
 
@@ -269,7 +269,8 @@ def test_student_likelihood_by_draws_only() -> None:
 
     batches = [{"x": torch.randn(8, 3).double(), "labels": torch.zeros(8)}]
     posterior = models.laplace(lora, model, batches, pl.dense)
-    found = pl.predict(model, posterior, batches, num_samples=4)
+    with pytest.warns(UserWarning, match=r"StudentT has no linear predictor.*draws"):
+        found = pl.predict(model, posterior, batches, num_samples=4)
     assert_close(found.noise_variance, torch.full((8,), 0.5).double())
     assert_close(found.mean, found.loc.mean(0))
     with pytest.raises(ValueError, match="No linear predictor for StudentT"):

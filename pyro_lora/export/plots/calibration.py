@@ -146,6 +146,7 @@ def _wilson(accuracy: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _confidence_and_correct(prediction: Prediction) -> tuple[Tensor, Tensor]:
+    prediction = prediction.labelled()
     confidence, predicted = prediction.probs.max(-1)
-    assert prediction.labels is not None  # metrics() has checked it
+    assert prediction.labels is not None
     return confidence, (predicted == prediction.labels).to(confidence)

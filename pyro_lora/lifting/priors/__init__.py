@@ -1,8 +1,8 @@
-"""Priors: functions ``f(lora) -> weights`` that call ``pyro.sample`` for every site.
+"""Priors: callables ``f(lora) -> weights`` that call ``pyro.sample`` for every site.
 
-Each function here returns one. A function of your own works the same way: it samples
-every name in ``lora.sites``, with all dims of ``lora.zeros()[name]`` as event dims, and
-returns the values by name.
+Those here are values with fields, which can be printed, compared and pickled. A
+function of your own works the same way: it samples every name in ``lora.sites``, with
+all dims of ``lora.zeros()[name]`` as event dims, and returns the values by name.
 """
 
 from pyro_lora.lifting.priors.hierarchical import hierarchical

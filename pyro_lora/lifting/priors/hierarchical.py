@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING
 
 import pyro
@@ -11,7 +12,6 @@ import torch
 from torch import Tensor
 
 from pyro_lora.lifting.priors.prior import (
-    Prior,
     aligned,
     check_positive,
     hyper_name,
@@ -23,15 +23,8 @@ if TYPE_CHECKING:
     from pyro_lora.lifting.lifted_network import LiftedNetwork
 
 
-def hierarchical(
-    scale: float = 1.0,
-    *,
-    scale_spread: float = 1.0,
-    role_spread: float = 0.5,
-    layer_spread: float = 0.5,
-    centered: bool = True,
-    centered_scales: bool = False,
-) -> Prior:
+@dataclass(frozen=True)
+class hierarchical:
     r"""A scale for each layer of each site, partially pooled over layers and roles.
 
     .. math::
@@ -61,24 +54,33 @@ def hierarchical(
         centered_scales: The same for the log scales. A layer with many weights
             determines its scale well, and then True mixes better.
 
-    Returns:
-        A prior over every site.
-
     Raises:
         ValueError: If a number isn't positive and finite.
     """
-    check_positive("hierarchical: scale", scale)
-    check_positive("hierarchical: scale_spread", scale_spread)
-    check_positive("hierarchical: role_spread", role_spread)
-    check_positive("hierarchical: layer_spread", layer_spread)
 
-    def prior(lora: LiftedNetwork) -> dict[str, Tensor]:
+    scale: float = 1.0
+    _: KW_ONLY
+    scale_spread: float = 1.0
+    role_spread: float = 0.5
+    layer_spread: float = 0.5
+    centered: bool = True
+    centered_scales: bool = False
+
+    def __post_init__(self) -> None:
+        check_positive("hierarchical: scale", self.scale)
+        check_positive("hierarchical: scale_spread", self.scale_spread)
+        check_positive("hierarchical: role_spread", self.role_spread)
+        check_positive("hierarchical: layer_spread", self.layer_spread)
+
+    def __call__(self, lora: LiftedNetwork) -> dict[str, Tensor]:
+        """Sample every site and its scales."""
         all_zeros = lora.zeros()
         first, like = next(iter(all_zeros.items()))
         mean = pyro.sample(
             hyper_name("mean_log_scale", first),
             dist.Normal(
-                like.new_full((), math.log(scale)), like.new_full((), scale_spread)
+                like.new_full((), math.log(self.scale)),
+                like.new_full((), self.scale_spread),
             ),
         )
         role_sd, layer_sd = (
@@ -86,8 +88,8 @@ def hierarchical(
                 hyper_name(quantity, first), dist.HalfNormal(like.new_full((), spread))
             )
             for quantity, spread in (
-                ("role_spread", role_spread),
-                ("layer_spread", layer_spread),
+                ("role_spread", self.role_spread),
+                ("layer_spread", self.layer_spread),
             )
         )
         mean, role_sd, layer_sd = aligned((mean, 0), (role_sd, 0), (layer_sd, 0))
@@ -96,7 +98,7 @@ def hierarchical(
             mean[..., None].expand(*mean.shape, len(all_zeros)),
             role_sd[..., None],
             1,
-            centered=centered_scales,
+            centered=self.centered_scales,
         )
         role_log_scales, layer_sds = aligned(
             (role_log_scales, 1), (layer_sd[..., None], 1)
@@ -109,12 +111,10 @@ def hierarchical(
                 role.expand(*role.shape[:-1], len(zeros)),
                 layer_sds.to(zeros),
                 1,
-                centered=centered_scales,
+                centered=self.centered_scales,
             )
             layer_scale = over_event(torch.exp(log_scale), zeros.ndim - 1)
             weights[site] = sample_normal(
-                site, zeros, layer_scale, zeros.ndim, centered=centered
+                site, zeros, layer_scale, zeros.ndim, centered=self.centered
             )
         return weights
-
-    return prior

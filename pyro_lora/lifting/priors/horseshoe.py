@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Literal
 
 import pyro
@@ -10,7 +11,6 @@ import torch
 from torch import Tensor
 
 from pyro_lora.lifting.priors.prior import (
-    Prior,
     aligned,
     check_positive,
     hyper_name,
@@ -22,14 +22,8 @@ if TYPE_CHECKING:
     from pyro_lora.lifting.lifted_network import LiftedNetwork
 
 
-def horseshoe(
-    global_scale: float = 0.1,
-    *,
-    slab_scale: float = 1.0,
-    slab_df: float = 4.0,
-    per: Literal["weight", "row"] = "weight",
-    centered: bool = True,
-) -> Prior:
+@dataclass(frozen=True)
+class horseshoe:
     r"""Regularised horseshoe: shrinks most weights to zero and leaves a few alone.
 
     .. math::
@@ -62,36 +56,45 @@ def horseshoe(
             the sites are deterministic, w = scale times latent. The same
             distribution of the weights.
 
-    Returns:
-        A prior over every site.
-
     Raises:
         ValueError: If a number isn't positive and finite, or ``per`` is unknown.
     """
-    check_positive("horseshoe: global_scale", global_scale)
-    check_positive("horseshoe: slab_scale", slab_scale)
-    check_positive("horseshoe: slab_df", slab_df)
-    if per not in ("weight", "row"):
-        raise ValueError(f"horseshoe: per must be 'weight' or 'row', found {per!r}.")
 
-    def prior(lora: LiftedNetwork) -> dict[str, Tensor]:
+    global_scale: float = 0.1
+    _: KW_ONLY
+    slab_scale: float = 1.0
+    slab_df: float = 4.0
+    per: Literal["weight", "row"] = "weight"
+    centered: bool = True
+
+    def __post_init__(self) -> None:
+        check_positive("horseshoe: global_scale", self.global_scale)
+        check_positive("horseshoe: slab_scale", self.slab_scale)
+        check_positive("horseshoe: slab_df", self.slab_df)
+        if self.per not in ("weight", "row"):
+            raise ValueError(
+                f"horseshoe: per must be 'weight' or 'row', found {self.per!r}."
+            )
+
+    def __call__(self, lora: LiftedNetwork) -> dict[str, Tensor]:
+        """Sample every site and its scales."""
         all_zeros = lora.zeros()
         first, like = next(iter(all_zeros.items()))
         tau = pyro.sample(
             hyper_name("global_scale", first),
-            dist.HalfCauchy(like.new_full((), global_scale)),
+            dist.HalfCauchy(like.new_full((), self.global_scale)),
         )
         slab_variance = pyro.sample(
             hyper_name("slab_variance", first),
             dist.InverseGamma(
-                like.new_full((), slab_df / 2),
-                like.new_full((), slab_df / 2 * slab_scale**2),
+                like.new_full((), self.slab_df / 2),
+                like.new_full((), self.slab_df / 2 * self.slab_scale**2),
             ),
         )
         weights = {}
         for site, zeros in all_zeros.items():
             # A site is (L, rows, ...); a stack of vectors has rows of one entry.
-            num_dims = zeros.ndim if per == "weight" else min(zeros.ndim, 2)
+            num_dims = zeros.ndim if self.per == "weight" else min(zeros.ndim, 2)
             shape = zeros.shape[:num_dims]
             local = pyro.sample(
                 hyper_name("local_scale", site),
@@ -106,11 +109,9 @@ def horseshoe(
                 regularized_scale(taus, lambdas, slabs), zeros.ndim - num_dims
             )
             weights[site] = sample_normal(
-                site, zeros, scale, zeros.ndim, centered=centered
+                site, zeros, scale, zeros.ndim, centered=self.centered
             )
         return weights
-
-    return prior
 
 
 def regularized_scale(tau: Tensor, local: Tensor, slab_variance: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Literal
 
 import pyro
@@ -10,7 +11,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_lora.lifting.priors.prior import Prior, check_positive
+from pyro_lora.lifting.priors.prior import check_positive
+from pyro_lora.lifting.settings import check_number, check_weights
 
 if TYPE_CHECKING:
     from pyro_lora.lifting.lifted_network import LiftedNetwork
@@ -19,7 +21,8 @@ Scale = float | Mapping[str, float | Tensor]
 Center = float | Literal["init"] | Mapping[str, Tensor]
 
 
-def normal(scale: Scale = 1.0, *, center: Center = 0.0) -> Prior:
+@dataclass(frozen=True)
+class normal:
     r"""Independent :math:`N(m, \sigma^2)` on every weight.
 
     The one to start with. Its precision :math:`1 / \sigma^2` is what L2 regularisation
@@ -33,20 +36,28 @@ def normal(scale: Scale = 1.0, *, center: Center = 0.0) -> Prior:
             weight it is that adapter, not zero, that leaves the network unchanged; or
             weights, site -> (L, ...), another adapter's for example.
 
-    Returns:
-        A prior: called with a lifted network, it samples every site, event dims as
-        in ``lora.weights()``.
-
     Raises:
         ValueError: If a scale isn't positive and finite, or (when called) names or
             shapes aren't those of the network's sites.
 
-    >>> prior = normal(scale=3.0)
+    >>> normal(scale=3.0)
+    normal(scale=3.0, center=0.0)
     """
-    return _independent(dist.Normal, scale, center)
+
+    scale: Scale = 1.0
+    _: KW_ONLY
+    center: Center = 0.0
+
+    def __post_init__(self) -> None:
+        _check(self.scale, self.center)
+
+    def __call__(self, lora: LiftedNetwork) -> dict[str, Tensor]:
+        """Sample every site, event dims as in ``lora.weights()``."""
+        return _sample(lora, dist.Normal, self.scale, self.center)
 
 
-def laplace(scale: Scale = 1.0, *, center: Center = 0.0) -> Prior:
+@dataclass(frozen=True)
+class laplace:
     r"""Independent Laplace, :math:`p(w) = \exp(-|w - m| / b) / (2 b)`, on every weight.
 
     For sparse modes: its MAP is L1 regularisation (the lasso; Tibshirani 1996,
@@ -57,16 +68,24 @@ def laplace(scale: Scale = 1.0, *, center: Center = 0.0) -> Prior:
         scale: b, as in :func:`normal`; the standard deviation is :math:`\sqrt 2 b`.
         center: m, as in :func:`normal`.
 
-    Returns:
-        A prior over every site.
-
     Raises:
         ValueError: As :func:`normal`.
     """
-    return _independent(dist.Laplace, scale, center)
+
+    scale: Scale = 1.0
+    _: KW_ONLY
+    center: Center = 0.0
+
+    def __post_init__(self) -> None:
+        _check(self.scale, self.center)
+
+    def __call__(self, lora: LiftedNetwork) -> dict[str, Tensor]:
+        """Sample every site."""
+        return _sample(lora, dist.Laplace, self.scale, self.center)
 
 
-def student_t(df: float, scale: Scale = 1.0, *, center: Center = 0.0) -> Prior:
+@dataclass(frozen=True)
+class student_t:
     r"""Independent Student-t with :math:`\nu` degrees of freedom on every weight.
 
     :math:`p(w) \propto (1 + (w - m)^2 / (\nu s^2))^{-(\nu + 1) / 2}`: most weights
@@ -80,27 +99,34 @@ def student_t(df: float, scale: Scale = 1.0, *, center: Center = 0.0) -> Prior:
             deviation is :math:`s \sqrt{\nu / (\nu - 2)}`.
         center: m, as in :func:`normal`.
 
-    Returns:
-        A prior over every site.
-
     Raises:
         ValueError: As :func:`normal`, or if ``df`` isn't positive and finite.
     """
-    check_positive("Degrees of freedom df", df)
 
-    def fn(loc: Tensor, scale: Tensor) -> dist.TorchDistribution:
-        return dist.StudentT(loc.new_full((), df), loc, scale)
+    df: float
+    scale: Scale = 1.0
+    _: KW_ONLY
+    center: Center = 0.0
 
-    return _independent(fn, scale, center)
+    def __post_init__(self) -> None:
+        check_positive("Degrees of freedom df", self.df)
+        _check(self.scale, self.center)
+
+    def __call__(self, lora: LiftedNetwork) -> dict[str, Tensor]:
+        """Sample every site."""
+
+        def fn(loc: Tensor, scale: Tensor) -> dist.TorchDistribution:
+            return dist.StudentT(loc.new_full((), self.df), loc, scale)
+
+        return _sample(lora, fn, self.scale, self.center)
 
 
-def _independent(
-    fn: Callable[[Tensor, Tensor], dist.TorchDistribution], scale: Scale, center: Center
-) -> Prior:
+def _check(scale: Scale, center: Center) -> None:
     scales = dict(scale) if isinstance(scale, Mapping) else {"every site": scale}
     for site, value in scales.items():
-        tensor = torch.as_tensor(value)
-        if not ((tensor > 0).all() and torch.isfinite(tensor).all()):
+        if not isinstance(value, Tensor):
+            check_positive(f"Prior scale for {site!r}", value)
+        elif not ((value > 0).all() and torch.isfinite(value).all() and value.numel()):
             raise ValueError(
                 f"Prior scale for {site!r} must be positive and finite, found {value}."
             )
@@ -109,24 +135,32 @@ def _independent(
             f"Prior center must be a number, 'init' or a mapping of weights, found "
             f"{center!r}."
         )
+    if isinstance(center, Mapping):
+        check_weights(center, "Prior center")
+    elif not isinstance(center, str):
+        check_number("Prior center", center)
 
-    def prior(lora: LiftedNetwork) -> dict[str, Tensor]:
-        locs = lora.initial_weights if isinstance(center, str) else center
-        for what, values in (("scales", scale), ("centers", locs)):
-            if isinstance(values, Mapping) and values.keys() != lora.sites.keys():
-                wrong = sorted(values.keys() ^ lora.sites.keys())
-                raise ValueError(
-                    f"Prior {what} and sites differ in {wrong}: give one for each name "
-                    "in lora.sites, or one number for all."
-                )
-        weights = {}
-        for site, zeros in lora.zeros().items():
-            loc = _over_site(locs, site, zeros, "center")
-            sd = _over_site(scale, site, zeros, "scale")
-            weights[site] = pyro.sample(site, fn(loc, sd).to_event(zeros.ndim))
-        return weights
 
-    return prior
+def _sample(
+    lora: LiftedNetwork,
+    fn: Callable[[Tensor, Tensor], dist.TorchDistribution],
+    scale: Scale,
+    center: Center,
+) -> dict[str, Tensor]:
+    locs = lora.initial_weights if isinstance(center, str) else center
+    for what, values in (("scales", scale), ("centers", locs)):
+        if isinstance(values, Mapping) and values.keys() != lora.sites.keys():
+            wrong = sorted(values.keys() ^ lora.sites.keys())
+            raise ValueError(
+                f"Prior {what} and sites differ in {wrong}: give one for each name "
+                "in lora.sites, or one number for all."
+            )
+    weights = {}
+    for site, zeros in lora.zeros().items():
+        loc = _over_site(locs, site, zeros, "center")
+        sd = _over_site(scale, site, zeros, "scale")
+        weights[site] = pyro.sample(site, fn(loc, sd).to_event(zeros.ndim))
+    return weights
 
 
 def _over_site(

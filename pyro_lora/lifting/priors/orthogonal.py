@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING
 
 import pyro
@@ -10,14 +11,20 @@ import torch
 from torch import Tensor
 
 from pyro_lora.lifting.priors.independent import normal
-from pyro_lora.lifting.priors.prior import Prior, check_positive, hyper_name
+from pyro_lora.lifting.priors.prior import (
+    Prior,
+    check_positive,
+    check_prior,
+    hyper_name,
+)
 from pyro_lora.lifting.priors.rank_ard import lora_factor
 
 if TYPE_CHECKING:
     from pyro_lora.lifting.lifted_network import LiftedNetwork
 
 
-def orthogonal(strength: float, *, prior: Prior | None = None) -> Prior:
+@dataclass(frozen=True)
+class orthogonal:
     r"""A base prior times AdaLoRA's orthogonality factor.
 
     .. math::
@@ -42,25 +49,27 @@ def orthogonal(strength: float, *, prior: Prior | None = None) -> Prior:
         prior: :math:`p_0`, a proper prior over every site; None is
             ``priors.normal(scale=1.0)``.
 
-    Returns:
-        A prior over every site.
-
     Raises:
         ValueError: If the strength isn't positive and finite, or (when called) there
             are no LoRA matrices.
     """
-    check_positive("orthogonal: strength", strength)
-    base = normal(1.0) if prior is None else prior
 
-    def orthogonal_prior(lora: LiftedNetwork) -> dict[str, Tensor]:
-        weights = base(lora)
+    strength: float
+    _: KW_ONLY
+    prior: Prior | None = None
+
+    def __post_init__(self) -> None:
+        check_positive("orthogonal: strength", self.strength)
+        check_prior("orthogonal: prior", self.prior)
+
+    def __call__(self, lora: LiftedNetwork) -> dict[str, Tensor]:
+        """Sample every site by the base prior, and multiply by the factor."""
+        weights = (normal(1.0) if self.prior is None else self.prior)(lora)
         penalty = orthogonality_penalty(lora.sites, weights)
         pyro.factor(
-            hyper_name("orthogonal", next(iter(lora.sites))), -strength * penalty
+            hyper_name("orthogonal", next(iter(lora.sites))), -self.strength * penalty
         )
         return weights
-
-    return orthogonal_prior
 
 
 def orthogonality_penalty(

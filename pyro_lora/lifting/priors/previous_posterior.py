@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import pyro
@@ -15,15 +15,31 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions.transforms import ReshapeTransform
 
+from pyro_lora.lifting.initialization import NOISE
 from pyro_lora.lifting.priors.prior import Prior, check_positive
 from pyro_lora.lifting.priors.site_mixture import SiteMixture
+from pyro_lora.lifting.warning import warn
 
 if TYPE_CHECKING:
     from pyro_lora.lifting.lifted_network import LiftedNetwork
 
 Weights = Mapping[str, Tensor]
-# Distribution of a site given the values of the sites before it.
-Conditional = Callable[[str, Weights], TorchDistribution]
+
+
+class Component(Protocol):
+    """One part of the prior, its density by the chain rule."""
+
+    def given(
+        self, sites: tuple[str, ...], site: str, before: Weights
+    ) -> TorchDistribution:
+        """Distribution of a site given the values of the sites before it.
+
+        Args:
+            sites: All that get this prior, in order; others are integrated out.
+            site: One of them.
+            before: The values of those before it.
+        """
+        ...
 
 
 @runtime_checkable
@@ -46,6 +62,7 @@ class Gaussian(Protocol):
     """A Laplace approximation, such as ``LaplacePosterior``."""
 
     gaussian: Any
+    latents: Any
 
 
 @runtime_checkable
@@ -95,20 +112,47 @@ def from_posterior(posterior: Any, *, bandwidth: float | None = None) -> Prior:
         ValueError: If a site isn't sampled or has another shape, the posterior's sites
             have no density of their own, the bandwidth isn't positive and finite, or
             particles coincide and there is no bandwidth.
+
+    Warns:
+        UserWarning: If one of our posteriors has sites outside of its networks, such as
+            an observation noise: a network's prior can't sample them.
     """
+    others = _outside_of_networks(posterior)
+    if others:
+        warn(
+            f"The posterior's {sorted(others)} belong to no lifted network, so they "
+            "aren't part of this prior: they have the prior that your model gives "
+            "them. Put what the posterior says of them into the model's own "
+            "pyro.sample statements."
+        )
     if bandwidth is not None:
         check_positive("from_posterior: bandwidth", bandwidth)
-    components = _components(posterior, bandwidth)
+    return PreviousPosterior(tuple(_components(posterior, bandwidth)))
 
-    def prior(lora: LiftedNetwork) -> dict[str, Tensor]:
+
+@dataclass(frozen=True, eq=False)
+class PreviousPosterior:
+    """The prior that :func:`from_posterior` makes.
+
+    Attributes:
+        components: Log weight of each part of the mixture, and the part.
+    """
+
+    components: tuple[tuple[Tensor, Component], ...]
+
+    def __call__(self, lora: LiftedNetwork) -> dict[str, Tensor]:
+        """Sample every site.
+
+        Raises:
+            ValueError: If a site isn't in the posterior, or has another shape there.
+        """
         sites = tuple(lora.sites)
-        conditionals = [(log_pi, make(sites)) for log_pi, make in components]
-        log_joint = [log_pi for log_pi, _ in conditionals]
+        log_joint = [log_pi for log_pi, _ in self.components]
         weights: dict[str, Tensor] = {}
         all_zeros = lora.zeros()
         for site in sites:
             zeros = all_zeros[site]
-            fns = [conditional(site, weights) for _, conditional in conditionals]
+            fns = [part.given(sites, site, weights) for _, part in self.components]
             if fns[0].event_shape != zeros.shape:
                 raise ValueError(
                     f"Site {site!r}: expected a posterior of event shape "
@@ -127,20 +171,35 @@ def from_posterior(posterior: Any, *, bandwidth: float | None = None) -> Prior:
             ]
         return weights
 
-    return prior
+
+def _outside_of_networks(posterior: Any) -> set[str]:
+    """The sites of one of our posteriors that aren't those of its networks."""
+    if isinstance(posterior, Mixture):
+        return _outside_of_networks(posterior.components[0])
+    loras: Any = getattr(posterior, "loras", None)
+    if loras is None or not isinstance(posterior, Particles | Gaussian):
+        return set()  # of any other guide they aren't known
+    sites = set(
+        posterior.particles
+        if isinstance(posterior, Particles)
+        else getattr(posterior.latents, "values", ())
+    )
+    for lora in loras:
+        sites -= {name for site in lora.sites for name in (site, f"{site}{NOISE}")}
+    return sites
 
 
 def _components(
     posterior: Any, bandwidth: float | None
-) -> list[tuple[Tensor, Callable[[tuple[str, ...]], Conditional]]]:
-    """Log weight of each component, and its conditionals for given sites."""
+) -> list[tuple[Tensor, Component]]:
+    """Log weight of each component, and the component."""
     if isinstance(posterior, Mixture):
         return [
-            (log_pi + log_inner, make)
+            (log_pi + log_inner, part)
             for log_pi, component in zip(
                 posterior.weights.log(), posterior.components, strict=True
             )
-            for log_inner, make in _components(component, bandwidth)
+            for log_inner, part in _components(component, bandwidth)
             if log_pi > -math.inf
         ]
     if isinstance(posterior, Particles):
@@ -148,12 +207,27 @@ def _components(
         return _normals_at(particles, bandwidth)
     if isinstance(posterior, Gaussian) and isinstance(posterior.gaussian, DenseNormal):
         return [(torch.zeros(()), _dense(posterior.gaussian))]
-    return [(torch.zeros(()), _independent(posterior))]
+    return [(torch.zeros(()), _Independent(_distributions(posterior)))]
+
+
+@dataclass(frozen=True, eq=False)
+class _NormalAt:
+    """Independent normals around one weight set."""
+
+    loc: Weights
+    widths: Weights
+
+    def given(
+        self, sites: tuple[str, ...], site: str, before: Weights
+    ) -> TorchDistribution:
+        _check_there(site, self.loc)
+        loc = self.loc[site]
+        return dist.Normal(loc, self.widths[site]).to_event(loc.ndim)
 
 
 def _normals_at(
     particles: Weights, bandwidth: float | None
-) -> list[tuple[Tensor, Callable[[tuple[str, ...]], Conditional]]]:
+) -> list[tuple[Tensor, Component]]:
     num_particles = len(next(iter(particles.values())))
     size = sum(x[0].numel() for x in particles.values())
     widths = {}
@@ -171,19 +245,14 @@ def _normals_at(
                 "give no bandwidth. Give from_posterior(..., bandwidth=)."
             )
 
-    def conditionals(k: int) -> Callable[[tuple[str, ...]], Conditional]:
-        def conditional(site: str, before: Weights) -> TorchDistribution:
-            _check_there(site, particles)
-            loc = particles[site][k]
-            return dist.Normal(loc, widths[site]).to_event(loc.ndim)
-
-        return lambda sites: conditional
-
     log_weight = torch.tensor(-math.log(num_particles), dtype=torch.float64)
-    return [(log_weight, conditionals(k)) for k in range(num_particles)]
+    return [
+        (log_weight, _NormalAt({s: x[k] for s, x in particles.items()}, widths))
+        for k in range(num_particles)
+    ]
 
 
-def _dense(gaussian: DenseNormal) -> Callable[[tuple[str, ...]], Conditional]:
+def _dense(gaussian: DenseNormal) -> Component:
     loc = {site: x.detach() for site, x in gaussian.loc.items()}
     tau = torch.cat(
         [
@@ -192,42 +261,51 @@ def _dense(gaussian: DenseNormal) -> Callable[[tuple[str, ...]], Conditional]:
         ]
     )
     precision = gaussian.fisher.detach().double() + torch.diag_embed(tau)
-    covariance = torch.cholesky_inverse(torch.linalg.cholesky(precision))
-    ends = torch.tensor([x.numel() for x in loc.values()]).cumsum(0).tolist()
-    places = {
-        site: torch.arange(end - x.numel(), end, device=covariance.device)
-        for (site, x), end in zip(loc.items(), ends, strict=True)
-    }
+    return _Dense(loc, torch.cholesky_inverse(torch.linalg.cholesky(precision)))
 
-    @cache
-    def conditionals(sites: tuple[str, ...]) -> Conditional:
-        for site in sites:
-            _check_there(site, loc)
-        index = torch.cat([places[site] for site in sites])
+
+@dataclass(frozen=True, eq=False)
+class _Dense:
+    """A normal with one covariance matrix over all sites."""
+
+    loc: Weights
+    covariance: Tensor
+    roots: dict[tuple[str, ...], Tensor] = field(default_factory=dict)  # of some sites
+
+    def given(
+        self, sites: tuple[str, ...], site: str, before: Weights
+    ) -> TorchDistribution:
         # With Cholesky factor C of the covariance and w - loc = C z, z standard normal:
         # w_i given w_<i is N(loc_i + C_i,<i z_<i, C_ii C_ii^T).
-        root = torch.linalg.cholesky(covariance[index[:, None], index])
-
-        def conditional(site: str, before: Weights) -> TorchDistribution:
-            mean, n = loc[site], loc[site].numel()
-            shift = mean.flatten()
-            start = sum(loc[s].numel() for s in before)
-            if before:
-                known = _deviations(before, loc)  # (..., start)
-                z = torch.linalg.solve_triangular(
-                    root[:start, :start].to(known), known[..., None], upper=False
-                )
-                rows = root[start : start + n, :start].to(known)
-                shift = shift + (rows @ z)[..., 0]
-            block = root[start : start + n, start : start + n].to(mean)
-            fn = dist.MultivariateNormal(shift, scale_tril=block)
-            return dist.TransformedDistribution(
-                fn, [ReshapeTransform(torch.Size([n]), mean.shape)]
+        if sites not in self.roots:
+            self.roots[sites] = self._root(sites)
+        root = self.roots[sites]
+        mean, n = self.loc[site], self.loc[site].numel()
+        shift = mean.flatten()
+        start = sum(self.loc[s].numel() for s in before)
+        if before:
+            known = _deviations(before, self.loc)  # (..., start)
+            z = torch.linalg.solve_triangular(
+                root[:start, :start].to(known), known[..., None], upper=False
             )
+            rows = root[start : start + n, :start].to(known)
+            shift = shift + (rows @ z)[..., 0]
+        block = root[start : start + n, start : start + n].to(mean)
+        fn = dist.MultivariateNormal(shift, scale_tril=block)
+        return dist.TransformedDistribution(
+            fn, [ReshapeTransform(torch.Size([n]), mean.shape)]
+        )
 
-        return conditional
-
-    return conditionals
+    def _root(self, sites: tuple[str, ...]) -> Tensor:
+        for site in sites:
+            _check_there(site, self.loc)
+        ends = torch.tensor([x.numel() for x in self.loc.values()]).cumsum(0).tolist()
+        places = {
+            site: torch.arange(end - x.numel(), end, device=self.covariance.device)
+            for (site, x), end in zip(self.loc.items(), ends, strict=True)
+        }
+        index = torch.cat([places[site] for site in sites])
+        return torch.linalg.cholesky(self.covariance[index[:, None], index])
 
 
 def _deviations(weights: Weights, loc: Weights) -> Tensor:
@@ -237,14 +315,23 @@ def _deviations(weights: Weights, loc: Weights) -> Tensor:
     return torch.cat([part.expand(*lead, part.shape[-1]) for part in parts], -1)
 
 
-def _independent(posterior: Any) -> Callable[[tuple[str, ...]], Conditional]:
+def _distributions(posterior: Any) -> dict[str, TorchDistribution]:
     with poutine.block(), torch.no_grad():
         nodes = poutine.trace(posterior).get_trace().nodes
-    fns = {name: node["fn"] for name, node in nodes.items() if node["type"] == "sample"}
+    return {n: node["fn"] for n, node in nodes.items() if node["type"] == "sample"}
 
-    def conditional(site: str, before: Weights) -> TorchDistribution:
-        _check_there(site, fns)
-        inner = fns[site]
+
+@dataclass(frozen=True, eq=False)
+class _Independent:
+    """Sites with distributions of their own."""
+
+    fns: Mapping[str, TorchDistribution]
+
+    def given(
+        self, sites: tuple[str, ...], site: str, before: Weights
+    ) -> TorchDistribution:
+        _check_there(site, self.fns)
+        inner: Any = self.fns[site]
         while isinstance(inner, torch.distributions.Independent):
             inner = inner.base_dist
         if isinstance(inner, dist.Delta):
@@ -253,10 +340,7 @@ def _independent(posterior: Any) -> Callable[[tuple[str, ...]], Conditional]:
                 "found a Delta. Use a Laplace, particle or mixture posterior, or the "
                 "guide's moments in priors.normal(scale, center=)."
             )
-        fn: TorchDistribution = fns[site]
-        return fn
-
-    return lambda sites: conditional
+        return self.fns[site]
 
 
 def _check_there(site: str, found: Mapping[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,9 @@ import torch
 from pyro import poutine
 from pyro.infer.reparam.reparam import Reparam, ReparamMessage, ReparamResult
 from torch import Tensor
+
+from pyro_lora.lifting.settings import check_function
+from pyro_lora.lifting.settings import check_positive as check_positive
 
 if TYPE_CHECKING:
     from pyro_lora.lifting.lifted_network import LiftedNetwork
@@ -112,11 +114,15 @@ def over_event(value: Tensor, num_dims: int) -> Tensor:
     return value[(..., *[None] * num_dims)]
 
 
-def check_positive(what: str, value: float) -> None:
-    """Refuse a number that isn't positive and finite.
+def check_prior(name: str, value: object) -> None:
+    """Check that something can be a prior.
+
+    Args:
+        name: Of the argument.
+        value: A function, or None for the default.
 
     Raises:
-        ValueError: If it isn't.
+        TypeError: If it can't be called.
     """
-    if not (value > 0 and math.isfinite(value)):
-        raise ValueError(f"{what} must be positive and finite, found {value}.")
+    if value is not None:
+        check_function(name, value, "a prior, such as priors.normal(scale=1.0)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING
 
 import pyro
@@ -12,7 +13,6 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor
 
 from pyro_lora.lifting.priors.prior import (
-    Prior,
     check_positive,
     hyper_name,
     over_event,
@@ -33,13 +33,8 @@ def lora_factor(parameter: str) -> tuple[str, str] | None:
     return None if match is None else (parameter[: match.start()], match[1])
 
 
-def rank_ard(
-    scale: float = 1.0,
-    *,
-    df: float = 1.0,
-    other_scale: float | None = None,
-    centered: bool = True,
-) -> Prior:
+@dataclass(frozen=True)
+class rank_ard:
     r"""One precision for each rank component, shared by A's row and B's column.
 
     .. math::
@@ -68,19 +63,29 @@ def rank_ard(
             the sites are deterministic, w = scale times latent. The same
             distribution of the weights; for :math:`\nu < 2` without a joint mode.
 
-    Returns:
-        A prior over every site.
-
     Raises:
-        ValueError: If a number isn't positive and finite, or (when called) there is no
+        ValueError: If a number isn't positive and finite; when called, if there is no
             A, or a B or E has no A of the same module and rank.
     """
-    check_positive("rank_ard: scale", scale)
-    check_positive("rank_ard: df", df)
-    if other_scale is not None:
-        check_positive("rank_ard: other_scale", other_scale)
 
-    def prior(lora: LiftedNetwork) -> dict[str, Tensor]:
+    scale: float = 1.0
+    _: KW_ONLY
+    df: float = 1.0
+    other_scale: float | None = None
+    centered: bool = True
+
+    def __post_init__(self) -> None:
+        check_positive("rank_ard: scale", self.scale)
+        check_positive("rank_ard: df", self.df)
+        if self.other_scale is not None:
+            check_positive("rank_ard: other_scale", self.other_scale)
+
+    def __call__(self, lora: LiftedNetwork) -> dict[str, Tensor]:
+        """Sample every site and the precisions.
+
+        Raises:
+            ValueError: If there is no A, or a B or E has none of its module and rank.
+        """
         all_zeros = lora.zeros()
         components: dict[str, Tensor] = {}  # module path -> sd, (..., R)
         for site, names in lora.sites.items():
@@ -92,8 +97,8 @@ def rank_ard(
             precision = pyro.sample(
                 hyper_name("rank_precision", site),
                 dist.Gamma(
-                    zeros.new_full((), df / 2).expand(shape),
-                    zeros.new_full((), df / 2 * scale**2),
+                    zeros.new_full((), self.df / 2).expand(shape),
+                    zeros.new_full((), self.df / 2 * self.scale**2),
                 ).to_event(2),
             )
             sd = precision.rsqrt()
@@ -107,7 +112,7 @@ def rank_ard(
         for site, zeros in all_zeros.items():
             factors = [lora_factor(name) for name in lora.sites[site]]
             if factors[0] is None:
-                sd = zeros.new_full((), other_scale or scale)
+                sd = zeros.new_full((), self.other_scale or self.scale)
             else:
                 role = factors[0][1]
                 rank = zeros.shape[_RANK_DIM[role]]
@@ -118,11 +123,9 @@ def rank_ard(
                     sd = sd[..., None, :]
                 sd = over_event(sd, zeros.ndim - 1 - _RANK_DIM[role])
             weights[site] = sample_normal(
-                site, zeros, sd, zeros.ndim, centered=centered
+                site, zeros, sd, zeros.ndim, centered=self.centered
             )
         return weights
-
-    return prior
 
 
 def _sd(

@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 from pyro_lora.lifting.priors.prior import Prior
 from pyro_lora.lifting.priors.rank_ard import lora_factor
+from pyro_lora.lifting.settings import check_function, check_name
 
 if TYPE_CHECKING:
     from pyro_lora.lifting.lifted_network import LiftedNetwork
 
 
-def by_site(priors: Mapping[str, Prior]) -> Prior:
+@dataclass(frozen=True)
+class by_site:
     """A prior for each group of sites, by patterns of their names.
 
     For a wider prior on a new head than on the adapter, say. The first pattern that
@@ -27,25 +29,42 @@ def by_site(priors: Mapping[str, Prior]) -> Prior:
     Args:
         priors: Pattern -> prior, in order.
 
-    Returns:
-        A prior over every site.
-
     Raises:
+        TypeError: If it isn't a mapping to priors.
         ValueError: If there is no pattern, or (when called) a site matches none, or a
             pattern other than ``*`` decides for no site.
 
     >>> from pyro_lora.lifting.priors import normal
     >>> prior = by_site({"head.*": normal(10.0), "*.B": normal(0.1), "*": normal(1.0)})
     """
-    if not priors:
-        raise ValueError("by_site got no patterns. Give {pattern: prior}, '*' for all.")
-    choices = dict(priors)
 
-    def prior(lora: LiftedNetwork) -> dict[str, Tensor]:
-        groups: dict[str, list[str]] = {pattern: [] for pattern in choices}
+    priors: Mapping[str, Prior]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.priors, Mapping):
+            raise TypeError(
+                "by_site takes a mapping, {pattern: prior}, '*' for all, found "
+                f"{self.priors!r}."
+            )
+        for pattern, choice in self.priors.items():
+            check_name("by_site: a pattern", pattern)
+            check_function(f"by_site: {pattern!r}", choice, "a prior")
+        if not self.priors:
+            raise ValueError(
+                "by_site got no patterns. Give {pattern: prior}, '*' for all."
+            )
+        object.__setattr__(self, "priors", dict(self.priors))
+
+    def __call__(self, lora: LiftedNetwork) -> dict[str, Tensor]:
+        """Sample every site.
+
+        Raises:
+            ValueError: If a site matches no pattern, or a pattern no site.
+        """
+        groups: dict[str, list[str]] = {pattern: [] for pattern in self.priors}
         unmatched = []
         for site in lora.sites:
-            for pattern in choices:
+            for pattern in self.priors:
                 if fnmatchcase(site, pattern):
                     groups[pattern].append(site)
                     break
@@ -53,8 +72,9 @@ def by_site(priors: Mapping[str, Prior]) -> Prior:
                 unmatched.append(site)
         if unmatched:
             raise ValueError(
-                f"Sites {unmatched} match none of the patterns {list(choices)}: every "
-                "site needs a prior. Add a pattern for them, or '*' last, for the rest."
+                f"Sites {unmatched} match none of the patterns {list(self.priors)}: "
+                "every site needs a prior. Add a pattern for them, or '*' last, for "
+                "the rest."
             )
         unused = [p for p, sites in groups.items() if not sites and p != "*"]
         if unused:
@@ -66,10 +86,8 @@ def by_site(priors: Mapping[str, Prior]) -> Prior:
         for pattern, sites in groups.items():
             if sites:
                 part = cast("LiftedNetwork", PartialNetwork(lora, tuple(sites)))
-                weights |= choices[pattern](part)
+                weights |= self.priors[pattern](part)
         return weights
-
-    return prior
 
 
 @dataclass(frozen=True, eq=False)

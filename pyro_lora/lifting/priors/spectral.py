@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import pyro
@@ -12,8 +13,14 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor
 
 from pyro_lora.lifting.priors.independent import normal
-from pyro_lora.lifting.priors.prior import Prior, check_positive, hyper_name
+from pyro_lora.lifting.priors.prior import (
+    Prior,
+    check_positive,
+    check_prior,
+    hyper_name,
+)
 from pyro_lora.lifting.priors.rank_ard import lora_factor
+from pyro_lora.lifting.settings import check_function
 
 if TYPE_CHECKING:
     from pyro_lora.lifting.lifted_network import LiftedNetwork
@@ -21,12 +28,8 @@ if TYPE_CHECKING:
 SpectralPenalty = Callable[[Tensor], Tensor]
 
 
-def spectral(
-    *,
-    frobenius_scale: float | None = None,
-    penalty: SpectralPenalty | None = None,
-    prior: Prior | None = None,
-) -> Prior:
+@dataclass(frozen=True, kw_only=True)
+class spectral:
     r"""A base prior times a factor of every layer's update :math:`\Delta W = s B A`.
 
     .. math::
@@ -57,35 +60,46 @@ def spectral(
         prior: :math:`p_0`, a proper prior over every site; None is
             ``priors.normal(scale=1.0)``.
 
-    Returns:
-        A prior over every site.
-
     Raises:
         ValueError: If neither norm nor penalty is given, the scale isn't positive and
             finite, or (when called) there is no LoRA update, an A or B lacks its
             partner, or the penalty gives a wrong shape.
     """
-    if frobenius_scale is None and penalty is None:
-        raise ValueError(
-            "spectral got neither frobenius_scale nor penalty: give one, or use its "
-            "base prior alone."
-        )
-    if frobenius_scale is not None:
-        check_positive("spectral: frobenius_scale", frobenius_scale)
-    base = normal(1.0) if prior is None else prior
 
-    def spectral_prior(lora: LiftedNetwork) -> dict[str, Tensor]:
-        weights = base(lora)
+    frobenius_scale: float | None = None
+    penalty: SpectralPenalty | None = None
+    prior: Prior | None = None
+
+    def __post_init__(self) -> None:
+        if self.frobenius_scale is None and self.penalty is None:
+            raise ValueError(
+                "spectral got neither frobenius_scale nor penalty: give one, or use "
+                "its base prior alone."
+            )
+        if self.frobenius_scale is not None:
+            check_positive("spectral: frobenius_scale", self.frobenius_scale)
+        if self.penalty is not None:
+            expected = "a function of singular values"
+            check_function("spectral: penalty", self.penalty, expected)
+        check_prior("spectral: prior", self.prior)
+
+    def __call__(self, lora: LiftedNetwork) -> dict[str, Tensor]:
+        """Sample every site by the base prior, and multiply by the factor.
+
+        Raises:
+            ValueError: If there is no update, or the penalty gives a wrong shape.
+        """
+        weights = (normal(1.0) if self.prior is None else self.prior)(lora)
         factors = lora.delta_weight_factors(weights)
         _check_complete(lora, factors)
         total: Tensor | float = 0.0
         for b, a in _stacks(factors):
-            if frobenius_scale is not None:
+            if self.frobenius_scale is not None:
                 squares = squared_frobenius_norm(b, a)  # (..., layers)
-                total = total + squares.sum(-1) / (2 * frobenius_scale**2)
-            if penalty is not None:
+                total = total + squares.sum(-1) / (2 * self.frobenius_scale**2)
+            if self.penalty is not None:
                 values = singular_values(b, a)  # (..., layers, R)
-                nats = penalty(values)
+                nats = self.penalty(values)
                 if nats.shape != values.shape[:-1]:
                     raise ValueError(
                         f"spectral: expected penalty to give {tuple(values.shape[:-1])}"
@@ -96,8 +110,6 @@ def spectral(
         name = hyper_name("spectral", next(iter(lora.sites)))
         pyro.factor(name, -torch.as_tensor(total))
         return weights
-
-    return spectral_prior
 
 
 def squared_frobenius_norm(b: Tensor, a: Tensor) -> Tensor:

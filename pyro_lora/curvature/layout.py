@@ -1,0 +1,570 @@
+r"""Which positions of a layer's output belong to which datum.
+
+A position is a place in all dims of a tensor but the last. A datum owns those at which
+its own Fisher terms alone have a gradient, and this is how they are found: with datum
+b's terms times :math:`w_b`, a power of two, the gradient at a position of datum b is
+exactly :math:`w_b` times as large, in any precision, and at one that depends on several
+data it isn't a power of two times as large. With 2 data of 3 tokens, batch first and
+time-major::
+
+    0 0 0      0 1
+    1 1 1      0 1
+               0 1
+
+Looking at every layer takes backward passes, so what is found of a network is kept: how
+a layer's positions are made of the rows of the network's output. What a model does with
+these rows, joining or sorting them before the network runs and after it, may change
+with the batch, and is looked at each time, by passes that end at the output.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import grad
+from torch.autograd.function import BackwardCFunction
+
+from pyro_lora.curvature.structures import at_least_float32
+from pyro_lora.lifting.lifted_network import LiftedNetwork
+
+NOBODY, SEVERAL = -1, -2  # in place of a datum
+_CHOOSING = ("Index", "Gather", "Scatter", "Take", "Masked", "Sort", "Topk")
+AT_ONCE = 2**22  # entries that temporary tensors have
+PADDING = 1e3  # in eps: what is smaller than this times a datum's largest doesn't count
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """The positions of one call of a layer, datum by datum.
+
+    Attributes:
+        num_rows: R; position p, of all in order, is in row p // inner % R.
+        inner: See there.
+        index: Rows of each datum, (B, k); None where row b is datum b's.
+        present: (B, k), off where a datum has fewer rows than others; None where all
+            have as many.
+    """
+
+    num_rows: int
+    inner: int = 1
+    index: Tensor | None = None
+    present: Tensor | None = None
+
+    def inputs(self, x: Tensor) -> Tensor:
+        """(..., X) by datum, (B, T, X); any values where a datum has fewer."""
+        x = x.reshape(-1, self.num_rows, self.inner, x.shape[-1]).transpose(0, 1)
+        if self.index is None:
+            return x.flatten(1, 2)
+        return x[self.index.to(x.device)].flatten(1, 3)
+
+    def gradients(self, g: Tensor) -> Tensor:
+        """(..., O) by datum, (B, T, O); zero where a datum has fewer."""
+        found = self.inputs(g)
+        if self.present is None:
+            return found
+        tokens = found.shape[1] // self.present.shape[1]
+        present = self.present.to(g.device).repeat_interleave(tokens, 1)
+        return found * present[..., None]
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call of a slot.
+
+    Attributes:
+        name: A parameter of the slot, and its site.
+        input: What the slot got.
+        output: What it returned.
+        versions: Those of the two tensors at that time.
+    """
+
+    name: str
+    site: str
+    input: Tensor
+    output: Tensor
+    versions: tuple[int, int]
+
+    @property
+    def overwritten(self) -> bool:
+        """Whether a later operation wrote into the input or the output."""
+        return (self.input._version, self.output._version) != self.versions
+
+
+@dataclass(eq=False)
+class Run:
+    """One call of a lifted network.
+
+    Attributes:
+        network: Which; None where slots are called outside of theirs.
+        given: Its arguments' names, and whether they are None.
+        calls: Of its slots, in order.
+        outputs: Tensors that it returned.
+    """
+
+    network: LiftedNetwork | None = None
+    given: tuple[tuple[object, bool], ...] = ()
+    calls: list[Call] = field(default_factory=list)
+    outputs: list[Tensor] = field(default_factory=list)
+
+    @property
+    def form(self) -> tuple[object, ...]:
+        """What decides how the network lays out its rows."""
+        calls = tuple((call.name, call.output.ndim) for call in self.calls)
+        return self.given, calls, tuple(x.ndim for x in self.outputs)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a network's R rows are among the positions of a layer.
+
+    Attributes:
+        dim: Which, of outer * R * inner entries; entry e is in row e // inner % R.
+        outer: See there.
+        inner: See there.
+    """
+
+    dim: int
+    outer: int
+    inner: int
+
+    def fits(self, lead: Sequence[int], num_rows: int) -> bool:
+        """Whether the positions, (lead), may be made of as many rows."""
+        return lead[self.dim] == self.outer * num_rows * self.inner
+
+    def inner_size(self, lead: Sequence[int]) -> int:
+        """Positions of a row that follow each other, in the order of all of them."""
+        return self.inner * math.prod(lead[self.dim + 1 :])
+
+    def rows(self, lead: Sequence[int], num_rows: int, device: torch.device) -> Tensor:
+        """The row of every position, (lead)."""
+        entries = torch.arange(lead[self.dim], device=device) // self.inner % num_rows
+        shape = [-1 if d == self.dim else 1 for d in range(len(lead))]
+        return entries.reshape(shape).expand(lead)
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of a network's layout, for a form of call.
+
+    Attributes:
+        dims: Of each output that the likelihood depends on, the dim of its rows.
+        places: Of each call; None where they may change from batch to batch.
+    """
+
+    dims: tuple[int | None, ...]
+    places: tuple[Place | None, ...]
+
+
+def find_layouts(
+    runs: Sequence[Run], terms: Tensor, max_bytes: float = math.inf
+) -> dict[Call, Layout]:
+    """How the positions of every call are those of the data.
+
+    Args:
+        runs: Calls of the networks, with those of the slots.
+        terms: (M, B), each datum's terms depending on that datum alone.
+        max_bytes: Of gradients at a time, where it takes more than one tensor.
+
+    Returns:
+        Call -> layout, but for calls without positions, as of an expert without tokens.
+
+    Raises:
+        ValueError: If a position depends on several data.
+    """
+    runs = [replace(r, calls=[c for c in r.calls if c.output.numel()]) for r in runs]
+    calls = [call for run in runs for call in run.calls]
+    if terms.shape[1] == 1:
+        return dict.fromkeys(calls, Layout(1))
+    known = {run: run.network.layouts.get(run.form) for run in runs if run.network}
+    probe = _Probe(terms, max_bytes)
+    first = [c for run in runs for c in _unknown(run, known.get(run))]
+    outputs = [x for run in runs for x in run.outputs]
+    found = probe.owners([*outputs, *(call.output for call in first)], len(outputs))
+    of_outputs = iter(found[: len(outputs)])
+    owners = dict(zip(first, found[len(outputs) :], strict=True))
+    rows: dict[Run, _Rows | None] = {}
+    for run in runs:
+        of_run = [next(of_outputs) for _ in run.outputs]
+        of_known = known.get(run)
+        rows[run] = _rows(of_run, None if of_known is None else of_known.dims)
+        if of_known is not None and not _fits(run, of_known, rows[run]):
+            known[run] = None
+            rows[run] = _rows(of_run, None)
+    rest = [c for run in runs for c in _unknown(run, known.get(run)) if c not in owners]
+    if rest:
+        more = probe.owners([call.output for call in rest])
+        owners |= dict(zip(rest, more, strict=True))
+    _check_single(owners, terms.shape[1])
+    _share(owners)
+    layouts: dict[Call, Layout] = {}
+    for run in runs:
+        layouts |= _layouts(run, known.get(run), rows[run], owners, terms.shape[1])
+    return layouts
+
+
+def mixes_data(runs: Sequence[Run], terms: Tensor) -> bool:
+    """Whether what a network returns, at one position, is part of several data.
+
+    Args:
+        runs: Calls of the networks.
+        terms: (M, B).
+    """
+    outputs = [x for run in runs for x in run.outputs]
+    owners = _Probe(terms, math.inf).owners(outputs, len(outputs))
+    return any(bool((owner == SEVERAL).any()) for owner in owners)
+
+
+def _unknown(run: Run, known: Known | None) -> list[Call]:
+    if known is None:
+        return run.calls
+    return [c for c, p in zip(run.calls, known.places, strict=True) if p is None]
+
+
+class _Probe:
+    """Finds owners, by gradients of the terms times powers of two.
+
+    Args:
+        terms: (M, B).
+        max_bytes: Of gradients at a time.
+    """
+
+    def __init__(self, terms: Tensor, max_bytes: float) -> None:
+        # One number for each datum, whose gradient is zero only where all terms' are.
+        mix = torch.linspace(1, 2, len(terms), dtype=terms.dtype, device=terms.device)
+        self._data = mix @ terms  # (B,)
+        self._max_bytes = max_bytes
+
+    def owners(self, tensors: Sequence[Tensor], num_outputs: int = 0) -> list[Tensor]:
+        """Of every position of tensors (..., X) the datum, (...), or a marker.
+
+        Args:
+            tensors: Outputs of networks, then of layers.
+            num_outputs: How many of the first: of these, one with two dims or one may
+                have no features, but a position (..., 1) for every number.
+        """
+        single = [i < num_outputs and x.ndim < 3 for i, x in enumerate(tensors)]
+        found: dict[int, tuple[Tensor, Tensor]] = {}
+        wanted = [i for i, x in enumerate(tensors) if x.requires_grad and x.numel()]
+        for group in self._groups([(i, tensors[i].nbytes) for i in wanted]):
+            found |= self._decoded({i: tensors[i] for i in group}, single)
+        sizes = self._data.new_zeros(len(self._data))  # of each datum, its largest
+        for owner, size in found.values():
+            owned = owner >= 0
+            sizes.scatter_reduce_(0, owner[owned], size[owned], "amax")
+        data = torch.arange(0, device=sizes.device)
+        return [
+            _without_padding(*found[i], sizes)
+            if i in found
+            else data.new_full(x.shape if single[i] else x.shape[:-1], NOBODY)
+            for i, x in enumerate(tensors)
+        ]
+
+    def _groups(self, sizes: Sequence[tuple[int, int]]) -> Iterator[list[int]]:
+        group: list[int] = []
+        total = 0.0
+        for i, size in sizes:
+            if group and 2 * (total + size) > self._max_bytes:
+                yield group
+                group, total = [], 0
+            group.append(i)
+            total += size
+        if group:
+            yield group
+
+    def _decoded(
+        self, tensors: Mapping[int, Tensor], single: Sequence[bool]
+    ) -> dict[int, tuple[Tensor, Tensor]]:
+        """Owners, and largest gradients, of every position."""
+        narrow = any(x.dtype == torch.float16 for x in tensors.values())
+        base = 8 if narrow else 32  # so many powers are within the type's range
+        num_data = len(self._data)
+        data = torch.arange(num_data, device=self._data.device)
+        plain = self._gradients(tensors, torch.ones_like(self._data), single)
+        top = {i: _largest(g) for i, g in plain.items()}
+        owner = {i: torch.zeros_like(at) for i, (at, _) in top.items()}
+        place = 1
+        while place < num_data:
+            weights = torch.exp2((data // place % base).to(self._data))
+            for i, g in self._gradients(tensors, weights, single).items():
+                digit = _digit(g, plain[i], *top[i])
+                several = (digit < 0) | (digit >= base) | (owner[i] < 0)
+                owner[i] = (owner[i] + place * digit).masked_fill(several, SEVERAL)
+            place *= base
+        found = {}
+        for i, (_, size) in top.items():
+            whose = owner[i].masked_fill(owner[i] >= num_data, SEVERAL)
+            # Half precision rounds what is less than its least normal number.
+            tiny = (whose == SEVERAL) & (size.abs() < torch.finfo(size.dtype).tiny)
+            whose = whose.masked_fill(tiny | (size == 0), NOBODY)
+            # NaN is given to someone, so that the sums have it and their check sees it.
+            whose = whose.masked_fill(~size.isfinite(), 0)
+            found[i] = whose.to(self._data.device), size.abs().to(self._data)
+        return found
+
+    def _gradients(
+        self, tensors: Mapping[int, Tensor], weights: Tensor, single: Sequence[bool]
+    ) -> dict[int, Tensor]:
+        found = grad(
+            self._data @ weights,
+            list(tensors.values()),
+            retain_graph=True,
+            allow_unused=True,
+        )
+        filled = {
+            i: torch.zeros_like(x) if g is None else g
+            for (i, x), g in zip(tensors.items(), found, strict=True)
+        }
+        return {i: g[..., None] if single[i] else g for i, g in filled.items()}
+
+
+def _largest(g: Tensor) -> tuple[Tensor, Tensor]:
+    """Of gradients (..., X) where the largest is, and its value, each (...)."""
+    at = torch.cat([some.abs().argmax(-1) for some in _parts(g)]).reshape(g.shape[:-1])
+    return at, g.gather(-1, at[..., None])[..., 0]
+
+
+def _digit(g: Tensor, plain: Tensor, at: Tensor, size: Tensor) -> Tensor:
+    """The power of two by which gradients (..., X) are larger, -1 if there is none."""
+    ratio = at_least_float32(g.gather(-1, at[..., None])[..., 0])
+    power = (ratio / at_least_float32(size)).log2().round().nan_to_num(-1, -1, -1)
+    factor = torch.exp2(power).to(g)
+    factors = factor.flatten()[:, None].split(_step(g))
+    errors = [
+        torch.addcmul(some, before, by, value=-1).abs_().amax(-1)
+        for some, before, by in zip(_parts(g), _parts(plain), factors, strict=True)
+    ]
+    # A power of two rounds nothing, but sums on a GPU may add in another order.
+    tolerance = min(torch.finfo(g.dtype).eps ** 0.5, 2**-6)
+    exact = torch.cat(errors).reshape(at.shape) <= tolerance * (factor * size).abs()
+    return power.long().masked_fill(~exact, -1)
+
+
+def _parts(g: Tensor) -> tuple[Tensor, ...]:
+    """Rows of (..., X), some at a time: a vocabulary's gradients are large."""
+    return g.reshape(-1, g.shape[-1]).split(_step(g))
+
+
+def _step(g: Tensor) -> int:
+    return max(1, AT_ONCE // g.shape[-1])
+
+
+def _without_padding(owner: Tensor, size: Tensor, sizes: Tensor) -> Tensor:
+    """Nobody owns what is small beside the largest gradient of the datum."""
+    least = PADDING * torch.finfo(sizes.dtype).eps * sizes
+    # Of what is no datum's alone, rounding leaves as much as beside the largest of all.
+    own = least[owner.clamp_min(0)].where(owner >= 0, least.amax())
+    return owner.masked_fill(size <= own, NOBODY)
+
+
+def _check_single(owners: Mapping[Call, Tensor], num_data: int) -> None:
+    several = {call: owner == SEVERAL for call, owner in owners.items()}
+    if not several or not torch.stack([x.any() for x in several.values()]).any():
+        return
+    call, bad = next((call, bad) for call, bad in several.items() if bad.any())
+    raise ValueError(
+        f"Site {call.site!r}: the layer of {call.name!r} has an input of shape "
+        f"{tuple(call.input.shape)} in a batch of {num_data} data, and at "
+        f"{int(bad.sum())} of its {bad.numel()} positions the gradients of several "
+        "data add up, so that no datum's own can be told. Either all data share these "
+        "rows, as they do the relative positions in DeBERTa with share_att_key=True, "
+        "or the network mixes the data of a batch. Give batches of one datum each, or "
+        "leave the layer out of the adapter (target_modules in peft)."
+    )
+
+
+def _share(owners: dict[Call, Tensor]) -> None:
+    """Give calls with the same input the same owners, so that it is grouped once.
+
+    At positions where one layer has a gradient the other may have none.
+    """
+    families: dict[tuple[object, ...], list[Call]] = {}
+    for call in owners:
+        x = call.input
+        families.setdefault((x.data_ptr(), x.shape, x.stride()), []).append(call)
+    for family in families.values():
+        if len(family) == 1:
+            continue
+        union = torch.stack([owners[call] for call in family]).amax(0)
+        if all(bool(_agree(owners[call], union)) for call in family):
+            owners |= dict.fromkeys(family, union)
+
+
+def _agree(owner: Tensor, expected: Tensor) -> Tensor:
+    return ((owner == expected) | (owner == NOBODY)).all()
+
+
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """The rows of a network's outputs.
+
+    Attributes:
+        dims: Their dim in each output; None where no datum owns a position.
+        owner: The datum of each row, (R,).
+    """
+
+    dims: tuple[int | None, ...]
+    owner: Tensor
+
+
+def _rows(
+    owners: Sequence[Tensor], known: tuple[int | None, ...] | None
+) -> _Rows | None:
+    """The rows that outputs are made of, None where there are none, or several ways.
+
+    Args:
+        owners: Of each output's positions.
+        known: Dims of the rows, as far as they are known.
+    """
+    dims = list(known or [None] * len(owners))
+    total: Tensor | None = None
+    for i, owner in enumerate(owners):
+        if bool((owner == NOBODY).all()):
+            continue
+        choices = range(owner.ndim) if known is None else [d for d in dims[i : i + 1]]
+        fitting = {d: row for d in choices if (row := _along(owner, d)) is not None}
+        if len(fitting) != 1:
+            return None
+        ((dims[i], row),) = fitting.items()
+        if total is not None:
+            if total.shape != row.shape:
+                return None
+            row, other = row.maximum(total), row
+            if not bool(_agree(total, row) & _agree(other, row)):
+                return None
+        total = row
+    return None if total is None else _Rows(tuple(dims), total)
+
+
+def _along(owner: Tensor, dim: int | None) -> Tensor | None:
+    """The owners along a dim, if they are the same along all others."""
+    if dim is None or bool((owner == SEVERAL).any()):
+        return None
+    others = [d for d in range(owner.ndim) if d != dim]
+    row = owner.amax(others, keepdim=True) if others else owner
+    return row.flatten() if bool(_agree(owner, row)) else None
+
+
+def _fits(run: Run, known: Known, rows: _Rows | None) -> bool:
+    return rows is not None and all(
+        place is None or place.fits(call.output.shape[:-1], len(rows.owner))
+        for call, place in zip(run.calls, known.places, strict=True)
+    )
+
+
+def _layouts(
+    run: Run,
+    known: Known | None,
+    rows: _Rows | None,
+    owners: Mapping[Call, Tensor],
+    num_data: int,
+) -> dict[Call, Layout]:
+    """Layouts of a run's calls; what is new of the network is kept."""
+    index = None if rows is None else _index(rows.owner, num_data)
+    same: dict[object, Layout] = {}  # so that calls with the same share it
+    layouts: dict[Call, Layout] = {}
+    choices: dict[Call, list[Place]] = {}
+    places = [None] * len(run.calls) if known is None else known.places
+    for call, place in zip(run.calls, places, strict=True):
+        lead = call.output.shape[:-1]
+        if place is None:
+            choices[call] = [] if rows is None else _places(owners[call], rows.owner)
+            place = next(iter(choices[call]), None)
+        if place is None:
+            owner = owners[call]
+            if id(owner) not in same:
+                of_positions = _index(owner.flatten(), num_data)
+                same[id(owner)] = Layout(owner.numel(), 1, *of_positions)
+            layouts[call] = same[id(owner)]
+        else:
+            assert rows is not None
+            assert index is not None
+            inner = place.inner_size(lead)
+            layouts[call] = same.setdefault(
+                inner, Layout(len(rows.owner), inner, *index)
+            )
+    if known is None and rows is not None and run.network is not None:
+        found = _learnt(run, choices)
+        if found is not None:
+            run.network.layouts[run.form] = Known(rows.dims, found)
+    return layouts
+
+
+def _places(owner: Tensor, row_owner: Tensor) -> list[Place]:
+    """The ways in which owned positions may be made of rows."""
+    lead, num_rows = owner.shape, len(row_owner)
+    found = []
+    for dim, size in enumerate(lead):
+        repeats, rest = divmod(size, num_rows)
+        if rest or repeats == 0:
+            continue
+        for inner in (n for n in range(1, repeats + 1) if repeats % n == 0):
+            place = Place(dim, repeats // inner, inner)
+            rows = place.rows(lead, num_rows, owner.device)
+            if bool(_agree(owner, row_owner[rows])):
+                found.append(place)
+    return found
+
+
+def _learnt(
+    run: Run, choices: Mapping[Call, Sequence[Place]]
+) -> tuple[Place | None, ...] | None:
+    """What of it holds for other batches, None if there is nothing.
+
+    Rows without tokens among others with them are chosen from batch to batch: tokens
+    sent to an expert, say; or a head's, whose gradients are cheap.
+    """
+    one = {c.output.shape: p[0] for c, p in choices.items() if len(p) == 1}
+    flat = all(call.output.ndim == 2 for call in run.calls)
+    fixed = not flat or not _routes(run.outputs)
+    found: list[Place | None] = []
+    for call, places in choices.items():
+        if call.output.ndim == 2 and not (flat and fixed):
+            found.append(None)
+            continue
+        place = places[0] if len(places) == 1 else one.get(call.output.shape)
+        if place not in places:
+            return None
+        found.append(place)
+    return tuple(found)
+
+
+def _routes(outputs: Sequence[Tensor]) -> bool:
+    """Whether an operation that may choose rows by the data's values is in a graph."""
+    seen = set()
+    stack: list[Any] = [x.grad_fn for x in outputs]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if isinstance(node, BackwardCFunction) or any(
+            word in node.name() for word in _CHOOSING
+        ):
+            return True
+        stack += [following for following, _ in node.next_functions]
+    return False
+
+
+def _index(owner: Tensor, num_data: int) -> tuple[Tensor | None, Tensor | None]:
+    """Rows of each datum, (B, k), and which are present, by the owner of each, (R,)."""
+    row = torch.arange(len(owner), device=owner.device)
+    repeats, rest = divmod(len(owner), num_data)
+    if not rest and repeats:
+        # Rows of nobody go where they keep the order simple.
+        for simple in (row % num_data, row // repeats):
+            if bool(_agree(owner, simple)):
+                if repeats == 1:
+                    return None, None
+                return simple.argsort(stable=True).reshape(num_data, -1), None
+    owned = owner >= 0
+    counts = torch.bincount(owner[owned], minlength=num_data)
+    width = max(1, int(counts.max()))
+    present = torch.arange(width, device=owner.device) < counts[:, None]
+    index = torch.zeros_like(present, dtype=torch.long)
+    index[present] = row[owned][owner[owned].argsort(stable=True)]
+    return index, None if bool(present.all()) else present

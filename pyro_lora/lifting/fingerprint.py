@@ -1,0 +1,340 @@
+"""What tells a network from others of the same sites: a sample of its frozen base.
+
+Of each frozen tensor the name, dtype, shape and 32 of its values, spread over it, are
+kept, and of the adapter's and the network's settings those that change what it
+computes. On an 8B model that's some hundred reads of 32 values, no pass over the
+weights, so it's taken anew whenever it's asked for: nothing to go stale.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from pyro_lora.lifting.lifted_network import LiftedNetwork
+
+NUM_VALUES = 32  # of each tensor
+_GOLDEN = (5**0.5 - 1) / 2  # its multiples fall evenly between 0 and 1
+# Relative rounding, by which values differ that went through another dtype.
+_ROUNDING = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
+
+# An adapter's settings that are of its training, or in its parameters' names, shapes
+# and scalings.
+_OF_ADAPTER_ASIDE = re.compile(
+    "dropout|^init_|^inference_mode$|^base_model|^revision$|version|^auto_mapping$|"
+    "loftq|eva_config|corda_config|lora_ga|^r$|^lora_alpha$|rslora|^rank_pattern$|"
+    "^target_|^exclude_|^layers_|^modules_to_save$|^bias$|^task_type$|"
+    "^trainable_token|^ensure_weight|^runtime_config$|^megatron"
+)
+# A network's settings that are of its training, or of how it's run, stored, spoken of.
+_OF_NETWORK_ASIDE = re.compile(
+    "^_|drop|init|dtype|architectures|implementation|use_cache|^output_|return_dict|"
+    "torchscript|label2id|id2label|quantization|tokenizer|bos_token|eos_token|^tie_|"
+    "task_specific|chunk_size|name_or_path|version|loss|problem_type|checkpointing"
+)
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What tells a network from others of the same sites.
+
+    Attributes:
+        tensors: Name of a frozen tensor -> its dtype and shape.
+        values: Of each tensor in order, (T, 32), float32; NaN where they weren't seen.
+        settings: Of the adapter and the network, as JSON has them.
+    """
+
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]]
+    values: Tensor
+    settings: Mapping[str, Any]
+
+    def check(self, lora: LiftedNetwork, where: str) -> None:
+        """Check that a network is the one that this was taken of.
+
+        Args:
+            lora: The network.
+            where: What this was read from, the start of a message.
+
+        Raises:
+            ValueError: If it isn't.
+        """
+        difference = self._difference(fingerprint(lora))
+        if difference is not None:
+            raise ValueError(
+                f"{where}: {difference}, so this is another network. Lift the network "
+                "that it was made for."
+            )
+
+    def _difference(self, here: Fingerprint) -> str | None:
+        for name in [*self.tensors, *here.tensors]:
+            then, now = self.tensors.get(name), here.tensors.get(name)
+            if then is None or now is None or not _comparable(then, now):
+                return (
+                    f"frozen tensor {name!r} is {_said(then)} there, {_said(now)} here"
+                )
+        order = {name: i for i, name in enumerate(here.tensors)}
+        for row, (name, (dtype, _)) in zip(
+            self.values, self.tensors.items(), strict=True
+        ):
+            other = here.values[order[name]]
+            rtol, atol = _rounding(dtype, here.tensors[name][0])
+            unseen = row.isnan() | other.isnan()
+            off = ~(torch.isclose(row, other, rtol=rtol, atol=atol) | unseen)
+            if off.any():
+                i = int(off.nonzero()[0])
+                return (
+                    f"frozen tensor {name!r} has {float(row[i]):.6g} there, where it "
+                    f"has {float(other[i]):.6g} here"
+                )
+        for name in self.settings.keys() & here.settings.keys():
+            if self.settings[name] != here.settings[name]:
+                return (
+                    f"{name} is {self.settings[name]!r:.80} there, "
+                    f"{here.settings[name]!r:.80} here"
+                )
+        return None
+
+
+@torch.no_grad()
+def fingerprint(lora: LiftedNetwork) -> Fingerprint:
+    """What tells a lifted network from others of the same sites.
+
+    Tensors on the meta device, as those that are offloaded, and the running statistics
+    of layers in training mode aren't seen.
+
+    Args:
+        lora: The network.
+    """
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
+    rows: dict[torch.device, list[Tensor]] = {}
+    places: dict[torch.device, list[int]] = {}
+    for name, x, seen in _frozen(lora):
+        row = sample(x) if seen else torch.full((NUM_VALUES,), math.nan)
+        rows.setdefault(row.device, []).append(row)
+        places.setdefault(row.device, []).append(len(tensors))
+        tensors[name] = str(x.dtype).removeprefix("torch."), tuple(x.shape)
+    values = torch.empty(len(tensors), NUM_VALUES)
+    for device, found in rows.items():  # one copy from each device
+        values[places[device]] = torch.stack(found).cpu()
+    return Fingerprint(tensors, values, _settings(lora))
+
+
+@dataclass(frozen=True)
+class NetworkDescription:
+    """A fingerprint but for its values, as JSON has it."""
+
+    tensors: dict[str, tuple[str, tuple[int, ...]]]
+    settings: dict[str, Any]
+
+
+def described(prints: Sequence[Fingerprint]) -> tuple[list[Any], dict[str, Tensor]]:
+    """Fingerprints as JSON has them, and their values as named tensors."""
+    return (
+        [{"tensors": dict(x.tensors), "settings": dict(x.settings)} for x in prints],
+        {f"networks/{i}": x.values for i, x in enumerate(prints)},
+    )
+
+
+def restored(
+    descriptions: Sequence[NetworkDescription], tensors: Mapping[str, Tensor]
+) -> list[Fingerprint]:
+    """The fingerprints that :func:`described` gave.
+
+    Raises:
+        ValueError: If they are something else.
+    """
+    found = []
+    for i, network in enumerate(descriptions):
+        values, shape = tensors.get(f"networks/{i}"), (len(network.tensors), NUM_VALUES)
+        if values is None or values.dtype != torch.float32 or values.shape != shape:
+            raise ValueError(
+                f"tensor 'networks/{i}' is missing or no float32 tensor of {shape}"
+            )
+        for name, (dtype, _) in network.tensors.items():
+            if not isinstance(getattr(torch, dtype, None), torch.dtype):
+                raise ValueError(f"networks[{i}].tensors: {name!r} has no dtype")
+        found.append(Fingerprint(network.tensors, values.cpu(), network.settings))
+    return found
+
+
+def check_networks(
+    saved: Sequence[Fingerprint], loras: Sequence[LiftedNetwork], what: str
+) -> None:
+    """Check that these networks are those that fingerprints were taken of.
+
+    Args:
+        saved: In order.
+        loras: In order.
+        what: What is of them, the start of a message.
+
+    Raises:
+        ValueError: If they aren't.
+    """
+    if len(saved) != len(loras):
+        raise ValueError(
+            f"{what} is of {len(saved)} networks, given were {len(loras)}. Give those "
+            "that it was made for."
+        )
+    for one, lora in zip(saved, loras, strict=True):
+        one.check(lora, what)
+
+
+def _frozen(lora: LiftedNetwork) -> Iterator[tuple[str, Tensor, bool]]:
+    """Names as under any adapter name, the tensors, and whether to look at values."""
+    lifted = {name for names in lora.sites.values() for name in names}
+    network = lora.network
+    adapters = set(getattr(network, "peft_config", ()))
+    containers, unused = _adapter_names(network)
+    for path, module in network.named_modules():
+        moved = module.training and hasattr(module, "running_mean")
+        own = {
+            **module._parameters,
+            **{
+                name: x
+                for name, x in module._buffers.items()
+                if name not in module._non_persistent_buffers_set
+                and name != "num_batches_tracked"
+            },
+        }
+        if path.startswith(unused):
+            continue
+        for attribute, x in own.items():
+            name = f"{path}.{attribute}" if path else attribute
+            bare = _bare(name, containers, adapters, lora.adapter)
+            if x is None or name in lifted or bare is None:
+                continue
+            yield bare, x, not moved
+
+
+def _adapter_names(network: nn.Module) -> tuple[set[str], tuple[str, ...]]:
+    """Attributes that hold tensors by adapter, and prefixes of what isn't computed."""
+    containers, unused = set(), []
+    for path, module in network.named_modules():
+        if isinstance(module, BaseTunerLayer | ModulesToSaveWrapper):
+            containers |= {*module.adapter_layer_names}
+            containers |= {*getattr(module, "other_param_names", ())}
+        if isinstance(module, ModulesToSaveWrapper):
+            unused.append(f"{path}.original_module")
+    return containers, tuple(unused)
+
+
+def _bare(
+    name: str, containers: set[str], adapters: set[str], adapter: str | None
+) -> str | None:
+    """A name without the adapter's and wrappers', None if it's of another adapter."""
+    parts: list[str] = []
+    for part in name.split("."):
+        if parts and parts[-1] in containers and part in adapters:
+            if part != adapter:
+                return None
+        elif part != "_orig_mod":  # torch.compile's
+            parts.append(part)
+    return ".".join(parts)
+
+
+def sample(x: Tensor) -> Tensor:
+    """32 values spread over a tensor, float32, where it is."""
+    x = x.detach()
+    if type(x) not in (Tensor, nn.Parameter) and hasattr(x, "__tensor_flatten__"):
+        names, _ = x.__tensor_flatten__()  # quantised: several tensors that pass as one
+        inner = torch.cat([sample(getattr(x, name)).cpu() for name in names])
+        return inner[:: len(names)]
+    if x.device.type == "meta":
+        return torch.full((NUM_VALUES,), math.nan)
+    if x.numel() == 0:
+        return torch.zeros(NUM_VALUES)
+    if x.dtype.is_complex:
+        x = torch.view_as_real(x)
+    if x.dtype.itemsize == 1 and x.dtype is not torch.bool and x.is_contiguous():
+        x = x.view(torch.uint8)  # not every device reads each of the 8-bit floats
+    last = x.numel() - 1
+    places = torch.tensor(
+        [round(last * ((i * _GOLDEN) % 1)) for i in range(NUM_VALUES)],
+        device=x.device,
+    )
+    if x.is_contiguous():
+        return x.view(-1)[places].float()
+    return x[torch.unravel_index(places, x.shape)].float()
+
+
+def _comparable(
+    then: tuple[str, tuple[int, ...]], now: tuple[str, tuple[int, ...]]
+) -> bool:
+    real = all(getattr(torch, x[0], torch.int8).is_floating_point for x in (then, now))
+    wide = real and min(getattr(torch, x[0]).itemsize for x in (then, now)) > 1
+    return tuple(then[1]) == tuple(now[1]) and (wide or then[0] == now[0])
+
+
+def _rounding(then: str, now: str) -> tuple[float, float]:
+    """Relative and absolute differences that a change of dtype makes."""
+    if then == now:
+        return 0.0, 0.0
+    dtypes = getattr(torch, then), getattr(torch, now)
+    return (
+        max(_ROUNDING.get(dtype, 2.0**-22) for dtype in dtypes),
+        max(torch.finfo(dtype).smallest_normal for dtype in dtypes),
+    )
+
+
+def _said(tensor: tuple[str, tuple[int, ...]] | None) -> str:
+    return "missing" if tensor is None else f"{tensor[0]} of shape {tuple(tensor[1])}"
+
+
+def _settings(lora: LiftedNetwork) -> dict[str, Any]:
+    """Settings that change what the network computes with given weights."""
+    network: Any = lora.network
+    found: dict[str, Any] = {}
+    if lora.adapter is not None:
+        config = network.peft_config[lora.adapter]
+        found |= {
+            f"adapter.{name}": x
+            for name, x in _plain(config.to_dict()).items()
+            if not _OF_ADAPTER_ASIDE.search(name)
+        }
+    base = getattr(network, "get_base_model", lambda: network)()
+    base = getattr(base, "_orig_mod", base)
+    config = getattr(base, "config", None)
+    if config is not None and hasattr(config, "to_dict"):
+        return found | {
+            f"config.{name}": x
+            for name, x in _plain(config.to_dict()).items()
+            if not _OF_NETWORK_ASIDE.search(name)
+        }
+    # Of a network without a config, its layers without weights: activations and so on.
+    for path, module in base.named_modules():
+        own = type(module).__module__
+        of_torch = own.startswith("torch.nn.modules.") and "container" not in own
+        quiet = isinstance(module, nn.modules.dropout._DropoutNd | nn.Identity)
+        if of_torch and not quiet and not [*module.children(), *module.parameters()]:
+            found[f"layer {path.replace('_orig_mod.', '')}"] = str(module)
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """As JSON would give it back; what it can't hold is left out of mappings."""
+    if isinstance(value, Enum):
+        return _plain(value.value)
+    if isinstance(value, Mapping):
+        items = {str(k): _plain(x) for k, x in value.items()}
+        return {k: x for k, x in items.items() if x is not _LEFT_OUT}
+    if isinstance(value, set | frozenset):
+        return sorted(map(str, value))
+    if isinstance(value, list | tuple):
+        return [None if x is _LEFT_OUT else x for x in map(_plain, value)]
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    return _LEFT_OUT
+
+
+_LEFT_OUT = object()

@@ -1,0 +1,227 @@
+"""Each posterior knows its way of predicting."""
+
+import warnings
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer.autoguide import AutoNormal
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+import pyro_lora as pl
+from pyro_lora.export.diagnosis import Confidence
+from tests import networks
+from tests.predict import models
+
+
+def posteriors() -> tuple[Any, list[dict[str, Tensor]], dict[str, tuple[Any, str]]]:
+    """Of one model, with the method that is each one's own."""
+    lora, model = models.classifier()
+    batches = models.two_batches()
+    laplace = models.laplace(lora, model, batches)
+    particles = models.particles(lora, model)
+    auto = AutoNormal(model, init_loc_fn=lora.init_to_adapter(), init_scale=0.01)
+    auto(**batches[0])
+    kinds = {
+        "laplace": (laplace, "linearized"),
+        "mixture": (pl.MixturePosterior([laplace, laplace]), "linearized"),
+        "nested": (
+            pl.MixturePosterior([pl.MixturePosterior([laplace]), laplace]),
+            "linearized",
+        ),
+        "half": (pl.MixturePosterior([laplace, particles]), "sample"),
+        "particles": (particles, "sample"),
+        "ensemble": (pl.ensemble(lora, [laplace.mode()], model=model), "sample"),
+        "stock": (auto, "sample"),
+        "function": (models.guide_over(lora.weights()), "sample"),
+    }
+    return model, batches, kinds
+
+
+KINDS = ["laplace", "mixture", "nested", "half", "particles", "ensemble"]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "stock", "function"])
+@pytest.mark.parametrize("num_samples", [None, 3])
+def test_the_default_is_the_posteriors_own(kind: str, num_samples: int | None) -> None:
+    model, batches, kinds = posteriors()
+    posterior, method = kinds[kind]
+    if kind in KINDS:
+        assert posterior.prediction_method == method
+
+    def predicted(**options: Any) -> pl.Prediction:
+        pyro.set_rng_seed(5)
+        return pl.predict(model, posterior, batches, num_samples=num_samples, **options)
+
+    expected = predicted(method=method)
+    assert torch.equal(predicted().log_probs, expected.log_probs)
+    assert torch.equal(predicted().aleatoric_entropy, expected.aleatoric_entropy)
+
+
+def test_dropout_goes_by_draws() -> None:
+    lora, model = models.classifier(network=networks.bert(dropout=0.3))
+    posterior = pl.mc_dropout(lora)
+    batches = models.two_batches()
+    found = []
+    for options in ({}, {"method": "sample"}):
+        pyro.set_rng_seed(5)
+        found.append(pl.predict(model, posterior, batches, num_samples=3, **options))
+    assert torch.equal(found[0].log_probs, found[1].log_probs)
+
+
+@pytest.mark.parametrize("kind", ["laplace", "mixture", "nested", "half", "particles"])
+def test_a_tree_and_a_diagnosis_follow_the_same_rule(kind: str) -> None:
+    model, batches, kinds = posteriors()
+    posterior, method = kinds[kind]
+    with warnings.catch_warnings():
+        if kind == "nested":  # which ArviZ's groups have no draws by component of
+            warnings.filterwarnings("ignore", ".*mixture of mixtures")
+            method = "sample"
+        tree = pl.to_datatree(posterior, model=model, batches=batches, num_samples=4)
+    assert tree["log_likelihood"].attrs["method"] == method
+    if kind in ("laplace", "mixture"):
+        held_out = pl.predict(model, posterior, batches, method="linearized")
+        found = pl.diagnose(posterior, model, batches).confidence
+        assert isinstance(found, Confidence)
+        assert found.overconfidence == held_out.metrics()["overconfidence"]
+
+
+def student(x: Tensor, lora: pl.LiftedNetwork, labels: Tensor | None) -> None:
+    loc = lora()(x)[..., 0]
+    with pyro.plate("data", 8, subsample=x):
+        pyro.sample("y", dist.StudentT(4.0, loc, 0.5), obs=labels)
+
+
+def test_what_can_not_be_linearised_goes_by_draws_and_says_so() -> None:
+    lora = pl.lift(nn.Linear(3, 1).double())
+
+    def model(x: Tensor, labels: Tensor | None = None) -> None:
+        student(x, lora, labels)
+
+    batches = [{"x": torch.randn(8, 3).double(), "labels": torch.zeros(8).double()}]
+    posterior = models.laplace(lora, model, batches, pl.dense)
+    found = []
+    for options in ({}, {"method": "sample"}):
+        pyro.set_rng_seed(5)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found.append(pl.predict(model, posterior, batches, **options))
+        said = [str(w.message) for w in caught]
+        assert len(said) == (not options), said
+        assert all("StudentT has no linear predictor" in text for text in said)
+    assert torch.equal(found[0].loc, found[1].loc)
+    with pytest.warns(UserWarning, match="StudentT has no linear predictor"):
+        pl.to_datatree(posterior, batches=batches, num_samples=4)
+
+
+def test_latents_beside_the_weights_in_a_tree_go_by_draws_and_say_so() -> None:
+    lora = pl.lift(networks.bert(1))
+    model = pl.models.regression(lora, 8)
+    texts = networks.batch(8)
+    texts["labels"] = torch.randn(8).double()
+    posterior = models.laplace(lora, model, [texts])
+    with pytest.warns(UserWarning, match="latent sites besides the weights"):
+        tree = pl.to_datatree(posterior, batches=[texts], num_samples=3)
+    assert tree["log_likelihood"].attrs["method"] == "sample"
+    pl.to_datatree(posterior, batches=[texts], num_samples=3, method="sample")
+
+
+def test_draws_that_are_kept_are_of_one_batch() -> None:
+    model, batches, kinds = posteriors()
+    laplace, _ = kinds["laplace"]
+    with pytest.raises(ValueError, match=r"second batch.*method='sample'"):
+        pl.predict(model, laplace, batches, keep_draws=True)
+    whole = models.resized(batches, 10)
+    found = pl.predict(model, laplace, whole, keep_draws=True, num_samples=5)
+    assert found.draw_log_probs is not None
+    assert found.draw_log_probs.shape == (5, 10, 2)
+    exact = pl.predict(model, laplace, whole, method="linearized")
+    assert_close(found.log_probs, exact.log_probs, rtol=0, atol=1e-10)
+
+
+# Draws of a Gaussian that lead the network astray
+
+
+class Product(nn.Module):
+    """Logits (0, b tanh(a x)), a network whose weights multiply."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 8, bias=False), nn.Linear(8, 1, bias=False)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.last(self.first(x).tanh())
+        return out[..., 0]
+
+
+NUM = 200
+
+
+def trained(num_outputs: str = "classes") -> tuple[Any, Any, dict[str, Tensor]]:
+    """A network near its data, and the Pyro model of it."""
+    network = Product()
+    x = torch.randn(NUM, 4).double()
+    y = (x[:, 0] > 0).long() if num_outputs == "classes" else x[:, 0]
+    optimizer = torch.optim.Adam(network.parameters(), lr=0.05)
+    for _ in range(200):
+        optimizer.zero_grad()
+        f = network(x)
+        loss = (
+            nn.functional.binary_cross_entropy_with_logits(f, y.double())
+            if num_outputs == "classes"
+            else (f - y).square().mean()
+        )
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    lora = pl.lift(network)
+
+    def model(x: Tensor, labels: Tensor | None = None) -> None:
+        f = lora()(x)
+        with pyro.plate("data", NUM, subsample=x):
+            if num_outputs == "classes":
+                logits = torch.stack([torch.zeros_like(f), f], -1)
+                pyro.sample("y", dist.Categorical(logits=logits), obs=labels)
+            else:
+                pyro.sample("y", dist.Normal(f, 0.1), obs=labels)
+
+    return lora, model, {"x": x, "labels": y}
+
+
+@pytest.mark.parametrize("kind", ["classes", "reals"])
+@pytest.mark.parametrize("labelled", [True, False])
+def test_draws_far_worse_than_the_mode_are_told(kind: str, labelled: bool) -> None:
+    lora, model, data = trained(kind)
+    # Along many directions the data say nothing, and the prior says next to nothing.
+    wide = models.laplace(lora, model, [data], pl.dense).with_prior_precision(1e-4)
+    shown = [{k: v[:100] for k, v in data.items() if labelled or k == "x"}] * 2
+    pyro.set_rng_seed(0)
+    with pytest.warns(UserWarning, match=r"draws of a Gaussian.*'linearized'") as told:
+        found = pl.predict(model, wide, shown, method="sample")
+    if labelled:
+        mode = pl.predict(model, pl.ensemble(lora, [wide.mode()]), shown)
+        for name in {"classes": ["accuracy", "nll"], "reals": ["rmse"]}[kind]:
+            for one in (found, mode):
+                number = one.metrics()[name]
+                form = f"{number:.3f}" if kind == "classes" else f"{number:.3g}"
+                assert form in str(told[0].message)
+
+
+@pytest.mark.parametrize("kind", ["classes", "reals"])
+@pytest.mark.parametrize("labelled", [True, False])
+@pytest.mark.parametrize("sites", [None, "last_layer"])
+def test_good_draws_pass_without_a_word(kind: str, labelled: bool, sites: Any) -> None:
+    lora, model, data = trained(kind)
+    guide = pl.AutoLaplace(
+        model, init_loc_fn=lora.init_to_adapter(), structure=pl.dense, sites=sites
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The weights aren't a mode")
+        good = guide.laplace_approximation([data])
+    # In the last layer's weights the network is linear; in all of them it is nearby.
+    good = good.optimize_prior() if sites else good.with_prior_precision(1e4)
+    shown = {k: v for k, v in data.items() if labelled or k == "x"}
+    pl.predict(model, good, [shown], method="sample")

@@ -1,0 +1,250 @@
+"""Missing outcomes: everything is as if their data weren't there."""
+
+from collections.abc import Callable
+from typing import Any
+
+import arviz_stats
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from torch import Tensor
+
+import pyro_lora as pl
+from tests import networks
+from tests.predict import models
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Estimated shape parameter"),
+    pytest.mark.filterwarnings("ignore:The point-wise LOO"),
+]
+
+NUM_DATA = models.NUM_DATA
+SEEN = [
+    torch.tensor([True, True, False, True, True, False]),
+    torch.tensor([False, True, True, True]),
+]
+Observe = Callable[[Tensor, Tensor | None, Tensor], None]
+
+
+def classes_by_poutine(f: Tensor, labels: Tensor | None, seen: Tensor) -> None:
+    with poutine.mask(mask=seen):
+        pyro.sample("y", dist.Categorical(logits=f), obs=labels)
+
+
+def classes_by_labels(f: Tensor, labels: Tensor | None, seen: Tensor) -> None:
+    fn: Any = dist.Categorical(logits=f)
+    if labels is not None:
+        fn = fn.mask(labels >= 0)
+        labels = labels.clamp_min(0)
+    pyro.sample("y", fn, obs=labels)
+
+
+def classes_by_obs_mask(f: Tensor, labels: Tensor | None, seen: Tensor) -> None:
+    if labels is not None:
+        labels = labels.clamp_min(0)
+    pyro.sample("y", dist.Categorical(logits=f), obs=labels, obs_mask=seen)
+
+
+def bernoulli_by_nan(f: Tensor, labels: Tensor | None, seen: Tensor) -> None:
+    fn: Any = dist.Bernoulli(logits=f[..., 0])
+    if labels is not None:
+        fn = fn.mask(labels >= 0)
+        labels = labels.clamp_min(0).double()
+    pyro.sample("y", fn, obs=labels)
+
+
+def reals_by_nan(f: Tensor, labels: Tensor | None, seen: Tensor) -> None:
+    pyro.sample("y", dist.NanMaskedNormal(f[..., 0], 0.7), obs=labels)
+
+
+def reals_by_poutine(f: Tensor, labels: Tensor | None, seen: Tensor) -> None:
+    with poutine.mask(mask=seen):
+        pyro.sample("y", dist.Normal(f[..., 0], 0.7), obs=labels)
+
+
+def several_reals(f: Tensor, labels: Tensor | None, seen: Tensor) -> None:
+    pyro.sample("y", dist.NanMaskedNormal(f, 0.7).to_event(1), obs=labels)
+
+
+CLASSES = [classes_by_poutine, classes_by_labels, classes_by_obs_mask, bernoulli_by_nan]
+REALS = [reals_by_nan, reals_by_poutine, several_reals]
+every_way = pytest.mark.parametrize("observe", [*CLASSES, *REALS])
+
+
+def problem(observe: Observe) -> tuple[Any, Any, list[dict], list[dict]]:
+    """Network, model, batches with missing outcomes, and the same without them."""
+    lora, _ = models.classifier(2)
+
+    def model(seen: Tensor, labels: Tensor | None = None, **inputs: Tensor) -> None:
+        f = lora()(**inputs).logits
+        with pyro.plate("data", NUM_DATA, subsample=inputs["input_ids"]):
+            observe(f, labels, seen)
+
+    batches = models.two_batches()
+    for batch, seen in zip(batches, SEEN, strict=True):
+        batch["seen"] = seen
+        labels = batch["labels"].where(seen, -100)
+        if observe in REALS:
+            real = torch.randn(len(seen), 2, dtype=torch.float64)
+            real = real.where(seen[:, None], torch.nan)
+            if observe is not several_reals:
+                real = real[:, 0]
+            labels = real
+        batch["labels"] = labels
+    rows = [
+        {name: x[seen] for name, x in batch.items()}
+        for batch, seen in zip(batches, SEEN, strict=True)
+    ]
+    return lora, model, batches, rows
+
+
+@every_way
+@pytest.mark.parametrize("method", ["sample", "linearized"])
+def test_metrics_are_those_of_the_data_that_count(
+    observe: Observe, method: Any
+) -> None:
+    lora, model, batches, rows = problem(observe)
+    posterior: Any = (
+        models.particles(lora, model, obs_site=None)
+        if method == "sample"
+        else models.laplace(lora, model, batches)
+    )
+    found = pl.predict(model, posterior, batches, method=method)
+    alone = pl.predict(model, posterior, rows, method=method)
+    assert found.metrics() == pytest.approx(alone.metrics(), abs=1e-10)
+    assert found.labels is not None
+    assert len(found.labels) == NUM_DATA
+    if observe in CLASSES:
+        assert found.labels[2] == -100
+        assert pl.fit_temperature(found) == pytest.approx(pl.fit_temperature(alone))
+        # A datum without a label may be worth one.
+        assert len(pl.acquire(found, NUM_DATA).indices) == NUM_DATA
+    else:
+        assert found.labels[2].isnan().all()
+
+
+def test_metrics_of_data_with_some_of_their_outcomes() -> None:
+    lora, model, batches, _ = problem(several_reals)
+    for batch in batches:
+        batch["labels"][1, 0] = torch.nan
+    found = pl.predict(model, models.particles(lora, model), batches)
+    labels = found.labels
+    known = ~labels.isnan()
+    error = (found.mean - labels)[known]
+    metrics = found.metrics(num_bootstrap=3)
+    assert metrics["rmse"] == pytest.approx(float(error.square().mean().sqrt()))
+    filled = labels.where(known, 0.0)
+    nll = -float(found.log_prob(filled)[known].mean())
+    assert metrics["nll"] == pytest.approx(nll)
+
+
+@pytest.mark.parametrize("observe", [classes_by_poutine, reals_by_poutine])
+def test_no_label_that_counts_is_an_error(observe: Observe) -> None:
+    lora, model, batches, _ = problem(observe)
+    nothing = [{**b, "seen": torch.zeros_like(b["seen"])} for b in batches]
+    found = pl.predict(model, models.particles(lora, model), nothing)
+    with pytest.raises(ValueError, match="all are masked or missing"):
+        found.metrics()
+    posterior = models.laplace(lora, model, batches)
+    with pytest.raises(ValueError, match="no outcome that counts"):
+        posterior.optimize_prior(objective="nll", batches=nothing)
+
+
+@pytest.mark.parametrize("observe", [classes_by_poutine, reals_by_poutine])
+def test_a_label_that_counts_must_be_one(observe: Observe) -> None:
+    lora, model, batches, _ = problem(observe)
+    counted = [batches[0], {**batches[1], "seen": torch.ones(4, dtype=torch.bool)}]
+    with pytest.raises(ValueError, match="Batch 1, site 'y': the observed value"):
+        pl.predict(model, models.particles(lora, model), counted)
+    posterior = models.laplace(lora, model, batches)
+    with pytest.raises(ValueError, match=r"Batch 1.*'y': the observed value"):
+        posterior.optimize_prior(objective="nll", batches=counted)
+
+
+@pytest.mark.parametrize("observe", [classes_by_obs_mask, reals_by_nan, several_reals])
+def test_the_prior_is_tuned_on_the_data_that_count(observe: Observe) -> None:
+    lora, model, batches, rows = problem(observe)
+    posterior = models.laplace(lora, model, batches)
+    found, alone = (
+        posterior.optimize_prior(objective="nll", batches=some)
+        for some in (batches, rows)
+    )
+    for site, tau in alone.prior_precision.items():
+        assert torch.equal(found.prior_precision[site], tau)
+
+
+@pytest.mark.filterwarnings("ignore:The inplace keyword in DataFrame")
+@every_way
+def test_leave_one_out_is_of_the_data_that_count(observe: Observe) -> None:
+    lora, model, batches, rows = problem(observe)
+    posterior = models.particles(lora, model, num=40, obs_site=None)
+    tree = pl.to_datatree(posterior, model=model, batches=batches)
+    alone = pl.to_datatree(posterior, model=model, batches=rows)
+    (name,) = tree.log_likelihood.data_vars
+    seen = torch.cat(SEEN).nonzero()[:, 0].tolist()
+    for group in ("log_likelihood", "observed_data"):
+        assert tree[group][name].coords["datum"].values.tolist() == seen
+        np.testing.assert_allclose(
+            tree[group][name].values, alone[group][name].values, atol=1e-10
+        )
+    assert len(tree.posterior_predictive[name].datum) == NUM_DATA
+    np.testing.assert_allclose(
+        tree.sample_stats["lp"].values - alone.sample_stats["lp"].values,
+        tree.sample_stats["lp"].values[0, 0] - alone.sample_stats["lp"].values[0, 0],
+        atol=1e-8,
+    )
+    found = arviz_stats.loo(tree, var_name=name, pointwise=True)
+    expected = arviz_stats.loo(alone, var_name=name, pointwise=True)
+    assert found.n_data_points == len(seen)
+    assert found.elpd == pytest.approx(expected.elpd)
+    assert found.se == pytest.approx(expected.se)
+    compared = arviz_stats.compare(
+        {"with": tree, "without": alone}, var_name=name, method="BB-pseudo-BMA"
+    )
+    assert compared["elpd"].iloc[0] == pytest.approx(compared["elpd"].iloc[1])
+
+
+@pytest.mark.parametrize("observe", [classes_by_labels, reals_by_nan])
+def test_a_diagnosis_is_of_the_data_that_count(observe: Observe) -> None:
+    lora, model, batches, rows = problem(observe)
+    for posterior in (
+        models.laplace(lora, model, batches),
+        models.particles(lora, model),
+    ):
+        found, alone = (
+            pl.diagnose(posterior, model, batches, held_out=some, num_samples=25)
+            for some in (batches, rows)
+        )
+        assert found.confidence is not None
+        assert found.confidence == alone.confidence
+        if found.diversity is not None:
+            assert alone.diversity is not None
+            assert found.diversity.error == alone.diversity.error
+
+
+def test_masked_texts_have_no_token_that_counts() -> None:
+    lora = pl.lift(networks.llama(None, num_layers=1))
+
+    def model(seen: Tensor, labels: Tensor, **inputs: Tensor) -> None:
+        logits = lora()(**inputs).logits[..., :-1, :]
+        with (
+            pyro.plate("data", 5, subsample=labels),
+            poutine.mask(mask=seen),
+        ):
+            fn = dist.Categorical(logits=logits).mask(labels[:, 1:] >= 0).to_event(1)
+            pyro.sample("y", fn, obs=labels[:, 1:].clamp_min(0))
+
+    texts = networks.inputs(networks.batch(5))
+    texts["labels"] = texts["input_ids"].where(texts["attention_mask"] > 0, -100)
+    texts["seen"] = torch.tensor([True, False, True, True, False])
+    rows = {name: x[texts["seen"]] for name, x in texts.items()}
+    posterior = models.particles(lora, model)
+    for tokens in ("each", "last"):
+        found, alone = (
+            pl.predict(model, posterior, [some], tokens=tokens)
+            for some in (texts, rows)
+        )
+        assert found.metrics() == pytest.approx(alone.metrics(), abs=1e-6)

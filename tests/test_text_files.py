@@ -1,0 +1,199 @@
+"""Every file of texts is read as it is, or refused by its name and the line."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pyro_lora.text_files import (
+    check_folder,
+    check_output,
+    given_names,
+    read_texts,
+    replace_file,
+)
+
+HEADER = "text,label\n"
+# Any character but NUL and halves of surrogate pairs.
+WORDS = st.text(st.characters(codec="utf-8", exclude_characters="\0")).filter(str.strip)
+ROWS = st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=5)
+
+
+def file_of(folder: Path, content: str | bytes, name: str = "file.csv") -> Path:
+    path = folder / name
+    content = content.encode() if isinstance(content, str) else content
+    path.write_bytes(content)
+    return path
+
+
+@settings(max_examples=25, deadline=None)
+@given(rows=ROWS, end=st.sampled_from(["\n", "\r\n"]), mark=st.booleans())
+def test_what_is_written_is_read(
+    rows: list[tuple[str, str]],
+    end: str,
+    mark: bool,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    folder = tmp_path_factory.mktemp("files")
+    with (folder / "a.csv").open(
+        "w", encoding="utf-8-sig" if mark else "utf-8", newline=""
+    ) as file:
+        # The writer itself quotes no "\r" where lines end in "\n".
+        writer = csv.writer(file, lineterminator=end, quoting=csv.QUOTE_ALL)
+        writer.writerows([("text", "label"), *rows])
+    lines = [json.dumps({"text": t, "label": y}, ensure_ascii=mark) for t, y in rows]
+    file_of(folder, end.join(lines), "a.jsonl")
+    for name in ("a.csv", "a.jsonl"):
+        found = read_texts(folder / name, "text", "label")
+        assert list(zip(found.texts, found.labels or (), strict=True)) == rows
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    content=st.one_of(
+        st.binary(),
+        st.text().map(lambda text: (HEADER + text).encode("utf-8", "surrogatepass")),
+        st.text('{}[]":,\\u0d8 texlab\n').map(str.encode),
+    ),
+    name=st.sampled_from(["a.csv", "a.jsonl"]),
+)
+def test_any_bytes_are_read_or_refused_by_name(
+    content: bytes, name: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = file_of(tmp_path_factory.mktemp("files"), content, name)
+    limit = csv.field_size_limit()
+    message = ""
+    try:
+        found = read_texts(path, "text", "label", optional=True)
+    except ValueError as error:
+        message = str(error)
+    assert str(path) in message or all(text.strip() for text in found.texts)
+    assert csv.field_size_limit() == limit
+
+
+GOOD = '{"text": "a film", "label": 0}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", HEADER + "a film,0\na film, good,1\n", "line 3: 3 values for 2 col"),
+        ("a.csv", HEADER + 'a film,0\n"good,1\na play,0\n', "line 3: not CSV"),
+        ("a.csv", HEADER + '"a" film,0\n', "line 2: not CSV"),
+        ("a.csv", HEADER + "a film,0\n ,1\n", "line 3: the text is empty"),
+        ("a.csv", "text,label,text\na,1,b\n", "line 1: column 'text' is there twice"),
+        ("a.csv", HEADER + "a\0b,1\n", "line 2: found a NUL byte"),
+        ("a.csv", (HEADER + "a,1\ncafé,1").encode("latin-1"), "line 3: .* 0xe9"),
+        ("a.csv", (HEADER + "a,1\n").encode("utf-16"), "line 1: .* isn't UTF-8"),
+        ("a.jsonl", GOOD + "[" * 100_000, "line 2: not JSON"),
+        ("a.jsonl", GOOD + '{"text": "a", "label": ' + "9" * 5000, "line 2: not JSON"),
+        ("a.jsonl", GOOD + r'{"text": "\ud800", "label": 1}', "line 2: .* surrogate"),
+        *(
+            ("a.jsonl", GOOD + f'{{"text": {value}, "label": 1}}', "line 2: 'text' is")
+            for value in ("3", "true", "[1]", '{"a": 1}', "NaN")
+        ),
+        *(
+            ("a.jsonl", GOOD + f'{{"text": "a", "label": {value}}}', "line 2: 'label'")
+            for value in ("1.0", "true", "[1]", '{"a": 1}', "NaN", "-Infinity")
+        ),
+        ("a.jsonl", '{"text": "a"}\n' + GOOD, "line 1: no value for 'label'"),
+    ],
+)
+def test_refusals_name_the_line(
+    name: str, content: str | bytes, message: str, tmp_path: Path
+) -> None:
+    path = file_of(tmp_path, content, name)
+    with pytest.raises(ValueError, match=rf"{name}, {message}"):
+        read_texts(path, "text", "label", optional=True)
+
+
+def test_long_fields_and_lines_of_many_rows(tmp_path: Path) -> None:
+    long = "good, " * 100_000
+    path = file_of(tmp_path, HEADER + f'"{long}",1\n\n"a\nplay",0\n,1\n')
+    with pytest.raises(ValueError, match="line 6: the text is empty"):
+        read_texts(path, "text", "label")
+    path = file_of(tmp_path, HEADER + f'"{long}",1\n\n"a\nplay",0\n')
+    found = read_texts(path, "text", "label")
+    assert found.texts == [long, "a\nplay"]
+    assert found.lines == [2, 4]
+
+
+def test_labels_are_optional_all_or_none(tmp_path: Path) -> None:
+    none = file_of(tmp_path, '{"text": "a", "label": null}\n{"text": "b"}', "n.jsonl")
+    assert read_texts(none, "text", "label", optional=True).labels is None
+    zero = file_of(tmp_path, GOOD, "z.jsonl")
+    assert read_texts(zero, "text", "label", optional=True).labels == ["0"]
+    empty = file_of(tmp_path, HEADER + "a,\nb,\n")
+    assert read_texts(empty, "text", "label", optional=True).labels is None
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (",,", "class 0 has no name"),
+        ("a,,b", "class 1 has"),
+        ("a, b,a", "'a' is there"),
+    ],
+)
+def test_names_of_classes(option: str, message: str) -> None:
+    assert given_names("") == ()
+    assert given_names("a b, c") == ("a b", "c")
+    with pytest.raises(ValueError, match=f"--label-names.*{message}"):
+        given_names(option)
+
+
+def test_outputs_are_no_inputs(tmp_path: Path) -> None:
+    data = file_of(tmp_path, HEADER)
+    (tmp_path / "posterior").mkdir()
+    (tmp_path / "link.csv").symlink_to(data)
+    inputs = [data, tmp_path / "posterior"]
+    for output in (
+        data,
+        tmp_path / "link.csv",
+        tmp_path / "posterior" / ".." / "file.csv",
+        tmp_path / "posterior" / "manifest.json",
+        tmp_path / "posterior" / "new" / "p.csv",
+    ):
+        with pytest.raises(ValueError, match=r"--output .* would write over"):
+            check_output(output, inputs)
+    with pytest.raises(ValueError, match="there is no folder"):
+        check_output(tmp_path / "none" / "p.csv", inputs)
+    check_output(tmp_path / "p.csv", inputs)
+    check_output(Path("/dev/null"), inputs)
+
+
+def test_targets_are_looked_at_beforehand(tmp_path: Path) -> None:
+    file = file_of(tmp_path, "")
+    for folder in (file, file / "below", tmp_path / ("x" * 300), Path("/proc/x")):
+        with pytest.raises(ValueError, match="POSTERIOR"):
+            check_folder(folder, "POSTERIOR")
+    with pytest.raises(ValueError, match="is the folder that is read"):
+        check_folder(tmp_path / "a" / "..", "POSTERIOR", tmp_path)
+    check_folder(tmp_path / "a" / "b", "POSTERIOR")
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_file_is_replaced_in_full_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, link = file_of(tmp_path, "old"), tmp_path / "link.csv"
+    path.chmod(0o640)
+    link.symlink_to(path)
+    replace_file(link, "new\r\n")
+    assert path.read_bytes() == b"new\r\n"
+    assert link.is_symlink()
+    assert path.stat().st_mode & 0o777 == 0o640
+    replace_file(Path("/dev/null"), "to nobody")
+
+    def fail(*_: Any) -> None:
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(OSError, match="full"):
+        replace_file(path, "newer")
+    assert path.read_bytes() == b"new\r\n"
+    assert {p.name for p in tmp_path.iterdir()} == {"file.csv", "link.csv"}
