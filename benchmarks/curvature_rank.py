@@ -8,7 +8,6 @@ LoRA r=8 on query and value of all six layers, and the head.
 import argparse
 import warnings
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,13 +56,13 @@ def report(epochs: int, quick: bool) -> list[str]:
         )
         return again.laplace_approximation(in_order)
 
-    full = fitted(pl.kfac_expand)
+    full = fitted(pl.structures.KFAC())
     best = float(next(iter(full.optimize_prior().prior_precision.values())).mean())
     precisions = (recipe.PRIOR_PRECISION, best)
     exact = [variances(full.with_prior_precision(tau), test) for tau in precisions]
     rows = []
     for rank in RANKS:
-        posterior = fitted(partial(pl.kfac_expand, rank=rank))
+        posterior = fitted(pl.structures.KFAC(rank=rank))
         errors = [
             error(variances(posterior.with_prior_precision(tau), test), v)
             for tau, v in zip(precisions, exact, strict=True)

@@ -155,7 +155,7 @@ def ours(setting: Setting) -> tuple[Library, Callable[[list[Texts]], None]]:
         num_data = sum(len(texts["labels"]) for texts in batches)
         model = pl.models.classification(lora, num_data)
         return pl.AutoLaplace(
-            model, init_loc_fn=lora.init_to_adapter(), structure=pl.kfac_expand
+            model, init_loc_fn=lora.init_to_adapter(), structure=pl.structures.KFAC()
         )
 
     def fit(batches: list[Texts]) -> None:
@@ -185,7 +185,7 @@ def ours(setting: Setting) -> tuple[Library, Callable[[list[Texts]], None]]:
         (0.5 * log_prior - 0.5 * gaussian.log_det(full)).backward()
 
     def predictive(texts: Texts) -> Tensor:
-        return pl.probit(kept["posterior"].linearized(texts))
+        return pl.integrals.probit(kept["posterior"].linearized(texts))
 
     return Library(fit, predictive, evidence), train
 

@@ -6,7 +6,6 @@ Usage: ``python -m benchmarks.laplace_memory [--hidden 4096] [--layers 32]``, on
 
 import argparse
 import warnings
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +67,9 @@ def measure(hidden: int, num_layers: int) -> list[str]:
     model = pl.models.classification(lora, BATCH)
     # A fit with little memory of its own first, so that the network's is in the base.
     structures: dict[str, Any] = {
-        "": pl.diagonal,
-        f"kfac_expand, rank={RANK}": partial(pl.kfac_expand, rank=RANK),
-        "kfac_expand": pl.kfac_expand,
+        "": pl.structures.Diagonal(),
+        f"kfac_expand, rank={RANK}": pl.structures.KFAC(rank=RANK),
+        "kfac_expand": pl.structures.KFAC(),
     }
     rows = []
     for name, structure in structures.items():

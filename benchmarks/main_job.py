@@ -85,10 +85,10 @@ def measure(layers: str, repeats: int, device: str) -> list[dict[str, float]]:
     }
     runs = {
         "MAP steps (SVI)": steps(svi.step, NUM_STEPS),
-        "SVGD steps, K=1, Zero": svgd(pl.kernels.Zero(), 1),
+        "SVGD steps, K=1, NoRepulsion": svgd(pl.kernels.NoRepulsion(), 1),
     }
     for name, kernel in {
-        "Zero": pl.kernels.Zero(),
+        "NoRepulsion": pl.kernels.NoRepulsion(),
         "joint": pl.kernels.RBF(),
         "function": pl.kernels.RBF(space="function"),
     }.items():

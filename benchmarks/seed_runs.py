@@ -4,7 +4,6 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import pyro
@@ -23,10 +22,10 @@ HELD_OUT = 0.2
 NUM_MEMBERS = 5
 GRID = [10 ** (i / 8) for i in range(-32, 49)]  # as optimize_prior's
 STRUCTURES: dict[str, Any] = {
-    "kfac_expand": pl.kfac_expand,
-    "kfac_reduce": pl.kfac_reduce,
-    "ekfac": pl.ekfac,
-    "diagonal": pl.diagonal,
+    "kfac_expand": pl.structures.KFAC(),
+    "kfac_reduce": pl.structures.KFAC(reduce=True),
+    "ekfac": pl.structures.EKFAC(),
+    "diagonal": pl.structures.Diagonal(),
 }
 RANKS = (4, 16, 64)
 Weights = dict[str, Tensor]
@@ -140,7 +139,7 @@ def log_probs_of(f: Tensor, variance: Tensor | None = None) -> Tensor:
         return mean.log_softmax(1)
     sign = torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).to(variance)
     covariance = variance[:, None, None] / 4 * sign
-    return pl.class_log_probs(pl.GaussianLogits(mean, covariance))
+    return pl.integrals.class_log_probs(pl.GaussianLogits(mean, covariance))
 
 
 def variances(
@@ -185,7 +184,7 @@ def errors_and_evidence(
     structures = dict(STRUCTURES)
     if with_ranks:
         for rank in RANKS:
-            structures[f"kfac_expand, rank {rank}"] = partial(pl.kfac_expand, rank=rank)
+            structures[f"kfac_expand, rank {rank}"] = pl.structures.KFAC(rank=rank)
     posteriors = {}
     for name, structure in structures.items():
         posterior = setting.laplace(train, mode, structure)
@@ -223,9 +222,9 @@ def errors_and_evidence(
     f = at_mode(setting, refitted.mode())
     found["map, one refit"] = metrics(log_probs_of(f), labels)
     prediction = pl.predict(
-        setting.model(len(train)),
         refitted,
         setting.test.ordered(),
+        model=setting.model(len(train)),
         method="linearized",
     )
     found["kfac_expand, evidence, one refit"] = _kept(prediction)

@@ -175,7 +175,7 @@ class Update:
 def space_table(size: Size, repeats: int, device: str) -> list[str]:
     """A step in each kernel space, and what of it is SVGD's own."""
     lora, texts = pl.lift(size.network(device)), size.texts(device)
-    kernels: dict[str, Any] = {"ensemble (Zero)": pl.kernels.Zero()}
+    kernels: dict[str, Any] = {"ensemble (Zero)": pl.kernels.NoRepulsion()}
     kernels |= {space: pl.kernels.RBF(space=space) for space in SPACES}
     model = classifier(lora)
     steps = alternating_medians(

@@ -32,7 +32,7 @@ def methods(setting: Setting) -> dict[str, tuple[Any, dict[str, Any]]]:
     log = math.log(NUM_PARTICLES + 1)
     strength = 2 * len(setting.train) / log
     return {
-        "no kernel": (pl.kernels.Zero(), {}),
+        "no kernel": (pl.kernels.NoRepulsion(), {}),
         "joint": (RBF(), {}),
         "site": (RBF(space="site"), {}),
         "coordinate": (RBF(space="coordinate"), {}),

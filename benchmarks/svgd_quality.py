@@ -51,7 +51,7 @@ class Job:
     def particles(
         self,
         rows: CachedRows,
-        kernel: pl.kernels.Kernel | pl.kernels.Zero,
+        kernel: pl.kernels.Kernel | pl.kernels.NoRepulsion,
         num_particles: int = NUM_PARTICLES,
         **options: Any,
     ) -> pl.ParticlePosterior:
@@ -97,7 +97,7 @@ class Job:
         mixture = isinstance(posterior, pl.MixturePosterior)
         method = "linearized" if mixture else "sample"
         test, other = (
-            pl.predict(self.model, posterior, batches, method=method)
+            pl.predict(posterior, batches, model=self.model, method=method)
             for batches in (self.test, self.other)
         )
         if temperature != 1:
@@ -112,7 +112,7 @@ class Job:
 
     def run_ensembles(self) -> Result:
         """MAP and deep ensembles, with and without temperature or Laplace."""
-        many = self.particles(self.setting.train, pl.kernels.Zero(), NUM_MORE)
+        many = self.particles(self.setting.train, pl.kernels.NoRepulsion(), NUM_MORE)
         few = self.some(many, NUM_PARTICLES)
         mixture = self.laplace(few)
         found = {
@@ -126,10 +126,10 @@ class Job:
             "mixture of Laplace": self.result(mixture),
         }
         kept, held_out = self.setting.halves()
-        halves = self.particles(kept, pl.kernels.Zero())
+        halves = self.particles(kept, pl.kernels.NoRepulsion())
         for name, number in (("MAP", 1), ("deep ensemble of 5", NUM_PARTICLES)):
             posterior = self.some(halves, number)
-            tune = pl.predict(self.model, posterior, held_out.ordered())
+            tune = pl.predict(posterior, held_out.ordered(), model=self.model)
             temperature = pl.fit_temperature(tune)
             row = self.result(posterior, temperature)
             if number == 1:
@@ -179,7 +179,7 @@ class Job:
         found["SVGD, all weights, T by Laplace"] = self.result(
             self.particles(train, pl.kernels.RBF(), temperature=hot)
         )
-        start = self.particles(train, pl.kernels.Zero(), 1)
+        start = self.particles(train, pl.kernels.NoRepulsion(), 1)
         component = self.laplace(start).components[0]
         found["SVGD, all weights, preconditioned"] = self.result(
             self.preconditioned(component)

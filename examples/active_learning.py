@@ -49,7 +49,12 @@ def at_random(model: Model, posterior: pl.LaplacePosterior, pool: Data) -> Tenso
 def by_batch_bald(model: Model, posterior: pl.LaplacePosterior, pool: Data) -> Tensor:
     # Draws of the joint Gaussian of all logits: what the labels have in common counts.
     guesses = pl.predict(
-        model, posterior, [pool], method="linearized", num_samples=128, keep_draws=True
+        posterior,
+        [pool],
+        model=model,
+        method="linearized",
+        num_samples=128,
+        keep_draws=True,
     )
     return pl.acquire(guesses, PER_ROUND, method="batch_bald").indices
 
@@ -62,7 +67,7 @@ for choose in (at_random, by_batch_bald):
     known = torch.randperm(len(pool["labels"]))[:START]
     for turn in range(ROUNDS + 1):
         model, posterior = fit(rows(pool, known))
-        found = pl.predict(model, posterior, test, method="linearized").metrics()
+        found = pl.predict(posterior, test, method="linearized").metrics()
         distinct = len(pool["input_ids"][known].unique(dim=0))
         print(
             f"{choose.__name__:13} {len(known):3} labels of {distinct:2} different "

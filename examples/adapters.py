@@ -52,6 +52,6 @@ for batch in test:
         ).logits
     probs.append(logits.view(NUM_DRAWS, len(ids), -1).softmax(-1).mean(0))
 
-expected = pl.predict(model, particles, test).probs
+expected = pl.predict(particles, test).probs
 difference = float((torch.cat(probs) - expected).abs().max())
 print(f"PEFT's probabilities differ from pyro_lora's by {difference:.1e} at most")

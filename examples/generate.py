@@ -60,7 +60,11 @@ svgd.run([{"input_ids": rows, "labels": rows}], num_epochs=80)
 prompts = ["ab", "de", "mn"]
 ids = encode(prompts)
 answer = pl.generate(
-    lora, svgd.posterior(), ids, attention_mask=(ids != PAD).long(), max_new_tokens=4
+    svgd.posterior(),
+    ids,
+    lora=lora,
+    attention_mask=(ids != PAD).long(),
+    max_new_tokens=4,
 )
 for prompt, tokens, doubts in zip(
     prompts, answer.new_tokens, answer.epistemic_entropy, strict=True

@@ -29,9 +29,9 @@ posterior = guide.laplace_approximation(train)
 tuned = posterior.optimize_prior()
 print(f"log evidence {posterior.log_evidence():.1f}, tuned {tuned.log_evidence():.1f}")
 
-point = pl.predict(model, pl.ensemble(lora, [tuned.mode()]), test)
-bayes = pl.predict(model, tuned, test)
-unseen = pl.predict(model, tuned, elsewhere)
+point = pl.predict(pl.ensemble(lora, [tuned.mode()]), test, model=model)
+bayes = pl.predict(tuned, test)
+unseen = pl.predict(tuned, elsewhere)
 
 print("         accuracy    nll    ece")
 for name, prediction in {"mode": point, "Laplace": bayes}.items():

@@ -103,7 +103,7 @@ def run(task: Task, *, quick: bool) -> Study:
 
     if not quick:
         method = _Method(task, study, "deep ensemble")
-        members = method.fit_particles(model, pl.kernels.Zero())
+        members = method.fit_particles(model, pl.kernels.NoRepulsion())
         method.add(_sampled(model, members.posterior()))
 
     method = _Method(task, study, "Laplace (evidence)")
@@ -154,7 +154,7 @@ class _Method:
     def fit_particles(
         self,
         model: Callable[..., Tensor],
-        kernel: pl.kernels.Kernel | pl.kernels.Zero,
+        kernel: pl.kernels.Kernel | pl.kernels.NoRepulsion,
         repulsion: float | None = None,
     ) -> pl.SVGD:
         return fit_particles(
@@ -211,7 +211,7 @@ class _Method:
 def _at_mode(model: Callable[..., Tensor], guide: pl.AutoLaplace) -> Predictor:
     def predict(data: Batches) -> pl.Prediction:
         with pyro.get_param_store().scope():  # a store of its own, as in fit_map
-            return pl.predict(model, guide, data, num_samples=1)
+            return pl.predict(guide, data, model=model, num_samples=1)
 
     return predict
 
@@ -219,14 +219,14 @@ def _at_mode(model: Callable[..., Tensor], guide: pl.AutoLaplace) -> Predictor:
 def _sampled(
     model: Callable[..., Tensor], particles: pl.ParticlePosterior
 ) -> Predictor:
-    return lambda data: pl.predict(model, particles, data)
+    return lambda data: pl.predict(particles, data, model=model)
 
 
 def _linearized(
     model: Callable[..., Tensor],
     posterior: pl.LaplacePosterior | pl.MixturePosterior,
 ) -> Predictor:
-    return lambda data: pl.predict(model, posterior, data, method="linearized")
+    return lambda data: pl.predict(posterior, data, model=model, method="linearized")
 
 
 def _split(rows: list[Row], seed: int) -> tuple[list[Row], list[Row]]:

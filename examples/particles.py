@@ -38,8 +38,8 @@ mixture = pl.MixturePosterior(components)
 
 print("           accuracy    nll    ece")
 for name, prediction in {
-    "particles": pl.predict(model, particles, test),
-    "mixture": pl.predict(model, mixture, test),
+    "particles": pl.predict(particles, test),
+    "mixture": pl.predict(mixture, test),
 }.items():
     m = prediction.metrics()
     print(f"{name:10} {m['accuracy']:8.3f} {m['nll']:6.3f} {m['ece']:6.3f}")

@@ -83,7 +83,7 @@ def fit_particles(
     model: Callable[..., Tensor],
     lora: pl.LiftedNetwork,
     batches: Batches,
-    kernel: pl.kernels.Kernel | pl.kernels.Zero,
+    kernel: pl.kernels.Kernel | pl.kernels.NoRepulsion,
     *,
     repulsion: float | None,
     num_particles: int,
@@ -99,7 +99,7 @@ def fit_particles(
         model: The Pyro model.
         lora: The model's lifted network.
         batches: Batches of the training rows.
-        kernel: One of ``pl.kernels``; ``Zero()`` makes a deep ensemble.
+        kernel: One of ``pl.kernels``; ``NoRepulsion()`` makes a deep ensemble.
         repulsion: Its strength in function space; None is the library's default.
         num_particles: How many.
         epochs: Passes over the batches.

@@ -38,7 +38,7 @@ for _ in range(15):
 posterior = guide.laplace_approximation(train).optimize_prior()
 
 print(f"noise: {float(posterior.mode()['noise']):.2f}, in truth {NOISE}")
-prediction = pl.predict(model, posterior, test)
+prediction = pl.predict(posterior, test)
 for name, value in prediction.metrics().items():
     print(f"{name:20} {value:.3f}")
 low, high = prediction.quantile(0.05), prediction.quantile(0.95)

@@ -39,7 +39,7 @@ def serve(folder: Path) -> Callable[[dict[str, Tensor]], list[str]]:
     posterior = pl.load(folder, lora, model=model)
 
     def answer(texts: dict[str, Tensor]) -> list[str]:
-        prediction = pl.predict(model, posterior, [texts])
+        prediction = pl.predict(posterior, [texts])
         answers = []
         for probs, doubt in zip(
             prediction.probs, prediction.epistemic_entropy.tolist(), strict=True

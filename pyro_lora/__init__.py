@@ -12,24 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what _HOMES says below, for whom no code runs
     from pyro_lora import models
+    from pyro_lora.curvature import integrals, structures
     from pyro_lora.curvature.fisher_roots import FisherRoot, fisher_root
     from pyro_lora.curvature.gaussian_logits import (
         GaussianLogits,
         JointGaussianLogits,
-        class_log_probs,
-        laplace_bridge,
-        probit,
-    )
-    from pyro_lora.curvature.structures import (
-        DenseFactors,
-        DiagonalFactors,
-        KroneckerFactors,
-        dense,
-        diagonal,
-        ekfac,
-        joint_structure,
-        kfac_expand,
-        kfac_reduce,
     )
     from pyro_lora.export import plots
     from pyro_lora.export.adapters import export_adapters
@@ -68,15 +55,12 @@ __all__ = [
     "SVGD",
     "Acquisition",
     "AutoLaplace",
-    "DenseFactors",
     "Diagnosis",
-    "DiagonalFactors",
     "DropoutPosterior",
     "FisherRoot",
     "GaussianLogits",
     "Generation",
     "JointGaussianLogits",
-    "KroneckerFactors",
     "LaplacePosterior",
     "LiftedNetwork",
     "MixturePosterior",
@@ -90,23 +74,16 @@ __all__ = [
     "acquire",
     "auroc",
     "cached_trunk",
-    "class_log_probs",
-    "dense",
     "diagnose",
-    "diagonal",
     "effective_num_predictions",
-    "ekfac",
     "ensemble",
     "export_adapters",
     "fisher_root",
     "fit_temperature",
     "generate",
-    "joint_structure",
+    "integrals",
     "kernelized_stein_discrepancy",
     "kernels",
-    "kfac_expand",
-    "kfac_reduce",
-    "laplace_bridge",
     "lift",
     "load",
     "load_metadata",
@@ -116,12 +93,12 @@ __all__ = [
     "plots",
     "predict",
     "priors",
-    "probit",
     "save",
     "save_state",
     "schedules",
     "semantic_entropy",
     "sequence_log_prob",
+    "structures",
     "to_datatree",
     "to_inference_data",
 ]
@@ -129,13 +106,8 @@ __all__ = [
 _HOMES = {
     "pyro_lora": "models",
     "pyro_lora.curvature.fisher_roots": "FisherRoot fisher_root",
-    "pyro_lora.curvature.gaussian_logits": (
-        "GaussianLogits JointGaussianLogits class_log_probs laplace_bridge probit"
-    ),
-    "pyro_lora.curvature.structures": (
-        "DenseFactors DiagonalFactors KroneckerFactors dense diagonal ekfac "
-        "joint_structure kfac_expand kfac_reduce"
-    ),
+    "pyro_lora.curvature": "integrals structures",
+    "pyro_lora.curvature.gaussian_logits": "GaussianLogits JointGaussianLogits",
     "pyro_lora.export": "plots",
     "pyro_lora.export.adapters": "export_adapters",
     "pyro_lora.export.checkpoint": "load load_metadata save",

@@ -279,7 +279,6 @@ def predict(
         found = saved.load_with(posterior, settings, lora, model)
         method = method or Predictive(found.prediction_method)
         prediction: pl.Prediction = pl.predict(
-            model,
             found,
             saved.text_batches(texts, settings, batch_size, lora),
             method=method.value,
@@ -338,7 +337,6 @@ def diagnose(
         model = pl.models.classification(lora, len(texts))
         found = pl.diagnose(
             saved.load_with(posterior, settings, lora, model),
-            model,
             batches[0],
             held_out=batches[1] if held_out is not None else None,
         )

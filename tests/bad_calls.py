@@ -130,7 +130,7 @@ def ran(s: Setting, batches: Any, **options: Any) -> Any:
 def by_guide(s: Setting, batches: Any) -> Any:
     guide = AutoNormal(s.model, init_loc_fn=s.lora.init_to_adapter())
     guide(**s.batches[0])
-    return pl.predict(s.model, guide, batches, num_samples=2, **tokens_of(s))
+    return pl.predict(guide, batches, model=s.model, num_samples=2, **tokens_of(s))
 
 
 def tokens_of(s: Setting) -> dict[str, Any]:
@@ -140,24 +140,24 @@ def tokens_of(s: Setting) -> dict[str, Any]:
 ENGINES: dict[str, Callable[[Setting, Any], Any]] = {
     "fit": lambda s, b: laplace_guide(s.lora, s.model, s.kind).laplace_approximation(b),
     "fit mc diagonal": lambda s, b: laplace_guide(
-        s.lora, s.model, s.kind, fisher="mc", structure=pl.diagonal
+        s.lora, s.model, s.kind, fisher="mc", structure=pl.structures.Diagonal()
     ).laplace_approximation(b),
     "fit ekfac": lambda s, b: laplace_guide(
-        s.lora, s.model, s.kind, fisher="empirical", structure=pl.ekfac
+        s.lora, s.model, s.kind, fisher="empirical", structure=pl.structures.EKFAC()
     ).laplace_approximation(b),
     "nll": lambda s, b: s.laplace.optimize_prior(objective="nll", batches=b),
     "refit": lambda s, b: s.laplace.optimize_prior(
         num_refits=1, optim=SGD({"lr": 1e-4}), batches=b
     ),
     "predict draws": lambda s, b: pl.predict(
-        s.model, s.particles, b, method="sample", **tokens_of(s)
+        s.particles, b, model=s.model, method="sample", **tokens_of(s)
     ),
     "predict linearized": lambda s, b: pl.predict(
-        s.model, s.laplace, b, method="linearized"
+        s.laplace, b, model=s.model, method="linearized"
     ),
     "predict guide": by_guide,
     "metrics": lambda s, b: pl.predict(
-        s.model, s.particles, b, method="sample", **tokens_of(s)
+        s.particles, b, model=s.model, method="sample", **tokens_of(s)
     ).metrics(),
     "svgd steps": steps,
     "svgd run": ran,
@@ -169,7 +169,7 @@ ENGINES: dict[str, Callable[[Setting, Any], Any]] = {
     "datatree laplace": lambda s, b: tree(s, s.laplace, b),
     "datatree particles": lambda s, b: tree(s, s.particles, b),
     "diagnose": lambda s, b: pl.diagnose(
-        s.laplace, s.model, b, num_directions=1, num_samples=25
+        s.laplace, b, model=s.model, num_directions=1, num_samples=25
     ),
     "discrepancy": lambda s, b: pl.kernelized_stein_discrepancy(
         s.model, s.particles.particles, b
@@ -473,9 +473,9 @@ def knobs() -> dict[str, Knob]:
     """Every numeric setting of every public function, and the words."""
     s, language = setting("ready"), setting("language")
     lora, ids = s.lora, language.batches[0]["input_ids"]
-    prediction = pl.predict(s.model, s.particles, s.batches, keep_draws=True)
+    prediction = pl.predict(s.particles, s.batches, model=s.model, keep_draws=True)
     real = setting("regression")
-    reals = pl.predict(real.model, real.particles, real.batches, method="sample")
+    reals = pl.predict(real.particles, real.batches, model=real.model, method="sample")
     function = pl.kernels.RBF(space="function")
     found: dict[str, Knob] = {}
 

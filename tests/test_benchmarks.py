@@ -61,7 +61,7 @@ def test_data_space_algebra_gives_the_dense_posterior(
     setting: Setting, mode: dict[str, Tensor], tau: float
 ) -> None:
     exact = dense_ggn(setting.lora, mode, setting.train)
-    posterior = setting.laplace(setting.train, mode, pl.dense)
+    posterior = setting.laplace(setting.train, mode, pl.structures.Dense())
     posterior = posterior.with_prior_precision(tau)
     torch.testing.assert_close(
         float(posterior.log_evidence()), exact.log_evidence(tau), rtol=1e-5, atol=0
@@ -85,6 +85,6 @@ def test_the_best_precision_is_that_of_the_librarys_evidence(
     setting: Setting, mode: dict[str, Tensor]
 ) -> None:
     exact = dense_ggn(setting.lora, mode, setting.train)
-    tuned = setting.laplace(setting.train, mode, pl.dense).optimize_prior()
+    tuned = setting.laplace(setting.train, mode, pl.structures.Dense()).optimize_prior()
     found = float(next(iter(tuned.prior_precision.values())).flatten()[0])
     assert found == pytest.approx(exact.best_precision(), rel=1e-3)

@@ -221,9 +221,9 @@ def test_predictions_are_those_of_predict(
     lora, model, settings = python_side(place)
     test = texts(TEXTS[::-1], [str(int(y)) for y in LABELS[::-1]])
     expected = pl.predict(
-        model,
         pl.load(laplace, lora, model=model),
         text_batches(test, settings, 32, lora),
+        model=model,
         method="linearized",
     )
     written = rows(tmp_path / "p.csv")
@@ -256,7 +256,9 @@ def test_particles_predict_by_sampling(
     assert isinstance(particles, pl.ParticlePosterior)
     assert particles.num_particles == 3
     data = texts(TEXTS, [str(int(y)) for y in LABELS])
-    expected = pl.predict(model, particles, text_batches(data, settings, 32, lora))
+    expected = pl.predict(
+        particles, text_batches(data, settings, 32, lora), model=model
+    )
     found = [float(row["p(1)"]) for row in rows(tmp_path / "p.csv")]
     assert found == pytest.approx(expected.probs[:, 1].tolist(), abs=1e-5)
 
@@ -290,8 +292,8 @@ def test_diagnose_prints_the_diagnosis(place: Place, laplace: Path) -> None:
     pyro.set_rng_seed(0)
     expected = pl.diagnose(
         pl.load(laplace, lora, model=model),
-        model,
         text_batches(data, settings, 32, lora),
+        model=model,
     )
     assert str(expected).splitlines()[0] in output
     held_out = run("diagnose", laplace, place.train, "--held-out", place.test)

@@ -172,11 +172,11 @@ def last_layer(lora: Any, model: Any, batches: Any, folder: Path) -> Any:
 
 
 def by_draws(lora: Any, model: Any, batches: Any, folder: Path) -> None:
-    pl.predict(model, models.particles(lora, model, 2), batches, method="sample")
+    pl.predict(models.particles(lora, model, 2), batches, model=model, method="sample")
 
 
 def dropout(lora: Any, model: Any, batches: Any, folder: Path) -> None:
-    pl.predict(model, pl.mc_dropout(lora), batches[:1], num_samples=2)
+    pl.predict(pl.mc_dropout(lora), batches[:1], model=model, num_samples=2)
 
 
 def svgd(lora: Any, model: Any, batches: Any, folder: Path) -> None:
@@ -207,7 +207,7 @@ def linearized(lora: Any, model: Any, batches: Any, folder: Path) -> None:
     if not (folder / "laplace").exists():
         pl.save(laplace(lora, model, batches, folder), folder / "laplace")
     posterior = pl.load(folder / "laplace", lora, model=model)
-    pl.predict(model, posterior, batches[:1], method="linearized")
+    pl.predict(posterior, batches[:1], model=model, method="linearized")
 
 
 def tree(lora: Any, model: Any, batches: Any, folder: Path) -> None:
@@ -215,7 +215,7 @@ def tree(lora: Any, model: Any, batches: Any, folder: Path) -> None:
 
 
 def verdicts(lora: Any, model: Any, batches: Any, folder: Path) -> None:
-    pl.diagnose(models.particles(lora, model, 2), model, batches)
+    pl.diagnose(models.particles(lora, model, 2), batches, model=model)
 
 
 def of_language_model(folder: Path) -> tuple[State, Action]:
@@ -227,9 +227,9 @@ def of_language_model(folder: Path) -> tuple[State, Action]:
         particles = language.particles(lora, 2)
         mask = prompts["attention_mask"]
         pl.generate(
-            lora,
             particles,
             prompts["input_ids"],
+            lora=lora,
             attention_mask=mask,
             max_new_tokens=2,
             pad_token_id=0,

@@ -230,7 +230,7 @@ def test_under_laplace(ready: Callable[[], Ready]) -> None:
     guide = pl.AutoLaplace(
         model,
         init_loc_fn=lora.init_to_adapter(),
-        structure=pl.kfac_expand,
+        structure=pl.structures.KFAC(),
         fisher="mc" if ready is language_model else "exact",
     )
     with warnings.catch_warnings():

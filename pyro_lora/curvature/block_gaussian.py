@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.distributions.transforms import ReshapeTransform
 
+from pyro_lora.curvature.factors import DiagonalFactors, KroneckerFactors
 from pyro_lora.curvature.kronecker_normal import KroneckerNormal
 from pyro_lora.curvature.nystrom import eigh_psd
-from pyro_lora.curvature.structures import DiagonalFactors, KroneckerFactors
 from pyro_lora.curvature.weight_gaussian import WeightGaussian, Weights
 
 
@@ -76,7 +76,7 @@ def eigenblocks(
             raise ValueError(
                 f"Site {site!r}, layer {i}: the diagonal has values from "
                 f"{float(x.min()):.3g} to {float(x.max()):.3g}. Sums of squares are "
-                "finite and not negative: check the structure function."
+                "finite and not negative: check the structure."
             )
     if diagonals:
         return Eigenblocks(torch.stack(diagonals).double(), None, None)
@@ -103,6 +103,15 @@ def eigenblocks(
         put("rows", i, vectors.to(f.g))
         put("values", i, g_values[:, None] * a_values)
     return Eigenblocks(stacks["values"], stacks["rows"], stacks["columns"])
+
+
+def with_values(gaussian: BlockGaussian, values: BlockGaussian) -> BlockGaussian:
+    """The bases of one, with the eigenvalues of another."""
+    blocks = {
+        site: replace(block, values=values.blocks[site].values)
+        for site, block in gaussian.blocks.items()
+    }
+    return replace(gaussian, blocks=blocks)
 
 
 def _shared_columns(factors: Sequence[Any], known: Known) -> dict[str, Tensor]:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_lora.curvature.factors import at_least_float32
 from pyro_lora.curvature.layout import Call, Layout, Run, find_layouts, mixes_data
-from pyro_lora.curvature.structures import at_least_float32
 from pyro_lora.lifting.folding import tensors_in
 from pyro_lora.lifting.interrupts import eagerly, hooked
 from pyro_lora.lifting.lifted_network import LiftedNetwork

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pyro_lora.curvature.checked_tensors import FLOAT32, CheckedTensors, check_definite
 from pyro_lora.curvature.digests import update
-from pyro_lora.curvature.structures import (
+from pyro_lora.curvature.factors import (
     DenseFactors,
     DiagonalFactors,
     KroneckerFactors,

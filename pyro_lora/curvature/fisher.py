@@ -13,9 +13,9 @@ from pyro.distributions.torch_distribution import MaskedDistribution
 from torch import Tensor
 from torch import distributions as td
 
+from pyro_lora.curvature.factors import at_least_float32
 from pyro_lora.curvature.fisher_roots import fisher_root
 from pyro_lora.curvature.outcomes import is_given
-from pyro_lora.curvature.structures import at_least_float32
 
 
 @dataclass(frozen=True)

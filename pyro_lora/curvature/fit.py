@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +14,8 @@ from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_lora.curvature import structures
-from pyro_lora.curvature.batch_factors import (
-    FactorsFunction,
-    batch_factors,
-    factors_of,
-    moments_in,
-)
+from pyro_lora.curvature.batch_factors import batch_factors
 from pyro_lora.curvature.batches import NO_BATCHES, READ_ONCE, naming_batch, trace_batch
-from pyro_lora.curvature.block_gaussian import (
-    BlockGaussian,
-    Eigenblocks,
-    Known,
-    eigenblocks,
-)
 from pyro_lora.curvature.capture import check_recorded, recording
 from pyro_lora.curvature.data_plate import data_plate
 from pyro_lora.curvature.data_sums import (
@@ -36,7 +24,6 @@ from pyro_lora.curvature.data_sums import (
     batch_digest,
     fit_digest,
 )
-from pyro_lora.curvature.dense_gaussian import DenseGaussian
 from pyro_lora.curvature.likelihood_terms import (
     TermsFunction,
     likelihood_terms,
@@ -44,7 +31,7 @@ from pyro_lora.curvature.likelihood_terms import (
     wrong_plate,
 )
 from pyro_lora.curvature.prior_moments import prior_at_mode
-from pyro_lora.curvature.structures import DenseFactors, Structure
+from pyro_lora.curvature.structures import BatchStructure, Factors, Structure
 from pyro_lora.curvature.weight_gaussian import WeightGaussian, Weights
 from pyro_lora.lifting.batch import check_batches, checked_batches, explaining
 from pyro_lora.lifting.fingerprint import fingerprint
@@ -94,17 +81,15 @@ def fit_fisher(
 ) -> FisherFit:
     """Fisher information of the obs site in all lifted sites, for the full data.
 
-    One forward pass and one backward pass for each Fisher term and batch; ``ekfac``
-    takes these twice.
+    One forward pass and one backward pass for each Fisher term and batch, in each of
+    the structure's passes.
 
     Args:
         model: A Pyro model.
         mode: Lifted site -> value, each of the site's shape.
         networks: The lifted networks in the model.
         batches: Mappings of model keyword arguments that cover all data once.
-        structure: ``kfac_expand``, ``kfac_reduce``, ``ekfac``, ``diagonal``,
-            ``dense``, or your own function of (layer inputs, output gradients), of
-            one layer or, by :func:`~pyro_lora.joint_structure`, of all.
+        structure: One of ``structures``, or your own.
         fisher_terms: A function of the obs site's distribution and value.
         obs_site: The likelihood's site, or several, whose Fisher information adds up;
             None is the only observed one.
@@ -119,23 +104,28 @@ def fit_fisher(
     Raises:
         ValueError: If labels are missing, a batch gives NaN, a latent site isn't
             lifted, the batches don't hold exactly the plate's number of data, or
-            ``ekfac`` is given an iterator, which can be read once only, or the
-            checkpoint is of another fit or other batches.
+            a structure of several passes is given an iterator, which can be read once
+            only, or the checkpoint is of another fit or other batches.
     """
     check_batches(batches)
-    if structure is structures.ekfac and iter(batches) is batches:
-        raise ValueError(READ_ONCE.format("ekfac takes two passes over the data"))
+    passes = structure.num_passes
+    if passes > 1 and iter(batches) is batches:
+        why = f"{structure} takes {passes} passes over the data"
+        raise ValueError(READ_ONCE.format(why))
     sites = [s for lora in networks for s in lora.sites if s in mode]
     loc = {s: mode[s].detach() for s in sites}
     leaves = {site: value.clone().requires_grad_() for site, value in loc.items()}
 
     checkpoints: list[PassCheckpoint] = []
 
-    def data_pass(of_batch: FactorsFunction, name: str) -> tuple[DataSums, Any]:
+    names = iter(["Fisher", *(f"Fisher {n}" for n in range(2, 1 + passes))])
+
+    def data_pass(summed: BatchStructure) -> tuple[DataSums, Any]:
+        name = next(names)
         if checkpoint is not None:
             fit = fit_digest(
                 {**loc, **(latents or {})},
-                [structure, fisher_terms, obs_site, name, " ".join(sites)],
+                [repr(structure), fisher_terms, obs_site, name, " ".join(sites)],
                 [fingerprint(lora) for lora in networks],
                 model,
             )
@@ -148,7 +138,7 @@ def fit_fisher(
             leaves,
             networks,
             tqdm(batches, desc=name, disable=not progress_bar),
-            of_batch=of_batch,
+            summed=summed,
             fisher_terms=fisher_terms,
             obs_site=obs_site,
             latents=latents or {},
@@ -156,23 +146,13 @@ def fit_fisher(
             checkpoint=checkpoints[-1] if checkpoints else None,
         )
 
-    sums, trace = data_pass(factors_of(structure), "Fisher")
+    def next_pass(summed: BatchStructure) -> Factors:
+        return data_pass(summed)[0].factors
+
+    sums, trace = data_pass(structure.first_pass)
     observed = observed_sites(trace, obs_site)
     prior = prior_at_mode(trace, leaves)
-    if isinstance(sums.factors[0], DenseFactors):
-        matrix = sums.factors[0].matrix.double()
-        gaussian: WeightGaussian = DenseGaussian(loc, prior.precision, matrix)
-    else:
-        blocks = _blocks(sums.factors, loc)
-        if structure is structures.ekfac:
-            bases = [basis for block in blocks.values() for basis in block.bases()]
-            moments, _ = data_pass(moments_in(bases), "EKFAC")
-            values = _blocks(moments.factors, loc)
-            blocks = {
-                site: replace(block, values=values[site].values)
-                for site, block in blocks.items()
-            }
-        gaussian = BlockGaussian(loc, prior.precision, blocks)
+    gaussian = structure.gaussian(loc, prior.precision, sums.factors, next_pass)
     for written in checkpoints:
         written.delete()
     return FisherFit(
@@ -194,7 +174,7 @@ def _data_pass(
     networks: Sequence[LiftedNetwork],
     batches: Iterable[Batch],
     *,
-    of_batch: FactorsFunction,
+    summed: BatchStructure,
     fisher_terms: TermsFunction,
     obs_site: str | Sequence[str] | None,
     latents: Mapping[str, Tensor],
@@ -240,7 +220,7 @@ def _data_pass(
                 if several_plates(site) and record.mixes_data(terms.terms):
                     raise ValueError(wrong_plate(site))
             score, factors = batch_factors(
-                terms, log_p, leaves, record, of_batch, max_bytes
+                terms, log_p, leaves, record, summed, max_bytes
             )
         del record  # or its tensors would live through the next forward pass
         _check_finite(log_p, score, index, name)
@@ -291,18 +271,6 @@ def check_latent_sites(trace: Any, known: Container[str] = ()) -> None:
                 "some batches only. Fix it to a value by pyro.poutine.condition, or "
                 "make it a constant of the model."
             )
-
-
-def _blocks(
-    factors: dict[int, Any], loc: Mapping[str, Tensor]
-) -> dict[str, Eigenblocks]:
-    """Eigenblocks by site; the factors are used up."""
-    known: Known = {}
-    places = iter(range(len(factors)))
-    return {
-        site: eigenblocks([factors.pop(next(places)) for _ in layers], known, site)
-        for site, layers in loc.items()
-    }
 
 
 def _check_finite(

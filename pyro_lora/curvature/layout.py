@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.autograd import grad
 from torch.autograd.function import BackwardCFunction
 
-from pyro_lora.curvature.structures import at_least_float32
+from pyro_lora.curvature.factors import at_least_float32
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 
 NOBODY, SEVERAL = -1, -2  # in place of a datum

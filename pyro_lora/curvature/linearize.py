@@ -20,9 +20,9 @@ from pyro_lora.curvature.capture import (
     jacobians,
     recording,
 )
+from pyro_lora.curvature.factors import at_least_float32
 from pyro_lora.curvature.gaussian_logits import GaussianLogits, JointGaussianLogits
 from pyro_lora.curvature.outcomes import single_outcomes
-from pyro_lora.curvature.structures import at_least_float32
 from pyro_lora.curvature.weight_gaussian import WeightGaussian
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.lifting.model_trace import Batch, Model, likelihood_site, trace_at

@@ -90,14 +90,13 @@ def eigh_psd(matrix: Tensor, what: str = "It") -> tuple[Tensor, Tensor]:
 
 
 def _eigh(matrix: Tensor, tolerance: float, what: str) -> tuple[Tensor, Tensor]:
-    remedy = "A sum of outer products has none: check the structure function."
+    remedy = "A sum of outer products has none: check the structure."
     if not matrix.isfinite().all():
         raise ValueError(f"{what} has NaN or infinite entries. {remedy}")
     atol = tolerance * float(matrix.abs().max())
     if not torch.allclose(matrix, matrix.mT, rtol=0, atol=atol):
         raise ValueError(
-            f"{what} isn't symmetric. A sum of outer products is: check the structure "
-            "function."
+            f"{what} isn't symmetric. A sum of outer products is: check the structure."
         )
     values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
     if values[0] < -tolerance * values.abs().max():

@@ -1,268 +1,453 @@
-"""Curvature structures: functions of (layer inputs, output gradients)."""
+"""Curvature structures: the forms in which the Fisher information is kept.
+
+A structure is a frozen value. In a pass over the data it turns each batch's layer
+inputs a (B, T, I) and gradients of the Fisher terms g (M, B, T, O) into factors that
+add up over batches; at the end the factors become a Gaussian over the weights.
+``factors.py`` shows the factors by an example.
+
+Most structures have a block for each layer, :class:`LayerStructure`. Their factors come
+in halves, so that layers with the same inputs (query, key and value) share the inputs'
+half, and Fisher terms may come some at a time::
+
+    inputs = structure.input_factor(a, counts)  # once for layers with these inputs
+    terms = structure.gradient_factor(inputs, g, counts)  # adds up over Fisher terms
+    factors = structure.combine(inputs, terms)  # adds up over batches
+
+A structure of your own is one more subclass of :class:`LayerStructure`, or of
+:class:`JointStructure` for one matrix over all layers.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from pyro_lora.curvature.block_gaussian import (
+    BlockGaussian,
+    Known,
+    eigenblocks,
+    with_values,
+)
+from pyro_lora.curvature.capture import LayerCapture
+from pyro_lora.curvature.dense_gaussian import DenseGaussian
+from pyro_lora.curvature.factors import (
+    DenseFactors,
+    DiagonalFactors,
+    KroneckerFactors,
+    at_least_float32,
+)
 from pyro_lora.curvature.nystrom import gram
+from pyro_lora.curvature.weight_gaussian import WeightGaussian, Weights
+
+__all__ = [
+    "EKFAC",
+    "KFAC",
+    "Dense",
+    "DenseFactors",
+    "Diagonal",
+    "DiagonalFactors",
+    "JointStructure",
+    "KroneckerFactors",
+    "LayerStructure",
+    "Structure",
+]
+
+Captures = Mapping[int, LayerCapture]  # by place among the layers
+Counts = Mapping[int, Tensor]  # place -> which tokens count, (B, T)
+Factors = dict[int, Any]  # by place; of a joint structure all are at place 0
+# Some Fisher terms each: what captures them, so that one chunk is in memory at a time.
+Chunks = Sequence[Callable[[], Captures]]
+
+
+class BatchStructure(ABC):
+    """What one pass over the data sums.
+
+    Attributes:
+        joint: Whether it needs all layers at once.
+    """
+
+    joint: ClassVar[bool]
+
+    @abstractmethod
+    def batch_factors(self, chunks: Chunks, counts: Counts) -> Iterator[Factors]:
+        """Factors of one batch, some layers at a time.
+
+        Args:
+            chunks: Captures of the same layers, of some of the Fisher terms each;
+                gradients are exactly zero at the tokens that don't count.
+            counts: Which tokens count, of all Fisher terms together.
+        """
+
+
+class Structure(ABC):
+    """A form of the Fisher information: what its passes sum, and its Gaussian.
+
+    Attributes:
+        num_passes: Passes over the data.
+    """
+
+    num_passes: ClassVar[int]
+
+    @property
+    @abstractmethod
+    def first_pass(self) -> BatchStructure:
+        """What the first pass over the data sums."""
+
+    @abstractmethod
+    def gaussian(
+        self,
+        loc: Weights,
+        prior_precision: Weights,
+        factors: Factors,
+        next_pass: Callable[[BatchStructure], Factors],
+    ) -> WeightGaussian:
+        """The Gaussian with this Fisher information.
+
+        Args:
+            loc: The mode, site -> (L, ...).
+            prior_precision: Site -> tau.
+            factors: What the first pass summed; used up.
+            next_pass: Sums over the data once more.
+
+        Raises:
+            ValueError: If a factor is no sum of squares or outer products.
+        """
+
+
+class LayerStructure(Structure, BatchStructure):
+    """A structure with a block for each layer."""
+
+    joint: ClassVar[bool] = False
+    num_passes: ClassVar[int] = 1
+
+    @abstractmethod
+    def input_factor(self, a: Tensor, counts: Tensor) -> Any:
+        """What layers with the same inputs share.
+
+        Args:
+            a: The inputs, (B, T, I), in float32 or wider.
+            counts: Which tokens count, (B, T), bool.
+        """
+
+    @abstractmethod
+    def gradient_factor(self, inputs: Any, g: Tensor, counts: Tensor) -> Tensor:
+        """What adds up over the Fisher terms.
+
+        Args:
+            inputs: What :meth:`input_factor` gave.
+            g: Gradients of some Fisher terms, (M, B, T, O), in float32 or wider,
+                exactly zero at the tokens that don't count.
+            counts: Which tokens count, (B, T), bool.
+        """
+
+    @abstractmethod
+    def combine(
+        self, inputs: Any, gradients: Tensor
+    ) -> KroneckerFactors | DiagonalFactors:
+        """The layer's factors, which add up over batches.
+
+        Args:
+            inputs: What :meth:`input_factor` gave.
+            gradients: The sum of what :meth:`gradient_factor` gave.
+        """
+
+    def __call__(
+        self, a: Tensor, g: Tensor, counts: Tensor | None = None
+    ) -> KroneckerFactors | DiagonalFactors:
+        """The factors of one layer and batch.
+
+        Args:
+            a: Layer inputs, (B, T, I).
+            g: Gradients of the Fisher terms w.r.t. the layer's outputs, (M, B, T, O),
+                exactly zero at the tokens that don't count.
+            counts: Which tokens count, (B, T); None is those with a gradient.
+
+        Returns:
+            Factors in the dtype of ``a``, or float32 if that is wider.
+        """
+        a, g = at_least_float32(a), at_least_float32(g)
+        counts = g.abs().amax((0, -1)) != 0 if counts is None else counts
+        inputs = self.input_factor(a, counts)
+        return self.combine(inputs, self.gradient_factor(inputs, g, counts))
+
+    @property
+    def first_pass(self) -> BatchStructure:
+        """See the base class."""
+        return self
+
+    def batch_factors(self, chunks: Chunks, counts: Counts) -> Iterator[Factors]:
+        """See the base class; layers with the same inputs together."""
+        inputs: dict[int, Any] = {}
+        sums: dict[int, Tensor] = {}
+        for chunk in chunks:
+            captures = chunk()
+            for a, places in _by_input(captures):
+                for i in places:
+                    if i not in inputs:
+                        inputs[i] = self._input_factor(i, a, places, counts, inputs)
+                    g = at_least_float32(captures[i].gradients)
+                    new = self.gradient_factor(inputs[i], g, counts[i])
+                    sums[i] = sums[i] + new if i in sums else new
+                if chunk is chunks[-1]:
+                    yield {i: self.combine(inputs.pop(i), sums.pop(i)) for i in places}
+
+    def _input_factor(
+        self,
+        place: int,
+        a: Tensor,
+        same: Sequence[int],
+        counts: Counts,
+        known: Mapping[int, Any],
+    ) -> Any:
+        """That of another layer with these inputs where the same tokens count."""
+        for i in same:
+            if i in known and torch.equal(counts[i], counts[place]):
+                return known[i]
+        return self.input_factor(at_least_float32(a), counts[place])
+
+    def gaussian(
+        self,
+        loc: Weights,
+        prior_precision: Weights,
+        factors: Factors,
+        next_pass: Callable[[BatchStructure], Factors],
+    ) -> WeightGaussian:
+        """See the base class."""
+        return _blocks(loc, prior_precision, factors)
 
 
 @dataclass(frozen=True)
-class KroneckerFactors:
-    r"""Sums for one linear layer whose block is :math:`F \approx G \otimes A / n`.
+class KFAC(LayerStructure):
+    r"""Kronecker factors, :math:`F \approx G \otimes A / n`.
 
-    Attributes:
-        a: Sum of input outer products over the tokens that count, (I, I), or its sketch
-            (I, 2 k + 1) of rank k.
-        g: Sum of gradient outer products, (O, O), nats, full data; likewise.
-        count: n, the number of tokens that count.
-    """
-
-    a: Tensor
-    g: Tensor
-    count: Tensor
-
-    def __add__(self, other: KroneckerFactors) -> KroneckerFactors:
-        return KroneckerFactors(
-            self.a + other.a, self.g + other.g, self.count + other.count
-        )
-
-
-@dataclass(frozen=True)
-class DiagonalFactors:
-    r"""The exact diagonal of one linear layer's Fisher block.
-
-    Attributes:
-        diagonal: :math:`\sum_{m,b} (\partial h_{mb} / \partial W)^2` over the Fisher
-            terms h, (O, I), nats, full data.
-    """
-
-    diagonal: Tensor
-
-    def __add__(self, other: DiagonalFactors) -> DiagonalFactors:
-        return DiagonalFactors(self.diagonal + other.diagonal)
-
-
-@dataclass(frozen=True)
-class DenseFactors:
-    r"""The Fisher matrix of all layers together.
-
-    Attributes:
-        matrix: :math:`\sum_{m,b} j_{mb} j_{mb}^T` with j the gradient of a Fisher term
-            in all weights, (D, D), nats, full data.
-    """
-
-    matrix: Tensor
-
-    def __add__(self, other: DenseFactors) -> DenseFactors:
-        return DenseFactors(self.matrix + other.matrix)
-
-
-LayerStructure = Callable[[Tensor, Tensor], KroneckerFactors | DiagonalFactors]
-JointStructure = Callable[[Sequence[Tensor], Sequence[Tensor]], DenseFactors]
-EigenbasisStructure = Callable[[Tensor, Tensor, Tensor, Tensor], DiagonalFactors]
-Structure = LayerStructure | JointStructure | EigenbasisStructure
-
-
-def kfac_expand(a: Tensor, g: Tensor, rank: int | None = None) -> KroneckerFactors:
-    r"""KFAC-expand, every token a datum of its own: :math:`F \approx G \otimes A / n`.
-
+    By default every token is a datum of its own, KFAC-expand:
     :math:`A = \sum_{b,t} a_{bt} a_{bt}^T` over the n tokens that count and
-    :math:`G = \sum_{m,b,t} g_{mbt} g_{mbt}^T`. Exact for one token and one datum.
-    Eschenhagen et al. (2023), https://arxiv.org/abs/2311.00636, eq. 18.
+    :math:`G = \sum_{m,b,t} g_{mbt} g_{mbt}^T`; exact for one token and one datum.
+    Eschenhagen et al. (2023), https://arxiv.org/abs/2311.00636, eq. 18 and 22.
 
-    ``structure=functools.partial(kfac_expand, rank=64)`` keeps of each factor wider
-    than 2 rank + 1 the leading ``rank`` eigenpairs, found in one pass by a sketch:
-    (2 rank + 1) I numbers in place of I^2, nothing of size I x I formed. Outside of
-    them the Fisher information counts as zero, so that the posterior is the prior
-    there and is nowhere narrower than with the full factors. The sum of the
-    eigenvalues that are lost is at most twice the least possible, in expectation.
+    Attributes:
+        reduce: KFAC-reduce: inputs averaged and gradients summed over the tokens of a
+            datum that count, :math:`A = \sum_b \bar a_b \bar a_b^T` over n data and
+            :math:`G = \sum_{m,b} (\sum_t g_{mbt}) (\sum_t g_{mbt})^T`. Exact where the
+            layer's outputs are averaged over the tokens and nothing else is done.
+        rank: Eigenpairs kept of each factor wider than 2 rank + 1, found in one pass by
+            a sketch: (2 rank + 1) I numbers in place of I^2, nothing of size I x I
+            formed; None is all. Outside of them the Fisher information counts as zero,
+            so that the posterior is the prior there and is nowhere narrower than with
+            the full factors. The sum of the eigenvalues that are lost is at most twice
+            the least possible, in expectation.
 
-    Args:
-        a: Layer inputs, (B, T, I).
-        g: Gradients of the Fisher terms w.r.t. the layer's outputs, (M, B, T, O),
-            exactly zero at the tokens that don't count.
-        rank: Eigenpairs kept of each wide factor; None is all.
-
-    Returns:
-        Factors that add up over batches, in the dtype of ``a`` or float32 if wider.
-
-    >>> factors = kfac_expand(torch.ones(1, 2, 3), torch.ones(1, 1, 2, 4))
+    >>> factors = KFAC()(torch.ones(1, 2, 3), torch.ones(1, 1, 2, 4))
     >>> factors.a.shape, factors.g.shape, factors.count
     (torch.Size([3, 3]), torch.Size([4, 4]), tensor(2.))
     """
-    a, g = at_least_float32(a), at_least_float32(g)
-    counts = _counts(g)
-    if not counts.all():
-        a, g = a[counts], g[:, counts]
-    rows, grads = a.flatten(0, -2), g.flatten(0, -2)
-    return KroneckerFactors(gram(rows, rank), gram(grads, rank), counts.sum().to(a))
+
+    reduce: bool = False
+    rank: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.rank is not None and self.rank < 1:
+            raise ValueError(
+                f"rank is {self.rank}; it must be at least 1, or None for all."
+            )
+
+    def input_factor(self, a: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """A and the number of tokens (or data) that count."""
+        if self.reduce:
+            weight = counts.to(a)
+            tokens = weight.sum(-1, keepdim=True)  # (B, 1)
+            rows = (a * weight[..., None]).sum(1) / tokens.clamp_min(1)
+            return gram(rows, self.rank), (tokens > 0).sum().to(a)
+        rows = a.flatten(0, 1) if counts.all() else a[counts]
+        return gram(rows, self.rank), counts.sum().to(a)
+
+    def gradient_factor(
+        self, inputs: tuple[Tensor, Tensor], g: Tensor, counts: Tensor
+    ) -> Tensor:
+        """G."""
+        if self.reduce:
+            grads = g.sum(2)
+        else:
+            grads = g if counts.all() else g[:, counts]
+        return gram(grads.flatten(0, -2), self.rank)
+
+    def combine(
+        self, inputs: tuple[Tensor, Tensor], gradients: Tensor
+    ) -> KroneckerFactors:
+        """Both factors and the number of tokens that count."""
+        return KroneckerFactors(inputs[0], gradients, inputs[1])
 
 
-def kfac_reduce(a: Tensor, g: Tensor, rank: int | None = None) -> KroneckerFactors:
-    r"""KFAC-reduce: inputs averaged and gradients summed over the tokens of a datum.
-
-    :math:`F \approx G \otimes A / n` with :math:`A = \sum_b \bar a_b \bar a_b^T` over
-    the n data, :math:`\bar a_b` the mean over the tokens that count, and :math:`G =
-    \sum_{m,b} (\sum_t g_{mbt}) (\sum_t g_{mbt})^T`. Exact where the layer's outputs are
-    averaged over the tokens and nothing else is done with them.
-    Eschenhagen et al. (2023), https://arxiv.org/abs/2311.00636, eq. 22.
-
-    Args:
-        a: Layer inputs, (B, T, I).
-        g: Gradients of the Fisher terms, (M, B, T, O), zero where a token doesn't
-            count.
-        rank: As in :func:`kfac_expand`.
-
-    Returns:
-        Factors with n the number of data that have a token that counts.
-    """
-    a, g = at_least_float32(a), at_least_float32(g)
-    counts = _counts(g).to(a)
-    tokens = counts.sum(-1, keepdim=True)  # (B, 1)
-    rows = (a * counts[..., None]).sum(1) / tokens.clamp_min(1)
-    grads = g.sum(2).flatten(0, 1)
-    num_data = (tokens > 0).sum().to(a)
-    return KroneckerFactors(gram(rows, rank), gram(grads, rank), num_data)
-
-
-def diagonal(a: Tensor, g: Tensor) -> DiagonalFactors:
+@dataclass(frozen=True)
+class Diagonal(LayerStructure):
     r"""The exact diagonal, :math:`\sum_{m,b} (\sum_t g_{mbt} a_{bt}^T)^2`.
 
-    Args:
-        a: Layer inputs, (B, T, I).
-        g: Gradients of the Fisher terms, (M, B, T, O).
-
-    Returns:
-        The diagonal, (O, I).
+    >>> Diagonal()(torch.ones(1, 2, 3), torch.ones(1, 1, 2, 4)).diagonal[0]
+    tensor([4., 4., 4.])
     """
-    a, g = at_least_float32(a), at_least_float32(g)
-    total = torch.zeros(g.shape[-1], a.shape[-1], dtype=a.dtype, device=a.device)
-    for g_m in g:
-        total += (g_m.mT @ a).square().sum(0)
-    return DiagonalFactors(total)
+
+    def input_factor(self, a: Tensor, counts: Tensor) -> Tensor:
+        """The inputs as they are."""
+        return a
+
+    def gradient_factor(self, inputs: Tensor, g: Tensor, counts: Tensor) -> Tensor:
+        """The diagonal, (O, I)."""
+        total = inputs.new_zeros(g.shape[-1], inputs.shape[-1])
+        for g_m in g:
+            total += (g_m.mT @ inputs).square().sum(0)
+        return total
+
+    def combine(self, inputs: Tensor, gradients: Tensor) -> DiagonalFactors:
+        """The diagonal."""
+        return DiagonalFactors(gradients)
 
 
-def joint_structure(structure: JointStructure) -> JointStructure:
-    """Mark a structure as one of all layers at once, as :func:`dense` is.
-
-    Args:
-        structure: A function of the inputs of every layer, each (B, T, I), and of the
-            gradients, each (M, B, T, O), in the order of the lifted sites.
-
-    Returns:
-        The same function.
-
-    >>> @joint_structure
-    ... def without_covariances(a, g):
-    ...     diagonal = dense(a, g).matrix.diagonal()
-    ...     return DenseFactors(torch.diag(diagonal))
-    """
-    structure.joint = True  # type: ignore[attr-defined]
-    return structure
-
-
-@joint_structure
-def dense(a: Sequence[Tensor], g: Sequence[Tensor]) -> DenseFactors:
-    r"""The whole Fisher matrix, :math:`\sum_{m,b} j_{mb} j_{mb}^T`; for small models.
-
-    Args:
-        a: Inputs of every layer, each (B, T, I).
-        g: Gradients of every layer, each (M, B, T, O).
-
-    Returns:
-        The matrix over all weights, layer after layer, row-major, (D, D).
-    """
-    jacobian = torch.cat(
-        [
-            (g_l.mT @ a_l).flatten(0, 1).flatten(1)
-            for a_l, g_l in zip(
-                map(at_least_float32, a), map(at_least_float32, g), strict=True
-            )
-        ],
-        1,
-    )
-    return DenseFactors(jacobian.mT @ jacobian)
-
-
-def ekfac(a: Tensor, g: Tensor, rows: Tensor, columns: Tensor) -> DiagonalFactors:
-    r"""EKFAC: the exact diagonal in the eigenbasis of :func:`kfac_expand`.
+@dataclass(frozen=True)
+class EKFAC(Structure):
+    r"""The exact diagonal in the eigenbasis of :class:`KFAC`; two passes over the data.
 
     :math:`\Lambda = \sum_{m,b} (\sum_t U_G^T g_{mbt} a_{bt}^T U_A)^2` in place of the
     product of eigenvalues, and the basis is kept: of all diagonals in that basis the
     one nearest to the Fisher block. George et al. (2018),
     https://arxiv.org/abs/1806.03884, section 3.
-
-    As a structure it takes two passes over the data: :func:`kfac_expand` for the basis,
-    then this function.
-
-    Args:
-        a: Layer inputs, (B, T, I).
-        g: Gradients of the Fisher terms, (M, B, T, O).
-        rows: Eigenbasis on the output side, :math:`U_G`, (O, O).
-        columns: Eigenbasis on the input side, :math:`U_A`, (I, I).
-
-    Returns:
-        The second moments in the eigenbasis, (O, I).
-
-    >>> a, g = torch.ones(1, 2, 3), torch.ones(1, 1, 2, 4)
-    >>> ekfac(a, g, torch.eye(4), torch.eye(3)).diagonal[0]
-    tensor([4., 4., 4.])
     """
-    a, g = at_least_float32(a), at_least_float32(g)
-    return diagonal(a @ columns.to(a), g @ rows.to(g))
+
+    num_passes: ClassVar[int] = 2
+
+    @property
+    def first_pass(self) -> BatchStructure:
+        """KFAC, for the eigenbasis."""
+        return KFAC()
+
+    def gaussian(
+        self,
+        loc: Weights,
+        prior_precision: Weights,
+        factors: Factors,
+        next_pass: Callable[[BatchStructure], Factors],
+    ) -> WeightGaussian:
+        """See the base class."""
+        kfac = _blocks(loc, prior_precision, factors)
+        bases = [basis for block in kfac.blocks.values() for basis in block.bases()]
+        moments = _blocks(loc, prior_precision, next_pass(_InBases(tuple(bases))))
+        return with_values(kfac, moments)
 
 
-def is_joint(structure: Structure) -> bool:
-    """Whether it is of all layers at once."""
-    return getattr(getattr(structure, "func", structure), "joint", False)
+@dataclass(frozen=True, eq=False)
+class _InBases(BatchStructure):
+    """The diagonal of each layer's block in a basis, EKFAC's second pass.
 
-
-def is_kfac(structure: LayerStructure) -> bool:
-    """Whether it is ``kfac_expand`` or ``kfac_reduce``, of any rank."""
-    return getattr(structure, "func", structure) in (kfac_expand, kfac_reduce)
-
-
-def with_same_inputs(
-    structure: LayerStructure, a: Tensor, g: Sequence[Tensor]
-) -> list[KroneckerFactors | DiagonalFactors]:
-    """A structure of several layers that have the same inputs.
-
-    The input factor of KFAC is formed once for all layers in which the same tokens
-    count, and is the same tensor in their factors.
-
-    Args:
-        structure: A function of one layer.
-        a: The inputs, (B, T, I).
-        g: Gradients of every layer, each (M, B, T, O).
-
-    Returns:
-        What the structure returns for each layer.
+    Attributes:
+        bases: Each layer's rows U_G (O, O) and columns U_A (I, I).
     """
-    if len(g) == 1 or not is_kfac(structure):
-        return [structure(a, g_l) for g_l in g]
-    known: list[tuple[Tensor, KroneckerFactors]] = []
-    result: list[KroneckerFactors | DiagonalFactors] = []
-    for g_l in g:
-        counts = _counts(g_l)
-        same = next((f for c, f in known if torch.equal(c, counts)), None)
-        # Inputs of width 0 leave the gradients' factor alone to be formed.
-        found = structure(a if same is None else a[..., :0], g_l)
-        assert isinstance(found, KroneckerFactors)
-        if same is None:
-            known.append((counts, found))
-        result.append(found if same is None else replace(same, g=found.g))
-    return result
+
+    joint: ClassVar[bool] = False
+    bases: tuple[tuple[Tensor, Tensor], ...]
+
+    def batch_factors(self, chunks: Chunks, counts: Counts) -> Iterator[Factors]:
+        """See the base class."""
+        diagonal = Diagonal()
+        total: Factors = {}
+        for chunk in chunks:
+            for i, capture in chunk().items():
+                rows, columns = self.bases[i]
+                a, g = map(at_least_float32, (capture.inputs, capture.gradients))
+                new = diagonal(a @ columns.to(a), g @ rows.to(g), counts[i])
+                total[i] = total[i] + new if i in total else new
+        yield total
 
 
-def at_least_float32(x: Tensor) -> Tensor:
-    """Sums of many terms need float32 or wider; float64 stays float64."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+class JointStructure(Structure, BatchStructure):
+    """A structure of all layers at once: one matrix over all weights."""
+
+    joint: ClassVar[bool] = True
+    num_passes: ClassVar[int] = 1
+
+    @abstractmethod
+    def factors(self, a: Sequence[Tensor], g: Sequence[Tensor]) -> DenseFactors:
+        """The Fisher matrix of one batch, which adds up over Fisher terms.
+
+        Args:
+            a: Inputs of every layer in the order of the lifted sites, each (B, T, I).
+            g: Gradients of every layer, each (M, B, T, O).
+
+        Returns:
+            Of a matrix over all weights, layer after layer, row-major, (D, D).
+        """
+
+    @property
+    def first_pass(self) -> BatchStructure:
+        """See the base class."""
+        return self
+
+    def batch_factors(self, chunks: Chunks, counts: Counts) -> Iterator[Factors]:
+        """See the base class.
+
+        Raises:
+            ValueError: If the structure returns something else.
+        """
+        total: DenseFactors | None = None
+        for chunk in chunks:
+            layers = [capture for _, capture in sorted(chunk().items())]
+            new = self.factors(
+                [at_least_float32(c.inputs) for c in layers],
+                [at_least_float32(c.gradients) for c in layers],
+            )
+            if not isinstance(new, DenseFactors):
+                raise ValueError(
+                    f"The joint structure returned {type(new).__name__}, expected "
+                    "DenseFactors, of a matrix over all weights."
+                )
+            total = new if total is None else total + new
+        assert total is not None
+        yield {0: total}
+
+    def gaussian(
+        self,
+        loc: Weights,
+        prior_precision: Weights,
+        factors: Factors,
+        next_pass: Callable[[BatchStructure], Factors],
+    ) -> WeightGaussian:
+        """See the base class."""
+        return DenseGaussian(loc, prior_precision, factors[0].matrix.double())
 
 
-def _counts(g: Tensor) -> Tensor:
-    return g.abs().amax((0, -1)) != 0  # (B, T)
+@dataclass(frozen=True)
+class Dense(JointStructure):
+    r"""The whole matrix, :math:`\sum_{m,b} j_{mb} j_{mb}^T`; for small models."""
+
+    def factors(self, a: Sequence[Tensor], g: Sequence[Tensor]) -> DenseFactors:
+        """See the base class."""
+        jacobian = torch.cat(
+            [
+                (g_l.mT @ a_l).flatten(0, 1).flatten(1)
+                for a_l, g_l in zip(a, g, strict=True)
+            ],
+            1,
+        )
+        return DenseFactors(jacobian.mT @ jacobian)
+
+
+def _by_input(captures: Captures) -> list[tuple[Tensor, list[int]]]:
+    """Places of the layers that get the same tensor, together."""
+    places: dict[Tensor, list[int]] = {}
+    for i, capture in captures.items():
+        places.setdefault(capture.inputs, []).append(i)
+    return list(places.items())
+
+
+def _blocks(loc: Weights, prior_precision: Weights, factors: Factors) -> BlockGaussian:
+    """A block for each layer; the factors are used up."""
+    known: Known = {}
+    places = iter(range(len(factors)))
+    blocks = {
+        site: eigenblocks([factors.pop(next(places)) for _ in layers], known, site)
+        for site, layers in loc.items()
+    }
+    return BlockGaussian(loc, prior_precision, blocks)

@@ -38,9 +38,9 @@ if TYPE_CHECKING:
 @leaving_no_trace
 def to_datatree(
     posterior: Guide | MCMC | Samples,
+    batches: Iterable[Batch] | None = None,
     *,
     model: Model | None = None,
-    batches: Iterable[Batch] | None = None,
     num_samples: int | None = None,
     weights: Literal["delta", "raw"] = "delta",
     method: Literal["linearized", "sample"] | None = None,
@@ -88,9 +88,9 @@ def to_datatree(
     Args:
         posterior: One of ours; or any Pyro guide, an ``MCMC`` that has run, or samples
             by chain, site -> (chain, draw, ...), which need model and batches.
-        model: The Pyro model; None is the posterior's.
         batches: Mappings of model keyword arguments that cover all data once; None
             leaves out the groups that depend on data.
+        model: The Pyro model; None is the posterior's.
         num_samples: Draws; None is every particle once, all of a Markov chain, or 100.
         weights: ``"delta"`` or ``"raw"``.
         method: ``"linearized"`` or ``"sample"``; None is the posterior's own, as in

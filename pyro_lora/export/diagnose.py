@@ -36,6 +36,7 @@ from pyro_lora.predict.draws import (
     check_guide,
     check_names,
     model_at_draws,
+    model_of,
     outcome_source,
 )
 from pyro_lora.predict.outcomes import GivenLabels, likelihood, outcome_log_probs
@@ -49,9 +50,9 @@ _EQUAL_NATS = 1e-6  # log weights that differ by less are equal but for rounding
 @leaving_no_trace
 def diagnose(
     posterior: Guide,
-    model: Model,
     batches: Iterable[Batch],
     *,
+    model: Model | None = None,
     held_out: Iterable[Batch] | None = None,
     num_directions: int = 4,
     num_samples: int = 50,
@@ -80,9 +81,9 @@ def diagnose(
 
     Args:
         posterior: Any Pyro guide for the model.
-        model: The Pyro model.
         batches: Re-iterable of mappings of model keyword arguments: all training data,
             once.
+        model: The Pyro model; None is the posterior's own.
         held_out: The same of other data, for diversity and confidence.
         num_directions: Main directions of a Gaussian.
         num_samples: Draws for :math:`\hat k`, at least 25.
@@ -105,6 +106,7 @@ def diagnose(
         raise ImportError(
             "diagnose needs ArviZ. Install it by: pip install 'pyro-lora[arviz]'"
         ) from error
+    model = model_of(posterior, model, "diagnose")
     check_count("num_samples", num_samples)
     check_count("num_directions", num_directions)
     check_names(model, obs_site, labels)
@@ -338,9 +340,9 @@ def _confidence(
     elif found.event_dims > 1:
         raise LeftOut("the likelihood has several rows of outcomes a datum")
     prediction = predict(
-        joint.model,
         joint.posterior,
         joint.batches if held_out is None else held_out,
+        model=joint.model,
         obs_site=joint.obs_site,
         labels=labels,
     )

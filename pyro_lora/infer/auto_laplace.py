@@ -22,7 +22,7 @@ from pyro_lora.curvature.fisher import empirical_terms, exact_terms, mc_terms
 from pyro_lora.curvature.fit import FisherFit, fit_fisher
 from pyro_lora.curvature.latent_block import LatentBlock, fit_latents, small_latents
 from pyro_lora.curvature.likelihood_terms import TermsFunction
-from pyro_lora.curvature.structures import Structure, kfac_expand
+from pyro_lora.curvature.structures import KFAC, Structure
 from pyro_lora.infer.laplace_posterior import LaplacePosterior
 from pyro_lora.infer.prior_parameters import fixing, present_prior
 from pyro_lora.infer.site_subset import chosen_sites
@@ -67,10 +67,10 @@ class AutoLaplace(AutoDelta):
     Args:
         model: A Pyro model that calls a lifted network.
         init_loc_fn: Where to start, for example ``lora.init_to_adapter()``.
-        structure: The form of the Fisher information: ``kfac_expand``,
-            ``kfac_reduce``, ``ekfac`` (two passes over the data), ``diagonal``,
-            ``dense``, or your own function; for wide networks
-            ``functools.partial(kfac_expand, rank=64)``.
+        structure: The form of the Fisher information: ``structures.KFAC()``,
+            ``KFAC(reduce=True)``, ``EKFAC()`` (two passes over the data),
+            ``Diagonal()``, ``Dense()``, or your own; for wide networks
+            ``KFAC(rank=64)``.
         fisher: ``"exact"``: closed form, C - 1 backward passes for C classes.
             ``"mc"``: labels sampled from the model, any likelihood.
             ``"empirical"``: the given labels.
@@ -91,7 +91,7 @@ class AutoLaplace(AutoDelta):
         model: Model,
         *,
         init_loc_fn: Callable[[dict[str, Any]], Tensor],
-        structure: Structure = kfac_expand,
+        structure: Structure = KFAC(),
         fisher: Literal["exact", "mc", "empirical"] = "exact",
         num_fisher_samples: int = 1,
         obs_site: str | tuple[str, ...] | None = None,
@@ -99,7 +99,7 @@ class AutoLaplace(AutoDelta):
     ) -> None:
         check_model(model)
         check_function("init_loc_fn", init_loc_fn, "such as lora.init_to_adapter()")
-        check_function("structure", structure, "such as kfac_expand")
+        check_kind("structure", structure, Structure, "such as structures.KFAC()")
         check_count("num_fisher_samples", num_fisher_samples)
         terms: dict[str, TermsFunction] = {
             "exact": exact_terms,
@@ -206,7 +206,7 @@ class AutoLaplace(AutoDelta):
                 batch. Beyond it they are computed in chunks of backward passes, then of
                 sites, and twice over, with the same result. What can't be divided may
                 exceed it: one backward pass of the layers that share an input, or of
-                all layers with ``dense``; and all passes of a structure of your own.
+                all layers with ``Dense``.
                 Smaller batches lower what the network itself takes.
 
         Returns:

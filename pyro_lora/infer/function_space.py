@@ -13,9 +13,9 @@ from torch import Tensor
 from torch import distributions as td
 
 from pyro_lora.curvature.data_plate import data_plate
+from pyro_lora.curvature.factors import at_least_float32
 from pyro_lora.curvature.fisher_roots import fisher_root
 from pyro_lora.curvature.outcomes import outcomes_that_count, single_outcomes
-from pyro_lora.curvature.structures import at_least_float32
 from pyro_lora.infer import transport
 from pyro_lora.infer.kernels import Kernel
 from pyro_lora.infer.outcomes import datum_loss, likelihood

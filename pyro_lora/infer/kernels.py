@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyro_lora.lifting.settings import check_positive, check_word
 
-__all__ = ["IMQ", "RBF", "Mixture", "Zero"]
+__all__ = ["IMQ", "RBF", "Mixture", "NoRepulsion"]
 
 # Keeps the bandwidth positive where all particles coincide (all B = 0, function space).
 MIN_SQUARED_BANDWIDTH = 1e-8
@@ -120,7 +120,7 @@ class Mixture:
 
 
 @dataclass(frozen=True)
-class Zero:
+class NoRepulsion:
     r"""No interaction: :math:`\phi_i = \nabla \log p(x_i) / T`.
 
     K particles are a deep ensemble, one is MAP.
@@ -131,16 +131,18 @@ def check_kernel(kernel: object) -> None:
     """Refuse what can't be a kernel.
 
     Raises:
-        TypeError: If it is neither ``Zero()`` nor a function.
+        TypeError: If it is neither ``NoRepulsion()`` nor a function.
     """
-    if isinstance(kernel, type) or not (isinstance(kernel, Zero) or callable(kernel)):
+    if isinstance(kernel, type) or not (
+        isinstance(kernel, NoRepulsion) or callable(kernel)
+    ):
         raise TypeError(
             "kernel must be one of kernels, such as kernels.RBF(...), or a function of "
             f"squared distances, found {kernel!r}."
         )
 
 
-def space_of(kernel: Kernel | Zero) -> Space:
+def space_of(kernel: Kernel | NoRepulsion) -> Space:
     """What a kernel's distances measure; all weights for a function of one's own."""
     return kernel.space if isinstance(kernel, RBF | IMQ | Mixture) else "joint"
 

@@ -24,7 +24,7 @@ from pyro_lora.curvature.linearize import (
 )
 from pyro_lora.curvature.weight_gaussian import WeightGaussian, Weights
 from pyro_lora.infer import prior_tuning
-from pyro_lora.infer.kernels import Zero
+from pyro_lora.infer.kernels import NoRepulsion
 from pyro_lora.infer.optimizer_state import check_optimizer
 from pyro_lora.infer.prior_parameters import train_parameters, under_prior
 from pyro_lora.infer.svgd import SVGD
@@ -336,7 +336,11 @@ class LaplacePosterior:
         mode = self.mode()
         model = under_prior(self.model, self.prior, self.loras, mode)
         ensemble = SVGD(  # one particle without repulsion is MAP
-            model, Zero(), optim, 1, init_loc_fn=lambda site: mode[site["name"]].clone()
+            model,
+            NoRepulsion(),
+            optim,
+            1,
+            init_loc_fn=lambda site: mode[site["name"]].clone(),
         )
         with evaluating(self.loras):
             ensemble.run(batches, num_epochs=num_epochs, progress_bar=False)

@@ -119,7 +119,7 @@ def preconditioner(
     if space == "site" and isinstance(gaussian, DenseGaussian):
         raise ValueError(
             "The dense structure couples the sites, and the kernel's space is 'site'. "
-            "Use space='joint', or kfac_expand."
+            "Use space='joint', or structures.KFAC()."
         )
     blocks = [p.latents for p in several if p.latents is not None]
     if not blocks:

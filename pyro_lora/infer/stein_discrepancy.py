@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyro_lora.curvature.data_plate import data_plate
 from pyro_lora.infer import transport
-from pyro_lora.infer.kernels import IMQ, Kernel, Zero, check_kernel, space_of
+from pyro_lora.infer.kernels import IMQ, Kernel, NoRepulsion, check_kernel, space_of
 from pyro_lora.infer.model_at_particles import model_at_particles
 from pyro_lora.infer.particle_checks import PARTICLE_PLATE
 from pyro_lora.infer.particle_model import ParticleModel, chunked_gradients
@@ -125,7 +125,7 @@ def kernelized_stein_discrepancy(
 
 def _check(kernel: Kernel, temperature: float, num_bootstrap: int) -> None:
     check_kernel(kernel)
-    if isinstance(kernel, Zero) or space_of(kernel) not in ("joint", "site"):
+    if isinstance(kernel, NoRepulsion) or space_of(kernel) not in ("joint", "site"):
         raise ValueError(
             "A Stein discrepancy compares weights: give a kernel over 'joint' or "
             f"'site', found {kernel!r}."

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from pyro_lora.infer.delta_space import DeltaSpace
 from pyro_lora.infer.engine_state import checked_state
-from pyro_lora.infer.kernels import Kernel, Zero, space_of
+from pyro_lora.infer.kernels import Kernel, NoRepulsion, space_of
 from pyro_lora.infer.optimizer_state import (
     check_optimizer,
     optimizer_state,
@@ -63,8 +63,9 @@ class SVGD:
     p(x_j) / T + \nabla_{x_j} k(x_j, x_i)]`. ``"repulsive"`` (D'Angelo & Fortuin 2021,
     https://arxiv.org/abs/2106.11642, eq. 8): :math:`\phi_i = \nabla \log p(x_i) / T -
     \beta \nabla_{x_i} \log \sum_j k(x_i, x_j)`, other particles held fixed. With
-    ``kernels.Zero()``: :math:`\phi_i = \nabla \log p(x_i) / T`, a deep ensemble, or MAP
-    with one particle. :math:`\log p` is the log joint of the full data, in nats.
+    ``kernels.NoRepulsion()``: :math:`\phi_i = \nabla \log p(x_i) / T`, a deep
+    ensemble, or MAP with one particle. :math:`\log p` is the log joint of the full
+    data, in nats.
 
     The particles live in this object, not in Pyro's param store. ``optim`` must not
     have per-parameter callables, since Pyro would look their names up in that store.
@@ -124,7 +125,7 @@ class SVGD:
     def __init__(
         self,
         model: Model,
-        kernel: Kernel | Zero,
+        kernel: Kernel | NoRepulsion,
         optim: PyroOptim,
         num_particles: int,
         max_plate_nesting: int | None = None,

@@ -18,7 +18,7 @@ from pyro_lora.infer.function_space import (
     gated_strength,
     minibatch,
 )
-from pyro_lora.infer.kernels import Kernel, Zero, check_kernel, space_of
+from pyro_lora.infer.kernels import Kernel, NoRepulsion, check_kernel, space_of
 from pyro_lora.infer.particle_checks import check_finite
 from pyro_lora.infer.particle_model import ParticleModel
 from pyro_lora.infer.preconditioner import Preconditioner
@@ -48,7 +48,7 @@ class UpdateRule:
     """What the batches of one update give, and the direction that follows from it.
 
     Attributes:
-        kernel: A kernel, or ``Zero()``.
+        kernel: A kernel, or ``NoRepulsion()``.
         transport: ``"stein"`` or ``"repulsive"``; None follows the kernel's space.
         temperature: T, a number or a schedule.
         repulsion: Strength of the repulsive transport; None follows the space.
@@ -65,7 +65,7 @@ class UpdateRule:
         ValueError: If a setting is out of its range, or would have no effect.
     """
 
-    kernel: Kernel | Zero
+    kernel: Kernel | NoRepulsion
     transport: Transport | None
     temperature: float | Schedule
     repulsion: float | Repulsion | None
@@ -104,7 +104,7 @@ class UpdateRule:
                 "space only. Use a kernel over 'function', or leave it out."
             )
         if self.repulsion is not None:
-            if self._form == "stein" or isinstance(self.kernel, Zero):
+            if self._form == "stein" or isinstance(self.kernel, NoRepulsion):
                 raise ValueError(
                     f"repulsion={self.repulsion} has no effect: it is the strength of "
                     "the repulsive transport. Add transport='repulsive' and a kernel, "
@@ -132,7 +132,7 @@ class UpdateRule:
     @property
     def repels(self) -> bool:
         """Whether particles act on one another."""
-        return not isinstance(self.kernel, Zero) and self.num_particles > 1
+        return not isinstance(self.kernel, NoRepulsion) and self.num_particles > 1
 
     def gather(
         self,
@@ -216,7 +216,7 @@ class UpdateRule:
         else:
             strength = repulsion
         if isinstance(gathered, Minibatches):
-            assert not isinstance(self.kernel, Zero)
+            assert not isinstance(self.kernel, NoRepulsion)
             return function_space_direction(
                 target,
                 particles,
@@ -228,7 +228,7 @@ class UpdateRule:
                 obs_site=self.obs_site,
             )
         if self.reference is not None:
-            assert not isinstance(self.kernel, Zero)
+            assert not isinstance(self.kernel, NoRepulsion)
             return reference_direction(
                 target,
                 particles,

@@ -14,7 +14,7 @@ from pyro_lora.infer import transport
 from pyro_lora.infer.coordinate_space import coordinate_direction
 from pyro_lora.infer.delta_space import DeltaSpace
 from pyro_lora.infer.function_space import Strength
-from pyro_lora.infer.kernels import Kernel, Space, Zero
+from pyro_lora.infer.kernels import Kernel, NoRepulsion, Space
 from pyro_lora.infer.outcomes import datum_loss, likelihood
 from pyro_lora.infer.particle_model import (
     ParticleModel,
@@ -122,7 +122,7 @@ def weight_space_direction(
     particles: Mapping[str, Tensor],
     gradients: Gradients,
     *,
-    kernel: Kernel | Zero,
+    kernel: Kernel | NoRepulsion,
     space: Space,
     form: Literal["stein", "repulsive"],
     temperature: float,
@@ -140,7 +140,7 @@ def weight_space_direction(
         target: The model.
         particles: Site -> (K, ...), unconstrained.
         gradients: Of the log joint, there.
-        kernel: A function of squared distances, or ``Zero()``.
+        kernel: A function of squared distances, or ``NoRepulsion()``.
         space: ``"joint"``, ``"site"``, ``"coordinate"`` or ``"delta"``.
         form: ``"stein"`` or ``"repulsive"``.
         temperature: T.
@@ -160,7 +160,7 @@ def weight_space_direction(
         assert gradients.loss is not None
         assert gradients.num_data is not None
         strength = strength(float(gradients.loss.mean()), gradients.num_data)
-    if not isinstance(kernel, Zero) and space in ("joint", "site"):
+    if not isinstance(kernel, NoRepulsion) and space in ("joint", "site"):
         grams = _grams(kernel, space, fixed, preconditioner)
         direction, squares = {}, []
         for site, x in fixed.items():
@@ -175,7 +175,7 @@ def weight_space_direction(
         series |= {"attraction": norms[0], "repulsion": norms[1]}
         return direction, {**series, "mean_kernel": mean_kernel}
     scores = {s: g / temperature for s, g in scores.items()}
-    if isinstance(kernel, Zero):
+    if isinstance(kernel, NoRepulsion):
         zero = gradients.log_joint.new_zeros(())
         series |= {"attraction": transport.norm(scores), "repulsion": zero}
         return scores, {**series, "mean_kernel": zero}

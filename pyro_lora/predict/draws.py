@@ -126,6 +126,50 @@ def _guide_draw(guide: Guide, batch: Batch) -> Weights:
     }
 
 
+def model_of(posterior: Guide, model: Model | None, caller: str) -> Model:
+    """The model that is given, else the posterior's own; stock autoguides have theirs.
+
+    Args:
+        posterior: Any guide.
+        model: The model that is given, if there is one.
+        caller: Name of the function that needs it.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    found = getattr(posterior, "model", None) if model is None else model
+    if found is None:
+        raise ValueError(
+            f"{caller} needs the model, and this {type(posterior).__name__} doesn't "
+            f"know its own. Use {caller}(posterior, ..., model=model)."
+        )
+    return found
+
+
+def network_of(
+    posterior: Guide, lora: LiftedNetwork | None, caller: str
+) -> LiftedNetwork:
+    """The lifted network that is given, else the posterior's only one.
+
+    Args:
+        posterior: Any guide.
+        lora: The network that is given, if there is one.
+        caller: Name of the function that needs it.
+
+    Raises:
+        ValueError: If there is none, or several.
+    """
+    if lora is not None:
+        return lora
+    networks: tuple[LiftedNetwork, ...] = getattr(posterior, "loras", ())
+    if len(networks) != 1:
+        raise ValueError(
+            f"{caller} needs one lifted network, and this {type(posterior).__name__} "
+            f"knows {len(networks)}. Use {caller}(posterior, ..., lora=lora)."
+        )
+    return networks[0]
+
+
 def outcome_source(
     model: Model, weights: Weights, obs_site: str | None, labels: str | None
 ) -> OutcomeSource:

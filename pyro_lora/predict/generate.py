@@ -27,7 +27,7 @@ from pyro_lora.lifting.settings import (
     check_positive,
     check_word,
 )
-from pyro_lora.predict.draws import Guide, check_guide
+from pyro_lora.predict.draws import Guide, check_guide, network_of
 from pyro_lora.predict.sequence_scores import (
     causal_network,
     check_vocabulary,
@@ -80,11 +80,11 @@ class Generation:
 @leaving_no_trace
 @torch.no_grad()
 def generate(
-    lora: LiftedNetwork,
     posterior: Guide,
     input_ids: Tensor,
     num_samples: int | None = None,
     *,
+    lora: LiftedNetwork | None = None,
     attention_mask: Tensor | None = None,
     max_new_tokens: int,
     mode: Mode = "average",
@@ -113,10 +113,11 @@ def generate(
     https://arxiv.org/abs/2002.07650, for the token-wise case.
 
     Args:
-        lora: A lifted causal language model of transformers.
-        posterior: Any Pyro guide for the weights of ``lora``.
+        posterior: Any Pyro guide for the weights of a causal language model of
+            transformers.
         input_ids: Prompts, (B, T), padded on the left.
         num_samples: Draws S; None is every particle once, or 8 where there are none.
+        lora: The lifted language model; None is the posterior's own.
         attention_mask: 0 for padding, (B, T); None: there is none.
         max_new_tokens: T' at most.
         mode: Which answer.
@@ -140,6 +141,7 @@ def generate(
             posterior doesn't fit or has no mode, or the network can't take several
             draws in one batch with ``"average"``.
     """
+    lora = network_of(posterior, lora, "generate")
     network = causal_network(lora)
     check_word("mode", mode, get_args(Mode))
     check_count("max_new_tokens", max_new_tokens)

@@ -30,6 +30,7 @@ from pyro_lora.predict.draws import (
     check_names,
     draw_weights,
     model_at_draws,
+    model_of,
     outcome_source,
     prediction_method,
 )
@@ -52,10 +53,10 @@ DEFAULT_NUM_SAMPLES = 64  # the Monte-Carlo sd of a probability is then at most 
 
 @leaving_no_trace
 def predict(
-    model: Model,
     posterior: Guide,
     batches: Iterable[Batch],
     *,
+    model: Model | None = None,
     method: PredictionMethod | None = None,
     num_samples: int | None = None,
     chunk_size: int = DRAWS_AT_ONCE,
@@ -96,10 +97,11 @@ def predict(
     the first batch, and with masks for every one.
 
     Args:
-        model: The Pyro model; its labels come in as ``labels``, None here.
         posterior: Any Pyro guide for the model, with ``"sample"``; a
             ``LaplacePosterior`` or a mixture of them, with ``"linearized"``.
         batches: Mappings of model keyword arguments.
+        model: The Pyro model, whose labels come in as ``labels``, None here; None is
+            the posterior's own.
         method: ``"sample"`` or ``"linearized"``; None is the posterior's own.
         num_samples: Draws S; None is every particle once, or 64 where there are
             none. It doesn't choose the method: ``"linearized"`` is exact, and has a use
@@ -136,6 +138,7 @@ def predict(
         UserWarning: If a Gaussian posterior is sampled for want of a linear predictor,
             or its draws predict far worse than its mode.
     """
+    model = model_of(posterior, model, "predict")
     check_word("method", method, ("sample", "linearized", None))
     check_word("tokens", tokens, ("last", "each", None))
     check_names(model, obs_site, labels)

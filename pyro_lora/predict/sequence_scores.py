@@ -18,7 +18,13 @@ from pyro_lora.lifting.interrupts import leaving_no_trace
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.lifting.model_trace import IGNORED, evaluating, trace_at
 from pyro_lora.lifting.settings import check_kind, check_lora
-from pyro_lora.predict.draws import LORA_POSTERIORS, Guide, Weights, draw_weights
+from pyro_lora.predict.draws import (
+    LORA_POSTERIORS,
+    Guide,
+    Weights,
+    draw_weights,
+    network_of,
+)
 from pyro_lora.predict.dropout import check_no_dropout
 
 DEFAULT_NUM_SAMPLES = 8  # all of them go through the network at once
@@ -53,11 +59,11 @@ class SequenceLogProb:
 @leaving_no_trace
 @torch.no_grad()
 def sequence_log_prob(
-    lora: LiftedNetwork,
     posterior: Guide,
     input_ids: Tensor,
     labels: Tensor,
     *,
+    lora: LiftedNetwork | None = None,
     attention_mask: Tensor | None = None,
     num_samples: int | None = None,
 ) -> SequenceLogProb:
@@ -67,11 +73,12 @@ def sequence_log_prob(
     answer together. Dropout is off and nothing is trained.
 
     Args:
-        lora: A lifted causal language model of transformers.
-        posterior: Any Pyro guide for the weights of ``lora``.
+        posterior: Any Pyro guide for the weights of a causal language model of
+            transformers.
         input_ids: Prompts with their continuations, (B, T), padded on either side.
         labels: ``input_ids`` where a token is part of the continuation, -100 where it
             isn't, (B, T). The first token has nothing before it and can't be scored.
+        lora: The lifted language model; None is the posterior's own.
         attention_mask: 0 for padding, (B, T); None: there is none.
         num_samples: Draws S; None is every particle once, or 8 where there are none.
 
@@ -83,6 +90,7 @@ def sequence_log_prob(
             aren't the input's own tokens, or a continuation is empty, padded inside,
             or starts at the first token.
     """
+    lora = network_of(posterior, lora, "sequence_log_prob")
     network = causal_network(lora)
     mask = checked_mask(input_ids, attention_mask)
     check_vocabulary(network, input_ids)

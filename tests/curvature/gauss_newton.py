@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import pyro_lora as pl
+from pyro_lora.curvature.structures import KFAC, KroneckerFactors, LayerStructure
 from tests.networks import inputs
 
 Batch = dict[str, Tensor]
@@ -135,3 +136,21 @@ def laplace(
     model = pl.models.classification(lora, num_data)
     guide = pl.AutoLaplace(model, init_loc_fn=lora.init_to_adapter(), **options)
     return guide.laplace_approximation(split(texts, batch_size or num_data))
+
+
+class CountingTokens(LayerStructure):
+    """KFAC that keeps how many tokens count in each batch and layer."""
+
+    def __init__(self) -> None:
+        self.counts: list[int] = []
+
+    def input_factor(self, a: Tensor, counts: Tensor) -> Any:
+        return KFAC().input_factor(a, counts)
+
+    def gradient_factor(self, inputs: Any, g: Tensor, counts: Tensor) -> Tensor:
+        return KFAC().gradient_factor(inputs, g, counts)
+
+    def combine(self, inputs: Any, gradients: Tensor) -> KroneckerFactors:
+        factors = KFAC().combine(inputs, gradients)
+        self.counts.append(int(factors.count))
+        return factors

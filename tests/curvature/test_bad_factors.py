@@ -1,7 +1,7 @@
 """Factors that are no sums of squares are refused, never replaced."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -12,8 +12,11 @@ import pyro_lora as pl
 from pyro_lora.curvature.block_gaussian import eigenblocks
 from pyro_lora.curvature.dense_gaussian import DenseGaussian
 from pyro_lora.curvature.structures import (
+    KFAC,
+    Diagonal,
     DiagonalFactors,
     KroneckerFactors,
+    LayerStructure,
 )
 from tests.curvature.gauss_newton import flatten, laplace, unflatten
 from tests.networks import batch, bert
@@ -24,16 +27,40 @@ Change = Callable[[Tensor], Tensor]
 EYE = torch.eye(16, dtype=torch.float64)
 
 
-def changed(of_inputs: Change, of_gradients: Change, rank: int | None = None) -> Any:
+@dataclass(frozen=True)
+class Changed(LayerStructure):
     """KFAC with other factors for layers of 16 inputs."""
 
-    def structure(a: Tensor, g: Tensor) -> KroneckerFactors:
-        found = pl.kfac_expand(a, g, rank)
-        if a.shape[-1] != 16:
-            return found
-        return replace(found, a=of_inputs(found.a), g=of_gradients(found.g))
+    of_inputs: Change
+    of_gradients: Change
+    rank: int | None = None
 
-    return structure
+    def input_factor(self, a: Tensor, counts: Tensor) -> Any:
+        wide = a.shape[-1] == 16
+        return *KFAC(rank=self.rank).input_factor(a, counts), wide
+
+    def gradient_factor(self, inputs: Any, g: Tensor, counts: Tensor) -> Tensor:
+        return KFAC(rank=self.rank).gradient_factor(inputs, g, counts)
+
+    def combine(self, inputs: Any, gradients: Tensor) -> KroneckerFactors:
+        a, count, wide = inputs
+        if not wide:
+            return KroneckerFactors(a, gradients, count)
+        return KroneckerFactors(self.of_inputs(a), self.of_gradients(gradients), count)
+
+
+@dataclass(frozen=True)
+class ChangedDiagonal(LayerStructure):
+    change: Change
+
+    def input_factor(self, a: Tensor, counts: Tensor) -> Tensor:
+        return a
+
+    def gradient_factor(self, inputs: Tensor, g: Tensor, counts: Tensor) -> Tensor:
+        return Diagonal().gradient_factor(inputs, g, counts)
+
+    def combine(self, inputs: Tensor, gradients: Tensor) -> DiagonalFactors:
+        return DiagonalFactors(self.change(gradients))
 
 
 def same(x: Tensor) -> Tensor:
@@ -48,25 +75,25 @@ def sketch_of_negative(x: Tensor) -> Tensor:
     ("structure", "message"),
     [
         (
-            changed(lambda a: a - 1e-3 * a.trace() * EYE, same),
-            r"layer 0: the factor of its inputs has eigenvalues from -.*structure func",
+            Changed(lambda a: a - 1e-3 * a.trace() * EYE, same),
+            r"layer 0: the factor of its inputs has eigenvalues from -.*structure",
         ),
         (
-            changed(same, lambda g: -g),
+            Changed(same, lambda g: -g),
             r"layer 0: the factor of its gradients has eigenvalues from -",
         ),
-        (changed(lambda a: a * torch.nan, same), "inputs has NaN or infinite"),
-        (changed(same, lambda g: g / 0), "gradients has NaN or infinite"),
-        (changed(lambda a: a + a.triu(1), same), "inputs isn't symmetric"),
-        (changed(sketch_of_negative, same, rank=2), "inputs has eigenvalues from -"),
+        (Changed(lambda a: a * torch.nan, same), "inputs has NaN or infinite"),
+        (Changed(same, lambda g: g / 0), "gradients has NaN or infinite"),
+        (Changed(lambda a: a + a.triu(1), same), "inputs isn't symmetric"),
+        (Changed(sketch_of_negative, same, rank=2), "inputs has eigenvalues from -"),
         # A matrix of another form, which would be read as a sketch.
-        (changed(lambda a: a[:, :5], same), "inputs isn't symmetric"),
+        (Changed(lambda a: a[:, :5], same), "inputs isn't symmetric"),
         (
-            lambda a, g: DiagonalFactors(pl.diagonal(a, g).diagonal - 50),
+            ChangedDiagonal(lambda x: x - 50),
             r"layer 0: the diagonal has values from -50 to .*not negative",
         ),
         (
-            lambda a, g: DiagonalFactors(pl.diagonal(a, g).diagonal / 0),
+            ChangedDiagonal(lambda x: x / 0),
             "layer 0: the diagonal has values",
         ),
     ],
@@ -80,16 +107,16 @@ def test_factors_of_a_users_structure(structure: Any, message: str) -> None:
 def test_rounding_is_no_error() -> None:
     # Sums in float32 of data that span 3 of 40 dims: eigenvalues of -1e-6.
     a = torch.randn(1, 4000, 3) @ torch.randn(3, 40)
-    found = pl.kfac_expand(a, torch.randn(1, 1, 4000, 2))
+    found = pl.structures.KFAC()(a, torch.randn(1, 1, 4000, 2))
     assert torch.linalg.eigvalsh(found.a.double()).min() < 0
     for rank in (None, 5):
-        factors = pl.kfac_expand(a, torch.randn(1, 1, 4000, 2), rank)
+        factors = pl.structures.KFAC(rank=rank)(a, torch.randn(1, 1, 4000, 2))
         assert (eigenblocks([factors]).values >= 0).all()
 
 
 def test_no_information_is_the_prior() -> None:
     lora, texts = pl.lift(bert(3)), batch(5, num_labels=3)
-    nothing = changed(torch.zeros_like, torch.zeros_like)
+    nothing = Changed(torch.zeros_like, torch.zeros_like)
     posterior = laplace(lora, texts, structure=nothing)
     for site, value in posterior.variance().items():
         wide = value.shape[-1] == 16
@@ -108,7 +135,7 @@ EVALUATIONS: dict[str, Callable[[pl.LaplacePosterior], Any]] = {
 @pytest.mark.parametrize("name", EVALUATIONS)
 def test_a_dense_precision_that_is_not_positive_definite(name: str) -> None:
     lora, texts = pl.lift(bert(3, hidden_size=8)), batch(5, num_labels=3)
-    posterior = laplace(lora, texts, structure=pl.dense)
+    posterior = laplace(lora, texts, structure=pl.structures.Dense())
     gaussian = posterior.gaussian
     assert isinstance(gaussian, DenseGaussian)
     # Symmetric, of a positive diagonal, and -300 along one direction.
@@ -122,7 +149,7 @@ def test_a_dense_precision_that_is_not_positive_definite(name: str) -> None:
 def test_an_ill_conditioned_dense_precision() -> None:
     # Condition number 1e15: a root of the covariance itself would fail.
     lora, texts = pl.lift(bert(3, hidden_size=8)), batch(5, num_labels=3)
-    posterior = laplace(lora, texts, structure=pl.dense)
+    posterior = laplace(lora, texts, structure=pl.structures.Dense())
     gaussian = posterior.gaussian
     assert isinstance(gaussian, DenseGaussian)
     size = len(gaussian.fisher)

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,7 @@ def test_ekfac_takes_two_passes() -> None:
     laplace(lora, texts, 3)
     passes = Passes()
     with passes.counting(network):
-        laplace(lora, texts, 3, structure=pl.ekfac)
+        laplace(lora, texts, 3, structure=pl.structures.EKFAC())
     guide_set_up = 2  # a look at the labels, and Pyro's prototype
     assert passes.forward == 2 * 3 + guide_set_up
     assert passes.backward == 2 * 3 * 2
@@ -184,7 +184,13 @@ class LargestTensor(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    "structure", [pl.kfac_expand, pl.kfac_reduce, pl.ekfac, pl.diagonal]
+    "structure",
+    [
+        pl.structures.KFAC(),
+        pl.structures.KFAC(reduce=True),
+        pl.structures.EKFAC(),
+        pl.structures.Diagonal(),
+    ],
 )
 def test_nothing_is_as_large_as_a_block_of_the_precision(
     structure: Structure,
@@ -209,7 +215,7 @@ def test_dense_forms_the_whole_matrix() -> None:
     lora = pl.lift(bert(3, num_layers=1))
     size = sum(value.numel() for value in lora.weights().values())
     with LargestTensor() as largest:
-        laplace(lora, batch(4, 5, num_labels=3), structure=pl.dense)
+        laplace(lora, batch(4, 5, num_labels=3), structure=pl.structures.Dense())
     assert largest.numel >= size**2
 
 
@@ -237,12 +243,12 @@ class Decompositions(TorchDispatchMode):
 @pytest.mark.parametrize(
     "structure",
     [
-        pl.kfac_expand,
-        pl.kfac_reduce,
-        pl.ekfac,
-        pl.dense,
-        partial(pl.kfac_expand, rank=2),
-        partial(pl.kfac_reduce, rank=2),
+        pl.structures.KFAC(),
+        pl.structures.KFAC(reduce=True),
+        pl.structures.EKFAC(),
+        pl.structures.Dense(),
+        pl.structures.KFAC(rank=2),
+        pl.structures.KFAC(reduce=True, rank=2),
     ],
 )
 def test_decompositions_are_in_float64_and_after_the_pass(structure: Structure) -> None:
@@ -257,7 +263,9 @@ def test_decompositions_are_in_float64_and_after_the_pass(structure: Structure) 
     assert len(six.dtypes) == len(one_batch.dtypes)
 
 
-@pytest.mark.parametrize("structure", [pl.kfac_expand, pl.kfac_reduce])
+@pytest.mark.parametrize(
+    "structure", [pl.structures.KFAC(), pl.structures.KFAC(reduce=True)]
+)
 def test_query_and_value_share_the_factor_of_their_input(
     structure: Structure, tmp_path: Path
 ) -> None:
@@ -266,13 +274,22 @@ def test_query_and_value_share_the_factor_of_their_input(
     lora = pl.lift(bert(3, num_layers=3, hidden_size=width, r=2))
     texts = batch(6, 5, num_labels=3)
 
-    def of_each_layer(a: Tensor, g: Tensor) -> Any:
-        return structure(a, g)  # type: ignore[call-arg, arg-type]
+    class OfEachLayer(pl.structures.LayerStructure):
+        def input_factor(self, a: Tensor, counts: Tensor) -> Any:
+            factor, count = structure.input_factor(a, counts)
+            return factor.clone(), count  # a factor of its own
+
+        def gradient_factor(self, inputs: Any, g: Tensor, counts: Tensor) -> Tensor:
+            return structure.gradient_factor(inputs, g, counts)
+
+        def combine(self, inputs: Any, gradients: Tensor) -> Any:
+            factors = structure.combine(inputs, gradients)
+            return replace(factors, a=factors.a.clone())
 
     with Decompositions() as shared:
         posterior = laplace(lora, texts, 2, structure=structure)
     with Decompositions() as separate:
-        other = laplace(lora, texts, 2, structure=of_each_layer)
+        other = laplace(lora, texts, 2, structure=OfEachLayer())
     # The inputs of A and the outputs of B of query and value, and the head's input. In
     # the last layer the first token alone has a query that counts.
     assert separate.widths.count(width) == 3 * 4 + 1

@@ -44,7 +44,7 @@ def test_it_is_the_exact_diagonal_in_the_eigenbasis_of_kfac_expand(
 ) -> None:
     lora, texts = pl.lift(build(num_labels)), batch(6, num_labels=num_labels)
     kfac = laplace(lora, texts, 4)
-    found = precision_matrix(laplace(lora, texts, 4, structure=pl.ekfac))
+    found = precision_matrix(laplace(lora, texts, 4, structure=pl.structures.EKFAC()))
     exact = brute_force(lora, texts, 1.0).fisher
     tolerance = 1e-6 if build is llama else 1e-9  # Llama's norms compute in float32
     for site, layer, place in blocks(lora):
@@ -72,7 +72,7 @@ def test_it_is_nearer_to_the_exact_blocks_than_kfac() -> None:
             for _, _, place in blocks(lora)
         )
 
-    assert error(pl.ekfac) < error(pl.kfac_expand)
+    assert error(pl.structures.EKFAC()) < error(pl.structures.KFAC())
 
 
 def test_one_token_of_one_datum_gives_the_exact_blocks() -> None:
@@ -82,7 +82,7 @@ def test_one_token_of_one_datum_gives_the_exact_blocks() -> None:
         "attention_mask": torch.ones(1, 1, dtype=torch.long),
         "labels": torch.tensor([1]),
     }
-    found = precision_matrix(laplace(lora, texts, structure=pl.ekfac))
+    found = precision_matrix(laplace(lora, texts, structure=pl.structures.EKFAC()))
     exact = brute_force(lora, texts, 1.0).fisher
     for site, layer, place in blocks(lora):
         identity = torch.eye(place.stop - place.start, dtype=exact.dtype)
@@ -96,10 +96,10 @@ def test_a_second_pass_over_a_generator_is_refused() -> None:
     guide = pl.AutoLaplace(
         pl.models.classification(lora, 6),
         init_loc_fn=lora.init_to_adapter(),
-        structure=pl.ekfac,
+        structure=pl.structures.EKFAC(),
     )
     expected = guide.laplace_approximation(split(texts, 3))  # this sets the guide up
-    with pytest.raises(ValueError, match=r"ekfac takes two passes.*DataLoader"):
+    with pytest.raises(ValueError, match=r"EKFAC\(\) takes 2 passes.*DataLoader"):
         guide.laplace_approximation(b for b in split(texts, 3))
     loader: Any = torch.utils.data.DataLoader(
         [{k: v[i] for k, v in texts.items()} for i in range(6)], batch_size=4
@@ -110,8 +110,10 @@ def test_a_second_pass_over_a_generator_is_refused() -> None:
 
 def test_evidence_prior_and_prediction_are_those_of_the_dense_matrix() -> None:
     lora, texts = pl.lift(bert(3)), batch(6, num_labels=3)
-    posterior = laplace(lora, texts, structure=pl.ekfac).with_prior_precision(0.3)
-    one = laplace(lora, texts, structure=pl.ekfac)
+    posterior = laplace(
+        lora, texts, structure=pl.structures.EKFAC()
+    ).with_prior_precision(0.3)
+    one = laplace(lora, texts, structure=pl.structures.EKFAC())
     shift = torch.eye(len(flatten(lora.weights())), dtype=torch.float64)
     precision = precision_matrix(one) - 0.7 * shift
     assert_same(precision_matrix(posterior), precision)
@@ -128,7 +130,7 @@ def test_evidence_prior_and_prediction_are_those_of_the_dense_matrix() -> None:
 
 def test_it_survives_saving(tmp_path: Path) -> None:
     lora, texts = pl.lift(bert(3)), batch(6, num_labels=3)
-    posterior = laplace(lora, texts, structure=pl.ekfac)
+    posterior = laplace(lora, texts, structure=pl.structures.EKFAC())
     pl.save(posterior, tmp_path / "posterior")
     loaded: Any = pl.load(tmp_path / "posterior", lora, model=posterior.model)
     assert torch.equal(loaded.log_evidence(), posterior.log_evidence())

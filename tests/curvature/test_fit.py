@@ -20,8 +20,9 @@ from pyro_lora.curvature.fisher import (
     mc_terms,
 )
 from pyro_lora.curvature.fit import FisherFit, fit_fisher
-from pyro_lora.curvature.structures import KroneckerFactors, Structure
+from pyro_lora.curvature.structures import Structure
 from tests.curvature.gauss_newton import (
+    CountingTokens,
     assert_same,
     brute_force,
     flatten,
@@ -33,7 +34,13 @@ from tests.networks import batch, bert, inputs, llama
 
 pytestmark = pytest.mark.filterwarnings("ignore:The weights aren't a mode")
 
-STRUCTURES = [pl.kfac_expand, pl.kfac_reduce, pl.ekfac, pl.diagonal, pl.dense]
+STRUCTURES = [
+    pl.structures.KFAC(),
+    pl.structures.KFAC(reduce=True),
+    pl.structures.EKFAC(),
+    pl.structures.Diagonal(),
+    pl.structures.Dense(),
+]
 Batch = dict[str, Tensor]
 Model = Callable[..., Any]
 
@@ -49,7 +56,7 @@ def fit(
         lora.weights(),
         [lora],
         batches,
-        structure=pl.dense,
+        structure=pl.structures.Dense(),
         fisher_terms=terms,
     )
 
@@ -89,16 +96,12 @@ def test_tokens_of_a_datum_without_doubt_count_in_any_batch() -> None:
             return pyro.sample("y", dist.Categorical(logits=logits), obs=labels)
 
     def num_tokens(batch_size: int) -> int:
-        counts = []
-
-        def spy(a: Tensor, g: Tensor) -> KroneckerFactors:
-            factors = pl.kfac_expand(a, g)
-            counts.append(int(factors.count))
-            return factors
-
-        guide = pl.AutoLaplace(model, init_loc_fn=lora.init_to_adapter(), structure=spy)
+        structure = CountingTokens()
+        guide = pl.AutoLaplace(
+            model, init_loc_fn=lora.init_to_adapter(), structure=structure
+        )
         guide.laplace_approximation(split(texts, batch_size))
-        return sum(counts)
+        return sum(structure.counts)
 
     assert num_tokens(5) == num_tokens(1)
 
@@ -202,21 +205,23 @@ def test_pyros_obs_mask(obs_site: str | None) -> None:
     guide = pl.AutoLaplace(
         model,
         init_loc_fn=lora.init_to_adapter(),
-        structure=pl.dense,
+        structure=pl.structures.Dense(),
         obs_site=obs_site,
     )
     batches = split({**texts, "mask": mask}, 3)
     found = guide.laplace_approximation(batches)
     only = {name: value[mask] for name, value in texts.items()}
-    expected = laplace(lora, only, structure=pl.dense)
+    expected = laplace(lora, only, structure=pl.structures.Dense())
     assert_same_posterior(found, expected)
     # Both missing outcomes and observed ones are predicted.
     everything = [inputs(texts)]
     torch.manual_seed(0)
-    one = pl.predict(model, found, [{**everything[0], "mask": mask}], num_samples=4)
+    one = pl.predict(
+        found, [{**everything[0], "mask": mask}], model=model, num_samples=4
+    )
     torch.manual_seed(0)
     plain = pl.models.classification(lora, 7)
-    other = pl.predict(plain, expected, everything, num_samples=4)
+    other = pl.predict(expected, everything, model=plain, num_samples=4)
     assert_same(one.probs, other.probs)
 
 
@@ -349,7 +354,7 @@ def test_two_networks_in_one_model() -> None:
         {**first.weights(), **second.weights()},
         [first, second],
         split(texts, 2),
-        structure=pl.dense,
+        structure=pl.structures.Dense(),
         fisher_terms=exact_terms,
     )
     one, two = brute_force(first, texts, 1.0), brute_force(second, texts, 1.0)

@@ -20,7 +20,12 @@ pytestmark = [
     # Which transformers itself uses.
     pytest.mark.filterwarnings("ignore:`gradient_checkpointing_:FutureWarning"),
 ]
-STRUCTURES = [pl.kfac_expand, pl.ekfac, pl.diagonal, pl.dense]
+STRUCTURES = [
+    pl.structures.KFAC(),
+    pl.structures.EKFAC(),
+    pl.structures.Diagonal(),
+    pl.structures.Dense(),
+]
 
 
 def summary(posterior: pl.LaplacePosterior, texts: dict[str, Tensor]) -> Tensor:

@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,12 @@ from tests.networks import batch, bert
 pytestmark = pytest.mark.filterwarnings("ignore:The weights aren't a mode")
 
 STRUCTURES = [
-    pl.kfac_expand,
-    pl.kfac_reduce,
-    partial(pl.kfac_expand, rank=3),
-    pl.ekfac,
-    pl.diagonal,
-    pl.dense,
+    pl.structures.KFAC(),
+    pl.structures.KFAC(reduce=True),
+    pl.structures.KFAC(rank=3),
+    pl.structures.EKFAC(),
+    pl.structures.Diagonal(),
+    pl.structures.Dense(),
 ]
 Batch = dict[str, Tensor]
 
@@ -71,7 +70,7 @@ def test_a_resumed_fit_is_the_uninterrupted_one(
     guide.laplace_approximation(batches)  # sets the guide up
     torch.manual_seed(5)
     expected = guide.laplace_approximation(batches)
-    num_passes = 2 if structure is pl.ekfac else 1
+    num_passes = 2 if structure == pl.structures.EKFAC() else 1
     for after in range(1, 4 * num_passes):
         torch.manual_seed(5)
         with pytest.raises(PowerCutError):
@@ -156,7 +155,7 @@ def test_another_fits_checkpoint_is_refused(difference: str, tmp_path: Path) -> 
     guide.laplace_approximation(batches)
     interrupted(guide, batches, tmp_path)
     options: dict[str, Any] = {
-        "structure": {"structure": partial(pl.kfac_expand, rank=2)},
+        "structure": {"structure": pl.structures.KFAC(rank=2)},
         "fisher": {"fisher": "mc", "num_fisher_samples": 2},
     }.get(difference, {})
     if difference == "mode":

@@ -7,10 +7,11 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from pyro_lora.integrals import class_log_probs, laplace_bridge, probit
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from pyro_lora import GaussianLogits, class_log_probs, laplace_bridge, probit
+from pyro_lora import GaussianLogits
 from pyro_lora.curvature.gaussian_logits import expected_entropy
 from tests.curvature.gauss_newton import assert_same
 

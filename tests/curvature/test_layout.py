@@ -264,7 +264,7 @@ def test_the_fisher_information_is_that_of_jacobians(name: str, terms: Any) -> N
 @pytest.mark.parametrize("name", NETWORKS)
 def test_linearised_logits_are_of_their_own_datum(name: str) -> None:
     case = Case(name)
-    posterior = case.fit(4, 3, structure=pl.dense)
+    posterior = case.fit(4, 3, structure=pl.structures.Dense())
     j = case.jacobian()
     j = j - j.mean(1, keepdim=True)
     matrix = posterior.gaussian.fisher  # type: ignore[attr-defined]
@@ -451,9 +451,9 @@ def test_a_projection_of_texts_and_of_positions_that_they_share() -> None:
     network = adapted(deberta().double(), target_modules=["query_proj", "value_proj"])
     lora, texts = pl.lift(network), batch(3, 5, num_labels=2)
     expected = brute_force(lora, texts, 1.0).fisher
-    found = laplace(lora, texts, 1, structure=pl.dense).gaussian
+    found = laplace(lora, texts, 1, structure=pl.structures.Dense()).gaussian
     assert_same(found.fisher, expected)  # type: ignore[attr-defined]
     with pytest.raises(
         ValueError, match=r"query_proj.*\(1, .*share_att_key.*one datum"
     ):
-        laplace(lora, texts, 3, structure=pl.dense)
+        laplace(lora, texts, 3, structure=pl.structures.Dense())

@@ -38,7 +38,7 @@ def fit(
     batches: list[Batch],
     terms: TermsFunction = exact_terms,
     obs_site: Any = None,
-    structure: Any = pl.dense,
+    structure: Any = pl.structures.Dense(),
 ) -> FisherFit:
     return fit_fisher(
         model,
@@ -209,11 +209,13 @@ def test_a_posterior_of_several_sites_predicts_the_one_that_is_named() -> None:
     )
     posterior = guide.laplace_approximation(split(texts, 3))
     assert posterior.obs_site is None
-    found = pl.predict(model, posterior, [inputs(texts)], num_samples=3, obs_site="y")
+    found = pl.predict(
+        posterior, [inputs(texts)], model=model, num_samples=3, obs_site="y"
+    )
     assert found.probs.shape == (7, 3)
 
 
-@pytest.mark.parametrize("structure", [pl.dense, pl.kfac_expand])
+@pytest.mark.parametrize("structure", [pl.structures.Dense(), pl.structures.KFAC()])
 def test_a_posterior_of_several_sites_is_linearised_for_each(structure: Any) -> None:
     exact = TwoOutcomes()
     guide = pl.AutoLaplace(

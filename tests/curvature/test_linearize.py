@@ -24,7 +24,7 @@ from tests.infer.linear_regression import NOISE_SD, linear_regression
 from tests.networks import VOCABULARY, adapted, batch, bert, inputs
 
 pytestmark = pytest.mark.filterwarnings("ignore:The weights aren't a mode")
-STRUCTURES = [pl.kfac_expand, pl.diagonal, pl.dense]
+STRUCTURES = [pl.structures.KFAC(), pl.structures.Diagonal(), pl.structures.Dense()]
 
 
 def autograd_jacobian(
@@ -128,7 +128,7 @@ def test_several_outputs_against_the_closed_form(scale: Any) -> None:
     )
     weights = unflatten(mode.flatten(), lora.weights())
     posterior = pl.AutoLaplace(
-        model, init_loc_fn=lora.init_to(weights), structure=pl.dense
+        model, init_loc_fn=lora.init_to(weights), structure=pl.structures.Dense()
     ).laplace_approximation([{"x": x, "y": y}])
     new = torch.randn(5, 2).double()
     found = posterior.linearized({"x": new})
@@ -150,7 +150,7 @@ def test_outputs_of_a_network_are_correlated() -> None:
             return pyro.sample("y", dist.Normal(loc, 0.5).to_event(1), obs=y)
 
     posterior = pl.AutoLaplace(
-        model, init_loc_fn=lora.init_to_adapter(), structure=pl.kfac_expand
+        model, init_loc_fn=lora.init_to_adapter(), structure=pl.structures.KFAC()
     ).laplace_approximation([{**texts, "y": torch.randn(4, 3).double()}])
     mean, j = autograd_jacobian(lora, lambda net: net(**texts).logits)
     covariance = torch.linalg.inv(precision_matrix(posterior))

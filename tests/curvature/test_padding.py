@@ -1,7 +1,6 @@
 """Padding of any amount on either side changes nothing."""
 
 from collections.abc import Callable
-from functools import partial
 
 import pytest
 import torch
@@ -11,19 +10,19 @@ from torch import Tensor
 import pyro_lora as pl
 from pyro_lora.curvature.block_gaussian import BlockGaussian
 from pyro_lora.curvature.dense_gaussian import DenseGaussian
-from pyro_lora.curvature.structures import KroneckerFactors, Structure
-from tests.curvature.gauss_newton import assert_same, laplace, split
+from pyro_lora.curvature.structures import Structure
+from tests.curvature.gauss_newton import CountingTokens, assert_same, laplace, split
 from tests.networks import PAD, batch, bert, llama
 
 pytestmark = pytest.mark.filterwarnings("ignore:The weights aren't a mode")
 
 STRUCTURES = [
-    pl.kfac_expand,
-    pl.kfac_reduce,
-    partial(pl.kfac_expand, rank=3),
-    pl.ekfac,
-    pl.diagonal,
-    pl.dense,
+    pl.structures.KFAC(),
+    pl.structures.KFAC(reduce=True),
+    pl.structures.KFAC(rank=3),
+    pl.structures.EKFAC(),
+    pl.structures.Diagonal(),
+    pl.structures.Dense(),
 ]
 
 
@@ -140,15 +139,9 @@ def test_tokens_of_padding_are_not_counted() -> None:
     lora, texts = pl.lift(llama(2)), batch(5, 6)
 
     def counts(texts: dict[str, Tensor]) -> list[int]:
-        seen = []
-
-        def spy(a: Tensor, g: Tensor) -> KroneckerFactors:
-            factors = pl.kfac_expand(a, g)
-            seen.append(int(factors.count))
-            return factors
-
-        laplace(lora, texts, structure=spy)
-        return seen
+        structure = CountingTokens()
+        laplace(lora, texts, structure=structure)
+        return structure.counts
 
     expected = counts(texts)
     assert counts(padded(texts, 3, 7)) == expected

@@ -178,7 +178,7 @@ def test_a_model_of_another_lifted_network_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"'lora\..*samples another lifted network"):
         loaded.linearized(texts)
     with pytest.raises(ValueError, match="samples another lifted network"):
-        pl.predict(model, loaded, [inputs(texts)], method="linearized")
+        pl.predict(loaded, [inputs(texts)], model=model, method="linearized")
 
 
 def test_a_model_that_calls_the_plain_network_is_refused() -> None:
@@ -322,7 +322,7 @@ def test_a_linearisation_without_gradients_is_refused() -> None:
             pyro.sample("y", dist.Categorical(logits=logits), obs=labels)
 
     with pytest.raises(ValueError, match="no gradient reaches"):
-        pl.predict(detached, posterior, [data], method="linearized")
+        pl.predict(posterior, [data], model=detached, method="linearized")
 
 
 def test_deep_copies_give_the_same_numbers_or_say_why_not() -> None:

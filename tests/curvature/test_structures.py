@@ -1,7 +1,6 @@
 """Each structure against the exact Gauss-Newton matrix, where it should be equal."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import pyro
@@ -27,8 +26,12 @@ from tests.networks import batch, bert, llama
 
 pytestmark = pytest.mark.filterwarnings("ignore:The weights aren't a mode")
 
-LAYERWISE = [pl.kfac_expand, pl.kfac_reduce, pl.diagonal]
-ALL = [*LAYERWISE, pl.dense]
+LAYERWISE = [
+    pl.structures.KFAC(),
+    pl.structures.KFAC(reduce=True),
+    pl.structures.Diagonal(),
+]
+ALL = [*LAYERWISE, pl.structures.Dense()]
 Build = Callable[..., PeftModel]
 
 
@@ -49,7 +52,7 @@ def one_token(num_labels: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    "structure", [*LAYERWISE, pl.ekfac, partial(pl.kfac_expand, rank=4)]
+    "structure", [*LAYERWISE, pl.structures.EKFAC(), pl.structures.KFAC(rank=4)]
 )
 @pytest.mark.parametrize("num_labels", [2, 3, 5])
 @pytest.mark.parametrize("build", [bert, llama])
@@ -62,7 +65,9 @@ def test_layers_are_exact_at_one_token_of_one_datum(
     places = blocks(lora)
     for site, layer, place in places:
         block = exact[place, place]
-        expected = block.diag().diag() if structure is pl.diagonal else block
+        expected = (
+            block.diag().diag() if structure == pl.structures.Diagonal() else block
+        )
         identity = torch.eye(len(block), dtype=block.dtype)
         message = f"{site}, {layer}"
         assert_same_fisher(found[place, place] - identity, expected, build, message)
@@ -99,20 +104,23 @@ def test_dense_is_the_gauss_newton_matrix(
     torch.manual_seed(seed)
     lora = pl.lift(build(num_labels), prior=pl.priors.normal(scale=2.0))
     texts = batch(6, num_labels=num_labels)
-    found = precision_matrix(laplace(lora, texts, 4, structure=pl.dense))
+    found = precision_matrix(laplace(lora, texts, 4, structure=pl.structures.Dense()))
     exact = brute_force(lora, texts, 0.25)
     assert_same_fisher(found, exact.fisher + torch.diag(exact.precision), build)
 
 
-@pl.joint_structure
-def dense_in_each_layer(a: Sequence[Tensor], g: Sequence[Tensor]) -> pl.DenseFactors:
-    layers = [pl.dense([a_l], [g_l]).matrix for a_l, g_l in zip(a, g, strict=True)]
-    return pl.DenseFactors(torch.block_diag(*layers))
+class DenseInEachLayer(structures.JointStructure):
+    def factors(
+        self, a: Sequence[Tensor], g: Sequence[Tensor]
+    ) -> structures.DenseFactors:
+        one = structures.Dense()
+        layers = [one.factors([a_l], [g_l]) for a_l, g_l in zip(a, g, strict=True)]
+        return structures.DenseFactors(torch.block_diag(*(f.matrix for f in layers)))
 
 
 def test_a_joint_structure_of_the_users() -> None:
     lora, texts = pl.lift(bert(3)), batch(6, num_labels=3)
-    found = precision_matrix(laplace(lora, texts, 4, structure=dense_in_each_layer))
+    found = precision_matrix(laplace(lora, texts, 4, structure=DenseInEachLayer()))
     exact = brute_force(lora, texts, 1.0).fisher
     expected = torch.eye(len(exact), dtype=exact.dtype)
     for _, _, place in blocks(lora):
@@ -121,19 +129,19 @@ def test_a_joint_structure_of_the_users() -> None:
 
 
 def test_a_joint_structure_returns_dense_factors() -> None:
-    @pl.joint_structure
-    def of_one_layer(a: Sequence[Tensor], g: Sequence[Tensor]) -> Any:
-        return pl.kfac_expand(a[0], g[0])
+    class OfOneLayer(structures.JointStructure):
+        def factors(self, a: Sequence[Tensor], g: Sequence[Tensor]) -> Any:
+            return structures.KFAC()(a[0], g[0])
 
     lora, texts = pl.lift(bert(3)), batch(6, num_labels=3)
     with pytest.raises(ValueError, match="KroneckerFactors, expected DenseFactors"):
-        laplace(lora, texts, structure=of_one_layer)
+        laplace(lora, texts, structure=OfOneLayer())
 
 
 @pytest.mark.parametrize("build", [bert, llama])
 def test_diagonal_is_the_diagonal_of_dense(build: Build) -> None:
     lora, texts = pl.lift(build(3)), batch(6, num_labels=3)
-    found = precision_matrix(laplace(lora, texts, structure=pl.diagonal))
+    found = precision_matrix(laplace(lora, texts, structure=pl.structures.Diagonal()))
     exact = brute_force(lora, texts, 1.0)
     assert_same_fisher(found, torch.diag(exact.fisher.diag() + 1.0), build)
 
@@ -205,7 +213,7 @@ class Mean(nn.Module):
 def test_expand_is_exact_in_a_deep_linear_network() -> None:
     lora = pl.lift(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).double())
     x = torch.randn(6, 3, dtype=torch.float64)
-    found, exact = found_and_exact(lora, x, pl.kfac_expand)
+    found, exact = found_and_exact(lora, x, pl.structures.KFAC())
     for site, layer, place in blocks(lora):
         assert_same(found[place, place], exact[place, place], msg=f"{site} {layer}")
 
@@ -213,10 +221,10 @@ def test_expand_is_exact_in_a_deep_linear_network() -> None:
 def test_reduce_is_exact_where_tokens_are_averaged() -> None:
     lora = pl.lift(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2), Mean()).double())
     x = torch.randn(6, 5, 3, dtype=torch.float64)
-    found, exact = found_and_exact(lora, x, pl.kfac_reduce)
+    found, exact = found_and_exact(lora, x, pl.structures.KFAC(reduce=True))
     for site, layer, place in blocks(lora):
         assert_same(found[place, place], exact[place, place], msg=f"{site} {layer}")
-    found, exact = found_and_exact(lora, x, pl.kfac_expand)
+    found, exact = found_and_exact(lora, x, pl.structures.KFAC())
     place = blocks(lora)[0][2]
     assert float((found - exact)[place, place].abs().max()) > 0.01
 
@@ -236,9 +244,9 @@ class CalledTwice(nn.Module):
 def test_a_layer_that_is_called_twice(tokens: tuple[int, ...]) -> None:
     lora = pl.lift(nn.Sequential(CalledTwice(), *([Mean()] if tokens else [])))
     x = torch.randn(6, *tokens, 3, dtype=torch.float64)
-    found, exact = found_and_exact(lora, x, pl.dense)
+    found, exact = found_and_exact(lora, x, pl.structures.Dense())
     assert_same(found, exact)
-    found, _ = found_and_exact(lora, x, pl.diagonal)
+    found, _ = found_and_exact(lora, x, pl.structures.Diagonal())
     assert_same(found, exact.diag().diag())
 
 
@@ -264,7 +272,9 @@ def test_a_layer_that_is_not_called_keeps_its_prior(
     for site, _, place in blocks(lora):
         block = exact[place, place]
         assert (float(block.abs().max()) == 0) == ("unused" in site)
-        expected = block.diag().diag() if structure is pl.diagonal else block
+        expected = (
+            block.diag().diag() if structure == pl.structures.Diagonal() else block
+        )
         assert_same(found[place, place], expected)
 
 
@@ -285,7 +295,9 @@ def test_layers_overwritten_in_place_are_refused(layers: str) -> None:
 
     x = torch.randn(6, 3, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"in place.*inplace=False"):
-        fit_regression(pl.lift(Careless()), x, torch.zeros_like(x), pl.kfac_expand)
+        fit_regression(
+            pl.lift(Careless()), x, torch.zeros_like(x), pl.structures.KFAC()
+        )
 
 
 # The structures as plain functions.
@@ -297,11 +309,11 @@ def test_factors_are_sums_over_tokens_that_count() -> None:
     counts = torch.tensor([[1, 1, 0, 1], [0, 0, 0, 0], [1, 0, 0, 0]], dtype=torch.bool)
     g = g * counts[..., None]
     rows, grads = a[counts], g[:, counts].flatten(0, 1)
-    expand = pl.kfac_expand(a, g)
+    expand = pl.structures.KFAC()(a, g)
     assert_same(expand.a, rows.mT @ rows)
     assert_same(expand.g, grads.mT @ grads)
     assert int(expand.count) == 4
-    reduce = pl.kfac_reduce(a, g)
+    reduce = pl.structures.KFAC(reduce=True)(a, g)
     means = torch.stack([a[0][counts[0]].mean(0), a[2, 0]])
     sums = g.sum(2).flatten(0, 1)
     assert_same(reduce.a, means.mT @ means)
@@ -322,18 +334,32 @@ def test_half_precision_is_summed_in_float32(
 
 
 def test_a_users_own_structure() -> None:
-    def doubled(a: Tensor, g: Tensor) -> structures.DiagonalFactors:
-        return structures.DiagonalFactors(2 * pl.diagonal(a, g).diagonal)
+    class Doubled(structures.LayerStructure):
+        def input_factor(self, a: Tensor, counts: Tensor) -> Tensor:
+            return a
+
+        def gradient_factor(self, inputs: Tensor, g: Tensor, counts: Tensor) -> Tensor:
+            return 2 * structures.Diagonal().gradient_factor(inputs, g, counts)
+
+        def combine(
+            self, inputs: Tensor, gradients: Tensor
+        ) -> structures.DiagonalFactors:
+            return structures.DiagonalFactors(gradients)
 
     lora, texts = pl.lift(bert(3)), batch(6, num_labels=3)
     identity = torch.eye(len(flatten(lora.weights())), dtype=torch.float64)
-    once = precision_matrix(laplace(lora, texts, structure=pl.diagonal)) - identity
-    twice = precision_matrix(laplace(lora, texts, structure=doubled)) - identity
+    once = (
+        precision_matrix(laplace(lora, texts, structure=pl.structures.Diagonal()))
+        - identity
+    )
+    twice = precision_matrix(laplace(lora, texts, structure=Doubled())) - identity
     assert_same(twice, 2 * once)
 
 
 @pytest.mark.parametrize("width", [319, 320, 331, 333])
-@pytest.mark.parametrize("structure", [pl.kfac_expand, pl.kfac_reduce])
+@pytest.mark.parametrize(
+    "structure", [pl.structures.KFAC(), pl.structures.KFAC(reduce=True)]
+)
 def test_wide_factors_are_sums_of_outer_products(
     structure: Callable[..., structures.KroneckerFactors], width: int
 ) -> None:

@@ -1,6 +1,6 @@
-"""kfac_expand and kfac_reduce of low rank: the sketch, the posterior, what it costs."""
+"""KFAC of low rank: the sketch, the posterior, what it costs."""
 
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from tests.networks import batch, bert
 
 pytestmark = pytest.mark.filterwarnings("ignore:The weights aren't a mode")
 
-STRUCTURES = [pl.kfac_expand, pl.kfac_reduce]
+STRUCTURES = [pl.structures.KFAC(), pl.structures.KFAC(reduce=True)]
 
 
 def decaying(num_tokens: int, width: int, power: float) -> Tensor:
@@ -41,7 +41,7 @@ def low_rank_factor(a: Tensor, rank: int, split_at: int | None = None) -> Tensor
     parts = [slice(None)]
     if split_at is not None:
         parts = [slice(split_at), slice(split_at, None)]
-    first, *rest = (pl.kfac_expand(a[:, p], g[:, :, p], rank=rank) for p in parts)
+    first, *rest = (pl.structures.KFAC(rank=rank)(a[:, p], g[:, :, p]) for p in parts)
     total = sum(rest, first)
     block = eigenblocks([total])
     assert block.columns is not None
@@ -86,7 +86,7 @@ def test_the_error_is_within_the_bound(rank: int, power: float) -> None:
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_any_split_gives_the_same(structure: Any, batch_size: int) -> None:
     lora, texts = pl.lift(bert(3)), batch(7, num_labels=3)
-    low_rank = partial(structure, rank=4)
+    low_rank = replace(structure, rank=4)
     expected = laplace(lora, texts, structure=low_rank)
     found = laplace(lora, texts, batch_size, structure=low_rank)
     assert_same(found.log_evidence(), expected.log_evidence(), rtol=1e-8)
@@ -98,14 +98,14 @@ def test_any_split_gives_the_same(structure: Any, batch_size: int) -> None:
 def test_with_enough_rank_nothing_changes(structure: Any) -> None:
     lora, texts = pl.lift(bert(3)), batch(5, num_labels=3)
     expected = laplace(lora, texts, structure=structure)
-    found = laplace(lora, texts, structure=partial(structure, rank=8))  # width 16
+    found = laplace(lora, texts, structure=replace(structure, rank=8))  # width 16
     assert torch.equal(found.log_evidence(), expected.log_evidence())
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_every_method_is_that_of_the_dense_matrix(structure: Any) -> None:
     lora, texts = pl.lift(bert(3)), batch(6, num_labels=3)
-    fitted = laplace(lora, texts, structure=partial(structure, rank=2))
+    fitted = laplace(lora, texts, structure=replace(structure, rank=2))
     tau = {"head": 0.6}
     posterior = fitted.with_prior_precision(
         {s: tau.get(s.split(".")[0], 0.3) for s in lora.sites}
@@ -158,7 +158,7 @@ def tau_of(posterior: pl.LaplacePosterior) -> list[tuple[str, Tensor]]:
 
 def test_draws_have_the_covariance() -> None:
     lora, texts = pl.lift(bert(3, num_layers=1)), batch(6, num_labels=3)
-    posterior = laplace(lora, texts, structure=partial(pl.kfac_expand, rank=2))
+    posterior = laplace(lora, texts, structure=pl.structures.KFAC(rank=2))
     covariance = torch.linalg.inv(precision_matrix(posterior))
     num_samples = 20_000
     draws = posterior.sample(num_samples)
@@ -176,7 +176,7 @@ def test_it_is_nowhere_narrower_than_the_full_structure() -> None:
     full = precision_matrix(laplace(lora, texts))
     smallest, errors = [], []
     for rank in (1, 3, 6):
-        structure = partial(pl.kfac_expand, rank=rank)
+        structure = pl.structures.KFAC(rank=rank)
         lost = full - precision_matrix(laplace(lora, texts, structure=structure))
         smallest.append(float(torch.linalg.eigvalsh(lost).min()))
         errors.append(float(lost.trace() / full.trace()))
@@ -186,7 +186,7 @@ def test_it_is_nowhere_narrower_than_the_full_structure() -> None:
 
 def test_it_survives_saving(tmp_path: Path) -> None:
     lora, texts = pl.lift(bert(3)), batch(6, num_labels=3)
-    posterior = laplace(lora, texts, structure=partial(pl.kfac_expand, rank=2))
+    posterior = laplace(lora, texts, structure=pl.structures.KFAC(rank=2))
     pl.save(posterior, tmp_path / "posterior")
     loaded: Any = pl.load(tmp_path / "posterior", lora, model=posterior.model)
     assert torch.equal(loaded.log_evidence(), posterior.log_evidence())
@@ -199,7 +199,7 @@ def test_no_square_of_the_width_is_formed(structure: Any) -> None:
     width, rank = 192, 8
     lora = pl.lift(bert(3, hidden_size=width, num_layers=1))
     texts = batch(4, 5, num_labels=3)
-    low_rank: Structure = partial(structure, rank=rank)
+    low_rank: Structure = replace(structure, rank=rank)
     # The network's own weights are width x width: count what the structure makes.
     a = torch.randn(4, 5, width, dtype=torch.float64)
     g = torch.randn(2, 4, 5, 3, dtype=torch.float64)
@@ -218,7 +218,7 @@ def test_no_square_of_the_width_is_formed(structure: Any) -> None:
 
 def test_prior_tuning_by_evidence_and_by_held_out_data() -> None:
     lora, texts = pl.lift(bert(3)), batch(8, num_labels=3)
-    posterior = laplace(lora, texts, structure=partial(pl.kfac_expand, rank=3))
+    posterior = laplace(lora, texts, structure=pl.structures.KFAC(rank=3))
     tuned = posterior.optimize_prior(per="site")
     for factor in (0.8, 1.25):
         other = {s: factor * t for s, t in tuned.prior_precision.items()}
@@ -231,9 +231,9 @@ def test_prior_tuning_by_evidence_and_by_held_out_data() -> None:
 
 def test_factors_say_what_they_are() -> None:
     a, g = torch.randn(2, 3, 20), torch.randn(1, 2, 3, 4)
-    factors = pl.kfac_expand(a, g, rank=3)
+    factors = pl.structures.KFAC(rank=3)(a, g)
     assert isinstance(factors, KroneckerFactors)
     assert (factors.a.shape, factors.g.shape) == ((20, 7), (4, 4))
     for rank in (0, -1):
         with pytest.raises(ValueError, match="must be at least 1"):
-            pl.kfac_expand(a, g, rank=rank)
+            pl.structures.KFAC(rank=rank)(a, g)

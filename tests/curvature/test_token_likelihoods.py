@@ -105,7 +105,7 @@ def test_nothing_is_larger_than_the_logits() -> None:
     terms = partial(mc_terms, num_samples=3)
     model = language_model(lora, 4, "event")
     with LargestTensor() as largest:
-        fit(lora, model, [texts], terms, structure=pl.kfac_expand)
+        fit(lora, model, [texts], terms, structure=pl.structures.KFAC())
     assert largest.numel == 4 * 7 * VOCABULARY
 
 

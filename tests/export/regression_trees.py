@@ -20,7 +20,7 @@ def regression_task() -> LinearRegression:
 
 def regression_trees(task: LinearRegression) -> Trees:
     """By Laplace, SVGD and an autoguide."""
-    laplace = task.laplace(structure=pl.dense)
+    laplace = task.laplace(structure=pl.structures.Dense())
     svgd = pl.SVGD(
         task.model,
         pl.kernels.RBF(),

@@ -186,7 +186,7 @@ def of_mixture() -> tuple[Any, pl.LiftedNetwork]:
     setting = Setting(latents=False)
     first = setting.laplace()
     inner = pl.MixturePosterior([first, first.with_prior_precision(30.0)], [1, 2])
-    dense = setting.laplace(structure=pl.dense)
+    dense = setting.laplace(structure=pl.structures.Dense())
     return pl.MixturePosterior([inner, dense], [0.7, 0.3]), setting.lora
 
 
@@ -294,13 +294,14 @@ def fit_kind(structure: Any, passes: int = 1, **options: Any) -> Kind:
 KINDS: dict[str, Callable[[], Kind]] = {
     "kfac": partial(posterior_kind, laplace),
     "low rank": partial(
-        posterior_kind, partial(laplace, structure=partial(pl.kfac_expand, rank=1))
+        posterior_kind, partial(laplace, structure=pl.structures.KFAC(rank=1))
     ),
     "diagonal, last layer": partial(
-        posterior_kind, partial(laplace, structure=pl.diagonal, sites="last_layer")
+        posterior_kind,
+        partial(laplace, structure=pl.structures.Diagonal(), sites="last_layer"),
     ),
     "dense, latents": partial(
-        posterior_kind, partial(laplace, structure=pl.dense, latents=True)
+        posterior_kind, partial(laplace, structure=pl.structures.Dense(), latents=True)
     ),
     "prior with parameters": partial(posterior_kind, of_parameters),
     "particles": partial(posterior_kind, of_particles),
@@ -309,7 +310,7 @@ KINDS: dict[str, Callable[[], Kind]] = {
     "training, gathered": partial(
         training_kind, accumulate=4, optim=pyro.optim.Adam({"lr": 0.01})
     ),
-    "fit, kfac": partial(fit_kind, pl.kfac_expand),
-    "fit, dense": partial(fit_kind, pl.dense, fisher="mc"),
-    "fit, ekfac": partial(fit_kind, pl.ekfac, passes=2),
+    "fit, kfac": partial(fit_kind, pl.structures.KFAC()),
+    "fit, dense": partial(fit_kind, pl.structures.Dense(), fisher="mc"),
+    "fit, ekfac": partial(fit_kind, pl.structures.EKFAC(), passes=2),
 }

@@ -101,8 +101,10 @@ def test_draws_of_a_non_centred_prior_are_written_as_the_weights_they_make(
     pl.save(posterior, tmp_path / "saved")
     again = pl.load(tmp_path / "saved", lora, model=model)
     batch = networks.batch()
-    expected = pl.predict(model, posterior, [batch], keep_draws=True).draw_log_probs
-    found = pl.predict(model, again, [batch], keep_draws=True).draw_log_probs
+    expected = pl.predict(
+        posterior, [batch], model=model, keep_draws=True
+    ).draw_log_probs
+    found = pl.predict(again, [batch], model=model, keep_draws=True).draw_log_probs
     assert expected is not None
     assert found is not None
     torch.testing.assert_close(found, expected)

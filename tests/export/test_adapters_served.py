@@ -124,7 +124,7 @@ def test_peft_answers_by_all_draws_in_one_batch(tmp_path: Path) -> None:
         ).logits
     found = logits.view(3, 5, -1).softmax(-1).mean(0)
     model = pl.models.classification(lora, 5)
-    expected = pl.predict(model, posterior, [batch]).probs
+    expected = pl.predict(posterior, [batch], model=model).probs
     assert_close(found, expected, rtol=0, atol=1e-6)
 
 

@@ -52,7 +52,7 @@ def fits() -> tuple[Any, Trees]:
     nuts = NUTS(task.model, max_tree_depth=3)
     mcmc = MCMC(nuts, num_samples=250, warmup_steps=60, disable_progbar=True)
     mcmc.run(**task.whole)
-    laplace = task.laplace(structure=pl.dense)
+    laplace = task.laplace(structure=pl.structures.Dense())
     mixture = pl.MixturePosterior([laplace, laplace])
     options: Any = {"model": task.model, "batches": task.batches}
     trees["mixture"] = pl.to_datatree(mixture, num_samples=1000, **options)
@@ -125,7 +125,7 @@ def test_loo_pit_is_the_predictives_distribution_function(
 )
 def test_psense_sees_who_is_in_charge(prior_sd: float, charge: str, other: str) -> None:
     task = linear_regression(prior_sd=prior_sd)
-    posterior = task.laplace(structure=pl.dense)
+    posterior = task.laplace(structure=pl.structures.Dense())
     tree = pl.to_datatree(posterior, batches=task.batches, num_samples=400)
     table = arviz_stats.psense_summary(tree)
     assert (table[charge] > table[other]).all()

@@ -26,11 +26,11 @@ def tuned_laplace(lora: Any, model: Any, batches: Any) -> pl.LaplacePosterior:
 
 
 def diagonal_laplace(lora: Any, model: Any, batches: Any) -> pl.LaplacePosterior:
-    return models.laplace(lora, model, batches, pl.diagonal)
+    return models.laplace(lora, model, batches, pl.structures.Diagonal())
 
 
 def dense_laplace(lora: Any, model: Any, batches: Any) -> pl.LaplacePosterior:
-    return models.laplace(lora, model, batches, pl.dense)
+    return models.laplace(lora, model, batches, pl.structures.Dense())
 
 
 def some_particles(lora: Any, model: Any, batches: Any) -> pl.ParticlePosterior:
@@ -78,8 +78,8 @@ def test_a_posterior_comes_back_the_same(kind: Kind, tmp_path: Path) -> None:
         return
     draws = posterior.sample(3)
     assert torch.equal(again.log_prob(draws), posterior.log_prob(draws))
-    found = pl.predict(model, again, batches, method="linearized")
-    expected = pl.predict(model, posterior, batches, method="linearized")
+    found = pl.predict(again, batches, model=model, method="linearized")
+    expected = pl.predict(posterior, batches, model=model, method="linearized")
     assert torch.equal(found.log_probs, expected.log_probs)
 
 
@@ -120,13 +120,15 @@ def test_without_a_model_what_needs_one_says_so(tmp_path: Path) -> None:
     assert posterior.model is None
     with pytest.raises(ValueError, match=r"load\(path, lora, model=model\)"):
         posterior.linearized(batches[0])
-    sampled = pl.predict(model, posterior, batches, num_samples=2)
+    sampled = pl.predict(posterior, batches, model=model, num_samples=2)
     assert len(sampled.probs) == 10
 
 
 def test_repeated_values_are_stored_once(tmp_path: Path) -> None:
     lora, model = models.classifier()
-    posterior = models.laplace(lora, model, models.two_batches(), pl.diagonal)
+    posterior = models.laplace(
+        lora, model, models.two_batches(), pl.structures.Diagonal()
+    )
     pl.save(posterior, tmp_path)
     weights = sum(x.numel() for x in lora.weights().values())
     # The mode and the diagonal; prior mean and precision are one number a site. And

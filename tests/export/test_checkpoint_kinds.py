@@ -1,7 +1,6 @@
 """Checkpoints of latents beside the weights, other priors, and other dtypes."""
 
 import copy
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:The weights aren't a mode")
 
 N = 12
 STRUCTURES = [
-    pl.kfac_expand,
-    pl.kfac_reduce,
-    partial(pl.kfac_expand, rank=3),
-    pl.ekfac,
-    pl.diagonal,
-    pl.dense,
+    pl.structures.KFAC(),
+    pl.structures.KFAC(reduce=True),
+    pl.structures.KFAC(rank=3),
+    pl.structures.EKFAC(),
+    pl.structures.Diagonal(),
+    pl.structures.Dense(),
 ]
 
 
@@ -94,7 +93,9 @@ def assert_same(found: pl.LaplacePosterior, expected: pl.LaplacePosterior) -> No
         assert torch.equal(tuned[site], tau), site
 
 
-@pytest.mark.parametrize("structure", [pl.kfac_expand, pl.diagonal, pl.dense])
+@pytest.mark.parametrize(
+    "structure", [pl.structures.KFAC(), pl.structures.Diagonal(), pl.structures.Dense()]
+)
 def test_latents_beside_the_weights(structure: Structure, tmp_path: Path) -> None:
     regression = Regression()
     posterior = regression.laplace(structure)
@@ -172,7 +173,7 @@ def drawn(posterior: Any, lora: pl.LiftedNetwork) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     "prior", [pl.priors.student_t(df=3.0, scale=0.4), pl.priors.laplace(scale=0.3)]
 )
-@pytest.mark.parametrize("structure", [pl.kfac_expand, pl.diagonal])
+@pytest.mark.parametrize("structure", [pl.structures.KFAC(), pl.structures.Diagonal()])
 def test_priors_that_are_not_normal(
     prior: Any, structure: Structure, tmp_path: Path
 ) -> None:
@@ -246,10 +247,10 @@ def test_another_dtype(
     )
     assert {x.dtype for x in found.prior(narrow).values()} == {torch.float32}
     batches = models.two_batches()
-    sampled = pl.predict(narrow_model, found, batches, num_samples=2)
+    sampled = pl.predict(found, batches, model=narrow_model, num_samples=2)
     assert sampled.probs.isfinite().all()
-    linearized = pl.predict(narrow_model, found, batches, method="linearized")
-    expected = pl.predict(model, posterior, batches, method="linearized")
+    linearized = pl.predict(found, batches, model=narrow_model, method="linearized")
+    expected = pl.predict(posterior, batches, model=model, method="linearized")
     tolerance = 1e-4 if dtype is torch.float32 else 0.03
     torch.testing.assert_close(
         linearized.probs, expected.probs, rtol=0, atol=tolerance, check_dtype=False
@@ -258,7 +259,7 @@ def test_another_dtype(
 
 def test_latents_take_the_weights_dtype(tmp_path: Path) -> None:
     regression = Regression()
-    posterior = regression.laplace(pl.kfac_expand)
+    posterior = regression.laplace(pl.structures.KFAC())
     pl.save(posterior, tmp_path)
     narrow = pl.lift(copy.deepcopy(regression.lora.network).float())
     found = pl.load(tmp_path, narrow)

@@ -24,7 +24,7 @@ from tests.infer.linear_regression import linear_regression
 from tests.predict import models
 
 QUERY = "delta.bert.encoder.layer.attention.self.query"
-STRUCTURES = [pl.kfac_expand, pl.diagonal, pl.dense]
+STRUCTURES = [pl.structures.KFAC(), pl.structures.Diagonal(), pl.structures.Dense()]
 
 
 @pytest.mark.parametrize("num_labels", [2, 3])
@@ -98,7 +98,7 @@ def test_linearised_draws_have_the_moments_of_the_closed_form() -> None:
 
 def test_a_linear_network_gives_the_same_either_way() -> None:
     task = linear_regression()
-    posterior = task.laplace(structure=pl.dense)
+    posterior = task.laplace(structure=pl.structures.Dense())
     trees = []
     for method in ("linearized", "sample"):
         pyro.set_rng_seed(1)

@@ -38,7 +38,9 @@ def precision(posterior: pl.LaplacePosterior) -> Tensor:
     return -torch.autograd.functional.hessian(log_q, flat(mode))
 
 
-@pytest.mark.parametrize("structure", [pl.kfac_expand, pl.diagonal, pl.dense])
+@pytest.mark.parametrize(
+    "structure", [pl.structures.KFAC(), pl.structures.Diagonal(), pl.structures.Dense()]
+)
 def test_informed_directions_are_generalised_eigenvectors(structure: Any) -> None:
     lora, model = models.classifier()
     gaussian = models.laplace(lora, model, models.two_batches(), structure)
@@ -52,13 +54,15 @@ def test_informed_directions_are_generalised_eigenvectors(structure: Any) -> Non
     torch.testing.assert_close(shares, every.sort(descending=True).values[:3])
 
 
-@pytest.mark.parametrize("structure", [pl.kfac_expand, pl.diagonal, pl.dense])
+@pytest.mark.parametrize(
+    "structure", [pl.structures.KFAC(), pl.structures.Diagonal(), pl.structures.Dense()]
+)
 def test_effective_parameters_of_each_layer(structure: Any) -> None:
     lora, model = models.classifier()
     posterior = models.laplace(lora, model, models.two_batches(), structure)
     p = precision(posterior)
     every = (torch.eye(len(p)).double() - 4.0 * p.inverse()).diagonal()
-    charge = pl.diagnose(posterior, model, models.two_batches()).charge
+    charge = pl.diagnose(posterior, models.two_batches(), model=model).charge
     assert charge is not None
     first = 0
     for site, value in posterior.mode().items():
@@ -78,8 +82,8 @@ def test_who_is_in_charge() -> None:
 
 def regression(prior_sd: float = 0.8, **options: Any) -> pl.Diagnosis:
     task = linear_regression(prior_sd)
-    posterior = task.laplace(structure=pl.dense)
-    return pl.diagnose(posterior, task.model, task.batches, **options)
+    posterior = task.laplace(structure=pl.structures.Dense())
+    return pl.diagnose(posterior, task.batches, model=task.model, **options)
 
 
 def test_the_exact_posterior_of_a_linear_model_is_believed() -> None:
@@ -96,11 +100,14 @@ def test_the_exact_posterior_of_a_linear_model_is_believed() -> None:
 
 def test_a_gaussian_that_is_too_narrow_is_not() -> None:
     task = linear_regression()
-    posterior = task.laplace(structure=pl.dense)
+    posterior = task.laplace(structure=pl.structures.Dense())
     gaussian = posterior.gaussian
     narrow = replace(gaussian, fisher=25 * gaussian.fisher)  # type: ignore[call-arg]
     found = pl.diagnose(
-        replace(posterior, gaussian=narrow), task.model, task.batches, num_samples=100
+        replace(posterior, gaussian=narrow),
+        task.batches,
+        model=task.model,
+        num_samples=100,
     )
     assert isinstance(found.gaussian, diagnosis.Directions)
     steps, _ = narrow.informed_directions(4)
@@ -119,7 +126,7 @@ def test_k_hat_is_that_of_the_weights_p_over_q() -> None:
     batches = models.two_batches()
     posterior = models.laplace(lora, model, batches)
     pyro.set_rng_seed(3)
-    found = pl.diagnose(posterior, model, batches, num_samples=30).gaussian
+    found = pl.diagnose(posterior, batches, model=model, num_samples=30).gaussian
     assert isinstance(found, diagnosis.Directions)
     pyro.set_rng_seed(3)
     z = torch.randn(30, 4, dtype=torch.float64)
@@ -160,12 +167,12 @@ def log_likelihood(model: Any, at: Weights, batches: list[models.Batch]) -> floa
     return float(whole_trace(model, at, batches).nodes["y"]["log_prob_sum"])
 
 
-@pytest.mark.parametrize("structure", [pl.kfac_expand, pl.dense])
+@pytest.mark.parametrize("structure", [pl.structures.KFAC(), pl.structures.Dense()])
 def test_stationarity_is_the_gradients_newton_decrement(structure: Any) -> None:
     lora, model = models.classifier()
     batches = models.two_batches()
     posterior = models.laplace(lora, model, batches, structure)
-    found = pl.diagnose(posterior, model, batches).stationarity
+    found = pl.diagnose(posterior, batches, model=model).stationarity
     assert found is not None
     leaves = {s: x.requires_grad_() for s, x in posterior.mode().items()}
     log_prob: Any = whole_trace(model, leaves, batches).log_prob_sum()
@@ -194,7 +201,7 @@ def test_weights_of_which_one_has_all_have_an_infinite_tail() -> None:
         with pyro.plate("data", 12, subsample=x):
             pyro.sample("y", dist.Normal(loc, 0.01), obs=y)
 
-    found = pl.diagnose(task.laplace(), exact, task.batches).gaussian
+    found = pl.diagnose(task.laplace(), task.batches, model=exact).gaussian
     assert isinstance(found, diagnosis.Directions)
     assert found.k_hat == math.inf
     assert found.verdict == "no"
@@ -202,8 +209,8 @@ def test_weights_of_which_one_has_all_have_an_infinite_tail() -> None:
 
 def test_stationarity_is_under_the_posteriors_own_prior() -> None:
     task = linear_regression()
-    posterior = task.laplace(structure=pl.dense).with_prior_precision(9.0)
-    found = pl.diagnose(posterior, task.model, task.batches).stationarity
+    posterior = task.laplace(structure=pl.structures.Dense()).with_prior_precision(9.0)
+    found = pl.diagnose(posterior, task.batches, model=task.model).stationarity
     assert found is not None
     g = (task.prior_sd**-2 - 9.0) * task.mode
     p = task.precision + (9.0 - task.prior_sd**-2) * torch.eye(4).double()
@@ -218,7 +225,7 @@ def test_a_stock_guide_is_judged_by_its_importance_weights() -> None:
     )
     guide(**batches[0])
     pyro.set_rng_seed(4)
-    found = pl.diagnose(guide, model, batches, num_samples=40)
+    found = pl.diagnose(guide, batches, model=model, num_samples=40)
     pyro.set_rng_seed(4)
     guide(**batches[0])  # the draw that shows diagnose the sites
     log_ratios = []
@@ -241,7 +248,7 @@ def test_a_point_has_no_density() -> None:
     batches = models.two_batches()
     guide = autoguide.AutoDelta(model, init_loc_fn=lora.init_to_adapter())
     guide(**batches[0])
-    found = pl.diagnose(guide, model, batches)
+    found = pl.diagnose(guide, batches, model=model)
     assert found.left_out["gaussian"] == "AutoDelta is a point"
 
 
@@ -249,7 +256,7 @@ def test_particles_are_diverse_by_how_often_two_disagree() -> None:
     lora, model = models.classifier(3)
     batches = models.two_batches(3)
     posterior = models.particles(lora, model, num=4)
-    found = pl.diagnose(posterior, model, batches)
+    found = pl.diagnose(posterior, batches, model=model)
     predicted = [
         torch.cat(
             [
@@ -266,7 +273,7 @@ def test_particles_are_diverse_by_how_often_two_disagree() -> None:
     assert found.diversity is not None
     assert found.diversity.disagreement == pytest.approx(sum(disagree) / 6)
     assert found.diversity.error == pytest.approx(sum(errors) / 4)
-    prediction = pl.predict(model, posterior, batches)
+    prediction = pl.predict(posterior, batches, model=model)
     share = prediction.epistemic_entropy.sum() / prediction.total_entropy.sum()
     assert found.diversity.epistemic_share == pytest.approx(float(share))
     assert found.left_out.keys() == {"stationarity", "gaussian", "charge"}
@@ -277,7 +284,7 @@ def test_copies_of_a_particle_are_not() -> None:
     batches = models.two_batches()
     copies = {s: x[None].expand(3, *x.shape) for s, x in lora.weights().items()}
     posterior = pl.ParticlePosterior(copies, (lora,), model, "y")
-    found = pl.diagnose(posterior, model, batches).diversity
+    found = pl.diagnose(posterior, batches, model=model).diversity
     assert found is not None
     assert (found.disagreement, found.verdict) == (0, "no")
     near = diagnosis.Diversity(
@@ -285,7 +292,7 @@ def test_copies_of_a_particle_are_not() -> None:
     )
     assert near.verdict == "hardly"
     one = models.particles(lora, model, num=1)
-    assert pl.diagnose(one, model, batches).left_out["diversity"] == (
+    assert pl.diagnose(one, batches, model=model).left_out["diversity"] == (
         "there is only one"
     )
 
@@ -296,7 +303,7 @@ def test_a_mixture_is_diagnosed_by_its_components() -> None:
     first = models.laplace(lora, model, batches)
     second = first.with_prior_precision(30.0)
     mixture = pl.MixturePosterior([first, second], [1, 3])
-    found = pl.diagnose(mixture, model, batches)
+    found = pl.diagnose(mixture, batches, model=model)
     effective = [float(p.gaussian.effective_parameters()) for p in (first, second)]
     assert found.charge is not None
     assert found.charge.effective_parameters == pytest.approx(
@@ -312,11 +319,11 @@ def test_without_labels_or_all_data_it_says_so() -> None:
     batches = models.two_batches()
     posterior = models.laplace(lora, model, batches)
     bare = [{k: x for k, x in b.items() if k != "labels"} for b in batches]
-    found = pl.diagnose(posterior, model, bare)
+    found = pl.diagnose(posterior, bare, model=model)
     assert "needs labels" in found.left_out["stationarity"]
     assert "needs labels" in found.left_out["confidence"]
     assert found.charge is not None
-    part = pl.diagnose(posterior, model, batches[:1])
+    part = pl.diagnose(posterior, batches[:1], model=model)
     assert "the batches hold 6, the model's plate 10" in part.left_out["gaussian"]
     assert part.confidence is not None
 
@@ -324,7 +331,7 @@ def test_without_labels_or_all_data_it_says_so() -> None:
 def test_printed_it_answers_every_question() -> None:
     lora, model = models.classifier()
     batches = models.two_batches()
-    text = str(pl.diagnose(models.laplace(lora, model, batches), model, batches))
+    text = str(pl.diagnose(models.laplace(lora, model, batches), batches, model=model))
     assert text.startswith("LaplacePosterior, 10 data\n")
     for question in (
         "Is the mode stationary?     no ",
@@ -343,7 +350,7 @@ def test_it_changes_nothing() -> None:
     posterior = models.laplace(lora, model, batches)
     before = {n: x.clone() for n, x in lora.network.state_dict().items()}
     lora.network.train()
-    pl.diagnose(posterior, model, batches)
+    pl.diagnose(posterior, batches, model=model)
     assert lora.network.training
     assert not pyro.get_param_store().keys()
     for name, value in lora.network.state_dict().items():
@@ -356,13 +363,13 @@ def test_arguments_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     batches = models.two_batches()
     posterior = models.particles(lora, model)
     with pytest.raises(ValueError, match="no batches"):
-        pl.diagnose(posterior, model, [])
+        pl.diagnose(posterior, [], model=model)
     with pytest.raises(ValueError, match="list or a DataLoader"):
-        pl.diagnose(posterior, model, iter(batches))
+        pl.diagnose(posterior, iter(batches), model=model)
     with pytest.raises(ValueError, match="reads held_out several times"):
-        pl.diagnose(posterior, model, batches, held_out=iter(batches))
+        pl.diagnose(posterior, batches, model=model, held_out=iter(batches))
     with pytest.raises(ValueError, match="num_samples=9"):
-        pl.diagnose(posterior, model, batches, num_samples=9)
+        pl.diagnose(posterior, batches, model=model, num_samples=9)
     monkeypatch.setitem(sys.modules, "arviz_stats", None)
     with pytest.raises(ImportError, match=r"pip install 'pyro-lora\[arviz\]'"):
-        pl.diagnose(posterior, model, batches)
+        pl.diagnose(posterior, batches, model=model)

@@ -20,9 +20,11 @@ def test_confidence_is_that_of_the_linearised_prediction() -> None:
     lora, model = models.classifier()
     batches = models.two_batches()
     posterior = models.laplace(lora, model, batches)
-    found = pl.diagnose(posterior, model, batches, held_out=batches[:1]).confidence
+    found = pl.diagnose(
+        posterior, batches, model=model, held_out=batches[:1]
+    ).confidence
     assert found is not None
-    prediction = pl.predict(model, posterior, batches[:1], method="linearized")
+    prediction = pl.predict(posterior, batches[:1], model=model, method="linearized")
     metrics = prediction.metrics()
     assert found.overconfidence == pytest.approx(metrics["overconfidence"])
     assert found.ece == pytest.approx(metrics["ece"])
@@ -51,15 +53,17 @@ def regression(noise_sd: float = 0.5, **options: Any) -> diagnosis.Coverage:
         with pyro.plate("data", 12, subsample=x):
             pyro.sample("y", dist.Normal(loc, noise_sd), obs=y)
 
-    found = pl.diagnose(task.laplace(), model, task.batches, labels="y", **options)
+    found = pl.diagnose(
+        task.laplace(), task.batches, model=model, labels="y", **options
+    )
     assert isinstance(found.confidence, diagnosis.Coverage)
     return found.confidence
 
 
 def test_real_outcomes_are_inside_their_intervals_or_not() -> None:
     task = linear_regression()
-    posterior = task.laplace(structure=pl.dense)
-    found = pl.diagnose(posterior, task.model, task.batches, labels="y")
+    posterior = task.laplace(structure=pl.structures.Dense())
+    found = pl.diagnose(posterior, task.batches, model=task.model, labels="y")
     assert isinstance(found.confidence, diagnosis.Coverage)
     covariance = torch.linalg.inv(task.precision)
     sd = (0.5**2 + ((task.design @ covariance) * task.design).sum(1)).sqrt()
@@ -92,7 +96,9 @@ def test_students_noise_is_judged_by_draws() -> None:
             pyro.sample("y", dist.StudentT(4.0, loc, 0.5), obs=y)
 
     pyro.set_rng_seed(1)
-    found = pl.diagnose(task.laplace(), model, task.batches, labels="y").confidence
+    found = pl.diagnose(
+        task.laplace(), task.batches, model=model, labels="y"
+    ).confidence
     assert isinstance(found, diagnosis.Coverage)
     assert found.coverage > 0.5
 
@@ -100,9 +106,9 @@ def test_students_noise_is_judged_by_draws() -> None:
 def test_several_outputs_count_as_one_datum() -> None:
     lora, model, batches = models.real_outputs()
     posterior = models.particles(lora, model)
-    found = pl.diagnose(posterior, model, batches).confidence
+    found = pl.diagnose(posterior, batches, model=model).confidence
     assert isinstance(found, diagnosis.Coverage)
-    metrics = pl.predict(model, posterior, batches).metrics()
+    metrics = pl.predict(posterior, batches, model=model).metrics()
     assert found.coverage == pytest.approx(metrics["coverage"])
     assert found.standard_error == pytest.approx(0.3 / math.sqrt(10))
 
@@ -116,7 +122,7 @@ def test_counts_have_no_intervals() -> None:
             pyro.sample("y", dist.Poisson(rate), obs=labels)
 
     batches = [{**b, "labels": b["labels"].double()} for b in models.two_batches()]
-    found = pl.diagnose(models.particles(lora, model), model, batches)
+    found = pl.diagnose(models.particles(lora, model), batches, model=model)
     assert found.left_out["confidence"] == "the likelihood isn't one class a datum"
 
 
@@ -139,14 +145,16 @@ def test_outcomes_by_another_name() -> None:
         models.laplace(lora, model, batches),
         models.particles(lora, model),
     ):
-        expected = pl.diagnose(posterior, model, batches)
-        found = pl.diagnose(posterior, of_stars, renamed, labels="stars")
+        expected = pl.diagnose(posterior, batches, model=model)
+        found = pl.diagnose(posterior, renamed, model=of_stars, labels="stars")
         assert found.confidence == expected.confidence
         assert found.diversity == expected.diversity
-        unnamed = pl.diagnose(posterior, of_stars, renamed)  # found from the model
+        unnamed = pl.diagnose(
+            posterior, renamed, model=of_stars
+        )  # found from the model
         assert unnamed.confidence == expected.confidence
         bare = [{k: x for k, x in b.items() if k != "stars"} for b in renamed]
-        without = pl.diagnose(posterior, of_stars, bare)
+        without = pl.diagnose(posterior, bare, model=of_stars)
         assert "no 'labels': labels= says" in without.left_out["confidence"]
 
 

@@ -123,7 +123,7 @@ def test_old_psens_sees_who_is_in_charge(
 ) -> None:
     arviz = old_arviz()
     task = linear_regression(prior_sd=prior_sd)
-    posterior = task.laplace(structure=pl.dense)
+    posterior = task.laplace(structure=pl.structures.Dense())
     tree = pl.to_datatree(posterior, batches=task.batches, num_samples=400)
     data = pl.to_inference_data(tree)
     more, less = (arviz.psens(data, component=part) for part in (charge, other))

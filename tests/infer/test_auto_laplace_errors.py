@@ -371,7 +371,7 @@ def test_without_a_model(lora: pl.LiftedNetwork, texts: dict[str, Tensor]) -> No
         posterior.optimize_prior(objective="nll", batches=[texts])
 
 
-@pytest.mark.parametrize("structure", [pl.kfac_expand, pl.dense])
+@pytest.mark.parametrize("structure", [pl.structures.KFAC(), pl.structures.Dense()])
 def test_layers_that_have_no_curvature_here(
     structure: Any, texts: dict[str, Tensor]
 ) -> None:

@@ -18,7 +18,7 @@ from tests.infer.linear_regression import linear_regression
 from tests.networks import batch, bert, inputs, llama, particles
 
 NOT_A_MODE = "ignore:The weights aren't a mode"
-STRUCTURES = [pl.kfac_expand, pl.diagonal, pl.dense]
+STRUCTURES = [pl.structures.KFAC(), pl.structures.Diagonal(), pl.structures.Dense()]
 
 
 def converged(lora: pl.LiftedNetwork, texts: dict[str, Tensor]) -> pl.AutoLaplace:
@@ -71,7 +71,7 @@ def test_predictive(build: Any, parallel: bool, structure: Structure) -> None:
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_elbo_of_an_exact_posterior_is_the_evidence(structure: Structure) -> None:
     # log p(y, w) - log q(w) is log p(y) for every draw w.
-    task = linear_regression(orthogonal=structure is not pl.dense)
+    task = linear_regression(orthogonal=structure != pl.structures.Dense())
     posterior = task.laplace(structure=structure)
     expected = torch.tensor(float(task.log_evidence)).double()
     losses = {
@@ -86,7 +86,7 @@ def test_elbo_of_an_exact_posterior_is_the_evidence(structure: Structure) -> Non
     for name, elbo in losses.items():
         found = torch.tensor(-elbo.loss(task.model, posterior, **task.whole)).double()
         assert_same(found, expected, msg=name)
-    if structure is not pl.dense:  # which has an auxiliary site
+    if structure != pl.structures.Dense():  # which has an auxiliary site
         loss = TraceMeanField_ELBO().loss(task.model, posterior, **task.whole)
         assert abs(-loss - float(expected)) < 5  # a KL with draws, finite
 
@@ -95,7 +95,7 @@ def test_elbo_of_an_exact_posterior_is_the_evidence(structure: Structure) -> Non
 def test_importance_weights_of_an_exact_posterior_are_equal(
     structure: Structure,
 ) -> None:
-    task = linear_regression(orthogonal=structure is not pl.dense)
+    task = linear_regression(orthogonal=structure != pl.structures.Dense())
     posterior = task.laplace(structure=structure)
     importance = Importance(task.model, posterior, num_samples=5).run(**task.whole)
     log_weights = torch.stack(importance.log_weights)
@@ -359,7 +359,7 @@ def test_a_start_that_is_no_mode_gives_a_warning(structure: Structure) -> None:
 def test_the_warning_is_about_a_newton_step() -> None:
     # Linear regression: moving the mode by d changes g' P^-1 g to d' P d exactly.
     task = linear_regression()
-    posterior = task.laplace(structure=pl.dense)
+    posterior = task.laplace(structure=pl.structures.Dense())
     effective = float(posterior.gaussian.effective_parameters())
     direction = torch.ones(4).double()
     unit = direction / (direction @ task.precision @ direction).sqrt()
@@ -370,7 +370,9 @@ def test_the_warning_is_about_a_newton_step() -> None:
             "base.bias": moved[3:][None],
         }
         guide = pl.AutoLaplace(
-            task.model, init_loc_fn=task.lora.init_to(weights), structure=pl.dense
+            task.model,
+            init_loc_fn=task.lora.init_to(weights),
+            structure=pl.structures.Dense(),
         )
         if warns:
             norm = float((task.precision @ (moved - task.mode)).norm())

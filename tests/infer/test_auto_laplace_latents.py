@@ -80,7 +80,7 @@ class Regression:
 
 NORM = 0.9189385332046727  # log(2 pi) / 2
 ignore_mode = pytest.mark.filterwarnings("ignore:The weights aren't a mode")
-STRUCTURES = [pl.dense, pl.kfac_expand, pl.diagonal]
+STRUCTURES = [pl.structures.Dense(), pl.structures.KFAC(), pl.structures.Diagonal()]
 
 
 @ignore_mode
@@ -330,7 +330,7 @@ def test_laplace_starts_where_svgd_left_the_noise() -> None:
     model = pl.models.regression(lora, 8)
     svgd = pl.SVGD(
         model,
-        pl.kernels.Zero(),
+        pl.kernels.NoRepulsion(),
         Adam({"lr": 0.05}),
         1,
         init_loc_fn=lora.init_to_adapter(),

@@ -24,7 +24,12 @@ from tests.networks import batch, bert, inputs, llama, particles
 
 pytestmark = pytest.mark.filterwarnings("ignore:The weights aren't a mode")
 
-STRUCTURES = [pl.kfac_expand, pl.kfac_reduce, pl.diagonal, pl.dense]
+STRUCTURES = [
+    pl.structures.KFAC(),
+    pl.structures.KFAC(reduce=True),
+    pl.structures.Diagonal(),
+    pl.structures.Dense(),
+]
 
 
 # Against closed forms.
@@ -34,7 +39,7 @@ STRUCTURES = [pl.kfac_expand, pl.kfac_reduce, pl.diagonal, pl.dense]
 @pytest.mark.parametrize("seed", range(3))
 def test_linear_regression_is_exact(structure: Structure, seed: int) -> None:
     torch.manual_seed(seed)
-    task = linear_regression(orthogonal=structure is not pl.dense)
+    task = linear_regression(orthogonal=structure != pl.structures.Dense())
     posterior = task.laplace(structure=structure)
     assert_same(posterior.log_evidence(), task.log_evidence)
     assert_same(precision_matrix(posterior), task.precision)
@@ -70,7 +75,7 @@ def test_dense_is_brute_force(num_labels: int, seed: int) -> None:
     lora = pl.lift(bert(num_labels), prior=pl.priors.normal(scale=0.7))
     texts = batch(7, num_labels=num_labels)
     exact = brute_force(lora, texts, 1 / 0.49)
-    posterior = laplace(lora, texts, 3, structure=pl.dense)
+    posterior = laplace(lora, texts, 3, structure=pl.structures.Dense())
     assert_same(posterior.log_evidence(), exact.log_evidence)
     new = batch(4, num_labels=num_labels)
     new_exact = brute_force(lora, new, 1 / 0.49)

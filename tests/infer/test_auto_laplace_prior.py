@@ -31,7 +31,12 @@ from tests.networks import batch, bert, inputs
 
 pytestmark = pytest.mark.filterwarnings("ignore:The weights aren't a mode")
 
-STRUCTURES = [pl.kfac_expand, pl.kfac_reduce, pl.diagonal, pl.dense]
+STRUCTURES = [
+    pl.structures.KFAC(),
+    pl.structures.KFAC(reduce=True),
+    pl.structures.Diagonal(),
+    pl.structures.Dense(),
+]
 
 
 # Another prior.
@@ -131,7 +136,10 @@ def test_kronecker_structures_average_a_precision_over_each_matrix() -> None:
         assert ratio.min() > tau.min() / tau.mean() - 1e-9
         assert ratio.max() < tau.max() / tau.mean() + 1e-9
         assert ratio.max() > 1.01
-    for structure in (pl.diagonal, pl.dense):  # these take every value
+    for structure in (
+        pl.structures.Diagonal(),
+        pl.structures.Dense(),
+    ):  # these take every value
         found = laplace(lora, texts, structure=structure).with_prior_precision(full)
         exact = laplace(lora, texts, structure=structure)
         p = precision_matrix(exact) + torch.diag(flatten(full) - 1)
@@ -193,7 +201,9 @@ def expanded(posterior: pl.LaplacePosterior) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize("structure", [pl.kfac_expand, pl.diagonal, pl.dense])
+@pytest.mark.parametrize(
+    "structure", [pl.structures.KFAC(), pl.structures.Diagonal(), pl.structures.Dense()]
+)
 @pytest.mark.parametrize("per", ["all", "site", "layer"])
 def test_evidence_is_stationary_in_each_precision(
     per: Any, structure: Structure
@@ -327,7 +337,7 @@ def test_held_out_nll_picks_the_best_of_the_grid() -> None:
 
 def test_held_out_nll_of_real_outcomes() -> None:
     task = linear_regression()
-    posterior = task.laplace(structure=pl.dense)
+    posterior = task.laplace(structure=pl.structures.Dense())
     x = torch.randn(20, 3).double()
     noise = 0.6 * torch.randn(20).double()
     design = torch.cat([x, torch.ones(20, 1).double()], 1)

@@ -70,7 +70,7 @@ def log_prior(prior: pl.priors.Prior, lora: pl.LiftedNetwork, w: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("name", PRIORS)
-@pytest.mark.parametrize("structure", [pl.dense, pl.diagonal])
+@pytest.mark.parametrize("structure", [pl.structures.Dense(), pl.structures.Diagonal()])
 def test_precision_of_each_weight(name: str, structure: Structure) -> None:
     prior, weight = PRIORS[name]
     lora, texts = pl.lift(bert(3, hidden_size=8), prior=prior), batch(6, num_labels=3)
@@ -78,7 +78,7 @@ def test_precision_of_each_weight(name: str, structure: Structure) -> None:
     tau = weight(flatten(lora.weights()))
     assert_same(flatten(posterior.prior_precision), tau, rtol=1e-6)
     assert_same(flatten(posterior.prior_mean), torch.full_like(tau, CENTER), atol=1e-12)
-    if structure is pl.dense:
+    if structure == pl.structures.Dense():
         expected = brute_force(lora, texts, tau)
         p = expected.fisher + torch.diag(tau)
         assert_same(precision_matrix(posterior), p, rtol=1e-6, atol=1e-7)
@@ -91,7 +91,9 @@ def test_precision_of_each_weight(name: str, structure: Structure) -> None:
 
 
 @pytest.mark.parametrize("name", PRIORS)
-@pytest.mark.parametrize("structure", [pl.kfac_expand, pl.kfac_reduce])
+@pytest.mark.parametrize(
+    "structure", [pl.structures.KFAC(), pl.structures.KFAC(reduce=True)]
+)
 def test_kronecker_structures_take_the_average_over_each_matrix(
     name: str, structure: Structure
 ) -> None:
@@ -130,7 +132,7 @@ def test_a_prior_at_its_centre_has_a_finite_precision() -> None:
             if "lora_B" in name:
                 parameter.zero_()
     lora = pl.lift(network, prior=pl.priors.laplace(B))
-    posterior = laplace(lora, batch(5), structure=pl.diagonal)
+    posterior = laplace(lora, batch(5), structure=pl.structures.Diagonal())
     for site, tau in posterior.prior_precision.items():
         if site.endswith(".B"):
             assert_same(tau, torch.full_like(tau, 1 / (MIN_DISTANCE * B**2)))
@@ -139,9 +141,9 @@ def test_a_prior_at_its_centre_has_a_finite_precision() -> None:
 
 def test_the_users_scale_of_a_prior_is_kept() -> None:
     lora, texts = pl.lift(bert(2), prior=pl.priors.student_t(DF, B)), batch(5)
-    expected = laplace(lora, texts, structure=pl.diagonal)
+    expected = laplace(lora, texts, structure=pl.structures.Diagonal())
     lora.prior = pyro.poutine.scale(lora.prior, scale=0.25)
-    posterior = laplace(lora, texts, structure=pl.diagonal)
+    posterior = laplace(lora, texts, structure=pl.structures.Diagonal())
     for site, tau in expected.prior_precision.items():
         assert_same(posterior.prior_precision[site], tau / 4)
     assert_same(posterior.log_prior, expected.log_prior / 4)
@@ -150,8 +152,10 @@ def test_the_users_scale_of_a_prior_is_kept() -> None:
 # A previous posterior as the prior.
 
 
-@pytest.mark.parametrize("structure", [pl.kfac_expand, pl.diagonal])
-@pytest.mark.parametrize("new", [pl.dense, pl.diagonal, pl.kfac_expand])
+@pytest.mark.parametrize("structure", [pl.structures.KFAC(), pl.structures.Diagonal()])
+@pytest.mark.parametrize(
+    "new", [pl.structures.Dense(), pl.structures.Diagonal(), pl.structures.KFAC()]
+)
 def test_a_previous_posterior_as_the_prior(
     structure: Structure, new: Structure
 ) -> None:
@@ -166,7 +170,7 @@ def test_a_previous_posterior_as_the_prior(
     for site, w in mode.items():
         tau = diagonal[start : start + w.numel()].reshape(w.shape)
         start += w.numel()
-        if new is pl.kfac_expand:
+        if new == pl.structures.KFAC():
             tau = tau.mean(tuple(range(1, w.ndim)), keepdim=True)
         assert_same(posterior.prior_precision[site], tau)
         assert_same(posterior.prior_mean[site], before.mode()[site])
@@ -176,7 +180,7 @@ def test_a_previous_posterior_as_the_prior(
 
 def test_previous_posteriors_whose_sites_are_dependent() -> None:
     lora, texts = pl.lift(bert(2, hidden_size=8)), batch(6)
-    dense = laplace(lora, batch(9), structure=pl.dense)
+    dense = laplace(lora, batch(9), structure=pl.structures.Dense())
     both = pl.MixturePosterior([laplace(lora, batch(9))] * 2)
     lora.prior = pl.priors.from_posterior(dense)
     with pytest.raises(ValueError, match=r"depends on the site .*Kronecker.*SVGD"):

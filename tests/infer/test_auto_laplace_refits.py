@@ -64,7 +64,9 @@ def student_prior(lora: pl.LiftedNetwork) -> dict[str, Tensor]:
 
 
 @ignore_mode
-@pytest.mark.parametrize("structure", [pl.kfac_expand, pl.diagonal, pl.dense])
+@pytest.mark.parametrize(
+    "structure", [pl.structures.KFAC(), pl.structures.Diagonal(), pl.structures.Dense()]
+)
 def test_a_scale_is_what_one_precision_is(structure: Structure) -> None:
     pyro.clear_param_store()
     lora, texts = pl.lift(bert(3, hidden_size=8), prior=normal_prior), batch(9)
@@ -88,7 +90,7 @@ def test_a_scale_is_what_one_precision_is(structure: Structure) -> None:
 
 @ignore_mode
 @pytest.mark.parametrize("prior", [student_prior, normal_by_hand])
-@pytest.mark.parametrize("structure", [pl.kfac_expand, pl.dense])
+@pytest.mark.parametrize("structure", [pl.structures.KFAC(), pl.structures.Dense()])
 def test_the_evidence_is_stationary_in_the_parameters(
     prior: Any, structure: Structure
 ) -> None:
@@ -201,7 +203,10 @@ def test_held_out_nll_of_several_precisions(per: Any) -> None:
 
 
 @ignore_mode
-@pytest.mark.parametrize("structure", [pl.kfac_expand, pl.kfac_reduce, pl.diagonal])
+@pytest.mark.parametrize(
+    "structure",
+    [pl.structures.KFAC(), pl.structures.KFAC(reduce=True), pl.structures.Diagonal()],
+)
 def test_evaluations_only_shift_eigenvalues(
     structure: Structure, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -30,7 +30,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:The weights aren't a mode")
 
 HEAD = ["head.classifier.weight", "head.classifier.bias"]
 QUERY = ["lora.bert.encoder.layer.attention.self.query.A", HEAD[0]]
-STRUCTURES = [pl.kfac_expand, pl.kfac_reduce, pl.ekfac, pl.diagonal, pl.dense]
+STRUCTURES = [
+    pl.structures.KFAC(),
+    pl.structures.KFAC(reduce=True),
+    pl.structures.EKFAC(),
+    pl.structures.Diagonal(),
+    pl.structures.Dense(),
+]
 TAU = 1 / 0.7**2
 
 
@@ -54,7 +60,7 @@ def test_it_is_the_full_posterior_given_the_other_sites(
     places = places_of(lora, sites)
     precision = torch.linalg.inv(exact.covariance)[places][:, places]
     covariance = torch.linalg.inv(precision)  # of a Gaussian, given the rest
-    posterior = laplace(lora, texts, 2, structure=pl.dense, sites=sites)
+    posterior = laplace(lora, texts, 2, structure=pl.structures.Dense(), sites=sites)
 
     weights, mode = posterior.sample(3), posterior.mode()
     own = [site for site in lora.sites if site in sites]  # in the order of all
@@ -112,7 +118,7 @@ def test_the_head_of_a_regression_is_bayesian_linear_regression() -> None:
     guide = pl.AutoLaplace(
         model,
         init_loc_fn=lora.init_to_adapter(),
-        structure=pl.dense,
+        structure=pl.structures.Dense(),
         sites="last_layer",
     )
     posterior = guide.laplace_approximation([{**texts, "y": y}])
@@ -161,21 +167,21 @@ def test_the_rest_of_the_library_takes_it(
     texts = batch(6, num_labels=3)
     model = pl.models.classification(lora, 6)
     posterior = laplace(lora, texts, sites=HEAD).optimize_prior()
-    expected = pl.predict(model, posterior, [texts], method="linearized")
+    expected = pl.predict(posterior, [texts], model=model, method="linearized")
     pl.save(posterior, tmp_path)
     loaded = pl.load(tmp_path, lora, model=model)
     assert isinstance(loaded, pl.LaplacePosterior)
     assert torch.equal(loaded.log_evidence(), posterior.log_evidence())
-    found = pl.predict(model, loaded, [texts], method="linearized")
+    found = pl.predict(loaded, [texts], model=model, method="linearized")
     assert torch.equal(found.probs, expected.probs)
     assert loaded.sample(2).keys() == lora.sites.keys()
-    sampled = pl.predict(model, loaded, [texts], num_samples=3)
+    sampled = pl.predict(loaded, [texts], model=model, num_samples=3)
     assert sampled.probs.shape == (6, 3)
     tree = pl.to_datatree(loaded, model=model, batches=[texts], num_samples=4)
     log_likelihood = tree["log_likelihood"]["y"]
     assert dict(log_likelihood.sizes) == {"chain": 1, "draw": 4, "datum": 6}
     mixture = pl.MixturePosterior([posterior, loaded])
-    mixed = pl.predict(model, mixture, [texts], method="linearized")
+    mixed = pl.predict(mixture, [texts], model=model, method="linearized")
     assert_close(mixed.probs, expected.probs)
     draws = mixture.sample(3)
     assert_close(mixture.log_prob(draws), posterior.log_prob(draws))

@@ -135,7 +135,7 @@ class LogisticRegression:
         guide = pl.AutoLaplace(
             self.model,
             init_loc_fn=self.lora.init_to(unflatten(self.mode(), self.lora.weights())),
-            structure=pl.dense,
+            structure=pl.structures.Dense(),
         )
         return guide.laplace_approximation([{"x": self.x, "y": self.y}])
 

@@ -46,7 +46,7 @@ def laplaces(
     for shift in (0.0, 1.0):
         weights = {s: x + shift for s, x in lora.weights().items()}
         guide = pl.AutoLaplace(
-            model, init_loc_fn=lora.init_to(weights), structure=pl.dense
+            model, init_loc_fn=lora.init_to(weights), structure=pl.structures.Dense()
         )
         with pytest.warns(UserWarning, match="mode"):
             found.append(guide.laplace_approximation([batch]))
@@ -58,7 +58,7 @@ def particles(lora: pl.LiftedNetwork, batch: dict[str, Tensor]) -> pl.ParticlePo
     torch.manual_seed(2)
     svgd = pl.SVGD(
         pl.models.classification(lora, NUM_DATA),
-        kernels.Zero(),
+        kernels.NoRepulsion(),
         SGD({"lr": 0.0}),
         3,
         init_loc_fn=lora.init_to_adapter(jitter=0.5),

@@ -68,9 +68,9 @@ def predict(posterior: Any, texts: dict[str, Tensor]) -> Tensor:
     linear = isinstance(kind, pl.LaplacePosterior)
     pyro.set_rng_seed(0)
     prediction = pl.predict(
-        model_of(posterior),
         posterior,
         [texts],
+        model=model_of(posterior),
         num_samples=None if linear else 2,
         method="linearized" if linear else "sample",
     )
@@ -79,9 +79,9 @@ def predict(posterior: Any, texts: dict[str, Tensor]) -> Tensor:
 
 POSTERIORS: dict[str, Callable[[], Any]] = {
     "laplace": laplace,
-    "ekfac": lambda: laplace(structure=pl.ekfac),
-    "dense": lambda: laplace(structure=pl.dense),
-    "rank": lambda: laplace(structure=functools.partial(pl.kfac_expand, rank=2)),
+    "ekfac": lambda: laplace(structure=pl.structures.EKFAC()),
+    "dense": lambda: laplace(structure=pl.structures.Dense()),
+    "rank": lambda: laplace(structure=pl.structures.KFAC(rank=2)),
     "subset": lambda: laplace(sites="last_layer", fisher="mc"),
     "tuned": lambda: laplace().optimize_prior(),
     "particles": particles,

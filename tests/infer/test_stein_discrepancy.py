@@ -234,7 +234,7 @@ def rough(sq_dists: Tensor) -> Tensor:
     ("settings", "message"),
     [
         ({"kernel": kernels.RBF(space="delta")}, "joint"),
-        ({"kernel": kernels.Zero()}, "compares weights"),
+        ({"kernel": kernels.NoRepulsion()}, "compares weights"),
         ({"kernel": rough}, "twice differentiable"),
         ({"temperature": 0.0}, "temperature"),
         ({"num_bootstrap": -1}, "num_bootstrap"),

@@ -28,7 +28,7 @@ SETTINGS: list[dict[str, Any]] = [
         "repulsion": lambda fraction, loss: 10 * loss,
     },
     {"kernel": kernels.RBF(space="function"), "repulsion": lambda u, loss: 10 * loss},
-    {"kernel": kernels.Zero()},
+    {"kernel": kernels.NoRepulsion()},
 ]
 
 

@@ -82,9 +82,9 @@ def diagnostics(
     }
 
 
-@pytest.mark.parametrize("kernel", [kernels.Zero(), kernels.RBF()])
+@pytest.mark.parametrize("kernel", [kernels.NoRepulsion(), kernels.RBF()])
 def test_diagnostics_of_zero_and_of_one_particle(kernel: Any) -> None:
-    target = hierarchical_regression(3 if kernel == kernels.Zero() else 1)
+    target = hierarchical_regression(3 if kernel == kernels.NoRepulsion() else 1)
     svgd = engine(target, SGD({"lr": 0.01}), kernel)
     for _ in range(2):
         svgd.step(**target.batch)
@@ -98,7 +98,7 @@ def test_diagnostics_of_zero_and_of_one_particle(kernel: Any) -> None:
     assert svgd.diagnostics["attraction"][0] == pytest.approx(rms, rel=1e-12)
 
 
-KERNELS = [kernels.Zero(), *(kernels.RBF(space=space) for space in SPACES)]
+KERNELS = [kernels.NoRepulsion(), *(kernels.RBF(space=space) for space in SPACES)]
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -174,7 +174,7 @@ def test_a_stuck_particle_is_reported_once(kernel: Any, chunk_size: int | None) 
         chunk_size=chunk_size,
         **(
             {}
-            if kernel == kernels.Zero()
+            if kernel == kernels.NoRepulsion()
             else {"transport": "repulsive", "repulsion": 0.0}
         ),
     )

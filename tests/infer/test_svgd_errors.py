@@ -49,7 +49,11 @@ def model() -> None:
         ({"repulsion": 2.0}, "has no effect"),
         ({"repulsion": 2.0, "transport": "stein"}, "has no effect"),
         (
-            {"repulsion": 2.0, "transport": "repulsive", "kernel": kernels.Zero()},
+            {
+                "repulsion": 2.0,
+                "transport": "repulsive",
+                "kernel": kernels.NoRepulsion(),
+            },
             "has no effect",
         ),
         ({"repulsion": -1.0, "transport": "repulsive"}, "and at least 0"),
@@ -78,7 +82,7 @@ def test_arguments_out_of_range(settings: dict[str, Any], match: str) -> None:
         ({"accumulate": 2.0}, "accumulate must be an integer"),
         ({"kernel": "rbf"}, "kernel must be .* found 'rbf'"),
         ({"kernel": kernels.RBF}, "kernel must be"),
-        ({"kernel": kernels.Zero}, "kernel must be"),
+        ({"kernel": kernels.NoRepulsion}, "kernel must be"),
         ({"optim": torch.optim.Adam}, "pyro.optim"),
         ({"optim": torch.optim.Adam([torch.zeros(1)])}, "pyro.optim"),
     ],
@@ -254,7 +258,7 @@ def assert_nothing_moves(
     "settings",
     [
         {"kernel": kernels.RBF()},
-        {"kernel": kernels.Zero()},
+        {"kernel": kernels.NoRepulsion()},
         {"kernel": kernels.RBF(), "transport": "repulsive"},
     ],
 )
@@ -368,7 +372,7 @@ def test_particles_that_meet_in_a_dim_of_no_plate() -> None:
 
 
 SPACES: list[dict[str, Any]] = [
-    {"kernel": kernels.Zero()},
+    {"kernel": kernels.NoRepulsion()},
     {"kernel": kernels.RBF()},
     {"kernel": kernels.RBF(space="site"), "chunk_size": 2},
     {"kernel": kernels.RBF(space="coordinate"), "transport": "repulsive"},

@@ -71,7 +71,7 @@ def test_predictions_are_compared(
 
 
 SINGLE: list[tuple[Any, dict[str, Any]]] = [
-    (kernels.Zero(), {}),
+    (kernels.NoRepulsion(), {}),
     (lambda sq_dists: (-sq_dists.sqrt()).exp(), {}),
     *(
         (

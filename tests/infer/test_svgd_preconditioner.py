@@ -1,7 +1,6 @@
 """SVGD in the metric of a Laplace posterior, against dense matrices."""
 
 from dataclasses import replace
-from functools import partial
 from typing import Any, Literal
 
 import pyro
@@ -34,7 +33,7 @@ from tests.networks import batch
 
 pytestmark = pytest.mark.filterwarnings("ignore:The weights aren't a mode")
 
-STRUCTURES = [pl.kfac_expand, pl.ekfac, pl.diagonal]
+STRUCTURES = [pl.structures.KFAC(), pl.structures.EKFAC(), pl.structures.Diagonal()]
 
 
 def laplace(
@@ -115,7 +114,7 @@ def test_stein(
     assert_equal(found, solved(expected, precision))
 
 
-@pytest.mark.parametrize("structure", [pl.kfac_expand, pl.dense])
+@pytest.mark.parametrize("structure", [pl.structures.KFAC(), pl.structures.Dense()])
 def test_repulsive(structure: Structure) -> None:
     target = bert(3)
     posterior = laplace(lifted(target), structure)
@@ -131,8 +130,8 @@ def test_repulsive(structure: Structure) -> None:
 
 def test_independent_particles_take_newton_steps() -> None:
     target = bert(3)
-    posterior = laplace(lifted(target), pl.kfac_expand)
-    found, _ = direction(target, kernels.Zero(), preconditioner=posterior)
+    posterior = laplace(lifted(target), pl.structures.KFAC())
+    found, _ = direction(target, kernels.NoRepulsion(), preconditioner=posterior)
     scores = [
         double_loop.gradient(target.log_joint, p)
         for p in double_loop.points(target.particles)
@@ -143,7 +142,7 @@ def test_independent_particles_take_newton_steps() -> None:
 
 def test_low_rank_factors() -> None:
     target = bert(3)
-    posterior = laplace(lifted(target), partial(pl.kfac_expand, rank=2))
+    posterior = laplace(lifted(target), pl.structures.KFAC(rank=2))
     found, _ = direction(target, preconditioner=posterior)
     precision = precision_matrix(posterior)
     at = double_loop.points(target.particles)
@@ -166,7 +165,7 @@ class IllConditioned:
         x = (basis * scales) @ turn  # columns orthogonal to the constant
         y = x @ torch.randn(3).double() + 0.5 * torch.randn(12).double() + 1
         self.task = replace(task, x=x, y=y)
-        self.posterior = self.task.laplace(structure=pl.kfac_expand)
+        self.posterior = self.task.laplace(structure=pl.structures.KFAC())
 
     def run(self, num_steps: int, lr: float, **settings: Any) -> Tensor:
         """Particles (100, 4) after some steps from one spread far from the mode."""
@@ -215,7 +214,7 @@ def test_ill_conditioned_gaussian() -> None:
 def test_the_metric_is_a_change_of_coordinates() -> None:
     # On one trajectory of many steps: plain SVGD in the coordinates R' x, P = R R'.
     target = bert(4)
-    posterior = laplace(lifted(target), pl.ekfac)
+    posterior = laplace(lifted(target), pl.structures.EKFAC())
     precision = precision_matrix(posterior)
     root = torch.linalg.cholesky(precision)
     svgd = engine(target, SGD({"lr": 0.3}), preconditioner=posterior)
@@ -241,7 +240,7 @@ def test_the_metric_is_a_change_of_coordinates() -> None:
     )
 
 
-@pytest.mark.parametrize("structure", [*STRUCTURES, pl.dense])
+@pytest.mark.parametrize("structure", [*STRUCTURES, pl.structures.Dense()])
 def test_several_posteriors_of_one_basis_are_averaged(structure: Structure) -> None:
     target = bert(3)
     one = laplace(lifted(target), structure)
@@ -255,7 +254,8 @@ def test_several_posteriors_of_one_basis_are_averaged(structure: Structure) -> N
 
 
 @pytest.mark.parametrize(
-    "structure", [pl.kfac_expand, pl.diagonal, partial(pl.kfac_expand, rank=2)]
+    "structure",
+    [pl.structures.KFAC(), pl.structures.Diagonal(), pl.structures.KFAC(rank=2)],
 )
 def test_the_mean_of_different_bases(structure: Structure) -> None:
     # Along every basis vector that it keeps, the mean's quadratic form is exact; so
@@ -272,9 +272,9 @@ def test_the_mean_of_different_bases(structure: Structure) -> None:
     found = torch.cat([x.flatten(1) for x in mean.times_precision(eye).values()], 1)
     assert_close(found, found.mT, rtol=1e-9, atol=1e-9)
     values, vectors = torch.linalg.eigh(found)
-    if structure is pl.diagonal:
+    if structure == pl.structures.Diagonal():
         assert_close(found, expected, rtol=1e-9, atol=1e-9)
-    elif structure is pl.kfac_expand:
+    elif structure == pl.structures.KFAC():
         assert_close(found.trace(), expected.trace(), rtol=1e-9, atol=1e-9)
         difference = torch.linalg.matrix_norm(found - expected)
         isotropic = expected.trace() / len(expected) * torch.eye(len(expected))
@@ -294,7 +294,7 @@ def test_latents_outside_of_the_network() -> None:
     guide = pl.AutoLaplace(
         target.model,
         init_loc_fn=lambda site: init[site["name"]].clone(),
-        structure=pl.diagonal,
+        structure=pl.structures.Diagonal(),
     )
     posterior = guide.laplace_approximation([target.batch])
     assert posterior.latents is not None
@@ -344,7 +344,10 @@ def noisy_regression(num_particles: int) -> Target:
 def test_what_is_refused() -> None:
     target = bert(3)
     lora = lifted(target)
-    posterior, dense = laplace(lora, pl.kfac_expand), laplace(lora, pl.dense)
+    posterior, dense = (
+        laplace(lora, pl.structures.KFAC()),
+        laplace(lora, pl.structures.Dense()),
+    )
     cases: list[tuple[type[Exception], str, Any, Any]] = [
         (ValueError, "found none", [], kernels.RBF()),
         (TypeError, "Laplace posterior", torch.eye(3), kernels.RBF()),

@@ -99,7 +99,7 @@ def test_any_optimizer(name: str) -> None:
     target = hierarchical_regression(2)
     settings = {} if name == "AdagradRMSProp" else {"lr": 0.01}
     optim = getattr(pyro.optim, name)(settings)
-    svgd = engine(target, optim, kernels.Zero())
+    svgd = engine(target, optim, kernels.NoRepulsion())
     leaves = {s: x.clone().requires_grad_() for s, x in target.particles.items()}
     oracle = optim.pt_optim_constructor(list(leaves.values()), **settings)
     for _ in range(3):
@@ -139,7 +139,7 @@ def test_any_scheduler(name: str) -> None:
     optim = getattr(pyro.optim, name)(
         {"optimizer": torch.optim.SGD, "optim_args": arguments, **SCHEDULERS[name]}
     )
-    svgd = engine(target, optim, kernels.Zero())
+    svgd = engine(target, optim, kernels.NoRepulsion())
     sgd = torch.optim.SGD([torch.zeros(1, requires_grad=True)], **arguments)
     oracle = getattr(torch.optim.lr_scheduler, name)(sgd, **SCHEDULERS[name])
     rates = set()
@@ -165,7 +165,7 @@ def test_an_optimizer_that_fails_moves_nothing() -> None:
 def test_a_plateau_is_one_of_the_loss() -> None:
     optim = plateau(threshold=1e-3)
     target = hierarchical_regression(3)
-    svgd = engine(target, optim, kernels.Zero())
+    svgd = engine(target, optim, kernels.NoRepulsion())
     svgd.run([target.batch], num_epochs=5, progress_bar=False)
     losses = svgd.diagnostics["loss"]
     assert all(after < before - 1e-3 for before, after in pairwise(losses))
@@ -206,7 +206,7 @@ def test_two_engines_side_by_side() -> None:
 
 @pytest.mark.parametrize(
     "kernel",
-    [kernels.RBF(), kernels.RBF(space="function"), kernels.Zero()],
+    [kernels.RBF(), kernels.RBF(space="function"), kernels.NoRepulsion()],
 )
 def test_network_and_param_store_stay_as_they_were(kernel: Any) -> None:
     network = networks.bert()
@@ -434,7 +434,7 @@ def test_a_model_without_a_plate_of_data_has_nothing_to_cover() -> None:
 
     svgd = pl.SVGD(
         model,
-        kernels.Zero(),
+        kernels.NoRepulsion(),
         SGD({"lr": 1e-4}),
         2,
         max_plate_nesting=0,
@@ -454,7 +454,7 @@ def test_plates_of_other_things_than_data_are_not_counted() -> None:
 
     svgd = pl.SVGD(
         model,
-        kernels.Zero(),
+        kernels.NoRepulsion(),
         SGD({"lr": 1e-4}),
         2,
         init_loc_fn=lora.init_to_adapter(jitter=0.1),

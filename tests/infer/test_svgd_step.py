@@ -162,7 +162,7 @@ def test_zero_is_independent_gradients(
     make: Callable[[int], Target], temperature: float
 ) -> None:
     target = make(3)
-    found, _ = direction(target, kernels.Zero(), temperature=temperature)
+    found, _ = direction(target, kernels.NoRepulsion(), temperature=temperature)
     scores = [
         double_loop.gradient(target.log_joint, p)
         for p in double_loop.points(target.particles)
@@ -178,7 +178,7 @@ def test_zero_is_independent_gradients(
         {"kernel": kernels.RBF(space="site"), "temperature": 2.0},
         {"kernel": kernels.RBF(), "transport": "repulsive"},
         {"kernel": kernels.RBF(space="function"), "repulsion": 3.0},
-        {"kernel": kernels.Zero()},
+        {"kernel": kernels.NoRepulsion()},
     ],
 )
 @pytest.mark.parametrize("chunk_size", [1, 3, 5])

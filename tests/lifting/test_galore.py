@@ -131,7 +131,7 @@ def test_laplace_over_a_part_of_it(
     model = classifier(lora, NUM_DATA)
     guide = pl.AutoLaplace(model, init_loc_fn=lora.init_to_adapter())
     posterior = guide.laplace_approximation([data])
-    prediction = pl.predict(model, posterior, [data], method="linearized")
+    prediction = pl.predict(posterior, [data], model=model, method="linearized")
 
     assert sorted(n for members in lora.sites.values() for n in members) == sorted(
         names
@@ -160,5 +160,5 @@ def test_a_stock_guide_over_the_last_layer(tmp_path: Path) -> None:
     before, after = [x.mean() for x in losses]
     error = torch.stack([x.var() / len(x) for x in losses]).sum().sqrt()
     assert before - after > 5 * error, "the posterior is wider than the start"
-    prediction = pl.predict(model, guide, [data], num_samples=20)
+    prediction = pl.predict(guide, [data], model=model, num_samples=20)
     assert prediction.metrics()["accuracy"] > 0.9

@@ -246,7 +246,9 @@ def test_a_latent_of_another_shape_is_refused() -> None:
 def engines(lora: pl.LiftedNetwork, model: Any, init: Any) -> dict[str, Any]:
     guide = pl.AutoLaplace(model, init_loc_fn=init)
     trained = pl.AutoLaplace(model, init_loc_fn=init)
-    svgd = pl.SVGD(model, pl.kernels.Zero(), SGD({"lr": 0.0}), 1, init_loc_fn=init)
+    svgd = pl.SVGD(
+        model, pl.kernels.NoRepulsion(), SGD({"lr": 0.0}), 1, init_loc_fn=init
+    )
     return {
         "laplace": lambda: guide.laplace_approximation([batch()]),
         "svi": lambda: SVI(model, trained, SGD({"lr": 0.0}), Trace_ELBO()).step(
@@ -279,14 +281,22 @@ def test_noise_of_a_prior_that_is_not_centred() -> None:
     for name, value in found.items():
         assert_close(again.median()[name], value, rtol=1e-9, atol=1e-9)
     svgd = pl.SVGD(
-        model, pl.kernels.Zero(), SGD({"lr": 0.0}), 1, init_loc_fn=lora.init_to(found)
+        model,
+        pl.kernels.NoRepulsion(),
+        SGD({"lr": 0.0}),
+        1,
+        init_loc_fn=lora.init_to(found),
     )
     svgd.step(**batch())
     for name, value in svgd.get_named_particles().items():
         assert_close(value[0], found[name], rtol=1e-6, atol=1e-6)
     other = {**found, f"{QUERY}.A": torch.ones(2, 3, 16).double()}
     svgd = pl.SVGD(
-        model, pl.kernels.Zero(), SGD({"lr": 0.0}), 1, init_loc_fn=lora.init_to(other)
+        model,
+        pl.kernels.NoRepulsion(),
+        SGD({"lr": 0.0}),
+        1,
+        init_loc_fn=lora.init_to(other),
     )
     with pytest.raises(ValueError, match=rf"'{QUERY}\.A_decentered' doesn't start"):
         svgd.step(**batch())

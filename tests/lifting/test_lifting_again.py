@@ -122,7 +122,7 @@ def test_a_posterior_goes_on_with_a_model_of_the_new_view(method: Any) -> None:
 
     def predicted(model: Any) -> pl.Prediction:
         pyro.set_rng_seed(1)
-        return pl.predict(model, posterior, [texts], method=method, num_samples=4)
+        return pl.predict(posterior, [texts], model=model, method=method, num_samples=4)
 
     expected = predicted(model)
     new = pl.lift(network)

@@ -82,7 +82,9 @@ def particles(lora: pl.LiftedNetwork, model: Any) -> pl.ParticlePosterior:
 
 
 @pytest.mark.parametrize("make", [model_of, without_latent])
-@pytest.mark.parametrize("structure", [pl.kfac_expand, pl.ekfac, pl.dense])
+@pytest.mark.parametrize(
+    "structure", [pl.structures.KFAC(), pl.structures.EKFAC(), pl.structures.Dense()]
+)
 def test_fits_are_equal_and_move_nothing(make: Any, structure: Any) -> None:
     lora, model, data = build(make)
     before = copy.deepcopy(state(lora.network))
@@ -103,9 +105,9 @@ def test_predictions_move_nothing(method: Any) -> None:
     lora, model, data = build(without_latent)
     posterior = guide_of(lora, model).laplace_approximation(data)
     before = copy.deepcopy(state(lora.network))
-    pl.predict(model, posterior, data, method=method, num_samples=3)
+    pl.predict(posterior, data, model=model, method=method, num_samples=3)
     posterior.optimize_prior(objective="nll", batches=data)
-    pl.predict(model, pl.mc_dropout(lora), data, num_samples=2)
+    pl.predict(pl.mc_dropout(lora), data, model=model, num_samples=2)
     assert_close(state(lora.network), before, rtol=0, atol=0)
 
 
@@ -113,7 +115,7 @@ def test_diagnoses_and_exports_move_nothing() -> None:
     lora, model, data = build(without_latent)
     posterior = guide_of(lora, model, sites="last_layer").laplace_approximation(data)
     before = copy.deepcopy(state(lora.network))
-    pl.diagnose(posterior, model, data)
+    pl.diagnose(posterior, data, model=model)
     pl.to_datatree(posterior, model=model, batches=data, num_samples=3)
     several = particles(lora, model)
     pl.effective_num_predictions(model, several.particles, data)

@@ -21,9 +21,9 @@ from pyro_lora.lifting.priors.site_mixture import SiteMixture
 from tests.networks import batch, bert, classifier, particles
 
 STRUCTURES = {
-    "diagonal": pl.diagonal,
-    "kfac_expand": pl.kfac_expand,
-    "dense": pl.dense,
+    "diagonal": pl.structures.Diagonal(),
+    "kfac_expand": pl.structures.KFAC(),
+    "dense": pl.structures.Dense(),
 }
 
 
@@ -86,7 +86,7 @@ def test_draws_have_the_posteriors_moments(posterior: pl.LaplacePosterior) -> No
 def test_part_of_a_dense_posterior_is_its_marginal() -> None:
     lora = pl.lift(bert())
     with pytest.warns(UserWarning, match="mode"):
-        posterior = laplace(lora, pl.dense, lora.weights())
+        posterior = laplace(lora, pl.structures.Dense(), lora.weights())
     prior = pl.priors.from_posterior(posterior)
     lora.prior = pl.priors.by_site({"*.value.*": prior, "*": pl.priors.normal()})
     gaussian: Any = posterior.gaussian
@@ -241,7 +241,9 @@ def test_learning_batch_after_batch_is_learning_from_both() -> None:
     mode = toy.posterior(first).mean
     weights = {"base.weight": mode[:3].reshape(1, 1, 3), "base.bias": mode[3:][None]}
     guide = pl.AutoLaplace(
-        toy.model(7), init_loc_fn=toy.lora.init_to(weights), structure=pl.dense
+        toy.model(7),
+        init_loc_fn=toy.lora.init_to(weights),
+        structure=pl.structures.Dense(),
     )
     data = {"x": toy.x[first], "y": toy.y[first]}
     toy.lora.prior = pl.priors.from_posterior(guide.laplace_approximation([data]))

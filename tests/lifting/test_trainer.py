@@ -89,7 +89,9 @@ def test_lifted_in_three_lines(kind: Any, tmp_path: Path) -> None:
     parameters = dict(network.named_parameters())
     assert all(torch.equal(parameters[name], p) for name, p in frozen.items())
     batches = list(training.get_train_dataloader())
-    prediction = pl.predict(classifier(lora), posterior, batches, method="linearized")
+    prediction = pl.predict(
+        posterior, batches, model=classifier(lora), method="linearized"
+    )
     assert prediction.metrics()["accuracy"] > 0.8
     # It learned something, and knows that 24 texts leave room for doubt.
     at_mode = network.eval()(**inputs(batches[0])).logits.softmax(-1)
@@ -227,7 +229,7 @@ def test_dropout_left_on_by_the_trainer_is_off_in_fits_and_predictions(
         second = guide.laplace_approximation(batches)
     assert_close(first.variance(), second.variance())
     predictions = [
-        pl.predict(classifier(lora), first, batches, method="linearized").probs
+        pl.predict(first, batches, model=classifier(lora), method="linearized").probs
         for _ in range(2)
     ]
     assert_close(*predictions)

@@ -85,7 +85,7 @@ def laplace(
     lora: pl.LiftedNetwork, model: Any, batches: list[Batch], structure: Any = None
 ) -> pl.LaplacePosterior:
     """A Laplace posterior around the adapter, trained or not."""
-    structure = pl.kfac_expand if structure is None else structure
+    structure = pl.structures.KFAC() if structure is None else structure
     guide = pl.AutoLaplace(
         model, init_loc_fn=lora.init_to_adapter(), structure=structure
     )

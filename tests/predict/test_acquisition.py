@@ -132,7 +132,7 @@ def test_draws_of_any_posterior_are_kept() -> None:
     lora, model = models.classifier(3)
     batches = models.two_batches(3)
     posterior = models.particles(lora, model, num=5)
-    pool = pl.predict(model, posterior, batches, keep_draws=True, chunk_size=2)
+    pool = pl.predict(posterior, batches, model=model, keep_draws=True, chunk_size=2)
     assert pool.draw_log_probs.shape == (5, 10, 3)
     for s in range(5):
         at = models.draw(posterior.particles, s)
@@ -141,7 +141,7 @@ def test_draws_of_any_posterior_are_kept() -> None:
     found = pl.acquire(pool, 2, method="batch_bald")
     joint = joint_information(pool.draw_log_probs.exp(), found.indices.tolist())
     assert float(found.scores[-1]) == pytest.approx(joint, abs=1e-8)
-    plain = pl.predict(model, posterior, batches)
+    plain = pl.predict(posterior, batches, model=model)
     assert plain.draw_log_probs is None
     torch.testing.assert_close(pool.log_probs, plain.log_probs)
 
@@ -157,7 +157,7 @@ def test_linearized_draws_are_joint_over_the_batch(mixed: bool) -> None:
     if mixed:
         posterior = pl.MixturePosterior([first, first.with_prior_precision(9.0)])
     options: Any = {"method": "linearized", "num_samples": 2000}
-    pool = pl.predict(model, posterior, [batch], keep_draws=True, **options)
+    pool = pl.predict(posterior, [batch], model=model, keep_draws=True, **options)
     draws = pool.draw_log_probs.exp()
     assert draws.shape == (2000, 5, 2)
     torch.testing.assert_close(draws[:, 0], draws[:, 4], rtol=0, atol=1e-6)
@@ -165,10 +165,10 @@ def test_linearized_draws_are_joint_over_the_batch(mixed: bool) -> None:
     assert ((draws.mean(0) - pool.probs).abs() < error).all()
     found = pl.acquire(pool, 3, method="batch_bald")
     assert not {0, 4} <= set(found.indices.tolist())
-    plain = pl.predict(model, posterior, [batch], method="linearized")
+    plain = pl.predict(posterior, [batch], model=model, method="linearized")
     torch.testing.assert_close(pool.probs, plain.probs)
     with pytest.raises(ValueError, match="needs all data in one batch"):
-        pl.predict(model, posterior, [batch, batch], keep_draws=True, **options)
+        pl.predict(posterior, [batch, batch], model=model, keep_draws=True, **options)
 
 
 def test_the_last_tokens_draws_are_kept() -> None:
@@ -177,12 +177,12 @@ def test_the_last_tokens_draws_are_kept() -> None:
     batch = networks.inputs(networks.batch(3, padding="left"))
     batch["attention_mask"][:] = 1
     posterior = models.particles(lora, model)
-    pool = pl.predict(model, posterior, [batch], tokens="last", keep_draws=True)
+    pool = pl.predict(posterior, [batch], model=model, tokens="last", keep_draws=True)
     assert pool.draw_log_probs.shape == (3, 3, networks.VOCABULARY)
     mean = pool.draw_log_probs.exp().mean(0)
     torch.testing.assert_close(mean, pool.probs)
     with pytest.raises(ValueError, match="keep_draws is for one class a datum"):
-        pl.predict(model, posterior, [batch], tokens="each", keep_draws=True)
+        pl.predict(posterior, [batch], model=model, tokens="each", keep_draws=True)
 
 
 def test_bad_requests_are_named() -> None:

@@ -29,7 +29,7 @@ def test_the_mode_as_a_posterior() -> None:
     lora, model = models.classifier(3)
     batches = models.two_batches(3)
     posterior = models.laplace(lora, model, batches)
-    found = pl.predict(model, pl.ensemble(lora, [posterior.mode()]), batches)
+    found = pl.predict(pl.ensemble(lora, [posterior.mode()]), batches, model=model)
     logits = torch.cat([models.logits_at(lora, posterior.mode(), b) for b in batches])
     assert_close(found.probs, logits.softmax(-1))
     assert found.epistemic_entropy.max() < 1e-12
@@ -40,7 +40,7 @@ def test_the_mode_has_the_other_latent_sites() -> None:
     model = pl.models.regression(lora, models.NUM_DATA)
     batches = [{**b, "labels": b["labels"].double()} for b in models.two_batches()]
     mode = models.laplace(lora, model, batches).mode()
-    found = pl.predict(model, pl.ensemble(lora, [mode]), batches)
+    found = pl.predict(pl.ensemble(lora, [mode]), batches, model=model)
     assert_close(found.noise_variance, mode["noise"].square().expand(10).double())
 
 
@@ -79,7 +79,7 @@ def test_an_ensemble_equals_a_loop(tmp_path: Path) -> None:
     folders = [
         saved(lora, models.draw(drawn, k), tmp_path / f"seed_{k}") for k in range(3)
     ]
-    found = pl.predict(model, pl.ensemble(lora, folders), batches)
+    found = pl.predict(pl.ensemble(lora, folders), batches, model=model)
     probs, aleatoric = models.averaged(lora, drawn, batches)
     assert_close(found.probs, probs)
     assert_close(found.aleatoric_entropy, aleatoric)
@@ -162,7 +162,7 @@ def test_dropout_is_left_on(name: str) -> None:
     modes = {n: m.training for n, m in network.named_modules()}
     num_samples = 400
     pyro.set_rng_seed(0)
-    found = pl.predict(model, posterior, batches, num_samples=num_samples)
+    found = pl.predict(posterior, batches, model=model, num_samples=num_samples)
     assert found.epistemic_entropy.min() > 1e-5  # 0 without
     assert {n: m.training for n, m in network.named_modules()} == modes
     network.train()
@@ -177,7 +177,7 @@ def test_dropout_is_left_on(name: str) -> None:
         )
     error = 5 * each.std(0) * (2 / num_samples) ** 0.5  # of two means of draws
     assert ((found.probs - each.mean(0)).abs() < error).all()
-    off = pl.predict(model, pl.ensemble(lora, [lora.weights()]), batches)
+    off = pl.predict(pl.ensemble(lora, [lora.weights()]), batches, model=model)
     assert ((found.probs - off.probs).abs() > error / 10).any()
 
 
@@ -188,7 +188,7 @@ def test_the_seed_decides_what_is_dropped() -> None:
     def probs(seed: int) -> Tensor:
         pyro.set_rng_seed(seed)
         posterior = pl.mc_dropout(lora)
-        return pl.predict(model, posterior, batches, num_samples=9).probs
+        return pl.predict(posterior, batches, model=model, num_samples=9).probs
 
     assert torch.equal(probs(1), probs(1))
     assert not torch.allclose(probs(1), probs(2), atol=1e-3)
@@ -199,7 +199,7 @@ def test_dropout_of_other_weights() -> None:
     batches = models.two_batches()
     weights = models.draw(models.jittered(lora, 1), 0)
     posterior = pl.mc_dropout(lora, weights)
-    found = pl.predict(model, posterior, batches, num_samples=64)
+    found = pl.predict(posterior, batches, model=model, num_samples=64)
     at = torch.cat([models.logits_at(lora, weights, b) for b in batches]).softmax(-1)
     assert (found.probs - at).abs().max() < 0.1
     drawn = Predictive(model, guide=posterior, num_samples=2)(
@@ -230,7 +230,7 @@ def test_a_table_of_methods_is_one_loop() -> None:
     }
     rows = {}
     for name, (posterior, options) in methods.items():
-        held_out = pl.predict(model, posterior, batches, **options)
+        held_out = pl.predict(posterior, batches, model=model, **options)
         rows[name] = held_out.metrics()
         scaled = held_out.with_temperature(pl.fit_temperature(held_out))
         rows[f"{name}, scaled"] = scaled.metrics()

@@ -34,7 +34,7 @@ def ordinal() -> tuple[Any, Any, dict[str, Tensor]]:
 
 def test_ordered_classes_are_integrated_over_their_predictor() -> None:
     lora, model, batch = ordinal()
-    posterior = models.laplace(lora, model, [batch], pl.dense)
+    posterior = models.laplace(lora, model, [batch], pl.structures.Dense())
     outputs, j = jacobian(lora, batch)  # (N, 1), (N, 1, D)
     gaussian: Any = posterior.gaussian
     precision = gaussian.fisher + torch.eye(j.shape[-1]).double() / 0.5**2
@@ -46,16 +46,20 @@ def test_ordered_classes_are_integrated_over_their_predictor() -> None:
     p = dist.OrderedLogistic(predictor, CUTPOINTS).probs  # (N, nodes, C)
     mass = NODE_WEIGHTS / NODE_WEIGHTS.sum()
     expected = torch.einsum("nkc,k->nc", p, mass)
-    prediction = pl.predict(model, posterior, [batch], method="linearized")
+    prediction = pl.predict(posterior, [batch], model=model, method="linearized")
     assert_close(prediction.probs, expected, rtol=0, atol=1e-8)
     entropy = torch.special.entr(p).sum(-1) @ mass
     assert_close(prediction.aleatoric_entropy, entropy, rtol=0, atol=1e-7)
     rough = pl.predict(
-        model, posterior, [batch], method="linearized", integral=pl.probit
+        posterior,
+        [batch],
+        model=model,
+        method="linearized",
+        integral=pl.integrals.probit,
     )
     assert (rough.probs - expected).abs().max() < 0.02
     with pytest.raises(ValueError, match="no class"):
-        pl.laplace_bridge(found)
+        pl.integrals.laplace_bridge(found)
 
 
 @pytest.mark.parametrize("sd", [0.3, 2.0, 30.0])
@@ -65,7 +69,7 @@ def test_ordered_classes_of_two_are_a_bernoulli(sd: float) -> None:
     ordered = pl.GaussianLogits(mean, one, cutpoints=torch.zeros(2, 1).double())
     half = torch.tensor([-0.5, 0.5], dtype=torch.float64)
     binary = pl.GaussianLogits(mean * half, one * torch.outer(half, half))
-    for integral in (pl.class_log_probs, pl.probit):
+    for integral in (pl.integrals.class_log_probs, pl.integrals.probit):
         assert_close(integral(ordered), integral(binary), rtol=0, atol=1e-8)
 
 
@@ -75,7 +79,12 @@ def test_draws_of_ordered_classes() -> None:
     tree = pl.to_datatree(posterior, batches=[batch], num_samples=400)
     assert tree.log_likelihood.attrs["method"] == "linearized"
     exact = pl.predict(
-        model, posterior, [batch], method="linearized", keep_draws=True, num_samples=400
+        posterior,
+        [batch],
+        model=model,
+        method="linearized",
+        keep_draws=True,
+        num_samples=400,
     )
     draws = exact.draw_log_probs.exp()
     bound = 5 * draws.std(0) / 20 + 1e-6
@@ -113,7 +122,7 @@ def of_four(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {**batch, "labels": PRESENT.nonzero()[:, 0][batch["labels"]]}
 
 
-@pytest.mark.parametrize("structure", [pl.dense, pl.kfac_expand])
+@pytest.mark.parametrize("structure", [pl.structures.Dense(), pl.structures.KFAC()])
 @pytest.mark.parametrize("fisher", ["exact", "empirical", "mc"])
 def test_a_fit_is_that_of_the_choices_that_are_there(
     structure: Any, fisher: Any
@@ -151,12 +160,17 @@ def assert_padded(found: Any, expected: Any) -> None:
     assert pl.fit_temperature(found) == pytest.approx(temperature, rel=1e-9)
 
 
-@pytest.mark.parametrize("integral", [pl.class_log_probs, pl.probit, pl.laplace_bridge])
+@pytest.mark.parametrize(
+    "integral",
+    [pl.integrals.class_log_probs, pl.integrals.probit, pl.integrals.laplace_bridge],
+)
 def test_linearised_choices_that_are_there(integral: Any) -> None:
     lora, padded, alone, batch = padded_choices()
     posterior = models.laplace(lora, alone, [batch])
     found, expected = (
-        pl.predict(model, posterior, [data], method="linearized", integral=integral)
+        pl.predict(
+            posterior, [data], model=model, method="linearized", integral=integral
+        )
         for model, data in [(padded, of_four(batch)), (alone, batch)]
     )
     assert_padded(found, expected)
@@ -166,7 +180,7 @@ def test_sampled_choices_that_are_there() -> None:
     lora, padded, alone, batch = padded_choices()
     posterior = models.particles(lora, alone)
     found, expected = (
-        pl.predict(model, posterior, [data])
+        pl.predict(posterior, [data], model=model)
         for model, data in [(padded, of_four(batch)), (alone, batch)]
     )
     assert_padded(found, expected)
@@ -185,7 +199,7 @@ def test_each_datum_may_have_choices_of_its_own() -> None:
     batch["labels"] = torch.tensor([0, 2, 1, 3])
     batch["there"] = there
     posterior = models.laplace(lora, model, [batch])
-    found = pl.predict(model, posterior, [batch], method="linearized")
+    found = pl.predict(posterior, [batch], model=model, method="linearized")
     joint = posterior.linearized(
         {n: x for n, x in batch.items() if n != "labels"}, joint=True
     ).marginals()
@@ -207,7 +221,7 @@ def test_each_datum_may_have_choices_of_its_own() -> None:
             assert found.aleatoric_entropy[row] == 0
             continue
         del one["labels"]
-        expected = pl.predict(alone, posterior, [one], method="linearized")
+        expected = pl.predict(posterior, [one], model=alone, method="linearized")
         assert_close(found.probs[row][on], expected.probs[0], rtol=0, atol=1e-9)
 
 

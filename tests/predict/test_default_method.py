@@ -54,7 +54,9 @@ def test_the_default_is_the_posteriors_own(kind: str, num_samples: int | None) -
 
     def predicted(**options: Any) -> pl.Prediction:
         pyro.set_rng_seed(5)
-        return pl.predict(model, posterior, batches, num_samples=num_samples, **options)
+        return pl.predict(
+            posterior, batches, model=model, num_samples=num_samples, **options
+        )
 
     expected = predicted(method=method)
     assert torch.equal(predicted().log_probs, expected.log_probs)
@@ -68,7 +70,9 @@ def test_dropout_goes_by_draws() -> None:
     found = []
     for options in ({}, {"method": "sample"}):
         pyro.set_rng_seed(5)
-        found.append(pl.predict(model, posterior, batches, num_samples=3, **options))
+        found.append(
+            pl.predict(posterior, batches, model=model, num_samples=3, **options)
+        )
     assert torch.equal(found[0].log_probs, found[1].log_probs)
 
 
@@ -83,8 +87,8 @@ def test_a_tree_and_a_diagnosis_follow_the_same_rule(kind: str) -> None:
         tree = pl.to_datatree(posterior, model=model, batches=batches, num_samples=4)
     assert tree["log_likelihood"].attrs["method"] == method
     if kind in ("laplace", "mixture"):
-        held_out = pl.predict(model, posterior, batches, method="linearized")
-        found = pl.diagnose(posterior, model, batches).confidence
+        held_out = pl.predict(posterior, batches, model=model, method="linearized")
+        found = pl.diagnose(posterior, batches, model=model).confidence
         assert isinstance(found, Confidence)
         assert found.overconfidence == held_out.metrics()["overconfidence"]
 
@@ -102,13 +106,13 @@ def test_what_can_not_be_linearised_goes_by_draws_and_says_so() -> None:
         student(x, lora, labels)
 
     batches = [{"x": torch.randn(8, 3).double(), "labels": torch.zeros(8).double()}]
-    posterior = models.laplace(lora, model, batches, pl.dense)
+    posterior = models.laplace(lora, model, batches, pl.structures.Dense())
     found = []
     for options in ({}, {"method": "sample"}):
         pyro.set_rng_seed(5)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            found.append(pl.predict(model, posterior, batches, **options))
+            found.append(pl.predict(posterior, batches, model=model, **options))
         said = [str(w.message) for w in caught]
         assert len(said) == (not options), said
         assert all("StudentT has no linear predictor" in text for text in said)
@@ -133,12 +137,12 @@ def test_draws_that_are_kept_are_of_one_batch() -> None:
     model, batches, kinds = posteriors()
     laplace, _ = kinds["laplace"]
     with pytest.raises(ValueError, match=r"second batch.*method='sample'"):
-        pl.predict(model, laplace, batches, keep_draws=True)
+        pl.predict(laplace, batches, model=model, keep_draws=True)
     whole = models.resized(batches, 10)
-    found = pl.predict(model, laplace, whole, keep_draws=True, num_samples=5)
+    found = pl.predict(laplace, whole, model=model, keep_draws=True, num_samples=5)
     assert found.draw_log_probs is not None
     assert found.draw_log_probs.shape == (5, 10, 2)
-    exact = pl.predict(model, laplace, whole, method="linearized")
+    exact = pl.predict(laplace, whole, model=model, method="linearized")
     assert_close(found.log_probs, exact.log_probs, rtol=0, atol=1e-10)
 
 
@@ -196,13 +200,15 @@ def trained(num_outputs: str = "classes") -> tuple[Any, Any, dict[str, Tensor]]:
 def test_draws_far_worse_than_the_mode_are_told(kind: str, labelled: bool) -> None:
     lora, model, data = trained(kind)
     # Along many directions the data say nothing, and the prior says next to nothing.
-    wide = models.laplace(lora, model, [data], pl.dense).with_prior_precision(1e-4)
+    wide = models.laplace(
+        lora, model, [data], pl.structures.Dense()
+    ).with_prior_precision(1e-4)
     shown = [{k: v[:100] for k, v in data.items() if labelled or k == "x"}] * 2
     pyro.set_rng_seed(0)
     with pytest.warns(UserWarning, match=r"draws of a Gaussian.*'linearized'") as told:
-        found = pl.predict(model, wide, shown, method="sample")
+        found = pl.predict(wide, shown, model=model, method="sample")
     if labelled:
-        mode = pl.predict(model, pl.ensemble(lora, [wide.mode()]), shown)
+        mode = pl.predict(pl.ensemble(lora, [wide.mode()]), shown, model=model)
         for name in {"classes": ["accuracy", "nll"], "reals": ["rmse"]}[kind]:
             for one in (found, mode):
                 number = one.metrics()[name]
@@ -216,7 +222,10 @@ def test_draws_far_worse_than_the_mode_are_told(kind: str, labelled: bool) -> No
 def test_good_draws_pass_without_a_word(kind: str, labelled: bool, sites: Any) -> None:
     lora, model, data = trained(kind)
     guide = pl.AutoLaplace(
-        model, init_loc_fn=lora.init_to_adapter(), structure=pl.dense, sites=sites
+        model,
+        init_loc_fn=lora.init_to_adapter(),
+        structure=pl.structures.Dense(),
+        sites=sites,
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The weights aren't a mode")
@@ -224,4 +233,4 @@ def test_good_draws_pass_without_a_word(kind: str, labelled: bool, sites: Any) -
     # In the last layer's weights the network is linear; in all of them it is nearby.
     good = good.optimize_prior() if sites else good.with_prior_precision(1e4)
     shown = {k: v for k, v in data.items() if labelled or k == "x"}
-    pl.predict(model, good, [shown], method="sample")
+    pl.predict(good, [shown], model=model, method="sample")

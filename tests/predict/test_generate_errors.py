@@ -22,7 +22,7 @@ def assert_refused(message: str, lifted: Any = None, **changed: Any) -> None:
         **changed,
     }
     with pytest.raises(ValueError, match=message):
-        pl.generate(lifted, **settings)
+        pl.generate(lora=lifted, **settings)
 
 
 def test_networks_without_a_continuation() -> None:
@@ -97,7 +97,7 @@ def test_draws_that_cannot_share_a_batch() -> None:
     lifted = pl.lift(network)
     assert_refused("draws in one batch", lifted)
     found = pl.generate(
-        lifted, particles(lifted), **prompts(), max_new_tokens=2, mode="draws"
+        particles(lifted), lora=lifted, **prompts(), max_new_tokens=2, mode="draws"
     )
     assert found.sequences.shape == (3, 3, 7)
 

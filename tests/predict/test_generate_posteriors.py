@@ -108,7 +108,7 @@ def test_the_average_over_its_draws(name: str) -> None:
     torch.manual_seed(1)
     each = adapters(lora, drawn(posterior))
     torch.manual_seed(1)
-    found = pl.generate(lora, posterior, prompt, NUM_DRAWS, max_new_tokens=NEW)
+    found = pl.generate(posterior, prompt, NUM_DRAWS, lora=lora, max_new_tokens=NEW)
     new = averaged_text(each, prompt[0], NEW, END)
     assert torch.equal(found.new_tokens[0, : len(new)], new)
     expected = step_by_step(each, prompt[0], new)
@@ -118,7 +118,7 @@ def test_the_average_over_its_draws(name: str) -> None:
     labels[:, :3] = -100
     torch.manual_seed(1)
     scores = pl.sequence_log_prob(
-        lora, posterior, found.sequences, labels, num_samples=NUM_DRAWS
+        posterior, found.sequences, labels, lora=lora, num_samples=NUM_DRAWS
     )
     assert_close(scores.by_token, found.log_probs.sum(-1))
 
@@ -135,7 +135,7 @@ def test_the_mode_s_text_and_what_the_draws_think_of_it(name: str) -> None:
     each = adapters(lora, drawn(posterior))
     torch.manual_seed(1)
     found = pl.generate(
-        lora, posterior, **prompt, num_samples=3, max_new_tokens=NEW, mode="mode"
+        posterior, lora=lora, **prompt, num_samples=3, max_new_tokens=NEW, mode="mode"
     )
     assert torch.equal(found.sequences, own)
     new = found.new_tokens[0]
@@ -150,7 +150,7 @@ def test_the_mode_s_text_and_what_the_draws_think_of_it(name: str) -> None:
 def test_a_point_has_no_epistemic_entropy() -> None:
     lora = lifted()
     guide = stock(AutoDelta)(lora)
-    found = pl.generate(lora, guide, **prompts(), max_new_tokens=NEW)
+    found = pl.generate(guide, lora=lora, **prompts(), max_new_tokens=NEW)
     assert_close(found.epistemic_entropy, torch.zeros_like(found.log_probs))
     assert found.total_entropy.max() > 0.1
 
@@ -171,7 +171,7 @@ def test_a_prior_that_is_not_centred() -> None:
     weights = {site: torch.stack([d[site] for d in draws]) for site in lora.sites}
     each = adapters(lora, {site: value.detach() for site, value in weights.items()})
     torch.manual_seed(1)
-    found = pl.generate(lora, guide, prompt, NUM_DRAWS, max_new_tokens=NEW)
+    found = pl.generate(guide, prompt, NUM_DRAWS, lora=lora, max_new_tokens=NEW)
     new = averaged_text(each, prompt[0], NEW, END)
     assert torch.equal(found.new_tokens[0, : len(new)], new)
     expected = step_by_step(each, prompt[0], new)
@@ -181,7 +181,11 @@ def test_a_prior_that_is_not_centred() -> None:
 def test_every_particle_comes_once() -> None:
     lora = lifted()
     posterior = particles(lora, 5)
-    found = pl.generate(lora, posterior, **prompts(), max_new_tokens=2, mode="draws")
+    found = pl.generate(
+        posterior, lora=lora, **prompts(), max_new_tokens=2, mode="draws"
+    )
     assert found.sequences.shape == (5, 3, 7)
-    some = pl.generate(lora, laplace(lora), **prompts(), max_new_tokens=2, mode="draws")
+    some = pl.generate(
+        laplace(lora), lora=lora, **prompts(), max_new_tokens=2, mode="draws"
+    )
     assert some.sequences.shape == (8, 3, 7)

@@ -81,7 +81,7 @@ def test_the_average_is_that_of_every_token(name: str, padded: bool) -> None:
     if not padded:
         given = {k: v[:1] for k, v in given.items()}
         assert given["attention_mask"].all()
-    found = pl.generate(lifted, posterior, **given, max_new_tokens=NEW)
+    found = pl.generate(posterior, lora=lifted, **given, max_new_tokens=NEW)
     each = adapters(lifted, posterior.sample(3))
     atol = TOLERANCE[name] if padded else 1e-8
     for row in range(len(given["input_ids"])):
@@ -96,7 +96,9 @@ def test_the_average_is_that_of_every_token(name: str, padded: bool) -> None:
 def test_each_draw_has_its_own_text() -> None:
     lifted = pl.lift(llama())
     posterior, given = particles(lifted), prompts()
-    found = pl.generate(lifted, posterior, **given, max_new_tokens=NEW, mode="draws")
+    found = pl.generate(
+        posterior, lora=lifted, **given, max_new_tokens=NEW, mode="draws"
+    )
     assert found.sequences.shape == (3, 3, 5 + NEW)
     each = adapters(lifted, posterior.sample(3))
     for draw, network in enumerate(each):
@@ -110,10 +112,10 @@ def test_each_draw_has_its_own_text() -> None:
 def test_finished_rows_are_padded_and_certain() -> None:
     lifted = pl.lift(llama())
     posterior, given = particles(lifted), prompts()
-    free = pl.generate(lifted, posterior, **given, max_new_tokens=NEW)
+    free = pl.generate(posterior, lora=lifted, **given, max_new_tokens=NEW)
     end = int(free.new_tokens[0, 1])
     found = pl.generate(
-        lifted, posterior, **given, max_new_tokens=NEW, eos_token_id=end
+        posterior, lora=lifted, **given, max_new_tokens=NEW, eos_token_id=end
     )
     rows = [row.tolist() for row in free.new_tokens]
     lengths = [row.index(end) + 1 if end in row else NEW for row in rows]
@@ -154,8 +156,8 @@ def test_one_draw_samples_what_peft_does(mode: Any, settings: dict[str, Any]) ->
     )
     torch.manual_seed(3)
     found = pl.generate(
-        lifted,
         posterior,
+        lora=lifted,
         **given,
         max_new_tokens=NEW,
         do_sample=True,
@@ -176,14 +178,14 @@ def test_one_draw_follows_the_generation_config() -> None:
     posterior, given = particles(lifted, 1), prompts(4)
     (alone,) = adapters(lifted, posterior.sample(1))
     own = alone.generate(**given, max_new_tokens=NEW, do_sample=False)
-    found = pl.generate(lifted, posterior, **given, max_new_tokens=NEW)
+    found = pl.generate(posterior, lora=lifted, **given, max_new_tokens=NEW)
     assert torch.equal(found.sequences, own)
     config.update(repetition_penalty=1.0)
-    without = pl.generate(lifted, posterior, **given, max_new_tokens=NEW)
+    without = pl.generate(posterior, lora=lifted, **given, max_new_tokens=NEW)
     assert not torch.equal(found.sequences, without.sequences)
     penalty = RepetitionPenaltyLogitsProcessor(1.8)
     given_one = pl.generate(
-        lifted, posterior, **given, max_new_tokens=NEW, logits_processor=[penalty]
+        posterior, lora=lifted, **given, max_new_tokens=NEW, logits_processor=[penalty]
     )
     assert torch.equal(given_one.sequences, own)
 
@@ -198,9 +200,9 @@ def test_samples_of_the_average_follow_it() -> None:
     def sampled(seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
         found = pl.generate(
-            lifted,
             posterior,
             prompt.repeat(num, 1),
+            lora=lifted,
             **settings,
             generator=generator,
         )
@@ -229,7 +231,7 @@ def test_the_global_seed_decides_where_no_generator_is_given() -> None:
     texts = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
-        texts.append(pl.generate(lifted, posterior, **given, **settings).sequences)
+        texts.append(pl.generate(posterior, lora=lifted, **given, **settings).sequences)
     assert torch.equal(texts[0], texts[1])
     assert not torch.equal(texts[0], texts[2])
 
@@ -243,7 +245,9 @@ def test_the_cache_is_used_for_all_draws_at_once() -> None:
         with_kwargs=True,
     )
     given = prompts()
-    pl.generate(lifted, particles(lifted), **given, max_new_tokens=3, eos_token_id=[])
+    pl.generate(
+        particles(lifted), lora=lifted, **given, max_new_tokens=3, eos_token_id=[]
+    )
     # Three prompts under three draws; then the texts' scores, in one pass.
     assert shapes == [(9, 5), (9, 1), (9, 1), (9, 8)]
 
@@ -255,8 +259,8 @@ def test_the_network_is_left_as_it_was() -> None:
     network.train()
     before = {name: value.clone() for name, value in network.state_dict().items()}
     config = network.get_base_model().generation_config.to_dict()
-    first = pl.generate(lifted, posterior, **given, max_new_tokens=3)
-    second = pl.generate(lifted, posterior, **given, max_new_tokens=3)
+    first = pl.generate(posterior, lora=lifted, **given, max_new_tokens=3)
+    second = pl.generate(posterior, lora=lifted, **given, max_new_tokens=3)
     assert torch.equal(first.sequences, second.sequences)  # no dropout
     assert_close(first.total_entropy, second.total_entropy, rtol=0, atol=0)
     assert all(module.training for module in network.modules())
@@ -270,7 +274,7 @@ def test_brain_floats_score_in_single_precision() -> None:
     wide = pl.lift(copy.deepcopy(network).double())
     lifted = pl.lift(network)
     posterior, given = particles(lifted), prompts()
-    found = pl.generate(lifted, posterior, **given, max_new_tokens=NEW)
+    found = pl.generate(posterior, lora=lifted, **given, max_new_tokens=NEW)
     assert found.total_entropy.dtype == found.log_probs.dtype == torch.float32
     weights = {s: w.double() for s, w in posterior.sample(3).items()}
     each = adapters(wide, weights)
@@ -300,11 +304,11 @@ class Refusing(LogitsProcessor):
 def test_a_banned_token_stays_out_of_the_average() -> None:
     lifted = pl.lift(llama())
     posterior, given = particles(lifted), prompts()
-    free = pl.generate(lifted, posterior, **given, max_new_tokens=NEW)
+    free = pl.generate(posterior, lora=lifted, **given, max_new_tokens=NEW)
     token = int(free.new_tokens[0, 0])
     found = pl.generate(
-        lifted,
         posterior,
+        lora=lifted,
         **given,
         max_new_tokens=NEW,
         logits_processor=[Refusing(token)],

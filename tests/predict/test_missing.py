@@ -112,8 +112,8 @@ def test_metrics_are_those_of_the_data_that_count(
         if method == "sample"
         else models.laplace(lora, model, batches)
     )
-    found = pl.predict(model, posterior, batches, method=method)
-    alone = pl.predict(model, posterior, rows, method=method)
+    found = pl.predict(posterior, batches, model=model, method=method)
+    alone = pl.predict(posterior, rows, model=model, method=method)
     assert found.metrics() == pytest.approx(alone.metrics(), abs=1e-10)
     assert found.labels is not None
     assert len(found.labels) == NUM_DATA
@@ -130,7 +130,7 @@ def test_metrics_of_data_with_some_of_their_outcomes() -> None:
     lora, model, batches, _ = problem(several_reals)
     for batch in batches:
         batch["labels"][1, 0] = torch.nan
-    found = pl.predict(model, models.particles(lora, model), batches)
+    found = pl.predict(models.particles(lora, model), batches, model=model)
     labels = found.labels
     known = ~labels.isnan()
     error = (found.mean - labels)[known]
@@ -145,7 +145,7 @@ def test_metrics_of_data_with_some_of_their_outcomes() -> None:
 def test_no_label_that_counts_is_an_error(observe: Observe) -> None:
     lora, model, batches, _ = problem(observe)
     nothing = [{**b, "seen": torch.zeros_like(b["seen"])} for b in batches]
-    found = pl.predict(model, models.particles(lora, model), nothing)
+    found = pl.predict(models.particles(lora, model), nothing, model=model)
     with pytest.raises(ValueError, match="all are masked or missing"):
         found.metrics()
     posterior = models.laplace(lora, model, batches)
@@ -158,7 +158,7 @@ def test_a_label_that_counts_must_be_one(observe: Observe) -> None:
     lora, model, batches, _ = problem(observe)
     counted = [batches[0], {**batches[1], "seen": torch.ones(4, dtype=torch.bool)}]
     with pytest.raises(ValueError, match="Batch 1, site 'y': the observed value"):
-        pl.predict(model, models.particles(lora, model), counted)
+        pl.predict(models.particles(lora, model), counted, model=model)
     posterior = models.laplace(lora, model, batches)
     with pytest.raises(ValueError, match=r"Batch 1.*'y': the observed value"):
         posterior.optimize_prior(objective="nll", batches=counted)
@@ -215,7 +215,7 @@ def test_a_diagnosis_is_of_the_data_that_count(observe: Observe) -> None:
         models.particles(lora, model),
     ):
         found, alone = (
-            pl.diagnose(posterior, model, batches, held_out=some, num_samples=25)
+            pl.diagnose(posterior, batches, model=model, held_out=some, num_samples=25)
             for some in (batches, rows)
         )
         assert found.confidence is not None
@@ -244,7 +244,7 @@ def test_masked_texts_have_no_token_that_counts() -> None:
     posterior = models.particles(lora, model)
     for tokens in ("each", "last"):
         found, alone = (
-            pl.predict(model, posterior, [some], tokens=tokens)
+            pl.predict(posterior, [some], model=model, tokens=tokens)
             for some in (texts, rows)
         )
         assert found.metrics() == pytest.approx(alone.metrics(), abs=1e-6)

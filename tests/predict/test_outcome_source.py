@@ -89,7 +89,7 @@ def test_a_site_is_scored_against_its_own_outcomes(
         posterior = guide.laplace_approximation(both)
     posterior = posterior.with_prior_precision(1e4)  # draws near the mode
     found = pl.predict(
-        model, posterior, batches, obs_site=site, method=method, num_samples=3
+        posterior, batches, model=model, obs_site=site, method=method, num_samples=3
     )
     expected = joined(batches, "labels")
     if site == "s":
@@ -131,7 +131,9 @@ def test_an_argument_that_is_named_is_taken_at_its_word() -> None:
     def taking_others(other: Tensor, **batch: Any) -> None:
         model(**batch)
 
-    found = pl.predict(taking_others, posterior, batches, obs_site="s", labels="other")
+    found = pl.predict(
+        posterior, batches, model=taking_others, obs_site="s", labels="other"
+    )
     assert_close(found.labels, joined(batches, "other"))
 
 
@@ -140,7 +142,7 @@ def test_two_observed_sites_and_no_name_are_refused() -> None:
     model = two_outcomes(lora, SAME["itself"])
     posterior = models.particles(lora, None, obs_site=None)
     with pytest.raises(ValueError, match=r"found \['y', 's'\].*obs_site="):
-        pl.predict(model, posterior, with_stars())
+        pl.predict(posterior, with_stars(), model=model)
 
 
 def test_labels_that_only_some_batches_have() -> None:
@@ -153,7 +155,7 @@ def test_labels_that_only_some_batches_have() -> None:
             for i, batch in enumerate(batches)
         ]
         with pytest.raises(ValueError, match=r"Batch 1 has (no )?'labels'"):
-            pl.predict(model, posterior, some)
+            pl.predict(posterior, some, model=model)
 
 
 def test_outcomes_of_the_model_itself_count() -> None:
@@ -166,7 +168,7 @@ def test_outcomes_of_the_model_itself_count() -> None:
         with pyro.plate("data", NUM):
             pyro.sample("y", dist.Categorical(logits=logits), obs=labels)
 
-    found = pl.predict(model, models.particles(lora, model), [texts])
+    found = pl.predict(models.particles(lora, model), [texts], model=model)
     assert found.labels is not None
     assert torch.equal(found.labels, labels)
 
@@ -186,8 +188,11 @@ def test_held_out_tuning_and_diagnoses_take_the_sites_own() -> None:
     expected = posterior.optimize_prior(objective="nll", batches=alone)
     for site, tau in expected.prior_precision.items():
         assert torch.equal(found.prior_precision[site], tau)
-    coverage = pl.diagnose(posterior, model, batches).confidence
-    assert coverage == pl.diagnose(posterior, model, batches, labels="stars").confidence
+    coverage = pl.diagnose(posterior, batches, model=model).confidence
+    assert (
+        coverage
+        == pl.diagnose(posterior, batches, model=model, labels="stars").confidence
+    )
     tree = pl.to_datatree(posterior, batches=batches, num_samples=3)
     named = pl.to_datatree(posterior, batches=batches, num_samples=3, labels="stars")
     assert set(tree["constant_data"]) == set(named["constant_data"])

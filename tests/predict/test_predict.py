@@ -25,7 +25,7 @@ def test_particles_equal_a_loop(num_labels: int) -> None:
     lora, model = models.classifier(num_labels)
     batches = models.two_batches(num_labels)
     posterior = models.particles(lora, model)
-    found = pl.predict(model, posterior, batches)
+    found = pl.predict(posterior, batches, model=model)
     probs, aleatoric = models.averaged(lora, posterior.particles, batches)
     assert_close(found.probs, probs, rtol=0, atol=1e-10)
     assert_close(found.log_probs, probs.log(), rtol=0, atol=1e-10)
@@ -49,7 +49,7 @@ def test_more_draws_than_one_pass_holds_equal_a_loop() -> None:
     batches = models.two_batches()
     posterior = models.particles(lora, model, num=2 * draws.DRAWS_AT_ONCE + 1)
     probs, aleatoric = models.averaged(lora, posterior.particles, batches)
-    found = pl.predict(model, posterior, batches)
+    found = pl.predict(posterior, batches, model=model)
     assert_close(found.probs, probs, rtol=0, atol=1e-10)
     assert_close(found.aleatoric_entropy, aleatoric, rtol=0, atol=1e-10)
     # The first finds the model's plates, and which labels count.
@@ -61,7 +61,7 @@ def test_as_many_draws_as_data_are_not_mixed_up() -> None:
     batches = [networks.batch(5), networks.batch(5)]
     posterior = models.particles(lora, model, num=5)
     probs, _ = models.averaged(lora, posterior.particles, batches)
-    assert_close(pl.predict(model, posterior, batches).probs, probs)
+    assert_close(pl.predict(posterior, batches, model=model).probs, probs)
 
 
 def test_laplace_draws_are_those_of_the_posterior() -> None:
@@ -69,7 +69,7 @@ def test_laplace_draws_are_those_of_the_posterior() -> None:
     batches = models.two_batches()
     posterior = models.laplace(lora, model, batches)
     pyro.set_rng_seed(3)
-    found = pl.predict(model, posterior, batches, method="sample", num_samples=4)
+    found = pl.predict(posterior, batches, model=model, method="sample", num_samples=4)
     pyro.set_rng_seed(3)
     probs, aleatoric = models.averaged(lora, posterior.sample(4), batches)
     assert_close(found.probs, probs)
@@ -85,7 +85,7 @@ def test_the_batch_size_changes_nothing() -> None:
         pyro.set_rng_seed(1)
         resized = models.resized(batches, size)
         results.append(
-            pl.predict(model, posterior, resized, method="sample", num_samples=11)
+            pl.predict(posterior, resized, model=model, method="sample", num_samples=11)
         )
     for other in results[1:]:
         assert_close(other.probs, results[0].probs, rtol=0, atol=1e-10)
@@ -99,7 +99,9 @@ def test_the_seed_decides() -> None:
 
     def probs(seed: int) -> Tensor:
         pyro.set_rng_seed(seed)
-        found = pl.predict(model, posterior, batches, method="sample", num_samples=3)
+        found = pl.predict(
+            posterior, batches, model=model, method="sample", num_samples=3
+        )
         return found.probs
 
     assert torch.equal(probs(1), probs(1))
@@ -114,7 +116,7 @@ def test_sampling_converges_to_64_draws_without_being_asked() -> None:
         counts.append(1)
         return models.guide_over(lora.weights())()
 
-    pl.predict(model, guide, models.two_batches())
+    pl.predict(guide, models.two_batches(), model=model)
     assert len(counts) == 64
 
 
@@ -132,7 +134,7 @@ def test_stock_guides_equal_a_loop(family: Any) -> None:
     guide = family(model, init_loc_fn=lora.init_to_adapter())
     guide(**batches[0])
     pyro.set_rng_seed(5)
-    found = pl.predict(model, guide, batches, num_samples=3)
+    found = pl.predict(guide, batches, model=model, num_samples=3)
     pyro.set_rng_seed(5)
     drawn = [guide(**batches[0]) for _ in range(3)]
     weights = {s: torch.stack([d[s] for d in drawn]).detach() for s in lora.sites}
@@ -144,7 +146,8 @@ def test_an_untrained_guide_is_set_up_with_labels() -> None:
     lora, model = models.classifier()
     guide = autoguide.AutoNormal(model, init_loc_fn=lora.init_to_adapter())
     assert (
-        len(pl.predict(model, guide, models.two_batches(), num_samples=1).probs) == 10
+        len(pl.predict(guide, models.two_batches(), model=model, num_samples=1).probs)
+        == 10
     )
 
 
@@ -155,7 +158,7 @@ def test_probabilities_are_averaged_in_log_space() -> None:
     weights["head.classifier.bias"] = torch.tensor([[[900.0, 0.0]]] * 3).double()
     posterior = pl.ParticlePosterior(weights, (lora,), model, "y")
     batches = [networks.batch(4) | {"labels": torch.ones(4, dtype=torch.long)}]
-    found = pl.predict(model, posterior, batches)
+    found = pl.predict(posterior, batches, model=model)
     each = torch.stack(
         [
             models.logits_at(lora, models.draw(weights, s), batches[0]).log_softmax(-1)
@@ -182,7 +185,7 @@ def test_a_bernoulli_likelihood_has_two_classes() -> None:
     lora, _ = models.classifier(1)
     model, batches = bernoulli(lora), models.two_batches()
     posterior = models.particles(lora, model)
-    found = pl.predict(model, posterior, batches)
+    found = pl.predict(posterior, batches, model=model)
     p = torch.cat(
         [
             sum(
@@ -220,7 +223,7 @@ def test_other_latent_variables_go_with_their_draw(shape: tuple[int, ...]) -> No
         .div(4)
         for s in range(4)
     )
-    assert_close(pl.predict(model, posterior, [batch]).probs, expected)
+    assert_close(pl.predict(posterior, [batch], model=model).probs, expected)
 
 
 def test_latent_variables_in_a_plate_of_their_own() -> None:
@@ -246,7 +249,7 @@ def test_latent_variables_in_a_plate_of_their_own() -> None:
         .div(3)
         for s in range(3)
     )
-    assert_close(pl.predict(model, posterior, [batch]).probs, expected)
+    assert_close(pl.predict(posterior, [batch], model=model).probs, expected)
 
 
 def test_recorded_values_are_no_likelihood() -> None:
@@ -260,8 +263,8 @@ def test_recorded_values_are_no_likelihood() -> None:
 
     posterior = models.particles(lora, model, obs_site=None)
     batches = models.two_batches()
-    expected = pl.predict(plain, posterior, batches)
-    assert_close(pl.predict(model, posterior, batches).probs, expected.probs)
+    expected = pl.predict(posterior, batches, model=plain)
+    assert_close(pl.predict(posterior, batches, model=model).probs, expected.probs)
 
 
 def test_a_model_without_plates() -> None:
@@ -273,7 +276,7 @@ def test_a_model_without_plates() -> None:
     posterior = models.particles(lora, model, num=4)
     batches = [networks.batch(4)]
     probs, _ = models.averaged(lora, posterior.particles, batches)
-    assert_close(pl.predict(model, posterior, batches).probs, probs)
+    assert_close(pl.predict(posterior, batches, model=model).probs, probs)
 
 
 def test_labels_stay_hidden_from_the_model() -> None:
@@ -289,7 +292,7 @@ def test_labels_stay_hidden_from_the_model() -> None:
             pyro.sample("y", dist.Categorical(logits=logits), obs=labels)
 
     batches, posterior = models.two_batches(), models.particles(lora, model)
-    found = pl.predict(model, posterior, batches)
+    found = pl.predict(posterior, batches, model=model)
     # Runs of the first batch have them, which ask for no more than which argument
     # they are, and which of them count.
     assert all(x is None for x in seen[-1:])
@@ -301,24 +304,26 @@ def test_labels_stay_hidden_from_the_model() -> None:
 def test_without_labels_there_are_none() -> None:
     lora, model = models.classifier()
     batches = [networks.inputs(b) for b in models.two_batches()]
-    assert pl.predict(model, models.particles(lora, model), batches).labels is None
+    assert (
+        pl.predict(models.particles(lora, model), batches, model=model).labels is None
+    )
 
 
 def test_dropout_is_off_and_comes_back() -> None:
     lora, model = models.classifier(network=networks.bert(dropout=0.5))
     batches = models.two_batches()
     posterior = models.particles(lora, model)
-    expected = pl.predict(model, posterior, batches).probs
+    expected = pl.predict(posterior, batches, model=model).probs
     lora.network.train()
     training = {n: m.training for n, m in lora.network.named_modules()}
-    assert_close(pl.predict(model, posterior, batches).probs, expected)
+    assert_close(pl.predict(posterior, batches, model=model).probs, expected)
     assert {n: m.training for n, m in lora.network.named_modules()} == training
 
 
 def test_nothing_is_trained_or_stored() -> None:
     lora, model = models.classifier()
     before = lora.weights()
-    found = pl.predict(model, models.particles(lora, model), models.two_batches())
+    found = pl.predict(models.particles(lora, model), models.two_batches(), model=model)
     assert not found.log_probs.requires_grad
     assert all(p.grad is None for p in lora.network.parameters())
     assert all(torch.equal(x, before[s]) for s, x in lora.weights().items())
@@ -335,7 +340,7 @@ def test_parameters_of_the_model_leave_no_graph() -> None:
             pyro.sample("y", dist.Categorical(logits=logits), obs=labels)
 
     posterior = models.particles(lora, model)
-    found = pl.predict(model, posterior, models.two_batches())
+    found = pl.predict(posterior, models.two_batches(), model=model)
     assert not found.log_probs.requires_grad
 
 
@@ -352,7 +357,10 @@ def test_batches_are_streamed() -> None:
             yield batch
             del batch
 
-    assert len(pl.predict(model, models.particles(lora, model), batches()).probs) == 20
+    assert (
+        len(pl.predict(models.particles(lora, model), batches(), model=model).probs)
+        == 20
+    )
 
 
 def expected_sigmoid(mean: Tensor, sd: Tensor) -> Tensor:
@@ -374,7 +382,7 @@ def test_linearized_integrates_over_gaussian_logits() -> None:
     lora, model = models.classifier()
     batches = models.two_batches()
     posterior = models.laplace(lora, model, batches)
-    found = pl.predict(model, posterior, batches, method="linearized")
+    found = pl.predict(posterior, batches, model=model, method="linearized")
     p = []
     for batch in batches:
         logits = posterior.linearized(batch)
@@ -387,7 +395,10 @@ def test_linearized_integrates_over_gaussian_logits() -> None:
     assert found.labels is not None
 
 
-@pytest.mark.parametrize("integral", [pl.class_log_probs, pl.probit, pl.laplace_bridge])
+@pytest.mark.parametrize(
+    "integral",
+    [pl.integrals.class_log_probs, pl.integrals.probit, pl.integrals.laplace_bridge],
+)
 @pytest.mark.parametrize("num_labels", [2, 3])
 def test_linearized_by_the_integral_of_choice(integral: Any, num_labels: int) -> None:
     lora, model = models.classifier(num_labels)
@@ -395,13 +406,15 @@ def test_linearized_by_the_integral_of_choice(integral: Any, num_labels: int) ->
     parts = [models.laplace(lora, model, batches)]
     parts.append(parts[0].with_prior_precision(50.0))
     mixture = pl.MixturePosterior(parts)
-    found = pl.predict(model, mixture, batches, method="linearized", integral=integral)
+    found = pl.predict(
+        mixture, batches, model=model, method="linearized", integral=integral
+    )
     each = [
         torch.cat([integral(part.linearized(batch)).exp() for batch in batches])
         for part in parts
     ]
     assert_close(found.probs, sum(each) / 2, rtol=0, atol=1e-7)
-    exact = pl.predict(model, mixture, batches, method="linearized")
+    exact = pl.predict(mixture, batches, model=model, method="linearized")
     assert torch.equal(found.aleatoric_entropy, exact.aleatoric_entropy)
 
 
@@ -409,11 +422,11 @@ def test_linearized_works_without_grad_and_leaves_no_graph() -> None:
     lora, model = models.classifier()
     batches = models.two_batches()
     posterior = models.laplace(lora, model, batches)
-    expected = pl.predict(model, posterior, batches, method="linearized")
+    expected = pl.predict(posterior, batches, model=model, method="linearized")
     assert not expected.log_probs.requires_grad
     assert not expected.aleatoric_entropy.requires_grad
     with torch.no_grad():
-        found = pl.predict(model, posterior, batches, method="linearized")
+        found = pl.predict(posterior, batches, model=model, method="linearized")
     assert torch.equal(found.log_probs, expected.log_probs)
 
 
@@ -421,9 +434,9 @@ def test_linearized_needs_no_labels() -> None:
     lora, model = models.classifier(3)
     batches = models.two_batches(3)
     posterior = models.laplace(lora, model, batches)
-    with_labels = pl.predict(model, posterior, batches, method="linearized")
+    with_labels = pl.predict(posterior, batches, model=model, method="linearized")
     bare = [networks.inputs(b) for b in batches]
-    found = pl.predict(model, posterior, bare, method="linearized")
+    found = pl.predict(posterior, bare, model=model, method="linearized")
     assert torch.equal(found.log_probs, with_labels.log_probs)
     assert found.labels is None
 
@@ -435,8 +448,8 @@ def test_a_mixture_averages_its_components() -> None:
     parts = [first, first.with_prior_precision(50.0), first.with_prior_precision(0.5)]
     pi = [0.5, 0.2, 0.3]
     mixture = pl.MixturePosterior(parts, pi)
-    found = pl.predict(model, mixture, batches, method="linearized")
-    each = [pl.predict(model, p, batches, method="linearized") for p in parts]
+    found = pl.predict(mixture, batches, model=model, method="linearized")
+    each = [pl.predict(p, batches, model=model, method="linearized") for p in parts]
     probs = sum(w * p.probs for w, p in zip(pi, each, strict=True))
     aleatoric = sum(w * p.aleatoric_entropy for w, p in zip(pi, each, strict=True))
     assert_close(found.probs, probs, rtol=0, atol=1e-12)
@@ -444,7 +457,7 @@ def test_a_mixture_averages_its_components() -> None:
     nested = pl.MixturePosterior(
         [pl.MixturePosterior(parts[:2], pi[:2]), parts[2]], [7, 3]
     )
-    again = pl.predict(model, nested, batches, method="linearized")
+    again = pl.predict(nested, batches, model=model, method="linearized")
     assert_close(again.probs, probs, rtol=0, atol=1e-12)
 
 
@@ -453,8 +466,8 @@ def test_a_component_of_weight_zero_counts_for_nothing() -> None:
     batches = models.two_batches()
     first = models.laplace(lora, model, batches)
     mixture = pl.MixturePosterior([first, first.with_prior_precision(50.0)], [1.0, 0.0])
-    found = pl.predict(model, mixture, batches, method="linearized")
-    alone = pl.predict(model, first, batches, method="linearized")
+    found = pl.predict(mixture, batches, model=model, method="linearized")
+    alone = pl.predict(first, batches, model=model, method="linearized")
     assert_close(found.probs, alone.probs)
 
 
@@ -469,16 +482,16 @@ def test_linearized_refuses_what_has_no_gaussian() -> None:
         (guide, "function"),
     ]:
         with pytest.raises(ValueError, match=f"found {name}. Use method='sample'"):
-            pl.predict(model, other, batches, method="linearized")
+            pl.predict(other, batches, model=model, method="linearized")
 
 
 def test_linearized_is_of_the_model_given() -> None:
     lora, model = models.classifier()
     batches = models.two_batches()
     posterior = models.laplace(lora, model, batches)
-    expected = pl.predict(model, posterior, batches, method="linearized")
+    expected = pl.predict(posterior, batches, model=model, method="linearized")
     loaded = replace(posterior, model=None)
-    found = pl.predict(model, loaded, batches, method="linearized")
+    found = pl.predict(loaded, batches, model=model, method="linearized")
     assert torch.equal(found.log_probs, expected.log_probs)
 
     def halved(labels: Tensor | None = None, **inputs: Tensor) -> None:
@@ -486,11 +499,11 @@ def test_linearized_is_of_the_model_given() -> None:
         with pyro.plate("data", models.NUM_DATA, subsample=inputs["input_ids"]):
             pyro.sample("y", dist.Categorical(logits=logits), obs=labels)
 
-    changed = pl.predict(halved, posterior, batches, method="linearized")
+    changed = pl.predict(posterior, batches, model=halved, method="linearized")
     direct = replace(posterior, model=halved).linearized(batches[0])
     assert_close(
         changed.log_probs[: len(direct.mean)],
-        pl.class_log_probs(direct).log_softmax(-1),
+        pl.integrals.class_log_probs(direct).log_softmax(-1),
     )
 
 
@@ -499,7 +512,7 @@ def test_linearized_refuses_another_site() -> None:
     batches = models.two_batches()
     posterior = models.laplace(lora, model, batches)
     with pytest.raises(ValueError, match=r"'z', but the posterior was made for.*'y'"):
-        pl.predict(model, posterior, batches, method="linearized", obs_site="z")
+        pl.predict(posterior, batches, model=model, method="linearized", obs_site="z")
 
 
 def test_arguments_are_checked() -> None:
@@ -507,18 +520,18 @@ def test_arguments_are_checked() -> None:
     batches = models.two_batches()
     posterior = models.particles(lora, model)
     with pytest.raises(ValueError, match="'sample', 'linearized' or None, found 'glm'"):
-        pl.predict(model, posterior, batches, method="glm")  # type: ignore[arg-type]
+        pl.predict(posterior, batches, model=model, method="glm")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"found a dict. Put a single batch"):
-        pl.predict(model, posterior, batches[0])  # type: ignore[arg-type]
+        pl.predict(posterior, batches[0], model=model)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no batches"):
-        pl.predict(model, posterior, [])
+        pl.predict(posterior, [], model=model)
     with pytest.raises(ValueError, match="num_samples"):
-        pl.predict(model, posterior, batches, num_samples=0)
+        pl.predict(posterior, batches, model=model, num_samples=0)
     with pytest.raises(ValueError, match="no site 'z'"):
-        pl.predict(model, posterior, batches, obs_site="z")
+        pl.predict(posterior, batches, model=model, obs_site="z")
     mixed = [batches[0], networks.inputs(batches[1])]
     with pytest.raises(ValueError, match="Batch 1 has no 'labels'"):
-        pl.predict(model, posterior, mixed)
+        pl.predict(posterior, mixed, model=model)
 
 
 @pytest.mark.parametrize(
@@ -544,7 +557,7 @@ def test_other_likelihoods_are_refused(likelihood: Any, message: str) -> None:
             pyro.sample("y", likelihood(logits))
 
     with pytest.raises(ValueError, match=message):
-        pl.predict(model, models.particles(lora, model), [networks.batch()])
+        pl.predict(models.particles(lora, model), [networks.batch()], model=model)
 
 
 def test_token_likelihoods_without_events_are_refused() -> None:
@@ -559,7 +572,7 @@ def test_token_likelihoods_without_events_are_refused() -> None:
             pyro.sample("y", dist.Bernoulli(logits=logits))
 
     with pytest.raises(ValueError, match=r"'y' has batch shape \(5, 2\).*to_event"):
-        pl.predict(model, models.particles(lora, model), [networks.batch()])
+        pl.predict(models.particles(lora, model), [networks.batch()], model=model)
 
 
 def test_wrong_indexing_of_many_draws_is_found() -> None:
@@ -570,7 +583,7 @@ def test_wrong_indexing_of_many_draws_is_found() -> None:
         pyro.sample("y", dist.Bernoulli(logits=logits))
 
     with pytest.raises(ValueError, match="Index the network's outputs from the right"):
-        pl.predict(model, models.particles(lora, model), [networks.batch()])
+        pl.predict(models.particles(lora, model), [networks.batch()], model=model)
 
 
 def test_a_site_that_the_posterior_lacks_is_named() -> None:
@@ -578,7 +591,7 @@ def test_a_site_that_the_posterior_lacks_is_named() -> None:
     some = {"head.classifier.bias": lora.weights()["head.classifier.bias"]}
     guide = models.guide_over(some)
     with pytest.raises(ValueError, match=r"'lora\.bert.*isn't among those"):
-        pl.predict(model, guide, models.two_batches(), obs_site="y")
+        pl.predict(guide, models.two_batches(), model=model, obs_site="y")
 
 
 def test_local_latent_variables_are_refused() -> None:
@@ -596,7 +609,9 @@ def test_local_latent_variables_are_refused() -> None:
             pyro.sample("noise", dist.Normal(0.0, 1.0))
 
     with pytest.raises(ValueError, match="'noise' is inside the plate 'data'"):
-        pl.predict(model, guide, models.two_batches(), num_samples=2, obs_site="y")
+        pl.predict(
+            guide, models.two_batches(), model=model, num_samples=2, obs_site="y"
+        )
 
 
 @pytest.mark.gpu
@@ -604,14 +619,14 @@ def test_on_a_gpu_with_labels_on_the_cpu() -> None:
     lora, model = models.classifier()
     batches = models.two_batches()
     posterior = models.particles(lora, model)
-    expected = pl.predict(model, posterior, batches)
+    expected = pl.predict(posterior, batches, model=model)
     lora.network.cuda()
     weights = {s: x.cuda() for s, x in posterior.particles.items()}
     posterior = pl.ParticlePosterior(weights, (lora,), model, "y")
     moved = [
         {n: x if n == "labels" else x.cuda() for n, x in b.items()} for b in batches
     ]
-    found = pl.predict(model, posterior, moved)
+    found = pl.predict(posterior, moved, model=model)
     assert found.log_probs.is_cuda
     assert_close(found.probs.cpu(), expected.probs)
     assert found.metrics() == pytest.approx(expected.metrics(), abs=1e-6)

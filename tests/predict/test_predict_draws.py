@@ -26,7 +26,7 @@ def test_chunks_change_nothing(chunk_size: int) -> None:
     for size in (8, chunk_size):
         pyro.set_rng_seed(4)
         found.append(
-            pl.predict(model, posterior, batches, num_samples=11, chunk_size=size)
+            pl.predict(posterior, batches, model=model, num_samples=11, chunk_size=size)
         )
     assert_close(found[1].log_probs, found[0].log_probs, rtol=0, atol=1e-10)
     assert_close(found[1].aleatoric_entropy, found[0].aleatoric_entropy)
@@ -42,10 +42,10 @@ def test_chunks_bound_what_is_folded() -> None:
         return labels
 
     posterior = models.particles(lora, model, num=5)
-    pl.predict(model, posterior, models.two_batches(), chunk_size=2)
+    pl.predict(posterior, models.two_batches(), model=model, chunk_size=2)
     assert at_once == [1, 2, 2, 1, 2, 2, 1]  # the first finds the model's plates
     with pytest.raises(ValueError, match="chunk_size must be at least 1, found 0"):
-        pl.predict(model, posterior, models.two_batches(), chunk_size=0)
+        pl.predict(posterior, models.two_batches(), model=model, chunk_size=0)
 
 
 @pytest.mark.parametrize(
@@ -65,12 +65,14 @@ def test_the_batch_size_changes_nothing_for_stock_guides(family: Any) -> None:
     for size in (1, 4, 10):
         pyro.set_rng_seed(1)
         resized = models.resized(batches, size)
-        results.append(pl.predict(model, guide, resized, num_samples=5).probs)
+        results.append(pl.predict(guide, resized, model=model, num_samples=5).probs)
     for other in results[1:]:
         assert_close(other, results[0], rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("structure", [pl.kfac_expand, pl.diagonal, pl.dense])
+@pytest.mark.parametrize(
+    "structure", [pl.structures.KFAC(), pl.structures.Diagonal(), pl.structures.Dense()]
+)
 def test_the_batch_size_changes_nothing_for_linearized_networks(
     structure: Any,
 ) -> None:
@@ -81,7 +83,10 @@ def test_the_batch_size_changes_nothing_for_linearized_networks(
     for posterior in (laplace, mixture):
         results = [
             pl.predict(
-                model, posterior, models.resized(batches, size), method="linearized"
+                posterior,
+                models.resized(batches, size),
+                model=model,
+                method="linearized",
             )
             for size in (1, 4, 10)
         ]
@@ -95,7 +100,7 @@ def test_networks_in_bfloat16() -> None:
     lora, model = models.classifier(3, networks.bert(3, dtype=torch.bfloat16))
     batches = models.two_batches(3)
     posterior = models.particles(lora, model)
-    found = pl.predict(model, posterior, batches)
+    found = pl.predict(posterior, batches, model=model)
     assert found.log_probs.dtype == torch.float64
     total = found.log_probs.logsumexp(-1)
     assert_close(total, torch.zeros_like(total), rtol=0, atol=1e-12)
@@ -139,7 +144,7 @@ def test_memory_is_that_of_the_results(method: Any) -> None:
             before.append(live_numbers())
             yield batch
 
-    pl.predict(model, posterior, batches(), method=method, num_samples=4)
+    pl.predict(posterior, batches(), model=model, method=method, num_samples=4)
     # A batch leaves 8 log-probability pairs and 8 entropies; by draws, the mode's, too.
     growth = [b - a for a, b in pairwise(before[1:])]
     assert all(0 < g <= 8 * 6 for g in growth)
@@ -148,7 +153,7 @@ def test_memory_is_that_of_the_results(method: Any) -> None:
 def test_a_progress_bar_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     lora, model = models.classifier()
     posterior = models.particles(lora, model)
-    pl.predict(model, posterior, models.two_batches())
+    pl.predict(posterior, models.two_batches(), model=model)
     assert "Predict" not in capsys.readouterr().err
-    pl.predict(model, posterior, models.two_batches(), progress_bar=True)
+    pl.predict(posterior, models.two_batches(), model=model, progress_bar=True)
     assert "Predict" in capsys.readouterr().err

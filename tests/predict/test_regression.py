@@ -35,9 +35,9 @@ def problem() -> LinearRegression:
 
 def test_linearized_is_bayesian_linear_regression(problem: LinearRegression) -> None:
     found = pl.predict(
-        problem.model,
         problem.laplace(),
         problem.batches,
+        model=problem.model,
         method="linearized",
         labels="y",
     )
@@ -67,9 +67,9 @@ def test_sampling_converges_to_bayesian_linear_regression(
 ) -> None:
     num_samples = 4000
     found = pl.predict(
-        problem.model,
         problem.laplace(),
         problem.batches,
+        model=problem.model,
         num_samples=num_samples,
         chunk_size=1000,
         labels="y",
@@ -82,9 +82,9 @@ def test_sampling_converges_to_bayesian_linear_regression(
     assert ((ratio - 1).abs() < 5 * math.sqrt(2 / num_samples)).all()
     assert_close(found.noise_variance, torch.full_like(mean, NOISE_SD**2))
     exact = pl.predict(
-        problem.model,
         problem.laplace(),
         problem.batches,
+        model=problem.model,
         method="linearized",
         labels="y",
     )
@@ -97,8 +97,10 @@ def test_a_mixture_of_gaussians_is_one_of_outcomes(problem: LinearRegression) ->
     parts = [first, first.with_prior_precision(20.0)]
     mixture = pl.MixturePosterior([pl.MixturePosterior(parts, [1, 3]), first], [1, 1])
     options: Any = {"method": "linearized", "labels": "y"}
-    found = pl.predict(problem.model, mixture, problem.batches, **options)
-    each = [pl.predict(problem.model, p, problem.batches, **options) for p in parts]
+    found = pl.predict(mixture, problem.batches, model=problem.model, **options)
+    each = [
+        pl.predict(p, problem.batches, model=problem.model, **options) for p in parts
+    ]
     pi = [0.125 + 0.5, 0.375]
     log_probs = torch.stack(
         [math.log(w) + p.log_prob(problem.y) for w, p in zip(pi, each, strict=True)]
@@ -186,7 +188,7 @@ def test_a_network_with_latent_noise_equals_a_loop() -> None:
     weights = models.jittered(lora, 5)
     weights["noise"] = torch.rand(5).double() + 0.5
     posterior = pl.ParticlePosterior(weights, (lora,), model, "y")
-    found = pl.predict(model, posterior, batches, chunk_size=2)
+    found = pl.predict(posterior, batches, model=model, chunk_size=2)
     lifted = {site: weights[site] for site in lora.sites}
     loc = torch.stack(
         [
@@ -245,10 +247,12 @@ def test_several_outputs() -> None:
     batches = [
         {"x": part, "labels": torch.randn(len(part), 2).double()} for part in x.split(3)
     ]
-    posterior = models.laplace(outputs.lora, outputs.model, batches, pl.dense)
-    exact = pl.predict(outputs.model, posterior, batches, method="linearized")
+    posterior = models.laplace(
+        outputs.lora, outputs.model, batches, pl.structures.Dense()
+    )
+    exact = pl.predict(posterior, batches, model=outputs.model, method="linearized")
     drawn = pl.predict(
-        outputs.model, posterior, batches, num_samples=3000, chunk_size=1000
+        posterior, batches, model=outputs.model, num_samples=3000, chunk_size=1000
     )
     assert exact.mean.shape == drawn.mean.shape == exact.labels.shape == (8, 2)
     error = 5 * (exact.weight_variance / 3000).sqrt()
@@ -268,13 +272,13 @@ def test_student_likelihood_by_draws_only() -> None:
             pyro.sample("y", dist.StudentT(4.0, loc, 0.5), obs=labels)
 
     batches = [{"x": torch.randn(8, 3).double(), "labels": torch.zeros(8)}]
-    posterior = models.laplace(lora, model, batches, pl.dense)
+    posterior = models.laplace(lora, model, batches, pl.structures.Dense())
     with pytest.warns(UserWarning, match=r"StudentT has no linear predictor.*draws"):
-        found = pl.predict(model, posterior, batches, num_samples=4)
+        found = pl.predict(posterior, batches, model=model, num_samples=4)
     assert_close(found.noise_variance, torch.full((8,), 0.5).double())
     assert_close(found.mean, found.loc.mean(0))
     with pytest.raises(ValueError, match="No linear predictor for StudentT"):
-        pl.predict(model, posterior, batches, method="linearized")
+        pl.predict(posterior, batches, model=model, method="linearized")
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ def test_both_averages(
     lifted = pl.lift(networks.llama(None))
     posterior = particles(lifted)
     given, labels = continuations(padding)
-    found = pl.sequence_log_prob(lifted, posterior, labels=labels, **given)
+    found = pl.sequence_log_prob(posterior, lora=lifted, labels=labels, **given)
     tokens = by_hand(adapters(lifted, posterior.sample(3)), given)  # (S, B, T)
     by_draw = tokens.sum(-1)
     assert_close(found.draws, by_draw, rtol=0, atol=atol)
@@ -60,10 +60,12 @@ def test_a_generated_text_has_its_own_score() -> None:
     lifted = pl.lift(networks.llama(None))
     posterior = particles(lifted)
     prompt = torch.tensor([[5, 23, 42], [7, 8, 9]])
-    text = pl.generate(lifted, posterior, prompt, max_new_tokens=4, eos_token_id=[])
+    text = pl.generate(
+        posterior, prompt, lora=lifted, max_new_tokens=4, eos_token_id=[]
+    )
     labels = text.sequences.clone()
     labels[:, :3] = -100
-    found = pl.sequence_log_prob(lifted, posterior, text.sequences, labels)
+    found = pl.sequence_log_prob(posterior, text.sequences, labels, lora=lifted)
     assert_close(found.by_token, text.log_probs.sum(-1), rtol=0, atol=1e-12)
     assert found.num_tokens.tolist() == [4, 4]
 
@@ -75,7 +77,7 @@ def test_all_texts_of_two_tokens_sum_to_one() -> None:
     ids = torch.cat([torch.full((len(pairs), 1), 5), pairs], 1)
     labels = ids.clone()
     labels[:, 0] = -100
-    found = pl.sequence_log_prob(lifted, posterior, ids, labels)
+    found = pl.sequence_log_prob(posterior, ids, labels, lora=lifted)
     for log_probs in (found.by_sequence, found.by_token, *found.draws):
         assert_close(log_probs.exp().sum().item(), 1.0, rtol=0, atol=1e-12)
 
@@ -83,7 +85,7 @@ def test_all_texts_of_two_tokens_sum_to_one() -> None:
 def test_brain_floats_are_added_in_single_precision() -> None:
     lifted = pl.lift(networks.llama(None, dtype=torch.bfloat16))
     given, labels = continuations()
-    found = pl.sequence_log_prob(lifted, particles(lifted), labels=labels, **given)
+    found = pl.sequence_log_prob(particles(lifted), lora=lifted, labels=labels, **given)
     assert found.by_sequence.dtype == found.by_token.dtype == torch.float32
 
 
@@ -103,11 +105,13 @@ def test_labels_that_are_wrong(message: str, row: int, column: Any, value: Any) 
     labels[1, 3] = 2
     labels[row, column] = given["input_ids"][row, column] if value is None else value
     with pytest.raises(ValueError, match=message):
-        pl.sequence_log_prob(lifted, particles(lifted), labels=labels, **given)
+        pl.sequence_log_prob(particles(lifted), lora=lifted, labels=labels, **given)
 
 
 def test_labels_of_another_shape() -> None:
     lifted = pl.lift(networks.llama(None))
     given, labels = continuations()
     with pytest.raises(ValueError, match=r"labels have shape \(4, 6\)"):
-        pl.sequence_log_prob(lifted, particles(lifted), labels=labels[:, 1:], **given)
+        pl.sequence_log_prob(
+            particles(lifted), lora=lifted, labels=labels[:, 1:], **given
+        )

@@ -62,7 +62,9 @@ def by_loops(
 def test_each_token_equals_a_loop(lora: pl.LiftedNetwork, chunk_size: int) -> None:
     model, batches = pl.models.language_model(lora, models.NUM_DATA), text_batches()
     posterior = models.particles(lora, model, num=5)
-    found = pl.predict(model, posterior, batches, tokens="each", chunk_size=chunk_size)
+    found = pl.predict(
+        posterior, batches, model=model, tokens="each", chunk_size=chunk_size
+    )
     assert isinstance(found, pl.TokenPrediction)
     rows = by_loops(lora, posterior.particles, batches)
     assert found.data.tolist() == [r["datum"] for r in rows]
@@ -86,7 +88,9 @@ def test_each_token_equals_a_loop(lora: pl.LiftedNetwork, chunk_size: int) -> No
 
 def test_metrics_of_tokens(lora: pl.LiftedNetwork) -> None:
     model, batches = pl.models.language_model(lora, models.NUM_DATA), text_batches()
-    found = pl.predict(model, models.particles(lora, model), batches, tokens="each")
+    found = pl.predict(
+        models.particles(lora, model), batches, model=model, tokens="each"
+    )
     correct = (found.predicted == found.labels).double()
     metrics = found.metrics()
     assert metrics["accuracy"] == pytest.approx(float(correct.mean()))
@@ -134,7 +138,7 @@ def test_the_last_token(lora: pl.LiftedNetwork, with_labels: bool) -> None:
     last = [[r for r in rows if r["datum"] == n][-1] for n in range(10)]
     if not with_labels:
         batches = [networks.inputs(b) for b in batches]
-    found = pl.predict(model, posterior, batches, tokens="last")
+    found = pl.predict(posterior, batches, model=model, tokens="last")
     mean = torch.stack([r["p"].mean(0) for r in last])
     assert isinstance(found, pl.Prediction)
     assert_close(found.probs, mean)
@@ -167,7 +171,9 @@ def test_linearized_tokens(tokens: Any) -> None:
     posterior = models.laplace(lora, model, batches)
     parts = [posterior, posterior.with_prior_precision(50.0)]
     mixture = pl.MixturePosterior(parts, [0.3, 0.7])
-    found = pl.predict(model, mixture, batches, method="linearized", tokens=tokens)
+    found = pl.predict(
+        mixture, batches, model=model, method="linearized", tokens=tokens
+    )
     probs, labels = [], []
     for batch in batches:
         mask = batch["attention_mask"][:, :3] > 0
@@ -176,7 +182,7 @@ def test_linearized_tokens(tokens: Any) -> None:
             places = [t for t in range(3) if row[t]]
             for t in places[-1:] if tokens == "last" else places:
                 each = [
-                    pl.class_log_probs(
+                    pl.integrals.class_log_probs(
                         pl.GaussianLogits(
                             g.mean[b, t][None], g.covariance_matrix[b, t][None]
                         )
@@ -210,9 +216,9 @@ def test_the_last_tokens_take_one_backward_pass_for_all(
         torch.autograd, "grad", lambda *a, **k: passes.append(1) or grad(*a, **k)
     )
     options: Any = {"method": "linearized"}
-    pl.predict(model, posterior, batches[:1], tokens="last", **options)
+    pl.predict(posterior, batches[:1], model=model, tokens="last", **options)
     assert len(passes) == 1
-    pl.predict(model, posterior, batches[:1], tokens="each", **options)
+    pl.predict(posterior, batches[:1], model=model, tokens="each", **options)
     assert len(passes) == 1 + 3
 
 
@@ -220,24 +226,24 @@ def test_bad_requests_are_named(lora: pl.LiftedNetwork) -> None:
     model, batches = pl.models.language_model(lora, models.NUM_DATA), text_batches()
     posterior = models.particles(lora, model)
     with pytest.raises(ValueError, match=r"tokens='last' or tokens='each'"):
-        pl.predict(model, posterior, batches)
+        pl.predict(posterior, batches, model=model)
     with pytest.raises(ValueError, match="tokens must be 'last', 'each' or None"):
-        pl.predict(model, posterior, batches, tokens="first")
+        pl.predict(posterior, batches, model=model, tokens="first")
     batches[0]["labels"][2] = -100
     with pytest.raises(ValueError, match=r"datum 2 of a batch has no token"):
-        pl.predict(model, posterior, batches, tokens="last")
+        pl.predict(posterior, batches, model=model, tokens="last")
     classifier, plain = models.classifier()
     particles = models.particles(classifier, plain)
     with pytest.raises(ValueError, match="leave tokens out"):
-        pl.predict(plain, particles, models.two_batches(), tokens="last")
+        pl.predict(particles, models.two_batches(), model=plain, tokens="last")
     unlabelled = [networks.inputs(b) for b in batches]
-    found = pl.predict(model, posterior, unlabelled, tokens="each")
+    found = pl.predict(posterior, unlabelled, model=model, tokens="each")
     assert found.text_log_probs is None
     with pytest.raises(ValueError, match="metrics needs labels"):
         found.metrics()
     mixed = [batches[1], unlabelled[0]]
     with pytest.raises(ValueError, match="Batch 1 has no 'labels'"):
-        pl.predict(model, posterior, mixed, tokens="each")
+        pl.predict(posterior, mixed, model=model, tokens="each")
 
 
 def two_outcomes(lora: pl.LiftedNetwork) -> Any:
@@ -265,16 +271,18 @@ def test_one_of_several_sites(with_labels: bool) -> None:
     posterior = models.particles(lora, model, obs_site=None)
     if not with_labels:
         batches = [networks.inputs(b) | {"stars": None} for b in batches]
-    classes = pl.predict(model, posterior, batches, obs_site="y")
+    classes = pl.predict(posterior, batches, model=model, obs_site="y")
     expected = pl.predict(
-        plain,
         posterior,
         [networks.inputs(b) for b in batches]
         if not with_labels
         else batches_of(batches),
+        model=plain,
     )
     assert_close(classes.probs, expected.probs)
-    stars = pl.predict(model, posterior, batches, obs_site="stars", labels="stars")
+    stars = pl.predict(
+        posterior, batches, model=model, obs_site="stars", labels="stars"
+    )
     assert isinstance(stars, pl.RegressionPrediction)
     assert stars.loc.shape == (3, 10)
     if with_labels:
@@ -282,7 +290,7 @@ def test_one_of_several_sites(with_labels: bool) -> None:
             stars.labels.tolist() == torch.cat([b["stars"] for b in batches]).tolist()
         )
         with pytest.raises(ValueError, match=r"isn't among those|obs_site="):
-            pl.predict(model, posterior, batches)
+            pl.predict(posterior, batches, model=model)
 
 
 def batches_of(batches: list[Any]) -> list[Any]:
@@ -302,12 +310,17 @@ def test_several_sites_linearized() -> None:
     with pytest.warns(UserWarning, match="aren't a mode"):
         posterior = guide.laplace_approximation(batches)
     options: Any = {"method": "linearized"}
-    classes = pl.predict(model, posterior, batches, obs_site="y", **options)
+    classes = pl.predict(posterior, batches, model=model, obs_site="y", **options)
     stars = pl.predict(
-        model, posterior, batches, obs_site="stars", labels="stars", **options
+        posterior, batches, model=model, obs_site="stars", labels="stars", **options
     )
     drawn = pl.predict(
-        model, posterior, batches, obs_site="stars", labels="stars", num_samples=500
+        posterior,
+        batches,
+        model=model,
+        obs_site="stars",
+        labels="stars",
+        num_samples=500,
     )
     assert classes.metrics()["nll"] > 0
     assert_close(
