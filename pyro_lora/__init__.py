@@ -105,8 +105,8 @@ __all__ = [
 
 _HOMES = {
     "pyro_lora": "models",
-    "pyro_lora.curvature.fisher_roots": "FisherRoot fisher_root",
     "pyro_lora.curvature": "integrals structures",
+    "pyro_lora.curvature.fisher_roots": "FisherRoot fisher_root",
     "pyro_lora.curvature.gaussian_logits": "GaussianLogits JointGaussianLogits",
     "pyro_lora.export": "plots",
     "pyro_lora.export.adapters": "export_adapters",

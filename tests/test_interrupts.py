@@ -355,14 +355,14 @@ def check(
 
 @pytest.mark.parametrize("name", CASES)
 def test_interrupted_at_some_lines(name: str, tmp_path: Path) -> None:
-    check(CASES[name], tmp_path, num=12)
+    check(CASES[name], tmp_path, num=6)
 
 
 @pytest.mark.parametrize("name", ["call", "checkpointing"])
 def test_interrupted_at_some_instructions_of_the_exits(
     name: str, tmp_path: Path
 ) -> None:
-    check(CASES[name], tmp_path, num=60, instructions=True, files=EXITS)
+    check(CASES[name], tmp_path, num=30, instructions=True, files=EXITS)
 
 
 @pytest.mark.slow

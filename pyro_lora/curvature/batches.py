@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import pyro
 from torch import Tensor
 
 from pyro_lora.curvature.weight_gaussian import Weights
 from pyro_lora.lifting.batch import check_batches, checked_batches
+from pyro_lora.lifting.interrupts import unvalidated
 from pyro_lora.lifting.model_trace import Batch, Model, trace_at
 
 NO_BATCHES = (
@@ -90,7 +90,7 @@ def naming_batch(
 def _nan_likelihoods(model: Model, weights: Weights, batch: Batch) -> list[str]:
     """Observed sites whose distribution has NaN parameters, if nothing else fails."""
     try:
-        with pyro.validation_enabled(False):
+        with unvalidated():
             trace = trace_at(model, weights, batch)
     except ValueError:
         return []

@@ -340,10 +340,11 @@ def largest_gradients(capture: LayerCapture) -> Tensor:
 def tokens_that_count(sizes: Mapping[int, Tensor]) -> dict[int, Tensor]:
     """Which tokens count for a layer.
 
-    A token counts where its largest gradient exceeds 1e3 eps times the largest
-    gradient of its datum over all layers: attention leaves 1e-19 or 0 at the same
-    padded token, depending on the padding, and a maximum over the batch would depend
-    on how the data are split.
+    A token counts where its largest gradient exceeds 1e3 eps times the largest of its
+    datum in that layer, and 10 eps times that over all layers. Attention leaves 1e-19
+    or 0 at the same padded token, depending on the padding, and nothing else in a layer
+    that a datum has no use for; a maximum over the batch would depend on how the data
+    are split. A layer whose gradients are small beside another's counts all the same.
 
     Args:
         sizes: Of all layers of one batch, :func:`largest_gradients` by place.
@@ -354,8 +355,11 @@ def tokens_that_count(sizes: Mapping[int, Tensor]) -> dict[int, Tensor]:
     largest = torch.stack([s.amax(1) for s in sizes.values()]).amax(0)  # (B,)
     # Half precision rounds each gradient, but what should be zero stays near zero.
     dtype = torch.promote_types(largest.dtype, torch.float32)
-    least = 1e3 * torch.finfo(dtype).eps * largest[:, None]
-    return {i: s > least for i, s in sizes.items()}
+    eps = torch.finfo(dtype).eps
+    return {
+        i: s > eps * torch.maximum(1e3 * s.amax(1), 10 * largest)[:, None]
+        for i, s in sizes.items()
+    }
 
 
 def without_padding(capture: LayerCapture, counts: Tensor) -> LayerCapture:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import types
+import weakref
 from collections.abc import Mapping, Set
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -62,6 +63,8 @@ class _Walk:
             else:
                 self._say("array", array.dtype.str, array.shape)
                 self._digest.update(np.ascontiguousarray(array).tobytes())
+        elif isinstance(value, weakref.WeakKeyDictionary):
+            self._say("cache")  # which fills as it's used, singledispatch's for one
         elif isinstance(value, Mapping):
             self._say("mapping", len(value))
             for key in sorted(value, key=_said):
@@ -105,6 +108,12 @@ class _Walk:
     def _module(self, value: nn.Module) -> None:
         # What is trained is the fit's mode, or moves; of the rest a sample will do.
         self._say("module", type(value).__qualname__)
+        for module in value.modules():
+            kind = type(module)
+            if kind.__module__.split(".")[0] not in _LIBRARIES:
+                self._say(kind.__module__, kind.__qualname__)
+                self._written(kind, "forward")
+                self.add({n: x for n, x in vars(module).items() if n[0] != "_"})
         for name, x in value.named_parameters():
             if not x.requires_grad:
                 self._say(name, str(x.dtype), tuple(x.shape))
@@ -119,10 +128,16 @@ class _Walk:
         self._code(value.__code__)
         self.add([value.__defaults__, value.__kwdefaults__])
         self._cells(value)
-        for name in value.__code__.co_names:
+        for name in _names(value.__code__):
             named = value.__globals__.get(name)
             if not isinstance(named, types.ModuleType | type | nn.Module):
                 self.add([name, named])
+
+    def _written(self, kind: type, name: str) -> None:
+        """A method that a class or one that it inherits from has, in Python."""
+        method = getattr(kind, name, None)
+        if isinstance(method, types.FunctionType):
+            self.add(method)
 
     def _cells(self, value: types.FunctionType) -> None:
         for name, cell in zip(
@@ -142,13 +157,17 @@ class _Walk:
     def _object(self, value: Any) -> None:
         kind = type(value)
         self._say("object", kind.__module__, kind.__qualname__)
-        call = kind.__dict__.get("__call__")
-        if isinstance(call, types.FunctionType):
-            self.add(call)
+        self._written(kind, "__call__")
         if is_dataclass(value):
             self.add({f.name: getattr(value, f.name, None) for f in fields(value)})
         elif kind.__module__.split(".")[0] not in ("_io", "threading", "logging"):
             self.add(getattr(value, "__dict__", {}))
+
+
+def _names(code: types.CodeType) -> tuple[str, ...]:
+    """The global names in a function, and in those inside of it."""
+    inner = (x for x in code.co_consts if isinstance(x, types.CodeType))
+    return sum((_names(x) for x in inner), code.co_names)
 
 
 def _said(value: Any) -> str:

@@ -118,7 +118,7 @@ def fit_fisher(
 
     checkpoints: list[PassCheckpoint] = []
 
-    names = iter(["Fisher", *(f"Fisher {n}" for n in range(2, 1 + passes))])
+    names = iter(["Fisher", *(f"Fisher-{n}" for n in range(2, 1 + passes))])
 
     def data_pass(summed: BatchStructure) -> tuple[DataSums, Any]:
         name = next(names)

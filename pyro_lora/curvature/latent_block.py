@@ -17,6 +17,7 @@ from torch.distributions import biject_to
 
 from pyro_lora.curvature.batches import NO_BATCHES, trace_batch
 from pyro_lora.curvature.data_plate import data_plate
+from pyro_lora.curvature.outcomes import values_to_score
 from pyro_lora.curvature.weight_gaussian import Weights
 from pyro_lora.lifting.batch import checked_batches, explaining
 from pyro_lora.lifting.lifted_network import LiftedNetwork
@@ -188,7 +189,6 @@ def small_latents(trace: Any, networks: Sequence[LiftedNetwork]) -> tuple[str, .
 
 def fit_latents(
     model: Model,
-    networks: Sequence[LiftedNetwork],
     weights: Mapping[str, Tensor],
     latents: Mapping[str, Tensor],
     batches: Iterable[Batch],
@@ -201,7 +201,6 @@ def fit_latents(
 
     Args:
         model: A Pyro model.
-        networks: The lifted networks in the model.
         weights: Lifted site -> the mode.
         latents: Other latent site -> the mode, on its support.
         batches: Mappings of model keyword arguments that cover all data once.
@@ -233,7 +232,7 @@ def fit_latents(
             for site in observed_sites(trace, obs_site):
                 plate = data_plate(site)
                 with explaining(batch, nodes=trace.nodes):
-                    log_prob = site["fn"].log_prob(site["value"])
+                    log_prob = site["fn"].log_prob(values_to_score(site))
                 scaled = scale_and_mask(log_prob, plate.scale, plate.mask)
                 total = total + scaled.double().sum()
             found = _derivatives(total, flat)

@@ -20,7 +20,7 @@ with the batch, and is looked at each time, by passes that end at the output.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -35,7 +35,7 @@ from pyro_lora.lifting.lifted_network import LiftedNetwork
 NOBODY, SEVERAL = -1, -2  # in place of a datum
 _CHOOSING = ("Index", "Gather", "Scatter", "Take", "Masked", "Sort", "Topk")
 AT_ONCE = 2**22  # entries that temporary tensors have
-PADDING = 1e3  # in eps: what is smaller than this times a datum's largest doesn't count
+_REORDERING = ("IndexSelect", "IndexCopy", "IndexAdd", "IndexPut", "Sort", "Take")
 
 
 @dataclass(frozen=True, eq=False)
@@ -252,13 +252,17 @@ class _Probe:
         wanted = [i for i, x in enumerate(tensors) if x.requires_grad and x.numel()]
         for group in self._groups([(i, tensors[i].nbytes) for i in wanted]):
             found |= self._decoded({i: tensors[i] for i in group}, single)
-        sizes = self._data.new_zeros(len(self._data))  # of each datum, its largest
-        for owner, size in found.values():
-            owned = owner >= 0
-            sizes.scatter_reduce_(0, owner[owned], size[owned], "amax")
-        data = torch.arange(0, device=sizes.device)
+        sizes = {  # of each datum, its largest
+            i: self._data.new_zeros(len(self._data)).scatter_reduce(
+                0, owner[owner >= 0], size[owner >= 0], "amax"
+            )
+            for i, (owner, size) in found.items()
+        }
+        zero = self._data.new_zeros(len(self._data))
+        largest = torch.stack([zero, *sizes.values()]).amax(0)
+        data = torch.arange(0, device=self._data.device)
         return [
-            _without_padding(*found[i], sizes)
+            _without_padding(*found[i], sizes[i], largest)
             if i in found
             else data.new_full(x.shape if single[i] else x.shape[:-1], NOBODY)
             for i, x in enumerate(tensors)
@@ -353,9 +357,12 @@ def _step(g: Tensor) -> int:
     return max(1, AT_ONCE // g.shape[-1])
 
 
-def _without_padding(owner: Tensor, size: Tensor, sizes: Tensor) -> Tensor:
-    """Nobody owns what is small beside the largest gradient of the datum."""
-    least = PADDING * torch.finfo(sizes.dtype).eps * sizes
+def _without_padding(
+    owner: Tensor, size: Tensor, sizes: Tensor, largest: Tensor
+) -> Tensor:
+    """Nobody owns what is rounding, as :func:`tokens_that_count` has it."""
+    eps = torch.finfo(sizes.dtype).eps
+    least = eps * torch.maximum(1e3 * sizes, 10 * largest)
     # Of what is no datum's alone, rounding leaves as much as beside the largest of all.
     own = least[owner.clamp_min(0)].where(owner >= 0, least.amax())
     return owner.masked_fill(size <= own, NOBODY)
@@ -520,7 +527,9 @@ def _learnt(
     """
     one = {c.output.shape: p[0] for c, p in choices.items() if len(p) == 1}
     flat = all(call.output.ndim == 2 for call in run.calls)
-    fixed = not flat or not _routes(run.outputs)
+    fixed = not flat or not _any_node(run.outputs, _routes)
+    if _any_node(run.outputs, _reorders):
+        return None
     found: list[Place | None] = []
     for call, places in choices.items():
         if call.output.ndim == 2 and not (flat and fixed):
@@ -529,12 +538,30 @@ def _learnt(
         place = places[0] if len(places) == 1 else one.get(call.output.shape)
         if place not in places:
             return None
+        if place and not flat and (place.outer, place.inner) != (1, 1):
+            return None  # rows of several tokens in one dim may be cut otherwise
         found.append(place)
     return tuple(found)
 
 
-def _routes(outputs: Sequence[Tensor]) -> bool:
-    """Whether an operation that may choose rows by the data's values is in a graph."""
+def _routes(node: Any) -> bool:
+    """Whether an operation may choose rows by the data's values."""
+    chooses = any(word in node.name() for word in _CHOOSING)
+    return chooses or isinstance(node, BackwardCFunction)
+
+
+def _reorders(node: Any) -> bool:
+    """Whether an operation may put rows into another order, as x[order] does.
+
+    Two indices at once, x[rows, last], pick a token of each row, as pooling does.
+    """
+    if node.name().startswith("IndexBackward"):
+        return sum(index is not None for index in node._saved_indices) == 1
+    return any(word in node.name() for word in _REORDERING)
+
+
+def _any_node(outputs: Sequence[Tensor], holds: Callable[[Any], bool]) -> bool:
+    """Whether something holds of a node of the outputs' graph."""
     seen = set()
     stack: list[Any] = [x.grad_fn for x in outputs]
     while stack:
@@ -542,9 +569,7 @@ def _routes(outputs: Sequence[Tensor]) -> bool:
         if node is None or node in seen:
             continue
         seen.add(node)
-        if isinstance(node, BackwardCFunction) or any(
-            word in node.name() for word in _CHOOSING
-        ):
+        if holds(node):
             return True
         stack += [following for following, _ in node.next_functions]
     return False

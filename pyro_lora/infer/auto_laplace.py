@@ -62,7 +62,7 @@ class AutoLaplace(AutoDelta):
     own ``init_loc_fn`` says, whatever an earlier one has left there, and takes its
     place; the earlier one keeps its values for :meth:`laplace_approximation`, but says
     that its place is taken if SVI goes on with it. What no guide of this process put
-    there (``pyro.get_param_store().load``) is gone on from.
+    there (``pyro.get_param_store().load``) is gone on from by SVI.
 
     Args:
         model: A Pyro model that calls a lifted network.
@@ -147,7 +147,7 @@ class AutoLaplace(AutoDelta):
                 self.init_loc_fn,
                 {s: node["value"] for s, node in trace.iter_stochastic_nodes()},
             )
-        except ValueError:
+        except BaseException:  # Ctrl-C, too: nothing is checked yet
             self.prototype_trace = None
             raise
 
@@ -259,6 +259,7 @@ class AutoLaplace(AutoDelta):
         super().__setstate__(state)
         (model,) = self._user_model
         self._model = (InitMessenger(self.init_loc_fn)(_without_gaps(model)),)
+        self._mark, self._is_in_store = object(), False  # as yet, of a copy
 
     def _start(self, batches: Iterable[Batch]) -> None:
         """Take the initial values, as the first step of SVI would.
@@ -315,7 +316,7 @@ def _fit(
     with evaluating(networks):
         block = None
         if latents:
-            block = fit_latents(model, networks, lifted, latents, batches, obs_site)
+            block = fit_latents(model, lifted, latents, batches, obs_site)
         fit = fit_fisher(
             model,
             mode,

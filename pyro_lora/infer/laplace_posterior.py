@@ -167,10 +167,10 @@ class LaplacePosterior:
 
         Under a prior that isn't normal :math:`p(\hat w)` is still its own density, and
         P has its scale-mixture weight (see
-        :func:`~pyro_lora.curvature.prior_moments.prior_moments`). With ``diagonal`` and
-        ``dense`` it's then Laplace's evidence under the normal lower bound that touches
-        the prior at the mode (but for weights nearer to the centre than the named
-        floor): it understates the evidence under the prior. Kronecker structures
+        :func:`~pyro_lora.curvature.prior_moments.prior_moments`). With ``Diagonal()``
+        and ``Dense()`` it's then Laplace's evidence under the normal lower bound that
+        touches the prior at the mode (but for weights nearer to the centre than the
+        named floor): it understates the evidence under the prior. Kronecker structures
         average the weights over each matrix, which usually lowers it further.
 
         Returns:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -14,8 +13,10 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions.transforms import Transform
 
+from pyro_lora.curvature.data_plate import data_plate
 from pyro_lora.infer.particle_checks import PARTICLE_PLATE, check_finite
 from pyro_lora.lifting.batch import explaining
+from pyro_lora.lifting.interrupts import unvalidated
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.lifting.model_trace import (
     Model,
@@ -189,7 +190,7 @@ class ParticleModel:
             trace, log_density = self.trace(particles, args, kwargs, minibatch)
         except ValueError:
             # Pyro's validation of arguments and values says nothing of particles.
-            with torch.no_grad(), pyro.validation_enabled(False):
+            with torch.no_grad(), unvalidated():
                 _, log_density = self.trace(particles, args, kwargs, dict(minibatch))
             check_finite(log_density, "log density", first)
             raise
@@ -198,18 +199,16 @@ class ParticleModel:
 
 
 def batch_size(trace: Any) -> int:
-    """Data in a trace of K particles: the entries of the observed sites' plates.
+    """Data in a trace of K particles, by the first observed site's plate of data.
 
-    It is 1 where an observed site is in no plate.
+    It is 1 where that site is in no plate.
     """
-    sizes = {
-        frame.name: frame.size
-        for site in trace.nodes.values()
-        if site["type"] == "sample" and site["is_observed"]
-        for frame in site["cond_indep_stack"]
-        if frame.vectorized and frame.name != PARTICLE_PLATE
-    }
-    return math.prod(sizes.values())
+    for site in trace.nodes.values():
+        if site["type"] == "sample" and site["is_observed"]:
+            frames = [f for f in site["cond_indep_stack"] if f.name != PARTICLE_PLATE]
+            if any(f.vectorized for f in frames):
+                return data_plate({**site, "cond_indep_stack": tuple(frames)}).size
+    return 1
 
 
 def chunks(num_particles: int, chunk_size: int) -> list[slice]:

@@ -275,7 +275,12 @@ def _log_loss(logits: GaussianLogits, site: dict[str, Any]) -> Tensor:
         value = value.where(counts, torch.zeros_like(value))
         wrong = ~((value >= 0) & (value < log_probs.shape[-1]))
         _check_outcomes(wrong, value, site)
-        loss = -log_probs.gather(1, value.long()[:, None])[:, 0]
+        if log_probs.shape[-1] == 2:  # a Bernoulli's may be between its two classes
+            shares = torch.stack([1 - value, value], 1).to(log_probs)
+            none = torch.zeros_like(shares)
+            loss = -(shares * log_probs).where(shares > 0, none).sum(1)
+        else:
+            loss = -log_probs.gather(1, value.long()[:, None])[:, 0]
     else:
         variance = logits.predictive_variance.double()
         value = value.double().reshape(variance.shape)

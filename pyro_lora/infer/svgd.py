@@ -175,7 +175,8 @@ class SVGD:
         self._delta_space: DeltaSpace | None = None  # None without LoRA's factors
         self._num_epochs = 0  # of all runs
         self._fraction = 1.0  # of the run that is done; 1 outside of run()
-        self._given: set[str] | None = None  # the first batch's arguments
+        self._given: set[str] | None = None  # the arguments of every batch so far
+        self._num_batches = 0
         self._warned: set[str] = set()
         self.diagnostics: dict[str, list[float]] = {}
 
@@ -200,10 +201,10 @@ class SVGD:
 
     def _step(self, args: Any, kwargs: PlacedBatch) -> float:
         with self._naming_batch():
-            if self._given is not None:
-                kwargs.check_given(self._given)
+            # What wasn't in a batch before may be left out again, a weight perhaps.
+            kwargs.check_given((self._given or set()) | kwargs.given)
         target, particles = self._set_up(args, kwargs)
-        self._given = kwargs.given
+        self._given = (self._given or kwargs.given) & kwargs.given
         check_finite(particles, "value")
         with self._naming_batch():
             gathered, log_joint = self._rule.gather(
@@ -213,17 +214,17 @@ class SVGD:
                 self._update(gathered)
             else:
                 self._gathered, self._num_gathered = gathered, self._num_gathered + 1
+        self._num_batches += 1
         if log_joint is None:
             return self.diagnostics["loss"][-1]
         return -log_joint.mean().item()
 
     @contextmanager
     def _naming_batch(self) -> Iterator[None]:
-        updates = len(self.diagnostics.get("loss", ()))
-        number = updates * self._rule.accumulate + self._num_gathered
         try:
             yield
         except ValueError as error:
+            number = self._num_batches
             raise ValueError(f"SVGD's batch {number} (from 0): {error}") from error
 
     def _update(self, gathered: Gathered) -> None:
@@ -286,6 +287,7 @@ class SVGD:
                 ``DataLoader`` with ``drop_last`` may leave out less than a batch.
         """
         first, total = check_epochs(num_epochs, total_epochs, self._num_epochs)
+        self._given = None
         check_batches(batches)
         length = length_hint(batches)
         steps = num_epochs * length or None

@@ -2,8 +2,8 @@
 
 A batch is a mapping of the model's keyword arguments, as a Hugging Face collator makes
 it. On the way in its form is checked, which costs microseconds and no synchronisation
-with a GPU: shapes and types, never values. Values are looked at when a model has failed
-on them, so that the error can say which argument it was, and what to do:
+with a GPU. Observed values are looked at where Pyro validates, and others when a model
+has failed on them, so that the error can say which argument it was, and what to do:
 
     Batch 3, argument 'input_ids': token 30522 is outside of the network's vocabulary of
     30522, 0 to 30521. Use the network's own tokenizer.
@@ -45,6 +45,7 @@ FAILURES: tuple[type[Exception], ...] = (
     getattr(torch, "AcceleratorError", RuntimeError),  # asserts on a GPU
 )
 Nodes = Mapping[str, Any]  # of a trace
+Finding = Callable[[Mapping[str, Any], Any, Nodes], Iterator[str]]
 _PACKAGE = str(Path(__file__).parents[1])
 _PARTICLES = ("num_particles_vectorized", "_num_predictive_samples")  # Pyro's plates
 
@@ -154,8 +155,11 @@ def checked_batch(batch: Any, place: str = "The batch") -> PlacedBatch:
                 "arguments, strings."
             )
     found = PlacedBatch(batch, place)
+    rows = {x.shape[0] for x in batch.values() if isinstance(x, Tensor) and x.ndim}
     for name, value in batch.items():
-        if isinstance(value, list | tuple | np.ndarray):
+        # A list of another length is a setting, a shape perhaps.
+        listed = isinstance(value, list) and (not rows or len(value) in rows)
+        if listed or isinstance(value, np.ndarray):
             found[name] = _as_tensor(value, found)
     _check_form(found)
     return found
@@ -213,8 +217,13 @@ def _check_form(batch: PlacedBatch) -> None:
             "empty texts out."
         )
     mask = batch.get("attention_mask")
-    # A mask with more dims than the ids is one of pairs of tokens.
-    if isinstance(mask, Tensor) and mask.ndim <= ids.ndim and mask.shape != ids.shape:
+    # With more dims than the ids it's one of pairs of tokens; with more tokens, of
+    # those in a cache, too; of one row, of all.
+    if not isinstance(mask, Tensor) or mask.ndim > ids.ndim:
+        return
+    rows = zip(mask.shape[:-1], ids.shape[:-1], strict=False)
+    fits = mask.ndim == ids.ndim and all(m in (1, n) for m, n in rows)
+    if not fits or mask.shape[-1] < ids.shape[-1]:
         raise ValueError(
             f"{batch.place}, argument 'attention_mask': expected the shape of "
             f"'input_ids', {tuple(ids.shape)}, found {tuple(mask.shape)}."
@@ -268,6 +277,8 @@ def check_outcomes(site: Mapping[str, Any], batch: PlacedBatch) -> None:
 def _outside(site: Mapping[str, Any]) -> str | None:
     """What is said of values that count and have no probability; None: all have."""
     fn, value = site["fn"], site["value"]
+    if "_validate_args" in vars(fn) and not fn._validate_args and _validates(type(fn)):
+        return None  # the user said so of this distribution alone
     masks = [(site["mask"], fn.event_dim)]
     while isinstance(fn, td.Independent | dist.MaskedDistribution):
         if isinstance(fn, dist.MaskedDistribution):
@@ -310,6 +321,10 @@ def _outside(site: Mapping[str, Any]) -> str | None:
     )
 
 
+def _validates(kind: type) -> bool:
+    return bool(getattr(kind, "_validate_args", False))
+
+
 @contextmanager
 def explaining(
     batch: Mapping[str, Any],
@@ -336,12 +351,20 @@ def explaining(
         found = nodes() if callable(nodes) else nodes
         place = getattr(batch, "place", "The batch")
         text = f"{type(error).__name__}: {error}".split("Trace Shapes:")[0].strip()
-        reasons = [x for find in FINDINGS for x in find(batch, model, found)]
+        reasons = [x for find in FINDINGS for x in _tried(find, batch, model, found)]
         if not reasons:
             raise ValueError(
                 f"{place}: the model failed on its arguments, {_forms(batch)}. {text}"
             ) from error
         raise ValueError(f"{place}, {' '.join(reasons)} ({text})") from error
+
+
+def _tried(find: Finding, batch: Any, model: Any, nodes: Nodes) -> list[str]:
+    """What can be found; after an assert on a GPU no value can be looked at."""
+    try:
+        return list(find(batch, model, nodes))
+    except FAILURES:
+        return []
 
 
 def _is_ours(error: BaseException) -> bool:
@@ -354,9 +377,6 @@ def _is_ours(error: BaseException) -> bool:
     code = trace.tb_frame.f_code
     raised = dis.opname[code.co_code[trace.tb_lasti]] == "RAISE_VARARGS"
     return raised and code.co_filename.startswith(_PACKAGE)
-
-
-Finding = Callable[[Mapping[str, Any], Any, Nodes], Iterator[str]]
 
 
 def _names(batch: Mapping[str, Any], model: Any, nodes: Nodes) -> Iterator[str]:

@@ -67,7 +67,7 @@ class BoundNetwork:
                 weights.
         """
         host = self._host
-        host.check_names(kwargs)
+        host.check_names(kwargs.keys())
         return self._run(host.network, args, kwargs, host.trunk, ())
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,7 +52,7 @@ class Host:
     has_slots: bool = field(init=False)
     has_tables: bool = field(init=False)
     is_pretrained: bool = field(init=False)
-    argument_names: set[str] = field(init=False)
+    argument_names: frozenset[str] = field(init=False)
     checked: set[tuple[Any, ...]] = field(default_factory=set)
     unfoldable: set[tuple[Any, ...]] = field(default_factory=set)
     layouts: dict[tuple[Any, ...], Any] = field(default_factory=dict)
@@ -79,9 +79,14 @@ class Host:
         self.is_pretrained = known and issubclass(network, PreTrainedModel)
         self.bindings.are_of(self.network)
         self.bindings.is_known = self.is_pretrained
-        self.argument_names = set(inspect.signature(network.forward).parameters)
+        parameters = inspect.signature(network.forward).parameters.values()
+        self.argument_names = frozenset(
+            p.name
+            for p in parameters
+            if p.name != "self" and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        )
 
-    def check_names(self, names: Collection[str]) -> None:
+    def check_names(self, names: Set[str]) -> None:
         """Check that no argument is misspelled, a mask that wouldn't count, say.
 
         Args:
@@ -90,16 +95,13 @@ class Host:
         Raises:
             ValueError: If one is nearly the name of another that isn't there.
         """
-        for name in names:
-            if name in self.argument_names:
-                continue
+        for name in names - self.argument_names:
             others = [x for x in self.argument_names if x not in names]
             meant = difflib.get_close_matches(name, others, n=1, cutoff=0.85)
             if meant:
                 raise ValueError(
                     f"The network takes no argument {name!r}. Do you mean {meant[0]!r}?"
                 )
-            self.argument_names.add(name)
 
 
 def check_checkpointing(host: Host) -> None:

@@ -20,9 +20,11 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any, ParamSpec, TypeVar
 
+import pyro
 import torch
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import nn
+from torch.distributions import Distribution
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -64,6 +66,18 @@ def leaving_no_trace(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
 
     return wrapper
+
+
+@contextmanager
+def unvalidated() -> Iterator[None]:
+    """A block in which distributions take any arguments and values.
+
+    Pyro's own block leaves PyTorch's setting at Pyro's, whatever it was.
+    """
+    before = bool(Distribution._validate_args)
+    restore = partial(Distribution.set_default_validate_args, before)
+    with undone(restore), pyro.validation_enabled(False):
+        yield
 
 
 @contextmanager

@@ -7,19 +7,28 @@ what predictions of "s" are compared with, and what is hidden from the model mea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from pyro.distributions import MaskedDistribution
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch import distributions as td
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from pyro_lora.lifting.batch import PlacedBatch, checked_batch
 from pyro_lora.lifting.interrupts import eagerly
 from pyro_lora.lifting.model_trace import Batch, likelihood_site
+
+# Functions of torch that change a tensor's type and shape, not its values.
+_KEEPING = frozenset(
+    "bfloat16 clone contiguous cpu cuda detach double flatten float half int long "
+    "ravel reshape reshape_as short squeeze to type type_as unsqueeze view view_as "
+    "as_tensor tensor".split()
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +42,7 @@ class Outcomes:
         are_argument: Whether they are the one argument itself, but for type and shape.
         site: The likelihood's site.
         shape: Of its value on the first batch.
+        made_of: Every argument that the outcomes are made of, hidden or not.
     """
 
     arguments: tuple[str, ...]
@@ -40,6 +50,7 @@ class Outcomes:
     are_argument: bool = True
     site: str = ""
     shape: tuple[int, ...] = ()
+    made_of: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,10 +87,9 @@ class OutcomeSource:
         """The arguments that the outcomes come in."""
         return self._outcomes(batch).arguments
 
-    def hidden(self, batch: Batch) -> dict[str, Any]:
+    def hidden(self, batch: Batch) -> PlacedBatch:
         """The batch with these arguments set to None."""
-        names = self.arguments(batch)
-        return {name: None if name in names else x for name, x in batch.items()}
+        return checked_batch(batch).replaced(**dict.fromkeys(self.arguments(batch)))
 
     def outcomes(self, batch: Batch) -> Any:
         """The outcomes as the likelihood has them, (B, ...); None if there are none.
@@ -88,7 +98,7 @@ class OutcomeSource:
         """
         found = self._outcomes(batch)
         if self.named:
-            return batch.get(self.named)
+            return self._named(batch, self.named)
         if not found.are_there:
             return None
         if found.are_argument:
@@ -98,12 +108,29 @@ class OutcomeSource:
             return given
         return self.site(batch)["value"]
 
+    def _named(self, batch: Batch, name: str) -> Any:
+        """An argument, or what the model makes of it for its site to observe."""
+        given = batch.get(name)
+        if given is None:
+            return None
+        site = self.site(batch)
+        value = site["value"]
+        itself = isinstance(given, Tensor) and given.numel() == value.numel()
+        if not site["is_observed"] or (itself and _is_same(given, value)):
+            return given
+        form = _form(batch)
+        if form not in self._found:
+            self._found[form] = self._find(batch)
+        # What the model observes has nothing to do with it: at the user's word.
+        return value if name in self._found[form].made_of else given
+
     def site(self, batch: Batch) -> dict[str, Any]:
         """The likelihood's site, of a run of the model."""
         known, trace = self._traces.get(_form(batch), (None, None))
         if known is not batch:
             with torch.no_grad():
                 trace = self.trace(batch)
+            self._traces[_form(batch)] = batch, trace
         return likelihood_site(trace, self.obs_site, self.latents)
 
     def _outcomes(self, batch: Batch) -> Outcomes:
@@ -124,9 +151,9 @@ class OutcomeSource:
             idle = not any(node.get("is_observed") for node in trace.nodes.values())
             only = idle and batch.get("labels") is not None
             return Outcomes(("labels",) if only else (), only, True, name, shape)
-        same = tuple(key for key, x in batch.items() if x is site["value"])
-        if same:
-            return Outcomes(same, True, True, name, shape)
+        if batch.get("labels") is site["value"]:  # as nearly always
+            made_of = frozenset({"labels"})
+            return Outcomes(("labels",), True, True, name, shape, made_of)
         following = _Following(batch)
         with (
             eagerly(),
@@ -136,11 +163,18 @@ class OutcomeSource:
             trace = self.trace(batch)
         site = trace.nodes[name]
         names = following.origins(site["value"])
-        inputs = [following.origins(x) for x in _parameters(site["fn"])]
-        # A label that is shown to the network, too, is one all the same.
-        own = sorted(names.difference(*inputs) or (names if len(names) == 1 else ()))
-        itself = len(own) == 1 and _is_same(batch[own[0]], site["value"])
-        return Outcomes(tuple(own), True, itself, name, shape)
+        shown = [following.origins(x) for x in _parameters(site["fn"])]
+        shown += [
+            following.origins(node["value"])
+            for node in trace.nodes.values()
+            if node["type"] == "sample" and site_is_subsample(node)
+        ]
+        # What the model needs for more than its outcomes can't be hidden from it.
+        own = tuple(sorted(names.difference(*shown)))
+        itself = len(own) == 1 and names == {*own}
+        itself = itself and not following.is_changed(site["value"])
+        itself = itself and _is_same(batch[own[0]], site["value"])
+        return Outcomes(own, True, itself, name, shape, names)
 
 
 def _form(batch: Batch) -> frozenset[str]:
@@ -159,6 +193,7 @@ class _Following(TorchFunctionMode):
             if not isinstance(x, int | float | str | None)
         }
         self._made: Any = WeakTensorKeyDictionary()
+        self._changed: Any = WeakTensorKeyDictionary()
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -169,14 +204,29 @@ class _Following(TorchFunctionMode):
         if origins:
             made = [x for x in _parts(result) if isinstance(x, Tensor)]
             # An assignment to a part of a tensor returns nothing.
+            given = [x for x in _parts((args, kwargs)) if isinstance(x, Tensor)]
+            changed = any(map(self.is_changed, given)) or not _keeps(func, given, made)
             for x in made or [x for x in args[:1] if isinstance(x, Tensor)]:
                 self._made[x] = self.origins(x) | origins
+                self._changed[x] = changed
         return result
+
+    def is_changed(self, value: Tensor) -> bool:
+        """Whether it may have other values than the argument that it's made of."""
+        return bool(self._changed.get(value, False))
 
     def origins(self, value: Any) -> frozenset[str]:
         """The arguments that a value is made of."""
         own = self._arguments.get(id(value), frozenset())
         return own | self._made.get(value, own) if isinstance(value, Tensor) else own
+
+
+def _keeps(func: Any, given: Sequence[Tensor], made: Sequence[Tensor]) -> bool:
+    """Whether a function changes nothing but type and shape."""
+    if getattr(func, "__name__", "") not in _KEEPING:
+        return False
+    rounds = any(x.is_floating_point() for x in given)
+    return all(x.is_floating_point() or not rounds for x in made)
 
 
 def _parts(value: Any) -> Iterator[Any]:

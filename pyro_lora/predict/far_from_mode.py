@@ -57,10 +57,12 @@ def _of_classes(sampled: Prediction, at_mode: Prediction) -> str | None:
         return (
             f"{100 * (1 - same):.0f} % of the predicted classes are others than those"
         )
-    labels = sampled.labels.to(chosen)
-    right, left = chosen == labels, other == labels
+    counts = sampled.labels >= 0
+    labels = sampled.labels[counts].to(chosen)
+    right, left = chosen[counts] == labels, other[counts] == labels
     nll, best = (
-        -p.log_probs.gather(1, labels[:, None])[:, 0] for p in (sampled, at_mode)
+        -p.log_probs[counts].gather(1, labels[:, None])[:, 0]
+        for p in (sampled, at_mode)
     )
     if not (
         _is_ahead(right.double() - left.double(), _ACCURACY)
@@ -83,8 +85,9 @@ def _of_reals(
             return None
         moved, scale = shift.mean().sqrt(), noise.mean().sqrt()
         return f"the outcomes' mean is {moved:.3g} (noise {scale:.3g}) from that"
+    counts = sampled.labels.isfinite()
     error, best = (
-        (p.mean - sampled.labels).square().flatten() for p in (sampled, at_mode)
+        (p.mean - sampled.labels).square()[counts] for p in (sampled, at_mode)
     )
     gain = float(((1 + _RMSE) ** 2 - 1) * best.mean())
     if not _is_ahead(error - best, gain):

@@ -213,7 +213,7 @@ class GivenLabels:
                 if num_classes is None
                 else f"classes 0 to {num_classes - 1}"
             )
-            name = " and ".join(self.source.arguments(batch))
+            name = " and ".join(self.source.arguments(batch)) or "outcomes"
             raise ValueError(
                 f"Batch {index}, site {site['name']!r}: {name} must be "
                 f"{expected}, found {labels[wrong & counts][0].item()}. Mask the data "

@@ -7,12 +7,12 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from pyro_lora.integrals import class_log_probs, laplace_bridge, probit
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from pyro_lora import GaussianLogits
 from pyro_lora.curvature.gaussian_logits import expected_entropy
+from pyro_lora.curvature.integrals import class_log_probs, laplace_bridge, probit
 from tests.curvature.gauss_newton import assert_same
 
 SDS = [0.0, 0.01, 0.3, 1.0, 1.49, 1.51, 3.0, 10.0, 30.0, 100.0]

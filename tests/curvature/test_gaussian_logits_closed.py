@@ -5,10 +5,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from pyro_lora.integrals import class_log_probs, laplace_bridge, probit
 from torch import Tensor
 
 from pyro_lora import GaussianLogits
+from pyro_lora.curvature.integrals import class_log_probs, laplace_bridge, probit
 from tests.curvature.gauss_newton import assert_same
 
 NUM_DRAWS = 1_000_000  # the standard error of a probability is below 5e-4

@@ -75,8 +75,16 @@ def fit(model: Any, lora: pl.LiftedNetwork, *batches: Any, **settings: Any) -> A
     return guide.laplace_approximation(list(batches))
 
 
-@pytest.mark.parametrize("compiled", [in_place, each_block, each_linear, wrapped])
-@pytest.mark.parametrize("when", ["before lifting", "before fitting", "after fitting"])
+@pytest.mark.parametrize(
+    ("compiled", "when"),
+    [
+        (in_place, "before lifting"),
+        (wrapped, "before fitting"),
+        (each_block, "before fitting"),
+        (each_linear, "after fitting"),
+        (in_place, "after fitting"),
+    ],
+)
 def test_a_compiled_network_gives_the_posterior_of_the_plain_one(
     compiled: Compile, when: str
 ) -> None:

@@ -266,7 +266,7 @@ def fit_kind(structure: Any, passes: int = 1, **options: Any) -> Kind:
         **options,
     )
     guide.laplace_approximation(batches())
-    name = "fisher" if passes == 1 else "ekfac"
+    name = "fisher" if passes == 1 else "fisher-2"
 
     def write(folder: Path) -> None:
         torch.manual_seed(2)

@@ -23,7 +23,7 @@ from tests.export.saved_kinds import InvalidError, Kind
 
 # For each kind of folder; a million takes some hours a kind.
 NUM_MUTATIONS = int(os.environ.get("PYRO_LORA_MUTATIONS", "4000"))
-NUM_QUICK = 100  # without the slow tests
+NUM_QUICK = 40  # without the slow tests
 NUM_PARTS = 8  # that may run side by side
 SECONDS, GIGABYTES = 20, 2.0  # that reading kilobytes never needs
 
