@@ -212,3 +212,41 @@ def test_a_batch_that_fails_leaves_the_validation_as_it_was() -> None:
             assert torch.distributions.Distribution._validate_args == validates
     finally:
         torch.distributions.Distribution.set_default_validate_args(before)
+
+
+class ReadsItsWeight(nn.Module):
+    """A layer that is called, and whose weight is read beside that."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.a, self.how = nn.Linear(3, 3, bias=False).double(), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.a(x))
+        if self.how == "tied":
+            return nn.functional.linear(hidden, self.a.weight.mT)
+        if self.how == "forward":
+            return self.a.forward(hidden)
+        if self.how == "norm":
+            return hidden / self.a.weight.square().sum().sqrt()
+        out: Tensor = self.a(hidden)  # twice, by calls
+        return out
+
+
+@pytest.mark.parametrize("how", ["tied", "forward", "norm", "called"])
+def test_a_weight_that_is_read_beside_its_layers_calls(how: str) -> None:
+    lora = pl.lift(ReadsItsWeight(how))
+    x = torch.randn(4, 3).double()
+
+    def model(x: Tensor, y: Tensor | None = None) -> None:
+        mean = lora()(x)
+        with pyro.plate("data", 4, subsample=x):
+            pyro.sample("y", dist.Normal(mean, 1.0).to_event(1), obs=y)
+
+    guide = pl.AutoLaplace(model, init_loc_fn=lora.init_to_adapter())
+    batches = [{"x": x, "y": torch.randn(4, 3).double()}]
+    if how == "called":
+        guide.laplace_approximation(batches)
+        return
+    with pytest.raises(ValueError, match=r"'a.weight' in 2 places.*called 1 times"):
+        guide.laplace_approximation(batches)

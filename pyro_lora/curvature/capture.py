@@ -185,20 +185,28 @@ def check_recorded(record: Recording, trace: Any, values: Tensor, site: str) -> 
             "network: no gradient reaches its outputs. Call the network that lora() "
             "returns inside the model, without torch.no_grad() or detach()."
         )
-    unseen = {
-        (weight.grad_fn, weight.output_nr): record.layers[i][1]
+    is_new = any(
+        run.network is None or run.form not in run.network.layouts
+        for run in record.runs
+    )
+    # Of a network that was looked at before, the layers that aren't called are enough.
+    wanted = {
+        (weight.grad_fn, weight.output_nr): i
         for i, weights in record.weights.items()
-        if record.layers[i][0] not in record.calls
+        if is_new or record.layers[i][0] not in record.calls
         for weight in weights
     }
-    read = _reached(values, unseen) if unseen else None
-    if read is not None:
-        raise ValueError(
-            f"Site {read.site!r}: the likelihood depends on {read.name!r}, but its "
-            "layer wasn't called, so that its inputs and gradients are unknown. Let "
-            "the network call the layer, not its .forward, and not read the weight "
-            "itself; or freeze the parameter before lifting."
-        )
+    for i, times in _times_read(values, wanted).items() if wanted else ():
+        slot, p = record.layers[i]
+        called = len(record.calls.get(slot, ()))
+        if times > called:
+            raise ValueError(
+                f"Site {p.site!r}: the likelihood depends on {p.name!r} in {times} "
+                f"places, but its layer was called {called} times, so that inputs and "
+                "gradients of the others are unknown. Let the network call the layer, "
+                "not its .forward, and not read the weight itself; or freeze the "
+                "parameter before lifting."
+            )
 
 
 def _why_not_called(
@@ -223,23 +231,28 @@ def _why_not_called(
     )
 
 
-def _reached(
-    values: Tensor, wanted: Mapping[tuple[Any, int], LiftedParameter]
-) -> LiftedParameter | None:
-    """The first of some tensors, by node and place, that values depend on.
+def _times_read(
+    values: Tensor, wanted: Mapping[tuple[Any, int], int]
+) -> dict[int, int]:
+    """How many operations that values depend on read each of some tensors.
 
     A walk over autograd's graph, which costs no backward pass.
+
+    Args:
+        values: Differentiable.
+        wanted: Node and place of each tensor -> what it is counted as.
     """
     nodes: list[Any] = [values.grad_fn]
     seen = set(nodes)
+    times: dict[int, int] = {}
     while nodes:
         for edge in nodes.pop().next_functions:
             if edge in wanted:
-                return wanted[edge]
+                times[wanted[edge]] = times.get(wanted[edge], 0) + 1
             if edge[0] is not None and edge[0] not in seen:
                 seen.add(edge[0])
                 nodes.append(edge[0])
-    return None
+    return times
 
 
 def capture_layers(
