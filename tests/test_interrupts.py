@@ -21,7 +21,7 @@ from torch import Tensor
 
 import pyro_lora as pl
 from pyro_lora.lifting.binding import Binding, undo_interrupted
-from pyro_lora.lifting.interrupts import undone
+from pyro_lora.lifting.interrupts import leaving_no_trace, undone
 from pyro_lora.lifting.slots import Slot
 from tests import networks
 from tests.predict import language, models
@@ -377,6 +377,18 @@ def test_interrupted_at_every_instruction_of_the_exits(
     name: str, tmp_path: Path
 ) -> None:
     check(CASES[name], tmp_path, num=None, instructions=True, files=EXITS)
+
+
+def test_a_plate_that_an_interrupt_left_open_is_closed() -> None:
+    @leaving_no_trace
+    def interrupted() -> None:
+        pyro.plate("data", 3).__enter__()  # and no exit
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    with pyro.plate("data", 3) as rows:  # which would be one too many
+        assert len(rows) == 3
 
 
 def test_what_an_interrupted_call_left_bound_ends_at_the_next_use() -> None:

@@ -22,7 +22,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import pyro
 import torch
-from pyro.poutine.runtime import _PYRO_STACK
+from pyro.poutine.runtime import _DIM_ALLOCATOR, _PYRO_STACK
 from torch import nn
 from torch.distributions import Distribution
 
@@ -51,15 +51,18 @@ def leaving_no_trace(function: Callable[P, R]) -> Callable[P, R]:
     """A function after which PyTorch's and Pyro's own state is as before.
 
     Their context managers have one ``finally`` each, if any. An interrupt may leave
-    gradients off, or a handler on Pyro's stack that answers every later ``sample``.
+    gradients off, a handler on Pyro's stack that answers every later ``sample``, or a
+    plate that Pyro takes for one that is still open.
     """
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         depth, gradients = len(_PYRO_STACK), torch.is_grad_enabled()
+        plates = list(_DIM_ALLOCATOR._stack)
 
         def undo() -> None:
             del _PYRO_STACK[depth:]
+            _DIM_ALLOCATOR._stack[:] = plates
             torch.set_grad_enabled(gradients)
 
         with undone(undo):
