@@ -259,6 +259,7 @@ class SVGD:
         if "stuck" not in self._warned and warn_if_stuck(direction):
             self._warned.add("stuck")
 
+    @leaving_no_trace
     def run(
         self,
         batches: Iterable[Batch],
