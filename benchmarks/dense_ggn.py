@@ -13,8 +13,7 @@ from torch import Tensor
 
 import pyro_lora as pl
 from benchmarks.encoder_top import CachedRows
-
-Weights = dict[str, Tensor]
+from pyro_lora.ground.weights import Weights
 
 
 def logit_jacobian(

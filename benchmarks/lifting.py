@@ -27,12 +27,12 @@ import pyro_lora as pl
 from benchmarks.allocator import SETTINGS, keep_freed_memory
 from benchmarks.main_job import alternating_medians
 from benchmarks.tables import header, provenance
+from pyro_lora.ground.weights import Weights
 
 MAX_ONE, MAX_FOLDED, MAX_STEP, MAX_MEMORY = 1.03, 1.0, 1.1, 1.0  # the targets
 HELPS = 0.95  # a smaller saving is within the noise of a table like this
 VOCABULARY = 1000
 Texts = dict[str, Tensor]
-Weights = dict[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)

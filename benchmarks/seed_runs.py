@@ -16,6 +16,7 @@ from torch import Tensor
 import pyro_lora as pl
 from benchmarks.dense_ggn import dense_ggn, layers_of, logit_jacobian
 from benchmarks.encoder_top import CachedRows
+from pyro_lora.ground.weights import Weights
 
 PRIOR_PRECISION, LEARNING_RATE, NUM_WARMUP_STEPS = 0.1, 2e-3, 20
 HELD_OUT = 0.2
@@ -28,7 +29,6 @@ STRUCTURES: dict[str, Any] = {
     "diagonal": pl.structures.Diagonal(),
 }
 RANKS = (4, 16, 64)
-Weights = dict[str, Tensor]
 Result = dict[str, Any]
 
 

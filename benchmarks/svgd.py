@@ -31,11 +31,11 @@ from benchmarks.lifting import (
 from benchmarks.main_job import alternating_medians
 from benchmarks.svgd_growth import Job, direction, growth, growth_table, plot
 from benchmarks.tables import header, provenance
-from pyro_lora.infer import transport
-from pyro_lora.infer.delta_space import DeltaSpace
-from pyro_lora.infer.particle_checks import check_finite
-from pyro_lora.infer.starting_point import initial_particles, particle_model
-from pyro_lora.infer.update_rule import UpdateRule
+from pyro_lora.infer.svgd import transport
+from pyro_lora.infer.svgd.delta_space import DeltaSpace
+from pyro_lora.infer.svgd.particle_checks import check_finite
+from pyro_lora.infer.svgd.starting_point import initial_particles, particle_model
+from pyro_lora.infer.svgd.update_rule import UpdateRule
 
 NUM_PARTICLES = 8
 # The targets.

@@ -35,7 +35,7 @@ from benchmarks.linear_gaussians import (
     variances,
 )
 from benchmarks.tables import header, provenance
-from pyro_lora.infer.transport import (
+from pyro_lora.infer.svgd.transport import (
     combine,
     gram_and_slope,
     squared_distances,

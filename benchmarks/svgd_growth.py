@@ -16,8 +16,8 @@ from torch import Tensor
 import pyro_lora as pl
 from benchmarks.main_job import alternating_medians
 from benchmarks.tables import header
-from pyro_lora.infer.particle_model import ParticleModel
-from pyro_lora.infer.weight_space import Gradients, weight_space_direction
+from pyro_lora.infer.svgd.particle_model import ParticleModel
+from pyro_lora.infer.svgd.weight_space import Gradients, weight_space_direction
 
 Job = Callable[[], Any]
 

@@ -11,38 +11,37 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what _HOMES says below, for whom no code runs
-    from pyro_lora import models
+    from pyro_lora import models, priors
     from pyro_lora.curvature import integrals, structures
-    from pyro_lora.curvature.fisher_roots import FisherRoot, fisher_root
     from pyro_lora.curvature.gaussian_logits import (
         GaussianLogits,
         JointGaussianLogits,
+    )
+    from pyro_lora.diagnose.diagnose import diagnose
+    from pyro_lora.diagnose.diagnosis import Diagnosis
+    from pyro_lora.diagnose.effective_predictions import effective_num_predictions
+    from pyro_lora.diagnose.stein_discrepancy import (
+        SteinDiscrepancy,
+        kernelized_stein_discrepancy,
     )
     from pyro_lora.export import plots
     from pyro_lora.export.adapters import export_adapters
     from pyro_lora.export.checkpoint import load, load_metadata, save
     from pyro_lora.export.datatree import to_datatree
-    from pyro_lora.export.diagnose import diagnose
-    from pyro_lora.export.diagnosis import Diagnosis
     from pyro_lora.export.inference_data import to_inference_data
     from pyro_lora.export.training_folder import load_state, save_state
-    from pyro_lora.infer import kernels, schedules
     from pyro_lora.infer.auto_laplace import AutoLaplace
-    from pyro_lora.infer.effective_predictions import effective_num_predictions
-    from pyro_lora.infer.ensemble import ensemble
-    from pyro_lora.infer.laplace_posterior import LaplacePosterior
-    from pyro_lora.infer.mixture_posterior import MixturePosterior
-    from pyro_lora.infer.particle_posterior import ParticlePosterior
-    from pyro_lora.infer.stein_discrepancy import (
-        SteinDiscrepancy,
-        kernelized_stein_discrepancy,
-    )
-    from pyro_lora.infer.svgd import SVGD
-    from pyro_lora.lifting import priors
+    from pyro_lora.infer.svgd import kernels, schedules
+    from pyro_lora.infer.svgd.svgd import SVGD
+    from pyro_lora.lifting.cached_trunk import cached_trunk
     from pyro_lora.lifting.lifted_network import LiftedNetwork, lift
-    from pyro_lora.lifting.trunk_cache import cached_trunk
+    from pyro_lora.likelihood.fisher_roots import FisherRoot, fisher_root
+    from pyro_lora.posteriors.dropout import DropoutPosterior, mc_dropout
+    from pyro_lora.posteriors.ensemble import ensemble
+    from pyro_lora.posteriors.laplace_posterior import LaplacePosterior
+    from pyro_lora.posteriors.mixture_posterior import MixturePosterior
+    from pyro_lora.posteriors.particle_posterior import ParticlePosterior
     from pyro_lora.predict.acquisition import Acquisition, acquire
-    from pyro_lora.predict.dropout import DropoutPosterior, mc_dropout
     from pyro_lora.predict.generate import Generation, generate
     from pyro_lora.predict.predict import predict
     from pyro_lora.predict.prediction import Prediction, auroc, fit_temperature
@@ -104,34 +103,33 @@ __all__ = [
 ]
 
 _HOMES = {
-    "pyro_lora": "models",
+    "pyro_lora": "models priors",
     "pyro_lora.curvature": "integrals structures",
-    "pyro_lora.curvature.fisher_roots": "FisherRoot fisher_root",
     "pyro_lora.curvature.gaussian_logits": "GaussianLogits JointGaussianLogits",
+    "pyro_lora.diagnose.diagnose": "diagnose",
+    "pyro_lora.diagnose.diagnosis": "Diagnosis",
+    "pyro_lora.diagnose.effective_predictions": "effective_num_predictions",
+    "pyro_lora.diagnose.stein_discrepancy": (
+        "SteinDiscrepancy kernelized_stein_discrepancy"
+    ),
     "pyro_lora.export": "plots",
     "pyro_lora.export.adapters": "export_adapters",
     "pyro_lora.export.checkpoint": "load load_metadata save",
     "pyro_lora.export.datatree": "to_datatree",
-    "pyro_lora.export.diagnose": "diagnose",
-    "pyro_lora.export.diagnosis": "Diagnosis",
     "pyro_lora.export.inference_data": "to_inference_data",
     "pyro_lora.export.training_folder": "load_state save_state",
-    "pyro_lora.infer": "kernels schedules",
     "pyro_lora.infer.auto_laplace": "AutoLaplace",
-    "pyro_lora.infer.effective_predictions": "effective_num_predictions",
-    "pyro_lora.infer.ensemble": "ensemble",
-    "pyro_lora.infer.laplace_posterior": "LaplacePosterior",
-    "pyro_lora.infer.mixture_posterior": "MixturePosterior",
-    "pyro_lora.infer.particle_posterior": "ParticlePosterior",
-    "pyro_lora.infer.stein_discrepancy": (
-        "SteinDiscrepancy kernelized_stein_discrepancy"
-    ),
-    "pyro_lora.infer.svgd": "SVGD",
-    "pyro_lora.lifting": "priors",
+    "pyro_lora.infer.svgd": "kernels schedules",
+    "pyro_lora.infer.svgd.svgd": "SVGD",
+    "pyro_lora.lifting.cached_trunk": "cached_trunk",
     "pyro_lora.lifting.lifted_network": "LiftedNetwork lift",
-    "pyro_lora.lifting.trunk_cache": "cached_trunk",
+    "pyro_lora.likelihood.fisher_roots": "FisherRoot fisher_root",
+    "pyro_lora.posteriors.dropout": "DropoutPosterior mc_dropout",
+    "pyro_lora.posteriors.ensemble": "ensemble",
+    "pyro_lora.posteriors.laplace_posterior": "LaplacePosterior",
+    "pyro_lora.posteriors.mixture_posterior": "MixturePosterior",
+    "pyro_lora.posteriors.particle_posterior": "ParticlePosterior",
     "pyro_lora.predict.acquisition": "Acquisition acquire",
-    "pyro_lora.predict.dropout": "DropoutPosterior mc_dropout",
     "pyro_lora.predict.generate": "Generation generate",
     "pyro_lora.predict.predict": "predict",
     "pyro_lora.predict.prediction": "Prediction auroc fit_temperature",

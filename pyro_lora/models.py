@@ -14,14 +14,9 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
 
-from pyro_lora.lifting.lifted_network import LiftedNetwork
-from pyro_lora.lifting.model_trace import IGNORED
-from pyro_lora.lifting.settings import (
-    check_count,
-    check_kind,
-    check_lora,
-    check_positive,
-)
+from pyro_lora.ground.settings import check_count, check_kind, check_positive
+from pyro_lora.lifting.lifted_network import LiftedNetwork, check_lora
+from pyro_lora.likelihood.model_trace import IGNORED
 
 
 @dataclass(frozen=True)

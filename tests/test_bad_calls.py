@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import pyro_lora as pl
-from pyro_lora.lifting.batch import checked_batch, checked_batches
-from pyro_lora.lifting.model_trace import trace_on
+from pyro_lora.likelihood.batch import checked_batch, checked_batches
+from pyro_lora.likelihood.model_trace import trace_on
 from tests import bad_calls, networks
 
 

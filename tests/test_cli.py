@@ -35,9 +35,9 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 import pyro_lora as pl
-from pyro_lora import saved_classifier
-from pyro_lora.cli import app
-from pyro_lora.saved_classifier import (
+from pyro_lora.cli import saved_classifier
+from pyro_lora.cli.commands import app
+from pyro_lora.cli.saved_classifier import (
     Settings,
     check_tokens,
     class_names,
@@ -46,7 +46,7 @@ from pyro_lora.saved_classifier import (
     save_with,
     text_batches,
 )
-from pyro_lora.text_files import Texts
+from pyro_lora.cli.text_files import Texts
 from tests.export.test_checkpoint_killed import child
 
 pytestmark = pytest.mark.filterwarnings("ignore:The weights aren't a mode")

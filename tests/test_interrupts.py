@@ -20,8 +20,8 @@ from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 
 import pyro_lora as pl
+from pyro_lora.ground.interrupts import leaving_no_trace, undone
 from pyro_lora.lifting.binding import Binding, undo_interrupted
-from pyro_lora.lifting.interrupts import leaving_no_trace, undone
 from pyro_lora.lifting.slots import Slot
 from tests import networks
 from tests.predict import language, models

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyro_lora.text_files import (
+from pyro_lora.cli.text_files import (
     check_folder,
     check_output,
     given_names,

@@ -19,7 +19,7 @@ from pyro_lora.curvature.capture import (
 )
 from pyro_lora.curvature.fisher import FisherTerms
 from pyro_lora.curvature.structures import BatchStructure, Captures, Factors
-from pyro_lora.lifting.interrupts import eagerly
+from pyro_lora.ground.interrupts import eagerly
 
 
 def batch_factors(

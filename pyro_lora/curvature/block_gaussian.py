@@ -17,7 +17,8 @@ from torch.distributions.transforms import ReshapeTransform
 from pyro_lora.curvature.factors import DiagonalFactors, KroneckerFactors
 from pyro_lora.curvature.kronecker_normal import KroneckerNormal
 from pyro_lora.curvature.nystrom import eigh_psd
-from pyro_lora.curvature.weight_gaussian import WeightGaussian, Weights
+from pyro_lora.curvature.weight_gaussian import WeightGaussian
+from pyro_lora.ground.weights import Weights
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from pyro_lora.curvature.factors import at_least_float32
 from pyro_lora.curvature.layout import Call, Layout, Run, find_layouts, mixes_data
+from pyro_lora.ground.interrupts import eagerly, hooked
 from pyro_lora.lifting.folding import tensors_in
-from pyro_lora.lifting.interrupts import eagerly, hooked
 from pyro_lora.lifting.lifted_network import LiftedNetwork
-from pyro_lora.lifting.model_trace import lifted_networks
 from pyro_lora.lifting.sites import LiftedParameter
+from pyro_lora.likelihood.model_trace import lifted_networks
 
 
 @dataclass(frozen=True)

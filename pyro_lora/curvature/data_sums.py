@@ -13,14 +13,14 @@ import msgspec
 import torch
 from torch import Tensor
 
-from pyro_lora.curvature.checked_tensors import FLOAT32, CheckedTensors, check_definite
 from pyro_lora.curvature.digests import update
 from pyro_lora.curvature.factors import (
     DenseFactors,
     DiagonalFactors,
     KroneckerFactors,
 )
-from pyro_lora.curvature.tensor_folder import (
+from pyro_lora.ground.checked_tensors import FLOAT32, CheckedTensors, check_definite
+from pyro_lora.ground.tensor_folder import (
     MANIFEST,
     Count,
     Format,
@@ -31,7 +31,7 @@ from pyro_lora.curvature.tensor_folder import (
     write_folder,
 )
 from pyro_lora.lifting.fingerprint import Fingerprint
-from pyro_lora.lifting.model_trace import Model
+from pyro_lora.likelihood.model_trace import Model
 
 _FACTORS = (KroneckerFactors, DiagonalFactors, DenseFactors)
 _FIELDS = {kind.__name__: kind.__annotations__.keys() for kind in _FACTORS}

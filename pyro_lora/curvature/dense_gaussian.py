@@ -12,7 +12,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_lora.curvature.weight_gaussian import WeightGaussian, Weights
+from pyro_lora.curvature.weight_gaussian import WeightGaussian
+from pyro_lora.ground.weights import Weights
 
 
 def flatten_weights(

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch import distributions as td
 
 from pyro_lora.curvature.factors import at_least_float32
-from pyro_lora.curvature.fisher_roots import fisher_root
-from pyro_lora.curvature.outcomes import is_given
+from pyro_lora.likelihood.fisher_roots import fisher_root
+from pyro_lora.likelihood.outcomes import is_given
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_lora.curvature.batch_factors import batch_factors
-from pyro_lora.curvature.batches import NO_BATCHES, READ_ONCE, naming_batch, trace_batch
 from pyro_lora.curvature.capture import check_recorded, recording
-from pyro_lora.curvature.data_plate import data_plate
 from pyro_lora.curvature.data_sums import (
     DataSums,
     PassCheckpoint,
@@ -32,11 +30,19 @@ from pyro_lora.curvature.likelihood_terms import (
 )
 from pyro_lora.curvature.prior_moments import prior_at_mode
 from pyro_lora.curvature.structures import BatchStructure, Factors, Structure
-from pyro_lora.curvature.weight_gaussian import WeightGaussian, Weights
-from pyro_lora.lifting.batch import check_batches, checked_batches, explaining
+from pyro_lora.curvature.weight_gaussian import WeightGaussian
+from pyro_lora.ground.weights import Weights
 from pyro_lora.lifting.fingerprint import fingerprint
 from pyro_lora.lifting.lifted_network import LiftedNetwork
-from pyro_lora.lifting.model_trace import (
+from pyro_lora.likelihood.batch import check_batches, checked_batches, explaining
+from pyro_lora.likelihood.batches import (
+    NO_BATCHES,
+    READ_ONCE,
+    naming_batch,
+    trace_batch,
+)
+from pyro_lora.likelihood.data_plate import data_plate
+from pyro_lora.likelihood.model_trace import (
     Batch,
     Model,
     is_missing_outcome,

@@ -15,18 +15,18 @@ from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to
 
-from pyro_lora.curvature.batches import NO_BATCHES, trace_batch
-from pyro_lora.curvature.data_plate import data_plate
-from pyro_lora.curvature.outcomes import values_to_score
-from pyro_lora.curvature.weight_gaussian import Weights
-from pyro_lora.lifting.batch import checked_batches, explaining
+from pyro_lora.ground.weights import Weights
 from pyro_lora.lifting.lifted_network import LiftedNetwork
-from pyro_lora.lifting.model_trace import (
+from pyro_lora.likelihood.batch import checked_batches, explaining
+from pyro_lora.likelihood.batches import NO_BATCHES, trace_batch
+from pyro_lora.likelihood.data_plate import data_plate
+from pyro_lora.likelihood.model_trace import (
     Batch,
     Model,
     is_missing_outcome,
     observed_sites,
 )
+from pyro_lora.likelihood.outcomes import values_to_score
 
 MAX_LATENTS = 1000  # one forward and as many small backward passes a batch
 

@@ -10,9 +10,9 @@ import torch
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
-from pyro_lora.curvature.data_plate import DataPlate, data_plate
 from pyro_lora.curvature.fisher import FisherTerms
-from pyro_lora.curvature.outcomes import values_to_score
+from pyro_lora.likelihood.data_plate import DataPlate, data_plate
+from pyro_lora.likelihood.outcomes import values_to_score
 
 TermsFunction = Callable[[Any, Tensor], FisherTerms]
 Site = dict[str, Any]

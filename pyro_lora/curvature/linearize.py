@@ -22,10 +22,10 @@ from pyro_lora.curvature.capture import (
 )
 from pyro_lora.curvature.factors import at_least_float32
 from pyro_lora.curvature.gaussian_logits import GaussianLogits, JointGaussianLogits
-from pyro_lora.curvature.outcomes import single_outcomes
 from pyro_lora.curvature.weight_gaussian import WeightGaussian
 from pyro_lora.lifting.lifted_network import LiftedNetwork
-from pyro_lora.lifting.model_trace import Batch, Model, likelihood_site, trace_at
+from pyro_lora.likelihood.model_trace import Batch, Model, likelihood_site, trace_at
+from pyro_lora.likelihood.outcomes import single_outcomes
 
 Tokens = Literal["last", "each"] | Tensor
 

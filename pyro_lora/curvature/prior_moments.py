@@ -13,7 +13,7 @@ from torch import Tensor
 from torch import distributions as td
 
 from pyro_lora.curvature.kronecker_normal import KroneckerNormal
-from pyro_lora.curvature.weight_gaussian import Weights
+from pyro_lora.ground.weights import Weights
 
 # Of a prior's scale: a weight nearer to the centre counts as that far from it, since
 # Laplace's precision is infinite at the centre. So it is at most 1000 / b^2.

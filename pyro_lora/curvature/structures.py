@@ -42,7 +42,8 @@ from pyro_lora.curvature.factors import (
     at_least_float32,
 )
 from pyro_lora.curvature.nystrom import gram
-from pyro_lora.curvature.weight_gaussian import WeightGaussian, Weights
+from pyro_lora.curvature.weight_gaussian import WeightGaussian
+from pyro_lora.ground.weights import Weights
 
 __all__ = [
     "EKFAC",

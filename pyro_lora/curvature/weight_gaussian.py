@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-Weights = dict[str, Tensor]
+from pyro_lora.ground.weights import Weights
 
 
 class WeightGaussian(ABC):

@@ -9,8 +9,8 @@ from typing import Any
 from huggingface_hub import ModelCard
 
 from pyro_lora.export.posterior_state import Posterior
-from pyro_lora.infer.mixture_posterior import MixturePosterior
-from pyro_lora.infer.particle_posterior import ParticlePosterior
+from pyro_lora.posteriors.mixture_posterior import MixturePosterior
+from pyro_lora.posteriors.particle_posterior import ParticlePosterior
 
 _CLASSIFIERS = ("SEQ_CLS", "TOKEN_CLS")
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor
 
-from pyro_lora.curvature.tensor_folder import put
 from pyro_lora.export.adapter_card import (
     adapter_card,
     is_linearized,
@@ -17,12 +16,13 @@ from pyro_lora.export.adapter_card import (
     title,
 )
 from pyro_lora.export.posterior_state import Posterior
-from pyro_lora.export.prior_density import prior_of, with_scaled_sites
-from pyro_lora.infer.joint_distribution import check_num_samples
-from pyro_lora.lifting.interrupts import leaving_no_trace, undone
+from pyro_lora.ground.interrupts import leaving_no_trace, undone
+from pyro_lora.ground.tensor_folder import put
+from pyro_lora.ground.unfinished import aside
+from pyro_lora.ground.warning import warn
 from pyro_lora.lifting.lifted_network import LiftedNetwork
-from pyro_lora.lifting.unfinished import aside
-from pyro_lora.lifting.warning import warn
+from pyro_lora.posteriors.joint_distribution import check_num_samples
+from pyro_lora.posteriors.prior_density import prior_of, with_scaled_sites
 from pyro_lora.predict.draws import LORA_POSTERIORS
 
 _CARD = "README.md"

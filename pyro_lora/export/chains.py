@@ -9,11 +9,13 @@ import torch
 from pyro.infer import MCMC
 from torch import Tensor
 
-from pyro_lora.infer.mixture_posterior import MixturePosterior
-from pyro_lora.infer.particle_posterior import ParticlePosterior
-from pyro_lora.lifting.model_trace import Batch
-from pyro_lora.lifting.settings import check_count
-from pyro_lora.predict.draws import LORA_POSTERIORS, Guide, Weights, draw_weights
+from pyro_lora.ground.settings import check_count
+from pyro_lora.ground.weights import Weights
+from pyro_lora.likelihood.model_trace import Batch
+from pyro_lora.posteriors.mixture_posterior import MixturePosterior
+from pyro_lora.posteriors.particle_posterior import ParticlePosterior
+from pyro_lora.posteriors.posterior import Guide
+from pyro_lora.predict.draws import LORA_POSTERIORS, draw_weights
 
 DEFAULT_NUM_SAMPLES = 100  # PSIS needs 25; quantiles want a few more
 

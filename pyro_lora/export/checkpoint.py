@@ -10,8 +10,16 @@ from typing import Any
 import msgspec
 import torch
 
-from pyro_lora.curvature.checked_tensors import CheckedTensors
-from pyro_lora.curvature.tensor_folder import (
+from pyro_lora.export.posterior_state import (
+    Description,
+    Posterior,
+    describe,
+    restore,
+    sites_of,
+)
+from pyro_lora.export.weight_variables import without_adapter_name
+from pyro_lora.ground.checked_tensors import CheckedTensors
+from pyro_lora.ground.tensor_folder import (
     Format,
     Manifest,
     Real,
@@ -21,14 +29,6 @@ from pyro_lora.curvature.tensor_folder import (
     read_manifest,
     write_folder,
 )
-from pyro_lora.export.posterior_state import (
-    Description,
-    Posterior,
-    describe,
-    restore,
-    sites_of,
-)
-from pyro_lora.export.weight_variables import without_adapter_name
 from pyro_lora.lifting.fingerprint import (
     NetworkDescription,
     check_networks,
@@ -36,9 +36,9 @@ from pyro_lora.lifting.fingerprint import (
     fingerprint,
     restored,
 )
-from pyro_lora.lifting.initialization import NOISE
 from pyro_lora.lifting.lifted_network import LiftedNetwork
-from pyro_lora.lifting.model_trace import Model
+from pyro_lora.likelihood.model_trace import Model
+from pyro_lora.priors.prior import NOISE
 
 
 class _Layers(Schema):

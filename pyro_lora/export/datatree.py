@@ -14,21 +14,21 @@ from pyro_lora.export.chains import Samples, chains_of
 from pyro_lora.export.draw_chunks import joined, written
 from pyro_lora.export.draw_groups import DrawGroups
 from pyro_lora.export.linearized_pass import has_linear_predictor
-from pyro_lora.infer.mixture_posterior import MixturePosterior
-from pyro_lora.lifting.batch import check_batches, checked_batches
-from pyro_lora.lifting.interrupts import leaving_no_trace
-from pyro_lora.lifting.model_trace import Batch, Model
-from pyro_lora.lifting.settings import check_count, check_word
-from pyro_lora.lifting.warning import warn
+from pyro_lora.ground.interrupts import leaving_no_trace
+from pyro_lora.ground.settings import check_count, check_word
+from pyro_lora.ground.warning import warn
+from pyro_lora.likelihood.batch import check_batches, checked_batches
+from pyro_lora.likelihood.model_trace import Batch, Model
+from pyro_lora.posteriors.dropout import check_no_dropout
+from pyro_lora.posteriors.mixture_posterior import MixturePosterior
+from pyro_lora.posteriors.posterior import Guide
 from pyro_lora.predict.draws import (
     LORA_POSTERIORS,
-    Guide,
     check_guide,
     check_names,
     model_at_draws,
     prediction_method,
 )
-from pyro_lora.predict.dropout import check_no_dropout
 from pyro_lora.predict.linearized import laplace_parts, obstacle
 
 if TYPE_CHECKING:

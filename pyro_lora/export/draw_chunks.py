@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pyro_lora.export.draw_groups import per_draw
-from pyro_lora.lifting.unfinished import aside
+from pyro_lora.ground.unfinished import aside
 
 if TYPE_CHECKING:
     from xarray import Dataset, DataTree

@@ -10,27 +10,29 @@ import torch
 from torch import Tensor
 
 from pyro_lora.export.chains import Chains, Some
-from pyro_lora.export.data_pass import DataPass, pass_over_data
 from pyro_lora.export.linearized_pass import LinearizedAtDraws
-from pyro_lora.export.prior_density import (
-    log_prior_by_site,
-    prior_draws,
-    prior_of,
-    with_scaled_sites,
-)
 from pyro_lora.export.weight_variables import (
     Variables,
     check_raw_size,
     delta_variables,
     raw_variables,
 )
-from pyro_lora.infer.laplace_posterior import LaplacePosterior
-from pyro_lora.infer.mixture_posterior import MixturePosterior
+from pyro_lora.ground.weights import Weights
 from pyro_lora.lifting.lifted_network import LiftedNetwork
-from pyro_lora.lifting.model_trace import Batch, Model, evaluating_model, trace_at
-from pyro_lora.lifting.outcome_source import OutcomeSource
-from pyro_lora.lifting.priors import Prior
-from pyro_lora.predict.draws import Guide, Weights, model_at_draws, outcome_source
+from pyro_lora.likelihood.model_trace import Batch, Model, evaluating_model, trace_at
+from pyro_lora.likelihood.outcome_source import OutcomeSource
+from pyro_lora.posteriors.laplace_posterior import LaplacePosterior
+from pyro_lora.posteriors.mixture_posterior import MixturePosterior
+from pyro_lora.posteriors.posterior import Guide
+from pyro_lora.posteriors.prior_density import (
+    log_prior_by_site,
+    prior_draws,
+    prior_of,
+    with_scaled_sites,
+)
+from pyro_lora.predict.data_pass import DataPass, pass_over_data
+from pyro_lora.predict.draws import model_at_draws, outcome_source
+from pyro_lora.priors import Prior
 
 if TYPE_CHECKING:
     from xarray import Dataset

@@ -16,10 +16,10 @@ from torch import distributions as td
 
 from pyro_lora.curvature.linearize import linearized_values
 from pyro_lora.export.chains import Some
-from pyro_lora.infer.laplace_posterior import LaplacePosterior
-from pyro_lora.infer.mixture_posterior import MixturePosterior
-from pyro_lora.lifting.model_trace import Batch, Model, evaluating, trace_at
-from pyro_lora.predict.draws import Weights
+from pyro_lora.ground.weights import Weights
+from pyro_lora.likelihood.model_trace import Batch, Model, evaluating, trace_at
+from pyro_lora.posteriors.laplace_posterior import LaplacePosterior
+from pyro_lora.posteriors.mixture_posterior import MixturePosterior
 
 
 @singledispatch

@@ -11,17 +11,9 @@ import torch
 from torch import Tensor
 
 from pyro_lora.curvature.block_gaussian import BlockGaussian, Eigenblocks
-from pyro_lora.curvature.checked_tensors import (
-    DOUBLE,
-    FLOAT32,
-    CheckedTensors,
-    check_broadcasts,
-    check_definite,
-)
 from pyro_lora.curvature.dense_gaussian import DenseGaussian
 from pyro_lora.curvature.latent_block import MAX_LATENTS, LatentBlock
-from pyro_lora.curvature.tensor_folder import Schema
-from pyro_lora.curvature.weight_gaussian import WeightGaussian, Weights
+from pyro_lora.curvature.weight_gaussian import WeightGaussian
 from pyro_lora.export.prior_state import (
     PriorDescription,
     describe_prior,
@@ -32,12 +24,21 @@ from pyro_lora.export.transform_state import (
     describe_transform,
     restore_transform,
 )
-from pyro_lora.infer.laplace_posterior import LaplacePosterior
-from pyro_lora.infer.mixture_posterior import MixturePosterior
-from pyro_lora.infer.particle_posterior import ParticlePosterior
-from pyro_lora.lifting.initialization import NOISE
+from pyro_lora.ground.checked_tensors import (
+    DOUBLE,
+    FLOAT32,
+    CheckedTensors,
+    check_broadcasts,
+    check_definite,
+)
+from pyro_lora.ground.tensor_folder import Schema
+from pyro_lora.ground.weights import Weights
 from pyro_lora.lifting.lifted_network import LiftedNetwork
-from pyro_lora.lifting.model_trace import Model
+from pyro_lora.likelihood.model_trace import Model
+from pyro_lora.posteriors.laplace_posterior import LaplacePosterior
+from pyro_lora.posteriors.mixture_posterior import MixturePosterior
+from pyro_lora.posteriors.particle_posterior import ParticlePosterior
+from pyro_lora.priors.prior import NOISE
 
 Posterior = LaplacePosterior | ParticlePosterior | MixturePosterior
 Tensors = dict[str, Tensor]

@@ -11,19 +11,19 @@ from torch import Tensor
 from torch import distributions as td
 from torch.distributions import constraints
 
-from pyro_lora.curvature.checked_tensors import CheckedTensors
-from pyro_lora.curvature.tensor_folder import Real, Schema
-from pyro_lora.curvature.weight_gaussian import Weights
-from pyro_lora.infer.laplace_posterior import LaplacePosterior, normal_prior
-from pyro_lora.infer.prior_parameters import (
+from pyro_lora.ground.checked_tensors import CheckedTensors
+from pyro_lora.ground.tensor_folder import Real, Schema
+from pyro_lora.ground.weights import Weights
+from pyro_lora.lifting.lifted_network import LiftedNetwork
+from pyro_lora.likelihood.model_trace import trace_at
+from pyro_lora.posteriors.laplace_posterior import LaplacePosterior, normal_prior
+from pyro_lora.posteriors.prior_parameters import (
     AtParameters,
     PriorAtParameters,
     fixing,
     present_prior,
 )
-from pyro_lora.lifting.lifted_network import LiftedNetwork
-from pyro_lora.lifting.model_trace import trace_at
-from pyro_lora.lifting.priors import Prior
+from pyro_lora.priors import Prior
 
 Tensors = dict[str, Tensor]
 

@@ -7,9 +7,13 @@ from pathlib import Path
 
 import torch
 
-from pyro_lora.curvature.tensor_folder import MANIFEST
-from pyro_lora.infer.svgd import SVGD
-from pyro_lora.infer.training_state import read_state, restore_generators, write_state
+from pyro_lora.ground.tensor_folder import MANIFEST
+from pyro_lora.infer.svgd.svgd import SVGD
+from pyro_lora.infer.svgd.training_state import (
+    read_state,
+    restore_generators,
+    write_state,
+)
 
 
 def save_state(svgd: SVGD, path: str | os.PathLike[str]) -> None:

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.distributions import transforms
 from torch.distributions.transforms import Transform
 
-from pyro_lora.curvature.checked_tensors import CheckedTensors, check_broadcasts
-from pyro_lora.curvature.tensor_folder import Real, Schema
+from pyro_lora.ground.checked_tensors import CheckedTensors, check_broadcasts
+from pyro_lora.ground.tensor_folder import Real, Schema
 
 Tensors = dict[str, Tensor]
 Dims = Annotated[int, msgspec.Meta(ge=0, le=8)]

@@ -17,20 +17,27 @@ from pyro.infer.autoguide.initialization import InitMessenger
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from pyro_lora.curvature.batches import READ_ONCE, first_batch, trace_batch
 from pyro_lora.curvature.fisher import empirical_terms, exact_terms, mc_terms
 from pyro_lora.curvature.fit import FisherFit, fit_fisher
 from pyro_lora.curvature.latent_block import LatentBlock, fit_latents, small_latents
 from pyro_lora.curvature.likelihood_terms import TermsFunction
 from pyro_lora.curvature.structures import KFAC, Structure
-from pyro_lora.infer.laplace_posterior import LaplacePosterior
-from pyro_lora.infer.prior_parameters import fixing, present_prior
+from pyro_lora.ground.interrupts import leaving_no_trace
+from pyro_lora.ground.settings import (
+    check_count,
+    check_function,
+    check_kind,
+    check_path,
+    check_positive,
+    check_word,
+)
+from pyro_lora.ground.warning import warn
 from pyro_lora.infer.site_subset import chosen_sites
-from pyro_lora.lifting.batch import check_batches
 from pyro_lora.lifting.initialization import check_start
-from pyro_lora.lifting.interrupts import leaving_no_trace
 from pyro_lora.lifting.lifted_network import LiftedNetwork
-from pyro_lora.lifting.model_trace import (
+from pyro_lora.likelihood.batch import check_batches
+from pyro_lora.likelihood.batches import READ_ONCE, first_batch, trace_batch
+from pyro_lora.likelihood.model_trace import (
     Batch,
     Model,
     check_model,
@@ -39,15 +46,8 @@ from pyro_lora.lifting.model_trace import (
     lifted_networks,
     observed_sites,
 )
-from pyro_lora.lifting.settings import (
-    check_count,
-    check_function,
-    check_kind,
-    check_path,
-    check_positive,
-    check_word,
-)
-from pyro_lora.lifting.warning import warn
+from pyro_lora.posteriors.laplace_posterior import LaplacePosterior
+from pyro_lora.posteriors.prior_parameters import fixing, present_prior
 
 # Which guide has put a parameter into Pyro's store.
 _OWNERS: Any = WeakTensorKeyDictionary()

@@ -7,10 +7,10 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from pyro_lora.curvature.batches import first_batch
-from pyro_lora.lifting.interrupts import hooked
+from pyro_lora.ground.interrupts import hooked
 from pyro_lora.lifting.lifted_network import LiftedNetwork
-from pyro_lora.lifting.model_trace import Batch, Model, evaluating, trace_at
+from pyro_lora.likelihood.batches import first_batch
+from pyro_lora.likelihood.model_trace import Batch, Model, evaluating, trace_at
 
 
 def chosen_sites(

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from pyro_lora.lifting.interrupts import undone
+from pyro_lora.ground.interrupts import undone
 from pyro_lora.lifting.sites import LiftedParameter
 from pyro_lora.lifting.slots import (
     BoundLinear,

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_lora.ground.interrupts import leaving_no_trace
 from pyro_lora.lifting.binding import (
     Binding,
     Values,
@@ -31,7 +32,6 @@ from pyro_lora.lifting.folding import (
     unfold_output,
 )
 from pyro_lora.lifting.host import Host, check_checkpointing
-from pyro_lora.lifting.interrupts import leaving_no_trace
 from pyro_lora.lifting.sites import LiftedParameter
 from pyro_lora.lifting.slots import Fold, LinearSlot, NotFoldable, swapped
 from pyro_lora.lifting.trunk import Trunk

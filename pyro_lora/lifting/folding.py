@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from pyro_lora.lifting.interrupts import undone
+from pyro_lora.ground.interrupts import undone
 from pyro_lora.lifting.slots import Fold, NotFoldable
 
 

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from torch import distributions as td
 from transformers import PreTrainedModel
 
-from pyro_lora.lifting.settings import check_number, check_weights
+from pyro_lora.ground.settings import check_number
+from pyro_lora.ground.weights import check_weights
 from pyro_lora.lifting.sites import LiftedParameter
 from pyro_lora.lifting.slots import swapped
+from pyro_lora.priors.prior import NOISE
 
 if TYPE_CHECKING:
     from pyro_lora.lifting.lifted_network import LiftedNetwork
@@ -25,7 +27,6 @@ if TYPE_CHECKING:
 InitFn = Callable[[dict[str, Any]], Tensor]
 
 # What Pyro's reparameterisations put after the name of a site that isn't centred.
-NOISE = "_decentered"
 
 # Half-precision networks must tell the particles apart: the least change of a number of
 # size one that bfloat16 still resolves.

@@ -11,41 +11,47 @@ from typing import Any, Literal
 
 import pyro
 import torch
+from peft.tuners.lora.layer import ParamWrapper
 from pyro import poutine
 from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.subsample_messenger import SubsampleMessenger
 from torch import Tensor, nn
 
-from pyro_lora.lifting import initialization, priors
+from pyro_lora.ground.interrupts import undone
+from pyro_lora.ground.settings import check_kind, check_name
+from pyro_lora.ground.weights import check_weights
+from pyro_lora.lifting import initialization
 from pyro_lora.lifting.adapter import (
     adapter_modules,
     adapter_name,
     check_in_use,
 )
-from pyro_lora.lifting.batch import LORA_IN_PLATE
 from pyro_lora.lifting.binding import undo_interrupted
 from pyro_lora.lifting.bound_network import BoundNetwork
 from pyro_lora.lifting.host import Host
-from pyro_lora.lifting.interrupts import undone
 from pyro_lora.lifting.low_rank import (
     factor_locations,
     has_one_update,
     rank_masks,
     update_factors,
 )
-from pyro_lora.lifting.priors import Prior
-from pyro_lora.lifting.priors.prior import check_prior
 from pyro_lora.lifting.refusals import (
     check_network,
     keep_bitsandbytes_differentiable,
 )
-from pyro_lora.lifting.settings import check_name, check_weights
 from pyro_lora.lifting.sites import LiftedParameter, lifted_parameters
 from pyro_lora.lifting.slots import Location, as_slot
 from pyro_lora.lifting.trunk import Trunk, find_trunk
+from pyro_lora.priors.independent import normal
+from pyro_lora.priors.prior import Prior, check_prior
 
 # The lifted networks that are in use, to tell those whose parameters are lifted anew.
 _IN_USE: weakref.WeakSet[LiftedNetwork] = weakref.WeakSet()
+
+LORA_IN_PLATE = (
+    "lora() is called inside the plate {!r}, as if each datum had weights of its own. "
+    "Call lora() before the plate."
+)
 
 
 def lift(
@@ -102,7 +108,7 @@ def lift(
             f"sites, found {name!r}."
         )
     return LiftedNetwork(
-        model, priors.normal(scale=1.0) if prior is None else prior, adapter, name
+        model, normal(scale=1.0) if prior is None else prior, adapter, name
     )
 
 
@@ -404,6 +410,11 @@ class LiftedNetwork:
             if has_one_update(layer)
         }
 
+    def num_experts(self, path: str) -> int | None:
+        """How many experts' matrices a layer stacks; None: it isn't one of experts."""
+        layer = self.network.get_submodule(path)
+        return layer.num_experts if isinstance(layer, ParamWrapper) else None
+
     @property
     def factor_sites(self) -> frozenset[str]:
         """The sites that :meth:`delta_weight_factors` is made of."""
@@ -459,6 +470,19 @@ class LiftedNetwork:
                     f"Site {site!r}: the weights have NaN or infinite values; every "
                     "value must be finite. Check the run that made them."
                 )
+
+
+def check_lora(lora: object) -> None:
+    """Check that something is a lifted network.
+
+    Args:
+        lora: It.
+
+    Raises:
+        TypeError: If it isn't.
+    """
+    expected = "a lifted network, lora = lift(peft_model)"
+    check_kind("lora", lora, LiftedNetwork, expected)
 
 
 def _check_plates() -> None:

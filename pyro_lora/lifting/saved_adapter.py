@@ -10,7 +10,7 @@ import torch
 from peft import PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
 from torch import Tensor
 
-from pyro_lora.lifting.interrupts import undone
+from pyro_lora.ground.interrupts import undone
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 
 # What of an adapter's configuration decides what its weights mean.

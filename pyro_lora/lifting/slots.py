@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyro_lora.lifting.interrupts import undone
+from pyro_lora.ground.interrupts import undone
 
 # Where a parameter lives: the module that holds it, and the attribute.
 Location = tuple[nn.Module, str]

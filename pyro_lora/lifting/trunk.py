@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pyro_lora.lifting.interrupts import undone
+from pyro_lora.ground.interrupts import undone
 from pyro_lora.lifting.slots import Fold
-from pyro_lora.lifting.trunk_cache import TrunkCache, row_keys, versions
 
 
 def _caches(network: nn.Module) -> bool:
@@ -269,3 +272,122 @@ def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, dict):
         return {k: _map(v, function) for k, v in value.items()}
     return value
+
+
+_NAME = "rows"  # of the only tensor in a file
+
+
+class TrunkCache:
+    """Rows of hidden states by the inputs that they come from.
+
+    Args:
+        max_bytes: Memory for rows; those beyond it go to files.
+        folder: Of the files.
+    """
+
+    def __init__(self, max_bytes: int, folder: Path) -> None:
+        self._room = max_bytes
+        self._folder = folder
+        self._in_memory: dict[bytes, Tensor] = {}
+        # Where a row is, and a digest of it: files may be altered by others.
+        self._on_disk: dict[bytes, tuple[Path, int, bytes]] = {}
+        self._device = "cpu"
+
+    def get(self, keys: Sequence[bytes]) -> Tensor | None:
+        """The rows (B, ...) of these keys; None if one isn't there.
+
+        Raises:
+            ValueError: If a file was altered.
+        """
+        rows = []
+        for key in keys:
+            row = self._in_memory.get(key)
+            if row is None and key in self._on_disk:
+                row = self._read(*self._on_disk[key])
+            if row is None:
+                return None
+            rows.append(row)
+        return torch.stack(rows)
+
+    def put(self, keys: Sequence[bytes], rows: Tensor) -> None:
+        """Keep the rows (B, ...) of these keys, constants from now on."""
+        new: dict[bytes, int] = {}
+        for i, key in enumerate(keys):
+            if key not in self._in_memory and key not in self._on_disk:
+                new[key] = i
+        if not new:
+            return
+        kept = rows.detach()[torch.tensor(list(new.values()), device=rows.device)]
+        size = kept.numel() * kept.element_size()
+        if size <= self._room:
+            self._room -= size
+            self._in_memory.update(zip(new, kept, strict=True))
+            return
+        self._device = str(kept.device)
+        path = self._folder / f"{len(self._on_disk)}.safetensors"
+        save_file({_NAME: kept}, path)
+        digests = [_row_digest(row) for row in kept.cpu()]
+        self._on_disk.update({key: (path, i, digests[i]) for i, key in enumerate(new)})
+
+    def _read(self, path: Path, place: int, digest: bytes) -> Tensor:
+        try:
+            with safe_open(path, "pt") as file:
+                row: Tensor = file.get_slice(_NAME)[place : place + 1][0]
+            whole = _row_digest(row) == digest
+        except (SafetensorError, OSError, IndexError, RuntimeError) as error:
+            raise ValueError(
+                f"{path}, which the trunk's cache wrote, can't be read: {error}. Leave "
+                "the files in its folder alone."
+            ) from error
+        if not whole:
+            raise ValueError(
+                f"{path}, which the trunk's cache wrote, was altered. Leave the files "
+                "in its folder alone."
+            )
+        return row.to(self._device)
+
+
+def _row_digest(row: Tensor) -> bytes:
+    """Of a row on the CPU, its dtype and shape included."""
+    form = f"{row.dtype}{tuple(row.shape)}".encode()
+    flat = row.contiguous().reshape(-1).view(torch.uint8).numpy()
+    return hashlib.blake2b(flat.tobytes(), key=form[:64], digest_size=16).digest()
+
+
+def row_keys(inputs: Mapping[Any, Any], batch_size: int, state: Any) -> list[bytes]:
+    """A digest for each row of a batch, of all that a frozen network makes of it.
+
+    Args:
+        inputs: The network's inputs, by name; of particles one copy.
+        batch_size: B; tensors with another first dim belong to every row.
+        state: What else the outputs depend on.
+
+    Returns:
+        B digests.
+    """
+    common = hashlib.blake2b(repr(state).encode(), digest_size=16)
+    by_row = []
+    for name, value in inputs.items():
+        common.update(repr(name).encode())
+        if not isinstance(value, Tensor):
+            common.update(repr(value).encode())
+            continue
+        common.update(f"{value.dtype}{tuple(value.shape[1:])}".encode())
+        flat = value.detach().contiguous().reshape(value.shape[0], -1)
+        rows = flat.view(torch.uint8).cpu().numpy()
+        if len(rows) == batch_size:
+            by_row.append(rows)
+        else:
+            common.update(rows.tobytes())
+    keys = []
+    for i in range(batch_size):
+        digest = common.copy()
+        for rows in by_row:
+            digest.update(rows[i].tobytes())
+        keys.append(digest.digest())
+    return keys
+
+
+def versions(tensors: Iterable[Tensor]) -> tuple[tuple[int, int], ...]:
+    """What changes when one of the tensors does."""
+    return tuple((x.data_ptr(), x._version) for x in tensors)

@@ -9,8 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pyro_lora.lifting.interrupts import leaving_no_trace
-from pyro_lora.lifting.settings import check_count, check_word
+from pyro_lora.ground.interrupts import leaving_no_trace
+from pyro_lora.ground.settings import check_count, check_word
 from pyro_lora.predict.prediction import Prediction
 
 # Numbers in the largest intermediate array: 256 MB of float64.

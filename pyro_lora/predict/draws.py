@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +10,14 @@ import torch
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_lora.infer.laplace_posterior import LaplacePosterior, PredictionMethod
-from pyro_lora.infer.mixture_posterior import MixturePosterior
-from pyro_lora.infer.particle_posterior import ParticlePosterior
+from pyro_lora.ground.settings import (
+    check_count,
+    check_function,
+    check_name,
+)
+from pyro_lora.ground.weights import Weights
 from pyro_lora.lifting.lifted_network import LiftedNetwork
-from pyro_lora.lifting.model_trace import (
+from pyro_lora.likelihood.model_trace import (
     Batch,
     Model,
     check_model,
@@ -25,16 +28,13 @@ from pyro_lora.lifting.model_trace import (
     trace_at,
     trace_on,
 )
-from pyro_lora.lifting.outcome_source import OutcomeSource
-from pyro_lora.lifting.settings import (
-    check_count,
-    check_function,
-    check_name,
-)
-from pyro_lora.predict.dropout import DropoutPosterior, drop
+from pyro_lora.likelihood.outcome_source import OutcomeSource
+from pyro_lora.posteriors.dropout import DropoutPosterior, drop
+from pyro_lora.posteriors.laplace_posterior import LaplacePosterior, PredictionMethod
+from pyro_lora.posteriors.mixture_posterior import MixturePosterior
+from pyro_lora.posteriors.particle_posterior import ParticlePosterior
+from pyro_lora.posteriors.posterior import Guide
 
-Weights = dict[str, Tensor]
-Guide = Callable[..., Any]  # any Pyro guide
 LORA_POSTERIORS = LaplacePosterior | ParticlePosterior | MixturePosterior
 
 # Draws folded into one forward pass: a few fill the processor, more cost memory.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_lora.lifting.warning import warn
+from pyro_lora.ground.warning import warn
 from pyro_lora.predict.prediction import Prediction
 from pyro_lora.predict.regression import RegressionPrediction
 

@@ -16,10 +16,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from pyro_lora.lifting.interrupts import leaving_no_trace
-from pyro_lora.lifting.lifted_network import LiftedNetwork
-from pyro_lora.lifting.model_trace import evaluating
-from pyro_lora.lifting.settings import (
+from pyro_lora.ground.interrupts import leaving_no_trace
+from pyro_lora.ground.settings import (
     check_count,
     check_function,
     check_kind,
@@ -27,7 +25,10 @@ from pyro_lora.lifting.settings import (
     check_positive,
     check_word,
 )
-from pyro_lora.predict.draws import Guide, check_guide, network_of
+from pyro_lora.lifting.lifted_network import LiftedNetwork
+from pyro_lora.likelihood.model_trace import evaluating
+from pyro_lora.posteriors.posterior import Guide
+from pyro_lora.predict.draws import check_guide, network_of
 from pyro_lora.predict.sequence_scores import (
     causal_network,
     check_vocabulary,

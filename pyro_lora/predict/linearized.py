@@ -9,30 +9,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_lora.curvature.fisher_roots import MOST_EXACT_CLASSES
 from pyro_lora.curvature.gaussian_logits import (
     GaussianLogits,
     JointGaussianLogits,
     expected_entropy,
 )
 from pyro_lora.curvature.linearize import contrasts
-from pyro_lora.infer.laplace_posterior import LaplacePosterior
-from pyro_lora.infer.mixture_posterior import MixturePosterior
-from pyro_lora.lifting.model_trace import (
+from pyro_lora.likelihood.fisher_roots import MOST_EXACT_CLASSES
+from pyro_lora.likelihood.model_trace import (
     Batch,
     Model,
     evaluating_model,
     likelihood_site,
     trace_at,
 )
-from pyro_lora.predict.draws import Guide
-from pyro_lora.predict.outcomes import (
+from pyro_lora.likelihood.outcome_kinds import (
     Tokens,
     check_outcomes,
     chosen_outcomes,
     likelihood,
     outcome_logits,
 )
+from pyro_lora.posteriors.laplace_posterior import LaplacePosterior
+from pyro_lora.posteriors.mixture_posterior import MixturePosterior
+from pyro_lora.posteriors.posterior import Guide
 from pyro_lora.predict.prediction import Prediction
 from pyro_lora.predict.regression import RegressionPrediction
 from pyro_lora.predict.sampled import AnyPrediction, token_labels

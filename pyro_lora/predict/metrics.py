@@ -13,7 +13,7 @@ from torchmetrics.functional.classification import (
     multiclass_calibration_error,
 )
 
-from pyro_lora.lifting.settings import check_count
+from pyro_lora.ground.settings import check_count
 
 NUM_BINS = 15  # the field's usual number for the calibration error
 COVERAGE = 0.8  # share of the data that selective accuracy keeps

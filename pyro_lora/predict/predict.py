@@ -12,20 +12,22 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_lora.curvature.gaussian_logits import GaussianLogits, class_log_probs
-from pyro_lora.infer.joint_distribution import check_num_samples
-from pyro_lora.infer.laplace_posterior import PredictionMethod
-from pyro_lora.lifting.batch import check_batches, checked_batches
-from pyro_lora.lifting.interrupts import leaving_no_trace
-from pyro_lora.lifting.model_trace import Batch, Model, likelihood_site
-from pyro_lora.lifting.outcome_source import OutcomeSource
-from pyro_lora.lifting.settings import check_count, check_function, check_word
-from pyro_lora.lifting.warning import warn
+from pyro_lora.ground.interrupts import leaving_no_trace
+from pyro_lora.ground.settings import check_count, check_function, check_word
+from pyro_lora.ground.warning import warn
+from pyro_lora.ground.weights import Weights
+from pyro_lora.likelihood.batch import check_batches, checked_batches
+from pyro_lora.likelihood.model_trace import Batch, Model, likelihood_site
+from pyro_lora.likelihood.outcome_kinds import GivenLabels, Tokens
+from pyro_lora.likelihood.outcome_source import OutcomeSource
+from pyro_lora.posteriors.dropout import DropoutPosterior
+from pyro_lora.posteriors.joint_distribution import check_num_samples
+from pyro_lora.posteriors.laplace_posterior import PredictionMethod
+from pyro_lora.posteriors.posterior import Guide
 from pyro_lora.predict import prediction, regression, token_prediction
 from pyro_lora.predict.draws import (
     DRAWS_AT_ONCE,
     LORA_POSTERIORS,
-    Guide,
-    Weights,
     check_guide,
     check_names,
     draw_weights,
@@ -34,7 +36,6 @@ from pyro_lora.predict.draws import (
     outcome_source,
     prediction_method,
 )
-from pyro_lora.predict.dropout import DropoutPosterior
 from pyro_lora.predict.far_from_mode import warn_if_worse
 from pyro_lora.predict.linearized import (
     check_linearizable,
@@ -42,7 +43,6 @@ from pyro_lora.predict.linearized import (
     linearized,
     obstacle,
 )
-from pyro_lora.predict.outcomes import GivenLabels, Tokens
 from pyro_lora.predict.prediction import Prediction
 from pyro_lora.predict.regression import RegressionPrediction
 from pyro_lora.predict.sampled import sampled

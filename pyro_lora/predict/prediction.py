@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from pyro_lora.lifting.model_trace import IGNORED
-from pyro_lora.lifting.settings import check_kind, check_positive, check_word
+from pyro_lora.ground.settings import check_kind, check_positive, check_word
+from pyro_lora.likelihood.model_trace import IGNORED
 from pyro_lora.predict.metrics import (
     auroc_of_scores,
     class_metrics,

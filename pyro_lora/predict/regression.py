@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch import distributions as td
 
-from pyro_lora.lifting.settings import check_number
+from pyro_lora.ground.settings import check_number
 from pyro_lora.predict.metrics import resampled, with_standard_errors
 from pyro_lora.predict.tables import data_frame
 

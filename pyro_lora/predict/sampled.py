@@ -12,10 +12,8 @@ import torch
 from torch import Tensor
 from torch import distributions as td
 
-from pyro_lora.curvature.outcomes import outcomes_that_count
-from pyro_lora.lifting.model_trace import IGNORED, Batch
-from pyro_lora.predict.draws import ModelAtDraws
-from pyro_lora.predict.outcomes import (
+from pyro_lora.likelihood.model_trace import IGNORED, Batch
+from pyro_lora.likelihood.outcome_kinds import (
     Tokens,
     check_outcomes,
     chosen_outcomes,
@@ -23,6 +21,8 @@ from pyro_lora.predict.outcomes import (
     outcome_log_probs,
     outcome_logits,
 )
+from pyro_lora.likelihood.outcomes import outcomes_that_count
+from pyro_lora.predict.draws import ModelAtDraws
 from pyro_lora.predict.prediction import Prediction
 from pyro_lora.predict.regression import RegressionPrediction
 from pyro_lora.predict.token_prediction import TokenPrediction, token_prediction

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyro_lora.lifting.settings import check_function, check_kind
+from pyro_lora.ground.settings import check_function, check_kind
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -14,18 +14,14 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pyro_lora.lifting.interrupts import leaving_no_trace
-from pyro_lora.lifting.lifted_network import LiftedNetwork
-from pyro_lora.lifting.model_trace import IGNORED, evaluating, trace_at
-from pyro_lora.lifting.settings import check_kind, check_lora
-from pyro_lora.predict.draws import (
-    LORA_POSTERIORS,
-    Guide,
-    Weights,
-    draw_weights,
-    network_of,
-)
-from pyro_lora.predict.dropout import check_no_dropout
+from pyro_lora.ground.interrupts import leaving_no_trace
+from pyro_lora.ground.settings import check_kind
+from pyro_lora.ground.weights import Weights
+from pyro_lora.lifting.lifted_network import LiftedNetwork, check_lora
+from pyro_lora.likelihood.model_trace import IGNORED, evaluating, trace_at
+from pyro_lora.posteriors.dropout import check_no_dropout
+from pyro_lora.posteriors.posterior import Guide
+from pyro_lora.predict.draws import LORA_POSTERIORS, draw_weights, network_of
 
 DEFAULT_NUM_SAMPLES = 8  # all of them go through the network at once
 # Log probabilities (S, B, T, V) held at once: 256 MiB in float32.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.classification import binary_calibration_error
 
-from pyro_lora.lifting.model_trace import IGNORED
+from pyro_lora.likelihood.model_trace import IGNORED
 from pyro_lora.predict.metrics import (
     NUM_BINS,
     adaptive_ece,

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from pyro_lora.curvature.tensor_folder import manifest_digest
+from pyro_lora.ground.tensor_folder import manifest_digest
 
 Files = dict[str, bytes]
 DEEP = "@deep@"  # becomes lists in lists, deeper than any program can follow

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import pyro_lora as pl
-from pyro_lora.curvature import tensor_folder
+from pyro_lora.ground import tensor_folder
 from tests import networks
 from tests.predict import models
 

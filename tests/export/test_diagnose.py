@@ -15,11 +15,10 @@ from pyro.infer import autoguide
 from torch import Tensor
 
 import pyro_lora as pl
-from pyro_lora.export import diagnosis
+from pyro_lora.diagnose import diagnosis
+from pyro_lora.ground.weights import Weights
 from tests.infer.linear_regression import linear_regression
 from tests.predict import models
-
-Weights = dict[str, Tensor]
 
 
 def flat(weights: Weights, lead: int = 0) -> Tensor:

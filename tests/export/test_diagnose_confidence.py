@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import pyro_lora as pl
-from pyro_lora.export import diagnosis
+from pyro_lora.diagnose import diagnosis
 from tests.export.arrays import assert_allclose
 from tests.infer.linear_regression import linear_regression
 from tests.predict import models

@@ -16,9 +16,9 @@ import pytest
 import torch
 
 import pyro_lora as pl
-from pyro_lora.curvature import tensor_folder
-from pyro_lora.infer.training_state import read_state, write_state
-from pyro_lora.lifting.unfinished import aside
+from pyro_lora.ground import tensor_folder
+from pyro_lora.ground.unfinished import aside
+from pyro_lora.infer.svgd.training_state import read_state, write_state
 from tests import networks
 from tests.predict import models
 

@@ -17,7 +17,7 @@ import pyro_lora as pl
 from pyro_lora.curvature.block_gaussian import BlockGaussian, Eigenblocks
 from pyro_lora.curvature.gaussian_logits import class_log_probs
 from pyro_lora.curvature.structures import Structure
-from pyro_lora.infer.prior_tuning import checked_precision, maximize_evidence
+from pyro_lora.posteriors.prior_tuning import checked_precision, maximize_evidence
 from tests.curvature.gauss_newton import (
     assert_same,
     blocks,

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from pyro_lora import kernels
-from pyro_lora.infer import transport
+from pyro_lora.infer.svgd import transport
 
 
 def distances(num_particles: int) -> Tensor:

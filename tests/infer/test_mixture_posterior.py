@@ -15,10 +15,10 @@ from torch.testing import assert_close
 
 import pyro_lora as pl
 from pyro_lora import kernels
+from pyro_lora.ground.weights import Weights
 from tests import networks
 from tests.infer.targets import NUM_DATA
 
-Weights = dict[str, Tensor]
 Posterior = pl.LaplacePosterior | pl.ParticlePosterior | pl.MixturePosterior
 
 

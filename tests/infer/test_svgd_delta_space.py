@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 import pyro_lora as pl
 from pyro_lora import kernels
-from pyro_lora.infer.delta_space import DeltaSpace
+from pyro_lora.infer.svgd.delta_space import DeltaSpace
 from tests import networks
 from tests.infer import double_loop
 from tests.infer.double_loop import Point

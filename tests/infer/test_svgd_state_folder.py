@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader
 
 import pyro_lora as pl
 from pyro_lora import kernels
-from pyro_lora.curvature import tensor_folder
-from pyro_lora.infer import training_state
+from pyro_lora.ground import tensor_folder
+from pyro_lora.infer.svgd import training_state
 from tests import networks
 from tests.infer.engines import OPTIMIZERS, assert_same, engine, regression_batches
 from tests.infer.targets import bert, hierarchical_regression

@@ -36,7 +36,6 @@ from tests.networks import batch, bert, llama
 
 Model = Callable[..., None]
 MakeGuide = Callable[..., Any]
-Weights = Mapping[str, Tensor]
 
 NUM_DATA, BATCH_SIZE, NUM_PARTICLES, ALPHA = 20, 5, 2, 0.5
 
@@ -172,7 +171,7 @@ class Case:
         if name == "Normal":
             self.shapes["sigma"] = torch.Size()
 
-    def output(self, weights: Weights) -> Tensor:
+    def output(self, weights: Mapping[str, Tensor]) -> Tensor:
         """What the network computes at one weight set, without Pyro or binding."""
         before = self.lora.weights()
         self.lora.load({site: weights[site] for site in self.lora.sites})
@@ -182,13 +181,13 @@ class Case:
         self.lora.load(before)
         return output
 
-    def log_likelihood(self, values: Weights) -> Tensor:
+    def log_likelihood(self, values: Mapping[str, Tensor]) -> Tensor:
         """Log density of the labels for the full data set, a datum at a time, (B,)."""
         sigma = values.get("sigma", torch.tensor(1.0))
         log_prob = self.likelihood.log_prob(self.output(values), self.texts, sigma)
         return NUM_DATA / BATCH_SIZE * log_prob
 
-    def log_prior(self, values: Weights) -> dict[str, Tensor]:
+    def log_prior(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Log density of each latent site."""
         found = {
             k: torch.distributions.Normal(0.0, 1.0).log_prob(values[k]).sum()
@@ -199,7 +198,7 @@ class Case:
             found["sigma"] = log_normal.log_prob(values["sigma"])
         return found
 
-    def log_joint(self, values: Weights) -> Tensor:
+    def log_joint(self, values: Mapping[str, Tensor]) -> Tensor:
         """Log density of the full data set and of all latent sites."""
         return sum(self.log_prior(values).values()) + self.log_likelihood(values).sum()
 

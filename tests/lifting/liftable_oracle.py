@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import pyro_lora as pl
+from pyro_lora.ground.weights import Weights
 from tests.lifting.liftable_row import Row
 
 NUM_PARTICLES = 3
-Weights = dict[str, Tensor]
 Sites = Mapping[str, tuple[str, ...]]
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import pyro_lora as pl
-from pyro_lora.lifting.model_trace import trace_at
+from pyro_lora.likelihood.model_trace import trace_at
 from tests.networks import batch, bert, classifier, inputs, llama, particles
 
 Model = Callable[..., Any]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import pyro_lora as pl
-from pyro_lora.lifting.model_trace import (
+from pyro_lora.likelihood.model_trace import (
     evaluating,
     lifted_networks,
     likelihood_site,

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import pyro_lora as pl
-from pyro_lora.lifting.model_trace import trace_at
-from pyro_lora.lifting.priors import Prior
+from pyro_lora.likelihood.model_trace import trace_at
+from pyro_lora.priors import Prior
 from tests.networks import batch, bert, classifier, inputs, particles
 
 FAMILIES: dict[str, tuple[Callable[..., Prior], Any]] = {

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import pyro_lora as pl
-from pyro_lora.lifting.model_trace import trace_at
-from pyro_lora.lifting.priors.site_mixture import SiteMixture
+from pyro_lora.likelihood.model_trace import trace_at
+from pyro_lora.priors.site_mixture import SiteMixture
 from tests.networks import batch, bert, classifier, particles
 
 STRUCTURES = {

@@ -14,8 +14,8 @@ from torch.testing import assert_close
 from transformers import AutoModelForSequenceClassification, BertConfig
 
 import pyro_lora as pl
-from pyro_lora.lifting.model_trace import trace_at
-from pyro_lora.lifting.priors.spectral import singular_values, squared_frobenius_norm
+from pyro_lora.likelihood.model_trace import trace_at
+from pyro_lora.priors.spectral import singular_values, squared_frobenius_norm
 from tests.networks import batch, bert, particles
 
 SHAPES = [(5, 3, 7), (5, 1, 7), (2, 3, 7), (5, 4, 3)]  # (O, R, I)

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 import pyro_lora as pl
 from pyro_lora import kernels
-from pyro_lora.lifting.trunk_cache import TrunkCache
+from pyro_lora.lifting.trunk import TrunkCache
 from tests.lifting.test_trunk import bert_on_top, layers, llama_on_top, loop
 from tests.networks import adapted, batch, bert, inputs, particles
 

@@ -13,7 +13,6 @@ import pyro_lora as pl
 from tests import networks
 from tests.predict.models import jittered
 
-Weights = dict[str, Tensor]
 NUM_TEXTS = 6
 
 

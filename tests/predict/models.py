@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 import pyro_lora as pl
+from pyro_lora.ground.weights import Weights
 from tests import networks
 
-Weights = dict[str, Tensor]
 Batch = dict[str, Tensor]
 NUM_DATA = 10
 

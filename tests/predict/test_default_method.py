@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import pyro_lora as pl
-from pyro_lora.export.diagnosis import Confidence
+from pyro_lora.diagnose.diagnosis import Confidence
 from tests import networks
 from tests.predict import models
 

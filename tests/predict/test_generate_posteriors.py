@@ -10,10 +10,10 @@ import torch
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoDiagonalNormal, AutoNormal
 from pyro.optim import Adam
-from torch import Tensor
 from torch.testing import assert_close
 
 import pyro_lora as pl
+from pyro_lora.ground.weights import Weights
 from tests import networks
 from tests.predict.language import (
     adapters,
@@ -26,7 +26,6 @@ from tests.predict.language import (
 )
 from tests.predict.models import guide_over
 
-Weights = dict[str, Tensor]
 NEW, NUM_DRAWS, END = 4, 3, 2
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import pyro_lora as pl
-from pyro_lora.lifting.model_trace import trace_at
-from pyro_lora.lifting.outcome_source import OutcomeSource
+from pyro_lora.likelihood.model_trace import trace_at
+from pyro_lora.likelihood.outcome_source import OutcomeSource
 from tests import networks
 from tests.predict import models
 

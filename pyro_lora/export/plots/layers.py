@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from pyro_lora.export.diagnose import charge_of
-from pyro_lora.export.log_joint import LeftOut
+from pyro_lora.diagnose.diagnose import charge_of
+from pyro_lora.diagnose.log_joint import LeftOut
 from pyro_lora.export.plots.axes import axes_or_new
 from pyro_lora.export.weight_variables import (
     layer_dim,
@@ -17,9 +17,9 @@ from pyro_lora.export.weight_variables import (
     singular_values,
     stem_of,
 )
-from pyro_lora.infer.laplace_posterior import LaplacePosterior
-from pyro_lora.infer.mixture_posterior import MixturePosterior
 from pyro_lora.lifting.lifted_network import LiftedNetwork
+from pyro_lora.posteriors.laplace_posterior import LaplacePosterior
+from pyro_lora.posteriors.mixture_posterior import MixturePosterior
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from pyro_lora.export.plots.axes import COLORS, QUIET, axes_or_new
-from pyro_lora.infer.laplace_posterior import LaplacePosterior
+from pyro_lora.posteriors.laplace_posterior import LaplacePosterior
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,0 +1,467 @@
+"""The command line: a saved adapter and a file of texts -> posterior, predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import pyro_lora as pl
+from pyro_lora.cli.text_files import (
+    check_folder,
+    check_is_ours,
+    check_output,
+    given_names,
+    label_numbers,
+    read_texts,
+    write_prediction,
+)
+
+try:
+    import typer
+
+    from pyro_lora.cli.terminal import (
+        errors_in_words,
+        quiet_transformers,
+        say,
+        show,
+        with_standard_errors,
+    )
+except ImportError as error:
+    raise ImportError(
+        "The command line needs typer. Install it by: pip install 'pyro-lora[cli]'"
+    ) from error
+
+if TYPE_CHECKING:
+    from pyro.optim import PyroOptim
+    from torch import Tensor
+
+# What a command needs is imported when it runs: help and completion don't wait for
+# torch, nor does the news that a file can't be read.
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    help="""Bayesian inference over a LoRA adapter for text classification.
+
+An adapter that was trained and saved by PEFT, and a CSV or JSONL file of texts with
+labels, become a posterior over the adapter's weights; the posterior gives calibrated
+probabilities and says what it doesn't know.
+
+1. `pyro-lora fit my_adapter train.csv posterior` puts a posterior around the adapter.
+
+2. `pyro-lora diagnose posterior train.csv` tells whether to believe it.
+
+3. `pyro-lora predict posterior test.csv --output predictions.csv` uses it.
+
+4. `pyro-lora export posterior adapters` writes draws as ordinary PEFT adapters.
+
+What is done with the texts is a call of a Python function, `pyro_lora.predict` and so
+on; other tasks than classification are open there.""",
+)
+
+
+class Method(StrEnum):
+    """How the posterior is found."""
+
+    laplace = "laplace"
+    svgd = "svgd"
+
+
+class Predictive(StrEnum):
+    """How predictions are averaged over it."""
+
+    linearized = "linearized"
+    sample = "sample"
+
+
+def _positive(value: float) -> float:
+    if not 1e-30 < value < 1e30:
+        raise typer.BadParameter(f"{value} is not a positive number up to 1e30.")
+    return value
+
+
+def _up_to_one(value: float) -> float:
+    if not 0 <= value <= 1:
+        raise typer.BadParameter(f"{value} is not a number from 0 to 1.")
+    return value
+
+
+Data = Annotated[
+    Path,
+    typer.Argument(
+        help="CSV (with a header) or JSONL file.", exists=True, dir_okay=False
+    ),
+]
+PosteriorFolder = Annotated[
+    Path,
+    typer.Argument(
+        help="Folder that `pyro-lora fit` wrote.", exists=True, file_okay=False
+    ),
+]
+BatchSize = Annotated[
+    int, typer.Option(min=1, max=10**6, help="Texts in one forward pass.")
+]
+Seed = Annotated[
+    int, typer.Option(min=0, max=2**32 - 1, help="Same seed, same numbers.")
+]
+Device = Annotated[str, typer.Option(help="As torch names it: cpu, cuda, cuda:1, mps.")]
+
+
+@app.command()
+def fit(
+    adapter: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder of a saved PEFT adapter.", exists=True, file_okay=False
+        ),
+    ],
+    data: Data,
+    posterior: Annotated[
+        Path, typer.Argument(help="Folder to write.", file_okay=False)
+    ],
+    method: Annotated[
+        Method,
+        typer.Option(
+            help="laplace: a Gaussian around the adapter, its prior chosen by the "
+            "evidence. svgd: particles that are trained from it and repel each other."
+        ),
+    ] = Method.laplace,
+    text_column: Annotated[str, typer.Option(help="Column of the texts.")] = "text",
+    label_column: Annotated[str, typer.Option(help="Column of the labels.")] = "label",
+    label_names: Annotated[
+        str,
+        typer.Option(
+            help="Classes in the order of the network's outputs: 'negative,positive'. "
+            "Needed where labels are words that the network's config doesn't know."
+        ),
+    ] = "",
+    epochs: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            max=10**6,
+            help="Passes of training over the data. laplace: 0 takes the adapter as it "
+            "is.  [default: 0 for laplace, 3 for svgd]",
+        ),
+    ] = None,
+    learning_rate: Annotated[
+        float, typer.Option(callback=_up_to_one, help="Adam's.")
+    ] = 1e-3,
+    prior_scale: Annotated[
+        float,
+        typer.Option(
+            callback=_positive, help="Standard deviation of every weight beforehand."
+        ),
+    ] = 1.0,
+    num_particles: Annotated[int, typer.Option(min=2, max=1000, help="For svgd.")] = 5,
+    max_length: Annotated[
+        int, typer.Option(min=1, max=10**6, help="Tokens of a text.")
+    ] = 128,
+    batch_size: BatchSize = 32,
+    seed: Seed = 0,
+    device: Device = "cpu",
+) -> None:
+    """Put a posterior around a trained adapter.
+
+    `laplace` takes one pass over the data and no training. It is about a mode, and
+    warns where the adapter isn't one: then let `--epochs 1` take it there. `svgd` costs
+    as much as training `--num-particles` adapters.
+    """
+    with errors_in_words():
+        names = given_names(label_names)
+        check_folder(posterior, "POSTERIOR", adapter)
+        check_is_ours(posterior)
+        texts = read_texts(data, text_column, label_column)
+
+        import pyro
+
+        from pyro_lora.cli import saved_classifier as saved
+
+        quiet_transformers()
+        pyro.clear_param_store()
+        pyro.set_rng_seed(seed)
+        network = saved.network_of(adapter)
+        settings = saved.Settings(
+            adapter=str(adapter.resolve()),
+            label_names=saved.class_names(network, texts, names),
+            text_column=text_column,
+            label_column=label_column,
+            max_length=max_length,
+            prior_scale=prior_scale,
+        )
+        label_numbers(texts, settings.label_names)
+        lora = saved.lifted(network, settings, device)
+        saved.check_tokens(texts, settings, lora)
+        model = pl.models.classification(lora, len(texts))
+        batches = saved.text_batches(texts, settings, batch_size, lora)
+        shuffled = saved.text_batches(texts, settings, batch_size, lora, shuffle=True)
+        found: pl.LaplacePosterior | pl.ParticlePosterior
+        if method is Method.laplace:
+            found, numbers = _laplace(
+                model, lora, batches, shuffled, epochs or 0, learning_rate
+            )
+        else:
+            epochs = 3 if epochs is None else epochs
+            found, numbers = _svgd(
+                model, lora, shuffled, epochs, learning_rate, num_particles
+            )
+        saved.save_with(found, posterior, settings)
+    counts = {
+        "texts": len(texts),
+        "classes": len(settings.label_names),
+        "weights": _num_weights(lora),
+    }
+    show(f"{method.value} posterior in {posterior}", {**counts, **numbers})
+
+
+@app.command()
+def predict(
+    posterior: PosteriorFolder,
+    data: Data,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="CSV file to write, one row for each text.", dir_okay=False),
+    ] = None,
+    method: Annotated[
+        Predictive | None,
+        typer.Option(
+            help="linearized: exact, for laplace. sample: an average over draws.  "
+            "[default: linearized where possible]"
+        ),
+    ] = None,
+    num_samples: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=10**6,
+            help="Draws, with sample.  [default: 64, or all particles]",
+        ),
+    ] = None,
+    batch_size: BatchSize = 32,
+    seed: Seed = 0,
+    device: Device = "cpu",
+) -> None:
+    """Probabilities of the classes, and how far to trust them.
+
+    The file has texts and, if it has labels, too, a table of metrics is the answer,
+    with the standard errors that come from the choice of the texts: accuracy, negative
+    log-likelihood (nll), calibration error (ece), Brier score.
+    `--output` has for each text the class, its probability, all probabilities, and the
+    entropy in nats: aleatoric (the text is ambiguous) and epistemic (the adapter has
+    seen too little).
+    """
+    with errors_in_words():
+        _refuse(
+            method is Predictive.linearized and num_samples is not None,
+            "--num-samples is for --method sample: linearized predictions are exact.",
+        )
+        if output is not None:
+            check_output(output, [data, posterior])
+
+        import pyro
+
+        from pyro_lora.cli import saved_classifier as saved
+
+        quiet_transformers()
+        pyro.set_rng_seed(seed)
+        settings = saved.remembered(posterior)
+        if output is not None:
+            check_output(output, saved.files_of(settings))
+        texts = read_texts(
+            data, settings.text_column, settings.label_column, optional=True
+        )
+        label_numbers(texts, settings.label_names)
+        lora = saved.restored(posterior, settings, device)
+        saved.check_tokens(texts, settings, lora)
+        model = pl.models.classification(lora, len(texts))
+        found = saved.load_with(posterior, settings, lora, model)
+        method = method or Predictive(found.prediction_method)
+        prediction: pl.Prediction = pl.predict(
+            found,
+            saved.text_batches(texts, settings, batch_size, lora),
+            method=method.value,
+            num_samples=num_samples,
+            progress_bar=True,
+        )
+        if output is not None:
+            write_prediction(output, texts, prediction, settings.label_names)
+    numbers: dict[str, Any] = {"texts": len(texts)}
+    if prediction.labels is None:
+        numbers["mean confidence"] = float(prediction.probs.max(-1).values.mean())
+    else:
+        numbers |= with_standard_errors(prediction)
+    numbers["mean epistemic entropy"] = float(prediction.epistemic_entropy.mean())
+    show(f"{method.value} prediction of {data}", numbers)
+
+
+@app.command()
+def diagnose(
+    posterior: PosteriorFolder,
+    data: Data,
+    held_out: Annotated[
+        Path | None,
+        typer.Option(
+            help="File of other texts, for calibration.", exists=True, dir_okay=False
+        ),
+    ] = None,
+    batch_size: BatchSize = 32,
+    seed: Seed = 0,
+    device: Device = "cpu",
+) -> None:
+    """Ask a posterior five questions: is it to be believed?
+
+    The file is the one that the posterior was fitted to. Is the mode one, is the
+    Gaussian believable, are particles diverse, is the prior or the data in charge, is
+    it over- or under-confident? Takes some dozen passes over the data.
+    """
+    with errors_in_words():
+        import pyro
+
+        from pyro_lora.cli import saved_classifier as saved
+
+        quiet_transformers()
+        pyro.set_rng_seed(seed)
+        settings = saved.remembered(posterior)
+        columns = settings.text_column, settings.label_column
+        texts = read_texts(data, *columns)
+        files = [texts]
+        if held_out is not None:
+            files.append(read_texts(held_out, *columns))
+        lora = saved.restored(posterior, settings, device)
+        batches = []
+        for file in files:
+            saved.check_tokens(file, settings, lora)
+            batches.append(saved.text_batches(file, settings, batch_size, lora))
+        model = pl.models.classification(lora, len(texts))
+        found = pl.diagnose(
+            saved.load_with(posterior, settings, lora, model),
+            batches[0],
+            held_out=batches[1] if held_out is not None else None,
+        )
+    say(str(found))
+
+
+@app.command()
+def export(
+    posterior: PosteriorFolder,
+    output: Annotated[
+        Path, typer.Argument(help="Folder to hold the adapters.", file_okay=False)
+    ],
+    num_samples: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=10**6, help="Adapters to write.  [default: 8, or all particles]"
+        ),
+    ] = None,
+    mode: Annotated[
+        bool, typer.Option("--mode", help="Write the mode alone, for laplace.")
+    ] = False,
+    seed: Seed = 0,
+) -> None:
+    """Write draws as ordinary PEFT adapters: draw_000, draw_001, ...
+
+    Each has a README.md that says how to load it, by `PeftModel.from_pretrained`, and
+    whether servers of many LoRA adapters (vLLM, LoRAX) take it. The mean of the
+    probabilities that they give is the prediction of particles (svgd). Draws of a
+    laplace posterior, which is about the linearised network, may predict at chance:
+    write its `--mode`, or particles.
+    """
+    with errors_in_words():
+        _refuse(
+            mode and num_samples is not None,
+            "--mode writes one adapter: leave out --num-samples.",
+        )
+        check_folder(output, "OUTPUT", posterior)
+
+        import pyro
+
+        from pyro_lora.cli import saved_classifier as saved
+
+        quiet_transformers()
+        pyro.set_rng_seed(seed)
+        settings = saved.remembered(posterior)
+        check_folder(output, "OUTPUT", *saved.folders_of(settings))
+        lora = saved.restored(posterior, settings, "cpu")
+        found = saved.load_with(posterior, settings, lora)
+        if mode:
+            found = pl.ensemble(lora, [found.mode()])
+        if num_samples is None:
+            num_samples = 8
+            if isinstance(found, pl.ParticlePosterior):
+                num_samples = found.num_particles
+        pl.export_adapters(found, output, num_samples)
+    names = sorted(folder.name for folder in output.glob("draw_*"))
+    show(f"adapters in {output}", {"from": names[0], "to": names[-1]})
+
+
+def _refuse(condition: bool, words: str) -> None:
+    if condition:
+        raise ValueError(words)
+
+
+def _laplace(
+    model: Callable[..., Tensor],
+    lora: pl.LiftedNetwork,
+    batches: Any,
+    shuffled: Any,
+    epochs: int,
+    learning_rate: float,
+) -> tuple[pl.LaplacePosterior, dict[str, Any]]:
+    import torch
+    from pyro.infer import SVI, Trace_ELBO
+    from tqdm.auto import trange
+
+    guide = pl.AutoLaplace(model, init_loc_fn=lora.init_to_adapter())
+    svi = SVI(model, guide, _adam(learning_rate), Trace_ELBO())
+    lora.network.train()
+    for _ in trange(epochs, desc="Train", disable=epochs == 0):
+        for batch in shuffled:
+            svi.step(**batch)
+    lora.network.eval()
+    first = guide.laplace_approximation(batches, progress_bar=True)
+    found = first.optimize_prior()
+    precision = torch.cat([p.flatten() for p in found.prior_precision.values()])
+    return found, {
+        "log evidence, prior as given (nats)": float(first.log_evidence()),
+        "log evidence, prior chosen by it (nats)": float(found.log_evidence()),
+        "prior standard deviation chosen": float(precision.mean().rsqrt()),
+    }
+
+
+def _svgd(
+    model: Callable[..., Tensor],
+    lora: pl.LiftedNetwork,
+    shuffled: Any,
+    epochs: int,
+    learning_rate: float,
+    num_particles: int,
+) -> tuple[pl.ParticlePosterior, dict[str, Any]]:
+    engine = pl.SVGD(
+        model,
+        pl.kernels.RBF(space="function"),  # repulsion of weights hardly changes outputs
+        _adam(learning_rate),
+        num_particles,
+        init_loc_fn=lora.init_to_adapter(jitter="auto"),
+    )
+    lora.network.train()
+    engine.run(shuffled, num_epochs=epochs)
+    lora.network.eval()
+    last = {name: series[-1] for name, series in engine.diagnostics.items() if series}
+    return engine.posterior(), {"particles": num_particles, **last}
+
+
+def _adam(learning_rate: float) -> PyroOptim:
+    import torch
+    from pyro.optim import PyroOptim
+
+    return PyroOptim(torch.optim.Adam, {"lr": learning_rate})
+
+
+def _num_weights(lora: pl.LiftedNetwork) -> int:
+    return sum(value.numel() for value in lora.zeros().values())
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,177 @@
+"""The log joint of all data, at weights that needn't be draws of a posterior."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from pyro_lora.ground.weights import Weights
+from pyro_lora.likelihood.batch import checked_batches, explaining
+from pyro_lora.likelihood.data_plate import data_plate
+from pyro_lora.likelihood.model_trace import (
+    Batch,
+    Model,
+    evaluating,
+    lifted_networks,
+    trace_at,
+    trace_on,
+)
+from pyro_lora.posteriors.laplace_posterior import LaplacePosterior
+from pyro_lora.posteriors.posterior import Guide
+from pyro_lora.posteriors.prior_density import log_prior_by_site, prior_of
+from pyro_lora.predict.data_pass import (
+    datum_log_probs,
+    latent_log_probs,
+    observes_only,
+)
+from pyro_lora.predict.draws import LORA_POSTERIORS, model_at_draws
+
+
+class LeftOut(Exception):
+    """Why a question has no answer here."""
+
+
+class LogJoint:
+    """Log likelihood and log prior of all data, as a function of the weights.
+
+    Args:
+        posterior: Any Pyro guide for the model; its own prior is used, where it has
+            one.
+        model: The Pyro model.
+        batches: Re-iterable of mappings of model keyword arguments.
+        obs_site: The likelihood's site, or None.
+
+    Raises:
+        ValueError: If there are no batches, or the posterior doesn't fit the model.
+    """
+
+    def __init__(
+        self,
+        posterior: Guide,
+        model: Model,
+        batches: Iterable[Batch],
+        obs_site: str | None,
+    ) -> None:
+        first = next(checked_batches(batches), None)
+        if first is None:
+            raise ValueError("diagnose got no batches.")
+        self.posterior, self.model, self.batches = posterior, model, batches
+        self.first, self.prior = first, prior_of(posterior)
+        at = model_at_draws(model, _one_weight_set(posterior, first), first, obs_site)
+        (trace,) = at.traces(first)
+        self.obs_site, self.site = at.obs_site, trace.nodes[at.obs_site]
+        self.loras = lifted_networks(trace)
+        self.observes_only = observes_only(trace, at.obs_site)
+        self.num_data = 0
+        for batch in checked_batches(batches):
+            (trace,) = at.traces(batch)
+            self.num_data += data_plate(trace.nodes[at.obs_site]).size
+
+    def check(self) -> None:
+        """Check that there is a log joint.
+
+        Raises:
+            LeftOut: If labels or data are missing, or another site is observed, too.
+        """
+        if not self.site["is_observed"]:
+            raise LeftOut("needs labels, and the batches have none")
+        full_size = data_plate(self.site).full_size
+        if self.num_data != full_size:
+            raise LeftOut(
+                f"needs all training data: the batches hold {self.num_data}, the "
+                f"model's plate {full_size}"
+            )
+        if not self.observes_only:
+            raise LeftOut("the model observes more than one site")
+
+    @torch.no_grad()
+    def at(self, weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Log likelihood and log prior, (S,) each, nats, float64.
+
+        Args:
+            weights: Site -> (S, ...).
+        """
+        at = model_at_draws(self.model, weights, self.first, self.obs_site)
+        totals: list[Tensor] = []
+        latents: list[dict[str, Tensor]] = []
+        for index, batch in enumerate(checked_batches(self.batches)):
+            parts = []
+            for trace in at.traces(batch):
+                site = trace.nodes[self.obs_site]
+                with explaining(batch, nodes=trace.nodes):
+                    log_prob = datum_log_probs(site)
+                parts.append((log_prob * data_plate(site).scale).sum(-1))
+                if index == 0:
+                    latents.append(latent_log_probs(trace, self.loras))
+            totals.append(torch.cat(parts))
+        others = {s: torch.cat([part[s] for part in latents]) for s in latents[0]}
+        log_prior = others | log_prior_by_site(self.prior, self.loras, weights)
+        return (
+            torch.stack(totals).sum(0),
+            torch.stack(list(log_prior.values())).sum(0),
+        )
+
+    def gradient(self, mode: Weights) -> Weights:
+        """Gradient in the lifted sites, nats.
+
+        Args:
+            mode: Site -> value, all latent sites of the model.
+        """
+        leaves = {
+            site: mode[site].clone().requires_grad_()
+            for lora in self.loras
+            for site in lora.sites
+        }
+        with torch.enable_grad(), evaluating(self.loras):
+            prior = log_prior_by_site(
+                self.prior, self.loras, {s: x[None] for s, x in leaves.items()}
+            )
+            torch.stack(list(prior.values())).sum().backward()
+            for batch in checked_batches(self.batches):
+                trace = trace_at(self.model, {**mode, **leaves}, batch)
+                site = trace.nodes[self.obs_site]
+                with explaining(batch, nodes=trace.nodes):
+                    log_prob = datum_log_probs(site) * data_plate(site).scale
+                log_prob.sum().backward()
+        return {
+            s: torch.zeros_like(x) if x.grad is None else x.grad
+            for s, x in leaves.items()
+        }
+
+
+def guide_draws(
+    guide: Guide, batch: Batch, num: int
+) -> Iterator[tuple[Weights, Tensor]]:
+    """Draws of a guide's sites, each with its log density.
+
+    Args:
+        guide: Any Pyro guide without local latent variables.
+        batch: The arguments that it is called with.
+        num: How many draws.
+
+    Yields:
+        Site -> value, and log q, a scalar, nats.
+    """
+    for _ in range(num):
+        with torch.no_grad():
+            trace = trace_on(guide, (), batch)
+            log_q = trace.log_prob_sum()
+        weights = {
+            name: site["value"]
+            for name, site in trace.nodes.items()
+            if site["type"] == "sample"
+            and not site["infer"].get("is_auxiliary")
+            and not site["is_observed"]
+        }
+        yield weights, log_q
+
+
+def _one_weight_set(posterior: Guide, batch: Batch) -> Weights:
+    if isinstance(posterior, LaplacePosterior):
+        return {site: value[None] for site, value in posterior.mode().items()}
+    if isinstance(posterior, LORA_POSTERIORS):
+        return posterior.sample(1)
+    ((drawn, _),) = guide_draws(posterior, batch, 1)
+    return {site: value[None] for site, value in drawn.items()}

@@ -1,0 +1,265 @@
+"""State of a training run in a folder, with the generators, to go on from."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_lora.ground.checked_tensors import MAX_REPEATS, stored
+from pyro_lora.ground.tensor_folder import (
+    Format,
+    Manifest,
+    Schema,
+    read_folder,
+    write_folder,
+)
+
+
+class SavedState(Schema):
+    """The fields of a state's manifest; version 1 had no networks in its state."""
+
+    state: dict[str, Any]
+    device: str
+
+
+FORMAT = Format("pyro_lora training state", 2, "Save the state again.", SavedState)
+
+Tensors = dict[str, Tensor]
+
+
+class _Tensor(Schema, tag_field="kind", tag="tensor"):
+    name: str
+
+
+class _Floats(Schema, tag_field="kind", tag="floats"):
+    name: str
+
+
+class _Tuple(Schema, tag_field="kind", tag="tuple"):
+    items: list[Any]
+
+
+class _Dict(Schema, tag_field="kind", tag="dict"):
+    items: list[tuple[int | str, Any]]
+
+
+class _Counter(Schema, tag_field="kind", tag="counter"):
+    items: list[tuple[int | str, int]]
+
+
+_Node = _Tensor | _Floats | _Tuple | _Dict | _Counter
+
+
+def write_state(state: Mapping[str, Any], folder: Path) -> None:
+    """Write a state of :class:`~pyro_lora.SVGD`, and that of the random generators.
+
+    Args:
+        state: From ``SVGD.state_dict()``: nested dicts, lists and tuples of tensors
+            and of what JSON has.
+        folder: Where, in the form of ``tensor_folder``.
+
+    Raises:
+        ValueError: If the state holds something else.
+    """
+    device = next(iter(state["particles"].values())).device
+    tensors: Tensors = {}
+    whole = {**state, "random": _generators(device)}
+    content = {
+        "state": _encoded(whole, "", tensors),
+        "device": str(device),
+    }
+    write_folder(folder, FORMAT, content, tensors)
+
+
+def read_state(
+    folder: Path, device: torch.device | str | None = None
+) -> dict[str, Any]:
+    """What :func:`write_state` wrote.
+
+    Args:
+        folder: Where.
+        device: Where to put the tensors; None is where they were.
+
+    Returns:
+        The state, with the generators' as ``"random"``.
+
+    Raises:
+        ValueError: If the folder is missing, damaged, newer or of something else, or
+            this machine doesn't have the device.
+    """
+
+    def target(manifest: Manifest) -> torch.device:
+        return _device(manifest.content.device if device is None else device, folder)
+
+    def check(manifest: Manifest) -> None:
+        target(manifest)
+
+    # Optimisers put their own tensors where the particles are, but counters on the CPU.
+    manifest, tensors = read_folder(folder, FORMAT, torch.device("cpu"), check)
+    there = target(manifest)
+    for name, x in tensors.items():
+        if x.numel() > MAX_REPEATS * stored(x).numel():
+            raise ValueError(
+                f"{manifest.file}: tensor {name!r} repeats what it holds to the shape "
+                f"{tuple(x.shape)}. {FORMAT.remedy}"
+            )
+    kept = ("optim/", "random/")
+    tensors = {
+        name: x if name.startswith(kept) else x.to(there) for name, x in tensors.items()
+    }
+    try:
+        state = _decoded(manifest.content.state, tensors, "state")
+        if not isinstance(state, dict):
+            raise ValueError("the state is no mapping")
+        check_generators(state.get("random"))
+    except ValueError as error:
+        raise ValueError(f"{manifest.file}: {error}. {FORMAT.remedy}") from error
+    return state
+
+
+def _device(name: torch.device | str, folder: Path) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"{folder}: {name!r:.80} is no device: {error}") from error
+    if device.type == "cpu":
+        return torch.device("cpu")
+    here = torch.accelerator.current_accelerator()
+    found = here is not None and here.type == device.type
+    if device.type == "cuda":
+        found = found and torch.cuda.is_available()
+    if not found or (device.index or 0) >= torch.accelerator.device_count():
+        raise ValueError(
+            f"{folder} is the state of particles on {device}, which this machine "
+            "doesn't have. Load it onto another by device='cpu'."
+        )
+    return device
+
+
+_Word = Annotated[int, msgspec.Meta(ge=0, lt=2**32)]
+_Words624 = Annotated[tuple[_Word, ...], msgspec.Meta(min_length=624, max_length=624)]
+_Words625 = Annotated[tuple[_Word, ...], msgspec.Meta(min_length=625, max_length=625)]
+
+
+class _Generators(Schema):
+    torch: Tensor
+    cuda: dict[str, Tensor]
+    python: tuple[int, _Words625, float | None]  # the last is a place in the others
+    numpy: tuple[str, _Words624, int, int, float]
+
+
+def check_generators(state: Any) -> None:
+    """Check that :func:`restore_generators` will take a state.
+
+    Args:
+        state: ``"random"`` of a state.
+
+    Raises:
+        ValueError: If it won't.
+    """
+    try:
+        found = msgspec.convert(state, _Generators)
+        for device, value in found.cuda.items():
+            if torch.device(device).type != "cuda" or value.dtype != torch.uint8:
+                raise ValueError(f"{device!r:.80} has no generator")
+        torch.Generator().set_state(found.torch)
+        random.Random().setstate(found.python)
+        np.random.RandomState().set_state(found.numpy)  # type: ignore[arg-type]
+    except (
+        *(ValueError, TypeError, LookupError, OverflowError, RuntimeError),
+        msgspec.ValidationError,
+    ) as error:
+        raise ValueError(f"a random generator's state is none: {error}") from error
+
+
+def restore_generators(state: Mapping[str, Any]) -> None:
+    """Set the generators of torch, NumPy and Python.
+
+    Args:
+        state: ``"random"`` of :func:`read_state`. That of a device which this machine
+            doesn't have is left out.
+    """
+    torch.set_rng_state(state["torch"])
+    for device, value in state["cuda"].items():
+        if (torch.device(device).index or 0) < torch.cuda.device_count():
+            torch.cuda.set_rng_state(value, device)
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+
+
+def _generators(device: torch.device) -> dict[str, Any]:
+    name, keys, *rest = np.random.get_state()
+    on_cuda = device.type == "cuda"
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": {str(device): torch.cuda.get_rng_state(device)} if on_cuda else {},
+        "python": random.getstate(),
+        "numpy": (name, np.asarray(keys).tolist(), *rest),
+    }
+
+
+def _encoded(value: Any, path: str, tensors: Tensors) -> Any:
+    """What JSON can hold; tensors and series of floats go into ``tensors``.
+
+    Raises:
+        ValueError: If there is anything else.
+    """
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list) and value and all(type(x) is float for x in value):
+        tensors[path] = torch.tensor(value, dtype=torch.float64)
+        return {"kind": "floats", "name": path}
+    if isinstance(value, Tensor):
+        tensors[path] = value
+        return {"kind": "tensor", "name": path}
+    if isinstance(value, list | tuple):
+        items = [_encoded(x, f"{path}/{i}", tensors) for i, x in enumerate(value)]
+        return items if isinstance(value, list) else {"kind": "tuple", "items": items}
+    if isinstance(value, Mapping) and all(isinstance(k, int | str) for k in value):
+        start = f"{path}/" if path else ""
+        items = [[k, _encoded(x, f"{start}{k}", tensors)] for k, x in value.items()]
+        kind = "counter" if isinstance(value, Counter) else "dict"
+        return {"kind": kind, "items": items}
+    raise ValueError(
+        f"The state has a {type(value).__name__} at {path!r}, which save_state can't "
+        "store; expected tensors, numbers, strings, and lists, tuples or dicts of "
+        "them. Save svgd.state_dict() by other means."
+    )
+
+
+def _decoded(value: Any, tensors: Tensors, path: str) -> Any:
+    """What :func:`_encoded` was given.
+
+    Raises:
+        ValueError: If it's nothing that it gave.
+    """
+    if isinstance(value, list):
+        return [_decoded(x, tensors, f"{path}[{i}]") for i, x in enumerate(value)]
+    if not isinstance(value, dict):
+        return value
+    try:
+        node = msgspec.convert(value, _Node)
+    except (msgspec.ValidationError, UnicodeError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    if isinstance(node, _Tuple):
+        return tuple(_decoded(node.items, tensors, path))
+    if isinstance(node, _Dict):
+        return {k: _decoded(x, tensors, f"{path}.{k}") for k, x in node.items}
+    if isinstance(node, _Counter):
+        return Counter(dict(node.items))
+    if node.name not in tensors:
+        raise ValueError(f"{path}: tensor {node.name!r:.80} is missing")
+    x = tensors[node.name]
+    if isinstance(node, _Tensor):
+        return x
+    if x.dtype != torch.float64 or x.ndim != 1:
+        raise ValueError(f"{path}: tensor {node.name!r:.80} is no series of floats")
+    return x.tolist()

@@ -1,0 +1,1 @@
+"""What the observed site says."""

@@ -1,0 +1,289 @@
+"""Running a user's model at given weights, and finding its parts in the trace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import Any
+
+import pyro.distributions as dist
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_factor, site_is_subsample
+from torch import Tensor, nn
+
+from pyro_lora.ground.interrupts import leaving_no_trace, undone
+from pyro_lora.ground.settings import check_function
+from pyro_lora.lifting.lifted_network import LiftedNetwork
+from pyro_lora.likelihood.batch import check_outcomes, checked_batch, explaining
+
+Model = Callable[..., Any]
+Batch = Mapping[str, Any]
+IGNORED = -100  # the label of a token that doesn't count, as in transformers
+
+
+class _AtWeights(Messenger):
+    """Latent sites take given values and stay latent."""
+
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.weights = weights
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not msg["is_observed"] and msg["name"] in self.weights:
+            msg["value"] = self.weights[msg["name"]]
+
+
+def check_model(model: object) -> None:
+    """Check that something can be a Pyro model.
+
+    Raises:
+        TypeError: If it can't be called, or is the lifted network itself.
+    """
+    expected = "a Pyro model, such as models.classification(lora, num_data)"
+    if isinstance(model, LiftedNetwork):
+        raise TypeError(
+            f"model must be {expected}, which calls lora(); found a LiftedNetwork."
+        )
+    check_function("model", model, expected)
+
+
+@leaving_no_trace
+def trace_at(model: Model, weights: Mapping[str, Tensor], batch: Batch) -> Any:
+    """Trace of the model with its latent sites at ``weights``.
+
+    Args:
+        model: A Pyro model.
+        weights: Site -> value; sites that aren't named are sampled.
+        batch: The model's keyword arguments.
+
+    Returns:
+        A ``pyro.poutine.Trace``.
+
+    Raises:
+        ValueError: As :func:`trace_on`.
+    """
+    with _AtWeights(weights):
+        return trace_on(model, (), batch)
+
+
+def trace_on(model: Model, args: tuple[Any, ...], batch: Batch) -> Any:
+    """Trace of a model on a batch, that says what is wrong with a bad one.
+
+    Args:
+        model: A Pyro model, or a guide.
+        args: Positional arguments.
+        batch: Keyword arguments.
+
+    Returns:
+        A ``pyro.poutine.Trace``.
+
+    Raises:
+        ValueError: If the batch has no data, the model fails on it, or what it observes
+            isn't of the likelihood's shape.
+    """
+    batch = checked_batch(batch)
+    handler: Any = poutine.trace(model)
+    known = model if not args else partial(model, *args)
+    with explaining(batch, known, lambda: handler.msngr.trace.nodes):
+        trace = handler.get_trace(*args, **batch)
+    for site in _random_sites(trace).values():
+        if site["is_observed"]:
+            check_outcomes(site, batch)
+    return trace
+
+
+def lifted_networks(trace: Any) -> tuple[LiftedNetwork, ...]:
+    """The lifted networks whose sites appear in a trace, each once."""
+    found: dict[int, LiftedNetwork] = {}
+    for site in trace.nodes.values():
+        if site["type"] == "sample":
+            for lora in site["infer"].get("lora", ()):
+                found[id(lora)] = lora
+    return tuple(found.values())
+
+
+def _random_sites(trace: Any) -> dict[str, dict[str, Any]]:
+    """The sample sites that are neither subsamples, factors nor deterministic."""
+    return {
+        name: site
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample"
+        and not site_is_subsample(site)
+        and not site_is_factor(site)
+        and not site["infer"].get("_deterministic", False)
+        and not _is_function(site["fn"])
+        and not is_missing_outcome(trace, name)
+    }
+
+
+def _is_function(fn: Any) -> bool:
+    """Whether a site is a function of others, as ``LocScaleReparam`` makes them."""
+    masked = isinstance(fn, dist.MaskedDistribution) and fn._mask is False
+    return masked and isinstance(fn.base_dist, dist.Delta)
+
+
+def is_missing_outcome(trace: Any, name: str) -> bool:
+    """Whether a site is what ``pyro.sample("y", ..., obs_mask=)`` draws in its gaps.
+
+    It makes the sites "y_observed" and "y_unobserved", masked, and "y" of the two.
+    """
+    stem = name.removesuffix("_unobserved")
+    return stem != name and {stem, f"{stem}_observed"} <= trace.nodes.keys()
+
+
+def observed_names(trace: Any) -> set[str]:
+    """The names of all observed sites."""
+    return {name for name, site in _random_sites(trace).items() if site["is_observed"]}
+
+
+def unobserved_names(trace: Any) -> set[str]:
+    """The names of the sites that were sampled."""
+    return _random_sites(trace).keys() - observed_names(trace)
+
+
+def observed_sites(
+    trace: Any, obs_site: str | Sequence[str] | None
+) -> list[dict[str, Any]]:
+    """The observed sites: those of ``obs_site``, else the only one that there is.
+
+    Args:
+        trace: A trace of the model.
+        obs_site: A name, several, or None. Of a site with an ``obs_mask``, the name in
+            the model will do.
+
+    Raises:
+        ValueError: If there is none, more than one to choose from, or one that is
+            named isn't observed (labels missing, perhaps).
+    """
+    sites = {k: site for k, site in _random_sites(trace).items() if site["is_observed"]}
+    if obs_site is None:
+        if not sites:
+            raise ValueError(
+                "The model observed nothing, so there is no likelihood. Put labels "
+                "into the batches (they go to obs= of the likelihood's pyro.sample)."
+            )
+        if len(sites) > 1:
+            raise ValueError(
+                f"The model has {len(sites)} observed sites, {sorted(sites)}. Name "
+                "the likelihood by obs_site=."
+            )
+        return list(sites.values())
+    names = [obs_site] if isinstance(obs_site, str) else list(obs_site)
+    if not names or len(set(names)) < len(names):
+        raise ValueError(
+            f"obs_site={obs_site!r} should name one observed site or several, each "
+            f"once; observed are {sorted(sites)}."
+        )
+    names = [f"{name}_observed" if name not in sites else name for name in names]
+    for name in names:
+        if name not in sites:
+            name = name.removesuffix("_observed")
+            raise ValueError(
+                f"Site {name!r} isn't observed; observed are {sorted(sites)}. Put "
+                "labels into the batches, or name another site by obs_site=."
+            )
+    return [sites[name] for name in names]
+
+
+def observed_site(trace: Any, obs_site: str | None) -> dict[str, Any]:
+    """The observed site: ``obs_site``, else the only one that there is.
+
+    Raises:
+        ValueError: If there is none, more than one to choose from, or the one named
+            isn't observed (labels missing, perhaps).
+    """
+    (site,) = observed_sites(trace, obs_site)
+    return site
+
+
+def likelihood_site(
+    trace: Any, obs_site: str | None, latent: Iterable[str]
+) -> dict[str, Any]:
+    """The likelihood's site in a trace that need not have labels.
+
+    ``obs_site``, else the only observed site, else the one sample site that isn't
+    ``latent``.
+
+    Raises:
+        ValueError: If the rule leaves no site or more than one.
+    """
+    sites = _random_sites(trace)
+    if obs_site is not None:
+        if obs_site not in sites and f"{obs_site}_observed" in sites:
+            obs_site = f"{obs_site}_observed"
+        if obs_site not in sites:
+            raise ValueError(
+                f"The model has no site {obs_site!r}; it has {sorted(sites)}. Name "
+                "the likelihood by obs_site=."
+            )
+        return sites[obs_site]
+    candidates = [n for n, site in sites.items() if site["is_observed"]]
+    if not candidates:
+        candidates = sorted(sites.keys() - set(latent))
+    if len(candidates) != 1:
+        raise ValueError(
+            f"Expected one likelihood site, found {candidates}. Name it by obs_site=."
+        )
+    return sites[candidates[0]]
+
+
+@contextmanager
+def evaluating(networks: Iterable[LiftedNetwork]) -> Iterator[None]:
+    """Evaluation mode for one block; every module's mode is restored after it.
+
+    Dropout is off, and no batch norm moves its statistics.
+    """
+    networks = tuple(networks)
+    modes = {m: mode for lora in networks for m, mode in modes_of(lora).items()}
+    with undone(partial(set_modes, modes)):
+        for lora in networks:
+            lora.network.eval()
+        yield
+
+
+@contextmanager
+def in_mode(put: Callable[[LiftedNetwork], object]) -> Iterator[None]:
+    """A mode for each lifted network, from the moment that a model samples it.
+
+    For a run that tells which networks there are; all are as before at its end.
+
+    Args:
+        put: Puts a network into the mode.
+    """
+    modes: dict[nn.Module, bool] = {}  # as they were
+    with undone(partial(set_modes, modes)), _PuttingIntoMode(put, modes):
+        yield
+
+
+def evaluating_model() -> AbstractContextManager[None]:
+    """:func:`evaluating`, of whatever lifted networks a model samples in a block."""
+    return in_mode(lambda lora: lora.network.eval())
+
+
+class _PuttingIntoMode(Messenger):
+    def __init__(
+        self, put: Callable[[LiftedNetwork], object], modes: dict[nn.Module, bool]
+    ) -> None:
+        super().__init__()
+        self._put, self._modes = put, modes
+        self._seen: set[int] = set()
+
+    def _pyro_sample(self, msg: Any) -> None:
+        for lora in msg["infer"].get("lora", ()):
+            if id(lora) not in self._seen:
+                self._seen.add(id(lora))
+                self._modes.update({**modes_of(lora), **self._modes})
+                self._put(lora)
+
+
+def modes_of(lora: LiftedNetwork) -> dict[nn.Module, bool]:
+    """Which modules of a network are in training mode."""
+    return {module: module.training for module in lora.network.modules()}
+
+
+def set_modes(modes: Mapping[nn.Module, bool]) -> None:
+    """Put modules into these modes."""
+    for module, mode in modes.items():
+        module.training = mode

@@ -1,0 +1,257 @@
+"""Where a likelihood's outcomes come from: which arguments of the model reach obs=.
+
+A model of stars and classes, ``pyro.sample("s", ..., obs=stars.float())`` beside
+``pyro.sample("y", ..., obs=labels)``, has the outcomes of "s" in ``stars``: that is
+what predictions of "s" are compared with, and what is hidden from the model meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from pyro.distributions import MaskedDistribution
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from torch import distributions as td
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from pyro_lora.ground.interrupts import eagerly
+from pyro_lora.likelihood.batch import PlacedBatch, checked_batch
+from pyro_lora.likelihood.model_trace import Batch, likelihood_site
+
+# Functions of torch that change a tensor's type and shape, not its values.
+_KEEPING = frozenset(
+    "bfloat16 clone contiguous cpu cuda detach double flatten float half int long "
+    "ravel reshape reshape_as short squeeze to type type_as unsqueeze view view_as "
+    "as_tensor tensor".split()
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Outcomes:
+    """Where the outcomes are in batches of one form.
+
+    Attributes:
+        arguments: The model's arguments that they are made of. None are where the
+            model has its data from elsewhere.
+        are_there: Whether the site is observed.
+        are_argument: Whether they are the one argument itself, but for type and shape.
+        site: The likelihood's site.
+        shape: Of its value on the first batch.
+        made_of: Every argument that the outcomes are made of, hidden or not.
+    """
+
+    arguments: tuple[str, ...]
+    are_there: bool = True
+    are_argument: bool = True
+    site: str = ""
+    shape: tuple[int, ...] = ()
+    made_of: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, eq=False)
+class OutcomeSource:
+    """Finds a likelihood's outcomes in batches.
+
+    Attributes:
+        trace: Runs the model on a batch, at some weights.
+        obs_site: The likelihood's site, or None.
+        latents: The latent sites.
+        named: The argument with the outcomes, where the user says which.
+    """
+
+    trace: Callable[[Batch], Any]
+    obs_site: str | None
+    latents: Iterable[str]
+    named: str | None = None
+    _traces: dict[frozenset[str], Any] = field(default_factory=dict)
+    _found: dict[frozenset[str], Outcomes] = field(default_factory=dict)
+
+    def trace_of(self, batch: Batch) -> Any:
+        """The trace of the first batch with the same arguments as this one."""
+        form = _form(batch)
+        if form not in self._traces:
+            with torch.no_grad():
+                self._traces[form] = batch, self.trace(batch)
+        return self._traces[form][1]
+
+    def forget(self) -> None:
+        """Let the traces go, and the batches that are in them."""
+        self._traces.clear()
+
+    def arguments(self, batch: Batch) -> tuple[str, ...]:
+        """The arguments that the outcomes come in."""
+        return self._outcomes(batch).arguments
+
+    def hidden(self, batch: Batch) -> PlacedBatch:
+        """The batch with these arguments set to None."""
+        return checked_batch(batch).replaced(**dict.fromkeys(self.arguments(batch)))
+
+    def outcomes(self, batch: Batch) -> Any:
+        """The outcomes as the likelihood has them, (B, ...); None if there are none.
+
+        Where they are some function of an argument, that takes a run of the model.
+        """
+        found = self._outcomes(batch)
+        if self.named:
+            return self._named(batch, self.named)
+        if not found.are_there:
+            return None
+        if found.are_argument:
+            given = batch[found.arguments[0]]
+            if isinstance(given, Tensor) and given.ndim != len(found.shape):
+                given = given.reshape(-1, *found.shape[1:])  # (B, 1), say
+            return given
+        return self.site(batch)["value"]
+
+    def _named(self, batch: Batch, name: str) -> Any:
+        """An argument, or what the model makes of it for its site to observe."""
+        given = batch.get(name)
+        if given is None:
+            return None
+        site = self.site(batch)
+        value = site["value"]
+        itself = isinstance(given, Tensor) and given.numel() == value.numel()
+        if not site["is_observed"] or (itself and _is_same(given, value)):
+            return given
+        form = _form(batch)
+        if form not in self._found:
+            self._found[form] = self._find(batch)
+        # What the model observes has nothing to do with it: at the user's word.
+        return value if name in self._found[form].made_of else given
+
+    def site(self, batch: Batch) -> dict[str, Any]:
+        """The likelihood's site, of a run of the model."""
+        known, trace = self._traces.get(_form(batch), (None, None))
+        if known is not batch:
+            with torch.no_grad():
+                trace = self.trace(batch)
+            self._traces[_form(batch)] = batch, trace
+        return likelihood_site(trace, self.obs_site, self.latents)
+
+    def _outcomes(self, batch: Batch) -> Outcomes:
+        if self.named:
+            return Outcomes((self.named,))
+        form = _form(batch)
+        if form not in self._found:
+            none = Outcomes((), are_there=False)
+            self._found[form] = self._find(batch) if form else none
+        return self._found[form]
+
+    def _find(self, batch: Batch) -> Outcomes:
+        trace = self.trace_of(batch)
+        site = likelihood_site(trace, self.obs_site, self.latents)
+        name, shape = site["name"], tuple(site["value"].shape)
+        if not site["is_observed"]:
+            # A model that is for predictions only may have no use for its labels.
+            idle = not any(node.get("is_observed") for node in trace.nodes.values())
+            only = idle and batch.get("labels") is not None
+            return Outcomes(("labels",) if only else (), only, True, name, shape)
+        if batch.get("labels") is site["value"]:  # as nearly always
+            made_of = frozenset({"labels"})
+            return Outcomes(("labels",), True, True, name, shape, made_of)
+        following = _Following(batch)
+        with (
+            eagerly(),
+            torch.no_grad(),
+            following,
+        ):
+            trace = self.trace(batch)
+        site = trace.nodes[name]
+        names = following.origins(site["value"])
+        shown = [following.origins(x) for x in _parameters(site["fn"])]
+        shown += [
+            following.origins(node["value"])
+            for node in trace.nodes.values()
+            if node["type"] == "sample" and site_is_subsample(node)
+        ]
+        # What the model needs for more than its outcomes can't be hidden from it.
+        own = tuple(sorted(names.difference(*shown)))
+        itself = len(own) == 1 and names == {*own}
+        itself = itself and not following.is_changed(site["value"])
+        itself = itself and _is_same(batch[own[0]], site["value"])
+        return Outcomes(own, True, itself, name, shape, names)
+
+
+def _form(batch: Batch) -> frozenset[str]:
+    return frozenset(name for name, x in batch.items() if x is not None)
+
+
+class _Following(TorchFunctionMode):
+    """Follows arguments through torch's functions, to all that is made of them."""
+
+    def __init__(self, arguments: Mapping[str, Any]) -> None:
+        super().__init__()
+        # Numbers and strings are shared between places that have nothing in common.
+        self._arguments = {
+            id(x): frozenset({name})
+            for name, x in arguments.items()
+            if not isinstance(x, int | float | str | None)
+        }
+        self._made: Any = WeakTensorKeyDictionary()
+        self._changed: Any = WeakTensorKeyDictionary()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        found = [self.origins(x) for x in _parts((args, kwargs))]
+        origins = frozenset[str]().union(*found)
+        if origins:
+            made = [x for x in _parts(result) if isinstance(x, Tensor)]
+            # An assignment to a part of a tensor returns nothing.
+            given = [x for x in _parts((args, kwargs)) if isinstance(x, Tensor)]
+            changed = any(map(self.is_changed, given)) or not _keeps(func, given, made)
+            for x in made or [x for x in args[:1] if isinstance(x, Tensor)]:
+                self._made[x] = self.origins(x) | origins
+                self._changed[x] = changed
+        return result
+
+    def is_changed(self, value: Tensor) -> bool:
+        """Whether it may have other values than the argument that it's made of."""
+        return bool(self._changed.get(value, False))
+
+    def origins(self, value: Any) -> frozenset[str]:
+        """The arguments that a value is made of."""
+        own = self._arguments.get(id(value), frozenset())
+        return own | self._made.get(value, own) if isinstance(value, Tensor) else own
+
+
+def _keeps(func: Any, given: Sequence[Tensor], made: Sequence[Tensor]) -> bool:
+    """Whether a function changes nothing but type and shape."""
+    if getattr(func, "__name__", "") not in _KEEPING:
+        return False
+    rounds = any(x.is_floating_point() for x in given)
+    return all(x.is_floating_point() or not rounds for x in made)
+
+
+def _parts(value: Any) -> Iterator[Any]:
+    yield value
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from _parts(item)
+    elif isinstance(value, dict):
+        yield from _parts(list(value.values()))
+
+
+def _parameters(fn: Any) -> Iterator[Tensor]:
+    """The tensors that a distribution is made of, without masks."""
+    if isinstance(fn, MaskedDistribution):
+        yield from _parameters(fn.base_dist)
+        return
+    for value in vars(fn).values():
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, td.Distribution):
+            yield from _parameters(value)
+
+
+def _is_same(argument: Any, value: Tensor) -> bool:
+    given = torch.as_tensor(argument).flatten().to(value.device)
+    return given.shape == (value.numel(),) and torch.allclose(
+        given.double(), value.double().flatten(), rtol=1e-6, atol=0, equal_nan=True
+    )

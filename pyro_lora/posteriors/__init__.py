@@ -1,0 +1,1 @@
+"""What a posterior is, and each kind of it."""

@@ -1,0 +1,110 @@
+"""A posterior over dependent sites as one distribution over vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.distributions import TorchDistribution
+from torch import Tensor
+from torch.distributions import constraints
+
+from pyro_lora.curvature.dense_gaussian import flatten_weights, unflatten_weights
+from pyro_lora.ground.settings import check_count
+from pyro_lora.ground.weights import Weights
+from pyro_lora.lifting.lifted_network import LiftedNetwork
+
+
+class WeightDistribution(Protocol):
+    """What draws weight sets and knows their density."""
+
+    def sample(self, num_samples: int) -> Weights:
+        """Draws with a leading (S,)."""
+        ...
+
+    def log_prob(self, weights: Mapping[str, Tensor]) -> Tensor:
+        """Log density in nats, (S,)."""
+        ...
+
+
+class JointDistribution(TorchDistribution):
+    """Vectors (D,) whose parts are the sites of a weight distribution.
+
+    Args:
+        weights: What draws the weight sets.
+        like: Site -> one value of the site's shape.
+        batch_shape: Number of independent draws.
+    """
+
+    arg_constraints = {}  # noqa: RUF012
+    support = constraints.real_vector
+
+    def __init__(
+        self,
+        weights: WeightDistribution,
+        like: Weights,
+        batch_shape: torch.Size = torch.Size(),  # noqa: B008
+    ) -> None:
+        self._weights, self._like = weights, like
+        size = sum(x.numel() for x in like.values())
+        super().__init__(batch_shape, torch.Size([size]), validate_args=False)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> JointDistribution:
+        """The same distribution with a larger batch shape."""
+        return JointDistribution(self._weights, self._like, torch.Size(batch_shape))
+
+    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
+        """Draws, (*sample_shape, *batch_shape, D)."""
+        shape = self._extended_shape(sample_shape)
+        draws = self._weights.sample(shape[:-1].numel())
+        return flatten_weights(draws, self._like).reshape(shape)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log density in nats, of the batch shape."""
+        flat = value.reshape(-1, value.shape[-1])
+        log_prob = self._weights.log_prob(unflatten_weights(flat, self._like))
+        return log_prob.reshape(value.shape[:-1])
+
+
+def check_num_samples(num_samples: int) -> None:
+    """Check that there are draws to make.
+
+    Raises:
+        TypeError: If S isn't an integer.
+        ValueError: If S isn't positive.
+    """
+    check_count("num_samples", num_samples)
+
+
+def sample_jointly(
+    weights: WeightDistribution, like: Weights, loras: tuple[LiftedNetwork, ...]
+) -> Weights:
+    """Guide statements: one auxiliary joint variable, the sites Deltas of it.
+
+    Args:
+        weights: What draws the weight sets.
+        like: Site -> one value of the site's shape.
+        loras: The lifted networks, named in the ``infer`` dict of their sites.
+
+    Returns:
+        Site -> the value sampled.
+    """
+    infer: dict[str, Any] = {
+        site: {"lora": (lora,)} for lora in loras for site in lora.sites
+    }
+    flat = pyro.sample(
+        "lora_joint",
+        JointDistribution(weights, like),
+        infer={"is_auxiliary": True},
+    )
+    return {
+        site: pyro.sample(
+            site,
+            dist.Delta(value, event_dim=like[site].ndim),
+            infer=infer.get(site, {}),
+        )
+        for site, value in unflatten_weights(flat, like).items()
+    }

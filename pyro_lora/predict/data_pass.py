@@ -1,0 +1,217 @@
+"""One pass over the data under many draws: what ArviZ wants to know of each datum."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from torch.nn.functional import pad
+
+from pyro_lora.lifting.lifted_network import LiftedNetwork
+from pyro_lora.likelihood.batch import checked_batches, explaining
+from pyro_lora.likelihood.data_plate import data_plate
+from pyro_lora.likelihood.model_trace import (
+    Batch,
+    is_missing_outcome,
+    lifted_networks,
+)
+from pyro_lora.likelihood.outcomes import data_that_count, values_to_score
+
+
+@dataclass(frozen=True, eq=False)
+class DataPass:
+    """What the model said about N data under S draws.
+
+    Attributes:
+        obs_site: The likelihood's site.
+        networks: The lifted networks in the model.
+        log_likelihood: (S, N), float64, nats; None without labels.
+        total_log_likelihood: (S,), float64, nats, the user's own ``poutine.scale``
+            included; None without labels or where the model observes more than the
+            likelihood's site.
+        log_prior: Site -> (S,), float64, nats, of latent sites outside the network.
+        outcomes: Drawn from the likelihood, (S, N, ...).
+        observed: The outcomes given, (N, ...); None without labels.
+        counts: Which data of them count, (N,); None without labels.
+        inputs: The integer inputs, name -> (N, ...), padded with zeros on the right.
+    """
+
+    obs_site: str
+    networks: Sequence[LiftedNetwork]
+    log_likelihood: Tensor | None
+    total_log_likelihood: Tensor | None
+    log_prior: dict[str, Tensor]
+    outcomes: Tensor
+    observed: Tensor | None
+    counts: Tensor | None
+    inputs: dict[str, Tensor]
+
+
+class AtDraws(Protocol):
+    """A model at S draws of its latent sites."""
+
+    @property
+    def obs_site(self) -> str:
+        """The likelihood's site."""
+        ...
+
+    def traces(self, batch: Batch) -> Iterator[Any]:
+        """Traces of some of the draws, whose likelihood has batch shape (S', B)."""
+        ...
+
+
+@torch.no_grad()
+def pass_over_data(
+    at_draws: AtDraws, batches: Iterable[Batch], labels: Collection[str]
+) -> DataPass:
+    """Run the model at all draws over all batches.
+
+    Args:
+        at_draws: The model at S draws.
+        batches: At least one mapping of model keyword arguments.
+        labels: The arguments that aren't inputs: the outcomes.
+
+    Returns:
+        Everything on the device of the likelihood.
+
+    Raises:
+        ValueError: If some batches have labels and others none.
+    """
+    log_likelihoods: list[Tensor] = []
+    totals: list[Tensor] = []
+    outcomes: list[Tensor] = []
+    observed: list[Tensor] = []
+    counts: list[Tensor] = []
+    inputs: list[dict[str, Tensor]] = []
+    latent: list[dict[str, Tensor]] = []
+    networks: Sequence[LiftedNetwork] = ()
+    alone = True
+    index = 0
+    for index, batch in enumerate(checked_batches(batches), 1):
+        drawn, log_likelihood, total = [], [], []
+        for trace in at_draws.traces(batch):
+            site = trace.nodes[at_draws.obs_site]
+            drawn.append(site["fn"].sample())
+            if site["is_observed"]:
+                with explaining(batch, nodes=trace.nodes):
+                    log_likelihood.append(datum_log_probs(site))
+                total.append((log_likelihood[-1] * data_plate(site).scale).sum(-1))
+            if index == 1:
+                networks = lifted_networks(trace)
+                latent.append(latent_log_probs(trace, networks))
+                alone = alone and observes_only(trace, at_draws.obs_site)
+        outcomes.append(torch.cat(drawn))
+        if site["is_observed"]:
+            log_likelihoods.append(torch.cat(log_likelihood))
+            totals.append(torch.cat(total))
+            observed.append(_one_draw(site))
+            counts.append(data_that_count(site))
+        if len(observed) not in (0, index):
+            raise ValueError(
+                f"Batch {index - 1} and the ones before it differ in whether they "
+                f"have labels (site {at_draws.obs_site!r} observed). Give all batches "
+                "labels, or none."
+            )
+        inputs.append(_integer_inputs(batch, outcomes[-1].shape[1], labels))
+    has_labels = bool(observed)
+    return DataPass(
+        at_draws.obs_site,
+        networks,
+        torch.cat(log_likelihoods, 1) if has_labels else None,
+        torch.stack(totals).sum(0) if has_labels and alone else None,
+        {name: torch.cat([part[name] for part in latent]) for name in latent[0]},
+        torch.cat(outcomes, 1),
+        torch.cat(observed) if has_labels else None,
+        torch.cat(counts) if has_labels else None,
+        {
+            name: _padded_rows([part[name] for part in inputs])
+            for name in inputs[0]
+            if all(name in part for part in inputs)
+        },
+    )
+
+
+def datum_log_probs(site: Mapping[str, Any]) -> Tensor:
+    """Log density of each datum, (S', B), float64; 0 of one that doesn't count.
+
+    Args:
+        site: The likelihood's site in a trace.
+    """
+    log_prob = site["fn"].log_prob(values_to_score(site)).double()
+    if site["mask"] is None:
+        return log_prob
+    mask = torch.as_tensor(site["mask"], device=log_prob.device)
+    return torch.where(mask, log_prob, 0.0)
+
+
+def _one_draw(site: Mapping[str, Any]) -> Tensor:
+    """The outcomes given, (B, ...), without dims that the draws added."""
+    value = site["value"]
+    ndim = 1 + len(site["fn"].event_shape)
+    while value.ndim > ndim:
+        value = value[0]
+    return value
+
+
+def latent_log_probs(
+    trace: Any, networks: Sequence[LiftedNetwork]
+) -> dict[str, Tensor]:
+    """Log density of each latent site outside of the networks, (S',), nats.
+
+    Args:
+        trace: Of the model at S' draws.
+        networks: The lifted networks in it.
+    """
+    lifted = {name for lora in networks for name in lora.sites}
+    result = {}
+    for name, site in trace.nodes.items():
+        if (
+            site["type"] == "sample"
+            and not site["is_observed"]
+            and not site_is_subsample(site)
+            and "lora" not in site["infer"]
+            and name not in lifted
+            and not is_missing_outcome(trace, name)  # its density is no prior
+        ):
+            log_prob = site["fn"].log_prob(site["value"]).double() * site["scale"]
+            result[name] = log_prob.flatten(1).sum(1)
+    return result
+
+
+def observes_only(trace: Any, obs_site: str) -> bool:
+    """Whether nothing but the likelihood's site is observed.
+
+    Args:
+        trace: Of the model.
+        obs_site: The likelihood's site.
+    """
+    return all(
+        name == obs_site or site["infer"].get("_deterministic")
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample" and site["is_observed"]
+    )
+
+
+def _integer_inputs(
+    batch: Batch, batch_size: int, labels: Collection[str]
+) -> dict[str, Tensor]:
+    return {
+        name: value
+        for name, value in batch.items()
+        if name not in labels
+        and isinstance(value, Tensor)
+        and not (value.is_floating_point() or value.is_complex())
+        and value.ndim in (1, 2)
+        and value.shape[0] == batch_size
+    }
+
+
+def _padded_rows(parts: Sequence[Tensor]) -> Tensor:
+    if parts[0].ndim == 1:
+        return torch.cat(list(parts))
+    longest = max(part.shape[1] for part in parts)
+    return torch.cat([pad(part, (0, longest - part.shape[1])) for part in parts])

@@ -1,0 +1,346 @@
+"""Yesterday's posterior as today's prior."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.distributions import TorchDistribution
+from torch import Tensor
+from torch.distributions.transforms import ReshapeTransform
+
+from pyro_lora.ground.warning import warn
+from pyro_lora.ground.weights import Weights
+from pyro_lora.priors.prior import NOISE, Network, Prior, check_positive
+from pyro_lora.priors.site_mixture import SiteMixture
+
+
+class Component(Protocol):
+    """One part of the prior, its density by the chain rule."""
+
+    def given(
+        self, sites: tuple[str, ...], site: str, before: Weights
+    ) -> TorchDistribution:
+        """Distribution of a site given the values of the sites before it.
+
+        Args:
+            sites: All that get this prior, in order; others are integrated out.
+            site: One of them.
+            before: The values of those before it.
+        """
+        ...
+
+
+@runtime_checkable
+class Mixture(Protocol):
+    """A mixture of posteriors, such as ``MixturePosterior``."""
+
+    components: Sequence[Any]
+    weights: Tensor
+
+
+@runtime_checkable
+class Particles(Protocol):
+    """Equally weighted weight sets, such as ``ParticlePosterior``."""
+
+    particles: Weights
+
+
+@runtime_checkable
+class Gaussian(Protocol):
+    """A Laplace approximation, such as ``LaplacePosterior``."""
+
+    gaussian: Any
+    latents: Any
+
+
+@runtime_checkable
+class DenseNormal(Protocol):
+    """A Gaussian with one precision matrix over all sites, fisher + diag(tau)."""
+
+    loc: Weights
+    prior_precision: Weights
+    fisher: Tensor
+
+
+def from_posterior(posterior: Any, *, bandwidth: float | None = None) -> Prior:
+    r"""Yesterday's posterior as today's prior: continual learning.
+
+    :math:`p(w | y_1, y_2) \propto p(y_2 | w)\, p(w | y_1)`, with an approximate
+    posterior for :math:`p(w | y_1)` (online Laplace: Ritter et al. 2018,
+    https://arxiv.org/abs/1805.07810; variational: Nguyen et al. 2018).
+
+    Every site is sampled under its own name with a density of its own, so any engine
+    can follow. Posteriors whose sites are dependent are written by the chain rule,
+    :math:`p(w) = \prod_i p(w_i | w_{<i})`, which is exact:
+
+    - Laplace with a Kronecker or diagonal structure: its distributions as they are;
+    - Laplace with the dense structure: each site given those before it. Sites of
+      another network, or that another prior is given to, are integrated out;
+    - particles: an equally weighted mixture of K normals at the particles, which is a
+      density, :math:`\frac1K \sum_k N(w; w_k, \mathrm{diag}\, h^2)`. Given the sites
+      before, a site is a mixture with weights :math:`\propto \prod_{j<i} N(w_j; w_{kj},
+      h_j^2)`, so no draw mixes sites of several particles other than by overlap of
+      their normals;
+    - a mixture of these: likewise.
+
+    Args:
+        posterior: A ``LaplacePosterior``, ``ParticlePosterior`` or
+            ``MixturePosterior``, over at least the sites that get this prior; or any
+            guide without arguments that samples each from a distribution other than a
+            Delta, independently. Its tensors are used, not copied.
+        bandwidth: h, for particles; None: for each site :math:`K^{-1/(D + 4)}` times
+            the root mean square over its weights of the particles' standard deviation
+            (Scott 1992, section 6.3; for the D of an adapter the first factor is near
+            1, so that the prior has about twice the particles' variance).
+
+    Returns:
+        A prior over every site.
+
+    Raises:
+        ValueError: If a site isn't sampled or has another shape, the posterior's sites
+            have no density of their own, the bandwidth isn't positive and finite, or
+            particles coincide and there is no bandwidth.
+
+    Warns:
+        UserWarning: If one of our posteriors has sites outside of its networks, such as
+            an observation noise: a network's prior can't sample them.
+    """
+    others = _outside_of_networks(posterior)
+    if others:
+        warn(
+            f"The posterior's {sorted(others)} belong to no lifted network, so they "
+            "aren't part of this prior: they have the prior that your model gives "
+            "them. Put what the posterior says of them into the model's own "
+            "pyro.sample statements."
+        )
+    if bandwidth is not None:
+        check_positive("from_posterior: bandwidth", bandwidth)
+    return PreviousPosterior(tuple(_components(posterior, bandwidth)))
+
+
+@dataclass(frozen=True, eq=False)
+class PreviousPosterior:
+    """The prior that :func:`from_posterior` makes.
+
+    Attributes:
+        components: Log weight of each part of the mixture, and the part.
+    """
+
+    components: tuple[tuple[Tensor, Component], ...]
+
+    def __call__(self, lora: Network) -> dict[str, Tensor]:
+        """Sample every site.
+
+        Raises:
+            ValueError: If a site isn't in the posterior, or has another shape there.
+        """
+        sites = tuple(lora.sites)
+        log_joint = [log_pi for log_pi, _ in self.components]
+        weights: dict[str, Tensor] = {}
+        all_zeros = lora.zeros()
+        for site in sites:
+            zeros = all_zeros[site]
+            fns = [part.given(sites, site, weights) for _, part in self.components]
+            if fns[0].event_shape != zeros.shape:
+                raise ValueError(
+                    f"Site {site!r}: expected a posterior of event shape "
+                    f"{tuple(zeros.shape)}, found {tuple(fns[0].event_shape)}. Lift "
+                    "the same layers with the same ranks as for the posterior."
+                )
+            if len(fns) == 1:
+                weights[site] = pyro.sample(site, fns[0])
+                continue
+            weights[site] = pyro.sample(
+                site, SiteMixture([x.to(zeros) for x in log_joint], fns)
+            )
+            log_joint = [
+                log_p.to(zeros) + fn.log_prob(weights[site])
+                for log_p, fn in zip(log_joint, fns, strict=True)
+            ]
+        return weights
+
+
+def _outside_of_networks(posterior: Any) -> set[str]:
+    """The sites of one of our posteriors that aren't those of its networks."""
+    if isinstance(posterior, Mixture):
+        return _outside_of_networks(posterior.components[0])
+    loras: Any = getattr(posterior, "loras", None)
+    if loras is None or not isinstance(posterior, Particles | Gaussian):
+        return set()  # of any other guide they aren't known
+    sites = set(
+        posterior.particles
+        if isinstance(posterior, Particles)
+        else getattr(posterior.latents, "values", ())
+    )
+    for lora in loras:
+        sites -= {name for site in lora.sites for name in (site, f"{site}{NOISE}")}
+    return sites
+
+
+def _components(
+    posterior: Any, bandwidth: float | None
+) -> list[tuple[Tensor, Component]]:
+    """Log weight of each component, and the component."""
+    if isinstance(posterior, Mixture):
+        return [
+            (log_pi + log_inner, part)
+            for log_pi, component in zip(
+                posterior.weights.log(), posterior.components, strict=True
+            )
+            for log_inner, part in _components(component, bandwidth)
+            if log_pi > -math.inf
+        ]
+    if isinstance(posterior, Particles):
+        particles = {site: x.detach() for site, x in posterior.particles.items()}
+        return _normals_at(particles, bandwidth)
+    if isinstance(posterior, Gaussian) and isinstance(posterior.gaussian, DenseNormal):
+        return [(torch.zeros(()), _dense(posterior.gaussian))]
+    return [(torch.zeros(()), _Independent(_distributions(posterior)))]
+
+
+@dataclass(frozen=True, eq=False)
+class _NormalAt:
+    """Independent normals around one weight set."""
+
+    loc: Weights
+    widths: Weights
+
+    def given(
+        self, sites: tuple[str, ...], site: str, before: Weights
+    ) -> TorchDistribution:
+        _check_there(site, self.loc)
+        loc = self.loc[site]
+        return dist.Normal(loc, self.widths[site]).to_event(loc.ndim)
+
+
+def _normals_at(
+    particles: Weights, bandwidth: float | None
+) -> list[tuple[Tensor, Component]]:
+    num_particles = len(next(iter(particles.values())))
+    size = sum(x[0].numel() for x in particles.values())
+    widths = {}
+    for site, x in particles.items():
+        if bandwidth is None:
+            spread = (
+                x.float().var(0, correction=min(num_particles - 1, 1)).mean().sqrt()
+            )
+            widths[site] = (num_particles ** (-1 / (size + 4)) * spread).to(x)
+        else:
+            widths[site] = x.new_tensor(bandwidth)
+        if not widths[site] > 0:
+            raise ValueError(
+                f"Site {site!r}: its {num_particles} particle(s) don't differ, so they "
+                "give no bandwidth. Give from_posterior(..., bandwidth=)."
+            )
+
+    log_weight = torch.tensor(-math.log(num_particles), dtype=torch.float64)
+    return [
+        (log_weight, _NormalAt({s: x[k] for s, x in particles.items()}, widths))
+        for k in range(num_particles)
+    ]
+
+
+def _dense(gaussian: DenseNormal) -> Component:
+    loc = {site: x.detach() for site, x in gaussian.loc.items()}
+    tau = torch.cat(
+        [
+            gaussian.prior_precision[site].detach().double().expand(x.shape).flatten()
+            for site, x in loc.items()
+        ]
+    )
+    precision = gaussian.fisher.detach().double() + torch.diag_embed(tau)
+    return _Dense(loc, torch.cholesky_inverse(torch.linalg.cholesky(precision)))
+
+
+@dataclass(frozen=True, eq=False)
+class _Dense:
+    """A normal with one covariance matrix over all sites."""
+
+    loc: Weights
+    covariance: Tensor
+    roots: dict[tuple[str, ...], Tensor] = field(default_factory=dict)  # of some sites
+
+    def given(
+        self, sites: tuple[str, ...], site: str, before: Weights
+    ) -> TorchDistribution:
+        # With Cholesky factor C of the covariance and w - loc = C z, z standard normal:
+        # w_i given w_<i is N(loc_i + C_i,<i z_<i, C_ii C_ii^T).
+        if sites not in self.roots:
+            self.roots[sites] = self._root(sites)
+        root = self.roots[sites]
+        mean, n = self.loc[site], self.loc[site].numel()
+        shift = mean.flatten()
+        start = sum(self.loc[s].numel() for s in before)
+        if before:
+            known = _deviations(before, self.loc)  # (..., start)
+            z = torch.linalg.solve_triangular(
+                root[:start, :start].to(known), known[..., None], upper=False
+            )
+            rows = root[start : start + n, :start].to(known)
+            shift = shift + (rows @ z)[..., 0]
+        block = root[start : start + n, start : start + n].to(mean)
+        fn = dist.MultivariateNormal(shift, scale_tril=block)
+        return dist.TransformedDistribution(
+            fn, [ReshapeTransform(torch.Size([n]), mean.shape)]
+        )
+
+    def _root(self, sites: tuple[str, ...]) -> Tensor:
+        for site in sites:
+            _check_there(site, self.loc)
+        ends = torch.tensor([x.numel() for x in self.loc.values()]).cumsum(0).tolist()
+        places = {
+            site: torch.arange(end - x.numel(), end, device=self.covariance.device)
+            for (site, x), end in zip(self.loc.items(), ends, strict=True)
+        }
+        index = torch.cat([places[site] for site in sites])
+        return torch.linalg.cholesky(self.covariance[index[:, None], index])
+
+
+def _deviations(weights: Weights, loc: Weights) -> Tensor:
+    """Weights minus their mean as vectors, (..., D); lead dims broadcast."""
+    parts = [(x - loc[site]).flatten(-loc[site].ndim) for site, x in weights.items()]
+    lead = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
+    return torch.cat([part.expand(*lead, part.shape[-1]) for part in parts], -1)
+
+
+def _distributions(posterior: Any) -> dict[str, TorchDistribution]:
+    with poutine.block(), torch.no_grad():
+        nodes = poutine.trace(posterior).get_trace().nodes
+    return {n: node["fn"] for n, node in nodes.items() if node["type"] == "sample"}
+
+
+@dataclass(frozen=True, eq=False)
+class _Independent:
+    """Sites with distributions of their own."""
+
+    fns: Mapping[str, TorchDistribution]
+
+    def given(
+        self, sites: tuple[str, ...], site: str, before: Weights
+    ) -> TorchDistribution:
+        _check_there(site, self.fns)
+        inner: Any = self.fns[site]
+        while isinstance(inner, torch.distributions.Independent):
+            inner = inner.base_dist
+        if isinstance(inner, dist.Delta):
+            raise ValueError(
+                f"Site {site!r}: expected a posterior with a density for each site, "
+                "found a Delta. Use a Laplace, particle or mixture posterior, or the "
+                "guide's moments in priors.normal(scale, center=)."
+            )
+        return self.fns[site]
+
+
+def _check_there(site: str, found: Mapping[str, Any]) -> None:
+    if site not in found:
+        raise ValueError(
+            f"Site {site!r}: expected it among the posterior's sites, found "
+            f"{sorted(found)}. Give the sites that are new another prior by by_site."
+        )
