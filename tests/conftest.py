@@ -31,7 +31,13 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(CleanPyro())
 
 
+NOT_A_MODE = pytest.mark.filterwarnings("ignore:The weights aren't a mode")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("untrained"):
+            item.add_marker(NOT_A_MODE)
     if torch.cuda.is_available():
         return
     for item in items:

@@ -55,7 +55,7 @@ def test_the_top_on_cached_states_is_the_whole_network(
     torch.testing.assert_close(top, whole.logits)
 
 
-@pytest.mark.filterwarnings("ignore:The weights aren't a mode")
+@pytest.mark.untrained
 @pytest.mark.parametrize("tau", [0.1, 3.0])
 def test_data_space_algebra_gives_the_dense_posterior(
     setting: Setting, mode: dict[str, Tensor], tau: float
@@ -80,7 +80,7 @@ def test_data_space_algebra_gives_the_dense_posterior(
         torch.testing.assert_close(other.double(), variance, rtol=1e-4, atol=0)
 
 
-@pytest.mark.filterwarnings("ignore:The weights aren't a mode")
+@pytest.mark.untrained
 def test_the_best_precision_is_that_of_the_librarys_evidence(
     setting: Setting, mode: dict[str, Tensor]
 ) -> None:

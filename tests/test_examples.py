@@ -74,7 +74,7 @@ def run_demo(model: Path, rows: Path, out: Path, *options: str) -> dict[str, Any
     return json.loads((out / "table.json").read_text())["rows"]
 
 
-@pytest.mark.filterwarnings("ignore:The weights aren't a mode")
+@pytest.mark.untrained
 def test_demo_prints_every_method_and_writes_its_files(
     model: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -122,7 +122,7 @@ def test_demo_prints_every_method_and_writes_its_files(
     assert list((out / "adapters" / "laplace").glob("**/adapter_model.safetensors"))
 
 
-@pytest.mark.filterwarnings("ignore:The weights aren't a mode")
+@pytest.mark.untrained
 def test_other_domains_and_ratings_are_measured_and_drawn(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,7 +151,7 @@ def test_other_domains_and_ratings_are_measured_and_drawn(
     assert plt.imread(out / "entropy.png").std() > 0
 
 
-@pytest.mark.filterwarnings("ignore:The weights aren't a mode")
+@pytest.mark.untrained
 def test_quick_demo_is_map_temperature_scaling_and_laplace(
     model: Path, rows: Path, tmp_path: Path
 ) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.filterwarnings("ignore:The weights aren't a mode")
+pytestmark = pytest.mark.untrained
 EXAMPLES = Path(__file__).parents[1] / "examples"
 PAGES = [
     "active_learning",

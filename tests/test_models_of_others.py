@@ -14,7 +14,7 @@ import pyro_lora as pl
 from tests import networks
 from tests.predict import models
 
-pytestmark = pytest.mark.filterwarnings("ignore:The weights aren't a mode")
+pytestmark = pytest.mark.untrained
 
 
 class TwoScales(nn.Module):

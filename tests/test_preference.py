@@ -1,6 +1,5 @@
 """Preferences: pairs joined into one call of the network are two calls of it."""
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from tests.curvature.gauss_newton import assert_same, flatten
 from tests.curvature.test_padding import STRUCTURES
 from tests.networks import PAD, VOCABULARY, bert, llama, particles
 
-pytestmark = pytest.mark.filterwarnings("ignore:The weights aren't a mode")
+pytestmark = pytest.mark.untrained
 
 NUM_DATA = 7
 ROOT = Path(__file__).parent.parent
@@ -183,11 +182,3 @@ def test_rows_that_are_no_pairs_are_refused() -> None:
         pl.models.preference(pl.lift(bert(1)), 2)(**odd)
     with pytest.raises(ValueError, match=r"2 outputs.*num_labels=1"):
         pl.models.preference(pl.lift(bert(2)), 2)(**batch)
-
-
-def test_the_page_runs() -> None:
-    text = (ROOT / "docs" / "preferences.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    names: dict[str, Any] = {}
-    exec("\n".join(blocks), names)
-    assert (names["prediction"].probs[:, 1] > 0.5).all()

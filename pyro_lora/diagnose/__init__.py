@@ -1,1 +1,1 @@
-"""Posterior -> verdicts."""
+"""Posterior and batches -> verdicts: what to believe of the posterior."""

@@ -1,1 +1,4 @@
-"""Posterior -> files, ArviZ, PEFT adapters, pictures."""
+"""Posterior -> the world: ArviZ's trees, checkpoints, PEFT adapters, pictures.
+
+One more plot: a function in a file of ``plots``, named in ``plots/__init__.py``.
+"""

@@ -15,7 +15,9 @@ from torch import Tensor
 from pyro_lora.ground.interrupts import leaving_no_trace
 from pyro_lora.lifting.binding import (
     Binding,
+    Host,
     Values,
+    check_checkpointing,
 )
 from pyro_lora.lifting.folding import (
     batch_size,
@@ -31,7 +33,6 @@ from pyro_lora.lifting.folding import (
     unchanged_buffers,
     unfold_output,
 )
-from pyro_lora.lifting.host import Host, check_checkpointing
 from pyro_lora.lifting.sites import LiftedParameter
 from pyro_lora.lifting.slots import Fold, LinearSlot, NotFoldable, swapped
 from pyro_lora.lifting.trunk import Trunk

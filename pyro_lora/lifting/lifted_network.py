@@ -21,25 +21,23 @@ from pyro_lora.ground.interrupts import undone
 from pyro_lora.ground.settings import check_kind, check_name
 from pyro_lora.ground.weights import check_weights
 from pyro_lora.lifting import initialization
-from pyro_lora.lifting.adapter import (
-    adapter_modules,
-    adapter_name,
-    check_in_use,
-)
-from pyro_lora.lifting.binding import undo_interrupted
+from pyro_lora.lifting.binding import Host, undo_interrupted
 from pyro_lora.lifting.bound_network import BoundNetwork
-from pyro_lora.lifting.host import Host
 from pyro_lora.lifting.low_rank import (
     factor_locations,
     has_one_update,
     rank_masks,
     update_factors,
 )
-from pyro_lora.lifting.refusals import (
+from pyro_lora.lifting.sites import (
+    LiftedParameter,
+    adapter_modules,
+    adapter_name,
+    check_in_use,
     check_network,
     keep_bitsandbytes_differentiable,
+    lifted_parameters,
 )
-from pyro_lora.lifting.sites import LiftedParameter, lifted_parameters
 from pyro_lora.lifting.slots import Location, as_slot
 from pyro_lora.lifting.trunk import Trunk, find_trunk
 from pyro_lora.priors.independent import normal

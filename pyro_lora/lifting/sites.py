@@ -1,20 +1,336 @@
-"""Names: which parameters are lifted, and which of them form one site."""
+"""Which parameters are lifted, what can't be, and what sites are called."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any, cast
 
 import torch
+from peft.tuners.cpt import CPTEmbedding
+from peft.tuners.lora.layer import (
+    Embedding,
+    LoraLayer,
+    MultiheadAttention,
+    ParamWrapper,
+)
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import ModulesToSaveWrapper
-from torch import nn
+from peft.tuners.xlora import XLoraModel
+from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
-from pyro_lora.lifting.owners import find_owners
-from pyro_lora.lifting.refusals import check_parameter, check_storages
-from pyro_lora.lifting.slots import Location
+from pyro_lora.lifting.slots import LinearSlot, Location
+
+Wrapper = ModulesToSaveWrapper | TrainableTokensWrapper
+AdapterModules = Mapping[str, BaseTunerLayer | Wrapper]
+
+
+def adapter_name(model: nn.Module, adapter: str | None) -> str | None:
+    """The adapter to lift: the one named, else the active one, None without PEFT.
+
+    Raises:
+        ValueError: If there is no such adapter, or several are active.
+    """
+    configs = getattr(model, "peft_config", None)
+    if configs is None:
+        if adapter is not None:
+            raise ValueError(f"adapter={adapter!r} was given, but the model has none.")
+        return None
+    if adapter is None:
+        active = {
+            active
+            for module in model.modules()
+            if isinstance(module, BaseTunerLayer | Wrapper)
+            for active in module.active_adapters
+        }
+        candidates = sorted(active or configs)
+        if len(candidates) > 1:
+            raise ValueError(
+                f"Expected one active adapter, found {candidates}. "
+                "Name the one to lift by adapter=."
+            )
+        adapter = candidates[0]
+    if adapter not in configs:
+        raise ValueError(
+            f"No adapter {adapter!r}: the model has {sorted(configs)}. "
+            "Name one of them by adapter=."
+        )
+    return adapter
+
+
+def adapter_modules(model: nn.Module, adapter: str | None) -> AdapterModules:
+    """The modules that hold weights of the adapter, by path."""
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer | Wrapper) and _holds(module, adapter)
+    }
+
+
+def _holds(module: BaseTunerLayer | Wrapper, adapter: str | None) -> bool:
+    if isinstance(module, TrainableTokensWrapper):
+        module = module.token_adapter
+    return any(adapter in getattr(module, n, ()) for n in module.adapter_layer_names)
+
+
+def check_in_use(
+    model: nn.Module, modules: AdapterModules, adapter: str | None
+) -> None:
+    """Check that the network computes with the adapter's layers.
+
+    Raises:
+        ValueError: If the adapter is unloaded, merged, disabled or not the active one,
+            so that weights bound to it would change nothing.
+    """
+    for path, module in modules.items():
+        if isinstance(module, BaseTunerLayer) and module.merged:
+            raise ValueError(
+                f"{path}: the adapter is merged into the base weight. "
+                "Call model.unmerge_adapter() first."
+            )
+        if module.disable_adapters:
+            raise ValueError(
+                f"{path}: adapters are disabled. Leave `with model.disable_adapter()`, "
+                "or call model.enable_adapter_layers()."
+            )
+        if adapter not in module.active_adapters:
+            raise ValueError(
+                f"{path}: adapter {adapter!r} is not active (active: "
+                f"{module.active_adapters}). Call model.set_adapter({adapter!r})."
+            )
+    for path, module in modules.items():  # the first tells: PEFT unloads them all
+        if model.get_submodule(path) is not module:
+            raise ValueError(
+                f"{path}: expected the adapter's layer, found that it was taken out of "
+                "the network (by unload(), perhaps). Lift a network with its adapter."
+            )
+        break
+
+
+def check_network(model: nn.Module) -> None:
+    """Check that calling the network leaves base and bound weights alone.
+
+    Raises:
+        ValueError: If it doesn't: LoRA of ``nn.MultiheadAttention``, X-LoRA, CPT, or
+            4-bit layers that bitsandbytes has packed for inference on a CPU.
+    """
+    for path, module in model.named_modules():
+        if isinstance(module, MultiheadAttention):
+            raise ValueError(
+                f"{path}: LoRA of nn.MultiheadAttention changes the base weights at "
+                "every call and can't be lifted. Adapt torch.nn.Linear layers."
+            )
+        if isinstance(module, XLoraModel):
+            raise ValueError(
+                "X-LoRA mixes several adapters and switches off their gradients at "
+                "every call, so it can't be lifted. Load one LoRA adapter."
+            )
+        if isinstance(module, CPTEmbedding):
+            raise ValueError(
+                f"{path}: CPT writes into its own weights at every call, so it can't "
+                "be lifted. Use another method of prompt learning, or LoRA."
+            )
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            raise ValueError(
+                f"{path}: bitsandbytes has packed this 4-bit layer for inference on "
+                "the CPU, which has no gradient. Load the network again and lift it "
+                "before its first call in evaluation mode, or use a GPU."
+            )
+
+
+def keep_bitsandbytes_differentiable(model: nn.Module) -> None:
+    """Stop 4-bit layers from packing their weights in place, which has no gradient.
+
+    bitsandbytes does so on some CPUs at the first call in evaluation mode.
+    """
+    for module in model.modules():
+        if "support_avx512bf16_for_cpu" in vars(module):
+            vars(module)["support_avx512bf16_for_cpu"] = False
+
+
+def check_storages(lifted: Iterable[str], model: nn.Module) -> None:
+    """Check that no lifted parameter shares its numbers with another one.
+
+    One ``nn.Parameter`` in several places is one parameter. Two of them on the same
+    numbers, as PEFT's ``ensure_weight_tying`` makes of the matrices for tied
+    embeddings, would be sites that move independently.
+
+    Args:
+        lifted: Names of lifted parameters.
+        model: The network.
+
+    Raises:
+        ValueError: Naming both.
+    """
+    by_storage: dict[Any, list[tuple[str, Tensor]]] = {}
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        # Quantised types and the like have no storage of their own, and no gradient.
+        if type(tensor) in (nn.Parameter, Tensor) and tensor.numel():
+            start = tensor.device, tensor.untyped_storage().data_ptr()
+            by_storage.setdefault(start, []).append((name, tensor))
+    names = set(lifted)
+    for (_, start), tensors in by_storage.items():
+        own = [pair for pair in tensors if pair[0] in names]
+        for (one, x), (two, y) in product(own if start else [], tensors):  # 0: no data
+            if x is not y and _overlap(x, y):
+                raise ValueError(
+                    f"Parameters {one!r} and {two!r} are two views of the same numbers "
+                    "(tied by PEFT's ensure_weight_tying=True, perhaps), and would be "
+                    "lifted as if they could differ. Leave one out (of target_modules, "
+                    "say), or share one nn.Parameter."
+                )
+
+
+def _overlap(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors on one storage have numbers in common."""
+    if x.element_size() != y.element_size():
+        return True  # one reads the other's bytes as another type
+    starts = [z.storage_offset() for z in (x, y)]
+    steps = [zip(z.shape, z.stride(), strict=True) for z in (x, y)]
+    ends = [
+        1 + start + sum((size - 1) * stride for size, stride in of_dims)
+        for start, of_dims in zip(starts, steps, strict=True)
+    ]
+    if ends[0] <= starts[1] or ends[1] <= starts[0]:
+        return False
+    marked = torch.zeros(max(ends), dtype=torch.bool)
+    marked.as_strided(x.shape, x.stride(), x.storage_offset()).fill_(True)
+    return bool(marked.as_strided(y.shape, y.stride(), y.storage_offset()).any())
+
+
+def check_parameter(
+    name: str, kind: str, parameter: nn.Parameter, modules: Mapping[str, nn.Module]
+) -> None:
+    """Check that a parameter can be lifted.
+
+    Args:
+        name: Its full name.
+        kind: The first part of its site's name, or "other adapter".
+        parameter: The parameter.
+        modules: The network's modules by path.
+
+    Raises:
+        ValueError: If it belongs to another adapter or to a recurrent layer, or has no
+            values.
+    """
+    holder = modules[name.rpartition(".")[0]]
+    if kind == "other adapter":
+        raise ValueError(
+            f"Trainable parameter {name!r} belongs to an adapter that isn't lifted. "
+            "Freeze it, or lift that adapter by adapter=."
+        )
+    if isinstance(holder, nn.RNNBase):
+        raise ValueError(
+            f"Parameter {name!r} can't be lifted: {type(holder).__name__} keeps "
+            "references of its own to its weights. Freeze it (requires_grad_(False))."
+        )
+    if parameter.is_meta:
+        raise ValueError(
+            f"Parameter {name!r} can't be lifted: it is on the meta device and has no "
+            "values (offloaded, perhaps). Load the network whole, or freeze it "
+            "(requires_grad_(False))."
+        )
+
+
+# These read the values of their children's parameters, past the children's forward.
+_READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+
+
+def find_owners(
+    model: nn.Module, aliases: Mapping[str, Sequence[str]], adapter: str | None
+) -> dict[str, nn.Module | None]:
+    """The smallest module that alone reads each parameter.
+
+    Args:
+        model: The network.
+        aliases: Parameter name -> all names that it has, more than one if it is tied.
+        adapter: The adapter that is lifted.
+
+    Returns:
+        Parameter name -> its owner; None where only the network as a whole is.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found: dict[str, str | None] = {}
+    for name, names in aliases.items():
+        paths = [_owner(modules, n.rpartition(".")[0], adapter) for n in names]
+        shared = len({id(modules[p]) for p in paths if p is not None}) > 1
+        found[name] = None if shared else paths[0]
+    owners = set(found.values())
+    whole = whole_network(model)
+    result: dict[str, nn.Module | None] = {}
+    for name, own in found.items():
+        # What an owner holds is its own as well: the outermost owner has it all.
+        path = next((p for p in _ancestors(own) if p in owners), None)
+        owner = None if path is None else modules[path]
+        result[name] = owner if path not in whole or _is_linear(owner) else None
+    return result
+
+
+def _is_linear(module: nn.Module | None) -> bool:
+    return type(module) in (nn.Linear, LinearSlot)
+
+
+def whole_network(model: nn.Module) -> set[str]:
+    """Paths of the modules that are the network, wrapped or not."""
+    get_base = getattr(model, "get_base_model", None)
+    base = model if get_base is None else get_base()
+    path = next(path for path, module in model.named_modules() if module is base)
+    return set(_ancestors(path))
+
+
+def _ancestors(path: str | None) -> Iterator[str]:
+    """The paths from the network, "", down to ``path`` itself."""
+    if path is None:
+        return
+    yield ""
+    parts = path.split(".") if path else []
+    for i in range(len(parts)):
+        yield ".".join(parts[: i + 1])
+
+
+def _owner(
+    modules: Mapping[str, nn.Module], path: str, adapter: str | None
+) -> str | None:
+    """The path of the owner, None if only the whole network will do."""
+    chain = list(_ancestors(path))
+    if "prompt_encoder" in path.split(".")[:2]:
+        return None  # PeftModel reads it
+    for ancestor in chain:
+        module = modules[ancestor]
+        if isinstance(module, TrainableTokensWrapper) or _hooked(
+            module, ancestor, path
+        ):
+            return None
+        if isinstance(module, _READERS) or _reads_below(module, adapter):
+            return ancestor
+    # Containers (ModuleDict, ParameterDict, ...) compute nothing.
+    return next(p for p in reversed(chain) if _computes(modules[p]))
+
+
+def _hooked(module: nn.Module, ancestor: str, path: str) -> bool:
+    """Whether something outside of the module's class computes with its weights."""
+    if is_parametrized(module):
+        return True
+    moves_inputs = getattr(vars(module).get("_hf_hook"), "offload", True) is False
+    replaced = "forward" in vars(module) and not moves_inputs  # accelerate's device_map
+    return ancestor == path and bool(module._forward_pre_hooks or replaced)
+
+
+def _reads_below(module: Any, adapter: str | None) -> bool:
+    if not isinstance(module, BaseTunerLayer):
+        return False
+    # Plain LoRA calls its matrices as the layers that they are.
+    plain = isinstance(module, LoraLayer) and adapter not in module.lora_variant
+    return not plain or isinstance(module, Embedding | ParamWrapper)
+
+
+def _computes(module: nn.Module) -> bool:
+    return type(module).forward is not nn.Module.forward
+
 
 # PEFT's names of an adapter's parts -> kind and role in the site's name; of the others
 # the kind is what stands before the first underscore: ia3_l, vera_lambda_b.

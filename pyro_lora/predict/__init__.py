@@ -1,1 +1,5 @@
-"""Posterior -> predictions and their quality."""
+"""Posterior and batches -> predictions and their quality.
+
+By draws of the weights, or by the linearised network: classes, real numbers, tokens,
+generated text, each with what the draws agree and disagree on.
+"""

@@ -21,7 +21,7 @@ from pyro_lora.curvature.structures import (
 from tests.curvature.gauss_newton import flatten, laplace, unflatten
 from tests.networks import batch, bert
 
-pytestmark = pytest.mark.filterwarnings("ignore:The weights aren't a mode")
+pytestmark = pytest.mark.untrained
 
 Change = Callable[[Tensor], Tensor]
 EYE = torch.eye(16, dtype=torch.float64)

@@ -17,7 +17,7 @@ from pyro_lora.curvature.structures import Structure
 from tests.curvature.gauss_newton import split
 from tests.networks import batch, bert, inputs, llama
 
-pytestmark = pytest.mark.filterwarnings("ignore:The weights aren't a mode")
+pytestmark = pytest.mark.untrained
 
 NUM_DATA, NUM_LABELS = 5, 4
 NUM_TERMS = NUM_LABELS - 1

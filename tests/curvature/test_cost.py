@@ -21,7 +21,7 @@ from pyro_lora.curvature.structures import Structure
 from tests.curvature.gauss_newton import laplace, split
 from tests.networks import batch, bert, inputs, llama
 
-pytestmark = pytest.mark.filterwarnings("ignore:The weights aren't a mode")
+pytestmark = pytest.mark.untrained
 
 
 class Passes:

@@ -32,7 +32,7 @@ from tests.curvature.gauss_newton import (
 )
 from tests.networks import batch, bert, inputs, llama
 
-pytestmark = pytest.mark.filterwarnings("ignore:The weights aren't a mode")
+pytestmark = pytest.mark.untrained
 
 STRUCTURES = [
     pl.structures.KFAC(),

@@ -16,7 +16,7 @@ from tests.curvature.gauss_newton import assert_same, flatten, laplace
 from tests.networks import batch, bert, llama
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:The weights aren't a mode"),
+    pytest.mark.untrained,
     # Which transformers itself uses.
     pytest.mark.filterwarnings("ignore:`gradient_checkpointing_:FutureWarning"),
 ]

@@ -17,7 +17,7 @@ from pyro_lora.curvature.structures import Structure
 from tests.curvature.gauss_newton import split
 from tests.networks import batch, bert
 
-pytestmark = pytest.mark.filterwarnings("ignore:The weights aren't a mode")
+pytestmark = pytest.mark.untrained
 
 STRUCTURES = [
     pl.structures.KFAC(),

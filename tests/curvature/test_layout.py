@@ -31,7 +31,7 @@ from tests.curvature.test_padding import STRUCTURES
 from tests.lifting.liftable_architectures import deberta
 from tests.networks import adapted, batch
 
-pytestmark = pytest.mark.filterwarnings("ignore:The weights aren't a mode")
+pytestmark = pytest.mark.untrained
 
 NUM_DATA, LENGTH, WIDTH = 7, 4, 3
 Batch = dict[str, Tensor]

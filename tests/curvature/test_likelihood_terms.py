@@ -26,7 +26,7 @@ from tests.curvature.gauss_newton import (
 from tests.curvature.test_cost import Passes
 from tests.networks import batch, bert, inputs
 
-pytestmark = pytest.mark.filterwarnings("ignore:The weights aren't a mode")
+pytestmark = pytest.mark.untrained
 
 Batch = dict[str, Tensor]
 BOTH = ("y", "z")

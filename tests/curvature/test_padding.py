@@ -14,7 +14,7 @@ from pyro_lora.curvature.structures import Structure
 from tests.curvature.gauss_newton import CountingTokens, assert_same, laplace, split
 from tests.networks import PAD, batch, bert, llama
 
-pytestmark = pytest.mark.filterwarnings("ignore:The weights aren't a mode")
+pytestmark = pytest.mark.untrained
 
 STRUCTURES = [
     pl.structures.KFAC(),

@@ -22,7 +22,7 @@ NUM_DATA = 5
 # Of dynamo, which looks at everything of a tensor that is bound.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning"),
-    pytest.mark.filterwarnings("ignore:The weights aren't a mode:UserWarning"),
+    pytest.mark.untrained,
 ]
 Compile = Callable[[Any], Any]
 

@@ -24,7 +24,7 @@ from tests.curvature.gauss_newton import (
 )
 from tests.networks import batch, bert, llama
 
-pytestmark = pytest.mark.filterwarnings("ignore:The weights aren't a mode")
+pytestmark = pytest.mark.untrained
 
 LAYERWISE = [
     pl.structures.KFAC(),

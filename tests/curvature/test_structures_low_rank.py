@@ -23,7 +23,7 @@ from tests.curvature.gauss_newton import (
 from tests.curvature.test_cost import LargestTensor
 from tests.networks import batch, bert
 
-pytestmark = pytest.mark.filterwarnings("ignore:The weights aren't a mode")
+pytestmark = pytest.mark.untrained
 
 STRUCTURES = [pl.structures.KFAC(), pl.structures.KFAC(reduce=True)]
 

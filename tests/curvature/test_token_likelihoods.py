@@ -17,7 +17,7 @@ from tests.curvature.test_cost import LargestTensor, Passes
 from tests.curvature.test_likelihood_terms import fisher, fit
 from tests.networks import VOCABULARY, batch, inputs, llama
 
-pytestmark = pytest.mark.filterwarnings("ignore:The weights aren't a mode")
+pytestmark = pytest.mark.untrained
 
 
 def language_model(lora: pl.LiftedNetwork, num_data: int, form: str) -> Any:

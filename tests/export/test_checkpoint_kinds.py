@@ -18,7 +18,7 @@ from pyro_lora.curvature.structures import Structure
 from tests import networks
 from tests.predict import models
 
-pytestmark = pytest.mark.filterwarnings("ignore:The weights aren't a mode")
+pytestmark = pytest.mark.untrained
 
 N = 12
 STRUCTURES = [

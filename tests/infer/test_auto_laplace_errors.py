@@ -18,7 +18,7 @@ import pyro_lora as pl
 from tests.curvature.gauss_newton import laplace, split
 from tests.networks import batch, bert, inputs
 
-pytestmark = pytest.mark.filterwarnings("ignore:The weights aren't a mode")
+pytestmark = pytest.mark.untrained
 
 Model = Callable[..., Any]
 

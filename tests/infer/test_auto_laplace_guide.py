@@ -17,7 +17,6 @@ from tests.curvature.gauss_newton import assert_same, flatten, laplace, split
 from tests.infer.linear_regression import linear_regression
 from tests.networks import batch, bert, inputs, llama, particles
 
-NOT_A_MODE = "ignore:The weights aren't a mode"
 STRUCTURES = [pl.structures.KFAC(), pl.structures.Diagonal(), pl.structures.Dense()]
 
 
@@ -44,7 +43,7 @@ def converged(lora: pl.LiftedNetwork, texts: dict[str, Tensor]) -> pl.AutoLaplac
 # The posterior as a guide.
 
 
-@pytest.mark.filterwarnings(NOT_A_MODE)
+@pytest.mark.untrained
 @pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize("parallel", [False, True])
 @pytest.mark.parametrize("build", [bert, llama])
@@ -102,7 +101,7 @@ def test_importance_weights_of_an_exact_posterior_are_equal(
     assert_same(log_weights, task.log_evidence.expand(5))
 
 
-@pytest.mark.filterwarnings(NOT_A_MODE)
+@pytest.mark.untrained
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_sites_name_their_network(structure: Structure) -> None:
     lora, texts = pl.lift(bert(3)), batch(5, num_labels=3)
@@ -122,7 +121,7 @@ def test_sites_name_their_network(structure: Structure) -> None:
     )
 
 
-@pytest.mark.filterwarnings(NOT_A_MODE)
+@pytest.mark.untrained
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_sites_in_a_plate_of_particles(structure: Structure) -> None:
     lora, texts = pl.lift(bert(3)), batch(5, num_labels=3)
@@ -140,7 +139,7 @@ def test_sites_in_a_plate_of_particles(structure: Structure) -> None:
 # Where the mode comes from.
 
 
-@pytest.mark.filterwarnings(NOT_A_MODE)
+@pytest.mark.untrained
 def test_svi_moves_the_mode() -> None:
     lora, texts = pl.lift(bert(3)), batch(7, num_labels=3)
     model = pl.models.classification(lora, 7)
@@ -160,7 +159,7 @@ def test_svi_moves_the_mode() -> None:
         assert not torch.equal(value, guide.median()[site])
 
 
-@pytest.mark.filterwarnings(NOT_A_MODE)
+@pytest.mark.untrained
 def test_without_svi_the_param_store_is_untouched() -> None:
     lora, texts = pl.lift(bert(3)), batch(7, num_labels=3)
     pyro.param("a_users_own", torch.ones(2))
@@ -171,7 +170,7 @@ def test_without_svi_the_param_store_is_untouched() -> None:
     assert_same(flatten(posterior.mode()), flatten(lora.weights()))
 
 
-@pytest.mark.filterwarnings(NOT_A_MODE)
+@pytest.mark.untrained
 def test_guides_side_by_side_keep_their_modes() -> None:
     lora, texts = pl.lift(bert(3)), batch(7, num_labels=3)
     model = pl.models.classification(lora, 7)
@@ -185,7 +184,7 @@ def test_guides_side_by_side_keep_their_modes() -> None:
         assert_same(flatten(found.mode()), flatten(start))
 
 
-@pytest.mark.filterwarnings(NOT_A_MODE)
+@pytest.mark.untrained
 def test_a_trained_guide_does_not_leak_into_another() -> None:
     lora, texts = pl.lift(bert(3)), batch(7, num_labels=3)
     model = pl.models.classification(lora, 7)
@@ -206,7 +205,7 @@ def trainer(seed: int) -> tuple[pl.LiftedNetwork, pl.AutoLaplace, SVI]:
     return lora, guide, SVI(model, guide, Adam({"lr": 0.01}), Trace_ELBO())
 
 
-@pytest.mark.filterwarnings(NOT_A_MODE)
+@pytest.mark.untrained
 def test_a_second_guide_in_the_param_store_starts_where_it_is_told() -> None:
     texts = batch(7, num_labels=3)
     alone = {}
@@ -262,7 +261,7 @@ def test_a_store_from_a_file_is_gone_on_from(tmp_path: Any) -> None:
 # What the pass leaves alone.
 
 
-@pytest.mark.filterwarnings(NOT_A_MODE)
+@pytest.mark.untrained
 @pytest.mark.parametrize("build", [bert, llama])
 def test_the_network_is_as_before(build: Any) -> None:
     network = build(3)
@@ -282,7 +281,7 @@ def test_the_network_is_as_before(build: Any) -> None:
     assert hooks == []
 
 
-@pytest.mark.filterwarnings(NOT_A_MODE)
+@pytest.mark.untrained
 def test_dropout_is_off_during_the_pass_and_restored() -> None:
     network: Any = bert(3, dropout=0.5, lora_dropout=0.5)
     lora, texts = pl.lift(network), batch(7, num_labels=3)
@@ -307,7 +306,7 @@ def test_dropout_is_off_during_the_pass_and_restored() -> None:
     assert [module.training for module in network.modules()] == modes
 
 
-@pytest.mark.filterwarnings(NOT_A_MODE)
+@pytest.mark.untrained
 def test_an_interrupted_pass_leaves_nothing_behind() -> None:
     network = bert(3)
     lora, texts = pl.lift(network), batch(7, num_labels=3)
@@ -328,7 +327,7 @@ def test_an_interrupted_pass_leaves_nothing_behind() -> None:
     assert_same(guide.laplace_approximation(split(texts, 3)).log_evidence(), expected)
 
 
-@pytest.mark.filterwarnings(NOT_A_MODE)
+@pytest.mark.untrained
 def test_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:
     lora, texts = pl.lift(bert(2)), batch(5)
     model = pl.models.classification(lora, 5)
@@ -386,7 +385,7 @@ def test_the_warning_is_about_a_newton_step() -> None:
 # Number types.
 
 
-@pytest.mark.filterwarnings(NOT_A_MODE)
+@pytest.mark.untrained
 @pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize("adapter", [torch.bfloat16, torch.float32])
 def test_half_precision_networks(adapter: torch.dtype, structure: Structure) -> None:
@@ -413,7 +412,7 @@ def test_half_precision_networks(adapter: torch.dtype, structure: Structure) -> 
     assert float(error) < 0.1
 
 
-@pytest.mark.filterwarnings(NOT_A_MODE)
+@pytest.mark.untrained
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_float32_networks_agree_with_float64(structure: Structure) -> None:
     network, texts = bert(3), batch(7, num_labels=3)
@@ -438,7 +437,7 @@ def particles_of(posterior: pl.LaplacePosterior) -> dict[str, Tensor]:
 
 
 @pytest.mark.gpu
-@pytest.mark.filterwarnings(NOT_A_MODE)
+@pytest.mark.untrained
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_everything_stays_on_the_gpu(structure: Structure) -> None:
     network, texts = bert(3), batch(7, num_labels=3)

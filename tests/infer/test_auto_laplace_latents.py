@@ -79,7 +79,7 @@ class Regression:
 
 
 NORM = 0.9189385332046727  # log(2 pi) / 2
-ignore_mode = pytest.mark.filterwarnings("ignore:The weights aren't a mode")
+ignore_mode = pytest.mark.untrained
 STRUCTURES = [pl.structures.Dense(), pl.structures.KFAC(), pl.structures.Diagonal()]
 
 

@@ -22,7 +22,7 @@ from tests.curvature.gauss_newton import (
 from tests.infer.linear_regression import linear_regression
 from tests.networks import batch, bert, inputs, llama, particles
 
-pytestmark = pytest.mark.filterwarnings("ignore:The weights aren't a mode")
+pytestmark = pytest.mark.untrained
 
 STRUCTURES = [
     pl.structures.KFAC(),

@@ -29,7 +29,7 @@ from tests.curvature.gauss_newton import (
 from tests.infer.linear_regression import NOISE_SD, linear_regression
 from tests.networks import batch, bert, inputs
 
-pytestmark = pytest.mark.filterwarnings("ignore:The weights aren't a mode")
+pytestmark = pytest.mark.untrained
 
 STRUCTURES = [
     pl.structures.KFAC(),

@@ -21,7 +21,7 @@ from tests.curvature.gauss_newton import (
 )
 from tests.networks import batch, bert
 
-pytestmark = pytest.mark.filterwarnings("ignore:The weights aren't a mode")
+pytestmark = pytest.mark.untrained
 
 B, DF, CENTER = 0.4, 3.0, 0.05
 

@@ -20,7 +20,7 @@ from tests.curvature.gauss_newton import assert_same, flatten, laplace, split
 from tests.infer.linear_regression import linear_regression
 from tests.networks import batch, bert
 
-ignore_mode = pytest.mark.filterwarnings("ignore:The weights aren't a mode")
+ignore_mode = pytest.mark.untrained
 
 
 # pyro.param statements inside a prior.

@@ -26,7 +26,7 @@ from tests.curvature.gauss_newton import (
 )
 from tests.networks import batch, bert, inputs, llama
 
-pytestmark = pytest.mark.filterwarnings("ignore:The weights aren't a mode")
+pytestmark = pytest.mark.untrained
 
 HEAD = ["head.classifier.weight", "head.classifier.bias"]
 QUERY = ["lora.bert.encoder.layer.attention.self.query.A", HEAD[0]]

@@ -84,7 +84,7 @@ def test_bfloat16_is_as_exact_as_it_can_be(space: Any, autocast: bool) -> None:
         assert found.diagnostics[name] == pytest.approx(series, rel=16 * eps), name
 
 
-@pytest.mark.filterwarnings("ignore:The weights aren't a mode")
+@pytest.mark.untrained
 def test_from_laplace_to_svgd_and_back() -> None:
     regression = linear_regression()
     laplace = regression.laplace()

@@ -31,7 +31,7 @@ from tests.infer.targets import (
 from tests.infer.test_svgd_step import assert_equal, direction
 from tests.networks import batch
 
-pytestmark = pytest.mark.filterwarnings("ignore:The weights aren't a mode")
+pytestmark = pytest.mark.untrained
 
 STRUCTURES = [pl.structures.KFAC(), pl.structures.EKFAC(), pl.structures.Diagonal()]
 

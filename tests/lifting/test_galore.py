@@ -110,7 +110,7 @@ LAST_MLP = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore:The weights aren't a mode")  # no prior in training
+@pytest.mark.untrained  # no prior in training
 @pytest.mark.parametrize(
     ("train", "chosen"),
     [

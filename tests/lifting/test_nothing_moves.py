@@ -15,7 +15,7 @@ from torch.testing import assert_close
 import pyro_lora as pl
 
 NUM_DATA = 12
-pytestmark = pytest.mark.filterwarnings("ignore:The weights aren't a mode:UserWarning")
+pytestmark = pytest.mark.untrained
 
 
 class Normalised(nn.Module):

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import pyro_lora as pl
-from pyro_lora.lifting.refusals import check_storages
+from pyro_lora.lifting.sites import check_storages
 from tests.networks import particles
 
 

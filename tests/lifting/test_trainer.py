@@ -1,6 +1,5 @@
 """Adapters trained by transformers' Trainer are lifted afterwards."""
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from tests.networks import (
     particles,
     without_peft,
 )
+from tests.pages import blocks
 
 NUM_DATA = 24
 
@@ -64,7 +64,7 @@ def one_by_one(
     return torch.stack(outputs)
 
 
-@pytest.mark.filterwarnings("ignore:The weights aren't a mode")  # no prior in training
+@pytest.mark.untrained  # no prior in training
 @pytest.mark.parametrize("kind", [bert, llama])
 def test_lifted_in_three_lines(kind: Any, tmp_path: Path) -> None:
     network = kind(dtype=torch.float32, lora_dropout=0.1)
@@ -98,13 +98,12 @@ def test_lifted_in_three_lines(kind: Any, tmp_path: Path) -> None:
     assert (prediction.probs[:8].max(-1).values < at_mode.max(-1).values).all()
 
 
-@pytest.mark.filterwarnings("ignore:The weights aren't a mode")
+@pytest.mark.untrained
 def test_the_page_about_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    page = Path(__file__).parents[2] / "docs" / "training.md"
-    train, lift = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)[:2]
+    train, lift = blocks("docs/training.md")[:2]
     network = bert(dtype=torch.float32)
     names: dict[str, Any] = {"pl": pl, "peft_model": network, "rows": rows()}
     exec(train.replace("report_to", "use_cpu=True, report_to"), names)
@@ -313,7 +312,7 @@ def test_a_network_spread_over_devices(
     assert "one at a time" not in caplog.text
 
 
-@pytest.mark.filterwarnings("ignore:The weights aren't a mode")
+@pytest.mark.untrained
 @pytest.mark.parametrize("hooked", [hooked_before_peft, hooked_after_peft])
 def test_laplace_of_a_network_spread_over_devices(hooked: Any) -> None:
     plain = bert(dtype=torch.float32)

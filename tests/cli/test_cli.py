@@ -49,7 +49,7 @@ from pyro_lora.cli.saved_classifier import (
 from pyro_lora.cli.text_files import Texts
 from tests.export.test_checkpoint_killed import child
 
-pytestmark = pytest.mark.filterwarnings("ignore:The weights aren't a mode")
+pytestmark = pytest.mark.untrained
 WORDS = ["[PAD]", "[UNK]", "good", "bad", "film", "play", "a", "the"]
 TEXTS = [
     f"{article} {word} {noun}"
@@ -462,7 +462,7 @@ def test_help_explains_every_parameter(command: str) -> None:
     assert len(found.commands[command].help) > 100
 
 
-PAGE = (Path(__file__).parents[1] / "docs" / "cli.md").read_text("utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "cli.md").read_text("utf-8")
 ON_THE_PAGE = re.findall(r"^pyro-lora (\w+) (.*)$", PAGE, re.MULTILINE)
 
 

@@ -20,7 +20,7 @@ import pyro_lora as pl
 from tests.networks import batch, bert, inputs, llama
 
 NUM_DATA = 5
-pytestmark = pytest.mark.filterwarnings("ignore:The weights aren't a mode:UserWarning")
+pytestmark = pytest.mark.untrained
 
 
 def pickled(value: Any) -> Any:

@@ -17,7 +17,7 @@ from torch.testing import assert_close
 
 import pyro_lora as pl
 from pyro_lora.likelihood.model_trace import trace_at
-from pyro_lora.priors.site_mixture import SiteMixture
+from pyro_lora.priors.previous_posterior import SiteMixture
 from tests.networks import batch, bert, classifier, particles
 
 STRUCTURES = {
