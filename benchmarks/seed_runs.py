@@ -139,7 +139,7 @@ def log_probs_of(f: Tensor, variance: Tensor | None = None) -> Tensor:
         return mean.log_softmax(1)
     sign = torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).to(variance)
     covariance = variance[:, None, None] / 4 * sign
-    return pl.integrals.class_log_probs(pl.GaussianLogits(mean, covariance))
+    return pl.integrals.class_log_probs(pl.integrals.GaussianLogits(mean, covariance))
 
 
 def variances(
@@ -212,12 +212,15 @@ def errors_and_evidence(
             log_probs_of(f, variances(base, jacobian, [tau])[0]), labels
         )
     num_epochs = max(1, setting.epochs // 2)
-    refitted = base.optimize_prior(
-        batches=setting.train.shuffled(setting.seed),
-        num_refits=1,
-        num_epochs=num_epochs,
-        optim=decaying_by_epoch(num_epochs),
+    guide = pl.AutoLaplace(
+        setting.model(len(train)), init_loc_fn=setting.lora.init_to_adapter()
     )
+    refitted = guide.refit(
+        base.optimize_prior(),
+        setting.train.shuffled(setting.seed),
+        decaying_by_epoch(num_epochs),
+        num_epochs=num_epochs,
+    ).optimize_prior()
     precisions["kfac_expand, one refit"] = scalar(refitted)
     f = at_mode(setting, refitted.mode())
     found["map, one refit"] = metrics(log_probs_of(f), labels)

@@ -31,11 +31,22 @@ from benchmarks.lifting import (
 from benchmarks.main_job import alternating_medians
 from benchmarks.svgd_growth import Job, direction, growth, growth_table, plot
 from benchmarks.tables import header, provenance
-from pyro_lora.infer.svgd import transport
+from pyro_lora.infer.svgd import delta_space, weight_space
 from pyro_lora.infer.svgd.delta_space import DeltaSpace
-from pyro_lora.infer.svgd.particle_checks import check_finite
-from pyro_lora.infer.svgd.starting_point import initial_particles, particle_model
-from pyro_lora.infer.svgd.update_rule import UpdateRule
+from pyro_lora.infer.svgd.particle_model import (
+    ParticlePass,
+    check_finite,
+    initial_particles,
+    particle_model,
+)
+from pyro_lora.infer.svgd.weight_space import (
+    Direction,
+    Independent,
+    JointSpace,
+    Scores,
+    SiteSpace,
+    scores_at,
+)
 
 NUM_PARTICLES = 8
 # The targets.
@@ -43,21 +54,15 @@ MIN_SPEEDUP, MAX_FLOATS = 20.0, 6.0
 MAX_STEIN = 0.05  # of a step
 MAX_SHORT, MAX_STEP = 1.0, 1.05  # of as many plain steps
 MAX_SHARED, MAX_CACHED = 0.65, 0.55  # of a step without sharing
-SPACES: tuple[Any, ...] = ("joint", "site", "coordinate", "delta", "function")
+SPACES: tuple[Any, ...] = ("joint", "site", "delta", "function")
 
 
-def pyro_direction(particles: Tensor, scores: Tensor, mode: str) -> Tensor:
-    """What ``pyro.infer.SVGD`` does with its kernel, in both of its modes."""
+def pyro_direction(particles: Tensor, scores: Tensor) -> Tensor:
+    """What ``pyro.infer.SVGD`` does with its kernel."""
     log_kernel, slope = RBFSteinKernel().log_kernel_and_grad(particles)
-    if mode == "multivariate":
-        kernel = log_kernel.sum(-1).exp()
-        attraction = kernel @ scores
-        repulsion = torch.einsum("nm,nmd->nd", kernel, slope)
-    else:
-        kernel = log_kernel.exp()
-        attraction = torch.einsum("nmd,md->nd", kernel, scores)
-        repulsion = torch.einsum("nmd,nmd->nd", kernel, slope)
-    return (attraction + repulsion) / len(particles)
+    kernel = log_kernel.sum(-1).exp()
+    repulsion = torch.einsum("nm,nmd->nd", kernel, slope)
+    return (kernel @ scores + repulsion) / len(particles)
 
 
 def status(key: str) -> int:
@@ -83,14 +88,12 @@ def kernel_table(num_weights: int, repeats: int, device: str) -> list[str]:
     shape = (NUM_PARTICLES, num_weights)
     x, scores = (torch.randn(shape, device=device) for _ in range(2))
     jobs: dict[str, Job] = {
-        "joint": lambda: direction(x, scores, "joint"),
-        "Pyro, multivariate": lambda: pyro_direction(x, scores, "multivariate"),
-        "coordinate": lambda: direction(x, scores, "coordinate"),
-        "Pyro, univariate": lambda: pyro_direction(x, scores, "univariate"),
+        "joint": lambda: direction(x, scores),
+        "Pyro, multivariate": lambda: pyro_direction(x, scores),
     }
     times = alternating_medians(jobs, repeats)
     lines = header("kernel", "ms", "times as fast as Pyro's", "floats over N D")
-    pyros = {"joint": "Pyro, multivariate", "coordinate": "Pyro, univariate"}
+    pyros = {"joint": "Pyro, multivariate"}
     for name, job in jobs.items():
         floats = peak(job, device) / (4 * x.numel())
         faster = f"{times[pyros[name]] / times[name]:.1f}" if name in pyros else ""
@@ -139,37 +142,28 @@ class Update:
     """One update's gradients, and the part of it that is SVGD's own."""
 
     def __init__(
-        self, lora: pl.LiftedNetwork, texts: Texts, kernel: Any, num_particles: int
+        self, lora: pl.LiftedNetwork, texts: Texts, num_particles: int
     ) -> None:
-        self.rule = UpdateRule(
-            kernel=kernel,
-            transport=None,
-            temperature=1.0,
-            repulsion=None,
-            num_particles=num_particles,
-            chunk_size=None,
-            accumulate=1,
-            obs_site=None,
-            preconditioner=None,
-            reference=None,
-        )
-        self.texts, init = texts, lora.init_to_adapter(jitter="auto")
-        model = classifier(lora)
-        self.target = particle_model(model, init, None, (), texts)
-        self.particles = initial_particles(self.target, init, num_particles, (), texts)
-        self.delta = DeltaSpace((lora,))
+        init = lora.init_to_adapter(jitter="auto")
+        target = particle_model(classifier(lora), init, None, (), texts)
+        particles = initial_particles(target, init, num_particles, (), texts)
+        self.at = ParticlePass(target, particles, (), texts, num_particles)
 
-    def gradients(self) -> Any:
+    def gradients(self) -> Scores:
         """Of the log joint."""
-        return self.rule.gather(self.target, self.particles, None, (), self.texts)[0]
+        return scores_at(self.at, 1.0)
 
-    def stein(self, gathered: Any) -> None:
-        """Direction and diagnostics."""
-        found, _ = self.rule.direction(self.target, self.particles, gathered, 1.0)
-        check_finite(self.particles, "value")
-        check_finite(found, "direction")
-        transport.spread(self.particles)
-        self.delta.spread(self.particles)
+    def own(self, move: Callable[[ParticlePass, Scores, float], Direction]) -> Job:
+        """Direction and diagnostics, of gradients that are known."""
+        scores, particles = self.gradients(), self.at.particles
+
+        def job() -> None:
+            check_finite(particles, "value")
+            check_finite(move(self.at, scores, 1.0).by_site, "direction")
+            weight_space.spread(particles)
+            delta_space.spread(self.at.target.networks, particles)
+
+        return job
 
 
 def space_table(size: Size, repeats: int, device: str) -> list[str]:
@@ -182,13 +176,12 @@ def space_table(size: Size, repeats: int, device: str) -> list[str]:
         {name: step(model, lora, texts, kernel) for name, kernel in kernels.items()},
         repeats,
     )
-    parts: dict[str, Job] = {}
-    for name, kernel in kernels.items():
-        if name != "function":
-            update = Update(lora, texts, kernel, NUM_PARTICLES)
-            gathered = update.gradients()
-            parts[name] = lambda u=update, g=gathered: u.stein(g)  # type: ignore[misc]
-    own = alternating_medians(parts, repeats)
+    update, rbf = Update(lora, texts, NUM_PARTICLES), pl.kernels.RBF()
+    spaces = Independent(), JointSpace(rbf), SiteSpace(rbf), DeltaSpace(rbf)
+    names = [name for name in kernels if name != "function"]
+    own = alternating_medians(
+        {n: update.own(s.move) for n, s in zip(names, spaces, strict=True)}, repeats
+    )
     own["function"] = steps["function"] - steps["ensemble (Zero)"]
     lines = header("kernel space", "step, ms", "SVGD's own part, ms", "share", "target")
     for name, value in steps.items():
@@ -276,8 +269,7 @@ def gradient_times(
     """Seconds of the gradients of N particles."""
     lora, texts = pl.lift(size.network(device)), size.texts(device)
     jobs: dict[str, Job] = {
-        str(count): Update(lora, texts, pl.kernels.RBF(), count).gradients
-        for count in counts
+        str(count): Update(lora, texts, count).gradients for count in counts
     }
     times = alternating_medians(jobs, repeats)
     return {count: times[str(count)] for count in counts}

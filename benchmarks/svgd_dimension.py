@@ -35,11 +35,11 @@ from benchmarks.linear_gaussians import (
     variances,
 )
 from benchmarks.tables import header, provenance
-from pyro_lora.infer.svgd.transport import (
+from pyro_lora.infer.svgd.weight_space import (
+    STEIN,
     combine,
     gram_and_slope,
     squared_distances,
-    stein_weights,
 )
 
 CONDITION = 100.0  # of the ill-conditioned covariance
@@ -65,26 +65,17 @@ def ours(
     target: Target,
     kernel: Any,
     num_heads: int = 1,
-    preconditioned: bool = False,
-    apart: bool = False,
     **options: Any,
 ) -> Variances:
-    """Of ``pyro_lora.SVGD``; with ``apart`` from draws without correlations."""
+    """Of ``pyro_lora.SVGD``."""
     num_heads = min(num_heads, SIDES[target.size][1])
-    target = replace(target, turned=kernel.space == "coordinate")
     problem = target.problem(num_heads)
     lora, model, data = problem.lora, problem.model, problem.data
     if kernel.space == "function":
         data = {**data, "y": data["y"].flatten()}
-    draws = Target(target.size, 1.0).draws() if apart else target.draws()
-    parts = draws.chunk(num_heads, 1)
+    parts = target.draws().chunk(num_heads, 1)
     start = {s: x[:, None] for s, x in zip(lora.sites, parts, strict=True)}
-    optim: pyro.optim.PyroOptim = optimizer()
-    if preconditioned:
-        guide = pl.AutoLaplace(model, init_loc_fn=lora.init_to(lora.zeros()))
-        options["preconditioner"] = guide.laplace_approximation([data])
-        optim = pyro.optim.SGD({"lr": 0.5})  # half a Newton step
-    particles = moved(lora, model, data, kernel, start, optim, **options)
+    particles = moved(lora, model, data, kernel, start, **options)
     return target.summary(torch.cat([particles[s][:, 0] for s in lora.sites], 1))
 
 
@@ -94,12 +85,13 @@ def moved(
     data: dict[str, Tensor],
     kernel: pl.kernels.Kernel,
     start: dict[str, Tensor],
-    optim: pyro.optim.PyroOptim,
     **options: Any,
 ) -> dict[str, Tensor]:
     """Particles after all steps, site -> (K, ...)."""
     init = lora.init_to(start)
-    svgd = pl.SVGD(model, kernel, optim, NUM_PARTICLES, init_loc_fn=init, **options)
+    svgd = pl.SVGD(
+        model, kernel, optimizer(), NUM_PARTICLES, init_loc_fn=init, **options
+    )
     svgd.run([data], num_epochs=NUM_STEPS, progress_bar=False)
     return svgd.get_named_particles()
 
@@ -131,7 +123,7 @@ def of_factors(target: Target, kernel: pl.kernels.Kernel) -> Variances | None:
         site: by_role[site[-1]].view_as(x) * torch.randn(NUM_PARTICLES, *x.shape)
         for site, x in lora.zeros().items()
     }
-    particles = moved(lora, model, {}, kernel, start, optimizer())
+    particles = moved(lora, model, {}, kernel, start)
     found = {site[-1]: x.var(0).flatten() for site, x in particles.items()}
     wide_first = variance.argsort(descending=True)
     flat = torch.cat([found["A"], found["B"]])
@@ -175,7 +167,7 @@ def damped(target: Target) -> Variances:
         at = x.detach()
         score = -at / target.spectrum
         gram, slope = gram_and_slope(kernel, squared_distances(at))
-        weights = stein_weights(gram.fill_diagonal_(share), slope)
+        weights = STEIN.weights(gram.fill_diagonal_(share), slope, 1.0)
         x.grad = -combine(score, at, *weights)[0]
         optim([x])
         optim.step()
@@ -204,7 +196,6 @@ def methods() -> dict[str, Callable[[Target], Variances | None]]:
         rows[f"site, {name}"] = partial(
             ours, kernel=kernel(space="site"), num_heads=NUM_HEADS
         )
-        rows[f"coordinate, {name}"] = partial(ours, kernel=kernel(space="coordinate"))
         rows[f"delta, {name}"] = partial(of_factors, kernel=kernel(space="delta"))
         rows[f"function, {name}, β = 1"] = partial(
             ours, kernel=kernel(space="function"), repulsion=1.0
@@ -213,18 +204,12 @@ def methods() -> dict[str, Callable[[Target], Variances | None]]:
     rows["joint, RBF, repulsive, β = 1"] = partial(
         ours, kernel=rbf, transport="repulsive"
     )
-    rows["coordinate, RBF, from N(0, 1)"] = partial(
-        ours, kernel=pl.kernels.RBF(space="coordinate"), apart=True
-    )
     rows["damped, RBF"] = damped
     rows["joint, RBF, T = D / log(K + 1)"] = scaled(temperature=1, kernel=rbf)
     strong = partial(scaled, repulsion=2)
     name = "β = 2 D / log(K + 1)"
     rows[f"joint, RBF, {name}"] = strong(kernel=rbf, transport="repulsive")
     rows[f"function, RBF, {name}"] = strong(kernel=function)
-    rows[f"preconditioned, RBF, {name}"] = strong(
-        kernel=rbf, transport="repulsive", preconditioned=True
-    )
     return rows
 
 
@@ -298,12 +283,9 @@ def plot(
         "site, RBF": ("C1", "-"),
         "delta, RBF": ("C4", "-"),
         "function, RBF, β = 1": ("C2", "-"),
-        "coordinate, RBF": ("C5", "-"),
-        "coordinate, RBF, from N(0, 1)": ("C5", "--"),
         "damped, RBF": ("C6", "-"),
         "joint, RBF, β = 2 D / log(K + 1)": ("C3", ":"),
         "function, RBF, β = 2 D / log(K + 1)": ("C2", "--"),
-        "preconditioned, RBF, β = 2 D / log(K + 1)": ("C3", "-"),
     }
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharex=True, sharey=True)
     for ax, condition in zip(axes, (1.0, CONDITION), strict=True):
@@ -351,14 +333,11 @@ def report(
         *table(found, sizes),
         "",
         "The ill-conditioned Gaussian's axes are those of the weights, so that Adam "
-        'settles; for "coordinate" and Pyro\'s SVGD, which see weights one by one, '
-        'they are turned at random. "site" has ten sites of one size (two at D = 10). '
-        '"delta" is a Gaussian over the factors of a LoRA pair. "from N(0, 1)" starts '
-        'at draws without correlations. "damped" (after Ba et al. 2022, '
+        "settles; for Pyro's SVGD, which sees weights one by one, they are turned at "
+        'random. "site" has ten sites of one size (two at D = 10). "delta" is a '
+        'Gaussian over the factors of a LoRA pair. "damped" (after Ba et al. 2022, '
         "https://openreview.net/forum?id=Qycd9j5Qp9J) weighs a particle's own gradient "
-        "by (1 + K log(K + 1) / D) / (K + 1), and takes ten times as many steps. "
-        '"preconditioned" has a Laplace posterior as its metric and takes half Newton '
-        "steps.",
+        "by (1 + K log(K + 1) / D) / (K + 1), and takes ten times as many steps.",
         "",
         "Where D exceeds K the particles of one kernel come to lie at equal distances. "
         "Their variance is then c / D in closed form, with c:",

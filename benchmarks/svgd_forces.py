@@ -30,18 +30,16 @@ def methods(setting: Setting) -> dict[str, tuple[Any, dict[str, Any]]]:
     """Panel of the plot -> kernel and options."""
     num_weights = sum(x.numel() for x in setting.lora.weights().values())
     log = math.log(NUM_PARTICLES + 1)
-    strength = 2 * len(setting.train) / log
     return {
         "no kernel": (pl.kernels.NoRepulsion(), {}),
         "joint": (RBF(), {}),
         "site": (RBF(space="site"), {}),
-        "coordinate": (RBF(space="coordinate"), {}),
         "delta": (RBF(space="delta"), {}),
         "function, default": (RBF(space="function"), {}),
         "joint, T = D / log(K + 1)": (RBF(), {"temperature": num_weights / log}),
         "function, β = 2 N / log(K + 1)": (
             RBF(space="function"),
-            {"repulsion": strength},
+            {"repulsion": 2 * len(setting.train) / log},
         ),
     }
 

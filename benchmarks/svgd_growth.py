@@ -16,26 +16,18 @@ from torch import Tensor
 import pyro_lora as pl
 from benchmarks.main_job import alternating_medians
 from benchmarks.tables import header
-from pyro_lora.infer.svgd.particle_model import ParticleModel
-from pyro_lora.infer.svgd.weight_space import Gradients, weight_space_direction
+from pyro_lora.infer.svgd.particle_model import ParticleModel, ParticlePass
+from pyro_lora.infer.svgd.weight_space import JointSpace, Scores
 
 Job = Callable[[], Any]
 
 
-def direction(particles: Tensor, scores: Tensor, space: Any) -> Tensor:
+def direction(particles: Tensor, scores: Tensor) -> Tensor:
     """Kernel and Stein direction of particles (K, D), as SVGD's steps find them."""
-    found, _ = weight_space_direction(
-        ParticleModel(lambda: None, {}, 0, ()),
-        {"x": particles},
-        Gradients({"x": scores}, scores.new_zeros(len(scores)), 1, None, 0, None),
-        kernel=pl.kernels.RBF(space=space),
-        space=space,
-        form="stein",
-        temperature=1.0,
-        strength=1.0,
-        preconditioner=None,
-    )
-    return found["x"]
+    target = ParticleModel(lambda: None, {}, 0, (), False, None)
+    at = ParticlePass(target, {"x": particles}, (), {}, len(particles))
+    known = Scores({"x": scores}, scores.new_zeros(len(scores)), 1.0)
+    return JointSpace(pl.kernels.RBF()).move(at, known, 1.0).by_site["x"]
 
 
 def growth(
@@ -47,7 +39,7 @@ def growth(
     times = {}
     for count, size in itertools.product(counts, sizes):
         x, scores = (b[: count * size].view(count, size) for b in buffers)
-        jobs: dict[str, Job] = {"": lambda x=x, s=scores: direction(x, s, "joint")}  # type: ignore[misc]
+        jobs: dict[str, Job] = {"": lambda x=x, s=scores: direction(x, s)}  # type: ignore[misc]
         large = count * size > 10**8
         times[count, size] = alternating_medians(jobs, 1 if large else repeats)[""]
     return times

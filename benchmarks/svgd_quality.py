@@ -19,7 +19,6 @@ from statistics import fmean, stdev
 from typing import Any
 
 import pyro
-import pyro.optim
 import torch
 
 import pyro_lora as pl
@@ -169,7 +168,7 @@ class Job:
         return found
 
     def run_weight_space(self, ensembles: Result) -> Result:
-        """Textbook SVGD over weights; hotter; and preconditioned by Laplace."""
+        """Textbook SVGD over weights, and hotter."""
         train = self.setting.train
         found = {
             name: self.result(self.particles(train, pl.kernels.RBF(space=space)))
@@ -179,29 +178,7 @@ class Job:
         found["SVGD, all weights, T by Laplace"] = self.result(
             self.particles(train, pl.kernels.RBF(), temperature=hot)
         )
-        start = self.particles(train, pl.kernels.NoRepulsion(), 1)
-        component = self.laplace(start).components[0]
-        found["SVGD, all weights, preconditioned"] = self.result(
-            self.preconditioned(component)
-        )
         return found
-
-    def preconditioned(self, laplace: Any) -> pl.ParticlePosterior:
-        """From draws of the Laplace posterior, a few epochs of Newton-like steps."""
-        setting = self.setting
-        pyro.set_rng_seed(setting.seed)
-        draws = laplace.sample(NUM_PARTICLES)
-        batches = setting.train.shuffled(setting.seed)
-        svgd = pl.SVGD(
-            self.model,
-            pl.kernels.RBF(),
-            pyro.optim.SGD({"lr": 0.1}),  # type: ignore[attr-defined]
-            NUM_PARTICLES,
-            preconditioner=laplace,
-            init_loc_fn=setting.lora.init_to(draws),
-        )
-        svgd.run(batches, num_epochs=max(1, setting.epochs // 4), progress_bar=False)
-        return svgd.posterior()
 
 
 def resumed(path: Path, compute: Callable[[], Result]) -> Result:

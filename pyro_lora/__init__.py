@@ -13,62 +13,46 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # what _HOMES says below, for whom no code runs
     from pyro_lora import models, priors
     from pyro_lora.curvature import integrals, structures
-    from pyro_lora.curvature.gaussian_logits import (
-        GaussianLogits,
-        JointGaussianLogits,
-    )
     from pyro_lora.diagnose.diagnose import diagnose
-    from pyro_lora.diagnose.diagnosis import Diagnosis
     from pyro_lora.diagnose.effective_predictions import effective_num_predictions
-    from pyro_lora.diagnose.stein_discrepancy import (
-        SteinDiscrepancy,
-        kernelized_stein_discrepancy,
-    )
+    from pyro_lora.diagnose.stein_discrepancy import kernelized_stein_discrepancy
     from pyro_lora.export import plots
     from pyro_lora.export.adapters import export_adapters
     from pyro_lora.export.checkpoint import load, load_metadata, save
     from pyro_lora.export.datatree import to_datatree
     from pyro_lora.export.inference_data import to_inference_data
-    from pyro_lora.export.training_folder import load_state, save_state
     from pyro_lora.infer.auto_laplace import AutoLaplace
     from pyro_lora.infer.svgd import kernels, schedules
     from pyro_lora.infer.svgd.svgd import SVGD
     from pyro_lora.lifting.cached_trunk import cached_trunk
     from pyro_lora.lifting.lifted_network import LiftedNetwork, lift
-    from pyro_lora.likelihood.fisher_roots import FisherRoot, fisher_root
-    from pyro_lora.posteriors.dropout import DropoutPosterior, mc_dropout
-    from pyro_lora.posteriors.ensemble import ensemble
+    from pyro_lora.likelihood import likelihoods
+    from pyro_lora.posteriors.dropout import mc_dropout
     from pyro_lora.posteriors.laplace_posterior import LaplacePosterior
     from pyro_lora.posteriors.mixture_posterior import MixturePosterior
-    from pyro_lora.posteriors.particle_posterior import ParticlePosterior
-    from pyro_lora.predict.acquisition import Acquisition, acquire
-    from pyro_lora.predict.generate import Generation, generate
+    from pyro_lora.posteriors.particle_posterior import ParticlePosterior, ensemble
+    from pyro_lora.posteriors.posterior import Posterior
+    from pyro_lora.predict.acquisition import acquire
+    from pyro_lora.predict.generate import generate
+    from pyro_lora.predict.mixture_prediction import MixturePrediction
     from pyro_lora.predict.predict import predict
     from pyro_lora.predict.prediction import Prediction, auroc, fit_temperature
     from pyro_lora.predict.regression import RegressionPrediction
-    from pyro_lora.predict.semantic import SemanticEntropy, semantic_entropy
-    from pyro_lora.predict.sequence_scores import SequenceLogProb, sequence_log_prob
+    from pyro_lora.predict.semantic import semantic_entropy
+    from pyro_lora.predict.sequence_scores import sequence_log_prob
     from pyro_lora.predict.token_prediction import TokenPrediction
 
 __all__ = [
     "SVGD",
-    "Acquisition",
     "AutoLaplace",
-    "Diagnosis",
-    "DropoutPosterior",
-    "FisherRoot",
-    "GaussianLogits",
-    "Generation",
-    "JointGaussianLogits",
     "LaplacePosterior",
     "LiftedNetwork",
     "MixturePosterior",
+    "MixturePrediction",
     "ParticlePosterior",
+    "Posterior",
     "Prediction",
     "RegressionPrediction",
-    "SemanticEntropy",
-    "SequenceLogProb",
-    "SteinDiscrepancy",
     "TokenPrediction",
     "acquire",
     "auroc",
@@ -77,23 +61,21 @@ __all__ = [
     "effective_num_predictions",
     "ensemble",
     "export_adapters",
-    "fisher_root",
     "fit_temperature",
     "generate",
     "integrals",
     "kernelized_stein_discrepancy",
     "kernels",
     "lift",
+    "likelihoods",
     "load",
     "load_metadata",
-    "load_state",
     "mc_dropout",
     "models",
     "plots",
     "predict",
     "priors",
     "save",
-    "save_state",
     "schedules",
     "semantic_entropy",
     "sequence_log_prob",
@@ -105,37 +87,33 @@ __all__ = [
 _HOMES = {
     "pyro_lora": "models priors",
     "pyro_lora.curvature": "integrals structures",
-    "pyro_lora.curvature.gaussian_logits": "GaussianLogits JointGaussianLogits",
     "pyro_lora.diagnose.diagnose": "diagnose",
-    "pyro_lora.diagnose.diagnosis": "Diagnosis",
     "pyro_lora.diagnose.effective_predictions": "effective_num_predictions",
-    "pyro_lora.diagnose.stein_discrepancy": (
-        "SteinDiscrepancy kernelized_stein_discrepancy"
-    ),
+    "pyro_lora.diagnose.stein_discrepancy": "kernelized_stein_discrepancy",
     "pyro_lora.export": "plots",
     "pyro_lora.export.adapters": "export_adapters",
     "pyro_lora.export.checkpoint": "load load_metadata save",
     "pyro_lora.export.datatree": "to_datatree",
     "pyro_lora.export.inference_data": "to_inference_data",
-    "pyro_lora.export.training_folder": "load_state save_state",
     "pyro_lora.infer.auto_laplace": "AutoLaplace",
     "pyro_lora.infer.svgd": "kernels schedules",
     "pyro_lora.infer.svgd.svgd": "SVGD",
     "pyro_lora.lifting.cached_trunk": "cached_trunk",
     "pyro_lora.lifting.lifted_network": "LiftedNetwork lift",
-    "pyro_lora.likelihood.fisher_roots": "FisherRoot fisher_root",
-    "pyro_lora.posteriors.dropout": "DropoutPosterior mc_dropout",
-    "pyro_lora.posteriors.ensemble": "ensemble",
+    "pyro_lora.likelihood": "likelihoods",
+    "pyro_lora.posteriors.dropout": "mc_dropout",
     "pyro_lora.posteriors.laplace_posterior": "LaplacePosterior",
     "pyro_lora.posteriors.mixture_posterior": "MixturePosterior",
-    "pyro_lora.posteriors.particle_posterior": "ParticlePosterior",
-    "pyro_lora.predict.acquisition": "Acquisition acquire",
-    "pyro_lora.predict.generate": "Generation generate",
+    "pyro_lora.posteriors.particle_posterior": "ParticlePosterior ensemble",
+    "pyro_lora.posteriors.posterior": "Posterior",
+    "pyro_lora.predict.acquisition": "acquire",
+    "pyro_lora.predict.generate": "generate",
+    "pyro_lora.predict.mixture_prediction": "MixturePrediction",
     "pyro_lora.predict.predict": "predict",
     "pyro_lora.predict.prediction": "Prediction auroc fit_temperature",
     "pyro_lora.predict.regression": "RegressionPrediction",
-    "pyro_lora.predict.semantic": "SemanticEntropy semantic_entropy",
-    "pyro_lora.predict.sequence_scores": "SequenceLogProb sequence_log_prob",
+    "pyro_lora.predict.semantic": "semantic_entropy",
+    "pyro_lora.predict.sequence_scores": "sequence_log_prob",
     "pyro_lora.predict.token_prediction": "TokenPrediction",
 }
 

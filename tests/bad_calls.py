@@ -146,8 +146,8 @@ ENGINES: dict[str, Callable[[Setting, Any], Any]] = {
         s.lora, s.model, s.kind, fisher="empirical", structure=pl.structures.EKFAC()
     ).laplace_approximation(b),
     "nll": lambda s, b: s.laplace.optimize_prior(objective="nll", batches=b),
-    "refit": lambda s, b: s.laplace.optimize_prior(
-        num_refits=1, optim=SGD({"lr": 1e-4}), batches=b
+    "refit": lambda s, b: laplace_guide(s.lora, s.model, s.kind).refit(
+        s.laplace, b, SGD({"lr": 1e-4})
     ),
     "predict draws": lambda s, b: pl.predict(
         s.particles, b, model=s.model, method="sample", **tokens_of(s)
@@ -163,9 +163,6 @@ ENGINES: dict[str, Callable[[Setting, Any], Any]] = {
     "svgd run": ran,
     "svgd function": lambda s, b: ran(s, b, kernel=pl.kernels.RBF(space="function")),
     "svgd chunks": lambda s, b: ran(s, b, chunk_size=1),
-    "svgd reference": lambda s, b: ran(
-        s, s.batches, kernel=pl.kernels.RBF(space="function"), reference=next(iter(b))
-    ),
     "datatree laplace": lambda s, b: tree(s, s.laplace, b),
     "datatree particles": lambda s, b: tree(s, s.particles, b),
     "diagnose": lambda s, b: pl.diagnose(
@@ -193,7 +190,6 @@ UNFIT = {  # what these engines aren't for
 } | {
     # No labels are taken, or only some batches.
     ("language", "svgd function"),
-    ("language", "svgd reference"),
     ("choice", "diagnose"),
     ("language", "fit ekfac"),
     ("choice", "fit ekfac"),
@@ -442,7 +438,7 @@ CONTAINER_FAULTS: dict[str, Fault] = {
     "a list of lists": Fault(lambda bs: [list(bs)], "mapping"),
 }
 # These read no labels, so faults of theirs are none.
-LABEL_BLIND = {"predict guide", "svgd reference", "linearized", "effective"}
+LABEL_BLIND = {"predict guide", "linearized", "effective"}
 
 
 # Settings: what to call, and the values that each takes.
@@ -548,7 +544,6 @@ def knobs() -> dict[str, Knob]:
 
     add("SVGD", "num_particles", engine, COUNTS)
     add("SVGD", "chunk_size", engine, COUNTS, "None")
-    add("SVGD", "accumulate", engine, COUNTS)
     add("SVGD", "temperature", engine, (*NUMBERS, 0.0))
     add("SVGD", "repulsion", bound(engine, transport="repulsive"), NUMBERS, "None")
     add(
@@ -567,14 +562,6 @@ def knobs() -> dict[str, Knob]:
     add("SVGD", "optim", engine, ("adam", None, 3.0, torch.optim.SGD, {"lr": 1.0}))
     add("SVGD", "init_loc_fn", engine, ("adapter", None, 3.0, lora.weights(), []))
     add("SVGD", "obs_site", bound(engine, kernel=function), ("no such", 3, True, []))
-    add("SVGD", "preconditioner", engine, ("laplace", 3.0, s.particles, []))
-    add(
-        "SVGD",
-        "reference",
-        bound(engine, kernel=function),
-        ("text", 3.0, [], {}),
-        word="[Rr]eference",
-    )
     add(
         "SVGD",
         "model",
@@ -648,17 +635,16 @@ def knobs() -> dict[str, Knob]:
     def tuned(**options: Any) -> Any:
         return s.laplace.optimize_prior(**options)
 
-    refit = {"optim": SGD({"lr": 1e-4}), "batches": s.batches}
+    def refitted(**options: Any) -> Any:
+        arguments = {"posterior": s.laplace, "optim": SGD({"lr": 1e-4}), **options}
+        guide = laplace_guide(lora, s.model, "class")
+        return guide.refit(batches=s.batches, **arguments)
+
     add("optimize_prior", "per", tuned, WORDS)
     add("optimize_prior", "objective", tuned, WORDS)
-    add("optimize_prior", "num_refits", bound(tuned, **refit), COUNTS)
-    add("optimize_prior", "num_epochs", bound(tuned, **refit, num_refits=1), COUNTS)
-    add(
-        "optimize_prior",
-        "optim",
-        bound(tuned, batches=s.batches, num_refits=1),
-        ("adam", None, 3.0, torch.optim.SGD),
-    )
+    add("refit", "num_epochs", refitted, COUNTS)
+    add("refit", "optim", refitted, ("adam", None, 3.0, torch.optim.SGD))
+    add("refit", "posterior", refitted, (None, 3, "posterior", s.particles))
     add(
         "optimize_prior",
         "labels",
@@ -1141,8 +1127,6 @@ def batch_calls() -> Iterator[Call]:
             if (model, engine) in UNFIT:
                 continue
             for place in (0, 1):
-                if place == 1 and engine == "svgd reference":
-                    continue
                 faults = BATCH_FAULTS | (LATER_FAULTS if place else {})
                 for fault_name, fault in faults.items():
                     if not _applies(fault, setting(model), engine):
@@ -1156,7 +1140,7 @@ def batch_calls() -> Iterator[Call]:
                         _may_pass(model, engine, fault_name),
                     )
             for fault_name, fault in CONTAINER_FAULTS.items():
-                if engine in ("svgd steps", "svgd reference", "linearized"):
+                if engine in ("svgd steps", "linearized"):
                     continue  # these take one batch
                 if engine.startswith("datatree") and fault_name == "none":
                     continue  # which leaves out what depends on data
@@ -1178,8 +1162,6 @@ def _applies(fault: Fault, s: Setting, engine: str) -> bool:
 def _may_pass(model: str, engine: str, fault: str) -> bool:
     # Rotary positions have no end.
     rotary = model in ("choice", "language")
-    if engine == "svgd reference" and fault == "none":
-        return True  # the minibatch is its own reference
     return rotary and fault == "more tokens than positions"
 
 
@@ -1336,7 +1318,7 @@ def _numbers(value: Any) -> dict[str, Tensor]:
     return found
 
 
-_UNREAD = {"model", "loras", "prior", "refit"}
+_UNREAD = {"model", "networks", "prior"}
 
 
 def _same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:

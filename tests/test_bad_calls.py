@@ -62,6 +62,17 @@ def test_observed_values_have_the_shape_of_their_likelihood(
         trace_on(model, (), batch)
 
 
+def test_rows_that_differ_are_named_beside_labels_that_do_not_fit() -> None:
+    # A mask of one row may be that of all, and gives one prediction.
+    batch = {"attention_mask": torch.ones(1, 3), "labels": torch.zeros(4)}
+
+    def model(attention_mask: Tensor, labels: Tensor) -> None:
+        observing((len(attention_mask),), 0)(labels)
+
+    with pytest.raises(ValueError, match=r"rows differ, .'attention_mask': 1, 'labels"):
+        trace_on(model, (), batch)
+
+
 NUMBERS = st.floats(width=32) | st.integers(-3, 5).map(float)
 
 

@@ -1,6 +1,7 @@
 """Ctrl-C at any line, or any instruction, leaves the network as it was."""
 
 import contextlib
+import dis
 import gc
 import random
 import sys
@@ -16,11 +17,16 @@ import pyro
 import pytest
 import torch
 from pyro.optim import SGD
-from pyro.poutine.runtime import _PYRO_STACK
+from pyro.poutine import indep_messenger, messenger, subsample_messenger
+from pyro.poutine.runtime import _DIM_ALLOCATOR, _PYRO_STACK
 from torch import Tensor
+from torch._dynamo import eval_frame
+from torch.autograd import grad_mode
+from torch.utils import _contextlib
 
 import pyro_lora as pl
 from pyro_lora.ground.interrupts import leaving_no_trace, undone
+from pyro_lora.ground.unfinished import locked
 from pyro_lora.lifting.binding import Binding, undo_interrupted
 from pyro_lora.lifting.slots import Slot
 from tests import networks
@@ -28,13 +34,28 @@ from tests.predict import language, models
 
 PACKAGE = str(Path(pl.__file__).parent)
 pytestmark = pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable")
+# Where others' blocks begin and end.
+CONTEXTS = {
+    module.__file__
+    for module in (
+        contextlib,
+        grad_mode,
+        _contextlib,
+        messenger,
+        indep_messenger,
+        subsample_messenger,
+    )
+}
 # Here the interrupt may come anywhere, not only at the beginning of a line.
 EXITS = ("interrupts.py", "binding.py")
+# But here it can't: the interpreter looks for signals as it calls and jumps only. What
+# a ``return`` in a ``try`` gives back has left that ``try``.
+RETURNS = {dis.opmap.get("RETURN_VALUE"), dis.opmap.get("RETURN_CONST")}
 Place = tuple[str, int, int, int]  # file, line, instruction (-1: any), visit
 
 
 class Interrupts:
-    """Runs code, and interrupts it at one place of the package.
+    """Runs code, and interrupts it at one place of the package, or of ``CONTEXTS``.
 
     Args:
         place: Where; None only records the places.
@@ -59,13 +80,15 @@ class Interrupts:
 
     def _called(self, frame: FrameType, event: str, _: Any) -> Any:
         file = frame.f_code.co_filename
-        ours = file.startswith(PACKAGE) or file == contextlib.__file__
+        ours = file.startswith(PACKAGE) or file in CONTEXTS
         if not ours or (self.files and not file.endswith(tuple(self.files))):
             return None
         frame.f_trace_opcodes = self.instructions
         return self._at
 
     def _at(self, frame: FrameType, event: str, _: Any) -> Any:
+        if self.instructions and frame.f_code.co_code[frame.f_lasti] in RETURNS:
+            return self._at
         if event == ("opcode" if self.instructions else "line"):
             at = (
                 frame.f_code.co_filename,
@@ -85,6 +108,7 @@ class State:
 
     lora: pl.LiftedNetwork
     batch: dict[str, Tensor]
+    folder: Path | None = None  # that files are written to
 
     def __post_init__(self) -> None:
         self.parts = self.look()
@@ -111,11 +135,18 @@ class State:
         found["bound"] = list(self.lora._host.bindings.active)
         found["cache"] = self.lora.trunk.cache
         found["libraries"] = (
-            len(_PYRO_STACK),
+            list(_PYRO_STACK),
+            list(_DIM_ALLOCATOR._stack),
+            pyro.settings.get(),
+            dict(pyro.get_param_store()),
             torch.is_grad_enabled(),
             torch.is_inference_mode_enabled(),
-            dict(pyro.get_param_store()),
+            eval_frame._stance,
         )
+        if self.folder is not None:
+            found["unfinished"] = list(self.folder.rglob("*.pyro_lora.tmp"))
+            with locked(self.folder, 0) as found["is free for other writers"]:
+                pass
         return found
 
     def look_at_values(self) -> dict[str, Tensor]:
@@ -123,7 +154,7 @@ class State:
         named = [*network.named_parameters(), *network.named_buffers()]
         return {name: x.detach().clone() for name, x in named}
 
-    def check(self) -> None:
+    def assert_unchanged(self) -> None:
         assert self.look() == self.parts
         now = self.look_at_values()
         assert all(torch.equal(now[name], x) for name, x in self.values.items())
@@ -142,7 +173,7 @@ def of_classifier(act: Callable[[Any, Any, Any, Path], object]) -> Case:
         lora, model = models.classifier(network=network.eval())
         next(iter(network.modules())).training = True  # a mode of its own
         batches = [networks.batch(6, 5), networks.batch(4, 5)]
-        state = State(lora, networks.inputs(batches[0]))
+        state = State(lora, networks.inputs(batches[0]), folder)
 
         def action() -> None:
             lora._host.checked.clear()
@@ -185,6 +216,13 @@ def svgd(lora: Any, model: Any, batches: Any, folder: Path) -> None:
         model, pl.kernels.RBF(), SGD({"lr": 0.1}), num_particles=2, init_loc_fn=start
     )
     engine.run(batches[:1], num_epochs=1, progress_bar=False)
+
+
+def values(lora: Any, model: Any, batches: Any, folder: Path) -> None:
+    lora.load(lora.weights())
+    particles = models.jittered(lora, 2)
+    pl.effective_num_predictions(model, particles, batches[:1])
+    pl.kernelized_stein_discrepancy(model, particles, batches)
 
 
 def fresh(lora: Any, model: Any, batches: Any, folder: Path) -> None:
@@ -243,7 +281,7 @@ def of_trunk(folder: Path) -> tuple[State, Action]:
 
     lora = pl.lift(bert_on_top().eval())
     texts = networks.inputs(networks.batch())
-    state = State(lora, texts)
+    state = State(lora, texts, folder)
 
     def action() -> None:
         with (
@@ -284,6 +322,7 @@ CASES: dict[str, Case] = {
             by_draws,
             dropout,
             svgd,
+            values,
             fresh,
             export,
             read,
@@ -318,7 +357,7 @@ def seeded() -> Iterator[None]:
         yield
 
 
-def check(
+def assert_whole_after_interrupts(
     case: Case,
     folder: Path,
     num: int | None,
@@ -329,7 +368,7 @@ def check(
     state, action = case(folder)
     with seeded():
         found = places(action, instructions, files)
-    state.check()
+    state.assert_unchanged()
     if num is not None and num < len(found):
         found = random.Random(0).sample(found, num)
     interrupted = 0
@@ -346,7 +385,7 @@ def check(
             if state.look() != state.parts:
                 gc.collect()
         try:
-            state.check()
+            state.assert_unchanged()
         except BaseException as wrong:
             raise AssertionError(f"interrupted at {place}") from wrong
         del error
@@ -355,20 +394,35 @@ def check(
 
 @pytest.mark.parametrize("name", CASES)
 def test_interrupted_at_some_lines(name: str, tmp_path: Path) -> None:
-    check(CASES[name], tmp_path, num=6)
+    assert_whole_after_interrupts(CASES[name], tmp_path, num=6)
 
 
 @pytest.mark.parametrize("name", ["call", "checkpointing"])
 def test_interrupted_at_some_instructions_of_the_exits(
     name: str, tmp_path: Path
 ) -> None:
-    check(CASES[name], tmp_path, num=30, instructions=True, files=EXITS)
+    assert_whole_after_interrupts(
+        CASES[name], tmp_path, num=30, instructions=True, files=EXITS
+    )
+
+
+@pytest.mark.parametrize("name", ["laplace", "export", "trunk"])
+def test_interrupted_at_some_lines_of_the_exits(name: str, tmp_path: Path) -> None:
+    files = ("interrupts.py", "unfinished.py")
+    assert_whole_after_interrupts(CASES[name], tmp_path, num=30, files=files)
+
+
+@pytest.mark.parametrize("name", ["call", "fresh", "read"])
+def test_interrupted_where_blocks_of_others_begin_and_end(
+    name: str, tmp_path: Path
+) -> None:
+    assert_whole_after_interrupts(CASES[name], tmp_path, num=None, files=CONTEXTS)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_interrupted_at_every_line(name: str, tmp_path: Path) -> None:
-    check(CASES[name], tmp_path, num=None)
+    assert_whole_after_interrupts(CASES[name], tmp_path, num=None)
 
 
 @pytest.mark.slow
@@ -376,7 +430,9 @@ def test_interrupted_at_every_line(name: str, tmp_path: Path) -> None:
 def test_interrupted_at_every_instruction_of_the_exits(
     name: str, tmp_path: Path
 ) -> None:
-    check(CASES[name], tmp_path, num=None, instructions=True, files=EXITS)
+    assert_whole_after_interrupts(
+        CASES[name], tmp_path, num=None, instructions=True, files=EXITS
+    )
 
 
 def test_a_plate_that_an_interrupt_left_open_is_closed() -> None:
@@ -411,18 +467,18 @@ def test_what_an_interrupted_call_left_bound_ends_at_the_next_use() -> None:
     kept = [leave_bound()]
     with lora.bind(lora.weights()):
         pass
-    state.check()
+    state.assert_unchanged()
     kept.append(leave_bound())
     state.run(lora())
-    state.check()
+    state.assert_unchanged()
     kept.append(leave_bound())
     undo_interrupted(lora.network)  # as lift does
-    state.check()
+    state.assert_unchanged()
     with lora.bind(wrong) as net:
         expected = state.run(net)
         kept.clear()  # as the traceback is gone at last: nothing else is undone
         assert torch.equal(state.run(net), expected)
-    state.check()
+    state.assert_unchanged()
 
 
 def test_lifting_ends_what_an_interrupted_call_left_bound() -> None:

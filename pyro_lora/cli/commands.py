@@ -277,7 +277,8 @@ def predict(
         saved.check_tokens(texts, settings, lora)
         model = pl.models.classification(lora, len(texts))
         found = saved.load_with(posterior, settings, lora, model)
-        method = method or Predictive(found.prediction_method)
+        own = "linearized" if found.gaussians() else "sample"
+        method = method or Predictive(own)
         prediction: pl.Prediction = pl.predict(
             found,
             saved.text_batches(texts, settings, batch_size, lora),
@@ -388,9 +389,7 @@ def export(
         if mode:
             found = pl.ensemble(lora, [found.mode()])
         if num_samples is None:
-            num_samples = 8
-            if isinstance(found, pl.ParticlePosterior):
-                num_samples = found.num_particles
+            num_samples = found.num_samples or 8
         pl.export_adapters(found, output, num_samples)
     names = sorted(folder.name for folder in output.glob("draw_*"))
     show(f"adapters in {output}", {"from": names[0], "to": names[-1]})

@@ -157,24 +157,6 @@ class BlockGaussian(WeightGaussian):
             fn.log_prob(weights[site]) for site, fn in self._distributions().items()
         )
 
-    def times_precision(self, weights: Mapping[str, Tensor]) -> Weights:
-        """See the base class."""
-        return {
-            site: self._normal(site)
-            .times_precision(self._matrices(site, weights))
-            .reshape(weights[site].shape)
-            for site in self.loc
-        }
-
-    def times_covariance(self, weights: Mapping[str, Tensor]) -> Weights:
-        """See the base class."""
-        return {
-            site: self._normal(site)
-            .times_covariance(self._matrices(site, weights))
-            .reshape(weights[site].shape)
-            for site in self.loc
-        }
-
     def variance(self) -> Weights:
         """See the base class."""
         return {
@@ -283,10 +265,6 @@ class BlockGaussian(WeightGaussian):
         if self.loc[site].ndim == 2:  # a bias is a matrix of one column
             shift = shift[..., None]
         return values + shift
-
-    def _matrices(self, site: str, weights: Mapping[str, Tensor]) -> Tensor:
-        x = weights[site]
-        return x[..., None] if self.loc[site].ndim == 2 else x
 
     @cached_property
     def _eigenvalues(self) -> list[tuple[list[str], Tensor]]:

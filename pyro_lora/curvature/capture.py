@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pyro_lora.curvature.factors import at_least_float32
 from pyro_lora.curvature.layout import Call, Layout, Run, find_layouts, mixes_data
 from pyro_lora.ground.interrupts import eagerly, hooked
+from pyro_lora.ground.settings import check_gradients
 from pyro_lora.lifting.folding import tensors_in
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.lifting.sites import LiftedParameter
@@ -98,6 +99,7 @@ def recording(
     Calls that aren't under the posterior's weights, such as those of a reference that
     the model compares with, say nothing of these and aren't recorded.
     """
+    check_gradients()
     by_module = {lora.network: lora for lora in networks}
     networks = tuple(by_module.values())
     layers = [pair for lora in networks for pair in linear_layers(lora, sites)]

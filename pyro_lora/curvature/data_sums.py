@@ -381,6 +381,11 @@ def _gram(tensors: CheckedTensors, name: str, width: int) -> Tensor:
     x = tensors.real(name, None, (torch.float32, torch.float64))
     if x.shape == (width, width):
         check_definite(x, f"tensor {tensors.prefix}{name}", FLOAT32)
+        # As the eigenvalues' own check, which doesn't know of the file.
+        if not (
+            (x - x.mT).abs() <= torch.finfo(x.dtype).eps ** 0.5 * x.abs().max()
+        ).all():
+            raise ValueError(f"tensor {tensors.prefix}{name} isn't symmetric")
         return x
     sketch = x.ndim == 2 and x.shape[0] == width and x.shape[1] < width
     if not sketch or x.shape[1] % 2 == 0:

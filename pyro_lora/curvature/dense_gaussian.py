@@ -86,19 +86,6 @@ class DenseGaussian(WeightGaussian):
         """See the base class."""
         return self._normal.log_prob(flatten_weights(weights, self.loc))
 
-    def times_precision(self, weights: Mapping[str, Tensor]) -> Weights:
-        """See the base class."""
-        flat = flatten_weights(weights, self.loc)
-        found = flat.to(self._root) @ self._root @ self._root.mT
-        return unflatten_weights(found.to(flat), self.loc)
-
-    def times_covariance(self, weights: Mapping[str, Tensor]) -> Weights:
-        """See the base class."""
-        flat = flatten_weights(weights, self.loc)
-        columns = flat.to(self._root).reshape(-1, flat.shape[-1]).mT
-        found = torch.cholesky_solve(columns, self._root).mT.reshape(flat.shape)
-        return unflatten_weights(found.to(flat), self.loc)
-
     def variance(self) -> Weights:
         """See the base class."""
         return unflatten_weights(self._normal.variance, self.loc)

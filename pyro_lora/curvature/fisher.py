@@ -1,21 +1,32 @@
-"""Fisher information of an observed site, as scalars whose gradients are its root."""
+r"""Fisher information of the observed sites, as scalars whose gradients are its root.
+
+With c_m a scalar function of the network's outputs, :math:`\sum_m \nabla c_m \nabla
+c_m^T = F`, so that M backward passes give a datum's Fisher information in any weights.
+A Bernoulli's p = .5, say, has the Fisher information 1/4 in its logit f, and c = f / 2.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import singledispatch
 from typing import Any
 
-import pyro.distributions as dist
 import torch
-from pyro.distributions.torch_distribution import MaskedDistribution
+from pyro.distributions.util import scale_and_mask
 from torch import Tensor
-from torch import distributions as td
 
 from pyro_lora.curvature.factors import at_least_float32
-from pyro_lora.likelihood.fisher_roots import fisher_root
-from pyro_lora.likelihood.outcomes import is_given
+from pyro_lora.likelihood.data_plate import DataPlate, data_plate
+from pyro_lora.likelihood.likelihoods import draws, known
+from pyro_lora.likelihood.likelihoods import of as likelihood_of
+from pyro_lora.likelihood.outcomes import (
+    SingleOutcomes,
+    is_given,
+    single_outcomes,
+    values_to_score,
+)
+
+Site = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -49,6 +60,9 @@ class FisherTerms:
         return self.map(lambda x: x.where(on, torch.zeros_like(x)))
 
 
+TermsFunction = Callable[[Any, Tensor], FisherTerms]
+
+
 def exact_terms(fn: Any, value: Tensor) -> FisherTerms:
     """Fisher terms in closed form: C - 1 for C classes, one for a scalar.
 
@@ -64,14 +78,13 @@ def exact_terms(fn: Any, value: Tensor) -> FisherTerms:
         TypeError: If the distribution has no exact Fisher information here.
         ValueError: If there are more classes than anyone has backward passes for.
     """
-    if isinstance(fn, td.Independent):
-        found = exact_terms(fn.base_dist, value)
-        return found.map(lambda x: x.flatten(-1 - fn.reinterpreted_batch_ndims))
-    if isinstance(fn, MaskedDistribution):
-        return exact_terms(fn.base_dist, value).where(fn._mask)
-    root = fisher_root(fn, value)
-    terms = (root.parameter[..., None] * root.root).sum(-2)
-    return FisherTerms(terms, root.coordinates)
+    single = single_outcomes(fn)
+    found = likelihood_of(single.fn).root(value)
+    terms = (found.parameter[..., None] * found.root).sum(-2)
+    each = FisherTerms(terms, found.coordinates)
+    if single.is_masked:
+        each = each.where(single.unmasked)
+    return each.map(lambda x: x.flatten(-1 - single.event_dims))
 
 
 def mc_terms(fn: Any, value: Tensor, num_samples: int = 1) -> FisherTerms:
@@ -87,98 +100,27 @@ def mc_terms(fn: Any, value: Tensor, num_samples: int = 1) -> FisherTerms:
     Returns:
         Terms (..., M), no coordinates.
     """
-
-    def drawn(single: Any, given: Tensor) -> Tensor:
-        found = log_prob_of_draws(single, given, num_samples)
-        return at_least_float32(found).movedim(0, -1)
-
-    log_prob = _log_prob_of_data(fn, value, drawn)
+    single = single_outcomes(fn)
+    likelihood = known(single.fn)
+    if likelihood is None or likelihood.log_prob_of_draws is None:
+        found = single.fn.log_prob(draws(single.fn, num_samples))
+    else:
+        # Counts, for example, have the number of trials that the given ones have.
+        found = likelihood.log_prob_of_draws(value, num_samples)
+    log_prob = _of_data(single, value, at_least_float32(found).movedim(0, -1))
     return FisherTerms(log_prob / num_samples**0.5, None, scores=True)
 
 
-def _log_prob_of_data(
-    fn: Any, value: Tensor, of_single: Callable[[Any, Tensor], Tensor]
-) -> Tensor:
+def _of_data(single: SingleOutcomes, value: Tensor, log_prob: Tensor) -> Tensor:
     """Log likelihoods of all outcomes of a datum, (..., M), from those of single ones.
 
     What doesn't count is 0, but still a function of the network's outputs.
     """
-    if isinstance(fn, td.Independent):
-        found = _log_prob_of_data(fn.base_dist, value, of_single)
-        return found.flatten(-1 - fn.reinterpreted_batch_ndims, -2).sum(-2)
-    if isinstance(fn, MaskedDistribution):
-        found = _log_prob_of_data(fn.base_dist, value, of_single)
-        counts = torch.as_tensor(fn._mask, device=found.device)
-    else:
-        found, counts = of_single(fn, value), is_given(fn, value)
-    return found.where(counts[..., None], torch.zeros_like(found))
-
-
-@singledispatch
-def log_prob_of_draws(fn: Any, value: Tensor, num_samples: int) -> Tensor:
-    """Log likelihood of M outcomes that could have been in the place of ``value``.
-
-    By the distribution's type, where drawing from it isn't all: counts, for example,
-    have the number of trials that the given ones have.
-
-    Args:
-        fn: The distribution of single outcomes.
-        value: The observed value, of ``fn``'s shape.
-        num_samples: M.
-
-    Returns:
-        (M, ...) with ... the batch shape, up to a constant; anything where no outcome
-        is given.
-    """
-    return fn.log_prob(_drawn(fn, num_samples))
-
-
-@log_prob_of_draws.register
-def _with_gaps(
-    fn: dist.NanMaskedMultivariateNormal, value: Tensor, num_samples: int
-) -> Tensor:
-    seen = value.isfinite()
-    seen = seen | ~seen.any(-1, keepdim=True)
-    return fn.log_prob(_drawn(fn, num_samples).where(seen, torch.nan))
-
-
-@log_prob_of_draws.register
-def _categorical(fn: td.Categorical, value: Tensor, num_samples: int) -> Tensor:
-    # log_prob would take the logits M times, and every backward pass, too: with a
-    # vocabulary's and many tokens, each is most of the memory that there is.
-    drawn = _drawn(fn, num_samples)
-    return fn.logits.gather(-1, drawn.movedim(0, -1)).movedim(-1, 0)
-
-
-@log_prob_of_draws.register
-def _multinomial(fn: td.Multinomial, value: Tensor, num_samples: int) -> Tensor:
-    # A distribution has one total for all data, but log_prob goes by the counts' own.
-    total = value.detach().double().sum(-1)
-    total = total.where(total.isfinite(), torch.zeros_like(total))
-    rest = total.expand(num_samples, *fn.batch_shape)
-    # The part of a trial, as soft labels may have: its root, so that the score has a
-    # part of the variance.
-    whole, part = rest.floor(), rest - rest.floor()
-    probs = fn.probs.detach().double()
-    last = td.Categorical(probs, validate_args=False).sample(whole.shape[:1])
-    drawn = torch.zeros(*whole.shape, probs.shape[-1]).to(probs)
-    left = probs.flip(-1).cumsum(-1).flip(-1)  # P(y >= j)
-    for j in range(probs.shape[-1]):  # class j, or one after it
-        share = (probs[..., j] / left[..., j]).nan_to_num(0.0).clamp(0, 1)
-        drawn[..., j] = torch.binomial(whole, share.expand(whole.shape))
-        whole = whole - drawn[..., j]
-    drawn.scatter_add_(-1, last[..., None], part.sqrt()[..., None])
-    logits = fn.logits
-    return (drawn * logits.where(drawn > 0, torch.zeros_like(logits))).sum(-1)
-
-
-def _drawn(fn: Any, num_samples: int) -> Tensor:
-    """M outcomes, (M, ...), which have no history."""
-    with torch.no_grad():
-        # A transform may remember the tensor that it made, and answer without the
-        # parameters' gradients if it is asked for the inverse: it gets another one.
-        drawn: Tensor = fn.sample(torch.Size([num_samples])).clone()
-    return drawn
+    counts = single.unmasked.to(log_prob.device) & is_given(single.fn, value)
+    each = log_prob.where(counts[..., None], torch.zeros_like(log_prob))
+    if single.event_dims == 0:
+        return each
+    return each.flatten(-1 - single.event_dims, -2).sum(-2)
 
 
 def empirical_terms(fn: Any, value: Tensor) -> FisherTerms:
@@ -191,15 +133,121 @@ def empirical_terms(fn: Any, value: Tensor) -> FisherTerms:
     Returns:
         Terms (..., 1) and coordinates, all one.
     """
-
-    def scored(single: Any, given: Tensor) -> Tensor:
-        missing = ~is_given(single, given)
-        if bool(missing.any()):
-            event = (1,) * len(single.event_shape)
-            missing = missing.reshape(missing.shape + event)
-            given = _drawn(single, 1)[0].where(missing, given)
-        return single.log_prob(given)[..., None]
-
-    log_prob = _log_prob_of_data(fn, value, scored)
+    single = single_outcomes(fn)
+    missing = ~is_given(single.fn, value)
+    given = value
+    if bool(missing.any()):
+        event = (1,) * len(single.fn.event_shape)
+        missing = missing.reshape(missing.shape + event)
+        given = draws(single.fn, 1)[0].where(missing, value)
+    log_prob = _of_data(single, value, single.fn.log_prob(given)[..., None])
     ones = torch.ones_like(log_prob).detach()
     return FisherTerms(log_prob, ones, scores=True)
+
+
+def likelihood_terms(
+    sites: Sequence[Site], fisher_terms: TermsFunction
+) -> tuple[FisherTerms, Tensor]:
+    r"""Fisher terms and log likelihood, scaled and masked as by the user.
+
+    The outcomes of a datum are independent given its parameters, so the Fisher
+    information is the sum of theirs. Exact terms stand side by side; scores
+    (:attr:`FisherTerms.scores`) add up to that of the datum, so that several sites,
+    plates or tokens cost no further backward pass.
+
+    Args:
+        sites: The observed sites, nodes of a trace.
+        fisher_terms: A function of a site's distribution and value.
+
+    Returns:
+        Terms and coordinates (M, B), and the log likelihood of the batch, a scalar in
+        nats, both without the plates' subsampling scale.
+
+    Raises:
+        ValueError: If the sites' data differ in number, or can't be told from the
+            outcomes of one datum.
+    """
+    found, log_probs = [], []
+    for site in sites:
+        _check_plates(site)
+        terms, log_prob = _of_site(site, data_plate(site), fisher_terms)
+        found.append(terms)
+        log_probs.append(log_prob.double().sum())
+    check_same_data(sites)
+    log_likelihood = torch.stack(log_probs).sum()
+    if len(found) == 1:
+        return found[0], log_likelihood
+    if any(part.scores for part in found):
+        # One coordinate can't span the sum, in which each score has a scale of its own.
+        total = torch.stack([part.terms for part in found]).sum(0)
+        return FisherTerms(total, None), log_likelihood
+    alphas = [part.coordinates for part in found if part.coordinates is not None]
+    coordinates = torch.cat(alphas) if len(alphas) == len(found) else None
+    terms_of_all = torch.cat([part.terms for part in found])
+    return FisherTerms(terms_of_all, coordinates), log_likelihood
+
+
+def check_same_data(sites: Sequence[Site]) -> None:
+    """Check that all sites are of the same data.
+
+    Args:
+        sites: The observed sites, nodes of a trace.
+
+    Raises:
+        ValueError: If their plates differ in size.
+    """
+    plates = {site["name"]: data_plate(site) for site in sites}
+    sizes = {name: (plate.size, plate.full_size) for name, plate in plates.items()}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(
+            f"The observed sites have different data: (in the batch, in all) are "
+            f"{sizes}. Put them into one plate, missing outcomes masked, or name one "
+            "by obs_site=."
+        )
+
+
+def _of_site(
+    site: Site, plate: DataPlate, fisher_terms: TermsFunction
+) -> tuple[FisherTerms, Tensor]:
+    """Terms (M, B) and log likelihood of one site."""
+    fn, value = site["fn"], values_to_score(site)
+    log_prob = scale_and_mask(fn.log_prob(value), plate.scale, plate.mask)
+    found = fisher_terms(fn, value)
+    if plate.mask is not None:
+        found = found.where(plate.mask)
+    # A scaled Fisher information has a root scaled by the scale's square root.
+    scale = torch.as_tensor(plate.scale, dtype=torch.float64, device=log_prob.device)
+    root = scale.sqrt()[..., None]
+    num_terms = found.terms.shape[-1]
+    found = found.map(lambda x: plate.data_last(x * root.to(x), fn.batch_shape))
+    if found.scores and len(found.terms) > num_terms:  # other plates than the data's
+        size = found.terms.shape[-1]
+        total = found.terms.reshape(-1, num_terms, size).sum(0)
+        found = replace(found, terms=total, coordinates=None)
+    return found, log_prob
+
+
+def several_plates(site: Site) -> list[str]:
+    """Names of the plates of a site, if it is in several with more than one entry."""
+    frames = [f for f in site["cond_indep_stack"] if f.vectorized and f.size > 1]
+    return [f.name for f in frames] if len(frames) > 1 else []
+
+
+def wrong_plate(site: Site) -> str:
+    """What to say where the subsampled plate isn't that of the network's inputs."""
+    return (
+        f"Site {site['name']!r} is in the plates {several_plates(site)}, of which "
+        f"{data_plate(site).name!r} is subsampled, and so would be the data's, but its "
+        "entries have the same inputs of the network: another plate is the data's. "
+        "Declare the others as event dims, by .to_event(...) on the distribution."
+    )
+
+
+def _check_plates(site: Site) -> None:
+    frames = [f for f in site["cond_indep_stack"] if f.vectorized and f.size > 1]
+    if len(frames) > 1 and all(f.full_size in (None, f.size) for f in frames):
+        raise ValueError(
+            f"Site {site['name']!r} is in the plates {several_plates(site)}, none "
+            "of them subsampled, so the data's can't be told from the others. Declare "
+            "the others as event dims, by .to_event(...) on the distribution."
+        )

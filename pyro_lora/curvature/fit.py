@@ -31,33 +31,35 @@ from pyro_lora.curvature.data_sums import (
     batch_digest,
     fit_digest,
 )
-from pyro_lora.curvature.fisher import FisherTerms
-from pyro_lora.curvature.likelihood_terms import (
+from pyro_lora.curvature.fisher import (
+    FisherTerms,
     TermsFunction,
     likelihood_terms,
     several_plates,
     wrong_plate,
 )
-from pyro_lora.curvature.prior_moments import prior_at_mode
+from pyro_lora.curvature.prior_moments import model_scales, prior_at_mode
 from pyro_lora.curvature.structures import BatchStructure, Captures, Factors, Structure
 from pyro_lora.curvature.weight_gaussian import WeightGaussian
 from pyro_lora.ground.interrupts import eagerly
 from pyro_lora.ground.weights import Weights
 from pyro_lora.lifting.fingerprint import fingerprint
 from pyro_lora.lifting.lifted_network import LiftedNetwork
-from pyro_lora.likelihood.batch import check_batches, checked_batches, explaining
-from pyro_lora.likelihood.batches import (
+from pyro_lora.likelihood.batch import (
     NO_BATCHES,
     READ_ONCE,
-    naming_batch,
-    trace_batch,
+    Batch,
+    check_batches,
+    checked_batches,
+    explaining,
 )
 from pyro_lora.likelihood.data_plate import data_plate
 from pyro_lora.likelihood.model_trace import (
-    Batch,
     Model,
     is_missing_outcome,
+    naming_batch,
     observed_sites,
+    trace_batch,
 )
 
 
@@ -188,6 +190,9 @@ class FisherFit:
         log_prior: Of the lifted sites, nats, float64.
         gradient: Site -> gradient of the log joint of all data, nats.
         obs_site: The likelihood's name, None where there are several.
+        prior_scales: Site -> scale of its log density, where the model says it, as
+            :func:`~pyro_lora.curvature.prior_moments.model_scales`.
+        arguments: The arguments that the batches gave to the model.
     """
 
     gaussian: WeightGaussian
@@ -196,6 +201,8 @@ class FisherFit:
     log_prior: Tensor
     gradient: Weights
     obs_site: str | None
+    prior_scales: Mapping[str, float | Tensor]
+    arguments: frozenset[str]
 
 
 def fit_fisher(
@@ -298,6 +305,10 @@ def fit_fisher(
             for s, x in loc.items()
         },
         observed[0]["name"] if len(observed) == 1 else None,
+        model_scales(trace, networks),
+        frozenset(
+            k for k, x in trace.nodes["_INPUT"]["kwargs"].items() if x is not None
+        ),
     )
 
 

@@ -6,15 +6,23 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from torch.quasirandom import SobolEngine
 
+from pyro_lora.ground.interrupts import unvalidated
+
 # Sobol points. The error in a probability is 1e-4 at most for 3 classes and logits of
 # sd 1, .003 for 5 classes and sd 10.
 _NUM_POINTS = 4096
+# Of a mixture that is kept for each datum.
+_NUM_JOINT_POINTS = 256
+# Nodes in standard deviations. The trapezoid rule converges exponentially: where the
+# likelihood has a width of w of them, its error is about exp(-2 (pi w / step)^2).
+_REACH, _STEP = 8.0, 0.02
 _WIDE = 1.5  # sd from which the integral doesn't run over the noise
 
 
@@ -34,6 +42,9 @@ class GaussianLogits:
         cutpoints: Of ordered classes, (B, C - 1) or (B, T, C - 1): the Gaussian is then
             over their one predictor, mean (B, 1), and the cutpoints are held at their
             values at the mode, learned or not. None for others.
+        numbers: Where outcomes are numbers, such as counts: their distribution at
+            values (..., B, P) of the predictor, the Gaussian's, of P outputs. None for
+            classes, and for some tokens of all.
 
     A choice that isn't there has mean -inf.
     """
@@ -42,6 +53,7 @@ class GaussianLogits:
     covariance_matrix: Tensor
     noise_variance: Tensor | None = None
     cutpoints: Tensor | None = None
+    numbers: Callable[[Tensor], Any] | None = None
 
     def rsample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
         """Draws of the logits, ``(*sample_shape, B, C)``."""
@@ -68,6 +80,65 @@ class GaussianLogits:
             )
         return self.covariance_matrix.diagonal(dim1=-2, dim2=-1) + self.noise_variance
 
+    def components(self) -> tuple[Any, Tensor]:
+        r"""Distributions of numbers whose weighted mean is the predictive one.
+
+        :math:`p(y) = \int p(y | f) N(f) df`, the trapezoid rule over each output by
+        itself, which resolves a likelihood of a hundredth of the Gaussian's width;
+        quasi-Monte Carlo where several parameters make one outcome (the logits of a
+        multinomial).
+
+        Returns:
+            A distribution of batch shape (Q, B, ...), and Q weights that sum to one.
+
+        Raises:
+            ValueError: If the outcomes are classes.
+        """
+        if self.numbers is None:
+            raise ValueError("The outcomes are classes. Use pyro_lora.integrals.")
+        # Far out a rate may be infinite, where no outcome has a density.
+        with torch.no_grad(), unvalidated():
+            return self._components(self.numbers)
+
+    def _components(self, numbers: Callable[[Tensor], Any]) -> tuple[Any, Tensor]:
+        mean = self.mean.double()
+        if numbers(mean).event_shape:
+            at_points = numbers(_sobol_logits(self, _NUM_JOINT_POINTS))
+            equal = mean.new_full((_NUM_JOINT_POINTS,), 1 / _NUM_JOINT_POINTS)
+            return at_points, equal
+        variance = self.covariance_matrix.double().diagonal(dim1=-2, dim2=-1)
+        number = round(2 * _REACH / _STEP) + 1
+        z = torch.linspace(-_REACH, _REACH, number, dtype=mean.dtype).to(mean.device)
+        sd = variance.clamp_min(0).sqrt()
+        weights = _density(z)
+        return numbers(mean + sd * z[:, None, None]), weights / weights.sum()
+
+    def log_prob(self, values: Tensor) -> Tensor:
+        """Log density of numbers, nats, float64, of their batch shape.
+
+        Args:
+            values: Outcomes, (B,), (B, P) of several outputs.
+        """
+        found, weights = self.components()
+        log_prob: Tensor = found.log_prob(values.to(self.mean.device).double())
+        return mixture_log_prob(log_prob, weights)
+
+
+def mixture_log_prob(log_prob: Tensor, weights: Tensor) -> Tensor:
+    """Log density of a mixture, nats, from its components' at one outcome each.
+
+    Args:
+        log_prob: (S, ...), NaN where a component's parameters overflow, which then has
+            no density.
+        weights: (S,), that sum to one.
+
+    Returns:
+        (...).
+    """
+    seen = log_prob.masked_fill(log_prob.isnan(), -math.inf)
+    log_weights = weights.log().reshape(-1, *[1] * (seen.ndim - 1))
+    return (seen + log_weights).logsumexp(0)
+
 
 @dataclass(frozen=True, eq=False)
 class JointGaussianLogits:
@@ -79,12 +150,14 @@ class JointGaussianLogits:
             with logit d of datum a at [b, c, a, d].
         noise_variance: As in :class:`GaussianLogits`; independent across data.
         cutpoints: As in :class:`GaussianLogits`.
+        numbers: As in :class:`GaussianLogits`.
     """
 
     mean: Tensor
     covariance_matrix: Tensor
     noise_variance: Tensor | None = None
     cutpoints: Tensor | None = None
+    numbers: Callable[[Tensor], Any] | None = None
 
     def rsample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
         """Draws of the logits, ``(*sample_shape, B, C)``, correlated across data."""
@@ -105,6 +178,7 @@ class JointGaussianLogits:
             each.reshape(*shape, num_logits),
             self.noise_variance,
             self.cutpoints,
+            self.numbers,
         )
 
     def log_probs_of(self, values: Tensor) -> Tensor:
@@ -223,51 +297,6 @@ def probit(logits: GaussianLogits) -> Tensor:
 
 
 @_of_choices
-def laplace_bridge(logits: GaussianLogits) -> Tensor:
-    r"""Log of :math:`E[\mathrm{softmax}(f)]` by the Laplace bridge to a Dirichlet.
-
-    :math:`\alpha_k = \frac{1}{\Sigma_{kk}} (1 - \frac{2}{C} + \frac{e^{\mu_k}}{C^2}
-    \sum_l e^{-\mu_l})` and the Dirichlet's mean, with the correction for wide
-    Gaussians: :math:`\mu / \sqrt{c}` and :math:`\Sigma / c` where :math:`c =
-    \mathrm{mean}_k \Sigma_{kk} / \sqrt{C / 2}` exceeds 1 (Hobbhahn et al. 2022,
-    https://arxiv.org/abs/2003.01227). Below 1 the correction would make the
-    prediction surer without bound as the variance vanishes.
-
-    Its absolute error is below .03 for Gaussians that come from a Dirichlet of
-    :math:`\alpha` at least 2, and below .125 for two classes. For other covariances of
-    three or more classes it can be off by .9, since only the variances enter: compare
-    it with :func:`class_log_probs` on your data.
-
-    Args:
-        logits: Mean (B, C) and covariance (B, C, C), C of at least two, means over
-            classes removed.
-
-    Returns:
-        Log-probabilities, (B, C), float64, nats.
-
-    Raises:
-        ValueError: If there is one output only, which has no classes.
-
-    >>> wide = GaussianLogits(torch.tensor([[-1.0, 1.0]]), torch.eye(2)[None])
-    >>> laplace_bridge(wide).exp()
-    tensor([[0.1192, 0.8808]], dtype=torch.float64)
-    """
-    mean, covariance = _classes(logits)
-    num_classes = mean.shape[-1]
-    variance = covariance.diagonal(dim1=-2, dim2=-1)
-    # A constant logit's alpha would be infinite.
-    variance = variance.clamp_min(torch.finfo(variance.dtype).tiny ** 0.5)
-    scale = variance.mean(-1, keepdim=True) / math.sqrt(num_classes / 2)
-    scale = scale.clamp_min(1)
-    mean, variance = mean / scale.sqrt(), variance / scale
-    spread = mean + (-mean).logsumexp(-1, keepdim=True) - 2 * math.log(num_classes)
-    floor = 1 - 2 / num_classes
-    if floor > 0:
-        spread = torch.logaddexp(spread, spread.new_tensor(floor).log())
-    return (spread - variance.log()).log_softmax(-1)
-
-
-@_of_choices
 def expected_entropy(logits: GaussianLogits) -> Tensor:
     r""":math:`E[H(\mathrm{softmax}(f))]` for Gaussian f, by the same integrals.
 
@@ -354,7 +383,8 @@ def _classes(logits: GaussianLogits) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: If there are no classes.
     """
-    if logits.mean.shape[-1] == 1 or logits.noise_variance is not None:
+    is_real = logits.noise_variance is not None or logits.numbers is not None
+    if logits.mean.shape[-1] == 1 or is_real:
         raise ValueError(
             f"The likelihood has {logits.mean.shape[-1]} real output(s) and no classes,"
             " so there are no class probabilities. Use .mean, .covariance_matrix and "
@@ -436,10 +466,10 @@ def _binary_entropy(f: Tensor) -> Tensor:
     return torch.log1p((-size).exp()) + size * (-size).sigmoid()
 
 
-def _sobol_logits(logits: GaussianLogits) -> Tensor:
+def _sobol_logits(logits: GaussianLogits, num_points: int = _NUM_POINTS) -> Tensor:
     mean = logits.mean.double()  # (B, C)
     engine = SobolEngine(mean.shape[-1], scramble=True, seed=0)
-    uniform = engine.draw(_NUM_POINTS, dtype=torch.float64).to(mean.device)
+    uniform = engine.draw(num_points, dtype=torch.float64).to(mean.device)
     normal = torch.special.ndtri(uniform.clamp(1e-12, 1 - 1e-12))  # (points, C)
     root = _square_root(logits.covariance_matrix)
     return mean + torch.einsum("...cd,sd->s...c", root, normal)

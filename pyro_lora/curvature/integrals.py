@@ -1,9 +1,10 @@
 """Class probabilities from Gaussian logits: what ``predict(integral=)`` takes."""
 
 from pyro_lora.curvature.gaussian_logits import (
+    GaussianLogits,
+    JointGaussianLogits,
     class_log_probs,
-    laplace_bridge,
     probit,
 )
 
-__all__ = ["class_log_probs", "laplace_bridge", "probit"]
+__all__ = ["GaussianLogits", "JointGaussianLogits", "class_log_probs", "probit"]

@@ -122,14 +122,6 @@ class KroneckerNormal(TorchDistribution):
         log_normalizer = 0.5 * self._num_outside * (self.outside / (2 * math.pi)).log()
         return result + log_normalizer - 0.5 * self.outside * rest
 
-    def times_precision(self, value: Tensor) -> Tensor:
-        r""":math:`U_G (\Lambda \odot U_G^T V U_A) U_A^T`, (..., O, I)."""
-        return self._scaled(value, self.precision, self.outside)
-
-    def times_covariance(self, value: Tensor) -> Tensor:
-        r""":math:`U_G (\Lambda^{-1} \odot U_G^T V U_A) U_A^T`, (..., O, I)."""
-        return self._scaled(value, 1 / self.precision, 1 / self.outside)
-
     def entropy(self) -> Tensor:
         """Differential entropy in nats, of the batch shape."""
         inside = 0.5 * (2 * math.pi * math.e / self.precision).log().sum((-2, -1))
@@ -141,13 +133,6 @@ class KroneckerNormal(TorchDistribution):
     @property
     def _num_outside(self) -> int:
         return self.event_shape.numel() - self.precision.shape[-2:].numel()
-
-    def _scaled(self, value: Tensor, inside: Tensor, outside: Tensor) -> Tensor:
-        z = self.to_basis(value)
-        result = self.from_basis(z * inside)
-        if not self._thin:
-            return result
-        return result + (value - self.from_basis(z)) * outside[..., None, None]
 
     def _from_squares(self, value: Tensor) -> Tensor:
         if self.rows is not None:

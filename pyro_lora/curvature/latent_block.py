@@ -17,14 +17,13 @@ from torch.distributions import biject_to
 
 from pyro_lora.ground.weights import Weights
 from pyro_lora.lifting.lifted_network import LiftedNetwork
-from pyro_lora.likelihood.batch import checked_batches, explaining
-from pyro_lora.likelihood.batches import NO_BATCHES, trace_batch
+from pyro_lora.likelihood.batch import NO_BATCHES, Batch, checked_batches, explaining
 from pyro_lora.likelihood.data_plate import data_plate
 from pyro_lora.likelihood.model_trace import (
-    Batch,
     Model,
     is_missing_outcome,
     observed_sites,
+    trace_batch,
 )
 from pyro_lora.likelihood.outcomes import values_to_score
 

@@ -1,17 +1,21 @@
-"""Linearised logits: J P^-1 J^T for each datum, or for all data of a batch."""
+r"""Linearised logits: J P^-1 J^T for each datum, or for all data of a batch.
+
+The network's output is taken for :math:`f(x, \hat w) + J (w - \hat w)`, so that
+:math:`w \sim N(\hat w, P^{-1})` makes it :math:`N(f(x, \hat w), J P^{-1} J^T)`.
+"Logits" are whatever the likelihood's predictor is: of classes their logits, of which
+only C - 1 contrasts count; of real numbers their location, of counts a log rate.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import singledispatch
+from functools import partial
 from typing import Any, Literal
 
-import pyro.distributions as dist
 import torch
 from torch import Tensor
-from torch import distributions as td
 
 from pyro_lora.curvature.capture import (
     LayerCapture,
@@ -24,37 +28,39 @@ from pyro_lora.curvature.factors import at_least_float32
 from pyro_lora.curvature.gaussian_logits import GaussianLogits, JointGaussianLogits
 from pyro_lora.curvature.weight_gaussian import WeightGaussian
 from pyro_lora.lifting.lifted_network import LiftedNetwork
-from pyro_lora.likelihood.model_trace import Batch, Model, likelihood_site, trace_at
+from pyro_lora.likelihood import likelihoods
+from pyro_lora.likelihood.batch import Batch
+from pyro_lora.likelihood.likelihoods import Likelihood
+from pyro_lora.likelihood.model_trace import Model, likelihood_site, trace_at
 from pyro_lora.likelihood.outcomes import single_outcomes
 
 Tokens = Literal["last", "each"] | Tensor
 
 
-@singledispatch
-def contrasts(fn: object) -> tuple[Tensor, Tensor]:
+def contrasts(likelihood: Likelihood) -> tuple[Tensor, Tensor]:
     """What identifies a likelihood's outcome, and how the logits follow from it.
 
     Contrasts (..., M), differentiable, M = C - 1 for C classes, and a basis (C, M): the
-    logits, their mean over classes removed, are ``basis @ contrasts``.
+    logits, their mean over classes removed, are ``basis @ contrasts``. Of numbers, and
+    of ordered classes, it's the predictor itself.
 
     Args:
-        fn: The likelihood's distribution, without event dims.
-
-    Raises:
-        ValueError: If the type has no linear predictor here.
+        likelihood: Of single outcomes.
     """
-    raise ValueError(
-        f"No linear predictor for {type(fn).__name__}; expected Categorical, "
-        "OrderedLogistic, Bernoulli or Normal."
-    )
+    f = at_least_float32(likelihood.predictor)
+    if likelihood.up_to_shift:
+        return _helmert(f)
+    classes = likelihood.classes
+    if classes is not None and classes.cutpoints is None:
+        # Two classes with logits -f/2 and f/2.
+        return f, f.new_tensor([[-0.5], [0.5]])
+    return f, torch.eye(f.shape[-1]).to(f)
 
 
-@contrasts.register
-def _categorical(fn: td.Categorical) -> tuple[Tensor, Tensor]:
+def _helmert(logits: Tensor) -> tuple[Tensor, Tensor]:
     # Helmert's orthonormal contrasts: class m against the mean of those before it. A
     # choice that isn't there, of logit -inf, is left out, which gives a datum a basis
     # of its own.
-    logits = at_least_float32(fn.logits)
     present = logits > -math.inf
     if bool(present.all()):
         present = present.new_ones(logits.shape[-1])
@@ -71,26 +77,6 @@ def _categorical(fn: td.Categorical) -> tuple[Tensor, Tensor]:
     if basis.ndim == 2:
         return known @ basis, basis
     return (known[..., None, :] @ basis)[..., 0, :], basis
-
-
-@contrasts.register
-def _ordered_logistic(fn: dist.OrderedLogistic) -> tuple[Tensor, Tensor]:
-    # One predictor, as its Fisher information has; its cutpoints are held fixed.
-    predictor = at_least_float32(fn.predictor)[..., None]
-    return predictor, predictor.new_ones(1, 1)
-
-
-@contrasts.register
-def _bernoulli(fn: td.Bernoulli) -> tuple[Tensor, Tensor]:
-    # Two classes with logits -f/2 and f/2.
-    logits = at_least_float32(fn.logits)[..., None]
-    return logits, logits.new_tensor([[-0.5], [0.5]])
-
-
-@contrasts.register
-def _normal(fn: td.Normal) -> tuple[Tensor, Tensor]:
-    loc = at_least_float32(fn.loc)[..., None]
-    return loc, loc.new_ones(1, 1)
 
 
 def linearized_logits(
@@ -122,8 +108,8 @@ def linearized_logits(
         (B, C, C), with T tokens (B, T, C) and (B, T, C, C).
 
     Raises:
-        ValueError: If the likelihood isn't a known type, or its event dims and
-            ``tokens`` don't fit.
+        TypeError: If the likelihood isn't a known type.
+        ValueError: If its event dims and ``tokens`` don't fit.
     """
     return linearized_site(
         model, gaussian, networks, batch, obs_site, prior_precisions, tokens
@@ -168,6 +154,7 @@ def linearized_site(
             (found.row_basis @ c @ found.row_basis.mT).reshape(shape),
             found.noise_variance,
             found.cutpoints,
+            found.numbers,
         )
         for c in covariances
     ], found.site
@@ -218,6 +205,7 @@ def joint_linearized_logits(
         joint.reshape(shape + shape),
         found.noise_variance,
         found.cutpoints,
+        found.numbers,
     )
 
 
@@ -268,9 +256,10 @@ class _Linearization:
         values: (B, ..., M).
         basis: (C, M), or (B, ..., C, M) where choices are missing.
         captures: All layers, gradients of the flattened (..., M).
-        noise_variance: Of the outcomes, (B, C), where they are real numbers.
+        noise_variance: Of the outcomes, (B, C), where it is normal noise.
         site: The likelihood's.
         cutpoints: Of an ordinal outcome, (B, ..., C - 1), else None.
+        numbers: The distribution at values (..., B, C); None of classes and tokens.
         present: Which choices are there, (B, ..., C); None is all.
     """
 
@@ -280,6 +269,7 @@ class _Linearization:
     noise_variance: Tensor | None
     site: dict[str, Any]
     cutpoints: Tensor | None
+    numbers: Callable[[Tensor], Any] | None
     present: Tensor | None
 
     @property
@@ -315,18 +305,21 @@ def _linearize(
         with recording(networks, leaves) as record:
             trace = trace_at(model, leaves, batch)
         site: dict[str, Any] = likelihood_site(trace, obs_site, gaussian.loc)
-        fn, mask = _outcomes(site, tokens)
-        values, basis = contrasts(fn)
+        fn, likelihood, mask = _outcomes(site, tokens)
+        values, basis = contrasts(likelihood)
         values = values.expand(*fn.batch_shape, values.shape[-1])
-        noise = fn.variance.detach() if isinstance(fn, td.Normal) else None
-        cutpoints = (
-            fn.cutpoints.detach() if isinstance(fn, dist.OrderedLogistic) else None
-        )
+        classes, error = likelihood.classes, likelihood.noise
+        numbers = likelihood.at if classes is None else None
+        noise = None
+        if error is not None and error.df is None:
+            noise = error.scale.square()
+        cutpoints = None if classes is None else classes.cutpoints
         present = None
         if basis.ndim > 2:
             basis = basis.expand(*fn.batch_shape, *basis.shape[-2:])
-            present = fn.logits > -math.inf
+            present = likelihood.predictor > -math.inf
         if tokens is not None:
+            numbers = None
             index = _positions(tokens, mask, site["name"])
             values = _taken(values, index)
             cutpoints = None if cutpoints is None else _taken(cutpoints, index)
@@ -336,6 +329,7 @@ def _linearize(
         elif len(fn.batch_shape) == 2:  # several outputs: correlated, so one vector
             values = values[..., 0]
             basis = torch.eye(values.shape[-1]).to(values)
+            numbers = partial(_of_several, likelihood.at)
         elif noise is not None:
             noise = noise[..., None]
         check_recorded(record, trace, values, site["name"])
@@ -349,14 +343,23 @@ def _linearize(
         noise,
         site,
         cutpoints,
+        numbers,
         present,
     )
 
 
-def _outcomes(site: dict[str, Any], tokens: Tokens | None) -> tuple[Any, Tensor]:
+def _of_several(at: Callable[[Tensor], Any], values: Tensor) -> Any:
+    """The distribution of several outputs, (..., B, P), with a predictor each."""
+    return at(values[..., None])
+
+
+def _outcomes(
+    site: dict[str, Any], tokens: Tokens | None
+) -> tuple[Any, Likelihood, Tensor]:
     """The distribution without masks and event dims, and the outcomes that count.
 
     Raises:
+        TypeError: If nothing is known of it.
         ValueError: If it has other dims than ``tokens`` is for.
     """
     single = single_outcomes(site["fn"])
@@ -366,19 +369,25 @@ def _outcomes(site: dict[str, Any], tokens: Tokens | None) -> tuple[Any, Tensor]
         f"Site {site['name']!r}: found batch shape {tuple(site['fn'].batch_shape)} and "
         f"event shape {tuple(site['fn'].event_shape)}"
     )
-    if fn.event_shape or len(site["fn"].batch_shape) != 1 or event_dims > 1:
+    if len(site["fn"].batch_shape) != 1 or event_dims > 1:
         raise ValueError(
             f"{found}; linearised predictions need batch shape (B,) and an event shape "
             "of (), one outcome a datum, or (T,) by .to_event(1)."
         )
     if event_dims == 0 and tokens is not None:
         raise ValueError(f"{found}: one outcome a datum. Leave tokens out.")
-    if event_dims == 1 and tokens is None and not isinstance(fn, td.Normal):
+    likelihood = likelihoods.of(fn)
+    if event_dims == 1 and fn.event_shape:
+        raise ValueError(
+            f"{found}; linearised predictions of a {type(fn).__name__} need an event "
+            "of its own alone, one outcome a datum."
+        )
+    if event_dims == 1 and tokens is None and likelihood.classes is not None:
         raise ValueError(
             f"{found}, not one outcome a datum. Say which by tokens='last', "
             "tokens='each', or their positions."
         )
-    return fn, mask
+    return fn, likelihood, mask
 
 
 def _positions(tokens: Tokens, mask: Tensor, site: str) -> Tensor:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import singledispatch
+from functools import partial, singledispatch
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ from torch import distributions as td
 
 from pyro_lora.curvature.kronecker_normal import KroneckerNormal
 from pyro_lora.ground.weights import Weights
+from pyro_lora.lifting.lifted_network import LiftedNetwork
+from pyro_lora.likelihood.model_trace import trace_at, unobserved_names
 
 # Of a prior's scale: a weight nearer to the centre counts as that far from it, since
 # Laplace's precision is infinite at the centre. So it is at most 1000 / b^2.
@@ -194,6 +196,46 @@ def prior_at_mode(trace: Any, mode: Mapping[str, Tensor]) -> PriorAtMode:
         torch.stack(log_probs).sum(),
         gradient,
     )
+
+
+@torch.no_grad()
+def model_scales(
+    trace: Any, networks: Sequence[LiftedNetwork]
+) -> dict[str, float | Tensor]:
+    """How much log densities count where a model says other than the prior itself.
+
+    ``poutine.scale`` around ``lora()``, or around the whole model, tempers the prior,
+    which doesn't know of it.
+
+    Args:
+        trace: Of the model.
+        networks: The lifted networks in it.
+
+    Returns:
+        Site of the prior -> the scale in the model, 0 where it's masked.
+    """
+    found: dict[str, float | Tensor] = {}
+    latent = unobserved_names(trace)
+    values = {name: trace.nodes[name]["value"] for name in latent}
+    for lora in networks:
+        own = trace_at(partial(lora.prior, lora), values, {})
+        for name in latent & unobserved_names(own):
+            scale = counted_scale(trace.nodes[name])
+            differs = torch.as_tensor(scale != counted_scale(own.nodes[name]))
+            if bool(differs.any()):
+                found[name] = scale
+    return found
+
+
+def counted_scale(site: Mapping[str, Any]) -> float | Tensor:
+    """How much a site's log density counts in the joint: its scale, 0 if masked.
+
+    Args:
+        site: A node of a trace.
+    """
+    scale: float | Tensor = site["scale"]
+    mask = site["mask"]
+    return scale if mask is None else scale * mask
 
 
 def _add_gradient(

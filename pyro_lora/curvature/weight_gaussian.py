@@ -39,17 +39,6 @@ class WeightGaussian(ABC):
         """Log density in nats, (...) the leading dims of ``weights``."""
 
     @abstractmethod
-    def times_precision(self, weights: Mapping[str, Tensor]) -> Weights:
-        """P times each weight set, site -> value with the leading dims of ``weights``.
-
-        Other sites in ``weights`` are left out.
-        """
-
-    @abstractmethod
-    def times_covariance(self, weights: Mapping[str, Tensor]) -> Weights:
-        """The inverse of P times each weight set, likewise."""
-
-    @abstractmethod
     def variance(self) -> Weights:
         """Marginal variances, each of its site's shape."""
 

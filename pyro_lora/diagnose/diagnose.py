@@ -20,25 +20,30 @@ from pyro_lora.diagnose.diagnosis import (
     Importance,
     Stationarity,
 )
-from pyro_lora.diagnose.log_joint import LeftOut, LogJoint, guide_draws
+from pyro_lora.diagnose.log_joint import LeftOut, LogJoint
 from pyro_lora.ground.interrupts import leaving_no_trace
 from pyro_lora.ground.settings import check_count
 from pyro_lora.ground.weights import Weights
-from pyro_lora.likelihood.batch import check_batches
-from pyro_lora.likelihood.model_trace import IGNORED, Batch, Model
-from pyro_lora.likelihood.outcome_kinds import (
-    GivenLabels,
-    likelihood,
-    outcome_log_probs,
+from pyro_lora.likelihood import likelihoods
+from pyro_lora.likelihood.batch import Batch, check_batches, checked_batches
+from pyro_lora.likelihood.model_trace import IGNORED, Model
+from pyro_lora.likelihood.outcome_source import GivenLabels
+from pyro_lora.likelihood.outcomes import (
+    SingleOutcomes,
+    class_log_probs,
+    single_outcomes,
 )
+from pyro_lora.posteriors.guide_posterior import Guide, GuidePosterior
 from pyro_lora.posteriors.laplace_posterior import LaplacePosterior
-from pyro_lora.posteriors.mixture_posterior import MixturePosterior
-from pyro_lora.posteriors.particle_posterior import ParticlePosterior
-from pyro_lora.posteriors.posterior import Guide
+from pyro_lora.posteriors.posterior import (
+    Posterior,
+    as_posterior,
+    is_gaussian,
+    kind_of,
+    only_gaussian,
+)
 from pyro_lora.predict.draws import (
     DRAWS_AT_ONCE,
-    LORA_POSTERIORS,
-    check_guide,
     check_names,
     model_at_draws,
     model_of,
@@ -53,7 +58,7 @@ _EQUAL_NATS = 1e-6  # log weights that differ by less are equal but for rounding
 
 @leaving_no_trace
 def diagnose(
-    posterior: Guide,
+    posterior: Posterior | Guide,
     batches: Iterable[Batch],
     *,
     model: Model | None = None,
@@ -84,7 +89,7 @@ def diagnose(
     passes over the data, a stock guide ``num_samples``.
 
     Args:
-        posterior: Any Pyro guide for the model.
+        posterior: A posterior, or any Pyro guide for the model.
         batches: Re-iterable of mappings of model keyword arguments: all training data,
             once.
         model: The Pyro model; None is the posterior's own.
@@ -110,11 +115,8 @@ def diagnose(
         raise ImportError(
             "diagnose needs ArviZ. Install it by: pip install 'pyro-lora[arviz]'"
         ) from error
-    model = model_of(posterior, model, "diagnose")
     check_count("num_samples", num_samples)
     check_count("num_directions", num_directions)
-    check_names(model, obs_site, labels)
-    check_guide(posterior)
     if num_samples < 25:
         raise ValueError(
             f"diagnose got num_samples={num_samples}, num_directions={num_directions}; "
@@ -128,8 +130,13 @@ def diagnose(
                 f"diagnose reads {name} several times, but got an iterator. Pass a "
                 "list or a DataLoader."
             )
-    if isinstance(posterior, LORA_POSTERIORS):
-        obs_site = posterior.obs_site if obs_site is None else obs_site
+    first = next(checked_batches(batches), None)
+    if first is None:
+        raise ValueError("diagnose got no batches.")
+    posterior = as_posterior(posterior, model, first)
+    model = model_of(posterior, model, "diagnose")
+    check_names(model, obs_site, labels)
+    obs_site = posterior.obs_site if obs_site is None else obs_site
     joint = LogJoint(posterior, model, batches, obs_site)
     left_out: dict[str, str] = {}
     found: dict[str, Any] = {}
@@ -145,7 +152,7 @@ def diagnose(
         except LeftOut as reason:
             found[field], left_out[field] = None, str(reason)
     return Diagnosis(
-        posterior=type(posterior).__name__,
+        posterior=kind_of(posterior),
         num_data=joint.num_data,
         left_out=left_out,
         **found,
@@ -153,9 +160,9 @@ def diagnose(
 
 
 def _stationarity(joint: LogJoint) -> Stationarity:
-    posterior = joint.posterior
-    if not isinstance(posterior, LaplacePosterior):
-        raise LeftOut(f"{type(posterior).__name__} has no mode and curvature")
+    posterior = only_gaussian(joint.posterior)
+    if posterior is None:
+        raise LeftOut(f"{kind_of(joint.posterior)} has no mode and curvature")
     joint.check()
     gradient = joint.gradient(posterior.mode())
     newton = float(posterior.gaussian.newton_decrement(gradient))
@@ -170,20 +177,36 @@ def _density(
     joint: LogJoint, num_directions: int, num_samples: int
 ) -> Directions | Importance:
     posterior = joint.posterior
-    if isinstance(posterior, ParticlePosterior):
+    if posterior.num_samples is not None:
         raise LeftOut("particles have no density")
-    if isinstance(posterior, MixturePosterior):
+    gaussian = only_gaussian(posterior)
+    if gaussian is None and posterior.gaussians():
         raise LeftOut("diagnose each of .components")
     joint.check()
-    if isinstance(posterior, LaplacePosterior):
-        return _directions(joint, posterior, num_directions, num_samples)
-    drawn = list(guide_draws(posterior, joint.first, num_samples))
-    weights = {s: torch.stack([d[s] for d, _ in drawn]) for s in drawn[0][0]}
+    if gaussian is not None:
+        return _directions(joint, gaussian, num_directions, num_samples)
+    weights, log_q = _draws(posterior, num_samples)
     if all(bool((x == x[:1]).all()) for x in weights.values()):
-        raise LeftOut(f"{type(posterior).__name__} is a point")
-    log_q = torch.stack([log_q for _, log_q in drawn]).double()
+        raise LeftOut(f"{kind_of(posterior)} is a point")
     log_joint = torch.stack(joint.at(weights)).sum(0)
-    return Importance(k_hat=_k_hat(log_joint - log_q), num_samples=num_samples)
+    log_ratios = log_joint - log_q.to(log_joint)
+    return Importance(k_hat=_k_hat(log_ratios), num_samples=num_samples)
+
+
+@torch.no_grad()
+def _draws(posterior: Posterior, num_samples: int) -> tuple[Weights, Tensor]:
+    """Draws, with the log density of each.
+
+    Raises:
+        LeftOut: If there is none.
+    """
+    if isinstance(posterior, GuidePosterior):  # with that of its auxiliary variables
+        return posterior.sample_with_log_prob(num_samples)
+    weights = posterior.sample(num_samples)
+    try:
+        return weights, posterior.log_prob(weights)
+    except ValueError as error:
+        raise LeftOut(str(error)) from error
 
 
 def _directions(
@@ -248,44 +271,47 @@ def _k_hat(log_ratios: Tensor) -> float:
     return math.inf if math.isnan(k_hat) else float(k_hat)
 
 
-def charge_of(posterior: Guide) -> Charge:
+def charge_of(posterior: Posterior) -> Charge:
     """Effective parameters by layer; a mixture's are its components', averaged.
 
     Args:
-        posterior: Any guide.
+        posterior: A posterior.
 
     Raises:
         LeftOut: If it has no Fisher information.
     """
-    if isinstance(posterior, LaplacePosterior):
-        gaussian = posterior.gaussian
-        return Charge(
-            by_layer=gaussian.effective_parameters_by_layer(),
-            num_weights={s: x[0].numel() for s, x in gaussian.loc.items()},
+    if not is_gaussian(posterior):
+        raise LeftOut(
+            f"{kind_of(posterior)} has no Fisher information: see "
+            "arviz_stats.psense_summary of to_datatree"
         )
-    if isinstance(posterior, MixturePosterior):
-        parts = [charge_of(component) for component in posterior.components]
-        return Charge(
-            by_layer={
-                site: sum(
-                    w * part.by_layer[site]
-                    for w, part in zip(posterior.weights.tolist(), parts, strict=True)
-                )
-                for site in parts[0].by_layer
-            },
-            num_weights=parts[0].num_weights,
-        )
-    raise LeftOut(
-        f"{type(posterior).__name__} has no Fisher information: see "
-        "arviz_stats.psense_summary of to_datatree"
+    parts = [
+        (weight, part.gaussian.effective_parameters_by_layer())
+        for weight, part in posterior.gaussians()
+    ]
+    _, first = posterior.gaussians()[0]
+    return Charge(
+        by_layer={
+            site: torch.stack([weight * layers[site] for weight, layers in parts]).sum(
+                0
+            )
+            for site in parts[0][1]
+        },
+        num_weights={s: x[0].numel() for s, x in first.gaussian.loc.items()},
     )
 
 
 def _check_classes(joint: LogJoint) -> None:
-    try:
-        outcome_log_probs(joint.site["fn"])
-    except ValueError as error:
-        raise LeftOut("the likelihood isn't one class a datum") from error
+    single = _known(joint)
+    if single.event_dims or likelihoods.of(single.fn).classes is None:
+        raise LeftOut("the likelihood isn't one class a datum")
+
+
+def _known(joint: LogJoint) -> SingleOutcomes:
+    single = single_outcomes(joint.site["fn"])
+    if likelihoods.known(single.fn) is None:
+        raise LeftOut(f"{type(single.fn).__name__} isn't among pyro_lora.likelihoods")
+    return single
 
 
 @torch.no_grad()
@@ -293,13 +319,13 @@ def _diversity(
     joint: LogJoint, held_out: Iterable[Batch] | None, labels: str | None
 ) -> Diversity:
     posterior = joint.posterior
-    if isinstance(posterior, ParticlePosterior):
-        weights = posterior.particles
-    elif isinstance(posterior, MixturePosterior):
-        means = [component.mean() for component in posterior.components]
-        weights = {s: torch.stack([m[s] for m in means]) for s in means[0]}
+    modes = [part.mode() for _, part in posterior.gaussians()]
+    if posterior.num_samples is not None:
+        weights = posterior.sample(posterior.num_samples)
+    elif len(modes) > 1:
+        weights = {s: torch.stack([mode[s] for mode in modes]) for s in modes[0]}
     else:
-        raise LeftOut(f"{type(posterior).__name__} has none")
+        raise LeftOut(f"{kind_of(posterior)} has none")
     num = next(iter(weights.values())).shape[0]
     if num == 1:
         raise LeftOut("there is only one")
@@ -314,7 +340,7 @@ def _diversity(
     given = GivenLabels(source)
     for index, batch in enumerate(joint.batches if held_out is None else held_out):
         traces = at.traces(source.hidden(batch))
-        parts = [outcome_log_probs(t.nodes[at.obs_site]["fn"]) for t in traces]
+        parts = [class_log_probs(t.nodes[at.obs_site]["fn"]) for t in traces]
         log_probs.append(torch.cat(parts))
         outcomes.append(given.read(batch, log_probs[-1].shape[-1], index))
     log_p = torch.cat(log_probs, 1)  # (K, N, C)
@@ -338,10 +364,11 @@ def _diversity(
 def _confidence(
     joint: LogJoint, held_out: Iterable[Batch] | None, labels: str | None
 ) -> Confidence | Coverage:
-    found = likelihood(joint.site["fn"])
-    if not found.is_real:
+    single = _known(joint)
+    classes = likelihoods.of(single.fn).classes
+    if classes is not None:
         _check_classes(joint)
-    elif found.event_dims > 1:
+    elif single.event_dims > 1:
         raise LeftOut("the likelihood has several rows of outcomes a datum")
     prediction = predict(
         joint.posterior,
@@ -360,10 +387,13 @@ def _confidence(
     except ValueError as error:
         raise LeftOut(str(error)) from error
     metrics = prediction.metrics()
-    if found.is_real:
+    if classes is None:
+        if "coverage" not in metrics:
+            raise LeftOut(f"{type(single.fn).__name__} has no distribution function")
+        known = ~prediction.labels.isnan()
         return Coverage(
             coverage=metrics["coverage"],
-            num_data=len(prediction.labels),
+            num_data=int(known.reshape(len(known), -1).any(1).sum()),
             held_out=held_out is not None,
         )
     confidence, predicted = prediction.probs.double().max(-1)

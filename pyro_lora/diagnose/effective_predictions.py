@@ -1,108 +1,80 @@
-"""How many different predictions particles make."""
+r"""How many different predictions particles make.
+
+Two particles agree on an outcome by the Bhattacharyya coefficient :math:`\int
+\sqrt{p_i(y) p_j(y)} dy`, 1 where they say the same and 0 where no outcome is possible
+to both. Of classes it's :math:`\sum_c \sqrt{p_{ic} p_{jc}}`, of normals it has a closed
+form. Of all others it's estimated: with m the mean of all particles' densities,
+
+.. math:: \int \sqrt{p_i p_j} dy = E_{y \sim m} \sqrt{p_i(y) p_j(y)} / m(y),
+
+from the same draws for all pairs, and the diagonal is then made one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import singledispatch
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributions as td
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
+from pyro_lora.ground.interrupts import leaving_no_trace
 from pyro_lora.ground.settings import check_count
-from pyro_lora.infer.svgd.model_at_particles import model_at_particles
-from pyro_lora.infer.svgd.outcomes import likelihood
-from pyro_lora.infer.svgd.particle_model import chunks
-from pyro_lora.likelihood.batch import check_batches, checked_batches
-from pyro_lora.likelihood.model_trace import Batch, Model, evaluating
+from pyro_lora.infer.svgd.particle_model import (
+    ParticlePass,
+    likelihood_at_particles,
+    model_at_particles,
+)
+from pyro_lora.likelihood import likelihoods
+from pyro_lora.likelihood.batch import Batch, check_batches, checked_batches
+from pyro_lora.likelihood.model_trace import Model, evaluating
 from pyro_lora.likelihood.outcomes import outcomes_that_count, single_outcomes
 
-
-@dataclass(frozen=True)
-class Outcomes:
-    """What K particles say of the outcomes of B data.
-
-    Attributes:
-        parameters: (K, B, E, P), of E outcomes a datum.
-        affinity: Bhattacharyya coefficients (K, K, B, E) of the parameters.
-        counts: Which outcomes count, (B, E).
-    """
-
-    parameters: Tensor
-    affinity: Callable[[Tensor], Tensor]
-    counts: Tensor
-
-    def gram(self) -> Tensor:
-        """Affinities of the particles' predictions, mean over the data, (K, K)."""
-        # of outcomes that don't count, all particles say the same
-        by_outcome = self.affinity(self.parameters).where(self.counts, 1)
-        # outcomes of one datum are independent given the weights: affinities multiply
-        return by_outcome.prod(-1).mean(-1)
+_NUM_DRAWS = 64  # of each particle's distribution, where there is no closed form
 
 
-@singledispatch
-def outcome_parameters(fn: object) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """Parameters (..., P) of an outcome, float64, and how their affinity is found.
+def gram_of(
+    sites: Sequence[Mapping[str, Any]], sizes: Sequence[int]
+) -> tuple[Tensor, int]:
+    """Affinities of K particles' predictions, and of how many data.
 
     Args:
-        fn: The likelihood's distribution, of batch shape (...).
+        sites: The likelihood's, some particles after the others, each of batch shape
+            (K', ...).
+        sizes: K' of each.
 
-    Raises:
-        ValueError: If the type has no affinity here.
+    Returns:
+        The sum (K, K) over the data of which an outcome counts; how many they are.
     """
-    raise ValueError(
-        f"No affinity between predictions of type {type(fn).__name__}; expected "
-        "Categorical, Bernoulli or Normal, or independent ones as one event."
-    )
+    fns = [single_outcomes(site["fn"]).fn for site in sites]
+    events = sites[0]["fn"].event_shape.numel() // fns[0].event_shape.numel()
+    counts = outcomes_that_count(sites[0]).reshape(sizes[0], -1, events)[0]
 
+    def of_all(parameters: Sequence[Tensor]) -> Tensor:
+        """(K, B, E, P) of E outcomes a datum, float64."""
+        pairs = zip(parameters, sizes, strict=True)
+        parts = [
+            x.detach().double().reshape(size, *counts.shape, x.shape[-1])
+            for x, size in pairs
+        ]
+        return torch.cat(parts)
 
-@outcome_parameters.register
-def _categorical(fn: td.Categorical) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    return fn.logits.double().log_softmax(-1), _affinity_of_classes
-
-
-@outcome_parameters.register
-def _bernoulli(fn: td.Bernoulli) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    logits = fn.logits.double()
-    log_probs = torch.stack([logsigmoid(-logits), logsigmoid(logits)], -1)
-    return log_probs, _affinity_of_classes
-
-
-@outcome_parameters.register
-def _normal(fn: td.Normal) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    return torch.stack([fn.loc, fn.scale], -1).double(), _affinity_of_normals
-
-
-def outcomes(site: dict[str, Any], num_particles: int) -> Outcomes:
-    """What K particles say of the outcomes, by the likelihood in their trace.
-
-    Args:
-        site: Of the likelihood, of batch shape (K, ...).
-        num_particles: K.
-
-    Raises:
-        ValueError: If the type has no affinity here.
-    """
-    fn, counts = single_outcomes(site["fn"]).fn, outcomes_that_count(site)
-    parameters, affinity = outcome_parameters(fn)
-    shape = (num_particles, -1, site["fn"].event_shape.numel())
-    return Outcomes(
-        parameters.detach().reshape(*shape, parameters.shape[-1]),
-        affinity,
-        counts.reshape(shape)[0],
-    )
-
-
-def joined(parts: Sequence[Outcomes]) -> Outcomes:
-    """The outcomes of all particles, from those of some."""
-    return Outcomes(
-        torch.cat([p.parameters for p in parts]),
-        parts[0].affinity,
-        parts[0].counts,
-    )
+    known = [likelihoods.of(fn) for fn in fns]
+    classes = [x.classes.log_probs for x in known if x.classes is not None]
+    noise = [x.noise for x in known if x.noise is not None and x.noise.df is None]
+    if classes:
+        affinity = _affinity_of_classes(of_all(classes))
+    elif noise:
+        loc = of_all([x.predictor for x in known])
+        scale = of_all([x.scale[..., None] for x in noise])
+        affinity = _affinity_of_normals(loc[..., 0], scale[..., 0])
+    else:
+        affinity = _affinity_by_draws(fns, sizes, counts.shape)
+    # Of outcomes that don't count, all particles say the same. Those of one datum are
+    # independent given the weights: affinities multiply.
+    by_datum = affinity.where(counts, 1).prod(-1)
+    data = counts.any(-1)
+    return by_datum.where(data, torch.zeros_like(by_datum)).sum(-1), int(data.sum())
 
 
 def effective_number(gram: Tensor) -> Tensor:
@@ -118,6 +90,7 @@ def effective_number(gram: Tensor) -> Tensor:
     return torch.special.entr(eigenvalues.clamp_min(0)).sum().exp()
 
 
+@leaving_no_trace
 @torch.no_grad()
 def effective_num_predictions(
     model: Model,
@@ -133,13 +106,14 @@ def effective_num_predictions(
     the eigenvalues of the matrix of similarities over K (Friedman & Dieng 2023,
     https://arxiv.org/abs/2210.02410, eq. 1). The similarity of two particles is the
     Bhattacharyya coefficient :math:`\int \sqrt{p_i(y | x) p_j(y | x)} \, dy` of their
-    predictive distributions, mean over the data. All alike give 1; K particles of which
-    no two believe in the same outcome give K. Where data leave no doubt and all
-    particles see that, it is near 1, as it should be.
+    predictive distributions, mean over the data of which an outcome counts. All alike
+    give 1; K particles of which no two believe in the same outcome give K. Where data
+    leave no doubt and all particles see that, it is near 1, as it should be.
 
     Args:
-        model: A Pyro model, whose likelihood is Categorical, Bernoulli or Normal, or
-            an event of independent ones.
+        model: A Pyro model, whose likelihood is among ``pyro_lora.likelihoods``, or an
+            event of independent ones. The coefficients of classes and of Normals are
+            exact; of others they are estimated by draws from torch's generator.
         particles: Site -> (K, ...), on the sites' supports, such as
             ``posterior.particles``.
         batches: Mappings of model keyword arguments, labels included (which don't
@@ -148,30 +122,34 @@ def effective_num_predictions(
         chunk_size: Particles in one forward pass; None is all.
 
     Raises:
-        ValueError: If there is nothing to go through, the model can't be run by
-            particles, a site is missing or has another shape, or the likelihood is of
-            another type.
+        TypeError: If the likelihood is of another type.
+        ValueError: If there is nothing to go through, no outcome counts, the model
+            can't be run by particles, or a site is missing or has another shape.
     """
     if chunk_size is not None:
         check_count("chunk_size", chunk_size)
-    total, num_data = torch.zeros(()), 0
+    total, num_data, any_batch = torch.zeros(()), 0, False
     check_batches(batches)
     for batch in checked_batches(batches):
         target, unconstrained = model_at_particles(model, particles, batch)
         num_particles = next(iter(unconstrained.values())).shape[0]
-        parts = []
-        plates: dict[str, Tensor] = {}
+        at = ParticlePass(target, unconstrained, (), batch, chunk_size or num_particles)
+        sites, sizes = [], []
         with evaluating(target.networks):
-            for rows in chunks(num_particles, chunk_size or num_particles):
-                some = {site: x[rows] for site, x in unconstrained.items()}
-                trace, _ = target.trace(some, (), batch, plates)
-                site = likelihood(trace, obs_site)
-                parts.append(outcomes(site, rows.stop - rows.start))
-        found = joined(parts)
-        size = found.parameters.shape[1]
-        total, num_data = total + size * found.gram(), num_data + size
-    if num_data == 0:
+            for rows, chunk in at.chunks():
+                trace, _ = at.trace(chunk)
+                sites.append(likelihood_at_particles(trace, obs_site))
+                sizes.append(rows.stop - rows.start)
+        gram, size = gram_of(sites, sizes)
+        total, num_data = total + gram, num_data + size
+        any_batch = True
+    if not any_batch:
         raise ValueError("There are no batches to predict.")
+    if num_data == 0:
+        raise ValueError(
+            "There is no datum to predict: all outcomes are masked or missing. Give "
+            "others."
+        )
     return float(effective_number(total / num_data))
 
 
@@ -180,8 +158,29 @@ def _affinity_of_classes(log_probs: Tensor) -> Tensor:
     return torch.einsum("kbec,jbec->kjbe", roots, roots)
 
 
-def _affinity_of_normals(parameters: Tensor) -> Tensor:
-    loc, scale = parameters.unbind(-1)
+def _affinity_of_normals(loc: Tensor, scale: Tensor) -> Tensor:
     variances = scale[:, None].square() + scale.square()
     gap = (loc[:, None] - loc).square() / (4 * variances)
     return (2 * scale[:, None] * scale / variances).sqrt() * (-gap).exp()
+
+
+def _affinity_by_draws(
+    fns: Sequence[Any], sizes: Sequence[int], shape: torch.Size
+) -> Tensor:
+    """Estimated, (K, K, B, E), with equally many draws of each particle's density."""
+    pairs = list(zip(fns, sizes, strict=True))
+    outcomes = [fn.sample(torch.Size([_NUM_DRAWS])).to(fn.mean) for fn, _ in pairs]
+    rows = []
+    for fn, size in pairs:
+        # Every particle's density of every particle's draws, (M K, K', ...).
+        found = [
+            fn.log_prob(y[:, k][:, None].expand(-1, size, *y.shape[2:]))
+            for y in outcomes
+            for k in range(y.shape[1])
+        ]
+        rows.append(torch.cat(found).double().reshape(-1, size, *shape))
+    log_p = torch.cat(rows, 1)  # (M K, K, B, E)
+    roots = ((log_p - log_p.logsumexp(1, keepdim=True)) / 2).exp()
+    gram = torch.einsum("yibe,yjbe->ijbe", roots, roots)
+    norm = gram.diagonal(dim1=0, dim2=1).movedim(-1, 0).sqrt()
+    return gram / (norm[:, None] * norm)

@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
+from pyro_lora.curvature.prior_moments import model_scales
+from pyro_lora.ground.settings import check_gradients
 from pyro_lora.ground.weights import Weights
-from pyro_lora.likelihood.batch import checked_batches, explaining
+from pyro_lora.likelihood.batch import Batch, checked_batches, explaining
 from pyro_lora.likelihood.data_plate import data_plate
 from pyro_lora.likelihood.model_trace import (
-    Batch,
     Model,
     evaluating,
     lifted_networks,
     trace_at,
-    trace_on,
 )
-from pyro_lora.posteriors.laplace_posterior import LaplacePosterior
-from pyro_lora.posteriors.posterior import Guide
-from pyro_lora.posteriors.prior_density import log_prior_by_site, prior_of
+from pyro_lora.posteriors.posterior import (
+    Posterior,
+    one_weight_set,
+    tempered_prior,
+)
+from pyro_lora.posteriors.prior import log_prior_by_site
 from pyro_lora.predict.data_pass import (
     datum_log_probs,
     latent_log_probs,
+    no_log_joint,
     observes_only,
 )
-from pyro_lora.predict.draws import LORA_POSTERIORS, model_at_draws
+from pyro_lora.predict.draws import model_at_draws
 
 
 class LeftOut(Exception):
@@ -37,8 +41,7 @@ class LogJoint:
     """Log likelihood and log prior of all data, as a function of the weights.
 
     Args:
-        posterior: Any Pyro guide for the model; its own prior is used, where it has
-            one.
+        posterior: The posterior, whose prior is used.
         model: The Pyro model.
         batches: Re-iterable of mappings of model keyword arguments.
         obs_site: The likelihood's site, or None.
@@ -49,7 +52,7 @@ class LogJoint:
 
     def __init__(
         self,
-        posterior: Guide,
+        posterior: Posterior,
         model: Model,
         batches: Iterable[Batch],
         obs_site: str | None,
@@ -58,11 +61,13 @@ class LogJoint:
         if first is None:
             raise ValueError("diagnose got no batches.")
         self.posterior, self.model, self.batches = posterior, model, batches
-        self.first, self.prior = first, prior_of(posterior)
-        at = model_at_draws(model, _one_weight_set(posterior, first), first, obs_site)
+        self.first = first
+        one = {site: x[None] for site, x in one_weight_set(posterior).items()}
+        at = model_at_draws(model, one, first, obs_site)
         (trace,) = at.traces(first)
         self.obs_site, self.site = at.obs_site, trace.nodes[at.obs_site]
         self.loras = lifted_networks(trace)
+        self.prior = tempered_prior(posterior, model_scales(trace, self.loras))
         self.observes_only = observes_only(trace, at.obs_site)
         self.num_data = 0
         for batch in checked_batches(batches):
@@ -75,16 +80,9 @@ class LogJoint:
         Raises:
             LeftOut: If labels or data are missing, or another site is observed, too.
         """
-        if not self.site["is_observed"]:
-            raise LeftOut("needs labels, and the batches have none")
-        full_size = data_plate(self.site).full_size
-        if self.num_data != full_size:
-            raise LeftOut(
-                f"needs all training data: the batches hold {self.num_data}, the "
-                f"model's plate {full_size}"
-            )
-        if not self.observes_only:
-            raise LeftOut("the model observes more than one site")
+        reason = no_log_joint(self.site, self.num_data, self.observes_only)
+        if reason is not None:
+            raise LeftOut(reason)
 
     @torch.no_grad()
     def at(self, weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -119,6 +117,7 @@ class LogJoint:
         Args:
             mode: Site -> value, all latent sites of the model.
         """
+        check_gradients()
         leaves = {
             site: mode[site].clone().requires_grad_()
             for lora in self.loras
@@ -139,39 +138,3 @@ class LogJoint:
             s: torch.zeros_like(x) if x.grad is None else x.grad
             for s, x in leaves.items()
         }
-
-
-def guide_draws(
-    guide: Guide, batch: Batch, num: int
-) -> Iterator[tuple[Weights, Tensor]]:
-    """Draws of a guide's sites, each with its log density.
-
-    Args:
-        guide: Any Pyro guide without local latent variables.
-        batch: The arguments that it is called with.
-        num: How many draws.
-
-    Yields:
-        Site -> value, and log q, a scalar, nats.
-    """
-    for _ in range(num):
-        with torch.no_grad():
-            trace = trace_on(guide, (), batch)
-            log_q = trace.log_prob_sum()
-        weights = {
-            name: site["value"]
-            for name, site in trace.nodes.items()
-            if site["type"] == "sample"
-            and not site["infer"].get("is_auxiliary")
-            and not site["is_observed"]
-        }
-        yield weights, log_q
-
-
-def _one_weight_set(posterior: Guide, batch: Batch) -> Weights:
-    if isinstance(posterior, LaplacePosterior):
-        return {site: value[None] for site, value in posterior.mode().items()}
-    if isinstance(posterior, LORA_POSTERIORS):
-        return posterior.sample(1)
-    ((drawn, _),) = guide_draws(posterior, batch, 1)
-    return {site: value[None] for site, value in drawn.items()}

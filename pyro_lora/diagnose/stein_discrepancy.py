@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_lora.ground.interrupts import leaving_no_trace
 from pyro_lora.ground.settings import check_count, check_positive
-from pyro_lora.infer.svgd import transport
 from pyro_lora.infer.svgd.kernels import (
     IMQ,
     Kernel,
@@ -18,12 +18,16 @@ from pyro_lora.infer.svgd.kernels import (
     check_kernel,
     space_of,
 )
-from pyro_lora.infer.svgd.model_at_particles import model_at_particles
-from pyro_lora.infer.svgd.particle_checks import PARTICLE_PLATE
-from pyro_lora.infer.svgd.particle_model import ParticleModel, chunked_gradients
-from pyro_lora.likelihood.batch import check_batches, checked_batches
+from pyro_lora.infer.svgd.particle_model import (
+    PARTICLE_PLATE,
+    ParticleModel,
+    ParticlePass,
+    model_at_particles,
+)
+from pyro_lora.infer.svgd.weight_space import squared_distances
+from pyro_lora.likelihood.batch import Batch, check_batches, checked_batches
 from pyro_lora.likelihood.data_plate import data_plate
-from pyro_lora.likelihood.model_trace import Batch, Model, evaluating, observed_sites
+from pyro_lora.likelihood.model_trace import Model, evaluating, observed_sites
 
 # Shares of the data add up to one but for rounding.
 SHARE_TOLERANCE = 1e-6
@@ -47,6 +51,7 @@ class SteinDiscrepancy:
     p_value: float | None
 
 
+@leaving_no_trace
 def kernelized_stein_discrepancy(
     model: Model,
     particles: Mapping[str, Tensor],
@@ -153,7 +158,7 @@ def _stein_kernel(
         x = particles[site].double().reshape(len(particles[site]), -1)
         s = scores[site].double().reshape(x.shape)
         x = x - x.mean(0)  # differences don't change, cancellation shrinks
-        sq_dists = sq_dists.to(x.device) + transport.squared_distances(x)
+        sq_dists = sq_dists.to(x.device) + squared_distances(x)
         score_products = score_products.to(x.device) + s @ s.mT
         mixed = mixed.to(x.device) + s @ x.mT
         num_weights += x.shape[1]
@@ -208,16 +213,9 @@ def _scores(
             return shares[-1] * log_joint.sum()
 
         with evaluating(target.networks):
-            found, _ = chunked_gradients(
-                target,
-                unconstrained,
-                chunk_size or num_draws,
-                objective,
-                (),
-                batch,
-                {},
-            )
-        scores = {s: scores.get(s, 0) + g.double() for s, g in found.items()}
+            at = ParticlePass(target, unconstrained, (), batch, chunk_size or num_draws)
+            of_batch, _ = at.gradients(objective)
+        scores = {s: scores.get(s, 0) + g.double() for s, g in of_batch.items()}
         covered += shares[0]
     if target is None:
         raise ValueError("There are no batches: give [{}] for a model without data.")

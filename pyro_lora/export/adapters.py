@@ -12,17 +12,22 @@ from huggingface_hub import ModelCard
 from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor
 
-from pyro_lora.export.posterior_state import Posterior
 from pyro_lora.ground.interrupts import leaving_no_trace, undone
+from pyro_lora.ground.settings import check_count
 from pyro_lora.ground.tensor_folder import put
 from pyro_lora.ground.unfinished import aside
 from pyro_lora.ground.warning import warn
 from pyro_lora.lifting.lifted_network import LiftedNetwork
-from pyro_lora.posteriors.joint_distribution import check_num_samples
-from pyro_lora.posteriors.mixture_posterior import MixturePosterior
-from pyro_lora.posteriors.particle_posterior import ParticlePosterior
-from pyro_lora.posteriors.prior_density import prior_of, with_scaled_sites
-from pyro_lora.predict.draws import LORA_POSTERIORS
+from pyro_lora.posteriors.dropout import has_dropout
+from pyro_lora.posteriors.guide_posterior import Guide
+from pyro_lora.posteriors.laplace_posterior import LaplacePosterior
+from pyro_lora.posteriors.posterior import (
+    Posterior,
+    as_posterior,
+    kind_of,
+    only_gaussian,
+)
+from pyro_lora.posteriors.prior import with_scaled_sites
 
 _CLASSIFIERS = ("SEQ_CLS", "TOKEN_CLS")
 
@@ -89,18 +94,18 @@ def is_linearized(posterior: Posterior) -> bool:
     Args:
         posterior: The posterior.
     """
-    if isinstance(posterior, MixturePosterior):
-        return any(is_linearized(component) for component in posterior.components)
-    if isinstance(posterior, ParticlePosterior):
-        return False
+    return any(_num_layers(part) > 1 for _, part in posterior.gaussians())
+
+
+def _num_layers(gaussian: LaplacePosterior) -> int:
     layers = {
         p.locations[0][0]
-        for lora in posterior.loras
+        for lora in gaussian.networks
         for site, members in lora.parameters.items()
         for p in members
-        if site in posterior.gaussian.loc
+        if site in gaussian.gaussian.loc
     }
-    return len(layers) > 1
+    return len(layers)
 
 
 def meaning(posterior: Posterior) -> str:
@@ -138,16 +143,21 @@ def title(posterior: Posterior, index: int, num_samples: int) -> str:
         One line.
     """
     place = f"{index + 1} of {num_samples}"
-    if isinstance(posterior, ParticlePosterior):
-        num = posterior.num_particles
-        if num == 1:
-            return "The one weight set of a point estimate"
-        if num == num_samples:
-            return f"Particle {place}"
-        return f"Draw {place} from {num} particles"
-    if isinstance(posterior, MixturePosterior):
-        return f"Draw {place} from a mixture of {len(posterior.components)} posteriors"
-    return f"Draw {place} from a Laplace approximation of the posterior"
+    num = posterior.num_samples
+    if num == 1:
+        return "The one weight set of a point estimate"
+    if num is not None:
+        return (
+            f"Particle {place}"
+            if num == num_samples
+            else f"Draw {place} from {num} particles"
+        )
+    if only_gaussian(posterior) is not None:
+        return f"Draw {place} from a Laplace approximation of the posterior"
+    parts = posterior.gaussians()
+    if len(parts) > 1:
+        return f"Draw {place} from a mixture of {len(parts)} posteriors"
+    return f"Draw {place} from a {kind_of(posterior)}"
 
 
 def _contents(config: Any, tensors: Sequence[str]) -> str:
@@ -173,7 +183,7 @@ _CARD = "README.md"
 
 @leaving_no_trace
 def export_adapters(
-    posterior: Posterior, path: str | os.PathLike[str], num_samples: int
+    posterior: Posterior | Guide, path: str | os.PathLike[str], num_samples: int
 ) -> None:
     """Write draws as adapters ``draw_000``, ``draw_001``, ... that PEFT can load.
 
@@ -190,12 +200,12 @@ def export_adapters(
     it was.
 
     Args:
-        posterior: A Laplace, particle or mixture posterior of one PEFT model.
+        posterior: A posterior of one PEFT model, or an autoguide that has run.
         path: The folder to hold them, which must be new or empty.
         num_samples: Number of draws; that of the particles writes each one, in order.
 
     Raises:
-        ValueError: If the posterior is of another kind, the folder holds draws already
+        ValueError: If the posterior is ``mc_dropout``'s, the folder holds draws already
             or anything else, or can't be replaced (a mount, the current folder), the
             lifted network isn't one PEFT model, a lifted parameter isn't part of what
             PEFT saves, or ``num_samples`` isn't positive.
@@ -206,7 +216,8 @@ def export_adapters(
             with one.
     """
     folder = Path(path).resolve()  # not a link to it
-    check_num_samples(num_samples)
+    check_count("num_samples", num_samples)
+    posterior = as_posterior(posterior)
     lora, network, adapter = _one_adapter(posterior)
     _check_replaceable(folder)
     _check_saved_by_peft(lora, network, adapter)
@@ -218,9 +229,7 @@ def export_adapters(
             "last layer (AutoLaplace(sites='last_layer')), particles (SVGD) and the "
             "mode (ensemble(lora, [posterior.mode()])) predict as they should."
         )
-    draws = with_scaled_sites(
-        prior_of(posterior), (lora,), posterior.sample(num_samples)
-    )
+    draws = with_scaled_sites(posterior.prior, (lora,), posterior.sample(num_samples))
     before = lora.weights()
     with aside(folder.parent) as unfinished:
         whole = unfinished / "whole"
@@ -292,18 +301,18 @@ def _write(
 
 
 def _one_adapter(posterior: Posterior) -> tuple[LiftedNetwork, PeftModel, str]:
-    if not isinstance(posterior, LORA_POSTERIORS):
+    if has_dropout(posterior) or not posterior.networks:
         raise ValueError(
-            f"export_adapters can't write a {type(posterior).__name__}; expected "
-            "LaplacePosterior, ParticlePosterior or MixturePosterior. Draw from a Pyro "
-            "guide yourself, and export pyro_lora.ensemble(lora, draws)."
+            f"export_adapters can't write a {kind_of(posterior)}; expected a posterior "
+            "over the weights of a network that it knows. Draw from a Pyro guide "
+            "yourself, and export pyro_lora.ensemble(lora, draws)."
         )
-    if len(posterior.loras) != 1:
+    if len(posterior.networks) != 1:
         raise ValueError(
-            f"The posterior has {len(posterior.loras)} lifted networks; expected one, "
-            "since an adapter belongs to one network."
+            f"The posterior has {len(posterior.networks)} lifted networks; expected "
+            "one, since an adapter belongs to one network."
         )
-    (lora,) = posterior.loras
+    (lora,) = posterior.networks
     network = lora.network
     if not isinstance(network, PeftModel):
         raise ValueError(

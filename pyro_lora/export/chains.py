@@ -11,11 +11,8 @@ from torch import Tensor
 
 from pyro_lora.ground.settings import check_count
 from pyro_lora.ground.weights import Weights
-from pyro_lora.likelihood.model_trace import Batch
 from pyro_lora.posteriors.mixture_posterior import MixturePosterior
-from pyro_lora.posteriors.particle_posterior import ParticlePosterior
-from pyro_lora.posteriors.posterior import Guide
-from pyro_lora.predict.draws import LORA_POSTERIORS, draw_weights
+from pyro_lora.posteriors.posterior import Posterior
 
 DEFAULT_NUM_SAMPLES = 100  # PSIS needs 25; quantiles want a few more
 
@@ -23,7 +20,7 @@ Samples = Mapping[str, Tensor]  # site -> (chain, draw, ...)
 
 
 @dataclass(frozen=True)
-class Some:
+class Draws:
     """A few draws of every chain.
 
     Attributes:
@@ -34,6 +31,16 @@ class Some:
     weights: Weights
     component: Tensor | None = None
 
+    def __len__(self) -> int:
+        """S."""
+        return next(iter(self.weights.values())).shape[0]
+
+    def of(self, component: int) -> Tensor:
+        """The places of a component's draws."""
+        if self.component is None:
+            return torch.arange(len(self))
+        return (self.component == component).nonzero()[:, 0]
+
 
 @dataclass(frozen=True, eq=False)
 class Chains:
@@ -43,26 +50,27 @@ class Chains:
         num_chains: Independent chains; 1 where the draws are independent.
         num_draws: Of each chain.
         take: The draws from start to stop of every chain, asked for in order.
+        components: What the draws are of: a mixture's components, else the posterior
+            itself; empty where there are draws alone.
+        component_weights: Of a mixture, else None.
         diverging: Of NUTS, (chain, draw); else None.
     """
 
     num_chains: int
     num_draws: int
-    take: Callable[[int, int], Some] = field(repr=False)
+    take: Callable[[int, int], Draws] = field(repr=False)
+    components: tuple[Posterior, ...] = ()
+    component_weights: Tensor | None = None
     diverging: Tensor | None = None
 
 
-def chains_of(
-    posterior: Guide | MCMC | Samples, num_samples: int | None, batch: Batch
-) -> Chains:
+def chains_of(posterior: Posterior | MCMC | Samples, num_samples: int | None) -> Chains:
     """The draws of a posterior.
 
     Args:
-        posterior: One of ours, any Pyro guide, an ``MCMC`` that has run, or its
-            samples by chain.
+        posterior: A posterior, an ``MCMC`` that has run, or its samples by chain.
         num_samples: Draws of each chain; None is all that there are, or 100. Fewer
             than a Markov chain has are its last ones.
-        batch: The arguments that a guide is called with.
 
     Returns:
         The chains.
@@ -77,33 +85,32 @@ def chains_of(
         found = posterior.diagnostics().get("divergences", {})
         for chain, draws in enumerate(found.values()):
             diverging[chain, draws] = 1
-        return Chains(
-            chains.num_chains,
-            chains.num_draws,
-            chains.take,
-            diverging[:, -chains.num_draws :].bool(),
-        )
+        last = diverging[:, -chains.num_draws :].bool()
+        return Chains(chains.num_chains, chains.num_draws, chains.take, diverging=last)
     if isinstance(posterior, Mapping):
         return _of_samples(posterior, num_samples)
     if num_samples is None:
-        num_samples = DEFAULT_NUM_SAMPLES
-        if isinstance(posterior, ParticlePosterior):
-            num_samples = posterior.num_particles
+        num_samples = posterior.num_samples or DEFAULT_NUM_SAMPLES
     check_count("num_samples", num_samples)
-    if isinstance(posterior, ParticlePosterior):
-        particles = posterior.sample(num_samples)
-        return Chains(1, num_samples, lambda a, b: Some(_slice(particles, a, b)))
     if isinstance(posterior, MixturePosterior):
-        return Chains(1, num_samples, lambda a, b: _of_mixture(posterior, b - a))
-    if isinstance(posterior, LORA_POSTERIORS):
-        return Chains(1, num_samples, lambda a, b: Some(posterior.sample(b - a)))
+        return Chains(
+            1,
+            num_samples,
+            lambda a, b: Draws(*posterior.sample_with_components(b - a)),
+            posterior.components,
+            posterior.weights,
+        )
+    if posterior.num_samples is None:
+        return Chains(
+            1, num_samples, lambda a, b: Draws(posterior.sample(b - a)), (posterior,)
+        )
+    particles = posterior.sample(num_samples)  # each of them once, over all chunks
     return Chains(
-        1, num_samples, lambda a, b: Some(draw_weights(posterior, b - a, 1, batch))
+        1,
+        num_samples,
+        lambda a, b: Draws({site: x[a:b] for site, x in particles.items()}),
+        (posterior,),
     )
-
-
-def _slice(weights: Mapping[str, Tensor], start: int, stop: int) -> Weights:
-    return {site: value[start:stop] for site, value in weights.items()}
 
 
 def _of_samples(samples: Samples, num_samples: int | None) -> Chains:
@@ -121,20 +128,8 @@ def _of_samples(samples: Samples, num_samples: int | None) -> Chains:
         )
     first = length - num_draws
 
-    def take(start: int, stop: int) -> Some:
-        some = slice(first + start, first + stop)
-        return Some({s: x[:, some].flatten(0, 1) for s, x in samples.items()})
+    def take(start: int, stop: int) -> Draws:
+        rows = slice(first + start, first + stop)
+        return Draws({s: x[:, rows].flatten(0, 1) for s, x in samples.items()})
 
     return Chains(num_chains, num_draws, take)
-
-
-def _of_mixture(posterior: MixturePosterior, num: int) -> Some:
-    component = torch.multinomial(posterior.weights, num, replacement=True)
-    parts = []
-    for index, of_part in enumerate(posterior.components):
-        count = int((component == index).sum())
-        if count > 0:
-            parts.append(of_part.sample(count))
-    place = component.argsort(stable=True).argsort()
-    weights = {s: torch.cat([part[s] for part in parts])[place] for s in parts[0]}
-    return Some(weights, component)

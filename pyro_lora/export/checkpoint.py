@@ -12,13 +12,13 @@ import torch
 
 from pyro_lora.export.posterior_state import (
     Description,
-    Posterior,
     describe,
     restore,
     sites_of,
 )
 from pyro_lora.export.weight_variables import without_adapter_name
 from pyro_lora.ground.checked_tensors import CheckedTensors
+from pyro_lora.ground.interrupts import leaving_no_trace
 from pyro_lora.ground.tensor_folder import (
     Format,
     Manifest,
@@ -38,6 +38,8 @@ from pyro_lora.lifting.fingerprint import (
 )
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.likelihood.model_trace import Model
+from pyro_lora.posteriors.guide_posterior import Guide
+from pyro_lora.posteriors.posterior import Posterior, as_posterior
 from pyro_lora.priors.prior import NOISE
 
 
@@ -61,8 +63,9 @@ class SavedPosterior(Schema):
 FORMAT = Format("pyro_lora posterior", 2, "Save the posterior again.", SavedPosterior)
 
 
+@leaving_no_trace
 def save(
-    posterior: Posterior,
+    posterior: Posterior | Guide,
     path: str | os.PathLike[str],
     *,
     metadata: Mapping[str, str] | None = None,
@@ -92,18 +95,20 @@ def save(
                 f"metadata must be strings by name, found {name!r}: {value!r}. Put "
                 "other things into one by json.dumps."
             )
+    posterior = as_posterior(posterior)
     description, tensors = describe(posterior)
-    networks, values = described([fingerprint(lora) for lora in posterior.loras])
+    networks, values = described([fingerprint(lora) for lora in posterior.networks])
     content = {
         "posterior": description,
         "sites": {site: list(shape) for site, shape in sites_of(posterior).items()},
-        "layers": _layers(posterior.loras),
+        "layers": _layers(posterior.networks),
         "metadata": metadata,
         "networks": networks,
     }
     write_folder(Path(path), FORMAT, content, tensors | values)
 
 
+@leaving_no_trace
 def load(
     path: str | os.PathLike[str],
     lora: LiftedNetwork | Sequence[LiftedNetwork],
@@ -123,7 +128,7 @@ def load(
         The posterior, on the network's device and in its dtype; in the dtype that it
         was saved in, bit for bit what was saved. A normal prior is restored whatever
         prior ``lora`` was lifted with; any other prior is that of ``lora``, its
-        ``pyro.param`` values as they were. Refits (``num_refits=``) need a new fit.
+        ``pyro.param`` values as they were.
 
     Raises:
         ValueError: If a file is missing, truncated, altered, not one of ours or

@@ -10,34 +10,36 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pyro.infer import MCMC
 
-from pyro_lora.export.chains import Samples, chains_of
-from pyro_lora.export.draw_chunks import joined, written
-from pyro_lora.export.draw_groups import DrawGroups
-from pyro_lora.export.linearized_pass import has_linear_predictor
+from pyro_lora.export.chains import Chains, Samples, chains_of
+from pyro_lora.export.draw_groups import DrawGroups, per_draw
+from pyro_lora.export.linearized_pass import is_one_outcome
 from pyro_lora.ground.interrupts import leaving_no_trace
 from pyro_lora.ground.settings import check_count, check_word
+from pyro_lora.ground.unfinished import aside
 from pyro_lora.ground.warning import warn
-from pyro_lora.likelihood.batch import check_batches, checked_batches
-from pyro_lora.likelihood.model_trace import Batch, Model
+from pyro_lora.likelihood import likelihoods
+from pyro_lora.likelihood.batch import Batch, check_batches, checked_batches
+from pyro_lora.likelihood.model_trace import Model
+from pyro_lora.likelihood.outcomes import single_outcomes
 from pyro_lora.posteriors.dropout import check_no_dropout
-from pyro_lora.posteriors.mixture_posterior import MixturePosterior
-from pyro_lora.posteriors.posterior import Guide
-from pyro_lora.predict.draws import (
-    LORA_POSTERIORS,
-    check_guide,
-    check_names,
-    model_at_draws,
-    prediction_method,
+from pyro_lora.posteriors.guide_posterior import Guide
+from pyro_lora.posteriors.posterior import (
+    Posterior,
+    as_posterior,
+    is_gaussian,
+    kind_of,
+    only_gaussian,
 )
-from pyro_lora.predict.linearized import laplace_parts, obstacle
+from pyro_lora.predict.draws import check_names, model_at_draws
+from pyro_lora.predict.linearized import obstacle
 
 if TYPE_CHECKING:
-    from xarray import DataTree
+    from xarray import Dataset, DataTree
 
 
 @leaving_no_trace
 def to_datatree(
-    posterior: Guide | MCMC | Samples,
+    posterior: Posterior | Guide | MCMC | Samples,
     batches: Iterable[Batch] | None = None,
     *,
     model: Model | None = None,
@@ -65,10 +67,14 @@ def to_datatree(
       each layer); of a mixture its weights, and these of each component, as
       ``component.0.log_evidence``.
     - ``log_prior``: log density of each site, nats, under the posterior's own prior,
-      else the lifted network's.
+      else the lifted network's; times a ``poutine.scale`` around ``lora()`` or the
+      model (of which particles say nothing without ``batches``). Draws of the prior
+      aren't changed by one.
     - ``sample_stats``: ``lp``, the log joint of all data, where the likelihood is all
-      that the model observes; ``log_q``, the posterior's log density, both in nats;
-      ``component``, a mixture's; ``diverging``, of NUTS.
+      that the model observes and the batches hold as many data as its plate says (else
+      the attribute ``lp_left_out`` of ``posterior`` has the reason); ``log_q``, the
+      posterior's log density, both in nats; ``component``, a mixture's; ``diverging``,
+      of NUTS.
     - ``log_likelihood``: one value a datum, nats, float64.
     - ``posterior_predictive`` and ``observed_data``: outcomes, drawn and given. Data
       whose outcome is missing or masked are in the first alone, and the others keep
@@ -86,7 +92,7 @@ def to_datatree(
     draw.
 
     Args:
-        posterior: One of ours; or any Pyro guide, an ``MCMC`` that has run, or samples
+        posterior: A posterior; or any Pyro guide, an ``MCMC`` that has run, or samples
             by chain, site -> (chain, draw, ...), which need model and batches.
         batches: Mappings of model keyword arguments that cover all data once; None
             leaves out the groups that depend on data.
@@ -175,17 +181,18 @@ def _groups(
     check_word("method", method, ("linearized", "sample", None))
     if num_samples is not None:
         check_count("num_samples", num_samples)
-    if not isinstance(posterior, MCMC | Mapping):
-        check_guide(posterior)
-    check_no_dropout(posterior, "to_datatree")
     first, batches = _first_batch(batches)
-    if isinstance(posterior, LORA_POSTERIORS):
-        model = posterior.model if model is None else model
-        obs_site = posterior.obs_site if obs_site is None else obs_site
-    elif model is None or first is None:
+    given, kind, known = posterior, type(posterior).__name__, None
+    if not isinstance(posterior, MCMC | Mapping):
+        posterior = known = as_posterior(posterior, model, first)
+        check_no_dropout(known, "to_datatree")
+        kind = kind_of(known)
+        model = known.model if model is None else model
+        obs_site = known.obs_site if obs_site is None else obs_site
+    if known is not given and (model is None or first is None):
+        # A guide's networks, or those of samples, are known by the model's run alone.
         raise ValueError(
-            f"{type(posterior).__name__} doesn't know the model. Pass model= and "
-            "batches= to to_datatree."
+            f"{kind} doesn't know the model. Pass model= and batches= to to_datatree."
         )
     if model is not None:
         check_names(model, obs_site, labels)
@@ -194,11 +201,11 @@ def _groups(
             "This posterior was loaded without its model. Pass model= to "
             "to_datatree, or leave batches out."
         )
-    chains = chains_of(posterior, num_samples, first or {})
+    chains = chains_of(posterior, num_samples)
     linearized = False
     if model is not None and first is not None:
-        if method != "sample" and prediction_method(posterior) == "linearized":
-            reason, obs_site = _obstacle(posterior, model, first, obs_site)
+        if method != "sample" and known is not None and is_gaussian(known):
+            reason, obs_site = _obstacle(chains, model, first, obs_site)
             linearized = reason is None
             if reason is not None and method is None:
                 warn(
@@ -210,12 +217,13 @@ def _groups(
         if method == "linearized" and not linearized:
             raise ValueError(
                 "method='linearized' needs a Laplace posterior over nothing but "
-                "weights, or a mixture of them, and a Categorical, Bernoulli or Normal "
-                "likelihood with one outcome a datum; the posterior is "
-                f"{type(posterior).__name__}. Use method='sample'."
+                "weights, or a mixture of them, and a likelihood among "
+                "pyro_lora.likelihoods with one outcome a datum; the posterior is "
+                f"{kind}. Use method='sample'."
             )
     return DrawGroups(
-        posterior,
+        known,
+        kind,
         chains,
         model,
         batches,
@@ -228,21 +236,23 @@ def _groups(
 
 
 def _obstacle(
-    posterior: Any, model: Model, first: Batch, obs_site: str | None
+    chains: Chains, model: Model, first: Batch, obs_site: str | None
 ) -> tuple[str | None, str | None]:
     """Why the likelihood can't be linearised, if so, and its site."""
-    parts = [part for _, part in laplace_parts(posterior)]
+    parts = [only_gaussian(part) for part in chains.components]
+    if parts[0] is None or None in parts:
+        return "a component of the posterior is no single Gaussian", obs_site
     one = {site: value[None] for site, value in parts[0].mode().items()}
     at = model_at_draws(model, one, first, obs_site)
     (trace,) = at.traces(first)
-    if any(part.latents is not None for part in parts):
+    if any(part is not None and part.latents is not None for part in parts):
         return "the posterior has latent sites besides the weights", at.obs_site
-    components = posterior.components if isinstance(posterior, MixturePosterior) else ()
-    if any(isinstance(component, MixturePosterior) for component in components):
-        return "the posterior is a mixture of mixtures", at.obs_site
     fn = trace.nodes[at.obs_site]["fn"]
+    single = single_outcomes(fn).fn
+    if likelihoods.known(single) is None:  # its draws and density will do
+        return f"{type(single).__name__} isn't among pyro_lora.likelihoods", at.obs_site
     reason = obstacle(fn)
-    if reason is None and not has_linear_predictor(fn):
+    if reason is None and not is_one_outcome(fn):
         reason = f"{type(fn).__name__} isn't one outcome a datum"
     return reason, at.obs_site
 
@@ -259,3 +269,68 @@ def _first_batch(
         raise ValueError("to_datatree got no batches. Is the iterable used up already?")
     # An iterator can be read once only, so what it gave is put back.
     return first, chain([first], iterator) if iterator is batches else batches
+
+
+Groups = Mapping[str, "Dataset"]
+
+
+def joined(chunks: Iterable[Groups]) -> DataTree:
+    """All chunks as one tree in memory.
+
+    Args:
+        chunks: Groups of some draws each, in order.
+    """
+    from xarray import DataTree, concat
+
+    parts = list(chunks)
+    if len(parts) == 1:
+        return DataTree.from_dict(dict(parts[0]))
+    return DataTree.from_dict(
+        {
+            name: concat(
+                [part[name] for part in parts],
+                "draw",
+                data_vars="all",
+                coords="minimal",
+                compat="override",
+                join="exact",
+                combine_attrs="override",
+            )
+            if per_draw(name)
+            else group
+            for name, group in parts[0].items()
+        }
+    )
+
+
+def written(chunks: Iterable[Groups], path: Path) -> DataTree:
+    """All chunks in a zarr store, one in memory at a time.
+
+    The store has another name until it is whole.
+
+    Args:
+        chunks: Groups of some draws each, in order.
+        path: The store to make.
+
+    Returns:
+        The tree, which reads from the store.
+
+    Raises:
+        ValueError: If ``path`` exists.
+    """
+    from xarray import open_datatree
+
+    if path.exists():
+        raise ValueError(f"{path} exists. Name a store that doesn't, or delete it.")
+    with aside(path.parent) as unfinished:
+        part = unfinished / path.name
+        for index, groups in enumerate(chunks):
+            for name, group in groups.items():
+                if index == 0:
+                    group.to_zarr(part, group=name, mode="a", consolidated=False)
+                elif per_draw(name):
+                    group.to_zarr(
+                        part, group=name, append_dim="draw", consolidated=False
+                    )
+        part.rename(path)
+    return open_datatree(path, engine="zarr", consolidated=False)

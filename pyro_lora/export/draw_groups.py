@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pyro_lora.export.chains import Chains, Some
+from pyro_lora.export.chains import Chains, Draws
 from pyro_lora.export.linearized_pass import LinearizedAtDraws
 from pyro_lora.export.weight_variables import (
     Variables,
@@ -19,15 +19,20 @@ from pyro_lora.export.weight_variables import (
 )
 from pyro_lora.ground.weights import Weights
 from pyro_lora.lifting.lifted_network import LiftedNetwork
-from pyro_lora.likelihood.model_trace import Batch, Model, evaluating_model, trace_at
+from pyro_lora.likelihood.batch import Batch
+from pyro_lora.likelihood.model_trace import Model, evaluating_model, trace_at
 from pyro_lora.likelihood.outcome_source import OutcomeSource
-from pyro_lora.posteriors.laplace_posterior import LaplacePosterior
-from pyro_lora.posteriors.mixture_posterior import MixturePosterior
-from pyro_lora.posteriors.posterior import Guide
-from pyro_lora.posteriors.prior_density import (
+from pyro_lora.posteriors.posterior import (
+    Posterior,
+    kind_of,
+    only_gaussian,
+    tempered_prior,
+)
+from pyro_lora.posteriors.prior import (
     log_prior_by_site,
+    networks_prior,
     prior_draws,
-    prior_of,
+    scaled,
     with_scaled_sites,
 )
 from pyro_lora.predict.data_pass import DataPass, pass_over_data
@@ -45,7 +50,8 @@ class DrawGroups:
     """What the groups are made from, some draws at a time.
 
     Attributes:
-        posterior: The posterior.
+        posterior: The posterior; None where there are draws alone.
+        kind: What it is called.
         chains: Its draws.
         model: The Pyro model, where there is one.
         batches: The data, or None.
@@ -56,7 +62,8 @@ class DrawGroups:
         labels: The model's argument with that site's outcomes, where it is named.
     """
 
-    posterior: Any
+    posterior: Posterior | None
+    kind: str
     chains: Chains
     model: Model | None
     batches: Iterable[Batch] | None
@@ -84,8 +91,9 @@ class DrawGroups:
         data = self._pass(some)
         loras = self._networks(data)
         variables = raw_variables if self.raw else delta_variables
-        mode = _modes(self.posterior, some)
-        priors = _priors(self.posterior, some)
+        mode = _modes(self.chains, some)
+        scales = {} if data is None else data.prior_scales
+        priors = _priors(self.chains, some, scales)
         drawn = _by_draw(
             priors, lambda prior, draws: prior_draws(prior, loras, len(draws))
         )
@@ -123,7 +131,7 @@ class DrawGroups:
                     dims=group.dims,
                     coords=group.coords,
                     sample_dims=["chain", "draw"] if per_draw(name) else [],
-                    attrs=self._attributes(name),
+                    attrs=self._attributes(name, data),
                     check_conventions=False,  # a chunk may have fewer draws than chains
                 )
                 for variable, module in group.modules.items():
@@ -138,14 +146,20 @@ class DrawGroups:
             return value
         return value.reshape(self.chains.num_chains, -1, *value.shape[1:])
 
-    def _pass(self, some: Some) -> DataPass | None:
+    def _pass(self, some: Draws) -> DataPass | None:
         if self.batches is None or self.first is None:
             return None
         assert self.model is not None  # to_datatree has checked it
         labels = self._source(some).arguments(self.first)
         if self.linearized:
             assert self.obs_site is not None
-            at = LinearizedAtDraws(self.model, self.posterior, some, self.obs_site)
+            gaussians = [only_gaussian(part) for part in self.chains.components]
+            at = LinearizedAtDraws(
+                self.model,
+                [part for part in gaussians if part is not None],  # datatree's check
+                some,
+                self.obs_site,
+            )
             return pass_over_data(at, self.batches, labels)
         return pass_over_data(
             model_at_draws(self.model, some.weights, self.first, self.obs_site),
@@ -153,7 +167,7 @@ class DrawGroups:
             labels,
         )
 
-    def _source(self, some: Some) -> OutcomeSource:
+    def _source(self, some: Draws) -> OutcomeSource:
         assert self.model is not None
         one = {site: value[0] for site, value in some.weights.items()}
         return outcome_source(self.model, one, self.obs_site, self.labels)
@@ -161,11 +175,11 @@ class DrawGroups:
     def _networks(self, data: DataPass | None) -> Sequence[LiftedNetwork]:
         if data is not None:
             return data.networks
-        loras: Sequence[LiftedNetwork] = self.posterior.loras
-        return loras
+        assert self.posterior is not None  # to_datatree has checked it
+        return self.posterior.networks
 
     def _prior_predictive(
-        self, some: Some, drawn: Weights, data: DataPass
+        self, some: Draws, drawn: Weights, data: DataPass
     ) -> Variables:
         assert self.model is not None
         assert self.first is not None
@@ -179,26 +193,43 @@ class DrawGroups:
         return _data_groups(data, {"prior_predictive": outcomes})["prior_predictive"]
 
     def _sample_stats(
-        self, some: Some, data: DataPass | None, log_prior: Weights, draws: slice
+        self, some: Draws, data: DataPass | None, log_prior: Weights, draws: slice
     ) -> Weights:
         stats = {}
-        if data is not None and data.total_log_likelihood is not None:
+        if data is not None and data.obstacle is None:
+            assert data.total_log_likelihood is not None  # no obstacle, so labels
             total = torch.stack(list(log_prior.values())).sum(0)
             stats["lp"] = total + data.total_log_likelihood
-        if _has_density(self.posterior):
-            stats["log_q"] = self.posterior.log_prob(some.weights).double()
+        log_q = None if self.posterior is None else _log_q(self.posterior, some.weights)
+        if log_q is not None:
+            stats["log_q"] = log_q
         if some.component is not None:
             stats["component"] = some.component
         if self.chains.diverging is not None:
             stats["diverging"] = self.chains.diverging[:, draws].flatten()
         return stats
 
-    def _attributes(self, group: str) -> dict[str, Any]:
+    def _attributes(self, group: str, data: DataPass | None) -> dict[str, Any]:
         found: dict[str, Any] = {"inference_library": "pyro_lora"}
         if group == "posterior":
-            found |= _posterior_attributes(self.posterior)
+            found |= self._posterior_attributes()
+            if data is not None and data.obstacle is not None:
+                found["lp_left_out"] = data.obstacle
         if group in ("log_likelihood", "posterior_predictive"):
             found["method"] = "linearized" if self.linearized else "sample"
+        return found
+
+    def _posterior_attributes(self) -> dict[str, Any]:
+        found: dict[str, Any] = {"posterior": self.kind}
+        weights, components = self.chains.component_weights, self.chains.components
+        if weights is None:
+            for part in components:
+                found |= _gaussian_attributes(part)
+            return found
+        found["component_weights"] = weights.tolist()
+        for index, part in enumerate(components):
+            of_part = {"posterior": kind_of(part), **_gaussian_attributes(part)}
+            found |= {f"component.{index}.{n}": value for n, value in of_part.items()}
         return found
 
 
@@ -231,10 +262,12 @@ def _num_draws(draws: Weights) -> int:
     return next(iter(draws.values())).shape[0]
 
 
-def _has_density(posterior: Guide) -> bool:
-    if isinstance(posterior, MixturePosterior):
-        return all(_has_density(component) for component in posterior.components)
-    return isinstance(posterior, LaplacePosterior)
+def _log_q(posterior: Posterior, weights: Weights) -> Tensor | None:
+    """Log density of draws of the posterior, float64; None where it has none."""
+    try:
+        return posterior.log_prob(weights).double()
+    except ValueError:
+        return None
 
 
 def _data_groups(
@@ -268,15 +301,17 @@ def _data_groups(
     return groups
 
 
-def _priors(posterior: Any, some: Some) -> list[tuple[Prior, Tensor]]:
+def _priors(
+    chains: Chains, draws: Draws, scales: Mapping[str, float | Tensor]
+) -> list[tuple[Prior, Tensor]]:
     """Each prior, and which draws it is the one of: in a mixture its component's."""
-    if some.component is None:
-        return [(prior_of(posterior), torch.arange(_num_draws(some.weights)))]
+    if not chains.components:
+        return [(scaled(networks_prior(()), scales), draws.of(0))]
     found = [
-        (prior_of(part), (some.component == index).nonzero()[:, 0])
-        for index, part in enumerate(posterior.components)
+        (tempered_prior(part, scales), draws.of(index))
+        for index, part in enumerate(chains.components)
     ]
-    return [(prior, draws) for prior, draws in found if len(draws) > 0]
+    return [(prior, rows) for prior, rows in found if len(rows) > 0]
 
 
 def _by_draw(
@@ -288,21 +323,16 @@ def _by_draw(
     return {s: torch.cat([part[s] for part in parts])[order] for s in parts[0]}
 
 
-def _modes(posterior: Any, some: Some) -> Weights | None:
+def _modes(chains: Chains, draws: Draws) -> Weights | None:
     """The mode; of a mixture each draw's own, (S, ...), NaN where there is none."""
-    if isinstance(posterior, LaplacePosterior):
-        return posterior.mode()
-    if some.component is None:
-        return None
-    modes = [
-        part.mode()
-        if isinstance(part, LaplacePosterior)
-        else {site: torch.full_like(x, torch.nan) for site, x in part.mean().items()}
-        for part in posterior.components
-    ]
-    if not any(isinstance(part, LaplacePosterior) for part in posterior.components):
-        return None
-    return {s: torch.stack([m[s] for m in modes])[some.component] for s in modes[0]}
+    gaussians = [only_gaussian(part) for part in chains.components]
+    modes = [None if part is None else part.mode() for part in gaussians]
+    known = next((mode for mode in modes if mode is not None), None)
+    if known is None or draws.component is None:
+        return known
+    nowhere = {site: torch.full_like(x, torch.nan) for site, x in known.items()}
+    each = [nowhere if mode is None else mode for mode in modes]
+    return {s: torch.stack([m[s] for m in each])[draws.component] for s in known}
 
 
 def _variables(
@@ -314,16 +344,12 @@ def _variables(
     return result
 
 
-def _posterior_attributes(posterior: Any) -> dict[str, Any]:
-    found: dict[str, Any] = {"posterior": type(posterior).__name__}
-    if isinstance(posterior, LaplacePosterior):
-        found["log_evidence"] = float(posterior.log_evidence())
-        for site, tau in posterior.prior_precision.items():
-            rows = tau.expand(posterior.mode()[site].shape).flatten(1).mean(1).tolist()
-            found[f"prior_precision.{site}"] = rows[0] if len(set(rows)) == 1 else rows
-    if isinstance(posterior, MixturePosterior):
-        found["component_weights"] = posterior.weights.tolist()
-        for index, part in enumerate(posterior.components):
-            for name, value in _posterior_attributes(part).items():
-                found[f"component.{index}.{name}"] = value
+def _gaussian_attributes(posterior: Posterior) -> dict[str, Any]:
+    gaussian = only_gaussian(posterior)
+    if gaussian is None:
+        return {}
+    found: dict[str, Any] = {"log_evidence": float(gaussian.log_evidence())}
+    for site, tau in gaussian.prior_precision.items():
+        rows = tau.expand(gaussian.mode()[site].shape).flatten(1).mean(1).tolist()
+        found[f"prior_precision.{site}"] = rows[0] if len(set(rows)) == 1 else rows
     return found

@@ -24,14 +24,20 @@ import pyro
 import torch
 from pyro.poutine.runtime import _DIM_ALLOCATOR, _PYRO_STACK
 from torch import nn
-from torch.distributions import Distribution
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
+_VALIDATION = (
+    "validate_distributions_pyro",
+    "validate_distributions_torch",
+    "validate_infer",
+    "validate_poutine",
+)
+
 
 @contextmanager
-def undone(undo: Callable[[], None]) -> Iterator[None]:
+def undone(undo: Callable[[], object]) -> Iterator[None]:
     """Put something back at the end of a block, whatever ends it.
 
     Args:
@@ -65,8 +71,15 @@ def leaving_no_trace(function: Callable[P, R]) -> Callable[P, R]:
             _DIM_ALLOCATOR._stack[:] = plates
             torch.set_grad_enabled(gradients)
 
-        with undone(undo):
-            return function(*args, **kwargs)
+        # Without a generator: one that a traceback keeps is closed later than the
+        # functions around this one have ended, and would turn their gradients off.
+        try:
+            try:
+                return function(*args, **kwargs)
+            finally:
+                undo()
+        finally:
+            undo()
 
     return wrapper
 
@@ -77,9 +90,9 @@ def unvalidated() -> Iterator[None]:
 
     Pyro's own block leaves PyTorch's setting at Pyro's, whatever it was.
     """
-    before = bool(Distribution._validate_args)
-    restore = partial(Distribution.set_default_validate_args, before)
-    with undone(restore), pyro.validation_enabled(False):
+    before = {name: pyro.settings.get(name) for name in _VALIDATION}
+    with undone(partial(pyro.settings.set, **before)):
+        pyro.enable_validation(False)
         yield
 
 
@@ -91,8 +104,11 @@ def eagerly() -> Iterator[None]:
     leaves them out. And for backward passes from there, in which gradient checkpointing
     must run what it ran before.
     """
-    stance: Any = torch.compiler.set_stance("force_eager")
-    with undone(partial(stance.__exit__, None, None, None)):
+    from torch._dynamo import eval_frame  # set_stance loads it, too, which takes long
+
+    # set_stance would tell what was before only when it is already changed.
+    with undone(partial(eval_frame._set_stance, eval_frame._stance)):
+        torch.compiler.set_stance("force_eager")
         yield
 
 

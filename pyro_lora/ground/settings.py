@@ -12,7 +12,21 @@ from collections.abc import Iterable
 from numbers import Integral, Real
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+
+def check_gradients() -> None:
+    """Check that gradients can be computed here; ``torch.no_grad()`` is no obstacle.
+
+    Raises:
+        ValueError: Inside of ``torch.inference_mode()``, from which nothing leads back.
+    """
+    if torch.is_inference_mode_enabled():
+        raise ValueError(
+            "Gradients are needed, and torch.inference_mode() is on, in which there "
+            "are none. Call this outside of that block, or use torch.no_grad()."
+        )
 
 
 def check_number(

@@ -15,8 +15,10 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from pyro_lora.ground.interrupts import undone
 
 if sys.platform != "win32":
     import fcntl
@@ -26,21 +28,25 @@ _PATIENCE = 10.0  # seconds; who holds a lock for so long is stopped, not at wor
 
 
 class _Lock:
-    """A lock on a folder, which is free again when this object is gone.
+    """A lock on a folder: taken and released by one owner, each as often as he likes.
 
-    Attributes:
-        held: Whether it was taken.
+    Args:
+        folder: The folder.
     """
 
-    held = False
-    _descriptor = -1
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._descriptor = -1
+        self.held = False
 
-    def __init__(self, folder: Path, patience: float) -> None:
+    def take(self, patience: float) -> None:
+        """Take it, unless another has it for so many seconds or it is held already."""
         if sys.platform == "win32":
             return
         give_up = time.monotonic() + patience
         try:
-            self._descriptor = os.open(folder, os.O_RDONLY)
+            if self._descriptor < 0:
+                self._descriptor = os.open(self._folder, os.O_RDONLY)
             while not self.held:
                 try:
                     fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -54,16 +60,13 @@ class _Lock:
 
     def release(self) -> None:
         """Free it; not by closing alone, since a forked child has it open, too."""
-        descriptor, self._descriptor, self.held = self._descriptor, -1, False
+        descriptor = self._descriptor
         if sys.platform != "win32" and descriptor >= 0:
-            try:
+            with suppress(OSError):  # there was none
                 fcntl.flock(descriptor, fcntl.LOCK_UN)
-            except OSError:
-                pass  # there was none
-            finally:
-                os.close(descriptor)
-
-    __del__ = release
+            # Forgotten before it is closed: it may be another file's after that.
+            self._descriptor, self.held = -1, False
+            os.close(descriptor)
 
 
 @contextmanager
@@ -77,11 +80,10 @@ def locked(folder: Path, patience: float = _PATIENCE) -> Iterator[bool]:
     Yields:
         Whether the lock is held.
     """
-    lock = _Lock(folder, patience)
-    try:
+    lock = _Lock(folder)
+    with undone(lock.release):
+        lock.take(patience)
         yield lock.held
-    finally:
-        lock.release()
 
 
 @contextmanager
@@ -101,20 +103,25 @@ def aside(
         A new folder inside of it, deleted at the end.
     """
     unfinished = folder / f"{secrets.token_hex(8)}.pyro_lora.tmp"
-    owner: _Lock | None = None
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with locked(folder):  # or another would find it before it has an owner
-            _delete_abandoned(folder, tidy)
-            unfinished.mkdir(parents=True)
-            owner = _Lock(unfinished, 0)
-        yield unfinished
-    finally:
-        with locked(folder):
+    turn, owner = _Lock(folder), _Lock(unfinished)
+
+    def delete() -> None:
+        try:
             if unfinished.is_dir():
+                turn.take(_PATIENCE)
                 _delete(unfinished, tidy)
-        if owner is not None:
+        finally:
+            turn.release()
             owner.release()
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with undone(delete):
+        turn.take(_PATIENCE)  # or another would find it before it has an owner
+        _delete_abandoned(folder, tidy)
+        unfinished.mkdir(parents=True)
+        owner.take(0)
+        turn.release()
+        yield unfinished
 
 
 def _delete_abandoned(folder: Path, tidy: Callable[[Path], None]) -> None:

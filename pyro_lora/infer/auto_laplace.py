@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Container, Iterable, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from operator import attrgetter
@@ -14,40 +14,53 @@ import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoDelta
 from pyro.infer.autoguide.initialization import InitMessenger
+from pyro.optim import PyroOptim
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from pyro_lora.curvature.fisher import empirical_terms, exact_terms, mc_terms
+from pyro_lora.curvature.fisher import (
+    TermsFunction,
+    empirical_terms,
+    exact_terms,
+    mc_terms,
+)
 from pyro_lora.curvature.fit import FisherFit, fit_fisher
 from pyro_lora.curvature.latent_block import LatentBlock, fit_latents, small_latents
-from pyro_lora.curvature.likelihood_terms import TermsFunction
 from pyro_lora.curvature.structures import KFAC, Structure
-from pyro_lora.ground.interrupts import leaving_no_trace
+from pyro_lora.ground.interrupts import hooked, leaving_no_trace
 from pyro_lora.ground.settings import (
     check_count,
     check_function,
+    check_gradients,
     check_kind,
     check_path,
     check_positive,
     check_word,
 )
 from pyro_lora.ground.warning import warn
-from pyro_lora.infer.site_subset import chosen_sites
+from pyro_lora.infer.svgd.kernels import NoRepulsion
+from pyro_lora.infer.svgd.optimizer_state import check_optimizer
+from pyro_lora.infer.svgd.svgd import SVGD
 from pyro_lora.lifting.initialization import check_start
 from pyro_lora.lifting.lifted_network import LiftedNetwork
-from pyro_lora.likelihood.batch import check_batches
-from pyro_lora.likelihood.batches import READ_ONCE, first_batch, trace_batch
+from pyro_lora.likelihood.batch import READ_ONCE, Batch, check_batches, first_batch
 from pyro_lora.likelihood.model_trace import (
-    Batch,
     Model,
     check_model,
     evaluating,
     evaluating_model,
     lifted_networks,
     observed_sites,
+    trace_at,
+    trace_batch,
 )
 from pyro_lora.posteriors.laplace_posterior import LaplacePosterior
-from pyro_lora.posteriors.prior_parameters import fixing, present_prior
+from pyro_lora.posteriors.prior import (
+    fixing,
+    networks_prior,
+    scaled,
+    under_prior,
+)
 
 # Which guide has put a parameter into Pyro's store.
 _OWNERS: Any = WeakTensorKeyDictionary()
@@ -219,6 +232,7 @@ class AutoLaplace(AutoDelta):
                 the weights' prior, are in a plate or not continuous, the checkpoint
                 is of another fit or other batches, or ``max_memory_gb`` isn't positive.
         """
+        check_gradients()
         if max_memory_gb is not None:
             check_positive("max_memory_gb", max_memory_gb)
         check_path("checkpoint", checkpoint)
@@ -235,8 +249,10 @@ class AutoLaplace(AutoDelta):
         }
         _check_mode(values)
         (model,) = self._user_model
-        fit = partial(
-            _fit,
+        return _fit(
+            model,
+            values,
+            batches,
             networks=networks,
             sites=chosen_sites(self._sites, model, values, networks, batches),
             structure=self._structure,
@@ -244,9 +260,86 @@ class AutoLaplace(AutoDelta):
             obs_site=self._obs_site,
             progress_bar=progress_bar,
             max_memory_gb=max_memory_gb,
+            checkpoint=checkpoint,
         )
-        posterior = fit(model, values, batches, checkpoint=checkpoint)
-        return replace(posterior, refit=fit)
+
+    @leaving_no_trace
+    def refit(
+        self,
+        posterior: LaplacePosterior,
+        batches: Iterable[Batch],
+        optim: PyroOptim,
+        *,
+        num_epochs: int = 1,
+        progress_bar: bool = False,
+        max_memory_gb: float | None = None,
+    ) -> LaplacePosterior:
+        """Train a posterior's mode on, under its prior, and fit the Gaussian there.
+
+        With :meth:`LaplacePosterior.optimize_prior` between them, this is online
+        Laplace (Immer et al. 2021, https://arxiv.org/abs/2104.04975): the mode belongs
+        to the prior that the data have chosen::
+
+            for _ in range(3):
+                posterior = guide.refit(posterior, batches, optim).optimize_prior()
+
+        Args:
+            posterior: Made by this guide, or loaded; it may have any prior.
+            batches: All training data, as for :meth:`laplace_approximation`.
+            optim: A ``pyro.optim`` optimizer.
+            num_epochs: MAP epochs from the posterior's mode, dropout off, before the
+                pass that fits.
+            progress_bar: Show one.
+            max_memory_gb: As for :meth:`laplace_approximation`.
+
+        Returns:
+            A new posterior under the same prior; guide, network and param store are as
+            before.
+
+        Raises:
+            TypeError: If an argument is of a wrong kind.
+            ValueError: If the posterior has sites that are fixed, or the batches can be
+                read once only.
+        """
+        expected = "a LaplacePosterior, such as laplace_approximation gives"
+        check_kind("posterior", posterior, LaplacePosterior, expected)
+        check_optimizer(optim)
+        check_count("num_epochs", num_epochs)
+        if max_memory_gb is not None:
+            check_positive("max_memory_gb", max_memory_gb)
+        check_batches(batches)
+        if iter(batches) is batches:
+            raise ValueError(READ_ONCE.format("a refit takes several passes"))
+        if posterior.fixed:
+            raise ValueError(
+                "A refit trains every site, but this posterior is over some of them, "
+                f"and {sorted(posterior.fixed)} are fixed. Fit without sites=."
+            )
+        mode, networks = posterior.mode(), posterior.networks
+        (own_model,) = self._user_model
+        model = under_prior(own_model, posterior.prior, networks, mode)
+        trained = SVGD(  # one particle without repulsion is MAP
+            model,
+            NoRepulsion(),
+            optim,
+            1,
+            init_loc_fn=lambda site: mode[site["name"]].clone(),
+        )
+        with evaluating(networks):
+            trained.run(batches, num_epochs=num_epochs, progress_bar=progress_bar)
+        found = _fit(
+            model,
+            {site: x[0] for site, x in trained.get_named_particles().items()},
+            batches,
+            networks=networks,
+            sites=[site for lora in networks for site in lora.sites],
+            structure=self._structure,
+            fisher_terms=self._fisher_terms,
+            obs_site=self._obs_site,
+            progress_bar=progress_bar,
+            max_memory_gb=max_memory_gb,
+        )
+        return replace(found, model=own_model, prior=posterior.prior)
 
     def __getstate__(self) -> dict[str, Any]:
         # AutoGuide's takes the model away, from the guide itself, too.
@@ -336,12 +429,13 @@ def _fit(
         fit.prior_mean,
         fit.log_likelihood,
         fit.log_prior,
-        fixing(present_prior(networks), fixed),
+        fixing(scaled(networks_prior(networks), fit.prior_scales), fixed),
         networks,
         model,
         fit.obs_site,
         block,
         fixed=fixed,
+        arguments=fit.arguments,
     )
 
 
@@ -380,3 +474,68 @@ def _warn_if_not_stationary(fit: FisherFit, block: LatentBlock | None) -> None:
             f"exceeds the effective number of parameters, {effective:.3g}. Train "
             "longer, or check that the training used the same prior and data."
         )
+
+
+def chosen_sites(
+    sites: Collection[str] | None,
+    model: Model,
+    values: Mapping[str, Tensor],
+    networks: Sequence[LiftedNetwork],
+    batches: Iterable[Batch],
+) -> Collection[str]:
+    """The sites that ``AutoLaplace(sites=)`` stands for.
+
+    Args:
+        sites: Names, ``"last_layer"`` (which takes one forward pass), or None for all.
+        model: A Pyro model.
+        values: Latent site -> the mode.
+        networks: The lifted networks in the model.
+        batches: Mappings of model keyword arguments.
+
+    Returns:
+        Names of lifted sites.
+
+    Raises:
+        ValueError: If a name isn't that of a lifted site, or the last layer shares its
+            sites with others.
+    """
+    lifted = [site for lora in networks for site in lora.sites]
+    if sites is None:
+        return lifted
+    if sites == "last_layer":
+        batch = first_batch(batches, "the first one tells which layer is the last")
+        return _last_layer(model, values, networks, batch)
+    names = {sites} if isinstance(sites, str) else set(sites)
+    if not names <= set(lifted):
+        raise ValueError(
+            f"sites: {sorted(names - set(lifted))} aren't lifted. Lifted are {lifted}; "
+            "or say 'last_layer'."
+        )
+    return names
+
+
+def _last_layer(
+    model: Model,
+    values: Mapping[str, Tensor],
+    networks: Sequence[LiftedNetwork],
+    batch: Batch,
+) -> list[str]:
+    calls: list[torch.nn.Module] = []
+    members = [p for lora in networks for ps in lora.parameters.values() for p in ps]
+    holders = {p.locations[0][0] for p in members}
+
+    def hook(module: torch.nn.Module, *_: object) -> None:
+        calls.append(module)
+
+    with torch.no_grad(), evaluating(networks), hooked(dict.fromkeys(holders, hook)):
+        trace_at(model, values, batch)
+    last = [p for p in members if calls and p.locations[0][0] is calls[-1]]
+    found = [p.site for p in last]
+    if not last or any(p.site in found and p not in last for p in members):
+        names = [p.name for p in last]
+        raise ValueError(
+            f"sites='last_layer': the lifted layer that is called last holds {names}, "
+            f"and its sites {found} hold others, too. Lift a head (modules_to_save), "
+            "or name sites."
+        )
+    return found

@@ -99,7 +99,9 @@ class Bindings:
 
     def are_of(self, network: nn.Module) -> None:
         """Let :func:`undo_interrupted` find these."""
-        _BINDINGS.setdefault(network, []).append(self)
+        others = _BINDINGS.setdefault(network, [])
+        if not any(bindings is self for bindings in others):
+            others.append(self)
 
     def parameter(self, lifted: LiftedParameter) -> nn.Parameter:
         """The network's own parameter, whatever is bound."""
@@ -261,6 +263,7 @@ class Host:
         unfoldable: Those that need one particle at a time.
         layouts: Form of call -> how its layers lay out the rows of its outputs, as far
             as the curvature has seen.
+        lifted_anew: A parameter that a later lift has taken over, if one has.
     """
 
     network: nn.Module
@@ -277,6 +280,7 @@ class Host:
     checked: set[tuple[Any, ...]] = field(default_factory=set)
     unfoldable: set[tuple[Any, ...]] = field(default_factory=set)
     layouts: dict[tuple[Any, ...], Any] = field(default_factory=dict)
+    lifted_anew: str | None = None
 
     def __post_init__(self) -> None:
         self.checkpointed = {

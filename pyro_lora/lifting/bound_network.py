@@ -20,6 +20,7 @@ from pyro_lora.lifting.binding import (
     check_checkpointing,
 )
 from pyro_lora.lifting.folding import (
+    StatisticsOfBatch,
     batch_size,
     check_batch_norm,
     check_no_cache,
@@ -27,7 +28,9 @@ from pyro_lora.lifting.folding import (
     fold_input,
     is_ambiguous,
     num_choices,
+    outputs_of_one,
     particle_outputs,
+    same_but_for_rounding,
     stack_outputs,
     tensors_in,
     unchanged_buffers,
@@ -38,6 +41,8 @@ from pyro_lora.lifting.slots import Fold, LinearSlot, NotFoldable, swapped
 from pyro_lora.lifting.trunk import Trunk
 
 _logger = logging.getLogger(__name__)
+_LEAST_MOVE = 1.0  # of weights that are zero, LoRA's B at first
+_NUM_OTHERS = 4  # of which one at least should change a statistic, such as a maximum
 
 
 class BoundNetwork:
@@ -199,7 +204,15 @@ class BoundNetwork:
             self._check_independent(function, args, kwargs, fold)
         elif is_ambiguous(given, fold):
             self._check_batch_first(function, args, kwargs, fold)
-        output = self._call_folded(self._values, function, args, kwargs, trunk, fold)
+        with StatisticsOfBatch(fold) as statistics:
+            output = self._call_folded(
+                self._values, function, args, kwargs, trunk, fold
+            )
+        if statistics.found and not self._is_alone(function, args, kwargs, fold):
+            raise NotFoldable(
+                "a particle's outputs change with the others' weights: a layer takes a "
+                "statistic of the whole batch, a range for quantisation perhaps"
+            )
         if host.is_pretrained and is_ambiguous(tensors_in(output), fold):
             self._check_independent(function, args, kwargs, fold)
         host.checked.add(form)
@@ -221,6 +234,7 @@ class BoundNetwork:
             output = function(*args, **kwargs)
         return unfold_output(output, "output", self._lead, fold)
 
+    @leaving_no_trace
     @torch.no_grad()
     def _check_batch_first(
         self, function: Callable[..., Any], args: Any, kwargs: Any, fold: Fold
@@ -236,6 +250,37 @@ class BoundNetwork:
         alone = replace(fold, num_particles=1)
         with Binding(self._host.bindings, one, 1, alone).bound():
             function(*args, **kwargs)
+
+    @torch.no_grad()
+    def _is_alone(
+        self, function: Callable[..., Any], args: Any, kwargs: Any, fold: Fold
+    ) -> bool:
+        """Whether particles' outputs stay, whatever the others' weights are.
+
+        The first's and the last's: among others as among equals, and as alone.
+        Gradients don't tell of what is detached. In training mode dropout must draw the
+        same, which it doesn't for one alone; the generators are put back.
+        """
+        devices = sorted(
+            {x.device for x in self._values.values() if x.is_cuda}, key=str
+        )
+        for particle in (0, fold.num_particles - 1):
+            outputs = []
+            with unchanged_buffers(self._host.network):
+                for seed in (None, *range(_NUM_OTHERS)):
+                    values = _beside_others(self._values, particle, seed)
+                    with torch.random.fork_rng(devices):
+                        output = self._call_folded(
+                            values, function, args, kwargs, Trunk([]), fold
+                        )
+                    outputs.append(outputs_of_one(output, self._lead, particle))
+                if not self._host.network.training:
+                    alone = self._one(function, args, kwargs, particle)
+                    outputs.append(tensors_in(alone))
+            for others in outputs[1:]:
+                if not all(map(same_but_for_rounding, outputs[0], others)):
+                    return False
+        return True
 
     @leaving_no_trace
     def _check_independent(
@@ -290,6 +335,22 @@ class BoundNetwork:
                     raise NotFoldable(
                         "a linear layer's parameter is read past the layer's forward"
                     )
+
+
+def _beside_others(values: Values, particle: int, seed: int | None) -> Values:
+    """A particle's weights among others: far ones by a seed, equal ones without."""
+    beside = {}
+    for p, value in values.items():
+        if value.ndim > p.parameter.ndim:
+            own = value[particle].detach()
+            value = own.expand(value.shape).clone()
+            if seed is not None:
+                generator = torch.Generator(value.device).manual_seed(seed)
+                noise = torch.empty_like(value).normal_(generator=generator)
+                value += noise * own.abs().amax().clamp_min(_LEAST_MOVE)
+                value[particle] = own
+        beside[p] = value
+    return beside
 
 
 def _values(

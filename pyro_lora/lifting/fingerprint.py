@@ -20,6 +20,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from pyro_lora.ground.interrupts import leaving_no_trace
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 
 NUM_VALUES = 32  # of each tensor
@@ -104,6 +105,7 @@ class Fingerprint:
         return None
 
 
+@leaving_no_trace
 @torch.no_grad()
 def fingerprint(lora: LiftedNetwork) -> Fingerprint:
     """What tells a lifted network from others of the same sites.

@@ -9,10 +9,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Cache
 
 from pyro_lora.ground.interrupts import undone
 from pyro_lora.lifting.slots import Fold, NotFoldable
+
+_REDUCTIONS = frozenset(
+    "amax amin aminmax kthvalue linalg_vector_norm logsumexp max mean median min "
+    "nanmedian norm prod quantile sort std std_mean sum topk var var_mean".split()
+)
+# Of a tensor's largest value; bfloat16 resolves .008.
+_MOST_ROUNDING = 0.05
 
 
 def batch_size(values: Iterable[Any]) -> int:
@@ -149,6 +157,49 @@ def particle_outputs(output: Any, lead: torch.Size, particle: int) -> list[Tenso
         for x in tensors_in(output)
         if x.requires_grad
     ]
+
+
+def outputs_of_one(output: Any, lead: torch.Size, particle: int) -> list[Tensor]:
+    """A particle's part of all tensors in ``(*lead, B, ...)``."""
+    num_dims = len(batch_lead(lead))
+    return [x.flatten(0, num_dims - 1)[particle] for x in tensors_in(output)]
+
+
+def same_but_for_rounding(x: Tensor, y: Tensor) -> bool:
+    """Whether tensors differ by no more than another order of summation may explain."""
+    if not x.is_floating_point():
+        return torch.equal(x, y)
+    tolerance = min(torch.finfo(x.dtype).eps ** 0.5, _MOST_ROUNDING)
+    size = x.abs().where(x.isfinite(), torch.zeros_like(x)).amax() if x.numel() else 0
+    return torch.allclose(x, y, rtol=0, atol=float(tolerance * size), equal_nan=True)
+
+
+class StatisticsOfBatch(TorchDispatchMode):
+    """Notices numbers that are taken over a whole folded batch, detached or not.
+
+    Args:
+        fold: How particles are folded into it.
+    """
+
+    def __init__(self, fold: Fold) -> None:
+        super().__init__()
+        self._size = fold.folded_size
+        self.found = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not self.found and func.overloadpacket.__name__ in _REDUCTIONS:
+            given, made = tensors_in(args)[:1], tensors_in(result)
+            self.found = any(
+                x.is_floating_point()
+                and x.ndim > 0
+                and x.numel() % self._size == 0
+                and (x.ndim == 1 or any(y.ndim == 0 or len(y) != len(x) for y in made))
+                for x in given
+            )
+        return result
 
 
 def check_zero_elsewhere(gradients: Iterable[Tensor | None], particle: int) -> None:

@@ -6,7 +6,7 @@ import copy
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from peft.tuners.adalora.layer import AdaLoraLayer
@@ -15,14 +15,12 @@ from torch import Tensor, nn
 from torch import distributions as td
 from transformers import PreTrainedModel
 
+from pyro_lora.ground.interrupts import leaving_no_trace
 from pyro_lora.ground.settings import check_number
 from pyro_lora.ground.weights import check_weights
 from pyro_lora.lifting.sites import LiftedParameter
 from pyro_lora.lifting.slots import swapped
-from pyro_lora.priors.prior import NOISE
-
-if TYPE_CHECKING:
-    from pyro_lora.lifting.lifted_network import LiftedNetwork
+from pyro_lora.priors.prior import NOISE, Network
 
 InitFn = Callable[[dict[str, Any]], Tensor]
 
@@ -33,7 +31,21 @@ InitFn = Callable[[dict[str, Any]], Tensor]
 RESOLVED = torch.finfo(torch.bfloat16).eps
 
 
-def init_to_adapter(lora: LiftedNetwork, jitter: float | str) -> InitFn:
+class Lifted(Network, Protocol):
+    """What is known here of a lifted network, which itself offers these functions."""
+
+    @property
+    def parameters(self) -> Mapping[str, tuple[LiftedParameter, ...]]:
+        """Site name -> its parameters and where they are, in layer order."""
+        ...
+
+    @property
+    def adapter(self) -> str | None:
+        """The name of the adapter, None without PEFT."""
+        ...
+
+
+def init_to_adapter(lora: Lifted, jitter: float | str) -> InitFn:
     """The adapter's present values plus normal noise.
 
     Raises:
@@ -70,9 +82,7 @@ class _Around:
         return value + self.scales[name] * torch.randn_like(value)
 
 
-def _resolved_scales(
-    lora: LiftedNetwork, weights: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
+def _resolved_scales(lora: Lifted, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Standard deviations of a jitter that is just resolved, site -> (L, 1, ...)."""
     ones = {site: torch.ones_like(x) for site, x in weights.items()}
     scaled = lora.delta_weight_factors(ones)  # their first factors are s
@@ -112,15 +122,15 @@ class GivenWeights:
     checked: Collection[str]
 
     def __call__(self, site: dict[str, Any]) -> Tensor:
-        """The value of a site, of ``site["infer"]["particle"]``'s or the first one.
+        """The value of a site, of ``site["infer"]["particle"]``'s or the only one.
 
         Raises:
-            ValueError: If there are fewer particles, or the model's site has another
-                shape.
+            ValueError: If there are fewer particles, or several where a guide starts at
+                one, or the model's site has another shape.
         """
         name: str = site["name"]
         fn: Any = site.get("fn")
-        particle = site["infer"].get("particle", 0)
+        particle: int | None = site["infer"].get("particle")
         if name in self.weights:
             value = self._of(name, particle).clone()
         elif f"{name}{NOISE}" in self.weights:
@@ -138,10 +148,18 @@ class GivenWeights:
             )
         return value
 
-    def _of(self, name: str, particle: int) -> Tensor:
+    def _of(self, name: str, particle: int | None) -> Tensor:
         value = self.weights[name].detach()
         if self.num_particles is None:
             return value
+        if particle is None and self.num_particles > 1:
+            raise ValueError(
+                f"Site {name!r}: the weights given to init_to hold "
+                f"{self.num_particles} particles, but a guide starts at one. Pick one, "
+                "by {site: x[k] for site, x in weights.items()}; or fit one guide at "
+                "each and mix their posteriors by MixturePosterior."
+            )
+        particle = particle or 0
         if particle >= self.num_particles:
             raise ValueError(
                 f"Site {name!r}: particle {particle + 1} was asked for, but the "
@@ -152,14 +170,14 @@ class GivenWeights:
 
 
 def check_start(
-    init: Callable[..., Any], start: Mapping[str, Tensor], particle: int = 0
+    init: Callable[..., Any], start: Mapping[str, Tensor], particle: int | None = None
 ) -> None:
     """Check that a model starts at all that :func:`init_to` was given.
 
     Args:
         init: Any ``init_loc_fn``; only :func:`init_to`'s says what it has.
         start: The values of the model's latent sites, as it was used.
-        particle: Whose.
+        particle: Whose; None where there is one.
 
     Raises:
         ValueError: Naming a site that isn't the model's, or starts elsewhere.
@@ -186,7 +204,25 @@ def check_start(
             )
 
 
-def init_to(lora: LiftedNetwork, weights: Mapping[str, Tensor]) -> GivenWeights:
+def check_number_of_starts(init: Callable[..., Any], num_particles: int) -> None:
+    """Check that :func:`init_to` was given no more particles than there will be.
+
+    Args:
+        init: Any ``init_loc_fn``.
+        num_particles: K.
+
+    Raises:
+        ValueError: If it was.
+    """
+    if isinstance(init, GivenWeights) and (init.num_particles or 1) > num_particles:
+        raise ValueError(
+            f"The weights given to init_to hold {init.num_particles} particles, more "
+            f"than num_particles={num_particles}. Give one for each, by "
+            f"{{site: x[:{num_particles}] for site, x in weights.items()}}, say."
+        )
+
+
+def init_to(lora: Lifted, weights: Mapping[str, Tensor]) -> GivenWeights:
     """Given values; a leading (K,) holds one set of them for each particle.
 
     Raises:
@@ -228,7 +264,7 @@ def init_to(lora: LiftedNetwork, weights: Mapping[str, Tensor]) -> GivenWeights:
     return GivenWeights(dict(weights), num_particles, frozenset(shapes))
 
 
-def init_to_fresh(lora: LiftedNetwork) -> InitFn:
+def init_to_fresh(lora: Lifted) -> InitFn:
     """PEFT's own random initialisation, and the head's, anew at each call."""
     return _Fresh(lora)
 
@@ -237,7 +273,7 @@ def init_to_fresh(lora: LiftedNetwork) -> InitFn:
 class _Fresh:
     """New values at each call."""
 
-    lora: LiftedNetwork
+    lora: Lifted
 
     def __call__(self, site: dict[str, Any]) -> Tensor:
         name = site["name"]
@@ -246,8 +282,9 @@ class _Fresh:
         return _fresh(self.lora, name)
 
 
+@leaving_no_trace
 @torch.no_grad()
-def _fresh(lora: LiftedNetwork, site: str) -> Tensor:
+def _fresh(lora: Lifted, site: str) -> Tensor:
     kind = site.partition(".")[0]
     if kind not in ("lora", "head", "base"):
         raise ValueError(
@@ -265,7 +302,7 @@ def _fresh(lora: LiftedNetwork, site: str) -> Tensor:
     return torch.stack(values)
 
 
-def _fresh_head(lora: LiftedNetwork, p: LiftedParameter, value: Tensor) -> Tensor:
+def _fresh_head(lora: Lifted, p: LiftedParameter, value: Tensor) -> Tensor:
     layer, attribute = _new_layer(p, value)
     for module in lora.network.modules():
         if isinstance(module, PreTrainedModel):
@@ -282,7 +319,7 @@ def _new_layer(p: LiftedParameter, value: Tensor) -> tuple[Any, str]:
     return layer, attribute
 
 
-def _fresh_lora(lora: LiftedNetwork, p: LiftedParameter, value: Tensor) -> Tensor:
+def _fresh_lora(lora: Lifted, p: LiftedParameter, value: Tensor) -> Tensor:
     path = re.split(r"\.lora_[^.]+\.", p.name)[0]
     layer: Any = lora.network.get_submodule(path)
     configs: Any = lora.network.peft_config

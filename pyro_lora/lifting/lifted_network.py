@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,8 +18,8 @@ from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.subsample_messenger import SubsampleMessenger
 from torch import Tensor, nn
 
-from pyro_lora.ground.interrupts import undone
-from pyro_lora.ground.settings import check_kind, check_name
+from pyro_lora.ground.interrupts import leaving_no_trace, undone
+from pyro_lora.ground.settings import check_function, check_kind, check_name
 from pyro_lora.ground.weights import check_weights
 from pyro_lora.lifting import initialization
 from pyro_lora.lifting.binding import Host, undo_interrupted
@@ -115,7 +116,6 @@ class LiftedNetwork:
 
     Attributes:
         network: The original network.
-        prior: The function that samples the sites.
         adapter: The name of the adapter that is lifted, None without PEFT.
         sites: Site name -> parameter names as in ``network.named_parameters()``,
             in layer order.
@@ -132,7 +132,7 @@ class LiftedNetwork:
         self._adapter_modules = adapter_modules(model, self.adapter)
         check_in_use(model, self._adapter_modules, self.adapter)
         self.network = model
-        self.prior = prior
+        self._prior = prior
         found: dict[str, list[LiftedParameter]] = {}
         for p in lifted_parameters(model, self.adapter, name):
             found.setdefault(p.site, []).append(p)
@@ -151,9 +151,8 @@ class LiftedNetwork:
                 as_slot(owner)
         self._masks = rank_masks(model, self.adapter, self.parameters)
         self.initial_weights = self.weights()
-        self._lifted_anew: str | None = None  # a parameter of a later lift
         for lora, name in before.items():
-            lora._lifted_anew = name
+            lora._host.lifted_anew = name
             _IN_USE.discard(lora)
         _IN_USE.add(self)
 
@@ -162,6 +161,32 @@ class LiftedNetwork:
         vars(self).update(state)
         self._host.bindings.are_of(self.network)
         _IN_USE.add(self)
+
+    @property
+    def prior(self) -> Prior:
+        """The function that samples the sites."""
+        return self._prior
+
+    def with_prior(self, prior: Prior) -> LiftedNetwork:
+        """The same network under another prior, in models that call what this returns.
+
+        Both are views of one network: what is bound to it or loaded into it by the one,
+        the other has, too, and lifting the network again makes both stale. A posterior
+        keeps the prior of the view that its model called.
+
+        Args:
+            prior: A function of the lifted network that samples every site.
+
+        Returns:
+            Another view; this one keeps its prior.
+
+        Raises:
+            TypeError: If the prior can't be called.
+        """
+        check_function("prior", prior, "a prior, such as priors.normal(scale=1.0)")
+        view = copy.copy(self)  # which shares all but the prior
+        view._prior = prior
+        return view
 
     def __call__(self) -> BoundNetwork:
         """Sample the sites by the prior and return the network bound to the values.
@@ -179,7 +204,7 @@ class LiftedNetwork:
         self._check_current()
         _check_plates()
         with poutine.infer_config(config_fn=self._infer):
-            weights = self.prior(self)
+            weights = self._prior(self)
         if not isinstance(weights, Mapping):
             raise TypeError(
                 "A prior returns its samples by site, {site: value for site in "
@@ -217,11 +242,12 @@ class LiftedNetwork:
         return {"lora": (self,)} if site["name"] in self.sites else {}
 
     def _check_current(self) -> None:
-        if self._lifted_anew is not None:
+        name = self._host.lifted_anew
+        if name is not None:
             raise RuntimeError(
-                f"This lifted network is stale: {self._lifted_anew!r} has been lifted "
-                "again. Use what the later pyro_lora.lift returned, in models made "
-                "with it; for another prior set its .prior instead of lifting again."
+                f"This lifted network is stale: {name!r} has been lifted again. Use "
+                "what the later pyro_lora.lift returned, in models made with it; for "
+                "another prior use its with_prior instead of lifting again."
             )
 
     def _bound_network(self, weights: Mapping[str, Tensor]) -> BoundNetwork:
@@ -248,6 +274,7 @@ class LiftedNetwork:
     def _own(self, site: str) -> list[nn.Parameter]:
         return [self._host.bindings.parameter(p) for p in self.parameters[site]]
 
+    @leaving_no_trace
     @torch.no_grad()
     def weights(self) -> dict[str, Tensor]:
         """The adapter's present values, stacked as sites, copied.
@@ -276,6 +303,7 @@ class LiftedNetwork:
             result[site] = zero.expand(len(members), *first.shape)
         return result
 
+    @leaving_no_trace
     @torch.no_grad()
     def load(self, weights: Mapping[str, Tensor]) -> None:
         """Write one weight set (no particle dims) into the adapter.
@@ -336,6 +364,8 @@ class LiftedNetwork:
     def init_to(self, weights: Mapping[str, Tensor]) -> initialization.InitFn:
         """``init_loc_fn``: given weights, with a leading (K,) one set a particle.
 
+        Guides that start at one weight set, ``AutoLaplace`` too, refuse several.
+
         Args:
             weights: Site -> value on its support, as ``get_named_particles()``,
                 ``sample`` and ``mode()`` give them. Latent sites outside of the network
@@ -369,6 +399,11 @@ class LiftedNetwork:
     def is_bound(self) -> bool:
         """Whether weights are bound to the network at the moment."""
         return bool(self._host.bindings.active)
+
+    @property
+    def input_names(self) -> frozenset[str]:
+        """What the network's forward is known to take, besides labels."""
+        return self._host.argument_names - {"labels"}
 
     @property
     def trunk(self) -> Trunk:

@@ -10,7 +10,7 @@ import torch
 from peft import PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
 from torch import Tensor
 
-from pyro_lora.ground.interrupts import undone
+from pyro_lora.ground.interrupts import leaving_no_trace, undone
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 
 # What of an adapter's configuration decides what its weights mean.
@@ -26,6 +26,7 @@ _MEANING = (
 )
 
 
+@leaving_no_trace
 @torch.no_grad()
 def read_adapter(
     lora: LiftedNetwork, folder: str | os.PathLike[str]

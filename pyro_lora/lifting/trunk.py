@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,13 @@ def find_trunk(network: nn.Module, adapted: Iterable[nn.Module]) -> Trunk:
         if order[module] < first_slot
     ]
     layers = _trunk_layers(network, adapted, order, first_slot)
-    return Trunk(layers, _caches(network), dict(below))
+    # What a layer is given may be such a table: of relative positions, say.
+    tables = {
+        module.num_embeddings
+        for module in network.modules()
+        if isinstance(module, nn.Embedding)
+    }
+    return Trunk(layers, _caches(network), dict(below), tables)
 
 
 def _trunk_layers(
@@ -76,6 +82,7 @@ class Trunk:
         layers: In the order in which they run.
         caches: Whether the network fills a key-value cache unless told not to.
         below: All modules before the first adapted one, by path.
+        tables: How many rows the network's embeddings have.
     """
 
     def __init__(
@@ -83,11 +90,13 @@ class Trunk:
         layers: list[nn.Module],
         caches: bool = False,
         below: Mapping[str, nn.Module] | None = None,
+        tables: Container[int] = (),
     ) -> None:
         self._layers = layers
         self.caches = caches
         self.cache: TrunkCache | None = None  # of what the last layer gives
         self._below = below or {}
+        self._tables = tables
         self._checked = False  # that particles really are the same there
         # Layer -> what a call returns around its hidden states.
         self._wrapped: dict[int, Callable[[Tensor], Any]] = {}
@@ -226,13 +235,21 @@ class Trunk:
         last: bool,
         keys: list[bytes] | None,
     ) -> Callable[..., Any]:
+        # Of as many rows as a table has, copies are told by being copies.
+        ambiguous = fold.folded_size in self._tables
+
         def one_copy(x: Tensor) -> Tensor:
             folded = x.ndim > 1 and x.shape[0] == fold.folded_size
+            if folded and ambiguous:
+                copies = x.unflatten(0, (fold.num_particles, fold.batch_size))
+                folded = torch.equal(copies[1:], copies[:1].expand_as(copies[1:]))
             return x[: fold.batch_size] if folded else x
 
         def differs(x: Tensor) -> bool:
-            second = x[fold.batch_size : 2 * fold.batch_size]
-            return one_copy(x) is not x and not torch.equal(one_copy(x), second)
+            if x.ndim < 2 or x.shape[0] != fold.folded_size:
+                return False
+            first, second = x.split(fold.batch_size)[:2]
+            return not torch.equal(first, second)
 
         def all_copies(x: Tensor) -> Tensor:
             if x.ndim < 2 or x.shape[0] != fold.batch_size:
@@ -243,7 +260,8 @@ class Trunk:
             if not self._checked:
                 tensors: list[Tensor] = []
                 _map((args, kwargs), lambda x: tensors.append(x) or x)  # type: ignore[func-returns-value]
-                if any(differs(x) for x in tensors):
+                # The hidden states come first.
+                if any(differs(x) for x in (tensors[:1] if ambiguous else tensors)):
                     self._layers = []  # an adapted layer runs before: never share
                     if keys is not None:
                         self.check_cacheable()

@@ -22,13 +22,19 @@ from typing import Any
 
 import numpy as np
 import pyro
-import pyro.distributions as dist
 import torch
 from torch import Tensor
-from torch import distributions as td
 from transformers import PreTrainedModel
 
 from pyro_lora.lifting.lifted_network import LORA_IN_PLATE, LiftedNetwork
+from pyro_lora.likelihood.outcomes import (
+    impossible,
+    is_possible,
+    outcomes_that_count,
+    single_outcomes,
+)
+
+Batch = Mapping[str, Any]  # the model's keyword arguments
 
 # What Python, PyTorch, Pyro and transformers raise on bad arguments. A user's own kind
 # of error stays what it is, and so does running out of memory.
@@ -107,7 +113,9 @@ def check_batches(batches: object, name: str = "batches") -> None:
         )
 
 
-def checked_batches(batches: Iterable[Mapping[str, Any]]) -> Iterator[PlacedBatch]:
+def checked_batches(
+    batches: Iterable[Mapping[str, Any]],
+) -> Iterator[PlacedBatch]:
     """Batches one after the other, each checked, that all have the same arguments.
 
     Args:
@@ -266,6 +274,7 @@ def check_outcomes(site: Mapping[str, Any], batch: PlacedBatch) -> None:
             f"{place}, site {site['name']!r}: expected observed values, labels "
             f"perhaps, of shape {shape[len(shape) - least :]}, found {found}. Give one "
             "for each datum; a column (B, 1) by .squeeze(-1)."
+            f"{_rows_that_differ(batch)}"
         )
     if pyro.settings.get("validate_distributions_pyro"):
         wrong = _outside(site)
@@ -273,51 +282,29 @@ def check_outcomes(site: Mapping[str, Any], batch: PlacedBatch) -> None:
             raise ValueError(f"{place}, {wrong}")
 
 
+def _rows_that_differ(batch: PlacedBatch) -> str:
+    """What is said of arguments with different numbers of rows."""
+    rows = {n: len(x) for n, x in batch.items() if isinstance(x, Tensor) and x.ndim}
+    return f" The arguments' rows differ, {rows}." if len({*rows.values()}) > 1 else ""
+
+
 def _outside(site: Mapping[str, Any]) -> str | None:
     """What is said of values that count and have no probability; None: all have."""
     fn, value = site["fn"], site["value"]
     if "_validate_args" in vars(fn) and not fn._validate_args and _validates(type(fn)):
         return None  # the user said so of this distribution alone
-    masks = [(site["mask"], fn.event_dim)]
-    while isinstance(fn, td.Independent | dist.MaskedDistribution):
-        if isinstance(fn, dist.MaskedDistribution):
-            masks.append((fn._mask, fn.event_dim))
-        fn = fn.base_dist
-    if isinstance(fn, dist.NanMaskedNormal | dist.NanMaskedMultivariateNormal):
-        return None
-    if isinstance(fn, td.Multinomial):  # whose outcomes may be soft labels
-        return None
-    try:
-        soft = isinstance(fn, td.Bernoulli)
-        support = td.constraints.unit_interval if soft else fn.support
-        fits = support.check(value)
-    except NotImplementedError:  # a distribution that doesn't say
-        return None
-    if value.is_floating_point():  # infinity is in the support of a Normal
-        finite = value.isfinite()
-        for _ in range(fn.event_dim):
-            finite = finite.all(-1)
-        fits = fits & finite
-    if fits.all():
-        return None
-    wrong = ~fits
-    for mask, event_dim in masks:
-        if mask is not None:
-            own = torch.as_tensor(mask, device=wrong.device)
-            wrong = wrong & own.reshape(*own.shape, *[1] * (event_dim - fn.event_dim))
+    single = single_outcomes(fn)
+    wrong = ~is_possible(single.fn, value)
     if not wrong.any():
         return None
-    fits = ~wrong[(..., *[None] * fn.event_dim)]
-    bad = value.expand(torch.broadcast_shapes(fits.shape, value.shape))[
-        ~fits.expand(torch.broadcast_shapes(fits.shape, value.shape))
-    ]
-    most = getattr(fn.support, "upper_bound", None)
-    classes = f", classes 0 to {most}" if isinstance(most, int) else ""
-    return (
-        f"site {site['name']!r}: the observed value {bad[0].item()} is outside of the "
-        f"support of {type(fn).__name__}{classes}. Check the labels; mask or leave out "
-        "data that have none."
-    )
+    wrong = wrong & outcomes_that_count(site)
+    if not wrong.any():
+        return None
+    event = (1,) * len(single.fn.event_shape)
+    wrong = wrong.reshape(*wrong.shape, *event)
+    shape = torch.broadcast_shapes(wrong.shape, value.shape)
+    bad = value.expand(shape)[wrong.expand(shape)]
+    return f"site {site['name']!r}: {impossible(single.fn, bad[0].item())}"
 
 
 def _validates(kind: type) -> bool:
@@ -436,6 +423,11 @@ def _types(batch: Mapping[str, Any], model: Any, nodes: Nodes) -> Iterator[str]:
             devices[name] = value.device
             if value.ndim:
                 rows[name] = value.shape[0]
+            if value.is_inference() and not torch.is_inference_mode_enabled():
+                yield (
+                    f"argument {name!r} was made under torch.inference_mode(), of "
+                    "which gradients can't make use. Make it outside, or clone it."
+                )
             if value.is_floating_point() and value.isnan().any():
                 yield f"argument {name!r} has NaN values."
         elif not isinstance(value, bool | int | float | None):
@@ -460,7 +452,20 @@ def _plates(batch: Mapping[str, Any], model: Any, nodes: Nodes) -> Iterator[str]
                 return
 
 
-FINDINGS: tuple[Finding, ...] = (_plates, _names, _inputs, _types)
+def _inference(batch: Mapping[str, Any], model: Any, nodes: Nodes) -> Iterator[str]:
+    """A network that was made where there are no gradients."""
+    if torch.is_inference_mode_enabled():
+        return
+    for network in _networks(nodes):
+        made = [name for name, x in network.named_parameters() if x.is_inference()]
+        if made:
+            yield (
+                f"the network's {made[0]!r} was made under torch.inference_mode(), of "
+                "which gradients can't make use. Make or load the network outside."
+            )
+
+
+FINDINGS: tuple[Finding, ...] = (_plates, _names, _inputs, _types, _inference)
 
 
 def _networks(nodes: Nodes) -> list[PreTrainedModel]:
@@ -487,3 +492,32 @@ def _form(value: Any) -> str:
 
 def _forms(batch: Mapping[str, Any]) -> str:
     return ", ".join(f"{k!r}: {_form(v)}" for k, v in batch.items()) or "none at all"
+
+
+NO_BATCHES = (
+    "There are no batches. Give a re-iterable of batches, such as a list or a "
+    "DataLoader; a generator may be used up already."
+)
+READ_ONCE = (
+    "The batches are an iterator, which can be read once only, but {}. Give a list or "
+    "a DataLoader."
+)
+
+
+def first_batch(batches: Iterable[Mapping[str, Any]], why: str) -> PlacedBatch:
+    """The first batch, of batches that are read again.
+
+    Args:
+        batches: Mappings of model keyword arguments.
+        why: What it is read for, a clause.
+
+    Raises:
+        ValueError: If they are something else, or read once only, or there is none.
+    """
+    check_batches(batches)
+    if iter(batches) is batches:
+        raise ValueError(READ_ONCE.format(why))
+    first = next(checked_batches(batches), None)
+    if first is None:
+        raise ValueError(NO_BATCHES)
+    return first

@@ -13,13 +13,12 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor, nn
 
-from pyro_lora.ground.interrupts import leaving_no_trace, undone
+from pyro_lora.ground.interrupts import leaving_no_trace, undone, unvalidated
 from pyro_lora.ground.settings import check_function
 from pyro_lora.lifting.lifted_network import LiftedNetwork
-from pyro_lora.likelihood.batch import check_outcomes, checked_batch, explaining
+from pyro_lora.likelihood.batch import Batch, check_outcomes, checked_batch, explaining
 
 Model = Callable[..., Any]
-Batch = Mapping[str, Any]
 IGNORED = -100  # the label of a token that doesn't count, as in transformers
 
 
@@ -287,3 +286,71 @@ def set_modes(modes: Mapping[nn.Module, bool]) -> None:
     """Put modules into these modes."""
     for module, mode in modes.items():
         module.training = mode
+
+
+def trace_batch(
+    model: Model, weights: Mapping[str, Tensor], batch: Batch, index: int
+) -> Any:
+    """The model's trace on a batch.
+
+    Args:
+        model: A Pyro model.
+        weights: Latent site -> value.
+        batch: The model's keyword arguments.
+        index: The batch's place.
+
+    Raises:
+        ValueError: As the model does, with the batch's place and, if it's for NaN
+            parameters of a likelihood, their sites.
+    """
+    with naming_batch(index, partial(_nan_likelihoods, model, weights, batch)):
+        return trace_at(model, weights, batch)
+
+
+@contextmanager
+def naming_batch(
+    index: int, find_sites: Callable[[], Sequence[str]] = tuple
+) -> Iterator[None]:
+    """Say in an error of the model, such as Pyro's on NaN logits, which batch it was.
+
+    Args:
+        index: The batch's place.
+        find_sites: Called on an error; names of the sites at fault, if they're known.
+
+    Raises:
+        ValueError: If the block raises one.
+    """
+    try:
+        yield
+    except ValueError as error:
+        at = "".join(f", site {name!r}" for name in find_sites())
+        if str(error).startswith(f"Batch {index}"):
+            if not at:
+                raise
+            raise ValueError(f"{error}\nNaN are the parameters of{at[1:]}.") from error
+        raise ValueError(
+            f"The model failed on batch {index}{at}: {error}\nIf it runs on others, "
+            "check that batch's inputs and labels."
+        ) from error
+
+
+def _nan_likelihoods(
+    model: Model, weights: Mapping[str, Tensor], batch: Batch
+) -> list[str]:
+    """Observed sites whose distribution has NaN parameters, if nothing else fails."""
+    try:
+        with unvalidated():
+            trace = trace_at(model, weights, batch)
+    except ValueError:
+        return []
+    names = []
+    for name, site in trace.nodes.items():
+        if site["type"] != "sample" or not site["is_observed"]:
+            continue
+        fn = site["fn"]
+        while hasattr(fn, "base_dist"):
+            fn = fn.base_dist
+        tensors = [x for x in vars(fn).values() if isinstance(x, Tensor)]
+        if any(x.isnan().any() for x in tensors):
+            names.append(name)
+    return names

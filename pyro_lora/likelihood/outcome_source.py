@@ -7,12 +7,12 @@ what predictions of "s" are compared with, and what is hidden from the model mea
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from pyro.distributions import MaskedDistribution
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch import distributions as td
@@ -20,8 +20,16 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from pyro_lora.ground.interrupts import eagerly
-from pyro_lora.likelihood.batch import PlacedBatch, checked_batch
-from pyro_lora.likelihood.model_trace import Batch, likelihood_site
+from pyro_lora.likelihood import likelihoods
+from pyro_lora.likelihood.batch import Batch, PlacedBatch, checked_batch
+from pyro_lora.likelihood.model_trace import IGNORED, likelihood_site
+from pyro_lora.likelihood.outcomes import (
+    impossible,
+    is_possible,
+    may_not_count,
+    outcomes_that_count,
+    single_outcomes,
+)
 
 # Functions of torch that change a tensor's type and shape, not its values.
 _KEEPING = frozenset(
@@ -29,6 +37,13 @@ _KEEPING = frozenset(
     "ravel reshape reshape_as short squeeze to type type_as unsqueeze view view_as "
     "as_tensor tensor".split()
 )
+
+# And those by which Python code comes to know values, and may go by them.
+_READING = frozenset(
+    "__bool__ __contains__ __float__ __index__ __int__ allclose argwhere equal item "
+    "is_nonzero nonzero numpy tolist unique __array__".split()
+)
+_LIBRARIES = frozenset("torch pyro transformers peft pyro_lora".split())
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,14 +85,27 @@ class OutcomeSource:
     named: str | None = None
     _traces: dict[frozenset[str], Any] = field(default_factory=dict)
     _found: dict[frozenset[str], Outcomes] = field(default_factory=dict)
+    _branching: dict[frozenset[str], bool] = field(default_factory=dict)
 
     def trace_of(self, batch: Batch) -> Any:
         """The trace of the first batch with the same arguments as this one."""
         form = _form(batch)
         if form not in self._traces:
-            with torch.no_grad():
-                self._traces[form] = batch, self.trace(batch)
+            self._traces[form] = batch, self._run(batch)
         return self._traces[form][1]
+
+    def _run(self, batch: Batch) -> Any:
+        """The trace of a batch; the first of its form tells of :meth:`may_branch`."""
+        form = _form(batch)
+        with torch.no_grad():
+            if form in self._branching:
+                return self.trace(batch)
+            looking = _Looking()
+            with eagerly(), looking:
+                trace = self.trace(batch)
+        others = [x for x in batch.values() if not isinstance(x, Tensor | None)]
+        self._branching[form] = looking.found or bool(others)
+        return trace
 
     def forget(self) -> None:
         """Let the traces go, and the batches that are in them."""
@@ -128,10 +156,20 @@ class OutcomeSource:
         """The likelihood's site, of a run of the model."""
         known, trace = self._traces.get(_form(batch), (None, None))
         if known is not batch:
-            with torch.no_grad():
-                trace = self.trace(batch)
+            trace = self._run(batch)
             self._traces[_form(batch)] = batch, trace
         return likelihood_site(trace, self.obs_site, self.latents)
+
+    def may_branch(self, batch: Batch) -> bool:
+        """Whether the model's code knows values of a batch, so that others may differ.
+
+        ``if not seen.all(): fn = fn.mask(seen)`` masks some batches only. Known from
+        the first batch with the same arguments.
+        """
+        form = _form(batch)
+        if form not in self._branching:
+            self._run(batch)
+        return self._branching[form]
 
     def _outcomes(self, batch: Batch) -> Outcomes:
         if self.named:
@@ -163,7 +201,9 @@ class OutcomeSource:
             trace = self.trace(batch)
         site = trace.nodes[name]
         names = following.origins(site["value"])
-        shown = [following.origins(x) for x in _parameters(site["fn"])]
+        shown = [
+            following.origins(x) for x in _parameters(single_outcomes(site["fn"]).fn)
+        ]
         shown += [
             following.origins(node["value"])
             for node in trace.nodes.values()
@@ -179,6 +219,110 @@ class OutcomeSource:
 
 def _form(batch: Batch) -> frozenset[str]:
     return frozenset(name for name, x in batch.items() if x is not None)
+
+
+@dataclass
+class GivenLabels:
+    """The labels of one batch after another, those marked that don't count.
+
+    Predictions are made without labels, but which of them count may be said in the
+    labels alone. So the model runs once more with them, at one weight set: on the first
+    batch; and on every one if it has masks or a mark for missing outcomes, holds
+    labels that are none, or the model's code looks at values, by which it may mask some
+    batches only.
+
+    Attributes:
+        source: Where the labels are in a batch.
+        may_not_count: Whether some outcomes may not count; None before the first batch.
+        one_hot: Whether a class comes as C zeros and ones.
+    """
+
+    source: OutcomeSource
+    may_not_count: bool | None = None
+    one_hot: bool = False
+
+    def read(self, batch: Batch, num_classes: int | None, index: int) -> Tensor | None:
+        """The labels of a batch, where there are any.
+
+        Args:
+            batch: The model's keyword arguments.
+            num_classes: C, None of real outcomes.
+            index: The batch's place.
+
+        Returns:
+            Of the given shape, -100 where a class doesn't count, NaN where a real
+            outcome doesn't.
+
+        Raises:
+            ValueError: If one that counts is no outcome.
+        """
+        given = self.source.outcomes(batch)
+        if given is None:
+            return None
+        labels = torch.as_tensor(given)
+        if self.may_not_count is None:
+            site = self.source.site(batch)
+            masked = bool(site["is_observed"] and may_not_count(site))
+            self.may_not_count = masked or self.source.may_branch(batch)
+            self.one_hot = _is_one_hot(site)
+        wrong = _are_none(labels, num_classes)
+        counts: Tensor | None = None
+        if self.may_not_count or wrong.any():
+            counts, wrong = self._counted(batch, labels, wrong)
+            if bool(wrong.any()):
+                site = self.source.site(batch)
+                name = " and ".join(self.source.arguments(batch)) or "outcomes"
+                fn = single_outcomes(site["fn"]).fn
+                raise ValueError(
+                    f"Batch {index}, site {site['name']!r}, {name}: "
+                    f"{impossible(fn, labels[wrong][0].item())} Mask them in the "
+                    "model, by poutine.mask or obs_mask=."
+                )
+        if self.one_hot and labels.ndim == 2:
+            labels = labels.argmax(-1)
+        if counts is None or bool(counts.all()):
+            return labels
+        counts = _like(counts, labels)
+        if num_classes is not None:
+            return labels.masked_fill(~counts, IGNORED)
+        real = labels if labels.is_floating_point() else labels.double()
+        return real.masked_fill(~counts, torch.nan)
+
+    def _counted(
+        self, batch: Batch, labels: Tensor, wrong: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Which outcomes count; and which labels that do are wrong, of their shape."""
+        site = self.source.site(batch)
+        if not site["is_observed"]:
+            return torch.ones_like(labels, dtype=torch.bool), wrong
+        counts = outcomes_that_count(site).to(labels.device)
+        value: Tensor = site["value"]
+        if labels.numel() == value.numel():
+            fn = single_outcomes(site["fn"]).fn
+            fits = is_possible(fn, labels.reshape(value.shape).to(value.device))
+            bad = counts & ~fits.to(labels.device)
+            return counts, _like(bad, labels)
+        return counts, wrong & _like(counts, labels)
+
+
+def _is_one_hot(site: Mapping[str, Any]) -> bool:
+    likelihood = likelihoods.known(single_outcomes(site["fn"]).fn)
+    classes = None if likelihood is None else likelihood.classes
+    return classes is not None and classes.one_hot
+
+
+def _are_none(labels: Tensor, num_classes: int | None) -> Tensor:
+    if num_classes is None:
+        return ~labels.isfinite()
+    return ~((labels >= 0) & (labels < num_classes))
+
+
+def _like(counts: Tensor, labels: Tensor) -> Tensor:
+    """Which outcomes count, of the labels' shape, which may have dims of size one."""
+    if counts.numel() == labels.numel():
+        return counts.reshape(labels.shape)
+    by_datum = counts.reshape(len(labels), -1).any(-1)
+    return by_datum.reshape(-1, *[1] * (labels.ndim - 1)).expand(labels.shape)
 
 
 class _Following(TorchFunctionMode):
@@ -221,6 +365,29 @@ class _Following(TorchFunctionMode):
         return own | self._made.get(value, own) if isinstance(value, Tensor) else own
 
 
+class _Looking(TorchFunctionMode):
+    """Notices where code that isn't a library's reads values of tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = False
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if not self.found and getattr(func, "__name__", "") in _READING:
+            frame = sys._getframe(1)
+            while frame.f_back is not None and frame.f_globals.get("__name__") in (
+                "torch._tensor",
+                "torch.overrides",
+                "torch.utils._device",
+            ):
+                frame = frame.f_back
+            module = str(frame.f_globals.get("__name__", ""))
+            self.found = module.partition(".")[0] not in _LIBRARIES
+        return func(*args, **(kwargs or {}))
+
+
 def _keeps(func: Any, given: Sequence[Tensor], made: Sequence[Tensor]) -> bool:
     """Whether a function changes nothing but type and shape."""
     if getattr(func, "__name__", "") not in _KEEPING:
@@ -240,9 +407,6 @@ def _parts(value: Any) -> Iterator[Any]:
 
 def _parameters(fn: Any) -> Iterator[Tensor]:
     """The tensors that a distribution is made of, without masks."""
-    if isinstance(fn, MaskedDistribution):
-        yield from _parameters(fn.base_dist)
-        return
     for value in vars(fn).values():
         if isinstance(value, Tensor):
             yield value

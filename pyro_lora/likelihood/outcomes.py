@@ -3,49 +3,81 @@
 A likelihood such as ``NanMaskedNormal(f, 1).mask(m).to_event(1)`` in a site that is
 masked, too, has T outcomes a datum. An outcome counts if no mask hides it and its value
 is given. This is the only place that knows: Fisher information, held-out losses,
-metrics, and what ArviZ is told all ask here.
+metrics, and what ArviZ is told all ask here. What is inside is what
+:mod:`~pyro_lora.likelihood.likelihoods` knows of.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import singledispatch
 from typing import Any
 
-import pyro.distributions as dist
 import torch
 from pyro.distributions.torch_distribution import MaskedDistribution
 from torch import Tensor
 from torch import distributions as td
 
+from pyro_lora.likelihood import likelihoods
+
 Site = Mapping[str, Any]
 
 
-@singledispatch
 def is_given(fn: Any, value: Tensor) -> Tensor:
     """Which values are outcomes, not marks for missing ones; of the batch shape.
 
-    By the distribution's type: most know no mark, so that NaN is an error there.
+    Most distributions know no mark, so that NaN is an error there.
 
     Args:
         fn: The distribution of single outcomes.
         value: Of ``fn``'s shape.
     """
+    likelihood = likelihoods.known(fn)
+    if likelihood is not None and likelihood.given is not None:
+        return likelihood.given(value)
     shape = value.shape[: value.ndim - len(fn.event_shape)]
     return torch.ones(shape, dtype=torch.bool, device=value.device)
 
 
-@is_given.register
-def _nan_masked_normal(fn: dist.NanMaskedNormal, value: Tensor) -> Tensor:
-    return value.isfinite()
+def is_possible(fn: Any, value: Tensor) -> Tensor:
+    """Which values can be outcomes, or marks for missing ones; of the batch shape.
+
+    The one answer to whether a label is right: 1.5 is no class, -1 no count.
+
+    Args:
+        fn: The distribution of single outcomes.
+        value: Of ``fn``'s shape.
+    """
+    likelihood = likelihoods.known(fn)
+    if likelihood is not None and likelihood.support is not None:
+        own: Tensor = likelihood.support.check(value)
+        return own
+    try:
+        fits: Tensor = fn.support.check(value)
+    except NotImplementedError:  # a distribution that doesn't say
+        shape = value.shape[: value.ndim - len(fn.event_shape)]
+        return torch.ones(shape, dtype=torch.bool, device=value.device)
+    if value.is_floating_point():  # infinity is in the support of a Normal
+        infinite = value.isinf()
+        for _ in fn.event_shape:
+            infinite = infinite.any(-1)
+        fits = fits & ~infinite
+    return fits
 
 
-@is_given.register
-def _nan_masked_multivariate_normal(
-    fn: dist.NanMaskedMultivariateNormal, value: Tensor
-) -> Tensor:
-    return value.isfinite().any(-1)  # it marginalises over the others
+def impossible(fn: Any, value: Any) -> str:
+    """What is said of a value that counts and can't be an outcome.
+
+    Args:
+        fn: The distribution of single outcomes.
+        value: The value.
+    """
+    most = getattr(fn.support, "upper_bound", None)
+    classes = f", classes 0 to {most}" if isinstance(most, int) else ""
+    return (
+        f"the observed value {value} is outside of the support of {type(fn).__name__}"
+        f"{classes}. Check the labels; mask or leave out data that have none."
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,12 +91,14 @@ class SingleOutcomes:
             shape. In a text these tell tokens from padding; one outside of it, or the
             site's, hides whole data.
         unmasked: Which outcomes all masks of the distribution leave, likewise.
+        is_masked: Whether there are masks.
     """
 
     fn: Any
     event_dims: int
     inside: Tensor
     unmasked: Tensor
+    is_masked: bool
 
 
 def single_outcomes(fn: Any) -> SingleOutcomes:
@@ -92,7 +126,42 @@ def single_outcomes(fn: Any) -> SingleOutcomes:
         if outside > 0:
             inside = inside & own
     shape = fn.batch_shape
-    return SingleOutcomes(fn, event_dims, inside.expand(shape), unmasked.expand(shape))
+    return SingleOutcomes(
+        fn, event_dims, inside.expand(shape), unmasked.expand(shape), bool(masks)
+    )
+
+
+def class_log_probs(fn: Any) -> Tensor:
+    """Log probabilities of one class a datum, (..., C), float64, nats.
+
+    Args:
+        fn: The likelihood's distribution, of batch shape (...).
+
+    Raises:
+        ValueError: If it has no classes, or a datum has several outcomes.
+    """
+    single = single_outcomes(fn)
+    classes = likelihoods.of(single.fn).classes
+    if classes is None or single.event_dims:
+        raise ValueError(
+            f"The likelihood is {type(single.fn).__name__} with {single.event_dims} "
+            "event dims. Expected one class a datum."
+        )
+    return classes.log_probs
+
+
+def around(fn: Any, inside: Callable[[Any], Any]) -> Any:
+    """The masks and event dims of a distribution, around another one.
+
+    Args:
+        fn: The likelihood's distribution.
+        inside: What is put in the place of the distribution of single outcomes.
+    """
+    if isinstance(fn, MaskedDistribution):
+        return around(fn.base_dist, inside).mask(fn._mask)
+    if isinstance(fn, td.Independent):
+        return around(fn.base_dist, inside).to_event(fn.reinterpreted_batch_ndims)
+    return inside(fn)
 
 
 def may_not_count(site: Site) -> bool:
@@ -101,11 +170,11 @@ def may_not_count(site: Site) -> bool:
     Args:
         site: A node of a trace.
     """
-    fn, masked = site["fn"], site["mask"] is not None
-    while isinstance(fn, MaskedDistribution | td.Independent):
-        masked = masked or isinstance(fn, MaskedDistribution)
-        fn = fn.base_dist
-    return masked or is_given.dispatch(type(fn)) is not is_given.dispatch(object)
+    single = single_outcomes(site["fn"])
+    if site["mask"] is not None or single.is_masked:
+        return True
+    likelihood = likelihoods.known(single.fn)
+    return likelihood is not None and likelihood.given is not None
 
 
 def outcomes_that_count(site: Site) -> Tensor:
@@ -150,7 +219,7 @@ def values_to_score(site: Site) -> Tensor:
     if not may_not_count(site):
         return value
     single = single_outcomes(site["fn"])
-    wrong = ~single.fn.support.check(value) & ~_unmasked(site, single)
+    wrong = ~is_possible(single.fn, value) & ~_unmasked(site, single)
     if not bool(wrong.any()):
         return value
     drawn = site["fn"].sample().to(value)

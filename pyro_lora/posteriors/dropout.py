@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar
 
-import pyro
-import pyro.distributions as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from pyro_lora.ground.settings import check_count
 from pyro_lora.lifting.lifted_network import LiftedNetwork, check_lora
-from pyro_lora.posteriors.joint_distribution import check_num_samples
+from pyro_lora.likelihood.model_trace import Model
+from pyro_lora.posteriors.joint_distribution import sample_deltas
+from pyro_lora.posteriors.prior import networks_prior
+from pyro_lora.priors import Prior
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,41 +30,50 @@ class DropoutPosterior:
 
     Attributes:
         weights: Site -> value.
-        loras: The lifted networks in the model.
+        networks: The lifted networks in the model.
+        model: The Pyro model; None where it isn't known.
         obs_site: The likelihood's site, None for the only one.
     """
 
     weights: dict[str, Tensor]
-    loras: tuple[LiftedNetwork, ...]
+    networks: tuple[LiftedNetwork, ...]
+    model: Model | None = None
     obs_site: str | None = None
+
+    num_samples: ClassVar[int | None] = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Sample the sites, at the weights whatever the model's arguments."""
-        infer: dict[str, Any] = {
-            site: {"lora": (lora,)} for lora in self.loras for site in lora.sites
-        }
-        return {
-            site: pyro.sample(
-                site, dist.Delta(x, event_dim=x.ndim), infer=infer.get(site, {})
-            )
-            for site, x in self.weights.items()
-        }
+        return sample_deltas(self.weights, self.weights, self.networks)
 
     @property
-    def prediction_method(self) -> Literal["sample"]:
-        """How to predict: by running the network at draws."""
-        return "sample"
+    def prior(self) -> Prior:
+        """The prior of the networks."""
+        return networks_prior(self.networks)
 
     def sample(self, num_samples: int) -> dict[str, Tensor]:
         """The weights, site -> value with a leading (S,)."""
-        check_num_samples(num_samples)
+        check_count("num_samples", num_samples)
         return {s: x.expand(num_samples, *x.shape) for s, x in self.weights.items()}
+
+    def log_prob(self, weights: Mapping[str, Tensor]) -> Tensor:
+        """Not defined.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError("MC dropout has no density of the weights.")
+
+    def gaussians(self) -> list[tuple[float, Any]]:
+        """None."""
+        return []
 
 
 def mc_dropout(
     lora: LiftedNetwork,
     weights: dict[str, Tensor] | None = None,
     *,
+    model: Model | None = None,
     obs_site: str | None = None,
 ) -> DropoutPosterior:
     """A posterior by dropout, of a network that was trained with it.
@@ -70,6 +82,7 @@ def mc_dropout(
         lora: The lifted network, with dropout somewhere (``LoraConfig.lora_dropout``).
         weights: A weight set with values of all of the model's latent sites, a mode;
             None is the adapter's present one.
+        model: The Pyro model, where something needs it.
         obs_site: The likelihood's site, None for the only one.
 
     Returns:
@@ -88,20 +101,25 @@ def mc_dropout(
     missing = lora.sites.keys() - weights.keys()
     if missing:
         raise ValueError(f"Site {sorted(missing)[0]!r} is missing from the weights.")
-    return DropoutPosterior(dict(weights), (lora,), obs_site)
+    return DropoutPosterior(dict(weights), (lora,), model, obs_site)
+
+
+def has_dropout(posterior: object) -> bool:
+    """Whether the network is to be run with dropout on."""
+    return isinstance(posterior, DropoutPosterior)
 
 
 def check_no_dropout(posterior: object, caller: str) -> None:
     """Refuse MC dropout where dropout would be off, and all of its draws the same.
 
     Args:
-        posterior: Any guide.
+        posterior: Any posterior.
         caller: Names of what was called with it.
 
     Raises:
         ValueError: If it is :func:`mc_dropout`'s.
     """
-    if isinstance(posterior, DropoutPosterior):
+    if has_dropout(posterior):
         raise ValueError(
             f"Dropout is off in {caller}, so that all draws of mc_dropout are the "
             "same. Use predict, which leaves it on, or another posterior."

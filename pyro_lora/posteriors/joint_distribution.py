@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_lora.curvature.dense_gaussian import flatten_weights, unflatten_weights
-from pyro_lora.ground.settings import check_count
 from pyro_lora.ground.weights import Weights
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 
@@ -69,42 +68,48 @@ class JointDistribution(TorchDistribution):
         return log_prob.reshape(value.shape[:-1])
 
 
-def check_num_samples(num_samples: int) -> None:
-    """Check that there are draws to make.
-
-    Raises:
-        TypeError: If S isn't an integer.
-        ValueError: If S isn't positive.
-    """
-    check_count("num_samples", num_samples)
-
-
 def sample_jointly(
-    weights: WeightDistribution, like: Weights, loras: tuple[LiftedNetwork, ...]
+    weights: WeightDistribution, like: Weights, networks: tuple[LiftedNetwork, ...]
 ) -> Weights:
     """Guide statements: one auxiliary joint variable, the sites Deltas of it.
 
     Args:
         weights: What draws the weight sets.
         like: Site -> one value of the site's shape.
-        loras: The lifted networks, named in the ``infer`` dict of their sites.
+        networks: The lifted networks, named in the ``infer`` dict of their sites.
 
     Returns:
         Site -> the value sampled.
     """
-    infer: dict[str, Any] = {
-        site: {"lora": (lora,)} for lora in loras for site in lora.sites
-    }
     flat = pyro.sample(
         "lora_joint",
         JointDistribution(weights, like),
         infer={"is_auxiliary": True},
     )
+    return sample_deltas(unflatten_weights(flat, like), like, networks)
+
+
+def sample_deltas(
+    weights: Weights, like: Weights, networks: tuple[LiftedNetwork, ...]
+) -> Weights:
+    """Guide statements: sites that have these values.
+
+    Args:
+        weights: Site -> value, leading dims allowed.
+        like: Site -> one value of the site's shape.
+        networks: The lifted networks, named in the ``infer`` dict of their sites.
+
+    Returns:
+        Site -> the value.
+    """
+    infer: dict[str, Any] = {
+        site: {"lora": (lora,)} for lora in networks for site in lora.sites
+    }
     return {
         site: pyro.sample(
             site,
             dist.Delta(value, event_dim=like[site].ndim),
             infer=infer.get(site, {}),
         )
-        for site, value in unflatten_weights(flat, like).items()
+        for site, value in weights.items()
     }

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, overload
+from typing import Any, ClassVar, Literal, overload
 
-import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.optim import PyroOptim
 from torch import Tensor
 
 from pyro_lora.curvature.gaussian_logits import GaussianLogits, JointGaussianLogits
@@ -25,20 +23,13 @@ from pyro_lora.curvature.weight_gaussian import WeightGaussian
 from pyro_lora.ground.interrupts import leaving_no_trace
 from pyro_lora.ground.settings import check_count, check_name, check_word
 from pyro_lora.ground.weights import Weights, check_weights
-from pyro_lora.infer.svgd.kernels import NoRepulsion
-from pyro_lora.infer.svgd.optimizer_state import check_optimizer
-from pyro_lora.infer.svgd.svgd import SVGD
 from pyro_lora.lifting.lifted_network import LiftedNetwork
-from pyro_lora.likelihood.batch import check_batches, checked_batch
-from pyro_lora.likelihood.batches import READ_ONCE
-from pyro_lora.likelihood.model_trace import Batch, Model, evaluating
+from pyro_lora.likelihood.batch import Batch, checked_batch
+from pyro_lora.likelihood.model_trace import Model, evaluating
 from pyro_lora.posteriors import prior_tuning
-from pyro_lora.posteriors.prior_parameters import train_parameters, under_prior
+from pyro_lora.posteriors.joint_distribution import sample_deltas
+from pyro_lora.posteriors.prior import normal_prior
 from pyro_lora.priors import Prior
-
-# How a posterior is predicted from where nobody says.
-PredictionMethod = Literal["sample", "linearized"]
-Refit = Callable[[Model, Weights, Iterable[Batch]], "LaplacePosterior"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,15 +46,15 @@ class LaplacePosterior:
         log_likelihood: Of all data at the mode, nats, float64.
         log_prior: At the mode, nats, float64.
         prior: The prior that this posterior was made with.
-        loras: The lifted networks in the model.
+        networks: The lifted networks in the model.
         model: The Pyro model; None where the posterior was loaded without one.
         obs_site: The likelihood's site; None where there are several.
         latents: Gaussian over latent sites outside of the networks, which are part of
             modes, draws and densities, too; None where there are none.
-        refit: Fits again with the same settings: (model, mode, batches) to posterior;
-            None where the posterior was loaded.
         fixed: Lifted sites that are fixed at their mode -> values. They are part of
             modes and draws, too, with variance 0, and no part of the evidence's D.
+        arguments: Those that the fit's batches gave to the model; None where the
+            posterior was loaded.
     """
 
     gaussian: WeightGaussian
@@ -71,28 +62,27 @@ class LaplacePosterior:
     log_likelihood: Tensor
     log_prior: Tensor
     prior: Prior
-    loras: tuple[LiftedNetwork, ...]
+    networks: tuple[LiftedNetwork, ...]
     model: Model | None
     obs_site: str | None
     latents: LatentBlock | None = None
-    refit: Refit | None = None
     fixed: Weights = field(default_factory=dict)
+    arguments: frozenset[str] | None = None
+
+    num_samples: ClassVar[int | None] = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Weights:
         """Sample the sites: the guide's statements, whatever the model's arguments."""
         infer: dict[str, Any] = {
-            site: {"lora": (lora,)} for lora in self.loras for site in lora.sites
+            site: {"lora": (lora,)} for lora in self.networks for site in lora.sites
         }
         weights = self.gaussian.pyro_sample(infer)
-        for site, value in self.fixed.items():
-            fn = dist.Delta(value, event_dim=value.ndim)
-            weights[site] = pyro.sample(site, fn, infer=infer[site])
+        weights |= sample_deltas(self.fixed, self.fixed, self.networks)
         return weights if self.latents is None else weights | self.latents.pyro_sample()
 
-    @property
-    def prediction_method(self) -> PredictionMethod:
-        """How to predict: with the linearised network, whose posterior this is."""
-        return "linearized"
+    def gaussians(self) -> list[tuple[float, LaplacePosterior]]:
+        """The Gaussian parts with their weights: this one."""
+        return [(1.0, self)]
 
     def mode(self) -> Weights:
         """The mode, site -> value of the site's shape."""
@@ -219,17 +209,12 @@ class LaplacePosterior:
         per: Literal["all", "site", "layer", "prior"] = "all",
         objective: Literal["evidence", "nll"] = "evidence",
         batches: Iterable[Batch] | None = None,
-        num_refits: int = 0,
-        optim: PyroOptim | None = None,
-        num_epochs: int = 1,
         obs_site: str | None = None,
     ) -> LaplacePosterior:
         r"""Choose the prior precision by the evidence or by held-out data.
 
-        With ``num_refits`` the mode follows: the weights are trained under the prior
-        found (``num_epochs`` MAP epochs of ``optim`` from where they are, dropout off),
-        the curvature is fitted there, and the prior is chosen again, as in online
-        Laplace (Immer et al. 2021, https://arxiv.org/abs/2104.04975).
+        The mode stays where it is. To let it follow, train on and fit again by
+        ``AutoLaplace.refit``, and choose again.
 
         Args:
             per: One precision for all weights, for each site, or for each layer of
@@ -243,70 +228,40 @@ class LaplacePosterior:
                 linearised predictive on held-out ``batches``, over a grid in one pass
                 over them; with several precisions one after the other, twice, each in
                 a pass of its own. For a Categorical, Bernoulli or Normal likelihood.
-            batches: With ``"nll"``: held-out batches with labels. With ``num_refits``:
-                all training data, as for the fit.
-            num_refits: How often to train on and fit again; with the evidence only.
-            optim: A ``pyro.optim`` optimizer for the refits.
-            num_epochs: Passes over the data in each refit, before the one that fits.
+                It warns where the least is at the grid's end, 1e-4 or 1e6.
+            batches: With ``"nll"``: held-out batches with labels.
             obs_site: With ``"nll"``: the likelihood's site; None is the posterior's.
 
         Returns:
             A new posterior; network, model and param store are as before.
 
         Raises:
-            ValueError: If the arguments don't fit, held-out labels are missing, the
-                posterior was loaded (for refits), or the prior has no parameters.
+            ValueError: If the arguments don't fit, held-out labels are missing, or the
+                prior has no parameters.
         """
-        check_count("num_refits", num_refits, 0)
-        check_count("num_epochs", num_epochs)
         check_word("objective", objective, ("evidence", "nll"))
         check_word("per", per, ("all", "site", "layer", "prior"))
         check_name("obs_site", obs_site)
-        if optim is not None:
-            check_optimizer(optim)
-        if (num_refits > 0) != (optim is not None):
-            raise ValueError(
-                f"optimize_prior got num_refits={num_refits} and "
-                f"{'no ' if optim is None else 'an '}optim: refits need an optimizer, "
-                "and nothing else does."
-            )
-        if objective == "nll" and per != "prior" and batches is not None:
-            if num_refits:
-                raise ValueError(
-                    "optimize_prior refits with objective='evidence' only: under 'nll' "
-                    "the batches are the held-out ones."
-                )
-            model = self._model("optimize_prior(objective='nll')")
-            site = obs_site or self.obs_site
-            with evaluating(self.loras):
-                tau = prior_tuning.minimize_nll(
-                    model, self.gaussian, self.loras, batches, site, per
-                )
-            return self.with_prior_precision(tau)
-        if objective != "evidence" or (num_refits > 0) != (batches is not None):
+        held_out = objective == "nll"
+        if held_out != (batches is not None) or (held_out and per == "prior"):
             raise ValueError(
                 f"optimize_prior got per={per!r}, objective={objective!r}, batches="
-                f"{'None' if batches is None else 'given'}, num_refits={num_refits}: "
-                "objective is 'evidence' or 'nll', 'nll' needs held-out batches and "
-                "takes no per='prior', and the evidence needs batches for refits only."
+                f"{'None' if batches is None else 'given'}: 'nll' needs held-out "
+                "batches and takes no per='prior', and the evidence takes no batches."
             )
-        if num_refits:
-            check_batches(batches)
-        if num_refits and iter(batches or ()) is batches:
-            raise ValueError(READ_ONCE.format("each refit takes several passes"))
-        best = self._maximize_evidence(per)
-        for _ in range(num_refits):
-            assert batches is not None
-            assert optim is not None
-            best = best._refitted(batches, optim, num_epochs)._maximize_evidence(per)
-        return best
-
-    def _maximize_evidence(self, per: str) -> LaplacePosterior:
+        if batches is not None:
+            model = self._model("optimize_prior(objective='nll')")
+            site = obs_site or self.obs_site
+            with evaluating(self.networks):
+                tau = prior_tuning.minimize_nll(
+                    model, self.gaussian, self.networks, batches, site, per
+                )
+            return self.with_prior_precision(tau)
         if per != "prior":
             tau = prior_tuning.maximize_evidence(self.gaussian, self.prior_mean, per)
             return self.with_prior_precision(tau)
-        prior, at_mode = train_parameters(
-            self.prior, self.loras, self.gaussian, self.log_prior
+        prior, at_mode = prior_tuning.train_parameters(
+            self.prior, self.networks, self.gaussian, self.log_prior
         )
         return replace(
             self,
@@ -315,34 +270,6 @@ class LaplacePosterior:
             log_prior=at_mode.log_prob,
             prior=prior,
         )
-
-    def _refitted(
-        self, batches: Iterable[Batch], optim: PyroOptim, num_epochs: int
-    ) -> LaplacePosterior:
-        if self.fixed:
-            raise ValueError(
-                "Refits train every site, but this posterior is over some of them, and "
-                f"{sorted(self.fixed)} are fixed. Leave num_refits out."
-            )
-        if self.model is None or self.refit is None:
-            raise ValueError(
-                "Refits need the model and the settings of the fit, but this posterior "
-                "was loaded. Fit it by AutoLaplace first."
-            )
-        mode = self.mode()
-        model = under_prior(self.model, self.prior, self.loras, mode)
-        ensemble = SVGD(  # one particle without repulsion is MAP
-            model,
-            NoRepulsion(),
-            optim,
-            1,
-            init_loc_fn=lambda site: mode[site["name"]].clone(),
-        )
-        with evaluating(self.loras):
-            ensemble.run(batches, num_epochs=num_epochs, progress_bar=False)
-        weights = {s: x[0] for s, x in ensemble.get_named_particles().items()}
-        found = self.refit(model, weights, batches)
-        return replace(found, model=self.model, prior=self.prior, refit=self.refit)
 
     @overload
     def linearized(
@@ -374,9 +301,8 @@ class LaplacePosterior:
     ) -> GaussianLogits | JointGaussianLogits:
         r"""Gaussian over the logits of a batch, :math:`N(f(x), J P^{-1} J^T)`.
 
-        One forward pass and C - 1 backward passes for C classes; P for a Normal
-        likelihood with P outputs (``.to_event(1)``), whose result also has the noise
-        variance.
+        One forward pass and C - 1 backward passes for C classes; P for numbers of P
+        outputs (``.to_event(1)``), a Normal's with the noise variance.
 
         Args:
             batch: The model's keyword arguments; labels aren't needed.
@@ -393,13 +319,13 @@ class LaplacePosterior:
             several tokens (B, T, C) and (B, T, C, C).
 
         Raises:
-            ValueError: If this posterior was loaded without a model, the likelihood
-                isn't Categorical, Bernoulli or Normal, or ``tokens`` doesn't fit it.
+            ValueError: If this posterior was loaded without a model, or ``tokens``
+                doesn't fit the likelihood.
         """
         model, batch = self._model("linearized"), checked_batch(batch)
         site = obs_site or self.obs_site
-        at = (model, self.gaussian, self.loras, batch, site)
-        with evaluating(self.loras):
+        at = (model, self.gaussian, self.networks, batch, site)
+        with evaluating(self.networks):
             if joint:
                 return joint_linearized_logits(*at, tokens=tokens)
             return linearized_logits(*at, tokens=tokens)[0]
@@ -414,23 +340,3 @@ class LaplacePosterior:
         held = {**self.fixed, **latents}
         model: Model = poutine.condition(self.model, held) if held else self.model
         return model
-
-
-def normal_prior(mean: Weights, precision: Weights, fixed: Weights) -> Prior:
-    """The prior N(mean, 1 / precision), both by site, and Deltas at fixed values."""
-    fns: dict[str, dist.TorchDistribution] = {
-        site: dist.Normal(x, precision[site].rsqrt().expand(x.shape)).to_event(x.ndim)
-        for site, x in mean.items()
-    }
-    fns |= {site: dist.Delta(x, event_dim=x.ndim) for site, x in fixed.items()}
-    return _SitePriors(fns)
-
-
-@dataclass(frozen=True, eq=False)
-class _SitePriors:
-    """A distribution for each site."""
-
-    fns: Mapping[str, dist.TorchDistribution]
-
-    def __call__(self, lora: LiftedNetwork) -> Weights:
-        return {site: pyro.sample(site, self.fns[site]) for site in lora.sites}

@@ -1,81 +1,107 @@
-"""Mixture of posteriors, for example a Laplace approximation at each particle."""
+r"""Mixture of posteriors, for example a Laplace approximation at each particle.
+
+:math:`q(w) = \sum_n \pi_n q_n(w)`. A mixture of mixtures is one of their components,
+each with the product of the weights on the way to it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Union
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from pyro_lora.ground.settings import check_kind
+from pyro_lora.ground.settings import check_count, check_kind
 from pyro_lora.ground.weights import Weights
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.likelihood.model_trace import Model
-from pyro_lora.posteriors.joint_distribution import check_num_samples, sample_jointly
-from pyro_lora.posteriors.laplace_posterior import LaplacePosterior, PredictionMethod
-from pyro_lora.posteriors.particle_posterior import ParticlePosterior
-
-Posterior = Union[LaplacePosterior, ParticlePosterior, "MixturePosterior"]
+from pyro_lora.posteriors.guide_posterior import Guide
+from pyro_lora.posteriors.joint_distribution import sample_jointly
+from pyro_lora.posteriors.laplace_posterior import LaplacePosterior
+from pyro_lora.posteriors.posterior import (
+    Posterior,
+    arguments_of,
+    as_posterior,
+    kind_of,
+    one_weight_set,
+    only_gaussian,
+)
+from pyro_lora.posteriors.prior import networks_prior
+from pyro_lora.priors import Prior
 
 
 class MixturePosterior:
     r"""Mixture :math:`q(w) = \sum_n \pi_n q_n(w)`, as a Pyro guide.
 
     Args:
-        components: Posteriors over the same sites.
+        components: Posteriors, or Pyro guides, over the same sites.
         weights: :math:`\pi`, one for each component, normalised here; None is equal;
             ``"evidence"``, of Laplace posteriors, is :math:`\pi_n \propto p(y)_n`, the
             mass that each finds around its mode: a few nats leave one of them.
 
+    Attributes:
+        components: The posteriors that are mixed, none of them a mixture.
+        weights: Of each, (n,), float64, they add up to one.
+
     Raises:
-        TypeError: If a component is another kind of guide.
+        TypeError: If a component is neither a posterior nor a guide.
         ValueError: If there are no components, their sites or shapes differ, or the
             weights don't fit.
     """
 
+    num_samples: ClassVar[int | None] = None
+
     def __init__(
         self,
-        components: Sequence[Posterior],
+        components: Sequence[Posterior | Guide],
         weights: Tensor | Sequence[float] | Literal["evidence"] | None = None,
     ) -> None:
         name = "The components of a mixture"
         check_kind(name, components, Sequence, "a list of posteriors")
         if not components:
             raise ValueError("A mixture needs at least one component; found none.")
-        kinds = LaplacePosterior, ParticlePosterior, MixturePosterior
-        for index, component in enumerate(components):
-            if not isinstance(component, kinds):
-                raise TypeError(
-                    f"Component {index} is {type(component).__name__}; a mixture is of "
-                    "Laplace and particle posteriors and of mixtures of them."
-                )
-        self.components = tuple(components)
-        self._like = components[0].mean()
-        for index, component in enumerate(self.components):
-            shapes = {s: x.shape for s, x in component.mean().items()}
-            for site in shapes.keys() | self._like.keys():
-                expected = self._like[site].shape if site in self._like else None
-                if shapes.get(site) != expected:
-                    raise ValueError(
-                        f"Component {index}, site {site!r}: expected shape "
-                        f"{expected}, as in component 0, found {shapes.get(site)}. Mix "
-                        "posteriors of one model."
-                    )
-        self.weights = _normalised(weights, self.components, self._like)
-        self.loras: tuple[LiftedNetwork, ...] = components[0].loras
-        self.model: Model | None = components[0].model
-        self.obs_site: str | None = components[0].obs_site
+        given = [
+            _checked(index, component) for index, component in enumerate(components)
+        ]
+        with torch.random.fork_rng():  # a guide's sites are known by a draw alone
+            likes = [one_weight_set(component) for component in given]
+        _check_same_sites(likes)
+        self._like = likes[0]
+        pi = _normalised(weights, given, self._like)
+        parts = [
+            pair
+            for weight, component in zip(pi, given, strict=True)
+            for pair in _taken_apart(weight, component)
+        ]
+        self.components = tuple(component for _, component in parts)
+        self.weights = torch.stack([weight for weight, _ in parts])
+        self.networks: tuple[LiftedNetwork, ...] = given[0].networks
+        self.model: Model | None = given[0].model
+        self.obs_site: str | None = given[0].obs_site
+        self.arguments = arguments_of(given[0])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Weights:
         """Sample the sites, whatever the model's arguments."""
-        return sample_jointly(self, self._like, self.loras)
+        return sample_jointly(self, self._like, self.networks)
 
     @property
-    def prediction_method(self) -> PredictionMethod:
-        """How to predict: with linearised networks where all components do so."""
-        methods = {component.prediction_method for component in self.components}
-        return "linearized" if methods == {"linearized"} else "sample"
+    def prior(self) -> Prior:
+        """The components' own, where it is one; else that of the networks."""
+        first = self.components[0].prior
+        if all(component.prior is first for component in self.components):
+            return first
+        return networks_prior(self.networks)
+
+    def gaussians(self) -> list[tuple[float, LaplacePosterior]]:
+        """The Gaussian parts with their weights in the mixture."""
+        return [
+            (weight * inner, gaussian)
+            for weight, component in zip(
+                self.weights.tolist(), self.components, strict=True
+            )
+            for inner, gaussian in component.gaussians()
+        ]
 
     def sample(self, num_samples: int) -> Weights:
         """Draws in random order of components, site -> value with a leading (S,).
@@ -83,7 +109,15 @@ class MixturePosterior:
         Raises:
             ValueError: If S isn't positive.
         """
-        check_num_samples(num_samples)
+        return self.sample_with_components(num_samples)[0]
+
+    def sample_with_components(self, num_samples: int) -> tuple[Weights, Tensor]:
+        """Draws, and the place among the components of each one's own, (S,).
+
+        Raises:
+            ValueError: If S isn't positive.
+        """
+        check_count("num_samples", num_samples)
         drawn = torch.multinomial(self.weights, num_samples, replacement=True)
         counts = torch.bincount(drawn, minlength=len(self.components)).tolist()
         parts = [
@@ -93,7 +127,9 @@ class MixturePosterior:
         ]
         # Sorting by component twice over puts each draw where its component was drawn.
         place = drawn.argsort(stable=True).argsort()
-        return {s: torch.cat([part[s] for part in parts])[place] for s in self._like}
+        return {
+            s: torch.cat([part[s] for part in parts])[place] for s in self._like
+        }, drawn
 
     def log_prob(self, weights: Mapping[str, Tensor]) -> Tensor:
         """Log density in nats, (S,) for weights with a leading (S,).
@@ -105,27 +141,38 @@ class MixturePosterior:
         return (log_probs + self.weights.log().to(log_probs)).logsumexp(-1)
 
     def mean(self) -> Weights:
-        """The mean, each of its site's shape."""
-        means = [component.mean() for component in self.components]
+        """The mean, each of its site's shape.
+
+        Raises:
+            ValueError: If a component's isn't known.
+        """
+        return self._averaged([mean for mean, _ in self._moments()])
+
+    def variance(self) -> Weights:
+        """Marginal variances by the law of total variance, each of its site's shape.
+
+        Raises:
+            ValueError: If a component's aren't known.
+        """
+        moments = self._moments()
+        mean = self._averaged([mean for mean, _ in moments])
+        return self._averaged(
+            [
+                {s: x + (own[s] - mean[s]).square() for s, x in within.items()}
+                for own, within in moments
+            ]
+        )
+
+    def _moments(self) -> list[tuple[Weights, Weights]]:
+        return [_moments(component) for component in self.components]
+
+    def _averaged(self, values: Sequence[Weights]) -> Weights:
         return {
             site: torch.tensordot(
-                self.weights.to(like), torch.stack([m[site] for m in means]), 1
+                self.weights.to(like), torch.stack([x[site] for x in values]), 1
             )
             for site, like in self._like.items()
         }
-
-    def variance(self) -> Weights:
-        """Marginal variances by the law of total variance, each of its site's shape."""
-        result, mean = {}, self.mean()
-        within = [component.variance() for component in self.components]
-        means = [component.mean() for component in self.components]
-        for site, like in self._like.items():
-            pi = self.weights.to(like)
-            distance = torch.stack([m[site] for m in means]) - mean[site]
-            between = torch.tensordot(pi, distance.square(), 1)
-            inside = torch.tensordot(pi, torch.stack([v[site] for v in within]), 1)
-            result[site] = inside + between
-        return result
 
     def mode(self) -> Weights:
         """Not defined.
@@ -134,6 +181,62 @@ class MixturePosterior:
             ValueError: Always.
         """
         raise ValueError("A mixture has no single mode. Use those of .components.")
+
+
+def _checked(index: int, component: Posterior | Guide) -> Posterior:
+    try:
+        posterior = as_posterior(component)
+    except TypeError as error:
+        raise TypeError(f"Component {index} of a mixture: {error}") from error
+    if posterior is not component and not posterior.networks:
+        raise TypeError(
+            f"Component {index} is {kind_of(posterior)}; a mixture is of posteriors, "
+            "and of autoguides that have run: of others the networks aren't known."
+        )
+    return posterior
+
+
+def _check_same_sites(likes: Sequence[Weights]) -> None:
+    for index, like in enumerate(likes):
+        for site in like.keys() | likes[0].keys():
+            shape, expected = (
+                x[site].shape if site in x else None for x in (like, likes[0])
+            )
+            if shape != expected:
+                raise ValueError(
+                    f"Component {index}, site {site!r}: expected shape {expected}, as "
+                    f"in component 0, found {shape}. Mix posteriors of one model."
+                )
+
+
+def _taken_apart(
+    weight: Tensor, component: Posterior
+) -> list[tuple[Tensor, Posterior]]:
+    """A component with its weight; of a mixture its own ones with theirs."""
+    if not isinstance(component, MixturePosterior):
+        return [(weight, component)]
+    inner = component.weights.to(weight)
+    return list(zip(weight * inner, component.components, strict=True))
+
+
+def _moments(component: Posterior) -> tuple[Weights, Weights]:
+    """Mean and marginal variances.
+
+    Raises:
+        ValueError: If they aren't known.
+    """
+    gaussian = only_gaussian(component)
+    if gaussian is not None:
+        return gaussian.mean(), gaussian.variance()
+    if component.num_samples is None:
+        raise ValueError(
+            f"The moments of a {kind_of(component)} aren't known. Take those of draws."
+        )
+    draws = component.sample(component.num_samples)
+    return (
+        {site: x.mean(0) for site, x in draws.items()},
+        {site: x.var(0, correction=0) for site, x in draws.items()},
+    )
 
 
 def _normalised(
@@ -166,11 +269,11 @@ def _normalised(
 
 
 def _log_evidences(weights: str, components: Sequence[Posterior]) -> Tensor:
-    laplace = [c for c in components if isinstance(c, LaplacePosterior)]
+    laplace = [c for c in map(only_gaussian, components) if c is not None]
     if weights != "evidence" or len(laplace) < len(components):
         raise ValueError(
             f"Mixture weights are {weights!r}. Give numbers, or 'evidence' where every "
             "component is a Laplace posterior, found "
-            f"{[type(component).__name__ for component in components]}."
+            f"{[kind_of(component) for component in components]}."
         )
     return torch.stack([component.log_evidence().double() for component in laplace])

@@ -1,8 +1,164 @@
-"""What a posterior is: a Pyro guide."""
+"""What a posterior is: a handful of members, whatever kind it is of.
+
+Everything after the inference (predictions, diagnoses, files) is told what it needs by
+these and asks no posterior which kind it is. A Gaussian says so by :meth:`gaussians`, a
+set of particles by ``num_samples``; a posterior without a density raises in
+:meth:`log_prob`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Protocol, runtime_checkable
 
-Guide = Callable[..., Any]  # any Pyro guide
+from torch import Tensor
+
+from pyro_lora.ground.settings import check_function
+from pyro_lora.ground.weights import Weights
+from pyro_lora.lifting.lifted_network import LiftedNetwork
+from pyro_lora.likelihood.model_trace import Model
+from pyro_lora.posteriors.guide_posterior import Guide, GuidePosterior
+from pyro_lora.posteriors.laplace_posterior import LaplacePosterior
+from pyro_lora.posteriors.prior import scaled
+from pyro_lora.priors import Prior
+
+# How a posterior is predicted from where nobody says.
+PredictionMethod = Literal["sample", "linearized"]
+
+_ROUNDING = 1e-6  # of weights that add up to one
+
+
+@runtime_checkable
+class Posterior(Protocol):
+    """A distribution over weight sets, of a model that calls lifted networks.
+
+    Those of this library are Pyro guides, too: called with the model's arguments they
+    sample the sites. A class of your own needs the members below and nothing else.
+    """
+
+    @property
+    def model(self) -> Model | None:
+        """The Pyro model; None where it isn't known."""
+        ...
+
+    @property
+    def networks(self) -> tuple[LiftedNetwork, ...]:
+        """The lifted networks in the model; empty where they aren't known."""
+        ...
+
+    @property
+    def obs_site(self) -> str | None:
+        """The likelihood's site, None for the only one."""
+        ...
+
+    @property
+    def prior(self) -> Prior:
+        """The prior that it was made with."""
+        ...
+
+    @property
+    def num_samples(self) -> int | None:
+        """How many draws there are, K particles; None where any number may be drawn.
+
+        ``sample`` of as many gives each of them once, in order.
+        """
+        ...
+
+    def sample(self, num_samples: int) -> Weights:
+        """Draws, site -> value with a leading (S,)."""
+        ...
+
+    def log_prob(self, weights: Mapping[str, Tensor]) -> Tensor:
+        """Log density in nats, (S,) for weights with a leading (S,).
+
+        Raises:
+            ValueError: If it has no density.
+        """
+        ...
+
+    def gaussians(self) -> Sequence[tuple[float, LaplacePosterior]]:
+        """Its Gaussian parts, each with its weight; empty where there are none.
+
+        The weights add up to one where it has no others.
+        """
+        ...
+
+
+@runtime_checkable
+class _Fitted(Protocol):
+    """One that knows which arguments the model got in the fit, unless None."""
+
+    @property
+    def arguments(self) -> frozenset[str] | None: ...
+
+
+def as_posterior(
+    posterior: Posterior | Guide,
+    model: Model | None = None,
+    arguments: Mapping[str, Any] | None = None,
+) -> Posterior:
+    """The door of every function of a posterior: any Pyro guide becomes one.
+
+    Args:
+        posterior: A posterior, which stays as it is, or a Pyro guide.
+        model: The model that a guide is for, where it doesn't know itself.
+        arguments: What a guide is called with, such as a batch.
+
+    Raises:
+        TypeError: If it is neither.
+    """
+    expected = "a posterior, one of pyro_lora's or any Pyro guide"
+    if isinstance(posterior, LiftedNetwork):
+        raise TypeError(f"posterior must be {expected}, found a LiftedNetwork.")
+    if isinstance(posterior, Posterior):
+        return posterior
+    check_function("posterior", posterior, expected)
+    return GuidePosterior(posterior, model, arguments or {})
+
+
+def kind_of(posterior: Posterior) -> str:
+    """What messages call it: its class, or that of the guide that it wraps."""
+    if isinstance(posterior, GuidePosterior):
+        return type(posterior.guide).__name__
+    return type(posterior).__name__
+
+
+def is_gaussian(posterior: Posterior) -> bool:
+    """Whether it is a Gaussian, or a mixture of nothing but Gaussians."""
+    return sum(weight for weight, _ in posterior.gaussians()) > 1 - _ROUNDING
+
+
+def only_gaussian(posterior: Posterior) -> LaplacePosterior | None:
+    """The Gaussian that it is; None where it is none, or has other parts."""
+    parts = posterior.gaussians()
+    return parts[0][1] if len(parts) == 1 and is_gaussian(posterior) else None
+
+
+def one_weight_set(posterior: Posterior) -> Weights:
+    """A weight set in the posterior's range: a mode where it has one, else a draw."""
+    for _, gaussian in posterior.gaussians():
+        return gaussian.mode()
+    draws = posterior.sample(posterior.num_samples or 1)
+    return {site: value[0] for site, value in draws.items()}
+
+
+def tempered_prior(posterior: Posterior, scales: Mapping[str, float | Tensor]) -> Prior:
+    """The posterior's prior, as a model tempers it.
+
+    Args:
+        posterior: A posterior. A Gaussian's prior holds the scales of its fit already.
+        scales: Site -> scale of its log density in the model, where it's another than
+            the prior's own.
+    """
+    prior = posterior.prior
+    return prior if is_gaussian(posterior) else scaled(prior, scales)
+
+
+def prediction_method(posterior: Posterior) -> PredictionMethod:
+    """How it is predicted from: Gaussians are about the linearised network."""
+    return "linearized" if is_gaussian(posterior) else "sample"
+
+
+def arguments_of(posterior: Posterior) -> frozenset[str] | None:
+    """Those that the model got where the posterior was fitted; None: unknown."""
+    return posterior.arguments if isinstance(posterior, _Fitted) else None

@@ -1,27 +1,42 @@
-"""Choosing the prior precision: by the evidence, or by held-out data."""
+"""Choosing the prior: by the evidence, or by held-out data."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
+from pyro.distributions.util import scale_and_mask
 from torch import Tensor
+from torch.distributions import constraints, transform_to
 
 from pyro_lora.curvature.gaussian_logits import GaussianLogits, class_log_probs
 from pyro_lora.curvature.linearize import linearized_site
+from pyro_lora.curvature.prior_moments import PriorAtMode, prior_at_mode, site_moments
 from pyro_lora.curvature.weight_gaussian import WeightGaussian
-from pyro_lora.ground.settings import check_number, check_word
+from pyro_lora.ground.settings import check_gradients, check_number, check_word
+from pyro_lora.ground.warning import warn
 from pyro_lora.ground.weights import Weights
 from pyro_lora.lifting.lifted_network import LiftedNetwork
-from pyro_lora.likelihood.batch import check_batches, checked_batches
-from pyro_lora.likelihood.batches import READ_ONCE, naming_batch
-from pyro_lora.likelihood.model_trace import Batch, Model
-from pyro_lora.likelihood.outcomes import outcomes_that_count
+from pyro_lora.likelihood import likelihoods
+from pyro_lora.likelihood.batch import READ_ONCE, Batch, check_batches, checked_batches
+from pyro_lora.likelihood.model_trace import Model, naming_batch, trace_at
+from pyro_lora.likelihood.outcomes import (
+    impossible,
+    is_possible,
+    outcomes_that_count,
+    single_outcomes,
+    values_to_score,
+)
+from pyro_lora.posteriors.prior import AtParameters, PriorAtParameters
+from pyro_lora.priors import Prior
 
 MIN_PRECISION, MAX_PRECISION = 1e-8, 1e8  # prior scales from 1e4 to 1e-4
 _NUM_STEPS = 500  # of L-BFGS at most; concave in log tau, a few dozen are usual
+_NUM_PARAMETER_STEPS = 200  # likewise, of the prior's own parameters
+_SAME = 1e-4  # relative difference of two log densities, in float32
 _NUM_SWEEPS = 2  # over the groups, of the search on held-out data
 _GRID = torch.logspace(-4, 6, 81, dtype=torch.float64)  # 8 precisions a decade
 
@@ -94,6 +109,7 @@ def maximize_evidence(
     Raises:
         ValueError: If ``per`` is something else.
     """
+    check_gradients()
     size = _num_precisions(gaussian.loc, per)
     loc = gaussian.loc
     distance = torch.cat(  # |w - m|^2, of each matrix
@@ -198,6 +214,9 @@ def minimize_nll(
     Returns:
         Site -> precision, (L, 1, 1).
 
+    Warns:
+        UserWarning: If one is at an end of the grid.
+
     Raises:
         ValueError: If ``per`` is something else, a batch has no labels, there is none,
             or they can be read once only and there are several precisions.
@@ -223,7 +242,23 @@ def minimize_nll(
             candidates = tau.repeat(len(grid), 1)
             candidates[:, group] = grid
             tau = best_of(candidates)
-    return _spread(tau, gaussian.loc, per)
+    found = _spread(tau, gaussian.loc, per)
+    _warn_at_end(found)
+    return found
+
+
+def _warn_at_end(precisions: Weights) -> None:
+    """Warn of precisions at the grid's ends: the best may lie beyond, or be none."""
+    for end, of_prior in ((_GRID[0], "weakest"), (_GRID[-1], "strongest")):
+        sites = [s for s, tau in precisions.items() if bool((tau == end.to(tau)).any())]
+        if sites:
+            warn(
+                "The held-out loss is least at the grid's end, prior precision "
+                f"{float(end):g}, the {of_prior} prior tried, at {sites}: the data "
+                "given don't set it. Give more held-out data, which the weights "
+                "weren't trained on; or use objective='evidence', or choose one "
+                "yourself by with_prior_precision."
+            )
 
 
 def _nll(
@@ -265,37 +300,178 @@ def _nll(
 
 
 def _log_loss(logits: GaussianLogits, site: dict[str, Any]) -> Tensor:
-    """Of the outcomes that count: of classes; of real ones, each output by itself.
+    """Of the outcomes that count: of classes; of numbers, each output by itself.
 
     Raises:
         ValueError: If one of them is none.
     """
-    counts, value = outcomes_that_count(site), site["value"]
-    if logits.noise_variance is None:
+    fn, value = single_outcomes(site["fn"]).fn, site["value"]
+    counts, classes = outcomes_that_count(site), likelihoods.of(fn).classes
+    wrong = counts & ~is_possible(fn, value)
+    if bool(wrong.any()):
+        raise ValueError(
+            f"Site {site['name']!r}: {impossible(fn, value[wrong].flatten()[0].item())}"
+        )
+    if logits.noise_variance is not None:
+        variance = logits.predictive_variance.double()
+        counts = counts.reshape(variance.shape)
+        square = (value.double().reshape(variance.shape) - logits.mean).square()
+        loss = 0.5 * (square / variance + (2 * math.pi * variance).log())
+    elif classes is None:
+        loss = -logits.log_prob(values_to_score(site))
+    else:
         log_probs = class_log_probs(logits)
+        value = value.argmax(-1) if classes.one_hot else value
         value = value.where(counts, torch.zeros_like(value))
-        wrong = ~((value >= 0) & (value < log_probs.shape[-1]))
-        _check_outcomes(wrong, value, site)
         if log_probs.shape[-1] == 2:  # a Bernoulli's may be between its two classes
             shares = torch.stack([1 - value, value], 1).to(log_probs)
             none = torch.zeros_like(shares)
             loss = -(shares * log_probs).where(shares > 0, none).sum(1)
         else:
             loss = -log_probs.gather(1, value.long()[:, None])[:, 0]
-    else:
-        variance = logits.predictive_variance.double()
-        value = value.double().reshape(variance.shape)
-        counts = counts.reshape(variance.shape)
-        _check_outcomes(counts & ~value.isfinite(), value, site)
-        square = (value - logits.mean).square() / variance
-        loss = 0.5 * (square + (2 * math.pi * variance).log())
     return loss.where(counts, torch.zeros_like(loss)).sum()
 
 
-def _check_outcomes(wrong: Tensor, value: Tensor, site: dict[str, Any]) -> None:
-    if bool(wrong.any()):
+def train_parameters(
+    prior: Prior,
+    networks: Sequence[LiftedNetwork],
+    gaussian: WeightGaussian,
+    log_prior: Tensor,
+) -> tuple[Prior, PriorAtMode]:
+    r"""Maximise Laplace's evidence in the ``pyro.param`` values inside a prior.
+
+    Up to a constant the log evidence is :math:`\log p_\theta(\hat w) - \frac12
+    \log\det(F + \mathrm{diag}\,\tau_\theta)`, at the given mode.
+
+    Args:
+        prior: The prior.
+        networks: The lifted networks that it is the prior of.
+        gaussian: Mode and Fisher information.
+        log_prior: The prior's log density when the mode was found.
+
+    Returns:
+        The prior at the values found, and its moments at the mode. The param store
+        keeps its values.
+
+    Raises:
+        ValueError: If the prior has no parameters, isn't as it was when the mode was
+            found, or the evidence has no maximum.
+    """
+    check_gradients()
+    mode = {site: x.detach().requires_grad_() for site, x in gaussian.loc.items()}
+    found: dict[str, Any] = {}
+    for lora in networks:
+        trace = trace_at(partial(prior, lora), mode, {})
+        for name, node in trace.nodes.items():
+            if node["type"] == "param":
+                found[name] = (node["value"], node["kwargs"].get("constraint"))
+    if not found:
         raise ValueError(
-            f"Site {site['name']!r}: {value[wrong][0].item()} is no outcome of a "
-            f"{type(site['fn']).__name__}. Mask the data without one in the model, or "
-            "leave them out."
+            "per='prior' trains the prior's own parameters, but it has no pyro.param. "
+            "Use per='all', 'site' or 'layer', or a prior with one."
         )
+    transforms = {k: transform_to(c or constraints.real) for k, (_, c) in found.items()}
+    free = {
+        name: transforms[name].inv(value.detach()).double().requires_grad_()
+        for name, (value, _) in found.items()
+    }
+
+    def values() -> dict[str, Tensor]:
+        return {k: transforms[k](u).to(found[k][0]) for k, u in free.items()}
+
+    def log_evidence() -> Tensor:
+        total, precisions = torch.zeros((), dtype=torch.float64), {}
+        for node in _nodes(prior, networks, gaussian, values()):
+            w = gaussian.loc[node["name"]]
+            log_prob = node["fn"].log_prob(w)
+            scaled = scale_and_mask(log_prob, node["scale"], node["mask"])
+            total = total + scaled.double().sum().to(total.device)
+            precisions[node["name"]] = site_moments(node, w)[1]
+        in_order = {site: precisions[site] for site in gaussian.loc}
+        return total - 0.5 * gaussian.log_det(in_order).to(total.device)
+
+    _check_as_fitted(_log_prior(prior, networks, gaussian, values()), log_prior)
+    optimizer = torch.optim.LBFGS(
+        list(free.values()),
+        max_iter=_NUM_PARAMETER_STEPS,
+        tolerance_grad=1e-9,
+        tolerance_change=1e-12,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = -log_evidence()
+        loss.backward()
+        return loss
+
+    with torch.enable_grad():
+        optimizer.step(closure)
+    at = {name: value.detach() for name, value in values().items()}
+    if not all(value.isfinite().all() for value in at.values()):
+        raise ValueError(
+            f"The evidence has no maximum in the prior's parameters {list(at)}. Bound "
+            "them by constraint=, or use per='all', which has bounds."
+        )
+
+    best = PriorAtParameters(prior, at)
+    return best, _moments(best, networks, mode)
+
+
+def _nodes(
+    prior: Prior,
+    networks: Sequence[LiftedNetwork],
+    gaussian: WeightGaussian,
+    values: Mapping[str, Tensor],
+) -> list[dict[str, Any]]:
+    nodes = []
+    for lora in networks:
+        with AtParameters(values):
+            trace = trace_at(partial(prior, lora), gaussian.loc, {})
+        nodes += [trace.nodes[site] for site in lora.sites if site in gaussian.loc]
+    return nodes
+
+
+@torch.no_grad()
+def _log_prior(
+    prior: Prior,
+    networks: Sequence[LiftedNetwork],
+    gaussian: WeightGaussian,
+    values: Mapping[str, Tensor],
+) -> float:
+    return sum(
+        float(
+            scale_and_mask(
+                node["fn"].log_prob(gaussian.loc[node["name"]]),
+                node["scale"],
+                node["mask"],
+            ).sum()
+        )
+        for node in _nodes(prior, networks, gaussian, values)
+    )
+
+
+def _check_as_fitted(now: float, then: Tensor) -> None:
+    if abs(now - float(then)) > _SAME * max(1.0, abs(now)):
+        raise ValueError(
+            f"The prior's log density at the mode is {now:.6g}, but it was "
+            f"{float(then):.6g} in the fit: its pyro.param values changed since. Fit "
+            "again."
+        )
+
+
+def _moments(
+    prior: Prior, networks: Sequence[LiftedNetwork], mode: Mapping[str, Tensor]
+) -> PriorAtMode:
+    mean: Weights = {}
+    precision: Weights = {}
+    gradient: Weights = {}
+    total = torch.zeros((), dtype=torch.float64)
+    for lora in networks:
+        part = {site: mode[site] for site in lora.sites if site in mode}
+        found = prior_at_mode(trace_at(partial(prior, lora), part, {}), part)
+        mean |= found.mean
+        precision |= found.precision
+        gradient |= found.gradient
+        total = total + found.log_prob.to(total.device)
+    return PriorAtMode(mean, precision, total, gradient)

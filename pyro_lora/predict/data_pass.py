@@ -7,18 +7,16 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from pyro.distributions.util import scale_and_mask
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.nn.functional import pad
 
+from pyro_lora.curvature.prior_moments import model_scales
 from pyro_lora.lifting.lifted_network import LiftedNetwork
-from pyro_lora.likelihood.batch import checked_batches, explaining
+from pyro_lora.likelihood.batch import Batch, checked_batches, explaining
 from pyro_lora.likelihood.data_plate import data_plate
-from pyro_lora.likelihood.model_trace import (
-    Batch,
-    is_missing_outcome,
-    lifted_networks,
-)
+from pyro_lora.likelihood.model_trace import is_missing_outcome, lifted_networks
 from pyro_lora.likelihood.outcomes import data_that_count, values_to_score
 
 
@@ -31,9 +29,11 @@ class DataPass:
         networks: The lifted networks in the model.
         log_likelihood: (S, N), float64, nats; None without labels.
         total_log_likelihood: (S,), float64, nats, the user's own ``poutine.scale``
-            included; None without labels or where the model observes more than the
-            likelihood's site.
+            included; None without labels.
+        obstacle: Why that is no part of a log joint; None where it is.
         log_prior: Site -> (S,), float64, nats, of latent sites outside the network.
+        prior_scales: Site -> scale of its log density, where the model has another
+            than the lifted network's prior.
         outcomes: Drawn from the likelihood, (S, N, ...).
         observed: The outcomes given, (N, ...); None without labels.
         counts: Which data of them count, (N,); None without labels.
@@ -44,7 +44,9 @@ class DataPass:
     networks: Sequence[LiftedNetwork]
     log_likelihood: Tensor | None
     total_log_likelihood: Tensor | None
+    obstacle: str | None
     log_prior: dict[str, Tensor]
+    prior_scales: dict[str, float | Tensor]
     outcomes: Tensor
     observed: Tensor | None
     counts: Tensor | None
@@ -89,8 +91,9 @@ def pass_over_data(
     inputs: list[dict[str, Tensor]] = []
     latent: list[dict[str, Tensor]] = []
     networks: Sequence[LiftedNetwork] = ()
+    prior_scales: dict[str, float | Tensor] = {}
     alone = True
-    index = 0
+    index = num_data = 0
     for index, batch in enumerate(checked_batches(batches), 1):
         drawn, log_likelihood, total = [], [], []
         for trace in at_draws.traces(batch):
@@ -103,7 +106,9 @@ def pass_over_data(
             if index == 1:
                 networks = lifted_networks(trace)
                 latent.append(latent_log_probs(trace, networks))
+                prior_scales = model_scales(trace, networks)
                 alone = alone and observes_only(trace, at_draws.obs_site)
+        num_data += data_plate(site).size
         outcomes.append(torch.cat(drawn))
         if site["is_observed"]:
             log_likelihoods.append(torch.cat(log_likelihood))
@@ -122,8 +127,10 @@ def pass_over_data(
         at_draws.obs_site,
         networks,
         torch.cat(log_likelihoods, 1) if has_labels else None,
-        torch.stack(totals).sum(0) if has_labels and alone else None,
+        torch.stack(totals).sum(0) if has_labels else None,
+        no_log_joint(site, num_data, alone),
         {name: torch.cat([part[name] for part in latent]) for name in latent[0]},
+        prior_scales,
         torch.cat(outcomes, 1),
         torch.cat(observed) if has_labels else None,
         torch.cat(counts) if has_labels else None,
@@ -177,9 +184,29 @@ def latent_log_probs(
             and name not in lifted
             and not is_missing_outcome(trace, name)  # its density is no prior
         ):
-            log_prob = site["fn"].log_prob(site["value"]).double() * site["scale"]
-            result[name] = log_prob.flatten(1).sum(1)
+            log_prob = site["fn"].log_prob(site["value"]).double()
+            counted = scale_and_mask(log_prob, site["scale"], site["mask"])
+            result[name] = counted.flatten(1).sum(1)
     return result
+
+
+def no_log_joint(site: dict[str, Any], num_data: int, alone: bool) -> str | None:
+    """Why batches have no log joint of all data, if so.
+
+    Args:
+        site: The likelihood's, in a batch's trace.
+        num_data: How many data the batches hold.
+        alone: Whether the model observes no other.
+    """
+    if not site["is_observed"]:
+        return "needs labels, and the batches have none"
+    full_size = data_plate(site).full_size
+    if num_data != full_size:
+        return (
+            f"needs all training data: the batches hold {num_data}, the model's plate "
+            f"{full_size}"
+        )
+    return None if alone else "the model observes more than one site"
 
 
 def observes_only(trace: Any, obs_site: str) -> bool:

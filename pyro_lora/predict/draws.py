@@ -10,15 +10,12 @@ import torch
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_lora.ground.settings import (
-    check_count,
-    check_function,
-    check_name,
-)
+from pyro_lora.ground.settings import check_count, check_name
+from pyro_lora.ground.warning import warn
 from pyro_lora.ground.weights import Weights
 from pyro_lora.lifting.lifted_network import LiftedNetwork
+from pyro_lora.likelihood.batch import Batch, PlacedBatch
 from pyro_lora.likelihood.model_trace import (
-    Batch,
     Model,
     check_model,
     evaluating_model,
@@ -26,43 +23,26 @@ from pyro_lora.likelihood.model_trace import (
     is_missing_outcome,
     likelihood_site,
     trace_at,
-    trace_on,
 )
 from pyro_lora.likelihood.outcome_source import OutcomeSource
-from pyro_lora.posteriors.dropout import DropoutPosterior, drop
-from pyro_lora.posteriors.laplace_posterior import LaplacePosterior, PredictionMethod
-from pyro_lora.posteriors.mixture_posterior import MixturePosterior
-from pyro_lora.posteriors.particle_posterior import ParticlePosterior
-from pyro_lora.posteriors.posterior import Guide
-
-LORA_POSTERIORS = LaplacePosterior | ParticlePosterior | MixturePosterior
+from pyro_lora.posteriors.dropout import drop
+from pyro_lora.posteriors.posterior import Posterior, arguments_of, kind_of
 
 # Draws folded into one forward pass: a few fill the processor, more cost memory.
 DRAWS_AT_ONCE = 8
 
 
-def prediction_method(posterior: Guide) -> PredictionMethod:
-    """How a posterior is predicted from, where nobody says: draws of any other guide.
-
-    Args:
-        posterior: One of ours, or any Pyro guide.
-    """
-    if isinstance(posterior, LORA_POSTERIORS | DropoutPosterior):
-        return posterior.prediction_method
-    return "sample"
-
-
 @torch.no_grad()
 def draw_weights(
-    posterior: Guide, num_samples: int | None, default: int, batch: Batch
+    posterior: Posterior, num_samples: int | None, default: int
 ) -> Weights:
     """Draws of every site that a posterior samples.
 
     Args:
-        posterior: One of ours, or any Pyro guide without local latent variables.
-        num_samples: S; None is K for particles, else ``default``.
+        posterior: A posterior.
+        num_samples: S; None is the posterior's own number, K for particles, else
+            ``default``.
         default: S where nothing says otherwise.
-        batch: The arguments that a guide is called with.
 
     Returns:
         Site -> (S, ...).
@@ -70,27 +50,10 @@ def draw_weights(
     Raises:
         ValueError: If S isn't positive.
     """
-    check_guide(posterior)
-    if num_samples is None and isinstance(posterior, ParticlePosterior):
-        num_samples = posterior.num_particles
-    num_samples = default if num_samples is None else num_samples
+    if num_samples is None:
+        num_samples = posterior.num_samples or default
     check_count("num_samples", num_samples)
-    if isinstance(posterior, LORA_POSTERIORS | DropoutPosterior):
-        return posterior.sample(num_samples)
-    draws = [_guide_draw(posterior, batch) for _ in range(num_samples)]
-    return {site: torch.stack([d[site] for d in draws]) for site in draws[0]}
-
-
-def check_guide(posterior: object) -> None:
-    """Check that something can be a posterior: a Pyro guide.
-
-    Raises:
-        TypeError: If it can't be called, or is a network.
-    """
-    expected = "a posterior, one of pyro_lora's or any Pyro guide"
-    if isinstance(posterior, LiftedNetwork):
-        raise TypeError(f"posterior must be {expected}, found a LiftedNetwork.")
-    check_function("posterior", posterior, expected)
+    return posterior.sample(num_samples)
 
 
 def check_names(model: object, obs_site: object, labels: object = None) -> None:
@@ -104,7 +67,7 @@ def check_names(model: object, obs_site: object, labels: object = None) -> None:
     Raises:
         TypeError: If one is of a wrong kind, or model and posterior were swapped.
     """
-    if isinstance(model, LORA_POSTERIORS | DropoutPosterior):
+    if isinstance(model, Posterior):
         raise TypeError(
             f"model must be the Pyro model, found a {type(model).__name__}. Are model "
             "and posterior in each other's place?"
@@ -114,45 +77,55 @@ def check_names(model: object, obs_site: object, labels: object = None) -> None:
     check_name("labels", labels)
 
 
-def _guide_draw(guide: Guide, batch: Batch) -> Weights:
-    trace = trace_on(guide, (), batch)
-    return {
-        name: site["value"]
-        for name, site in trace.nodes.items()
-        if site["type"] == "sample"
-        and not site["is_observed"]
-        and not site_is_subsample(site)
-        and not site["infer"].get("is_auxiliary")
-    }
+def check_same_inputs(posterior: Posterior, batch: PlacedBatch) -> None:
+    """Warn where the network gets other arguments than it was fitted with.
 
-
-def model_of(posterior: Guide, model: Model | None, caller: str) -> Model:
-    """The model that is given, else the posterior's own; stock autoguides have theirs.
+    A model whose ``attention_mask`` has a default runs without one, and padding counts.
 
     Args:
-        posterior: Any guide.
+        posterior: Any; ours know their fit's arguments, unless loaded.
+        batch: The first one.
+    """
+    known = arguments_of(posterior)
+    if known is None:
+        return
+    takes = {name for lora in posterior.networks for name in lora.input_names}
+    for name in sorted((known ^ batch.given) & takes):
+        has, had = ("no", "with") if name in known else ("a", "without")
+        warn(
+            f"{batch.place} has {has} {name!r} for the network, and the posterior was "
+            f"fitted {had} one, so these outputs are others. Give the same arguments; "
+            "of a mask, ones where nothing is padding."
+        )
+
+
+def model_of(posterior: Posterior, model: Model | None, caller: str) -> Model:
+    """The model that is given, else the posterior's own.
+
+    Args:
+        posterior: A posterior.
         model: The model that is given, if there is one.
         caller: Name of the function that needs it.
 
     Raises:
         ValueError: If there is none.
     """
-    found = getattr(posterior, "model", None) if model is None else model
+    found = posterior.model if model is None else model
     if found is None:
         raise ValueError(
-            f"{caller} needs the model, and this {type(posterior).__name__} doesn't "
+            f"{caller} needs the model, and this {kind_of(posterior)} doesn't "
             f"know its own. Use {caller}(posterior, ..., model=model)."
         )
     return found
 
 
 def network_of(
-    posterior: Guide, lora: LiftedNetwork | None, caller: str
+    posterior: Posterior, lora: LiftedNetwork | None, caller: str
 ) -> LiftedNetwork:
     """The lifted network that is given, else the posterior's only one.
 
     Args:
-        posterior: Any guide.
+        posterior: A posterior.
         lora: The network that is given, if there is one.
         caller: Name of the function that needs it.
 
@@ -161,10 +134,10 @@ def network_of(
     """
     if lora is not None:
         return lora
-    networks: tuple[LiftedNetwork, ...] = getattr(posterior, "loras", ())
+    networks = posterior.networks
     if len(networks) != 1:
         raise ValueError(
-            f"{caller} needs one lifted network, and this {type(posterior).__name__} "
+            f"{caller} needs one lifted network, and this {kind_of(posterior)} "
             f"knows {len(networks)}. Use {caller}(posterior, ..., lora=lora)."
         )
     return networks[0]

@@ -27,8 +27,9 @@ from pyro_lora.ground.settings import (
 )
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.likelihood.model_trace import evaluating
-from pyro_lora.posteriors.posterior import Guide
-from pyro_lora.predict.draws import check_guide, network_of
+from pyro_lora.posteriors.guide_posterior import Guide
+from pyro_lora.posteriors.posterior import Posterior, as_posterior
+from pyro_lora.predict.draws import network_of
 from pyro_lora.predict.sequence_scores import (
     causal_network,
     check_vocabulary,
@@ -81,7 +82,7 @@ class Generation:
 @leaving_no_trace
 @torch.no_grad()
 def generate(
-    posterior: Guide,
+    posterior: Posterior | Guide,
     input_ids: Tensor,
     num_samples: int | None = None,
     *,
@@ -114,8 +115,8 @@ def generate(
     https://arxiv.org/abs/2002.07650, for the token-wise case.
 
     Args:
-        posterior: Any Pyro guide for the weights of a causal language model of
-            transformers.
+        posterior: A posterior, or any Pyro guide, over the weights of a causal language
+            model of transformers.
         input_ids: Prompts, (B, T), padded on the left.
         num_samples: Draws S; None is every particle once, or 8 where there are none.
         lora: The lifted language model; None is the posterior's own.
@@ -142,11 +143,13 @@ def generate(
             posterior doesn't fit or has no mode, or the network can't take several
             draws in one batch with ``"average"``.
     """
+    mask = checked_mask(input_ids, attention_mask)
+    texts = {"input_ids": input_ids, "attention_mask": mask}
+    posterior = as_posterior(posterior, arguments=texts)
     lora = network_of(posterior, lora, "generate")
     network = causal_network(lora)
     check_word("mode", mode, get_args(Mode))
     check_count("max_new_tokens", max_new_tokens)
-    check_guide(posterior)
     if generator is not None:
         check_kind("generator", generator, torch.Generator, "a torch.Generator")
     expected = "a list of transformers' LogitsProcessor"
@@ -159,7 +162,6 @@ def generate(
             "texts by one network's scores: it isn't defined for an average of "
             "several. Set generation_config.num_beams = 1."
         )
-    mask = checked_mask(input_ids, attention_mask)
     size = check_vocabulary(network, input_ids)
     ends = [] if eos_token_id is None else [eos_token_id]
     for token in eos_token_id if isinstance(eos_token_id, Sequence) else ends:
@@ -169,7 +171,7 @@ def generate(
     eos, pad = _special_tokens(network.generation_config, eos_token_id, pad_token_id)
     _check_padding(input_ids, mask, attention_mask is None, pad)
     warpers = _warpers(do_sample, temperature, top_k, top_p)
-    draws = lora_draws(lora, posterior, num_samples, input_ids, mask)
+    draws = lora_draws(lora, posterior, num_samples)
     weights = lora_mode(lora, posterior) if mode == "mode" else draws
     averaged = len(next(iter(weights.values()))) if mode == "average" else 1
     choice = _NextToken(averaged, len(input_ids), warpers, do_sample, generator)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -14,53 +14,52 @@ from pyro_lora.curvature.gaussian_logits import (
     JointGaussianLogits,
     expected_entropy,
 )
-from pyro_lora.curvature.linearize import contrasts
-from pyro_lora.likelihood.fisher_roots import MOST_EXACT_CLASSES
+from pyro_lora.likelihood import likelihoods
+from pyro_lora.likelihood.batch import Batch
+from pyro_lora.likelihood.likelihoods import MOST_EXACT_CLASSES
 from pyro_lora.likelihood.model_trace import (
-    Batch,
     Model,
     evaluating_model,
     likelihood_site,
     trace_at,
 )
-from pyro_lora.likelihood.outcome_kinds import (
-    Tokens,
-    check_outcomes,
-    chosen_outcomes,
-    likelihood,
-    outcome_logits,
-)
+from pyro_lora.likelihood.outcomes import single_outcomes
 from pyro_lora.posteriors.laplace_posterior import LaplacePosterior
-from pyro_lora.posteriors.mixture_posterior import MixturePosterior
-from pyro_lora.posteriors.posterior import Guide
+from pyro_lora.posteriors.posterior import Posterior, is_gaussian, kind_of
 from pyro_lora.predict.prediction import Prediction
 from pyro_lora.predict.regression import RegressionPrediction
-from pyro_lora.predict.sampled import AnyPrediction, token_labels
-from pyro_lora.predict.token_prediction import token_prediction
+from pyro_lora.predict.sampled import AnyPrediction, NumberPrediction, numbers
+from pyro_lora.predict.token_prediction import (
+    Tokens,
+    check_tokens,
+    chosen_tokens,
+    token_labels,
+    token_prediction,
+)
 
 Integral = Callable[[GaussianLogits], Tensor]
 
 
-def check_linearizable(posterior: Guide, obs_site: str | None) -> None:
-    """Check that a posterior has Gaussians for the likelihood's site.
+def check_linearizable(posterior: Posterior, obs_site: str | None) -> None:
+    """Check that a posterior is made of Gaussians for the likelihood's site.
 
     Raises:
-        ValueError: If it hasn't.
+        ValueError: If it isn't.
     """
-    if isinstance(posterior, MixturePosterior):
-        for component in posterior.components:
-            check_linearizable(component, obs_site)
-    elif not isinstance(posterior, LaplacePosterior):
+    if not is_gaussian(posterior):
+        parts = getattr(posterior, "components", (posterior,))
+        other = next(part for part in parts if not is_gaussian(part))
         raise ValueError(
             "method='linearized' needs a LaplacePosterior or a mixture of them, found "
-            f"{type(posterior).__name__}. Use method='sample', or make one by "
+            f"{kind_of(other)}. Use method='sample', or make one by "
             "AutoLaplace(...).laplace_approximation(batches)."
         )
-    elif posterior.obs_site is not None and obs_site != posterior.obs_site:
-        raise ValueError(
-            f"obs_site is {obs_site!r}, but the posterior was made for the site "
-            f"{posterior.obs_site!r}. Leave obs_site out, or make a posterior for it."
-        )
+    for _, part in posterior.gaussians():
+        if part.obs_site is not None and obs_site != part.obs_site:
+            raise ValueError(
+                f"obs_site is {obs_site!r}, but the posterior was made for the site "
+                f"{part.obs_site!r}. Leave obs_site out, or make a posterior for it."
+            )
 
 
 def obstacle(fn: Any, tokens: Tokens | None = None) -> str | None:
@@ -69,20 +68,20 @@ def obstacle(fn: Any, tokens: Tokens | None = None) -> str | None:
     Args:
         fn: The likelihood's distribution.
         tokens: Which outcomes of a datum.
+
+    Raises:
+        TypeError: If nothing is known of it.
     """
-    outcome = likelihood(fn).fn
-    kind = type(outcome).__name__
-    if contrasts.dispatch(type(outcome)) is contrasts.dispatch(object):
-        return f"{kind} has no linear predictor here"
-    if tokens is not None and outcome.event_shape == ():
-        num_classes = outcome_logits(outcome).shape[-1]
+    classes = likelihoods.of(single_outcomes(fn).fn).classes
+    if tokens is not None and classes is not None:
+        num_classes = classes.logits.shape[-1]
         if num_classes > MOST_EXACT_CLASSES:
             return f"{num_classes} classes take as many backward passes for each token"
     return None
 
 
 def linearized(
-    posterior: Any,
+    posterior: Posterior,
     model: Model,
     batch: Batch,
     integral: Integral,
@@ -93,7 +92,7 @@ def linearized(
     """The prediction of one batch, by its likelihood's type.
 
     Args:
-        posterior: Laplace, or a mixture of such: the network runs once for each.
+        posterior: A Gaussian, or a mixture of such: the network runs once for each.
         model: The Pyro model.
         batch: The model's keyword arguments, without labels; of tokens, with them.
         integral: Log probabilities from Gaussian logits.
@@ -107,8 +106,8 @@ def linearized(
     Raises:
         ValueError: If the likelihood has no such outcomes.
     """
-    parts = list(laplace_parts(posterior))
-    pi = torch.stack([weight for weight, _ in parts])
+    parts = posterior.gaussians()
+    pi = torch.tensor([weight for weight, _ in parts], dtype=torch.float64)
     components = [replace(part, model=model, obs_site=obs_site) for _, part in parts]
     if tokens is not None:
         return _tokens(components, model, pi, batch, integral, tokens)
@@ -118,23 +117,16 @@ def linearized(
             gaussians = [g.marginals() for g in joint]
         else:
             gaussians = [part.linearized(batch) for part in components]
-    if gaussians[0].noise_variance is not None:
-        return _reals(gaussians, pi)
+    if gaussians[0].numbers is not None:
+        return _numbers(gaussians, pi)
     log_p, entropy = _averaged(gaussians, pi, integral)
     draws = _joint_draws(joint, pi, num_draws) if num_draws else None
-    return Prediction(log_probs=log_p, aleatoric_entropy=entropy, draw_log_probs=draws)
-
-
-def laplace_parts(posterior: Any) -> Iterator[tuple[Tensor, LaplacePosterior]]:
-    """The Gaussians of a mixture of any depth, with their weights."""
-    if isinstance(posterior, LaplacePosterior):
-        yield torch.ones((), dtype=torch.float64), posterior
-    else:
-        for weight, component in zip(
-            posterior.weights, posterior.components, strict=True
-        ):
-            for inner, part in laplace_parts(component):
-                yield weight * inner.to(weight), part
+    return Prediction(
+        log_probs=log_p,
+        aleatoric_entropy=entropy,
+        draw_log_probs=draws,
+        ordered=gaussians[0].cutpoints is not None,
+    )
 
 
 def _averaged(
@@ -158,7 +150,16 @@ def _joint_draws(
     return torch.cat([g.log_probs_of(g.rsample((n,))) for g, n in pairs if n > 0])
 
 
-def _reals(gaussians: list[GaussianLogits], pi: Tensor) -> RegressionPrediction:
+def _numbers(gaussians: list[GaussianLogits], pi: Tensor) -> NumberPrediction:
+    if all(g.noise_variance is not None for g in gaussians):
+        return _normal(gaussians, pi)
+    found = [g.components() for g in gaussians]
+    fns = [fn for fn, _ in found]
+    weights = torch.cat([w * x for w, (_, x) in zip(pi, found, strict=True)])
+    return numbers(fns, weights)
+
+
+def _normal(gaussians: list[GaussianLogits], pi: Tensor) -> RegressionPrediction:
     def joined(parts: list[Tensor]) -> Tensor:
         one = torch.stack(parts).double()  # (K, B, P)
         return one[..., 0] if one.shape[-1] == 1 else one
@@ -185,16 +186,18 @@ def _tokens(
     with torch.no_grad(), evaluating_model():
         trace = trace_at(model, first.mode(), batch)
     site = likelihood_site(trace, first.obs_site, first.mode())
-    found = likelihood(site["fn"])
-    check_outcomes(found, tokens, site["name"])
-    logits = outcome_logits(found.fn)
+    single = single_outcomes(site["fn"])
+    classes = likelihoods.of(single.fn).classes
+    check_tokens(single, classes, tokens, site["name"])
+    assert classes is not None  # check_tokens has seen to it
+    logits = classes.logits
     if logits.shape[-1] > MOST_EXACT_CLASSES:
         raise ValueError(
             f"Site {site['name']!r}: linearised predictions of {logits.shape[-1]} "
             "classes take one backward pass fewer for each token. Use method='sample'."
         )
-    mask = found.mask.to(logits.device)
-    rows, places = chosen_outcomes(mask, tokens, site["name"])
+    mask = single.inside.to(logits.device)
+    rows, places = chosen_tokens(mask, tokens, site["name"])
     gaussians = []
     for part in components:
         with torch.enable_grad():
@@ -216,5 +219,10 @@ def _tokens(
     if site["is_observed"]:
         labels = token_labels(site, rows, places)
     if tokens == "last":
-        return Prediction(log_probs=log_p, aleatoric_entropy=entropy, labels=labels)
+        return Prediction(
+            log_probs=log_p,
+            aleatoric_entropy=entropy,
+            labels=labels,
+            ordered=classes.cutpoints is not None,
+        )
     return token_prediction(log_p, entropy, rows, places, len(mask), labels, None)

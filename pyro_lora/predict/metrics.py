@@ -49,6 +49,22 @@ def class_metrics(probs: Tensor, log_probs: Tensor, labels: Tensor) -> dict[str,
     return {name: float(value) for name, value in values.items()}
 
 
+def ranked_probability_score(probs: Tensor, labels: Tensor) -> float:
+    r"""Squared error of the distribution function of ordered classes, mean over data.
+
+    :math:`\frac1N \sum_n \sum_{k < C - 1} (P_n(y \le k) - 1[y_n \le k])^2`: to be one
+    class off costs less than two. Epstein (1969), "A scoring system for probability
+    forecasts of ranked categories".
+
+    Args:
+        probs: (N, C).
+        labels: (N,).
+    """
+    step = labels[:, None] <= torch.arange(probs.shape[1] - 1, device=labels.device)
+    gap = probs.cumsum(1)[:, :-1] - step.to(probs)
+    return float(gap.square().sum(1).mean())
+
+
 def classwise_ece(probs: Tensor, labels: Tensor) -> Tensor:
     r"""Calibration error of each class's probability, averaged over the classes.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -16,44 +16,49 @@ from pyro_lora.ground.interrupts import leaving_no_trace
 from pyro_lora.ground.settings import check_count, check_function, check_word
 from pyro_lora.ground.warning import warn
 from pyro_lora.ground.weights import Weights
-from pyro_lora.likelihood.batch import check_batches, checked_batches
-from pyro_lora.likelihood.model_trace import Batch, Model, likelihood_site
-from pyro_lora.likelihood.outcome_kinds import GivenLabels, Tokens
-from pyro_lora.likelihood.outcome_source import OutcomeSource
-from pyro_lora.posteriors.dropout import DropoutPosterior
-from pyro_lora.posteriors.joint_distribution import check_num_samples
-from pyro_lora.posteriors.laplace_posterior import PredictionMethod
-from pyro_lora.posteriors.posterior import Guide
-from pyro_lora.predict import prediction, regression, token_prediction
+from pyro_lora.likelihood.batch import Batch, check_batches, checked_batches
+from pyro_lora.likelihood.model_trace import Model, likelihood_site
+from pyro_lora.likelihood.outcome_source import GivenLabels, OutcomeSource
+from pyro_lora.posteriors.dropout import has_dropout
+from pyro_lora.posteriors.guide_posterior import Guide
+from pyro_lora.posteriors.posterior import (
+    Posterior,
+    PredictionMethod,
+    as_posterior,
+    prediction_method,
+)
+from pyro_lora.predict import (
+    mixture_prediction,
+    prediction,
+    regression,
+    token_prediction,
+)
 from pyro_lora.predict.draws import (
     DRAWS_AT_ONCE,
-    LORA_POSTERIORS,
-    check_guide,
     check_names,
+    check_same_inputs,
     draw_weights,
     model_at_draws,
     model_of,
     outcome_source,
-    prediction_method,
 )
-from pyro_lora.predict.far_from_mode import warn_if_worse
 from pyro_lora.predict.linearized import (
     check_linearizable,
-    laplace_parts,
     linearized,
     obstacle,
 )
+from pyro_lora.predict.mixture_prediction import MixturePrediction
 from pyro_lora.predict.prediction import Prediction
 from pyro_lora.predict.regression import RegressionPrediction
-from pyro_lora.predict.sampled import sampled
-from pyro_lora.predict.token_prediction import TokenPrediction
+from pyro_lora.predict.sampled import AnyPrediction, NumberPrediction, sampled
+from pyro_lora.predict.token_prediction import Tokens
 
 DEFAULT_NUM_SAMPLES = 64  # the Monte-Carlo sd of a probability is then at most .06
 
 
 @leaving_no_trace
 def predict(
-    posterior: Guide,
+    posterior: Posterior | Guide,
     batches: Iterable[Batch],
     *,
     model: Model | None = None,
@@ -67,7 +72,7 @@ def predict(
     keep_draws: bool = False,
     progress_bar: bool = False,
 ) -> Any:
-    r"""Class probabilities, or real outcomes, averaged over a posterior.
+    r"""Class probabilities, or numbers, averaged over a posterior.
 
     ``"linearized"``: the network linearised in the weights around the mode, so that the
     logits are Gaussian, and integrated exactly (Immer et al. 2021,
@@ -77,12 +82,15 @@ def predict(
     Each posterior knows its way: a ``LaplacePosterior``, or a mixture of them,
     describes the linearised network and is predicted from with it; draws of it in the
     network itself may be at chance. Particles, dropout and all other guides go by
-    draws. Where the likelihood has no linear predictor (Student's t, whole
-    vocabularies), draws it is, with a warning.
+    draws. Where linearising takes too many backward passes (tokens of a vocabulary),
+    draws it is, with a warning.
 
-    By the likelihood's type the result is a :class:`Prediction` (Categorical or
-    Bernoulli), a :class:`RegressionPrediction` (Normal or, by draws, StudentT; several
-    outputs by ``.to_event(1)``), or with ``tokens="each"`` a :class:`TokenPrediction`.
+    Every likelihood of ``pyro_lora.likelihoods`` is predicted, by its outcomes: of
+    classes, ordered or not, the result is a :class:`Prediction`, with ``tokens="each"``
+    a :class:`TokenPrediction`; of real numbers with normal or Student's noise a
+    :class:`RegressionPrediction`; of counts and all other numbers a
+    :class:`MixturePrediction`. Several numbers a datum are one event,
+    ``.to_event(1)``.
 
     Dropout is off, but for :func:`mc_dropout`, and nothing is trained. Batches are
     streamed: only N rows of numbers stay. Labels are kept for the metrics and hidden
@@ -97,8 +105,8 @@ def predict(
     the first batch, and with masks for every one.
 
     Args:
-        posterior: Any Pyro guide for the model, with ``"sample"``; a
-            ``LaplacePosterior`` or a mixture of them, with ``"linearized"``.
+        posterior: A posterior, or any Pyro guide for the model; with
+            ``"linearized"`` a ``LaplacePosterior`` or a mixture of them.
         batches: Mappings of model keyword arguments.
         model: The Pyro model, whose labels come in as ``labels``, None here; None is
             the posterior's own.
@@ -109,9 +117,8 @@ def predict(
         chunk_size: Draws in one forward pass, where there is memory for as many times a
             batch.
         integral: Log probabilities (B, C) from Gaussian logits, with
-            ``"linearized"``: ``class_log_probs``, numerical, or the closed forms
-            ``probit`` and ``laplace_bridge``, which are rough. The aleatoric entropy
-            is numerical in any case.
+            ``"linearized"``: ``class_log_probs``, numerical, or the closed form
+            ``probit``, which is rough. The aleatoric entropy is numerical in any case.
         tokens: Where a datum has several classes (``.to_event(1)``), one for each
             token: ``"last"`` predicts the last one that the likelihood doesn't mask,
             ``"each"`` all of them.
@@ -129,48 +136,52 @@ def predict(
         Predictions and labels of all data, in order.
 
     Raises:
-        ValueError: If there are no batches, or other things than mappings in them, the
-            likelihood isn't of a known type, some batches have labels and others none,
-            it can't be told which argument they are, or the posterior doesn't fit the
-            model or the method.
+        TypeError: If the likelihood isn't of a known type.
+        ValueError: If there are no batches, or other things than mappings in them, some
+            batches have labels and others none, it can't be told which argument they
+            are, or the posterior doesn't fit the model or the method.
 
     Warns:
-        UserWarning: If a Gaussian posterior is sampled for want of a linear predictor,
-            or its draws predict far worse than its mode.
+        UserWarning: If a Gaussian posterior is sampled since linearising takes too
+            much, or its draws predict far worse than its mode; or the network gets a
+            mask, or another input, that it didn't have in the fit, or the other way
+            round.
     """
-    model = model_of(posterior, model, "predict")
     check_word("method", method, ("sample", "linearized", None))
     check_word("tokens", tokens, ("last", "each", None))
-    check_names(model, obs_site, labels)
-    check_guide(posterior)
     check_function("integral", integral, "a function of Gaussian logits")
     check_count("chunk_size", chunk_size)
     if num_samples is not None:
         check_count("num_samples", num_samples)
-    if isinstance(posterior, LORA_POSTERIORS | DropoutPosterior):
-        obs_site = obs_site or posterior.obs_site
-    predictor: _Predictor | None = None
+    check_batches(batches)
+    stream = checked_batches(tqdm(batches, desc="Predict", disable=not progress_bar))
+    first = next(stream, None)
+    if first is None:
+        raise ValueError("predict got no batches. Is the iterable used up already?")
+    posterior = as_posterior(posterior, model, first)
+    model = model_of(posterior, model, "predict")
+    check_names(model, obs_site, labels)
+    check_same_inputs(posterior, first)
+    predictor = _predictor(
+        model,
+        posterior,
+        first,
+        method,
+        tokens,
+        obs_site or posterior.obs_site,
+        labels,
+        num_samples,
+        chunk_size,
+        integral,
+        keep_draws,
+    )
     parts: list[Any] = []
     outcomes: list[Any] = []
     modes: list[Any] = []
     given: GivenLabels | None = None
-    check_batches(batches)
-    bar = tqdm(batches, desc="Predict", disable=not progress_bar)
-    for index, batch in enumerate(checked_batches(bar)):
-        if predictor is None:
-            predictor = _predictor(
-                model,
-                posterior,
-                batch,
-                method,
-                tokens,
-                obs_site,
-                labels,
-                num_samples,
-                chunk_size,
-                integral,
-                keep_draws,
-            )
+    stream = _with([first], stream)
+    del first
+    for index, batch in enumerate(stream):
         shown = batch if tokens else predictor.source.hidden(batch)
         if predictor.joint and parts:
             raise ValueError(
@@ -193,14 +204,19 @@ def predict(
             known = _one_a_datum(known, batch.place, part)
         outcomes.append(known)
         predictor.source.forget()  # a batch that has gone by
-    if predictor is None:
-        raise ValueError("predict got no batches. Is the iterable used up already?")
     found = _concatenated(parts)
     if tokens is None and outcomes[0] is not None:
         found = replace(found, labels=_joined(outcomes, found))
     if modes:
         warn_if_worse(found, _concatenated(modes))
     return found
+
+
+def _with(ahead: list[Any], rest: Iterable[Any]) -> Iterator[Any]:
+    """What was read ahead, and the rest; each goes when the next one comes."""
+    while ahead:
+        yield ahead.pop(0)
+    yield from rest
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,7 +238,7 @@ class _Predictor:
 
 def _predictor(
     model: Model,
-    posterior: Guide,
+    posterior: Posterior,
     batch: Batch,
     method: PredictionMethod | None,
     tokens: Tokens | None,
@@ -238,10 +254,8 @@ def _predictor(
     Raises:
         ValueError: If the arguments don't fit.
     """
-    if num_samples is not None:
-        check_num_samples(num_samples)
-    is_gaussian = prediction_method(posterior) == "linearized"
-    if method == "linearized" or (method is None and is_gaussian):
+    own_method = prediction_method(posterior)
+    if (method or own_method) == "linearized":
         check_linearizable(posterior, obs_site)
         mode = _mode(posterior)
         source = outcome_source(model, mode, obs_site, labels)
@@ -265,17 +279,16 @@ def _predictor(
             "Say method='sample' if that's what you want.",
         )
     _check_keep_draws(keep_draws, tokens, "sample")
-    weights = draw_weights(posterior, num_samples, DEFAULT_NUM_SAMPLES, batch)
+    weights = draw_weights(posterior, num_samples, DEFAULT_NUM_SAMPLES)
     one = {site: x[0] for site, x in weights.items()}
     source = outcome_source(model, one, obs_site, labels)
     shown = batch if tokens else source.hidden(batch)
-    dropout = isinstance(posterior, DropoutPosterior)
     trace = source.trace_of(batch)
     at_draws = model_at_draws(
-        model, weights, shown, obs_site, chunk_size, dropout, trace
+        model, weights, shown, obs_site, chunk_size, has_dropout(posterior), trace
     )
     predict_mode = None
-    if is_gaussian and tokens != "each":
+    if own_method == "linearized" and tokens != "each":
         mode = {site: x[None] for site, x in _mode(posterior).items()}
         at_mode = model_at_draws(model, mode, shown, obs_site, trace=trace)
         predict_mode = partial(sampled, at_mode, tokens=tokens)
@@ -286,9 +299,9 @@ def _predictor(
     )
 
 
-def _mode(posterior: Guide) -> Weights:
+def _mode(posterior: Posterior) -> Weights:
     """The mode of a Gaussian; in a mixture that of the one with the most weight."""
-    _, part = max(laplace_parts(posterior), key=lambda pair: float(pair[0]))
+    _, part = max(posterior.gaussians(), key=lambda pair: pair[0])
     return part.mode()
 
 
@@ -300,13 +313,13 @@ def _check_keep_draws(keep: bool, tokens: Tokens | None, method: str) -> None:
         )
 
 
-def _concatenated(
-    parts: Sequence[Any],
-) -> Prediction | RegressionPrediction | TokenPrediction:
+def _concatenated(parts: Sequence[Any]) -> AnyPrediction:
     if isinstance(parts[0], Prediction):
         return prediction.concatenated(parts)
     if isinstance(parts[0], RegressionPrediction):
         return regression.concatenated(parts)
+    if isinstance(parts[0], MixturePrediction):
+        return mixture_prediction.concatenated(parts)
     return token_prediction.concatenated(parts)
 
 
@@ -316,22 +329,110 @@ def _one_a_datum(labels: Tensor, place: str, part: Any) -> Tensor:
     Raises:
         ValueError: If they are something else, or their number is.
     """
-    real = isinstance(part, RegressionPrediction)
-    shape = part.loc.shape[1:] if real else part.log_probs.shape[:1]
-    if real and labels.shape == (*shape, 1):  # as the network's outputs are
+    shape, number = part.label_shape, isinstance(part, NumberPrediction)
+    if number and labels.shape == (*shape, 1):  # as the network's outputs are
         return labels[..., 0]
     if labels.is_complex() or labels.shape != shape:
         raise ValueError(
             f"{place}: expected labels as a tensor of real numbers of shape "
-            f"{tuple(shape)}, one for each datum, found {tuple(labels.shape)}."
+            f"{shape}, one for each datum, found {tuple(labels.shape)}."
         )
     return labels
 
 
 def _joined(labels: Sequence[Any], found: Any) -> Tensor:
     joined = torch.cat(list(labels))
-    if isinstance(found, RegressionPrediction):
-        return joined.to(found.loc)
+    if isinstance(found, NumberPrediction):
+        return joined.to(found.mean)
     joined = joined.to(found.log_probs.device)
     whole = joined.long()
     return whole if bool((whole == joined).all()) else joined
+
+
+# What the mode must be ahead by, in accuracy, and where only its own probabilities say
+# what is right. Draws of a posterior over the last layer, which are right, stay below.
+_ACCURACY, _EXPECTED_ACCURACY = 0.05, 0.15
+_NATS = 0.1
+_RMSE = 0.1  # of the mode's
+_NUM_ERRORS = 3.0  # standard errors of the mean over the data
+
+
+def warn_if_worse(sampled: Any, at_mode: Any) -> None:
+    """Warn, to predict's caller, of draws that predict far worse than their mode.
+
+    Args:
+        sampled: The prediction by draws, with labels where there are any.
+        at_mode: The same data at the mode.
+    """
+    found = None
+    if isinstance(sampled, Prediction):
+        found = _of_classes(sampled, at_mode)
+    elif isinstance(sampled, NumberPrediction):
+        found = _of_reals(sampled, at_mode)
+    if found is not None:
+        warn(
+            f"Averaged over draws of a Gaussian posterior, {found} at its mode: the "
+            "draws leave the range where the Gaussian holds. Predict with the "
+            "linearised network (method='linearized', the default), or use a posterior "
+            "over the last layer (AutoLaplace(sites='last_layer')) or particles.",
+        )
+
+
+def _of_classes(sampled: Prediction, at_mode: Prediction) -> str | None:
+    chosen = at_mode.log_probs.argmax(-1)
+    other = sampled.log_probs.argmax(-1)
+    if sampled.labels is None:
+        right = at_mode.probs.gather(1, chosen[:, None])
+        left = at_mode.probs.gather(1, other[:, None])
+        if not _is_ahead((right - left)[:, 0], _EXPECTED_ACCURACY):
+            return None
+        same = float((chosen == other).double().mean())
+        return (
+            f"{100 * (1 - same):.0f} % of the predicted classes are others than those"
+        )
+    counts = sampled.labels >= 0
+    labels = sampled.labels[counts].to(chosen)
+    right, left = chosen[counts] == labels, other[counts] == labels
+    nll, best = (
+        -p.log_probs[counts].gather(1, labels[:, None])[:, 0]
+        for p in (sampled, at_mode)
+    )
+    if not (
+        _is_ahead(right.double() - left.double(), _ACCURACY)
+        or _is_ahead((nll - best).double(), _NATS)
+    ):
+        return None
+    return (
+        f"the prediction has accuracy {left.double().mean():.3f} and NLL "
+        f"{nll.mean():.3f}, against {right.double().mean():.3f} and {best.mean():.3f}"
+    )
+
+
+def _of_reals(sampled: NumberPrediction, at_mode: NumberPrediction) -> str | None:
+    if sampled.labels is None:
+        shift = (sampled.mean - at_mode.mean).square()
+        noise = at_mode.noise_variance
+        if not _is_ahead((shift - noise).flatten(), 0.0):
+            return None
+        moved, scale = shift.mean().sqrt(), noise.mean().sqrt()
+        return f"the outcomes' mean is {moved:.3g} (noise {scale:.3g}) from that"
+    counts = sampled.labels.isfinite()
+    error, best = (
+        (p.mean - sampled.labels).square()[counts] for p in (sampled, at_mode)
+    )
+    gain = float(((1 + _RMSE) ** 2 - 1) * best.mean())
+    if not _is_ahead(error - best, gain):
+        return None
+    return (
+        f"the prediction has RMSE {error.mean().sqrt():.3g}, against "
+        f"{best.mean().sqrt():.3g}"
+    )
+
+
+def _is_ahead(gains: Tensor, least: float) -> bool:
+    """Whether the mean over the data is large, and larger than chance makes it."""
+    if len(gains) < 2:
+        return False
+    gains = gains.double()
+    error = gains.std() / len(gains) ** 0.5
+    return bool(gains.mean() > torch.clamp(_NUM_ERRORS * error, min=least))

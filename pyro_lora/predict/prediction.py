@@ -16,6 +16,7 @@ from pyro_lora.likelihood.model_trace import IGNORED
 from pyro_lora.predict.metrics import (
     auroc_of_scores,
     class_metrics,
+    ranked_probability_score,
     resampled,
     with_standard_errors,
 )
@@ -40,6 +41,7 @@ class Prediction:
         draw_log_probs: Log probabilities under each draw of the weights, (S, N, C),
             nats, where ``predict(keep_draws=True)`` was asked for them. One draw is
             the same weights for all data.
+        ordered: Whether the classes are ordered, as those of ``OrderedLogistic``.
 
     Raises:
         ValueError: If shapes don't fit, there are no data, a log probability is NaN
@@ -60,6 +62,7 @@ class Prediction:
     aleatoric_entropy: Tensor
     labels: Tensor | None = None
     draw_log_probs: Tensor | None = None
+    ordered: bool = False
 
     def __post_init__(self) -> None:
         shape = self.log_probs.shape
@@ -102,6 +105,11 @@ class Prediction:
                 f"{labels[wrong][0].item()}. A datum without one has {IGNORED}."
             )
 
+    @property
+    def label_shape(self) -> tuple[int, ...]:
+        """What labels of the data have, (N,)."""
+        return tuple(self.log_probs.shape[:1])
+
     @cached_property
     def probs(self) -> Tensor:
         """Probabilities, (N, C)."""
@@ -142,6 +150,8 @@ class Prediction:
           probability of the predicted class.
         - ``aurc``: error rate of the n most confident data, averaged over all n: the
           area under the risk-coverage curve (Geifman et al. 2019).
+        - ``rps``: of ordered classes, the ranked probability score
+          :math:`\sum_{k < C - 1} (P(y \le k) - 1[y \le k])^2`, from 0 to C - 1.
         - ``auroc_total``, ``auroc_epistemic``: with ``ood``, see :func:`auroc`.
 
         Args:
@@ -188,7 +198,10 @@ class Prediction:
         return self._at(known.nonzero()[:, 0])
 
     def _metrics(self, ood: Prediction | None) -> dict[str, float]:
-        values = class_metrics(self.probs, self.log_probs, self._labels("metrics"))
+        labels = self._labels("metrics")
+        values = class_metrics(self.probs, self.log_probs, labels)
+        if self.ordered:
+            values["rps"] = ranked_probability_score(self.probs, labels)
         if ood is None:
             return values
         return values | {
@@ -207,6 +220,7 @@ class Prediction:
             log_probs=self.log_probs[index],
             aleatoric_entropy=self.aleatoric_entropy[index],
             labels=None if labels is None else labels[index.to(labels.device)],
+            ordered=self.ordered,
         )
 
     def to_pandas(self) -> DataFrame:
@@ -252,6 +266,7 @@ class Prediction:
             log_probs=log_probs,
             aleatoric_entropy=torch.special.entr(log_probs.exp()).sum(-1),
             labels=self.labels,
+            ordered=self.ordered,
         )
 
     def _labels(self, caller: str) -> Tensor:
@@ -279,6 +294,7 @@ def concatenated(parts: Sequence[Prediction]) -> Prediction:
         aleatoric_entropy=torch.cat([p.aleatoric_entropy for p in parts]),
         labels=torch.cat(labels) if labels else None,
         draw_log_probs=torch.cat(draws, 1) if draws else None,
+        ordered=parts[0].ordered,
     )
 
 

@@ -21,8 +21,12 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 COVERAGE = 0.9  # of the central interval whose coverage is counted
-_NUM_BISECTIONS = 80
+_NUM_BISECTIONS = 80  # of 2 _REACH, to less than a rounding error
 _LEAST = 1e-12  # of a probability; the distribution function rounds at 1e-16
+_REACH = 700.0  # exp of it is nearly the largest number
+_NUM_RAISED = 4  # of the steps of 2 by which Student's degrees of freedom are raised
+_NEGLIGIBLE = 40.0  # nats that leave nothing in float64
+_FAR = 1e8  # its square plus one is its square
 _NODES, _NODE_WEIGHTS = np.polynomial.legendre.leggauss(64)
 
 
@@ -92,9 +96,17 @@ class RegressionPrediction:
         if self.df is not None and self.loc_variance is not None:
             raise ValueError("df and loc_variance have no closed form together.")
 
+    @property
+    def label_shape(self) -> tuple[int, ...]:
+        """What labels of the data have, (N,) or (N, P)."""
+        return tuple(self.loc.shape[1:])
+
     @cached_property
     def mean(self) -> Tensor:
-        """Mean of a new outcome, (N,) or (N, P)."""
+        """Mean of a new outcome, (N,) or (N, P).
+
+        Student's noise of at most 1 degree of freedom has none: that of the locations.
+        """
         return self._average(self.loc)
 
     @cached_property
@@ -132,15 +144,23 @@ class RegressionPrediction:
 
     def cdf(self, values: Tensor) -> Tensor:
         """Probability of a smaller outcome, of the values' shape, (N,) or (N, P)."""
-        z = (values.to(self.loc) - self.loc) / self._scale
+        return self._cdf(values.to(self.loc).double()).to(self.loc)
+
+    def _cdf(self, values: Tensor) -> Tensor:
+        """In float64: tails of few degrees of freedom reach far."""
+        z = (values - self.loc.double()) / self._scale.double()
         if self.df is None:
-            return self._average(torch.special.ndtr(z))
-        return self._average(_student_cdf(z, self.df))
+            below = torch.special.ndtr(z)
+        else:
+            below = _student_cdf(z, self.df.double(), self._whole)
+        return torch.tensordot(self._pi.double(), below, 1)
 
     def quantile(self, probability: float) -> Tensor:
         """The value below which an outcome is with a probability, (N,) or (N, P).
 
-        By bisection of the mixture's distribution function.
+        By bisection of the mixture's distribution function, on a scale of its own that
+        reaches over all numbers: below one degree of freedom quantiles of .99 may be
+        1e30. Beyond the largest number they are infinite.
 
         Args:
             probability: Above 0 and below 1, by 1e-12 at least.
@@ -154,17 +174,16 @@ class RegressionPrediction:
                 f"probability must be above 0 and below 1, by {_LEAST} at least, found "
                 f"{probability}."
             )
-        reach = self._scale.amax(0)
-        low, high = self.loc.amin(0) - reach, self.loc.amax(0) + reach
-        while bool((self.cdf(low) > probability).any()):
-            low, reach = low - reach, 2 * reach
-        while bool((self.cdf(high) < probability).any()):
-            high, reach = high + reach, 2 * reach
+        first, last = self.loc.double().aminmax(dim=0)
+        center = (first + last) / 2
+        unit = self._scale.double().amax(0) + (last - first) / 2
+        low = torch.full_like(center, -_REACH)
+        high = -low
         for _ in range(_NUM_BISECTIONS):
             middle = (low + high) / 2
-            below = self.cdf(middle) < probability
+            below = self._cdf(center + unit * middle.sinh()) < probability
             low, high = middle.where(below, low), high.where(below, middle)
-        return (low + high) / 2
+        return (center + unit * ((low + high) / 2).sinh()).to(self.loc)
 
     def metrics(self, *, num_bootstrap: int = 0) -> dict[str, float]:
         r"""Quality against the labels, means over the data and outputs that have one.
@@ -293,6 +312,13 @@ class RegressionPrediction:
             return self.noise_scale
         return (self.noise_scale.square() + self.loc_variance).sqrt()
 
+    @cached_property
+    def _whole(self) -> Tensor:
+        """Of :func:`_student_cdf`."""
+        assert self.df is not None
+        angle = torch.full_like(self.df, math.pi / 2, dtype=torch.float64)
+        return _cosine_integral(angle, self.df.double() + 2 * _NUM_RAISED)
+
     def _components(self) -> td.Normal | td.StudentT:
         if self.df is None:
             return td.Normal(self.loc, self._scale)
@@ -339,13 +365,37 @@ def _absolute_mean(mean: Tensor, variance: Tensor) -> Tensor:
     return 2 * sd * density + mean * (2 * torch.special.ndtr(z) - 1)
 
 
-def _student_cdf(z: Tensor, df: Tensor) -> Tensor:
-    # With z = sqrt(df) tan(u) the density is c cos(u)^(df - 1), smooth for df >= 1.
-    angle = (z.abs() / df.sqrt()).atan()
+def _student_cdf(z: Tensor, df: Tensor, whole: Tensor) -> Tensor:
+    r"""Student's distribution function, float64; ``whole`` is W of the raised df.
+
+    With :math:`z = \sqrt\nu \tan u` it is :math:`P_\nu = \int_0^u \cos^{\nu - 1} /
+    W_\nu` of the way from 1/2 to 1, where :math:`W_\nu = \int_0^{\pi / 2} \cos^{\nu -
+    1}`. The integrand has a pole below :math:`\nu = 1` and is no polynomial near there,
+    so what is integrated has some more degrees of freedom, and :math:`P_\nu = P_{\nu +
+    2} - \sin u \cos^\nu u / ((\nu + 1) W_{\nu + 2})` (by parts) leads down to
+    :math:`\nu`.
+    """
+    ratio = z.abs() / df.sqrt()
+    angle = ratio.atan()
+    # log cos u, where the ratio's square is beyond what numbers can hold, too
+    log_cos = -0.5 * ratio.clamp(max=_FAR).square().log1p()
+    log_cos = log_cos.where(ratio < _FAR, -ratio.log())
+    share = _cosine_integral(angle, df + 2 * _NUM_RAISED) / whole
+    for step in reversed(range(_NUM_RAISED)):
+        n = df + 2 * step
+        share = share - angle.sin() * (n * log_cos).exp() / ((n + 1) * whole)
+        whole = whole * (n + 1) / n
+    return 0.5 + 0.5 * z.sign() * share
+
+
+def _cosine_integral(angle: Tensor, df: Tensor) -> Tensor:
+    """Of cos(u)^(df - 1) from 0 to an angle, by Gauss and Legendre."""
+    # cos(u)^n < exp(-n u^2 / 2): beyond the reach nothing is left of it.
+    angle = angle.minimum((2 * _NEGLIGIBLE / (df - 1)).sqrt())
     total = torch.zeros_like(angle)
-    for node, weight in zip(_NODES, _NODE_WEIGHTS, strict=True):
-        u = angle * (0.5 * (1 + float(node)))
-        total += float(weight) * ((df - 1) * u.cos().log()).exp()
-    log_constant = ((df + 1) / 2).lgamma() - (df / 2).lgamma()
-    half = 0.5 * angle * total * log_constant.exp() / math.sqrt(math.pi)
-    return 0.5 + z.sign() * half
+    nodes, weights = angle.new_tensor(_NODES), angle.new_tensor(_NODE_WEIGHTS)
+    for node, weight in zip(nodes.split(8), weights.split(8), strict=True):
+        u = angle[..., None] * (0.5 * (1 + node))
+        log_cos = 0.5 * (-u.sin().square()).log1p()  # exact where df is large, u small
+        total += ((df[..., None] - 1) * log_cos).exp() @ weight
+    return 0.5 * angle * total

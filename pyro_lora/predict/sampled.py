@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch import distributions as td
 
-from pyro_lora.likelihood.model_trace import IGNORED, Batch
-from pyro_lora.likelihood.outcome_kinds import (
-    Tokens,
-    check_outcomes,
-    chosen_outcomes,
-    likelihood,
-    outcome_log_probs,
-    outcome_logits,
-)
-from pyro_lora.likelihood.outcomes import outcomes_that_count
+from pyro_lora.likelihood import likelihoods
+from pyro_lora.likelihood.batch import Batch
+from pyro_lora.likelihood.model_trace import IGNORED
+from pyro_lora.likelihood.outcomes import class_log_probs, single_outcomes
 from pyro_lora.predict.draws import ModelAtDraws
+from pyro_lora.predict.mixture_prediction import MixturePrediction
 from pyro_lora.predict.prediction import Prediction
 from pyro_lora.predict.regression import RegressionPrediction
-from pyro_lora.predict.token_prediction import TokenPrediction, token_prediction
+from pyro_lora.predict.token_prediction import (
+    TokenPrediction,
+    Tokens,
+    check_tokens,
+    chosen_tokens,
+    token_labels,
+    token_prediction,
+)
 
-AnyPrediction = Prediction | RegressionPrediction | TokenPrediction
+NumberPrediction = RegressionPrediction | MixturePrediction
+AnyPrediction = Prediction | NumberPrediction | TokenPrediction
 
 
 @torch.no_grad()
@@ -53,16 +55,22 @@ def sampled(
     """
     stream = (t.nodes[at_draws.obs_site] for t in at_draws.traces(batch))
     first = next(stream)
-    found = likelihood(first["fn"])
-    check_outcomes(found, tokens, at_draws.obs_site)
+    single = single_outcomes(first["fn"])
+    classes = likelihoods.of(single.fn).classes
+    check_tokens(single, classes, tokens, at_draws.obs_site)
     nodes = chain([first], stream)
-    if found.is_real:
-        return _reals(nodes)
+    if classes is None:
+        return numbers([single_outcomes(node["fn"]).fn for node in nodes])
     if tokens is None:
-        log_probs = (outcome_log_probs(node["fn"]) for node in nodes)
-        return _classes(log_probs, at_draws.num_draws, keep_draws)
-    mask = found.mask[0].to(outcome_logits(found.fn).device)
-    return _tokens(nodes, mask, at_draws, tokens, keep_draws)
+        log_probs = (class_log_probs(node["fn"]) for node in nodes)
+        found = _classes(log_probs, at_draws.num_draws, keep_draws)
+    else:
+        mask = single.inside[0].to(classes.logits.device)
+        of_tokens = _tokens(nodes, mask, at_draws, tokens, keep_draws)
+        if isinstance(of_tokens, TokenPrediction):
+            return of_tokens
+        found = of_tokens
+    return replace(found, ordered=classes.cutpoints is not None)
 
 
 def _classes(chunks: Iterable[Tensor], num_draws: int, keep_draws: bool) -> Prediction:
@@ -90,18 +98,33 @@ def _averaged(chunks: Iterable[Tensor], num_draws: int) -> tuple[Tensor, Tensor]
     return log_sum - math.log(num_draws), entropy / num_draws
 
 
-def _reals(nodes: Iterable[dict[str, Any]]) -> RegressionPrediction:
-    fns = [likelihood(node["fn"]).fn for node in nodes]
+def numbers(fns: Sequence[Any], weights: Tensor | None = None) -> NumberPrediction:
+    """A mixture of distributions of numbers, in closed form where there is one.
+
+    Args:
+        fns: Single outcomes' distributions, one for some draws after the others, each
+            of batch shape (S', B), or (S', B, P) of P outputs.
+        weights: Of all draws, (S,); None is equal.
+
+    Returns:
+        Without labels.
+    """
+    known = [likelihoods.of(fn) for fn in fns]
+    noise = [x.noise for x in known if x.noise is not None]
+    if not noise:
+        return MixturePrediction(components=[fns], weights=weights)
 
     def joined(values: list[Tensor]) -> Tensor:
         one = torch.cat(values).double()  # (S, B), or (S, B, P)
         return one[..., 0] if one.ndim == 3 and one.shape[-1] == 1 else one
 
-    is_student = isinstance(fns[0], td.StudentT)
     return RegressionPrediction(
-        loc=joined([fn.loc for fn in fns]),
-        noise_scale=joined([fn.scale for fn in fns]),
-        df=joined([fn.df for fn in fns]) if is_student else None,
+        loc=joined([x.predictor[..., 0] for x in known]),
+        noise_scale=joined([x.scale for x in noise]),
+        df=joined([x.df for x in noise if x.df is not None])
+        if noise[0].df is not None
+        else None,
+        weights=weights,
     )
 
 
@@ -112,15 +135,18 @@ def _tokens(
     tokens: Tokens,
     keep_draws: bool,
 ) -> Prediction | TokenPrediction:
-    rows, places = chosen_outcomes(mask, tokens, at_draws.obs_site)
+    rows, places = chosen_tokens(mask, tokens, at_draws.obs_site)
     labels: Tensor | None = None
     of_texts: list[Tensor] = []
 
     def chunks() -> Iterator[Tensor]:
         nonlocal labels
         for node in nodes:
-            logits = outcome_logits(likelihood(node["fn"]).fn)
-            log_p = logits[:, rows, places].double().log_softmax(-1)  # (S', M, C)
+            classes = likelihoods.of(single_outcomes(node["fn"]).fn).classes
+            assert classes is not None  # check_tokens has seen to it
+            log_p = (
+                classes.logits[:, rows, places].double().log_softmax(-1)
+            )  # (S', M, C)
             if node["is_observed"]:
                 labels = token_labels(node, rows, places)
                 known = labels.clamp_min(0).expand(log_p.shape[:2])
@@ -138,32 +164,3 @@ def _tokens(
     if of_texts:
         texts = torch.cat(of_texts).logsumexp(0) - math.log(at_draws.num_draws)
     return token_prediction(log_p, entropy, rows, places, len(mask), labels, texts)
-
-
-def token_labels(site: dict[str, Any], rows: Tensor, places: Tensor) -> Tensor:
-    """The observed classes, (M,), -100 where they don't count.
-
-    Args:
-        site: The likelihood's site, whatever dims the draws added before (B, T).
-        rows: Their data, (M,).
-        places: Their places, (M,).
-
-    Raises:
-        ValueError: If one that counts isn't a class.
-    """
-
-    def of_tokens(value: Tensor) -> Tensor:
-        one = value.reshape(-1, *value.shape[-2:])[0].to(rows.device)
-        return one[rows, places]
-
-    labels = of_tokens(site["value"])
-    counts = of_tokens(outcomes_that_count(site))
-    num_classes = outcome_logits(likelihood(site["fn"]).fn).shape[-1]
-    wrong = counts & ~((labels >= 0) & (labels < num_classes))
-    if bool(wrong.any()):
-        raise ValueError(
-            f"Site {site['name']!r}: labels must be classes 0 to {num_classes - 1}, "
-            f"found {labels[wrong][0].item()}. Mask the tokens without one in the "
-            "model, by .mask(...) before .to_event(1)."
-        )
-    return labels.masked_fill(~counts, IGNORED).long()

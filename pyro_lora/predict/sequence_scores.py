@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pyro.infer.autoguide import AutoGuide
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -20,8 +19,14 @@ from pyro_lora.ground.weights import Weights
 from pyro_lora.lifting.lifted_network import LiftedNetwork, check_lora
 from pyro_lora.likelihood.model_trace import IGNORED, evaluating, trace_at
 from pyro_lora.posteriors.dropout import check_no_dropout
-from pyro_lora.posteriors.posterior import Guide
-from pyro_lora.predict.draws import LORA_POSTERIORS, draw_weights, network_of
+from pyro_lora.posteriors.guide_posterior import Guide, GuidePosterior
+from pyro_lora.posteriors.posterior import (
+    Posterior,
+    as_posterior,
+    kind_of,
+    only_gaussian,
+)
+from pyro_lora.predict.draws import draw_weights, network_of
 
 DEFAULT_NUM_SAMPLES = 8  # all of them go through the network at once
 # Log probabilities (S, B, T, V) held at once: 256 MiB in float32.
@@ -55,7 +60,7 @@ class SequenceLogProb:
 @leaving_no_trace
 @torch.no_grad()
 def sequence_log_prob(
-    posterior: Guide,
+    posterior: Posterior | Guide,
     input_ids: Tensor,
     labels: Tensor,
     *,
@@ -69,8 +74,8 @@ def sequence_log_prob(
     answer together. Dropout is off and nothing is trained.
 
     Args:
-        posterior: Any Pyro guide for the weights of a causal language model of
-            transformers.
+        posterior: A posterior, or any Pyro guide, over the weights of a causal language
+            model of transformers.
         input_ids: Prompts with their continuations, (B, T), padded on either side.
         labels: ``input_ids`` where a token is part of the continuation, -100 where it
             isn't, (B, T). The first token has nothing before it and can't be scored.
@@ -86,14 +91,16 @@ def sequence_log_prob(
             aren't the input's own tokens, or a continuation is empty, padded inside,
             or starts at the first token.
     """
+    mask = checked_mask(input_ids, attention_mask)
+    texts = {"input_ids": input_ids, "attention_mask": mask}
+    posterior = as_posterior(posterior, arguments=texts)
     lora = network_of(posterior, lora, "sequence_log_prob")
     network = causal_network(lora)
-    mask = checked_mask(input_ids, attention_mask)
     check_vocabulary(network, input_ids)
     check_kind("labels", labels, Tensor, "a tensor (B, T)")
     scored = labels != IGNORED
     _check_labels(input_ids, labels, scored, mask)
-    weights = lora_draws(lora, posterior, num_samples, input_ids, mask)
+    weights = lora_draws(lora, posterior, num_samples)
     num_new = input_ids.shape[1] - int(scored.any(0).nonzero()[0])
     tokens, scored = input_ids[:, -num_new:], scored[:, -num_new:]
     by_draw, by_token = [], []
@@ -210,11 +217,7 @@ def check_vocabulary(network: PreTrainedModel, input_ids: Tensor) -> int:
 
 
 def lora_draws(
-    lora: LiftedNetwork,
-    posterior: Guide,
-    num_samples: int | None,
-    input_ids: Tensor,
-    attention_mask: Tensor,
+    lora: LiftedNetwork, posterior: Posterior, num_samples: int | None
 ) -> Weights:
     """Draws of the network's sites, site -> (S, ...).
 
@@ -223,26 +226,25 @@ def lora_draws(
             is that of MC dropout.
     """
     check_no_dropout(posterior, "generate and sequence_log_prob")
-    batch = {"input_ids": input_ids, "attention_mask": attention_mask}
-    draws = draw_weights(posterior, num_samples, DEFAULT_NUM_SAMPLES, batch)
+    draws = draw_weights(posterior, num_samples, DEFAULT_NUM_SAMPLES)
     return site_values(lora, draws)
 
 
 @torch.no_grad()
-def lora_mode(lora: LiftedNetwork, posterior: Guide) -> Weights:
+def lora_mode(lora: LiftedNetwork, posterior: Posterior) -> Weights:
     """The posterior's mode, or a stock autoguide's median, site -> (1, ...).
 
     Raises:
         ValueError: If the posterior has neither.
     """
-    if isinstance(posterior, LORA_POSTERIORS):
-        values = posterior.mode()
-    elif isinstance(posterior, AutoGuide):
+    gaussian = only_gaussian(posterior)
+    values = None if gaussian is None else gaussian.mode()
+    if isinstance(posterior, GuidePosterior):
         values = posterior.median()
-    else:
+    if values is None:
         raise ValueError(
-            f"A {type(posterior).__name__} has neither a mode nor a median. Use "
-            "mode='average' or mode='draws'."
+            f"There is no mode: a {kind_of(posterior)} has neither a mode nor a "
+            "median. Use mode='average' or mode='draws'."
         )
     return site_values(lora, {site: value[None] for site, value in values.items()})
 

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 from torchmetrics.functional.classification import binary_calibration_error
 
+from pyro_lora.likelihood.likelihoods import Classes
 from pyro_lora.likelihood.model_trace import IGNORED
+from pyro_lora.likelihood.outcomes import (
+    SingleOutcomes,
+    impossible,
+    is_possible,
+    outcomes_that_count,
+    single_outcomes,
+)
 from pyro_lora.predict.metrics import (
     NUM_BINS,
     adaptive_ece,
@@ -23,6 +31,9 @@ from pyro_lora.predict.tables import data_frame
 
 if TYPE_CHECKING:
     from pandas import DataFrame
+
+
+Tokens = Literal["last", "each"]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -138,6 +149,97 @@ class TokenPrediction:
         if self.labels is not None and self.label_log_probs is not None:
             columns |= {"label": self.labels, "label_log_prob": self.label_log_probs}
         return data_frame(columns, "token")
+
+
+def check_tokens(
+    single: SingleOutcomes, classes: Classes | None, tokens: Tokens | None, site: str
+) -> None:
+    """Check that ``tokens`` is given where a datum has several classes, and only there.
+
+    Args:
+        single: The likelihood without masks and event dims.
+        classes: Of its outcomes; None where they are numbers.
+        tokens: What was given.
+        site: The likelihood's site.
+
+    Raises:
+        ValueError: If it isn't so.
+    """
+    if tokens not in (None, "last", "each"):
+        raise ValueError(f"tokens must be 'last', 'each' or None, found {tokens!r}.")
+    fn, event_dims = single.fn, single.event_dims
+    # The event of a distribution, such as a multinomial's, is one outcome.
+    if event_dims > 1 or (event_dims == 1 and fn.event_shape):
+        raise ValueError(
+            f"Site {site!r} has {event_dims + len(fn.event_shape)} event dims; predict "
+            "is for one outcome a datum, or one row of them (.to_event(1))."
+        )
+    if tokens is not None and (event_dims == 0 or classes is None):
+        raise ValueError(
+            f"tokens={tokens!r} is for classes with one event dim, those of a text's "
+            f"tokens. Site {site!r} is {type(fn).__name__} with "
+            f"{event_dims}: leave tokens out."
+        )
+    if tokens is None and event_dims == 1 and classes is not None:
+        raise ValueError(
+            f"Site {site!r} has event shape {tuple(fn.batch_shape[-1:])}: "
+            "several outcomes, one for each token perhaps, not one class a datum. Say "
+            "which by tokens='last' or tokens='each', or draw outcomes by "
+            "pyro.infer.Predictive."
+        )
+
+
+def chosen_tokens(mask: Tensor, tokens: Tokens, site: str) -> tuple[Tensor, Tensor]:
+    """Data and positions of the outcomes asked for, both (M,).
+
+    Args:
+        mask: Which outcomes count, (B, T).
+        tokens: ``"last"``: the last one of each datum; ``"each"``: all.
+        site: The likelihood's site.
+
+    Raises:
+        ValueError: If a datum has none, with ``"last"``.
+    """
+    if tokens == "each":
+        rows, places = mask.nonzero(as_tuple=True)
+        return rows, places
+    empty = (~mask.any(1)).nonzero()
+    if len(empty):
+        raise ValueError(
+            f"Site {site!r}: datum {int(empty[0])} of a batch has no token that "
+            "counts, so no last one. Leave it out, or check its labels and mask."
+        )
+    last = (torch.arange(mask.shape[1], device=mask.device) * mask).amax(1)
+    return torch.arange(len(mask), device=mask.device), last
+
+
+def token_labels(site: Mapping[str, Any], rows: Tensor, places: Tensor) -> Tensor:
+    """The observed classes, (M,), -100 where they don't count.
+
+    Args:
+        site: The likelihood's site, whatever dims the draws added before (B, T).
+        rows: Their data, (M,).
+        places: Their places, (M,).
+
+    Raises:
+        ValueError: If one that counts isn't a class.
+    """
+
+    def of_tokens(value: Tensor) -> Tensor:
+        one = value.reshape(-1, *value.shape[-2:])[0].to(rows.device)
+        return one[rows, places]
+
+    fn, value = single_outcomes(site["fn"]).fn, site["value"]
+    labels = of_tokens(value)
+    counts = of_tokens(outcomes_that_count(site))
+    fits = is_possible(fn, value) & (value == value.round())  # no soft labels here
+    wrong = counts & ~of_tokens(fits)
+    if bool(wrong.any()):
+        raise ValueError(
+            f"Site {site['name']!r}: {impossible(fn, labels[wrong][0].item())} Mask "
+            "tokens by .mask(...) before .to_event(1)."
+        )
+    return labels.masked_fill(~counts, IGNORED).long()
 
 
 def token_prediction(

@@ -15,6 +15,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions.transforms import ReshapeTransform
 
+from pyro_lora.ground.settings import check_function
 from pyro_lora.ground.warning import warn
 from pyro_lora.ground.weights import Weights
 from pyro_lora.priors.prior import NOISE, Network, Prior, check_positive
@@ -84,6 +85,9 @@ class SiteMixture(TorchDistribution):
         return torch.stack(log_probs).logsumexp(0)
 
 
+_ROUNDING = 1e-6  # of weights that add up to one
+
+
 class Component(Protocol):
     """One part of the prior, its density by the chain rule."""
 
@@ -101,26 +105,27 @@ class Component(Protocol):
 
 
 @runtime_checkable
+class Posterior(Protocol):
+    """What is read of a posterior."""
+
+    networks: Any
+    num_samples: int | None
+
+    def sample(self, num_samples: int) -> Weights:
+        """Draws, site -> value with a leading (S,); K of particles are each once."""
+        ...
+
+    def gaussians(self) -> Sequence[tuple[float, Any]]:
+        """The Gaussian parts with their weights."""
+        ...
+
+
+@runtime_checkable
 class Mixture(Protocol):
     """A mixture of posteriors, such as ``MixturePosterior``."""
 
     components: Sequence[Any]
     weights: Tensor
-
-
-@runtime_checkable
-class Particles(Protocol):
-    """Equally weighted weight sets, such as ``ParticlePosterior``."""
-
-    particles: Weights
-
-
-@runtime_checkable
-class Gaussian(Protocol):
-    """A Laplace approximation, such as ``LaplacePosterior``."""
-
-    gaussian: Any
-    latents: Any
 
 
 @runtime_checkable
@@ -154,10 +159,10 @@ def from_posterior(posterior: Any, *, bandwidth: float | None = None) -> Prior:
     - a mixture of these: likewise.
 
     Args:
-        posterior: A ``LaplacePosterior``, ``ParticlePosterior`` or
-            ``MixturePosterior``, over at least the sites that get this prior; or any
-            guide without arguments that samples each from a distribution other than a
-            Delta, independently. Its tensors are used, not copied.
+        posterior: A Gaussian, particles or a mixture, over at least the sites that get
+            this prior; or any guide without arguments that samples each from a
+            distribution other than a Delta, independently. Its tensors are used, not
+            copied.
         bandwidth: h, for particles; None: for each site :math:`K^{-1/(D + 4)}` times
             the root mean square over its weights of the particles' standard deviation
             (Scott 1992, section 6.3; for the D of an adapter the first factor is near
@@ -175,7 +180,10 @@ def from_posterior(posterior: Any, *, bandwidth: float | None = None) -> Prior:
         UserWarning: If one of our posteriors has sites outside of its networks, such as
             an observation noise: a network's prior can't sample them.
     """
-    others = _outside_of_networks(posterior)
+    if bandwidth is not None:
+        check_positive("from_posterior: bandwidth", bandwidth)
+    components = _components(posterior, bandwidth)
+    others = _outside_of_networks(posterior, components)
     if others:
         warn(
             f"The posterior's {sorted(others)} belong to no lifted network, so they "
@@ -183,9 +191,7 @@ def from_posterior(posterior: Any, *, bandwidth: float | None = None) -> Prior:
             "them. Put what the posterior says of them into the model's own "
             "pyro.sample statements."
         )
-    if bandwidth is not None:
-        check_positive("from_posterior: bandwidth", bandwidth)
-    return PreviousPosterior(tuple(_components(posterior, bandwidth)))
+    return PreviousPosterior(tuple(components))
 
 
 @dataclass(frozen=True, eq=False)
@@ -230,19 +236,16 @@ class PreviousPosterior:
         return weights
 
 
-def _outside_of_networks(posterior: Any) -> set[str]:
-    """The sites of one of our posteriors that aren't those of its networks."""
-    if isinstance(posterior, Mixture):
-        return _outside_of_networks(posterior.components[0])
-    loras: Any = getattr(posterior, "loras", None)
-    if loras is None or not isinstance(posterior, Particles | Gaussian):
+def _outside_of_networks(
+    posterior: Any, components: Sequence[tuple[Tensor, Component]]
+) -> set[str]:
+    """The sites of a posterior that aren't those of its networks."""
+    if not isinstance(posterior, Posterior) or not posterior.networks:
         return set()  # of any other guide they aren't known
-    sites = set(
-        posterior.particles
-        if isinstance(posterior, Particles)
-        else getattr(posterior.latents, "values", ())
-    )
-    for lora in loras:
+    sites = {site for _, part in components for site in getattr(part, "loc", ())}
+    for _, gaussian in posterior.gaussians():
+        sites |= set(getattr(gaussian.latents, "values", ()))
+    for lora in posterior.networks:
         sites -= {name for site in lora.sites for name in (site, f"{site}{NOISE}")}
     return sites
 
@@ -257,15 +260,27 @@ def _components(
             for log_pi, component in zip(
                 posterior.weights.log(), posterior.components, strict=True
             )
-            for log_inner, part in _components(component, bandwidth)
             if log_pi > -math.inf
+            for log_inner, part in _components(component, bandwidth)
         ]
-    if isinstance(posterior, Particles):
-        particles = {site: x.detach() for site, x in posterior.particles.items()}
-        return _normals_at(particles, bandwidth)
-    if isinstance(posterior, Gaussian) and isinstance(posterior.gaussian, DenseNormal):
-        return [(torch.zeros(()), _dense(posterior.gaussian))]
+    if isinstance(posterior, Posterior):
+        parts = posterior.gaussians()
+        if sum(weight for weight, _ in parts) > 1 - _ROUNDING:
+            return [
+                (torch.tensor(weight, dtype=torch.float64).log(), _gaussian(part))
+                for weight, part in parts
+            ]
+        if posterior.num_samples is not None:
+            particles = posterior.sample(posterior.num_samples)
+            return _normals_at({s: x.detach() for s, x in particles.items()}, bandwidth)
+    check_function("posterior", posterior, "a posterior with a density, or a guide")
     return [(torch.zeros(()), _Independent(_distributions(posterior)))]
+
+
+def _gaussian(posterior: Any) -> Component:
+    if isinstance(posterior.gaussian, DenseNormal):
+        return _dense(posterior.gaussian)
+    return _Independent(_distributions(posterior))
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyro_lora import fisher_root
+from pyro_lora import likelihoods
 from pyro_lora.curvature.fisher import (
     FisherTerms,
     empirical_terms,
@@ -118,7 +118,7 @@ def test_saturated_probabilities_give_finite_terms(
 ) -> None:
     logits = torch.tensor([[500.0, 0.0], [-500.0, 0.0], [60.0, 0.0]], dtype=dtype)
     value = torch.full((3,), float(label), dtype=dtype)
-    found = fisher_root(likelihood(logits), value)
+    found = likelihoods.of(likelihood(logits)).root(value)
     assert torch.isfinite(found.root).all()
     assert torch.isfinite(found.coordinates).all()
     recovered = (found.root @ found.coordinates[..., None])[..., 0]
@@ -133,8 +133,8 @@ def test_two_classes_are_a_bernoulli(x: float) -> None:
     logits = torch.tensor([0.0, x], dtype=torch.float64)
     for label in range(2):
         value = torch.tensor(label)
-        found = fisher_root(categorical(logits), value)
-        alone = fisher_root(bernoulli(logits[1:]), value)
+        found = likelihoods.of(categorical(logits)).root(value)
+        alone = likelihoods.of(bernoulli(logits[1:])).root(value)
         assert_same(found.root[1].abs(), alone.root[0], atol=0.0)
         assert_same(found.coordinates, -alone.coordinates, atol=0.0)
 
@@ -142,10 +142,10 @@ def test_two_classes_are_a_bernoulli(x: float) -> None:
 def test_one_root_for_each_datum() -> None:
     logits = torch.randn(2, 4, 3, dtype=torch.float64)
     value = torch.randint(3, (2, 4))
-    found = fisher_root(categorical(logits), value)
+    found = likelihoods.of(categorical(logits)).root(value)
     for index in torch.cartesian_prod(torch.arange(2), torch.arange(4)):
         i = tuple(index)
-        alone = fisher_root(categorical(logits[i]), value[i])
+        alone = likelihoods.of(categorical(logits[i])).root(value[i])
         assert_same(found.root[i], alone.root)
         assert_same(found.coordinates[i], alone.coordinates)
 
@@ -232,22 +232,26 @@ def test_missing_values_may_be_nan_behind_a_mask() -> None:
 
 
 def test_unknown_distribution_suggests_mc() -> None:
-    with pytest.raises(TypeError, match=r"Gamma.*fisher='mc'"):
-        exact_terms(dist.Gamma(torch.ones(3), 1.0), torch.ones(3))
+    with pytest.raises(TypeError, match=r"Cauchy.*fisher='mc'"):
+        exact_terms(dist.Cauchy(torch.ones(3), 1.0), torch.ones(3))
 
 
 def test_a_user_may_register_a_root() -> None:
     class Likelihood(dist.Normal):
         pass
 
-    try:
-        fisher_root.register(
-            Likelihood, lambda fn, value: fisher_root(dist.Normal(fn.loc, 2.0), value)
-        )
-        fn = Likelihood(torch.zeros(3, requires_grad=True), 1.0)
-        assert_same(
-            term_gradients(exact_terms(fn, torch.ones(3)), fn.loc)[0, 0],
-            0.5 * torch.ones(()),
-        )
-    finally:
-        fisher_root.register(Likelihood, fisher_root.dispatch(dist.Normal))
+    @likelihoods.register(Likelihood)
+    def wider(fn: Likelihood) -> likelihoods.Likelihood:
+        return likelihoods.of(dist.Normal(fn.loc, 2.0))
+
+    fn = Likelihood(torch.zeros(3, requires_grad=True), 1.0)
+    assert_same(
+        term_gradients(exact_terms(fn, torch.ones(3)), fn.loc)[0, 0],
+        0.5 * torch.ones(()),
+    )
+
+
+@pytest.mark.parametrize("kind", [dist.Normal(0.0, 1.0), int, "Gamma", None])
+def test_what_is_registered_is_a_type_of_distributions(kind: Any) -> None:
+    with pytest.raises(TypeError, match="a type of distributions"):
+        likelihoods.register(kind)

@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from pyro_lora import GaussianLogits
 from pyro_lora.curvature.gaussian_logits import expected_entropy
-from pyro_lora.curvature.integrals import class_log_probs, laplace_bridge, probit
+from pyro_lora.curvature.integrals import GaussianLogits, class_log_probs, probit
 from tests.curvature.gauss_newton import assert_same
 
 SDS = [0.0, 0.01, 0.3, 1.0, 1.49, 1.51, 3.0, 10.0, 30.0, 100.0]
@@ -215,6 +214,6 @@ def test_float32_logits_are_integrated_in_float64() -> None:
 
 def test_one_output_has_no_classes() -> None:
     logits = GaussianLogits(torch.zeros(2, 1), torch.ones(2, 1, 1))
-    for integral in (class_log_probs, probit, laplace_bridge, expected_entropy):
+    for integral in (class_log_probs, probit, expected_entropy):
         with pytest.raises(ValueError, match=r"no classes.*covariance_matrix"):
             integral(logits)

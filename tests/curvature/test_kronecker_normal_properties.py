@@ -43,12 +43,6 @@ def test_it_is_the_gaussian_of_its_dense_precision(data: st.DataObject) -> None:
         )
     assert_same(q.entropy(), p.entropy(), rtol=1e-8, atol=1e-8)
     assert_same(q.variance.flatten(-2), p.variance, rtol=1e-8, atol=1e-8)
-    for product, matrix in (
-        (q.times_precision(draw), p.precision_matrix),
-        (q.times_covariance(draw), p.covariance_matrix),
-    ):
-        expected = (matrix @ draw.flatten(-2)[..., None])[..., 0]
-        assert_same(product.flatten(-2), expected, rtol=1e-8, atol=1e-8)
     larger = q.expand((2, *shape))
     assert_same(larger.entropy(), q.entropy().expand(2, *shape))
     assert larger.sample().shape == (2, *shape, num_rows, num_columns)

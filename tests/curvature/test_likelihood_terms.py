@@ -12,9 +12,13 @@ from pyro import poutine
 from torch import Tensor
 
 import pyro_lora as pl
-from pyro_lora.curvature.fisher import empirical_terms, exact_terms, mc_terms
+from pyro_lora.curvature.fisher import (
+    TermsFunction,
+    empirical_terms,
+    exact_terms,
+    mc_terms,
+)
 from pyro_lora.curvature.fit import FisherFit, fit_fisher
-from pyro_lora.curvature.likelihood_terms import TermsFunction
 from tests.curvature.gauss_newton import (
     assert_same,
     brute_force,
@@ -215,6 +219,7 @@ def test_a_posterior_of_several_sites_predicts_the_one_that_is_named() -> None:
     assert found.probs.shape == (7, 3)
 
 
+@pytest.mark.filterwarnings("ignore:The held-out loss is least at the grid's end")
 @pytest.mark.parametrize("structure", [pl.structures.Dense(), pl.structures.KFAC()])
 def test_a_posterior_of_several_sites_is_linearised_for_each(structure: Any) -> None:
     exact = TwoOutcomes()
@@ -341,8 +346,8 @@ def test_each_likelihood_in_a_model(
     gradient = torch.einsum("nc,ncd->d", score, exact.jacobian) - exact.weights
     assert_same(flatten(found.gradient), gradient)
     assert_same(found.log_likelihood, log_likelihood.detach())
-    # tests/curvature/test_fisher_roots.py has the Hessian in the outputs.
-    root = pl.fisher_root(likelihood(outputs), texts["labels"])
+    # tests/likelihood/test_fisher_roots.py has the Hessian in the outputs.
+    root = pl.likelihoods.of(likelihood(outputs)).root(texts["labels"])
     j_root = torch.stack(
         [
             torch.autograd.grad(column, outputs, retain_graph=True)[0]

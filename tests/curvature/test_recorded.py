@@ -337,7 +337,7 @@ def test_deep_copies_give_the_same_numbers_or_say_why_not() -> None:
     lora, texts = pl.lift(bert(num_layers=1)), batch()
     posterior = fit(pl.models.classification(lora, NUM_DATA), lora, texts)
     twin = copy.deepcopy(posterior)
-    assert twin.loras[0].network is not lora.network
+    assert twin.networks[0].network is not lora.network
     expected = posterior.linearized(texts)
     with torch.no_grad():  # what happens to the first network is nothing to the other
         lora.network.get_base_model().classifier.weight.zero_()

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import pyro_lora as pl
 from pyro_lora.diagnose import diagnosis
+from pyro_lora.diagnose.diagnosis import Diagnosis
 from pyro_lora.ground.weights import Weights
 from tests.infer.linear_regression import linear_regression
 from tests.predict import models
@@ -79,7 +80,7 @@ def test_who_is_in_charge() -> None:
     assert regression(prior_sd=100.0).charge.verdict == "likelihood"  # type: ignore[union-attr]
 
 
-def regression(prior_sd: float = 0.8, **options: Any) -> pl.Diagnosis:
+def regression(prior_sd: float = 0.8, **options: Any) -> Diagnosis:
     task = linear_regression(prior_sd)
     posterior = task.laplace(structure=pl.structures.Dense())
     return pl.diagnose(posterior, task.batches, model=task.model, **options)

@@ -113,7 +113,7 @@ def test_several_outputs_count_as_one_datum() -> None:
     assert found.standard_error == pytest.approx(0.3 / math.sqrt(10))
 
 
-def test_counts_have_no_intervals() -> None:
+def test_counts_have_intervals() -> None:
     lora, _ = models.classifier(1)
 
     def model(labels: Tensor | None = None, **inputs: Tensor) -> None:
@@ -122,8 +122,12 @@ def test_counts_have_no_intervals() -> None:
             pyro.sample("y", dist.Poisson(rate), obs=labels)
 
     batches = [{**b, "labels": b["labels"].double()} for b in models.two_batches()]
-    found = pl.diagnose(models.particles(lora, model), batches, model=model)
-    assert found.left_out["confidence"] == "the likelihood isn't one class a datum"
+    particles = models.particles(lora, model)
+    found = pl.diagnose(particles, batches, model=model).confidence
+    assert isinstance(found, diagnosis.Coverage)
+    metrics = pl.predict(particles, batches, model=model).metrics()
+    assert found.coverage == metrics["coverage"]
+    assert found.num_data == models.NUM_DATA
 
 
 def stars_instead(batches: list[models.Batch]) -> list[models.Batch]:

@@ -7,6 +7,8 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pyro import poutine
 from torch import Tensor
 
@@ -137,25 +139,42 @@ def test_outcomes_of_one_datum_multiply_and_masked_ones_do_not_count(
     assert found == pytest.approx(vendi(similarity), rel=1e-8)
 
 
-@pytest.mark.parametrize("by_site", [False, True])
-def test_a_masked_datum_does_not_count(by_site: bool) -> None:
-    f = torch.randn(3, 2, 2).double()
+@given(
+    by_site=st.booleans(),
+    mask=st.lists(st.booleans(), min_size=1, max_size=6).filter(any),
+    size=st.integers(1, 6),
+)
+@settings(max_examples=25, deadline=None, database=None)
+def test_a_masked_datum_is_as_one_left_out(
+    by_site: bool, mask: list[bool], size: int
+) -> None:
+    seen = torch.tensor(mask)
+    num_data = len(mask)
+    f = torch.randn(3, num_data, 2).double()
 
-    def model(y: Tensor, mask: Tensor) -> None:
-        drawn = pyro.sample("f", dist.Normal(torch.zeros(2, 2), 1.0).to_event(2))
-        with pyro.plate("data", 2), poutine.mask(mask=mask if by_site else True):
-            fn = dist.Bernoulli(logits=by_datum(drawn, 2)).to_event(1)
+    def model(rows: Tensor, y: Tensor, mask: Tensor) -> None:
+        zeros = torch.zeros(num_data, 2)
+        drawn = pyro.sample("f", dist.Normal(zeros, 1.0).to_event(2))
+        some = by_datum(drawn, 2)[..., rows, :]
+        with (
+            pyro.plate("data", num_data, subsample=rows),
+            poutine.mask(mask=mask if by_site else True),
+        ):
+            fn = dist.Bernoulli(logits=some).to_event(1)
             pyro.sample("y", fn if by_site else fn.mask(mask), obs=y)
 
-    mask = torch.tensor([False, True])
-    same_first = torch.cat([f[:1, :1].expand(3, 1, 2), f[:, 1:]], 1)
-    counted, alike = (
-        pl.effective_num_predictions(
-            model, {"f": x}, [{"y": torch.zeros(2, 2), "mask": m}]
-        )
-        for x, m in [(f, mask), (same_first, ~torch.zeros(2, dtype=torch.bool))]
-    )
-    assert counted == pytest.approx(alike, rel=1e-12)
+    def number(rows: Tensor) -> float:
+        batches = [
+            {"rows": some, "y": torch.zeros(len(some), 2), "mask": seen[some]}
+            for some in rows.split(size)
+        ]
+        return pl.effective_num_predictions(model, {"f": f}, batches)
+
+    left = seen.nonzero()[:, 0]
+    assert number(torch.arange(num_data)) == pytest.approx(number(left), rel=1e-12)
+    if not seen.all():
+        with pytest.raises(ValueError, match="all outcomes are masked or missing"):
+            number((~seen).nonzero()[:, 0])
 
 
 def test_dropout_is_off_and_comes_back() -> None:
@@ -174,21 +193,50 @@ def poisson(y: Tensor) -> None:
         pyro.sample("y", dist.Poisson(f.exp()), obs=y)
 
 
+@pytest.mark.parametrize("chunk_size", [None, 1, 2])
+def test_counts_by_draws(chunk_size: int | None) -> None:
+    # The coefficient of two Poissons is exp(-(sqrt a - sqrt b)^2 / 2).
+    f = torch.tensor([0.0, 1.0, 1.5]).double()
+    roots = (f / 2).exp()
+    affinity = (-(roots[:, None] - roots).square() / 2).exp()
+    pyro.set_rng_seed(0)
+    batches = [{"y": torch.ones(200).double()}]
+    found = pl.effective_num_predictions(
+        poisson, {"f": f}, batches, chunk_size=chunk_size
+    )
+    assert found == pytest.approx(vendi(affinity), abs=0.01)  # of 38,400 draws
+    same = {"f": torch.ones(3).double()}
+    found = pl.effective_num_predictions(poisson, same, batches, chunk_size=chunk_size)
+    assert found == pytest.approx(1, abs=1e-6)
+
+
+def cauchy(y: Tensor) -> None:
+    f = pyro.sample("f", dist.Normal(torch.zeros(()), 1.0))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Cauchy(f, 1.0), obs=y)
+
+
+def test_an_unknown_likelihood_is_refused() -> None:
+    with pytest.raises(TypeError, match="Nothing is known of the likelihood Cauchy"):
+        pl.effective_num_predictions(
+            cauchy, {"f": torch.zeros(2)}, [{"y": torch.ones(3)}]
+        )
+
+
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("wrong", "message"),
     [
-        ({}, "Poisson"),
         ({"batches": []}, "no batches"),
         ({"chunk_size": 0}, "chunk_size"),
         ({"particles": {}}, "no particles"),
         ({"particles": {"g": torch.zeros(2)}}, "'f'"),
     ],
 )
-def test_bad_arguments(settings: dict[str, Any], message: str) -> None:
+def test_bad_arguments(wrong: dict[str, Any], message: str) -> None:
     arguments = {
         "particles": {"f": torch.zeros(2)},
         "batches": [{"y": torch.ones(3)}],
-        **settings,
+        **wrong,
     }
     with pytest.raises(ValueError, match=message):
         pl.effective_num_predictions(poisson, **arguments)

@@ -198,7 +198,7 @@ def generators() -> Numbers:
     }
 
 
-def training_kind(**options: Any) -> Kind:
+def training_kind() -> Kind:
     setting = Setting()
     optim = pyro.optim.ExponentialLR(
         {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.1}, "gamma": 0.5}
@@ -206,10 +206,9 @@ def training_kind(**options: Any) -> Kind:
     svgd = pl.SVGD(
         setting.model,
         pl.kernels.RBF(),
-        options.pop("optim", optim),
+        optim,
         3,
         init_loc_fn=setting.lora.init_to_adapter(jitter=0.1),
-        **options,
     )
     svgd.run(batches(), num_epochs=1, progress_bar=False)
     svgd.step(**batches()[0])
@@ -220,7 +219,7 @@ def training_kind(**options: Any) -> Kind:
 
     def load(folder: Path) -> Numbers:
         before = torch.get_rng_state()
-        pl.load_state(svgd, folder)
+        svgd.load(folder)
         found = state()
         torch.set_rng_state(before)
         for site, x in svgd.get_named_particles().items():
@@ -232,7 +231,7 @@ def training_kind(**options: Any) -> Kind:
         return found
 
     return Kind(
-        lambda folder: pl.save_state(svgd, folder),
+        svgd.save,
         load,
         state,
         lambda: svgd.load_state_dict(intact),
@@ -307,9 +306,6 @@ KINDS: dict[str, Callable[[], Kind]] = {
     "particles": partial(posterior_kind, of_particles),
     "mixture": partial(posterior_kind, of_mixture),
     "training": training_kind,
-    "training, gathered": partial(
-        training_kind, accumulate=4, optim=pyro.optim.Adam({"lr": 0.01})
-    ),
     "fit, kfac": partial(fit_kind, pl.structures.KFAC()),
     "fit, dense": partial(fit_kind, pl.structures.Dense(), fisher="mc"),
     "fit, ekfac": partial(fit_kind, pl.structures.EKFAC(), passes=2),

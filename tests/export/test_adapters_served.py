@@ -51,7 +51,7 @@ def exported(peft_model: PeftModel, folder: Path, num: int = 3) -> Any:
 
 
 def expected_logits(posterior: Any, index: int, batch: dict[str, Tensor]) -> Tensor:
-    (lora,) = posterior.loras
+    (lora,) = posterior.networks
     weights = models.draw(posterior.particles, index)
     return models.logits_at(lora, weights, batch)
 
@@ -108,7 +108,7 @@ def test_servers_of_many_adapters(settings: dict[str, Any], tmp_path: Path) -> N
 def test_peft_answers_by_all_draws_in_one_batch(tmp_path: Path) -> None:
     peft_model = saved_base(tmp_path / "base", **CLASSIFIER)
     posterior = exported(peft_model, tmp_path / "adapters")
-    (lora,) = posterior.loras
+    (lora,) = posterior.networks
     batch = networks.batch()
     base = loaded_base(tmp_path / "base", "SEQ_CLS")
     folders = sorted((tmp_path / "adapters").iterdir())

@@ -72,7 +72,7 @@ def test_a_posterior_comes_back_the_same(kind: Kind, tmp_path: Path) -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert type(again) is type(posterior)
     assert again.obs_site == "y"
-    assert again.loras == (lora,)
+    assert again.networks == (lora,)
     assert_same_draws(posterior, again)
     if kind is some_particles:
         return
@@ -363,6 +363,6 @@ def test_two_networks_in_one_model(tmp_path: Path) -> None:
     posterior = pl.ParticlePosterior(weights, loras, None, "y")
     pl.save(posterior, tmp_path)
     again = pl.load(tmp_path, loras)
-    assert again.loras == loras
+    assert again.networks == loras
     assert_same_draws(posterior, again)
     assert_refused((loras[0], tmp_path), "nothing in this network")

@@ -1,6 +1,7 @@
 """The groups against brute force."""
 
 import math
+import re
 import subprocess
 import sys
 
@@ -9,11 +10,14 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pyro import poutine
 from pyro.infer import autoguide
 from torch import Tensor
 
 import pyro_lora as pl
+from pyro_lora.diagnose.log_joint import LeftOut, LogJoint
 from pyro_lora.export import weight_variables
 from tests import networks
 from tests.export.arrays import assert_allclose
@@ -145,7 +149,7 @@ def test_lp_keeps_a_scale_of_the_users() -> None:
     log_prior = sum(x.values for x in plain["log_prior"].data_vars.values())
     likelihood = plain["log_likelihood"]["y"].sum("datum").values
     assert_allclose(plain["sample_stats"]["lp"], log_prior + likelihood)
-    assert_allclose(scaled["sample_stats"]["lp"], log_prior + 0.5 * likelihood)
+    assert_allclose(scaled["sample_stats"]["lp"], 0.5 * (log_prior + likelihood))
     assert_allclose(scaled["log_likelihood"]["y"], plain["log_likelihood"]["y"])
 
 
@@ -180,14 +184,15 @@ def test_prior_draws_are_the_posteriors_prior() -> None:
     )
 
 
-def test_a_later_prior_of_the_network_is_not_the_posteriors() -> None:
+def test_another_prior_of_the_network_is_not_the_posteriors() -> None:
     lora, model = models.classifier()
     batches = models.two_batches()
     posterior = models.laplace(lora, model, batches)
     draws = posterior.sample(3)
     before = pl.to_datatree(posterior, batches=batches, num_samples=50)
-    lora.prior = pl.priors.normal(0.01)
-    after = pl.to_datatree(posterior, batches=batches, num_samples=50)
+    lora = lora.with_prior(pl.priors.normal(0.01))
+    other = pl.models.classification(lora, 10)
+    after = pl.to_datatree(posterior, batches=batches, model=other, num_samples=50)
     sd = after["prior"]["head.classifier.weight"].values.std()
     assert sd == pytest.approx(0.5, rel=0.1)
     site = "head.classifier.weight"
@@ -203,7 +208,10 @@ def test_a_later_prior_of_the_network_is_not_the_posteriors() -> None:
 def test_the_prior_may_be_a_posterior_in_float32() -> None:
     lora, model = models.classifier(network=networks.bert(dtype=torch.float32))
     batches = models.two_batches()
-    lora.prior = pl.priors.from_posterior(models.laplace(lora, model, batches))
+    lora = lora.with_prior(
+        pl.priors.from_posterior(models.laplace(lora, model, batches))
+    )
+    model = pl.models.classification(lora, 10)
     tree = pl.to_datatree(models.laplace(lora, model, batches), batches=batches)
     assert np.isfinite(tree["log_prior"].to_dataset().to_array()).all()
 
@@ -389,7 +397,35 @@ def test_without_arviz_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_the_package_imports_no_extras() -> None:
-    code = (
-        "import sys, pyro_lora; assert not {'arviz_base', 'xarray'} & set(sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    code = """
+import sys
+import pyro_lora
+for name in pyro_lora.__all__:
+    getattr(pyro_lora, name)
+assert not {"arviz_base", "xarray"} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("method", ["linearized", "sample"])
+@given(data=st.data())
+@settings(max_examples=8, deadline=None, database=None)
+def test_lp_and_diagnose_want_the_same_data(method: str, data: st.DataObject) -> None:
+    lora, model = models.classifier()
+    whole = models.two_batches()
+    posterior = models.laplace(lora, model, whole)
+    singles = models.resized(whole, 1)
+    some = data.draw(st.lists(st.sampled_from(range(10)), min_size=1, max_size=12))
+    batches = [singles[i] for i in some]
+    tree = pl.to_datatree(posterior, batches, num_samples=2, method=method)
+    joint = LogJoint(posterior, model, batches, "y")
+    reason = tree["posterior"].attrs.get("lp_left_out")
+    assert ("lp" in tree["sample_stats"]) == (reason is None) == (len(some) == 10)
+    if reason is not None:
+        assert reason.startswith(
+            f"needs all training data: the batches hold {len(some)}"
+        )
+        with pytest.raises(LeftOut, match=re.escape(reason)):
+            joint.check()
+    assert tree["log_likelihood"].sizes["datum"] == len(some)

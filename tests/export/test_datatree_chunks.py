@@ -12,6 +12,7 @@ import xarray
 
 import pyro_lora as pl
 from pyro_lora.export import draw_groups
+from pyro_lora.posteriors.dropout import DropoutPosterior
 from tests.predict import models
 
 OUTCOMES = ("posterior_predictive", "prior", "prior_predictive")  # drawn by chunk
@@ -130,7 +131,7 @@ def test_arguments_are_checked(tmp_path: Path) -> None:
         pl.to_datatree(posterior, chunk_size=0)
     with pytest.raises(ValueError, match="4 draws, 3 at a time, take several passes"):
         pl.to_datatree(posterior, batches=iter(batches), chunk_size=3)
-    dropout = pl.DropoutPosterior(lora.weights(), (lora,))
+    dropout = DropoutPosterior(lora.weights(), (lora,))
     with pytest.raises(ValueError, match="all draws of mc_dropout are the same"):
         pl.to_datatree(dropout, model=model, batches=batches)
     with pytest.raises(ValueError, match="prior_predictive=True takes a pass"):

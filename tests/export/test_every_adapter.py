@@ -46,7 +46,7 @@ def frobenius_norms(lora: pl.LiftedNetwork, weights: dict[str, Tensor]) -> Tenso
 @pytest.mark.parametrize("row", ROWS)
 def test_the_tree_holds_every_site(row: Row, tmp_path: Path) -> None:
     posterior = posterior_of(row)
-    (lora,) = posterior.loras
+    (lora,) = posterior.networks
     raw = pl.to_datatree(posterior, weights="raw")["posterior"]
     assert set(raw.data_vars) == set(lora.sites)
     for site, value in posterior.particles.items():
@@ -75,7 +75,7 @@ def test_the_tree_holds_every_site(row: Row, tmp_path: Path) -> None:
 )
 def test_the_updates_are_those_of_peft(row: Row) -> None:
     posterior = posterior_of(row)
-    (lora,) = posterior.loras
+    (lora,) = posterior.networks
     weights = {site: value[0] for site, value in posterior.particles.items()}
     factors = lora.delta_weight_factors(weights)
     for path, layer in lora.network.named_modules():
@@ -110,7 +110,7 @@ def test_peft_loads_what_is_exported(
     with monkeypatch.context() as patch:
         patch.setattr(PeftModel, "__init__", keep)
         posterior = posterior_of(row)
-    (lora,) = posterior.loras
+    (lora,) = posterior.networks
     network = lora.network
     if not isinstance(network, PeftModel):
         pytest.skip("not an adapter of PEFT")

@@ -65,13 +65,14 @@ class LinearRegression:
     def whole(self) -> dict[str, Tensor]:
         return {"x": self.x, "y": self.y}
 
-    def laplace(self, **options: Any) -> pl.LaplacePosterior:
-        """Around the closed form's mode."""
+    def guide(self, **options: Any) -> pl.AutoLaplace:
+        """At the closed form's mode."""
         weights = unflatten(self.mode, self.lora.weights())
-        guide = pl.AutoLaplace(
-            self.model, init_loc_fn=self.lora.init_to(weights), **options
-        )
-        return guide.laplace_approximation(self.batches)
+        start = self.lora.init_to(weights)
+        return pl.AutoLaplace(self.model, init_loc_fn=start, **options)
+
+    def laplace(self, **options: Any) -> pl.LaplacePosterior:
+        return self.guide(**options).laplace_approximation(self.batches)
 
 
 def linear_regression(

@@ -95,20 +95,15 @@ def test_batches_that_can_be_read_once(
         guide(lora).laplace_approximation(iter(split(texts, 3)))
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"objective": "nll", "per": "site"},
-        {"num_refits": 1, "optim": Adam({"lr": 1e-3})},
-    ],
-)
 def test_tuning_with_batches_that_can_be_read_once(
-    lora: pl.LiftedNetwork, texts: dict[str, Tensor], options: Any
+    lora: pl.LiftedNetwork, texts: dict[str, Tensor]
 ) -> None:
     posterior = laplace(lora, texts)
-    message = r"iterator.*takes (several )?passes\. Give a list or a DataLoader"
+    message = r"iterator.*takes passes\. Give a list or a DataLoader"
     with pytest.raises(ValueError, match=message):
-        posterior.optimize_prior(batches=iter(split(texts, 3)), **options)
+        posterior.optimize_prior(
+            objective="nll", per="site", batches=iter(split(texts, 3))
+        )
     # One precision takes one pass.
     one = posterior.optimize_prior(objective="nll", batches=iter(split(texts, 3)))
     again = posterior.optimize_prior(objective="nll", batches=split(texts, 3))
@@ -307,11 +302,11 @@ def test_an_unknown_fisher(lora: pl.LiftedNetwork) -> None:
         guide(lora, fisher="mc", num_fisher_samples=0)
 
 
-def gamma(lora: pl.LiftedNetwork) -> Model:
+def weibull(lora: pl.LiftedNetwork) -> Model:
     def model(labels: Tensor, **texts: Tensor) -> Tensor:
         rate = lora()(**texts).logits[:, 0].exp()
         with pyro.plate("data", 7, subsample=rate):
-            return pyro.sample("y", dist.Gamma(rate, 1.0), obs=1 + labels.double())
+            return pyro.sample("y", dist.Weibull(rate, 1.0), obs=1 + labels.double())
 
     return model
 
@@ -319,12 +314,12 @@ def gamma(lora: pl.LiftedNetwork) -> Model:
 def test_a_likelihood_without_exact_fisher(
     lora: pl.LiftedNetwork, texts: dict[str, Tensor]
 ) -> None:
-    with pytest.raises(TypeError, match=r"Gamma.*fisher='mc'"):
-        guide(lora, gamma(lora)).laplace_approximation([texts])
-    start = guide(lora, gamma(lora), fisher="mc", num_fisher_samples=3)
+    with pytest.raises(TypeError, match=r"Weibull.*fisher='mc'"):
+        guide(lora, weibull(lora)).laplace_approximation([texts])
+    start = guide(lora, weibull(lora), fisher="mc", num_fisher_samples=3)
     posterior = start.laplace_approximation(split(texts, 3))
     assert float(posterior.gaussian.effective_parameters()) > 0.1
-    with pytest.raises(ValueError, match="No linear predictor for Gamma"):
+    with pytest.raises(TypeError, match="Nothing is known of the likelihood Weibull"):
         posterior.linearized(texts)
 
 

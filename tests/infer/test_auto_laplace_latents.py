@@ -265,7 +265,7 @@ def test_a_hierarchical_prior_whose_scales_are_fixed() -> None:
     weights = {site: trace.nodes[site]["value"].detach() for site in lora.sites}
     hyper = {name: x for name, x in found.items() if name.startswith("prior.")}
     # No warning: given the scales, the mode is that of the weights.
-    lora.prior = poutine.condition(pl.priors.hierarchical(0.3), hyper)
+    lora = lora.with_prior(poutine.condition(pl.priors.hierarchical(0.3), hyper))
     guide = pl.AutoLaplace(model, init_loc_fn=lora.init_to(weights), obs_site="y")
     posterior = guide.laplace_approximation([one])
     scales = {}
@@ -276,7 +276,7 @@ def test_a_hierarchical_prior_whose_scales_are_fixed() -> None:
         tau = posterior.prior_precision[site]
         assert_same(tau, (scales[site] ** -2).expand_as(tau))
         assert_same(posterior.mode()[site], w)
-    lora.prior = pl.priors.normal(scales)
+    lora = lora.with_prior(pl.priors.normal(scales))
     plain = pl.AutoLaplace(model, init_loc_fn=lora.init_to(weights))
     again = plain.laplace_approximation([one])
     assert_same(posterior.log_evidence(), again.log_evidence())

@@ -2,21 +2,25 @@
 
 import copy
 import math
+import warnings
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pyro import poutine
-from pyro.optim import Adam
 from torch import Tensor
 
 import pyro_lora as pl
 from pyro_lora.curvature.block_gaussian import BlockGaussian, Eigenblocks
 from pyro_lora.curvature.gaussian_logits import class_log_probs
 from pyro_lora.curvature.structures import Structure
+from pyro_lora.posteriors import prior_tuning
 from pyro_lora.posteriors.prior_tuning import checked_precision, maximize_evidence
 from tests.curvature.gauss_newton import (
     assert_same,
@@ -84,7 +88,7 @@ def test_one_precision_for_each_layer(structure: Structure, mean: float) -> None
     network, texts = bert(3), batch(6, num_labels=3)
     lora = pl.lift(network)
     first = {site: torch.tensor(0.9).double() for site in lora.sites}
-    lora.prior = lambda lora: layerwise(lora, first, mean)
+    lora = lora.with_prior(lambda lora: layerwise(lora, first, mean))
     scales = {
         site: torch.linspace(0.4, 0.7, value.shape[0])
         .double()
@@ -335,6 +339,35 @@ def test_held_out_nll_picks_the_best_of_the_grid() -> None:
     assert min(losses) < losses[-1]
 
 
+@given(slope=st.sampled_from([0.0, 1.0, -1.0]), per=st.sampled_from(["all", "site"]))
+@settings(max_examples=6, deadline=None, database=None)
+def test_held_out_nll_at_the_grids_end_warns(slope: float, per: Any) -> None:
+    """Losses that only rise, only fall, or have their least inside of the grid."""
+    loc = {"a": torch.zeros(2, 3), "b": torch.zeros(1)}
+
+    def losses(*args: Any) -> Tensor:
+        taus = [[t.log10().mean() for t in prior.values()] for prior in args[-1]]
+        steps = torch.tensor(taus)  # (G, sites)
+        by_site = slope * steps if slope else (steps - 1).square()
+        return by_site.sum(1)
+
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        warnings.catch_warnings(record=True) as w,
+    ):
+        warnings.simplefilter("always")
+        patch.setattr(prior_tuning, "_nll", losses)
+        gaussian: Any = SimpleNamespace(loc=loc)
+        found = prior_tuning.minimize_nll(None, gaussian, [], [{}], None, per)  # type: ignore[arg-type]
+    ends = {0.0: 10.0, 1.0: 1e-4, -1.0: 1e6}
+    for tau in found.values():
+        assert float(tau.flatten()[0]) == pytest.approx(ends[slope], rel=1e-6)
+    assert len(w) == (slope != 0)
+    if slope:
+        for word in ("'a'", "'b'", f"{ends[slope]:g}", "with_prior_precision"):
+            assert word in str(w[0].message)
+
+
 def test_held_out_nll_of_real_outcomes() -> None:
     task = linear_regression()
     posterior = task.laplace(structure=pl.structures.Dense())
@@ -367,19 +400,7 @@ def test_held_out_nll_of_real_outcomes() -> None:
         ({"objective": "nll", "per": "site", "batches": [{}]}, "Batch 0, .*input_ids"),
         ({"objective": "nll", "per": "prior", "batches": [{}]}, "no per='prior'"),
         ({"per": "prior"}, "no pyro.param.*'layer'"),
-        ({"batches": [{}]}, "batches for refits only"),
-        ({"num_refits": 1}, "need an optimizer"),
-        ({"optim": Adam({"lr": 0.1})}, "need an optimizer"),
-        ({"optim": Adam({"lr": 0.1}), "num_refits": 1}, "batches for refits"),
-        (
-            {
-                "objective": "nll",
-                "num_refits": 1,
-                "optim": Adam({"lr": 0.1}),
-                "batches": [{}],
-            },
-            "objective='evidence' only",
-        ),
+        ({"batches": [{}]}, "evidence takes no batches"),
         ({"objective": "nll", "batches": []}, "no batches"),
         (
             {"objective": "nll", "batches": [inputs(batch(3))]},

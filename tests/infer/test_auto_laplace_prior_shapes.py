@@ -142,7 +142,7 @@ def test_a_prior_at_its_centre_has_a_finite_precision() -> None:
 def test_the_users_scale_of_a_prior_is_kept() -> None:
     lora, texts = pl.lift(bert(2), prior=pl.priors.student_t(DF, B)), batch(5)
     expected = laplace(lora, texts, structure=pl.structures.Diagonal())
-    lora.prior = pyro.poutine.scale(lora.prior, scale=0.25)
+    lora = lora.with_prior(pyro.poutine.scale(lora.prior, scale=0.25))
     posterior = laplace(lora, texts, structure=pl.structures.Diagonal())
     for site, tau in expected.prior_precision.items():
         assert_same(posterior.prior_precision[site], tau / 4)
@@ -162,7 +162,7 @@ def test_a_previous_posterior_as_the_prior(
     lora, texts = pl.lift(bert(2, hidden_size=8, bias="lora_only")), batch(6)
     before = laplace(lora, batch(9), structure=structure)
     mode = {s: w + 0.1 * torch.randn_like(w) for s, w in before.mode().items()}
-    lora.prior = pl.priors.from_posterior(before)
+    lora = lora.with_prior(pl.priors.from_posterior(before))
     lora.load(mode)
     posterior = laplace(lora, texts, structure=new)
     start = 0
@@ -182,9 +182,9 @@ def test_previous_posteriors_whose_sites_are_dependent() -> None:
     lora, texts = pl.lift(bert(2, hidden_size=8)), batch(6)
     dense = laplace(lora, batch(9), structure=pl.structures.Dense())
     both = pl.MixturePosterior([laplace(lora, batch(9))] * 2)
-    lora.prior = pl.priors.from_posterior(dense)
+    lora = lora.with_prior(pl.priors.from_posterior(dense))
     with pytest.raises(ValueError, match=r"depends on the site .*Kronecker.*SVGD"):
         laplace(lora, texts)
-    lora.prior = pl.priors.from_posterior(both)
+    lora = lora.with_prior(pl.priors.from_posterior(both))
     with pytest.raises(ValueError, match=r"SiteMixture, whose weights are depend"):
         laplace(lora, texts)

@@ -138,12 +138,14 @@ def test_alternation_finds_the_best_evidence_of_a_linear_model(per: Any) -> None
     pyro.clear_param_store()
     regression = linear_regression()
     if per == "prior":
-        regression.lora.prior = normal_prior
-    posterior = regression.laplace()
-    whole = [regression.whole]
-    options: Any = {"per": per, "batches": whole, "num_epochs": 250}
+        lora = regression.lora.with_prior(normal_prior)
+        regression = replace(regression, lora=lora)
+    guide, whole = regression.guide(), [regression.whole]
+    posterior = guide.laplace_approximation(regression.batches)
     before = {s: x.clone() for s, x in regression.lora.weights().items()}
-    best = posterior.optimize_prior(num_refits=8, optim=Adam({"lr": 0.02}), **options)
+    best, optim = posterior.optimize_prior(per=per), Adam({"lr": 0.02})
+    for _ in range(8):
+        best = guide.refit(best, whole, optim, num_epochs=250).optimize_prior(per=per)
     # The Laplace evidence is exact here: its maximum over the prior's scale.
     scales = torch.linspace(-0.7, 1.5, 4401).exp()
     evidence = torch.stack(
@@ -163,18 +165,48 @@ def test_alternation_finds_the_best_evidence_of_a_linear_model(per: Any) -> None
     assert best.log_evidence() > alone.log_evidence() - 1e-9
 
 
-def test_refits_need_the_settings_of_the_fit() -> None:
+def test_a_refit_is_the_fit_at_the_mode_that_follows() -> None:
     regression = linear_regression()
-    loaded = replace(regression.laplace(), refit=None)
-    with pytest.raises(ValueError, match=r"was loaded.*AutoLaplace"):
-        loaded.optimize_prior(
-            num_refits=1, optim=Adam({"lr": 0.1}), batches=regression.batches
-        )
+    guide = regression.guide(structure=pl.structures.Dense())
+    posterior = guide.laplace_approximation(regression.batches)
+    narrow = posterior.with_prior_precision(25.0)
+    optim = Adam({"lr": 0.02})
+    found = guide.refit(narrow, [regression.whole], optim, num_epochs=400)
+    expected = replace(regression, prior_sd=0.2)
+    torch.testing.assert_close(flatten(found.mode()), expected.mode, rtol=0, atol=1e-4)
+    precision = found.gaussian.fisher + 25.0 * torch.eye(4)
+    torch.testing.assert_close(precision, expected.precision, rtol=1e-8, atol=1e-8)
+    assert found.prior is narrow.prior
+    assert found.model is posterior.model
+    # The curvature is the guide's own fit there.
+    again = replace(found, model=None).log_evidence()
+    assert_same(found.log_evidence(), again)
+    # A posterior without a model is trained on with the guide's.
+    loaded = replace(narrow, model=None)
+    again_found = guide.refit(loaded, [regression.whole], optim, num_epochs=400)
+    assert_same(again_found.log_evidence(), found.log_evidence())
+
+
+def test_a_refit_takes_a_laplace_posterior_and_an_optimizer() -> None:
+    regression = linear_regression()
+    guide = regression.guide()
+    posterior = guide.laplace_approximation(regression.batches)
+    optim = Adam({"lr": 0.1})
+    point = pl.ensemble(regression.lora, [posterior.mode()])
+    with pytest.raises(TypeError, match="posterior must be a LaplacePosterior"):
+        guide.refit(point, regression.batches, optim)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="optim"):
+        guide.refit(posterior, regression.batches, torch.optim.Adam)
+    with pytest.raises(ValueError, match=r"iterator.*several passes"):
+        guide.refit(posterior, iter(regression.batches), optim)
+    with pytest.raises(ValueError, match="num_epochs"):
+        guide.refit(posterior, regression.batches, optim, num_epochs=0)
 
 
 # Several precisions by held-out data.
 
 
+@pytest.mark.filterwarnings("ignore:The held-out loss is least at the grid's end")
 @ignore_mode
 @pytest.mark.parametrize("per", ["site", "layer"])
 def test_held_out_nll_of_several_precisions(per: Any) -> None:
@@ -218,7 +250,7 @@ def test_evaluations_only_shift_eigenvalues(
     for name in ("eigh", "eigvalsh", "eig", "svd", "cholesky", "slogdet", "inv", "qr"):
         monkeypatch.setattr(torch.linalg, name, never)
     monkeypatch.setattr(torch, "logdet", never)
-    silent = replace(posterior, model=never, refit=None)
+    silent = replace(posterior, model=never)
     values = [
         float(silent.with_prior_precision(math.exp(i / 10 - 5)).log_evidence())
         for i in range(100)

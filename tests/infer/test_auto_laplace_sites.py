@@ -264,10 +264,10 @@ def test_a_last_layer_among_stacked_ones_is_refused() -> None:
 def test_refits_are_refused(lora: pl.LiftedNetwork) -> None:
     texts = batch(6, num_labels=3)
     posterior = laplace(lora, texts, sites=HEAD)
-    with pytest.raises(ValueError, match=r"fixed\. Leave num_refits out"):
-        posterior.optimize_prior(
-            batches=split(texts, 3), num_refits=1, optim=Adam({"lr": 1e-3})
-        )
+    model = pl.models.classification(lora, 6)
+    guide = pl.AutoLaplace(model, init_loc_fn=lora.init_to_adapter(), sites=HEAD)
+    with pytest.raises(ValueError, match=r"are fixed\. Fit without sites="):
+        guide.refit(posterior, split(texts, 3), Adam({"lr": 1e-3}))
 
 
 class Scaled(nn.Module):

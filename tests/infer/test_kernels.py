@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from pyro_lora import kernels
-from pyro_lora.infer.svgd import transport
+from pyro_lora.infer.svgd import weight_space
 
 
 def distances(num_particles: int) -> Tensor:
@@ -41,14 +41,14 @@ def test_the_median_is_the_lower_one_over_pairs(num_particles: int) -> None:
 def test_no_gradient_through_the_median() -> None:
     sq_dists = distances(4)
     twice_square = -sq_dists[0, 1] / kernels.RBF()(sq_dists)[0, 1].log()
-    _, slope = transport.gram_and_slope(kernels.RBF(), sq_dists)
+    _, slope = weight_space.gram_and_slope(kernels.RBF(), sq_dists)
     expected = -(-sq_dists / twice_square).exp() / twice_square
     expected.fill_diagonal_(0)
     assert_close(slope, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_particles_that_coincide() -> None:
-    gram, slope = transport.gram_and_slope(kernels.RBF(), torch.zeros(3, 3))
+    gram, slope = weight_space.gram_and_slope(kernels.RBF(), torch.zeros(3, 3))
     assert torch.equal(gram, torch.ones(3, 3))
     assert torch.isfinite(slope).all()
     assert torch.equal(kernels.RBF()(torch.zeros(1, 1)), torch.ones(1, 1))
@@ -57,7 +57,7 @@ def test_particles_that_coincide() -> None:
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3, 4)])
 def test_squared_distances(shape: tuple[int, ...]) -> None:
     x = torch.randn(5, *shape).double()
-    found = transport.squared_distances(x)
+    found = weight_space.squared_distances(x)
     expected = torch.stack(
         [torch.stack([(a - b).square().sum() for b in x]) for a in x]
     )
@@ -68,7 +68,7 @@ def test_squared_distances(shape: tuple[int, ...]) -> None:
 def test_squared_distances_far_from_the_origin() -> None:
     # In float32, |x|^2 + |y|^2 - 2 xy alone would lose everything here.
     x = torch.randn(4, 50)
-    found = transport.squared_distances(100 + 1e-3 * x)
+    found = weight_space.squared_distances(100 + 1e-3 * x)
     y = (100 + 1e-3 * x).double()
     expected = (y[:, None] - y).square().sum(-1)
     assert_close(found.double(), expected, rtol=1e-2, atol=0)
@@ -77,23 +77,23 @@ def test_squared_distances_far_from_the_origin() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_many_weights_are_worked_on_in_blocks(dtype: torch.dtype) -> None:
     # The last block is a smaller one. Sums of bfloat16 numbers are wider.
-    num_weights = transport.BLOCK + 7
+    num_weights = weight_space.BLOCK + 7
     x, s = (torch.randn(3, 2, num_weights // 2, dtype=dtype) for _ in range(2))
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     tight = {torch.float64: 1e-12, torch.float32: 1e-4}[wide]
     a, b = x.double().flatten(1), s.double().flatten(1)
     centred = a - a.mean(0)
     squares = centred.square().sum(1).mean().sqrt()
-    found = transport.centred_products(x)
+    found = weight_space.centred_products(x)
     assert found.dtype == wide
     assert_close(found.double(), centred @ centred.mT, rtol=tight, atol=tight * 1e5)
-    assert_close(transport.spread({"x": x}), squares, rtol=tight, atol=0)
+    assert_close(weight_space.spread({"x": x}), squares, rtol=tight, atol=0)
     norm = b.square().sum(1).mean().sqrt()
-    assert_close(transport.norm({"s": s}), norm, rtol=tight, atol=0)
+    assert_close(weight_space.norm({"s": s}), norm, rtol=tight, atol=0)
 
     pull, push = torch.rand(3, 3).double(), torch.rand(3, 3).double()
     push -= push.sum(1).diag()
-    direction, squares = transport.combine(s, x, pull, push)
+    direction, squares = weight_space.combine(s, x, pull, push)
     assert direction.dtype == dtype
     eps = max(torch.finfo(dtype).eps, 1e-12)
     expected = (pull @ b + push @ a).reshape(x.shape)
@@ -101,7 +101,7 @@ def test_many_weights_are_worked_on_in_blocks(dtype: torch.dtype) -> None:
     terms = torch.stack([(pull @ b).square().sum(), (push @ a).square().sum()])
     assert_close(squares, terms, rtol=tight, atol=0)
     assert_close(
-        transport.attract(s, pull).flatten(1).double(),
+        weight_space.attract(s, pull).flatten(1).double(),
         pull @ b,
         rtol=eps,
         atol=10 * tight,
@@ -114,9 +114,37 @@ def test_spread_and_means() -> None:
     centre = sum(flat) / 4
     squares = [(x - centre).square().sum().item() for x in flat]
     rms = math.sqrt(sum(squares) / 4)
-    assert transport.spread(values).item() == pytest.approx(rms, rel=1e-12)
+    assert weight_space.spread(values).item() == pytest.approx(rms, rel=1e-12)
     gram = torch.rand(3, 3).double()
     off = [gram[i, j].item() for i in range(3) for j in range(3) if i != j]
-    mean = transport.mean_off_diagonal(gram).item()
+    mean = weight_space.mean_off_diagonal(gram).item()
     assert mean == pytest.approx(sum(off) / 6, rel=1e-12)
-    assert transport.mean_off_diagonal(torch.ones(1, 1)) == 1
+    assert weight_space.mean_off_diagonal(torch.ones(1, 1)) == 1
+
+
+@pytest.mark.parametrize("transport", [weight_space.STEIN, weight_space.REPULSIVE])
+@pytest.mark.parametrize("kernel", [kernels.RBF(), kernels.IMQ(bandwidth=0.8)])
+def test_both_forms_of_a_transport_s_repulsion_agree(
+    transport: weight_space.Transport, kernel: kernels.Kernel
+) -> None:
+    # Between the weights themselves, distances by their gradients are differences.
+    x = torch.randn(5, 4).double()
+    gram, slope = weight_space.gram_and_slope(kernel, torch.cdist(x, x).square())
+
+    def gradients(coefficients: Tensor, others: slice) -> tuple[Tensor, ...]:
+        leaf = x.clone().requires_grad_()
+        sq_dists = (leaf[:, None] - x[others]).square().sum(-1)
+        return torch.autograd.grad((coefficients * sq_dists).sum(), leaf)
+
+    _, push = transport.weights(gram, slope, 2.5)
+    (found,) = transport.repulsions(gram, slope, 2.5, gradients)
+    assert_close(found, push @ x, rtol=1e-10, atol=1e-10)
+
+
+def test_stein_s_repulsion_of_two_particles() -> None:
+    x = torch.tensor([[-1.0], [1.0]], dtype=torch.float64)
+    gram, slope = weight_space.gram_and_slope(
+        kernels.RBF(bandwidth=1.0), weight_space.squared_distances(x)
+    )
+    _, push = weight_space.STEIN.weights(gram, slope, 1.0)
+    assert_close(push @ x, math.exp(-2) * x, rtol=1e-12, atol=0)

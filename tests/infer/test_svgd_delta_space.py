@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 import pyro_lora as pl
 from pyro_lora import kernels
-from pyro_lora.infer.svgd.delta_space import DeltaSpace
+from pyro_lora.infer.svgd.delta_space import squared_distances
 from tests import networks
 from tests.infer import double_loop
 from tests.infer.double_loop import Point
@@ -113,11 +113,10 @@ def test_turning_the_factors_is_no_distance() -> None:
             turn = torch.linalg.qr(torch.randn(3, 3, dtype=a.dtype)).Q
             turned[site] = turn @ a
             turned[f"{site[:-1]}B"] = weights[f"{site[:-1]}B"] @ turn.mT
-    space = DeltaSpace((lora,))
-    distances = space.squared_distances(weights)
-    assert_close(space.squared_distances(turned), distances, rtol=1e-10, atol=1e-10)
+    distances = squared_distances((lora,), weights)
+    assert_close(squared_distances((lora,), turned), distances, rtol=1e-10, atol=1e-10)
     both = {s: torch.stack([weights[s][0], turned[s][0]]) for s in weights}
-    assert space.squared_distances(both)[0, 1] < 1e-10 * distances[0, 1]
+    assert squared_distances((lora,), both)[0, 1] < 1e-10 * distances[0, 1]
 
 
 @pytest.mark.parametrize("layer", ["embedding", "convolution"])
@@ -129,7 +128,7 @@ def test_updates_of_other_layers(layer: str) -> None:
     peft_model = get_peft_model(network, LoraConfig(r=2, target_modules=[layer]))  # type: ignore[arg-type]
     lora = pl.lift(peft_model.double())
     weights = particles(lora, 3)
-    found = DeltaSpace((lora,)).squared_distances(weights)
+    found = squared_distances((lora,), weights)
     deltas, module = [], peft_model.base_model.model[layer]
     for i in range(3):
         lora.load({site: value[i] for site, value in weights.items()})
@@ -156,7 +155,7 @@ def test_particles_of_a_fresh_adapter_are_apart(dtype: torch.dtype) -> None:
     )
     svgd.step(**networks.batch())
     particles = svgd.get_named_particles()
-    distances = DeltaSpace((lora,)).squared_distances(particles)
+    distances = squared_distances((lora,), particles)
     off = distances[~torch.eye(8, dtype=torch.bool)]
     assert off.min() > 0.2 * off.max()
     assert off.median() > 1e4 * kernels.MIN_SQUARED_BANDWIDTH

@@ -82,7 +82,7 @@ SINGLE: list[tuple[Any, dict[str, Any]]] = [
             },
         )
         for kernel in (kernels.RBF, kernels.IMQ, kernels.Mixture)
-        for space in ("joint", "site", "coordinate", "delta", "function")
+        for space in ("joint", "site", "delta", "function")
         for transport in ("stein", "repulsive")
         if (space, transport) != ("function", "stein")
     ),

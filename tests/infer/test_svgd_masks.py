@@ -56,12 +56,11 @@ def loss(target: Target, counts: Tensor = COUNTS) -> float:
 SPACES: list[dict[str, Any]] = [
     {"kernel": kernels.RBF(), "transport": "repulsive"},
     {"kernel": kernels.RBF(space="function")},
-    {"kernel": kernels.RBF(space="function"), "reference": True},
 ]
 
 
 def run(
-    target: Target, labels: Tensor = LABELS, parts: Any = (slice(5),), **settings: Any
+    target: Target, labels: Tensor = LABELS, **settings: Any
 ) -> tuple[list[float], dict[str, Any]]:
     """Losses given to the repulsion in two updates, and the state after them."""
     seen: list[float] = []
@@ -71,15 +70,10 @@ def run(
         return 3 * loss
 
     batch = {**target.batch, "labels": labels}
-    if settings.get("reference"):
-        settings["reference"] = batch
     optim, kernel = SGD({"lr": 0.1}), settings.pop("kernel")
-    svgd = engine(
-        target, optim, kernel, repulsion=repulsion, accumulate=len(parts), **settings
-    )
+    svgd = engine(target, optim, kernel, repulsion=repulsion, **settings)
     for _ in range(2):
-        for rows in parts:
-            svgd.step(**{name: x[rows] for name, x in batch.items()})
+        svgd.step(**batch)
     return seen, {**svgd.get_named_particles(), **svgd.diagnostics}
 
 
@@ -98,18 +92,6 @@ def test_a_masked_label_changes_nothing(
     again = run(target, flipped, chunk_size=chunk_size, **settings)
     assert again[0] == seen
     assert_close(again[1], after, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("settings", SPACES)
-def test_batches_count_by_the_data_that_do(settings: dict[str, Any]) -> None:
-    # One of two, two of three, and none of one: the loss is that of all three.
-    order = torch.tensor([0, 1, 2, 3, 4])
-    parts = [order[:2], order[2:4], order[4:]]
-    target = masked(by_poutine)
-    seen, after = run(target, **settings)
-    accumulated, at_last = run(target, parts=parts, **settings)
-    assert accumulated == pytest.approx(seen, rel=1e-12)
-    assert_close(at_last, after)
 
 
 @pytest.mark.parametrize("settings", SPACES)

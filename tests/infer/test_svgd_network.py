@@ -17,7 +17,7 @@ from tests.infer.targets import NUM_DATA
 from tests.infer.test_svgd_step import assert_equal
 from tests.lifting.test_checkpointing import enable, saved_bytes
 
-SPACES: list[Any] = ["joint", "site", "coordinate", "delta", "function"]
+SPACES: list[Any] = ["joint", "site", "delta", "function"]
 STRENGTH: dict[str, dict[str, Any]] = {"function": {"repulsion": 3.0}}
 
 

@@ -16,7 +16,7 @@ import pyro_lora as pl
 from pyro_lora import kernels
 from tests import networks
 from tests.infer import double_loop
-from tests.infer.engines import assert_same_state, engine
+from tests.infer.engines import engine
 from tests.infer.targets import NUM_DATA, Target, normal
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -246,27 +246,3 @@ def test_a_language_model_trains() -> None:
         svgd.step(**target.batch)
     assert svgd.diagnostics["loss"][-1] < 0.8 * svgd.diagnostics["loss"][0]
     assert svgd.diagnostics["repulsion"][-1] > 0
-
-
-def test_batches_of_texts_of_any_length() -> None:
-    target = language(3)
-    settings: dict[str, Any] = {"repulsion": lambda fraction, loss: loss}
-    kernel = kernels.RBF(space="function", bandwidth=4.0)
-    whole = engine(target, SGD({"lr": 1e-3}), kernel, **settings)
-    parts = engine(target, SGD({"lr": 1e-3}), kernel, accumulate=2, **settings)
-    short, rest = (
-        {name: x[rows] for name, x in target.batch.items()}
-        for rows in (slice(0, 1), slice(1, 4))
-    )
-    length = int(short["attention_mask"].sum())
-    whole.step(**target.batch)
-    parts.step(**{name: x[:, :length] for name, x in short.items()})
-    state = parts.state_dict()
-    resumed = engine(target, SGD({"lr": 1e-3}), kernel, accumulate=2, **settings)
-    resumed.load_state_dict(state)
-    for svgd in (parts, resumed):
-        svgd.step(**rest)
-    assert_close(
-        parts.get_named_particles(), whole.get_named_particles(), rtol=1e-9, atol=1e-9
-    )
-    assert_same_state(resumed.state_dict(), parts.state_dict())

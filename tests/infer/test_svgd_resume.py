@@ -125,6 +125,8 @@ def test_states_of_others_are_refused() -> None:
     assert_refused(svgd, other.state_dict(), r"ExponentialLR\(Adam\)")
 
     assert_refused(svgd, {"weights": 1}, "state_dict")
+    with pytest.raises(TypeError, match=r"state must be from SVGD\.state_dict"):
+        svgd.load_state_dict("state")  # type: ignore[arg-type]
 
 
 def test_a_state_of_another_model_before_the_first_step() -> None:

@@ -61,11 +61,11 @@ def test_resumed_is_uninterrupted(name: str, fresh: bool, tmp_path: Path) -> Non
     whole.run(batches, num_epochs=5, progress_bar=False)
     first = engine(target, optim())
     first.run(batches, num_epochs=2, progress_bar=False)
-    pl.save_state(first, tmp_path)
+    first.save(tmp_path)
     second = engine(target, optim())
     if not fresh:
         second.run(batches, num_epochs=1, progress_bar=False)
-    pl.load_state(second, tmp_path)
+    second.load(tmp_path)
     assert_same(second.get_named_particles(), first.get_named_particles())
     second.run(batches, num_epochs=3, progress_bar=False)
     assert_same(second.get_named_particles(), whole.get_named_particles())
@@ -85,11 +85,11 @@ def test_schedules_go_on(tmp_path: Path) -> None:
         for i, num_epochs in enumerate(runs):
             svgd = engine(target, OPTIMIZERS["Adam"](), temperature=temperature)
             if i > 0:
-                pl.load_state(svgd, tmp_path)
+                svgd.load(tmp_path)
             svgd.run(
                 batches, num_epochs=num_epochs, total_epochs=total, progress_bar=False
             )
-            pl.save_state(svgd, tmp_path)
+            svgd.save(tmp_path)
         return svgd.get_named_particles()
 
     whole, fractions = particles_of(5), [*seen]
@@ -127,14 +127,14 @@ def test_dropout_and_shuffled_batches_go_on(tmp_path: Path) -> None:
 
     whole = svgd()
     whole.run(loader, num_epochs=2, progress_bar=False)
-    pl.save_state(whole, tmp_path)
+    whole.save(tmp_path)
     expected_noise = (random.random(), np.random.rand())
     whole.run(loader, num_epochs=2, progress_bar=False)
     torch.manual_seed(99)
     random.seed(99)
     np.random.seed(99)
     resumed = svgd()
-    pl.load_state(resumed, tmp_path)
+    resumed.load(tmp_path)
     assert (random.random(), np.random.rand()) == expected_noise
     resumed.run(loader, num_epochs=2, progress_bar=False)
     assert_same(resumed.get_named_particles(), whole.get_named_particles())
@@ -146,11 +146,11 @@ def test_function_space_goes_on(tmp_path: Path) -> None:
     whole = engine(target, Adam({"lr": 0.01}), **settings)
     for _ in range(2):
         whole.step(**target.batch)
-    pl.save_state(whole, tmp_path)
+    whole.save(tmp_path)
     for _ in range(2):
         whole.step(**target.batch)
     resumed = engine(target, Adam({"lr": 0.01}), **settings)
-    pl.load_state(resumed, tmp_path)
+    resumed.load(tmp_path)
     for _ in range(2):
         resumed.step(**target.batch)
     assert_same(resumed.get_named_particles(), whole.get_named_particles())
@@ -161,12 +161,12 @@ def test_saving_again_replaces_and_pickles_nothing(tmp_path: Path) -> None:
     svgd = engine(target, Adam({"lr": 0.05}))
     for _ in range(2):
         svgd.step(**target.batch)
-        pl.save_state(svgd, tmp_path)
+        svgd.save(tmp_path)
         tensors, manifest = sorted(tmp_path.iterdir())
         assert tensors.suffix == ".safetensors"
         assert manifest.name == "manifest.json"
     resumed = engine(target, Adam({"lr": 0.05}))
-    pl.load_state(resumed, tmp_path)
+    resumed.load(tmp_path)
     assert len(resumed.diagnostics["loss"]) == 2
 
 
@@ -175,7 +175,7 @@ def saved(tmp_path: Path) -> tuple[pl.SVGD, Path]:
     target = hierarchical_regression(3)
     svgd = engine(target, Adam({"lr": 0.05}))
     svgd.step(**target.batch)
-    pl.save_state(svgd, tmp_path)
+    svgd.save(tmp_path)
     svgd.step(**target.batch)
     return svgd, tmp_path
 
@@ -184,7 +184,7 @@ def assert_refused(svgd: pl.SVGD, folder: Path, message: str) -> None:
     """Loading raises, and the engine and the generators are as before."""
     before, generator = svgd.state_dict(), torch.get_rng_state()
     with pytest.raises(ValueError, match=message):
-        pl.load_state(svgd, folder)
+        svgd.load(folder)
     after = svgd.state_dict()
     assert_same(after["particles"], before["particles"])
     assert str(after["optim"]) == str(before["optim"])
@@ -225,7 +225,7 @@ def test_foreign_states_are_refused(
         svgd, tmp_path / "posterior", "format 'pyro_lora posterior', expected"
     )
     with pytest.raises(ValueError, match="Use another folder"):
-        pl.save_state(svgd, tmp_path / "posterior")
+        svgd.save(tmp_path / "posterior")
     more = hierarchical_regression(4)
     assert_refused(
         engine_after_a_step(more, Adam({"lr": 0.1})), folder, "num_particles=4"
@@ -256,14 +256,14 @@ def test_another_base_of_the_same_shapes_is_refused(tmp_path: Path) -> None:
 
     svgd = engine_on(network)
     svgd.step(**batch)
-    pl.save_state(svgd, tmp_path)
+    svgd.save(tmp_path)
     same, other = copy.deepcopy(network), copy.deepcopy(network)
     other.base_model.model.bert.encoder.layer[0].output.dense.weight.data.mul_(1.01)
     found = engine_on(same)
-    pl.load_state(found, tmp_path)
+    found.load(tmp_path)
     found.step(**batch)
     late = engine_on(other)
-    pl.load_state(late, tmp_path)  # which network that is, the first step will tell
+    late.load(tmp_path)  # which network that is, the first step will tell
     for _ in range(2):
         with pytest.raises(ValueError, match="so this is another network"):
             late.step(**batch)
@@ -294,7 +294,6 @@ def field(state: Any, *path: Any) -> list[Any]:
     ("path", "value", "message"),
     [
         (("num_epochs",), -1, r"Expected `int` >= 0 - at `\$\.num_epochs`"),
-        (("num_gathered",), 2, "has gathered 2 batches, but not what of"),
         (("diagnostics",), None, r"Expected `object`, got `null`"),
         (("optim", "w", "kind"), "SGD", "The state is that of SGD"),
         (("random", "python"), [3], "a random generator's state is none"),
@@ -315,12 +314,12 @@ def test_what_no_file_holds_is_refused(tmp_path: Path) -> None:
     target = hierarchical_regression(3)
     svgd = engine(target, Adam({"lr": 0.05}))
     with pytest.raises(ValueError, match="no state before the first step"):
-        pl.save_state(svgd, tmp_path / "x")
+        svgd.save(tmp_path / "x")
     svgd.step(**target.batch)
     (inner, *_) = svgd._optim.optim_objs.values()
     inner.param_groups[0]["schedule"] = print
     with pytest.raises(ValueError, match=r"a builtin_function_or_method at 'optim/"):
-        pl.save_state(svgd, tmp_path / "x")
+        svgd.save(tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
 
@@ -330,15 +329,15 @@ def test_a_device_that_is_not_there(
     svgd, folder = saved
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match=r"on cuda.*by device='cpu'"):
-        pl.load_state(svgd, folder, device="cuda")
+        svgd.load(folder, device="cuda")
 
 
 def test_counters_stay_counters(saved: tuple[pl.SVGD, Path]) -> None:
     target = hierarchical_regression(3)
     svgd = engine_after_a_step(target, multi_step())
     _, folder = saved
-    pl.save_state(svgd, folder)
-    pl.load_state(svgd, folder)
+    svgd.save(folder)
+    svgd.load(folder)
     (scheduler, *_) = svgd._optim.optim_objs.values()
     assert scheduler.milestones == Counter({1: 1, 3: 2})
     assert isinstance(scheduler.milestones, Counter)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import pyro_lora as pl
-from tests.networks import batch, bert, inputs, llama, particles
+from tests.networks import adapted, batch, bert, inputs, llama, particles
 
 torch_double = {"dtype": torch.float64}
 
@@ -275,3 +275,77 @@ def test_every_form_of_call_is_checked(by: str) -> None:
     with lora.bind(weights) as net:
         found = net(x, scale)
     assert_close(found, loop(lora, weights, x, scale), rtol=0, atol=1e-12)
+
+
+STATISTICS: dict[str, Callable[[Tensor], Tensor]] = {
+    "range": lambda x: x.abs().amax(),
+    "max - min": lambda x: x.max() - x.min(),
+    "aminmax": lambda x: x.aminmax().max,
+    "std": lambda x: x.std(),
+    "by feature": lambda x: x.flatten(0, -2).square().mean(0).sqrt(),
+    "norm": lambda x: x.norm(),
+    "median": lambda x: x.abs().median(),
+    "quantile": lambda x: x.abs().flatten().sort().values[-3],
+}
+
+
+class Scaled(nn.Module):
+    """A layer whose input is rounded by a statistic of all data, detached."""
+
+    def __init__(self, layer: nn.Module, statistic: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layer, self.statistic = layer, statistic
+
+    def forward(self, x: Tensor) -> Any:
+        scale = self.statistic(x.detach()) / 7
+        rounded = (x.detach() / scale).round() * scale
+        return self.layer(x + (rounded - x).detach())  # a straight-through gradient
+
+
+@pytest.mark.parametrize("name", sorted(STATISTICS))
+@pytest.mark.parametrize("pretrained", [True, False])
+@pytest.mark.parametrize("equal_at_first", [True, False])
+def test_a_detached_statistic_of_the_batch_doesnt_mix_particles(
+    name: str, pretrained: bool, equal_at_first: bool
+) -> None:
+    if pretrained:
+        network: Any = bert(3)
+        for layer in network.base_model.model.bert.encoder.layer:
+            layer.intermediate.dense = Scaled(
+                layer.intermediate.dense, STATISTICS[name]
+            )
+        texts = inputs(batch(4))
+    else:
+        layers = [nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh()]
+        layers[2] = Scaled(layers[2], STATISTICS[name])
+        network = nn.Sequential(*layers, nn.Linear(8, 2)).double()
+        network = adapted(network, target_modules=["0", "4"])
+        texts = {"input": torch.randn(4, 4).double()}
+    lora = pl.lift(network)
+
+    def call(net: Any) -> Tensor:
+        found: Any = net(**texts)
+        return found.logits if pretrained else found
+
+    if equal_at_first:  # as particles are that start at one adapter
+        same = {s: x.expand(3, *x.shape) for s, x in lora.weights().items()}
+        with lora.bind(same) as net:
+            call(net)
+    weights = particles(lora, 3)
+    with lora.bind(weights) as net:
+        found = call(net)
+    for k in range(3):
+        with lora.bind({s: x[k] for s, x in weights.items()}) as net:
+            assert_close(found[k], call(net), rtol=0, atol=1e-12)
+
+
+def test_a_statistic_of_each_datum_is_folded(caplog: pytest.LogCaptureFixture) -> None:
+    network = bert(3)
+    for layer in network.base_model.model.bert.encoder.layer:
+        layer.intermediate.dense = Scaled(
+            layer.intermediate.dense, lambda x: x.abs().amax((1, 2), keepdim=True)
+        )
+    lora = pl.lift(network)
+    with lora.bind(particles(lora, 3)) as net:
+        net(**inputs(batch(4)))
+    assert not caplog.records

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoNormal
-from pyro.optim import SGD
+from pyro.optim import SGD, Adam
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -165,8 +165,46 @@ def test_each_particle_starts_at_its_own_weights() -> None:
     for k in range(3):
         for site, value in start(lora, init, particle=k).items():
             assert torch.equal(value, weights[site][k])
-    for site, value in start(lora, init).items():  # a guide, which has no particles
+
+
+@pytest.mark.parametrize("num", [1, 2, 5])
+@pytest.mark.parametrize("guide", [pl.AutoLaplace, AutoDelta, AutoNormal])
+def test_a_guide_starts_at_one_weight_set(guide: Any, num: int) -> None:
+    lora = pl.lift(bert())
+    weights, texts = particles(lora, num), batch()
+    auto = guide(
+        pl.models.classification(lora, len(texts["labels"])),
+        init_loc_fn=lora.init_to(weights),
+    )
+    if num > 1:
+        message = rf"hold {num} particles, but a guide starts at one.*MixturePosterior"
+        with pytest.raises(ValueError, match=message):
+            auto(**texts)
+        return
+    auto(**texts)
+    for site, value in auto.median().items():
         assert torch.equal(value, weights[site][0])
+
+
+@pytest.mark.parametrize(("given", "num"), [(3, 2), (2, 1), (2, 2), (1, 1)])
+def test_svgd_drops_no_particle_it_was_given(given: int, num: int) -> None:
+    lora = pl.lift(bert())
+    weights, texts = particles(lora, given), batch()
+    model = pl.models.classification(lora, len(texts["labels"]))
+    svgd = pl.SVGD(
+        model,
+        pl.kernels.RBF(),
+        Adam({"lr": 0.0}),
+        num,
+        init_loc_fn=lora.init_to(weights),
+    )
+    if given > num:
+        with pytest.raises(ValueError, match=f"hold {given} .* num_particles={num}"):
+            svgd.step(**texts)
+        return
+    svgd.step(**texts)
+    for site, value in svgd.get_named_particles().items():
+        assert torch.equal(value, weights[site])
 
 
 def test_more_particles_than_weights_are_refused() -> None:
@@ -228,10 +266,11 @@ def test_every_site_that_is_given_counts(names: set[str], num: int) -> None:
             )
             assert torch.equal(found, value)
     pyro.clear_param_store()
-    guide = AutoDelta(with_latents(lora), init_loc_fn=init)
+    firsts = {s: x[0] if num else x for s, x in weights.items()}
+    guide = AutoDelta(with_latents(lora), init_loc_fn=lora.init_to(firsts))
     guide(**batch())
     for name in names:
-        first = weights[name][0] if num else weights[name]
+        first = firsts[name]
         assert_close(guide.median()[name], first, rtol=1e-6, atol=1e-6)
 
 

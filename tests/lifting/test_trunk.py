@@ -9,9 +9,10 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.testing import assert_close
+from transformers import AutoModelForSequenceClassification, DebertaV2Config
 
 import pyro_lora as pl
-from tests.networks import batch, bert, inputs, llama, particles
+from tests.networks import adapted, batch, bert, inputs, llama, particles
 
 
 def bert_on_top(**settings: Any) -> PeftModel:
@@ -173,3 +174,50 @@ def test_the_layers_are_as_before_after_a_call_and_after_an_exception() -> None:
     handle.remove()
     assert not any("forward" in vars(layer) for layer in layers(network))
     assert torch.equal(network(**texts).logits, expected)
+
+
+def deberta_on_top() -> PeftModel:
+    """Its layers are given a table of 8 relative positions."""
+    config = DebertaV2Config(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=16,
+        relative_attention=True,
+        position_buckets=4,
+        pos_att_type=["p2c", "c2p"],
+        share_att_key=True,
+        initializer_range=0.2,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        num_labels=3,
+        pad_token_id=0,
+    )
+    network = AutoModelForSequenceClassification.from_config(config).double()
+    return adapted(
+        network,
+        target_modules=["value_proj"],
+        task_type="SEQ_CLS",
+        layers_to_transform=[2],
+        layers_pattern="layer",
+    )
+
+
+@pytest.mark.parametrize("kind", [deberta_on_top, bert_on_top])
+@pytest.mark.parametrize("first", [(2, 4), (2, 3)])
+def test_tables_of_as_many_rows_as_the_folded_batch(
+    kind: Callable[[], PeftModel], first: tuple[int, int]
+) -> None:
+    network = kind()
+    lora = pl.lift(network)
+    # 8 relative positions of DeBERTa, 32 positions of BERT
+    for num, size in [first, (2, 4), (4, 2), (8, 1), (3, 3), (4, 8), (8, 4)]:
+        weights, texts = particles(lora, num), inputs(batch(size, 5))
+        expected = loop(lora, weights, lambda net, x=texts: net(**x).logits)
+        with lora.bind(weights) as net, rows_seen(network) as seen:
+            found = net(**texts).logits
+        assert_close(found, torch.stack(expected), rtol=1e-10, atol=1e-10)
+        calls = len(seen) // 3  # the table goes through a layer of DeBERTa's, too
+        assert seen[::calls] == [size, size, num * size]

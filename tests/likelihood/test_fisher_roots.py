@@ -384,11 +384,11 @@ def test_one_root_for_each_datum(name: str) -> None:
     several = leaf_of(case).detach() + torch.arange(3.0)[:, None] / 10
     value = values[[0, 1, 0]]
     logits_last = len(case.parameters) == 3  # else one parameter after the other
-    found = pl.fisher_root(
-        case.likelihood(several if logits_last else several.T), value
-    )
+    found = pl.likelihoods.of(
+        case.likelihood(several if logits_last else several.T)
+    ).root(value)
     for i in range(3):
-        alone = pl.fisher_root(case.likelihood(several[i]), value[i])
+        alone = pl.likelihoods.of(case.likelihood(several[i])).root(value[i])
         assert_same(found.root[i], alone.root)
         assert_same(found.coordinates[i], alone.coordinates)
 
@@ -413,7 +413,7 @@ def test_extreme_parameters_give_finite_roots(
 ) -> None:
     x = EXTREME.to(dtype)
     for label in labels:
-        found = pl.fisher_root(likelihood(x), torch.full_like(x, label))
+        found = pl.likelihoods.of(likelihood(x)).root(torch.full_like(x, label))
         assert torch.isfinite(found.root).all()
         assert torch.isfinite(found.coordinates).all()
         assert torch.isfinite(found.parameter).all()
@@ -421,7 +421,9 @@ def test_extreme_parameters_give_finite_roots(
 
 def test_ordinal_information_does_not_cancel_far_from_the_cutpoints() -> None:
     x = torch.tensor([30.0, -30.0], dtype=torch.float64)
-    found = pl.fisher_root(dist.OrderedLogistic(x, CUTPOINTS), torch.tensor([0, 3]))
+    found = pl.likelihoods.of(dist.OrderedLogistic(x, CUTPOINTS)).root(
+        torch.tensor([0, 3])
+    )
     # Far below all cutpoints c it is that of the first split alone, P(y > 0) =
     # s(x - c) ~ exp(x - c); far above, that of the last.
     expected = torch.stack([CUTPOINTS[-1] - x[0], x[1] - CUTPOINTS[0]]).exp()
@@ -440,7 +442,7 @@ def test_no_trials_have_no_information() -> None:
             [[0.0] * 3, [1, 0, 1]],
         ),
     ]:
-        found = pl.fisher_root(fn, torch.tensor(value, dtype=torch.float64))
+        found = pl.likelihoods.of(fn).root(torch.tensor(value, dtype=torch.float64))
         assert (found.root[0] == 0).all()
         assert (found.coordinates[0] == 0).all()
         assert (found.root[1] != 0).any()
@@ -458,8 +460,8 @@ def test_soft_labels(kind: str) -> None:
         soft = torch.rand(4, 3, dtype=torch.float64)
         fn = dist.Bernoulli(logits=leaf, validate_args=False)
         hard, label = dist.Bernoulli(logits=leaf), torch.zeros(4, 3)
-    found = pl.fisher_root(fn, soft)
-    assert_same(found.root, pl.fisher_root(hard, label).root)
+    found = pl.likelihoods.of(fn).root(soft)
+    assert_same(found.root, pl.likelihoods.of(hard).root(label).root)
     terms = (found.parameter[..., None] * found.root).sum(-2)
     one, other = (terms * found.coordinates).sum(), fn.log_prob(soft).sum()
     (score,) = torch.autograd.grad(one, leaf, retain_graph=True)
@@ -468,7 +470,7 @@ def test_soft_labels(kind: str) -> None:
 
 def test_missing_values_of_a_nan_masked_normal() -> None:
     value = torch.tensor([0.5, torch.nan, 1.0])
-    found = pl.fisher_root(dist.NanMaskedNormal(torch.zeros(3), 0.5), value)
+    found = pl.likelihoods.of(dist.NanMaskedNormal(torch.zeros(3), 0.5)).root(value)
     assert_same(found.root.flatten(), torch.tensor([2.0, 0.0, 2.0]))
     assert_same(found.coordinates.flatten(), torch.tensor([1.0, 0.0, 2.0]))
 
@@ -482,7 +484,7 @@ def test_missing_values_of_a_nan_masked_normal() -> None:
 )
 def test_a_correlated_parameter_is_refused(fn: Any) -> None:
     with pytest.raises(TypeError, match="fisher='mc'"):
-        pl.fisher_root(fn, torch.ones(3))
+        pl.likelihoods.of(fn).root(torch.ones(3))
 
 
 @pytest.mark.parametrize(
@@ -492,4 +494,4 @@ def test_a_vocabulary_is_refused_before_its_root_is_formed(build: Any) -> None:
     logits = torch.zeros(1, 1, 50_000)
     value = torch.zeros(1, 1) if build is dist.Categorical else logits
     with pytest.raises(ValueError, match=r"49999 backward passes.*fisher='mc'"):
-        pl.fisher_root(build(logits=logits, validate_args=False), value)
+        pl.likelihoods.of(build(logits=logits, validate_args=False)).root(value)

@@ -146,7 +146,7 @@ def test_frequencies_and_order(particles: pl.ParticlePosterior) -> None:
 def one_particle(posterior: pl.ParticlePosterior, k: int) -> pl.ParticlePosterior:
     only = {s: x[k : k + 1] for s, x in posterior.particles.items()}
     return pl.ParticlePosterior(
-        only, posterior.loras, posterior.model, posterior.obs_site
+        only, posterior.networks, posterior.model, posterior.obs_site
     )
 
 
@@ -282,7 +282,7 @@ def test_no_draws(laplaces: list[pl.LaplacePosterior], num_samples: int) -> None
 def test_components_of_other_models(particles: pl.ParticlePosterior) -> None:
     def changed(sites: Weights) -> pl.ParticlePosterior:
         return pl.ParticlePosterior(
-            sites, particles.loras, particles.model, particles.obs_site
+            sites, particles.networks, particles.model, particles.obs_site
         )
 
     site, value = next(iter(particles.particles.items()))
@@ -308,7 +308,27 @@ def test_weights_by_a_name_are_checked(
         pl.MixturePosterior(components, name)
 
 
-def test_components_of_other_kinds(laplaces: list[pl.LaplacePosterior]) -> None:
-    components: Any = [laplaces[0], AutoNormal(laplaces[0].model)]
+def test_guides_among_the_components(
+    laplaces: list[pl.LaplacePosterior], batch: dict[str, Tensor]
+) -> None:
+    guide = AutoNormal(laplaces[0].model)
     with pytest.raises(TypeError, match="Component 1 is AutoNormal; a mixture is of"):
-        pl.MixturePosterior(components)
+        pl.MixturePosterior([laplaces[0], guide])
+    guide(**batch)
+    before = torch.get_rng_state()
+    mixture = pl.MixturePosterior([laplaces[0], guide], [0.0, 1.0])
+    assert torch.equal(torch.get_rng_state(), before)
+    draws = mixture.sample(2000)
+    for site, median in guide.median().items():
+        error = guide._get_loc_and_scale(site)[1] / 2000**0.5
+        assert ((draws[site].mean(0) - median).abs() < 5 * error).all()
+    with pytest.raises(ValueError, match="moments of a AutoNormal aren't known"):
+        mixture.mean()
+
+
+@pytest.mark.parametrize("wrong", [3, None, {}])
+def test_components_of_other_kinds(
+    laplaces: list[pl.LaplacePosterior], wrong: Any
+) -> None:
+    with pytest.raises(TypeError, match="Component 1 of a mixture: posterior must be"):
+        pl.MixturePosterior([laplaces[0], wrong])

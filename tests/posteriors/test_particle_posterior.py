@@ -167,7 +167,7 @@ def test_on_a_network(parallel: bool) -> None:
     )
     svgd.step(**batch)
     posterior = svgd.posterior()
-    assert posterior.loras == (lora,)
+    assert posterior.networks == (lora,)
     predictive = Predictive(
         classification, guide=posterior, num_samples=3, parallel=parallel
     )

@@ -8,6 +8,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer.autoguide import AutoNormal
+from pyro.optim import Adam
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -50,7 +51,8 @@ def test_the_default_is_the_posteriors_own(kind: str, num_samples: int | None) -
     model, batches, kinds = posteriors()
     posterior, method = kinds[kind]
     if kind in KINDS:
-        assert posterior.prediction_method == method
+        total = sum(weight for weight, _ in posterior.gaussians())
+        assert (total == pytest.approx(1.0)) == (method == "linearized")
 
     def predicted(**options: Any) -> pl.Prediction:
         pyro.set_rng_seed(5)
@@ -81,9 +83,7 @@ def test_a_tree_and_a_diagnosis_follow_the_same_rule(kind: str) -> None:
     model, batches, kinds = posteriors()
     posterior, method = kinds[kind]
     with warnings.catch_warnings():
-        if kind == "nested":  # which ArviZ's groups have no draws by component of
-            warnings.filterwarnings("ignore", ".*mixture of mixtures")
-            method = "sample"
+        warnings.filterwarnings("error")
         tree = pl.to_datatree(posterior, model=model, batches=batches, num_samples=4)
     assert tree["log_likelihood"].attrs["method"] == method
     if kind in ("laplace", "mixture"):
@@ -93,32 +93,29 @@ def test_a_tree_and_a_diagnosis_follow_the_same_rule(kind: str) -> None:
         assert found.overconfidence == held_out.metrics()["overconfidence"]
 
 
-def student(x: Tensor, lora: pl.LiftedNetwork, labels: Tensor | None) -> None:
-    loc = lora()(x)[..., 0]
-    with pyro.plate("data", 8, subsample=x):
-        pyro.sample("y", dist.StudentT(4.0, loc, 0.5), obs=labels)
-
-
 def test_what_can_not_be_linearised_goes_by_draws_and_says_so() -> None:
     lora = pl.lift(nn.Linear(3, 1).double())
 
     def model(x: Tensor, labels: Tensor | None = None) -> None:
-        student(x, lora, labels)
+        loc = lora()(x)[..., 0]
+        with pyro.plate("data", 8, subsample=x):
+            pyro.sample("y", dist.Cauchy(loc, 0.5), obs=labels)
 
     batches = [{"x": torch.randn(8, 3).double(), "labels": torch.zeros(8).double()}]
-    posterior = models.laplace(lora, model, batches, pl.structures.Dense())
-    found = []
-    for options in ({}, {"method": "sample"}):
-        pyro.set_rng_seed(5)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            found.append(pl.predict(posterior, batches, model=model, **options))
-        said = [str(w.message) for w in caught]
-        assert len(said) == (not options), said
-        assert all("StudentT has no linear predictor" in text for text in said)
-    assert torch.equal(found[0].loc, found[1].loc)
-    with pytest.warns(UserWarning, match="StudentT has no linear predictor"):
-        pl.to_datatree(posterior, batches=batches, num_samples=4)
+    guide = pl.AutoLaplace(
+        model,
+        init_loc_fn=lora.init_to_adapter(),
+        structure=pl.structures.Dense(),
+        fisher="mc",
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The weights aren't a mode")
+        posterior = guide.laplace_approximation(batches)
+    said = "Cauchy isn't among pyro_lora.likelihoods"
+    with pytest.warns(UserWarning, match=said):
+        tree = pl.to_datatree(posterior, batches=batches, num_samples=4)
+    assert tree["log_likelihood"].attrs["method"] == "sample"
+    pl.to_datatree(posterior, batches=batches, num_samples=4, method="sample")
 
 
 def test_latents_beside_the_weights_in_a_tree_go_by_draws_and_say_so() -> None:
@@ -233,4 +230,48 @@ def test_good_draws_pass_without_a_word(kind: str, labelled: bool, sites: Any) -
     # In the last layer's weights the network is linear; in all of them it is nearby.
     good = good.optimize_prior() if sites else good.with_prior_precision(1e4)
     shown = {k: v for k, v in data.items() if labelled or k == "x"}
-    pl.predict(good, [shown], model=model, method="sample")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        pl.predict(good, [shown], model=model, method="sample")
+    assert not told
+
+
+@pytest.mark.parametrize("kind", ["laplace", "svgd", "mixture"])
+@pytest.mark.parametrize("name", ["attention_mask", "token_type_ids"])
+@pytest.mark.parametrize("fitted_with", [True, False])
+def test_other_inputs_than_the_fits_are_said(
+    kind: str, name: str, fitted_with: bool
+) -> None:
+    lora, _ = models.classifier()
+
+    def model(labels: Any = None, **inputs: Any) -> None:
+        logits = lora()(**inputs).logits
+        with pyro.plate("data", models.NUM_DATA, subsample=inputs["input_ids"]):
+            pyro.sample("y", dist.Categorical(logits=logits), obs=labels)
+
+    having = [
+        {**b, "token_type_ids": torch.zeros_like(b["input_ids"])}
+        for b in models.two_batches()
+    ]
+    lacking = [{k: x for k, x in b.items() if k != name} for b in having]
+    fitted, shown = (having, lacking) if fitted_with else (lacking, having)
+    if kind == "svgd":
+        svgd = pl.SVGD(
+            model,
+            pl.kernels.RBF(),
+            Adam({"lr": 1e-3}),
+            2,
+            init_loc_fn=lora.init_to_adapter(jitter=0.1),
+        )
+        svgd.run(fitted, num_epochs=1, progress_bar=False)
+        posterior: Any = svgd.posterior()
+    else:
+        posterior = models.laplace(lora, model, fitted).with_prior_precision(1e4)
+        if kind == "mixture":
+            posterior = pl.MixturePosterior([posterior, posterior])
+    pl.predict(posterior, fitted)  # without a word
+    unlabelled = [{k: x for k, x in b.items() if k != "labels"} for b in fitted]
+    pl.predict(posterior, unlabelled)
+    has = f"has {'no' if fitted_with else 'a'} '{name}' for the network"
+    with pytest.warns(UserWarning, match=has):
+        pl.predict(posterior, shown)

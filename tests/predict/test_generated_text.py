@@ -15,6 +15,7 @@ from transformers import (
 )
 
 import pyro_lora as pl
+from pyro_lora.predict.generate import Generation
 from tests import networks
 from tests.lifting.liftable_row import gpt2, lora, tiny
 from tests.predict.language import (
@@ -54,7 +55,7 @@ def unpadded(given: dict[str, Tensor], row: int) -> Tensor:
 
 
 def assert_scores(
-    found: pl.Generation, index: Any, each: list[Any], prompt: Tensor, atol: float
+    found: Generation, index: Any, each: list[Any], prompt: Tensor, atol: float
 ) -> int:
     """Compare one text's scores to the long way; its length."""
     new = found.new_tokens[index]

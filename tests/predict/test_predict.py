@@ -396,8 +396,7 @@ def test_linearized_integrates_over_gaussian_logits() -> None:
 
 
 @pytest.mark.parametrize(
-    "integral",
-    [pl.integrals.class_log_probs, pl.integrals.probit, pl.integrals.laplace_bridge],
+    "integral", [pl.integrals.class_log_probs, pl.integrals.probit]
 )
 @pytest.mark.parametrize("num_labels", [2, 3])
 def test_linearized_by_the_integral_of_choice(integral: Any, num_labels: int) -> None:
@@ -537,14 +536,17 @@ def test_arguments_are_checked() -> None:
 @pytest.mark.parametrize(
     ("likelihood", "message"),
     [
-        (lambda x: dist.Cauchy(x[..., 0], 1.0), "No class probabilities for Cauchy"),
+        (
+            lambda x: dist.Cauchy(x[..., 0], 1.0),
+            "Nothing is known of the likelihood Cauchy",
+        ),
         (
             lambda x: dist.Bernoulli(logits=x).to_event(1),
             r"event shape \(2,\).*one class a datum",
         ),
         (
-            lambda x: dist.OneHotCategorical(logits=x),
-            "No class probabilities for OneHotCategorical",
+            lambda x: dist.OneHotCategorical(logits=x[..., None, :]).to_event(1),
+            r"'y' has 2 event dims",
         ),
     ],
 )
@@ -556,7 +558,7 @@ def test_other_likelihoods_are_refused(likelihood: Any, message: str) -> None:
         with pyro.plate("data", models.NUM_DATA, subsample=inputs["input_ids"]):
             pyro.sample("y", likelihood(logits))
 
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         pl.predict(models.particles(lora, model), [networks.batch()], model=model)
 
 

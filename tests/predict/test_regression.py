@@ -1,13 +1,16 @@
 """Predicted real numbers, with Bayesian linear regression as the oracle."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from scipy import stats
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import special, stats
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -140,6 +143,71 @@ def test_the_score_of_a_mixture_is_the_integral() -> None:
     assert found.metrics()["crps"] == pytest.approx(total, abs=1e-4)
 
 
+def student_cdf(z: float, df: float) -> float:
+    """By the incomplete beta function."""
+    if abs(z) < df**0.5:
+        inner = special.betainc(0.5, df / 2, z**2 / (df + z**2)) / 2
+        return float(0.5 + math.copysign(inner, z))
+    tail = special.betainc(df / 2, 0.5, 1 / (1 + (z / df**0.5) ** 2)) / 2
+    return float(tail if z < 0 else 1 - tail)
+
+
+@given(
+    log_df=st.floats(-2.0, 9.0),
+    log_z=st.floats(-6.0, 12.0),
+    sign=st.sampled_from([-1.0, 1.0]),
+)
+@settings(max_examples=300, deadline=None, database=None)
+def test_students_distribution_function(
+    log_df: float, log_z: float, sign: float
+) -> None:
+    df, z = 10.0**log_df, sign * 10.0**log_z
+    found = pl.RegressionPrediction(
+        loc=torch.zeros(1, 1).double(),
+        noise_scale=torch.ones(1, 1).double(),
+        df=torch.full((1, 1), df, dtype=torch.float64),
+    )
+    cdf = float(found.cdf(torch.tensor([z], dtype=torch.float64)))
+    assert cdf == pytest.approx(student_cdf(z, df), rel=0, abs=1e-12)
+
+
+@given(
+    log_df=st.floats(-1.3, 6.0),
+    probability=st.floats(1e-9, 1 - 1e-9),
+    loc=st.floats(-1e3, 1e3),
+)
+@settings(max_examples=25, deadline=None, database=None)
+def test_students_quantiles_beside_others(
+    log_df: float, probability: float, loc: float
+) -> None:
+    """Whatever tails the other data have."""
+    df = 10.0**log_df
+    found = pl.RegressionPrediction(
+        loc=torch.tensor([[loc, 0.0]], dtype=torch.float64),
+        noise_scale=torch.ones(1, 2).double(),
+        df=torch.tensor([[df, 5.0]], dtype=torch.float64),
+    )
+    at = found.quantile(probability)
+    # Where the distribution function is nearly flat, rounding decides.
+    assert_close(found.cdf(at), torch.full_like(at, probability), rtol=0, atol=1e-12)
+    for place, center, of in zip(at.tolist(), (loc, 0.0), (df, 5.0), strict=True):
+        oracle = student_cdf(place - center, of)
+        assert oracle == pytest.approx(probability, rel=0, abs=1e-11)
+
+
+def test_quantiles_beyond_the_largest_number_are_infinite() -> None:
+    found = draws_of(df=torch.full((3, 5), 0.05).double())
+    single = replace(
+        found,
+        loc=found.loc.float(),
+        noise_scale=found.noise_scale.float(),
+        df=found.df.float(),
+    )
+    assert (single.quantile(0.999) == math.inf).all()
+    assert (found.quantile(0.999) < math.inf).all()
+    assert found.quantile(0.5).abs().max() < 100
+
+
 @pytest.mark.parametrize("df", [1.0, 2.5, 4.0, 30.0, 900.0])
 def test_student_noise(df: float) -> None:
     num_draws, num_data = 3, 7
@@ -263,7 +331,7 @@ def test_several_outputs() -> None:
     assert exact.metrics().keys() == {"nll", "rmse", "coverage", "crps"}
 
 
-def test_student_likelihood_by_draws_only() -> None:
+def test_student_likelihood() -> None:
     lora = pl.lift(nn.Linear(3, 1).double())
 
     def model(x: Tensor, labels: Tensor | None = None) -> None:
@@ -273,12 +341,22 @@ def test_student_likelihood_by_draws_only() -> None:
 
     batches = [{"x": torch.randn(8, 3).double(), "labels": torch.zeros(8)}]
     posterior = models.laplace(lora, model, batches, pl.structures.Dense())
-    with pytest.warns(UserWarning, match=r"StudentT has no linear predictor.*draws"):
-        found = pl.predict(posterior, batches, model=model, num_samples=4)
+    found = pl.predict(posterior, batches, model=model, method="sample", num_samples=4)
     assert_close(found.noise_variance, torch.full((8,), 0.5).double())
     assert_close(found.mean, found.loc.mean(0))
-    with pytest.raises(ValueError, match="No linear predictor for StudentT"):
-        pl.predict(posterior, batches, model=model, method="linearized")
+    # Linearised: an integral over the location, here on a fine grid of it.
+    exact = pl.predict(posterior, batches, model=model)
+    gaussian = posterior.linearized(batches[0])
+    sd = gaussian.covariance_matrix[:, 0].sqrt()
+    z = torch.linspace(-12, 12, 20_001, dtype=torch.float64)
+    at = dist.StudentT(4.0, gaussian.mean + sd * z, 0.5)
+    density = (dist.Normal(0, 1).log_prob(z)).exp() * (z[1] - z[0])
+    y = torch.linspace(-2, 2, 8).double()
+    expected = (at.log_prob(y[:, None]).exp() * density).sum(-1).log()
+    assert_close(exact.log_prob(y), expected, rtol=0, atol=1e-8)
+    assert_close(exact.mean, gaussian.mean[:, 0], rtol=0, atol=1e-8)
+    assert_close(exact.weight_variance, sd[:, 0].square(), rtol=0, atol=1e-8)
+    assert_close(exact.noise_variance, torch.full((8,), 0.5).double())
 
 
 @pytest.mark.parametrize(

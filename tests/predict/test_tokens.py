@@ -183,7 +183,7 @@ def test_linearized_tokens(tokens: Any) -> None:
             for t in places[-1:] if tokens == "last" else places:
                 each = [
                     pl.integrals.class_log_probs(
-                        pl.GaussianLogits(
+                        pl.integrals.GaussianLogits(
                             g.mean[b, t][None], g.covariance_matrix[b, t][None]
                         )
                     ).exp()

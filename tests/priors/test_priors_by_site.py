@@ -20,8 +20,7 @@ def scales(lora: pl.LiftedNetwork) -> dict[str, float]:
 
 
 def test_the_first_pattern_that_matches_decides() -> None:
-    lora = pl.lift(bert())
-    lora.prior = pl.priors.by_site(
+    prior = pl.priors.by_site(
         {
             "head.*.bias": normal(1.0),
             "head.*": normal(2.0),
@@ -30,6 +29,7 @@ def test_the_first_pattern_that_matches_decides() -> None:
             "*": normal(5.0),
         }
     )
+    lora = pl.lift(bert(), prior=prior)
     expected = {
         "query.A": 3.0,
         "query.B": 3.0,
@@ -45,7 +45,7 @@ def test_the_first_pattern_that_matches_decides() -> None:
 def test_patterns_can_be_nested() -> None:
     lora = pl.lift(bert())
     inner = pl.priors.by_site({"*.A": normal(1.0), "*.B": normal(2.0)})
-    lora.prior = pl.priors.by_site({"lora.*": inner, "head.*": normal(3.0)})
+    lora = lora.with_prior(pl.priors.by_site({"lora.*": inner, "head.*": normal(3.0)}))
     ends = {"A": 1.0, "B": 2.0, "weight": 3.0, "bias": 3.0}
     for site, scale in scales(lora).items():
         assert scale == ends[site.rpartition(".")[2]]
@@ -59,7 +59,9 @@ def test_each_prior_sees_its_own_sites_and_their_values() -> None:
         seen.append(part)
         return normal(1.0, center="init")(part)
 
-    lora.prior = pl.priors.by_site({"*.query.*": prior, "*.A": prior, "*": prior})
+    lora = lora.with_prior(
+        pl.priors.by_site({"*.query.*": prior, "*.A": prior, "*": prior})
+    )
     draws = particles(lora, 2)
     start = lora.weights()
     lora.load({site: value[0] for site, value in draws.items()})
@@ -88,7 +90,7 @@ def test_each_prior_sees_its_own_sites_and_their_values() -> None:
 def test_the_same_prior_on_two_groups_shares_nothing() -> None:
     lora = pl.lift(bert())
     prior = pl.priors.hierarchical()
-    lora.prior = pl.priors.by_site({"*.query.*": prior, "*": prior})
+    lora = lora.with_prior(pl.priors.by_site({"*.query.*": prior, "*": prior}))
     nodes = poutine.trace(lora).get_trace().nodes
     assert sum(n.startswith("prior.mean_log_scale.") for n in nodes) == 2
     assert {f"prior.log_scale.{site}" for site in lora.sites} <= set(nodes)
@@ -96,7 +98,9 @@ def test_the_same_prior_on_two_groups_shares_nothing() -> None:
 
 def test_every_site_needs_a_prior() -> None:
     lora = pl.lift(bert())
-    lora.prior = pl.priors.by_site({"lora.*": normal(), "head.*.weight": normal()})
+    lora = lora.with_prior(
+        pl.priors.by_site({"lora.*": normal(), "head.*.weight": normal()})
+    )
     with pytest.raises(
         ValueError, match=r"Sites \['head\.classifier\.bias'\] match none.*'lora\.\*'"
     ):
@@ -107,7 +111,7 @@ def test_every_site_needs_a_prior() -> None:
 def test_a_pattern_without_sites_is_an_error(pattern: str) -> None:
     lora = pl.lift(bert())
     patterns = {"lora.*": normal(), pattern: normal(), "*": normal()}
-    lora.prior = pl.priors.by_site(patterns)
+    lora = lora.with_prior(pl.priors.by_site(patterns))
     with pytest.raises(
         ValueError, match=r"Patterns \['.*'\] decide for none.*narrower"
     ):
@@ -117,7 +121,7 @@ def test_a_pattern_without_sites_is_an_error(pattern: str) -> None:
 def test_the_pattern_for_the_rest_may_be_left_with_nothing() -> None:
     lora = pl.lift(bert())
     patterns = {"lora.*": normal(), "head.*": normal(), "*": normal()}
-    lora.prior = pl.priors.by_site(patterns)
+    lora = lora.with_prior(pl.priors.by_site(patterns))
     assert len(scales(lora)) == len(lora.sites)
 
 

@@ -98,7 +98,7 @@ def test_the_non_centred_form_is_the_same_prior(name: str) -> None:
     prior, scale_of = HYPER[name]
     lora = pl.lift(bert(), prior=prior(centered=False))
     values, log_probs = trace_of(lora)
-    lora.prior = prior()
+    lora = lora.with_prior(prior())
     trace = trace_at(lambda: lora(), values, {})
     trace.compute_log_prob()
     # Change of variables: w = scale z.

@@ -51,7 +51,7 @@ def test_the_density_is_scipys(
     lora = pl.lift(bert())
     other, start = particles(lora), lora.weights()
     means: Any = other if center == "other" else center
-    lora.prior = prior(2.5, center=means)
+    lora = lora.with_prior(prior(2.5, center=means))
     weights = particles(lora, *lead)
     for site, found in log_probs(lora, weights, *lead).items():
         mean = {"init": start, "other": other}.get(str(center), {}).get(site, center)
@@ -65,7 +65,7 @@ def test_the_density_is_scipys(
 def test_draws_have_the_moments_of_their_site(family: str) -> None:
     prior, reference = FAMILIES[family]
     lora = pl.lift(bert())
-    lora.prior = prior(scales(lora), center="init")
+    lora = lora.with_prior(prior(scales(lora), center="init"))
     draws = Predictive(classifier(lora), num_samples=200, parallel=True)(
         **inputs(batch())
     )
@@ -102,12 +102,11 @@ def test_the_initial_adapter_is_the_one_that_was_lifted() -> None:
 def test_a_scale_can_differ_within_a_site() -> None:
     lora = pl.lift(bert())
     by_layer = torch.tensor([0.5, 2.0]).double()
-    lora.prior = pl.priors.normal(
-        {
-            site: by_layer.reshape(2, *[1] * (x.ndim - 1)) if len(x) == 2 else 1.0
-            for site, x in lora.weights().items()
-        }
-    )
+    scale = {
+        site: by_layer.reshape(2, *[1] * (x.ndim - 1)) if len(x) == 2 else 1.0
+        for site, x in lora.weights().items()
+    }
+    lora = lora.with_prior(pl.priors.normal(scale))
     nodes = poutine.trace(lora).get_trace().nodes
     for site, x in lora.weights().items():
         expected = by_layer if len(x) == 2 else torch.ones(1).double()
@@ -148,7 +147,7 @@ def test_scales_and_centers_are_given_for_exactly_the_sites(
         "center": lora.weights(),
     }[what]
     del wrong["head.classifier.bias"]
-    lora.prior = prior(**{what: {**wrong, "head.other": torch.tensor(1.0)}})
+    lora = lora.with_prior(prior(**{what: {**wrong, "head.other": torch.tensor(1.0)}}))
     with pytest.raises(
         ValueError, match=r"\['head.classifier.bias', 'head.other'\].*lora\.sites"
     ):
@@ -160,7 +159,8 @@ def test_scales_and_centers_have_the_shape_of_their_site(what: str) -> None:
     lora = pl.lift(bert())
     wrong = {**lora.weights(), "head.classifier.bias": torch.ones(3)}
     wrong = {site: value.abs() + 1 for site, value in wrong.items()}
-    lora.prior = pl.priors.normal(**{what: wrong})  # type: ignore[arg-type]
+    prior = pl.priors.normal(**{what: wrong})  # type: ignore[arg-type]
+    lora = lora.with_prior(prior)
     with pytest.raises(
         ValueError,
         match=rf"'head.classifier.bias': expected a prior {what} that broadcasts over "

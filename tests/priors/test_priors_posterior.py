@@ -88,7 +88,9 @@ def test_part_of_a_dense_posterior_is_its_marginal() -> None:
     with pytest.warns(UserWarning, match="mode"):
         posterior = laplace(lora, pl.structures.Dense(), lora.weights())
     prior = pl.priors.from_posterior(posterior)
-    lora.prior = pl.priors.by_site({"*.value.*": prior, "*": pl.priors.normal()})
+    lora = lora.with_prior(
+        pl.priors.by_site({"*.value.*": prior, "*": pl.priors.normal()})
+    )
     gaussian: Any = posterior.gaussian
     tau = torch.cat(
         [
@@ -132,7 +134,7 @@ def test_particles_become_a_mixture_of_normals(bandwidth: float | None) -> None:
         site: bandwidth or float(4 ** (-1 / (size + 4)) * x.var(0).mean().sqrt())
         for site, x in posterior.particles.items()
     }
-    lora.prior = pl.priors.from_posterior(posterior, bandwidth=bandwidth)
+    lora = lora.with_prior(pl.priors.from_posterior(posterior, bandwidth=bandwidth))
     draws = particles(lora, 3, 1)
     found = log_density(lora, draws, 3, 1)
     for i in range(3):
@@ -153,7 +155,7 @@ def test_particles_become_a_mixture_of_normals(bandwidth: float | None) -> None:
 def test_a_draw_belongs_to_one_particle(parallel: bool) -> None:
     lora = pl.lift(bert())
     posterior = of_particles(lora, 3)
-    lora.prior = pl.priors.from_posterior(posterior, bandwidth=1e-3)
+    lora = lora.with_prior(pl.priors.from_posterior(posterior, bandwidth=1e-3))
     draws = Predictive(lambda: lora(), num_samples=60, parallel=parallel)()
     nearest = []
     for site, x in posterior.particles.items():
@@ -176,7 +178,7 @@ def test_a_mixture_of_laplaces_keeps_its_density() -> None:
             for structure in STRUCTURES.values()
         ]
     posterior = pl.MixturePosterior(components, [0.5, 0.2, 0.3])
-    lora.prior = pl.priors.from_posterior(posterior)
+    lora = lora.with_prior(pl.priors.from_posterior(posterior))
     draws = posterior.sample(6)
     expected = posterior.log_prob(draws)
     column = {site: value[:, None] for site, value in draws.items()}
@@ -192,9 +194,9 @@ def test_a_component_without_weight_is_left_out() -> None:
     )
     mixture = pl.MixturePosterior([posterior, far], [1.0, 0.0])
     weights = particles(lora)
-    lora.prior = pl.priors.from_posterior(posterior)
+    lora = lora.with_prior(pl.priors.from_posterior(posterior))
     expected = log_density(lora, weights)
-    lora.prior = pl.priors.from_posterior(mixture)
+    lora = lora.with_prior(pl.priors.from_posterior(mixture))
     assert_close(log_density(lora, weights), expected, rtol=1e-12, atol=0)
 
 
@@ -246,7 +248,8 @@ def test_learning_batch_after_batch_is_learning_from_both() -> None:
         structure=pl.structures.Dense(),
     )
     data = {"x": toy.x[first], "y": toy.y[first]}
-    toy.lora.prior = pl.priors.from_posterior(guide.laplace_approximation([data]))
+    before = guide.laplace_approximation([data])
+    toy.lora = toy.lora.with_prior(pl.priors.from_posterior(before))
     rest = {"x": toy.x[7:], "y": toy.y[7:]}
     for _ in range(5):
         w = torch.randn(4).double()
@@ -292,7 +295,7 @@ def test_particles_that_coincide_need_a_bandwidth() -> None:
             ValueError, match=r"'lora\..*query\.A': its \d particle.*bandwidth="
         ):
             pl.priors.from_posterior(posterior)
-        lora.prior = pl.priors.from_posterior(posterior, bandwidth=0.1)
+        lora = lora.with_prior(pl.priors.from_posterior(posterior, bandwidth=0.1))
         nodes = poutine.trace(lora).get_trace().nodes
         assert all(nodes[site]["value"].isfinite().all() for site in lora.sites)
 
@@ -329,7 +332,7 @@ def test_a_guide_without_densities_is_refused(guide: Callable[..., Any]) -> None
     auto = guide(classifier(lora), init_loc_fn=lora.init_to_adapter())
     texts = batch()
     auto(**texts)
-    lora.prior = pl.priors.from_posterior(lambda: auto(**texts))
+    lora = lora.with_prior(pl.priors.from_posterior(lambda: auto(**texts)))
     with pytest.raises(ValueError, match=r"query\.A'.*found a Delta.*priors\.normal"):
         lora()
 

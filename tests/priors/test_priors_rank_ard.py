@@ -144,7 +144,9 @@ def test_rank_ard_needs_pairs_of_a_and_b() -> None:
         lora()
     rest = pl.priors.normal()
     lora = pl.lift(bert())
-    lora.prior = pl.priors.by_site({"*.value.A": rest, "*": pl.priors.rank_ard()})
+    lora = lora.with_prior(
+        pl.priors.by_site({"*.value.A": rest, "*": pl.priors.rank_ard()})
+    )
     with pytest.raises(
         ValueError, match=r"value\.B': expected an A of '.*' with 3 rows.*found None"
     ):

@@ -120,7 +120,7 @@ def test_the_rest_of_the_density_is_the_base_priors() -> None:
     weights = particles(lora)
     total = trace_at(lambda: lora(), weights, {}).log_prob_sum()
     factor = log_factor(lora, "spectral", weights)
-    lora.prior = base
+    lora = lora.with_prior(base)
     expected = trace_at(lambda: lora(), weights, {}).log_prob_sum() + factor
     assert_close(total, expected, rtol=1e-12, atol=0)
 
@@ -153,7 +153,9 @@ def test_part_of_a_network_can_have_a_spectral_prior() -> None:
     )
     found = log_factor(lora, "spectral", lora.weights())
     assert_close(found, torch.as_tensor(expected), rtol=1e-10, atol=0)
-    lora.prior = pl.priors.by_site({"*.A": spectral, "*": pl.priors.normal()})
+    lora = lora.with_prior(
+        pl.priors.by_site({"*.A": spectral, "*": pl.priors.normal()})
+    )
     with pytest.raises(
         ValueError, match=r"query\.A': expected both A and B .*query' with"
     ):

@@ -18,8 +18,7 @@ from pyro_lora.export.weight_variables import (
     stem_of,
 )
 from pyro_lora.lifting.lifted_network import LiftedNetwork
-from pyro_lora.posteriors.laplace_posterior import LaplacePosterior
-from pyro_lora.posteriors.mixture_posterior import MixturePosterior
+from pyro_lora.posteriors.posterior import Posterior, as_posterior
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,9 +30,7 @@ _NO_LAYER = "-"  # what a head's column is called
 _MAX_NUMBERED = 200  # cells that still have room for their numbers
 
 
-def effective_parameters(
-    posterior: LaplacePosterior | MixturePosterior, ax: Axes | None = None
-) -> Axes:
+def effective_parameters(posterior: Posterior, ax: Axes | None = None) -> Axes:
     r"""How many weights of each matrix the data determine, layers x roles.
 
     A matrix's part of :math:`\mathrm{tr}(F P^{-1})`: 0 where the prior says everything,
@@ -50,6 +47,7 @@ def effective_parameters(
     Raises:
         TypeError: If the posterior is of another kind.
     """
+    posterior = as_posterior(posterior)
     try:
         by_layer = charge_of(posterior).by_layer
     except LeftOut as reason:
@@ -58,7 +56,7 @@ def effective_parameters(
             f"{reason}."
         ) from reason
     parameters = {
-        s: names for lora in posterior.loras for s, names in lora.sites.items()
+        s: names for lora in posterior.networks for s, names in lora.sites.items()
     }
     kinds = dict.fromkeys(site.partition(".")[0] for site in by_layer)
     rows = []

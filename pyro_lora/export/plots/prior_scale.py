@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from pyro_lora.export.plots.axes import COLORS, QUIET, axes_or_new
-from pyro_lora.posteriors.laplace_posterior import LaplacePosterior
+from pyro_lora.posteriors.posterior import Posterior, as_posterior, only_gaussian
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _DECADES = torch.linspace(-1, 1, 61, dtype=torch.float64)
 
 
-def evidence(posterior: LaplacePosterior, ax: Axes | None = None) -> Axes:
+def evidence(posterior: Posterior, ax: Axes | None = None) -> Axes:
     r"""Log evidence against the scale of a Normal prior, one scale for all weights.
 
     The maximum is marked: the scale that ``optimize_prior(per="all")`` finds, to the
@@ -32,7 +32,8 @@ def evidence(posterior: LaplacePosterior, ax: Axes | None = None) -> Axes:
     Raises:
         TypeError: If the posterior is of another kind.
     """
-    if not isinstance(posterior, LaplacePosterior):
+    gaussian = only_gaussian(as_posterior(posterior))
+    if gaussian is None:
         raise TypeError(
             "plots.evidence needs a LaplacePosterior, found a "
             f"{type(posterior).__name__}, which has no evidence. Of a mixture, draw "
@@ -41,7 +42,7 @@ def evidence(posterior: LaplacePosterior, ax: Axes | None = None) -> Axes:
 
     def log_evidence(log_scales: Tensor) -> Tensor:
         posteriors = (
-            posterior.with_prior_precision(10 ** float(-2 * x)) for x in log_scales
+            gaussian.with_prior_precision(10 ** float(-2 * x)) for x in log_scales
         )
         return torch.stack([p.log_evidence().cpu() for p in posteriors])
 

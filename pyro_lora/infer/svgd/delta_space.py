@@ -1,4 +1,12 @@
-"""Repulsion between the updates B A that particles make, not between their factors."""
+r"""Repulsion between the updates B A that particles make, not between their factors.
+
+Weights, where LoRA's count as the updates :math:`\Delta W = s B A` of layers. Inner
+products of updates are traces of (R, R) matrices,
+
+.. math:: \langle B_i A_i, B_j A_j \rangle = \mathrm{tr}\,[(B_i^T B_j) (A_j A_i^T)],
+
+and nothing of a layer's own size is formed. All other weights count as they are.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +17,17 @@ import torch
 from torch import Tensor
 
 from pyro_lora.ground.weights import Weights
-from pyro_lora.infer.svgd import transport
+from pyro_lora.infer.svgd import weight_space
+from pyro_lora.infer.svgd.kernels import Kernel
+from pyro_lora.infer.svgd.particle_model import ParticleModel, ParticlePass
+from pyro_lora.infer.svgd.weight_space import (
+    STEIN,
+    Direction,
+    Repulsion,
+    Scores,
+    Transport,
+    scores_at,
+)
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 
 Factors = tuple[Tensor, Tensor]  # B (K, O, R) and A (K, R, I), in float64
@@ -17,95 +35,104 @@ Factors = tuple[Tensor, Tensor]  # B (K, O, R) and A (K, R, I), in float64
 
 @dataclass(frozen=True)
 class DeltaSpace:
-    r"""Weights, where LoRA's count as the updates :math:`\Delta W = s B A` of layers.
-
-    Inner products of updates are traces of (R, R) matrices, :math:`\langle B_i A_i,
-    B_j A_j \rangle = \mathrm{tr}\,[(B_i^T B_j) (A_j A_i^T)]`; nothing of a layer's own
-    size is formed. All other weights count as they are.
+    """All weights, LoRA's by their updates: turning the factors is no distance.
 
     Attributes:
-        networks: The lifted networks in the model.
+        kernel: A function of squared distances.
+        transport: Stein or repulsive.
     """
 
-    networks: Sequence[LiftedNetwork]
+    kernel: Kernel
+    transport: Transport = STEIN
 
-    def squared_distances(self, particles: Weights) -> Tensor:
-        """Squared distances between particles, (K, K), zero on the diagonal.
+    @property
+    def default_repulsion(self) -> Repulsion | None:
+        """The transport's."""
+        return self.transport.default_repulsion
 
-        Args:
-            particles: Site -> (K, ...).
+    def check(self, target: ParticleModel) -> None:
+        """Refuse a model without updates.
+
+        Raises:
+            ValueError: If no latent site is a factor of one.
         """
-        factors = self._factors({s: x.detach() for s, x in particles.items()})
-        gram = _summed([_products(one, one) for one in factors])
-        return transport.distances_from_products(gram)
+        if not target.factor_sites:
+            raise ValueError(
+                "A kernel over 'delta' compares the updates B A of LoRA layers, and "
+                f"none of the sites {sorted(target.latents)} is a factor of one. Use "
+                "space='joint'."
+            )
 
-    def spread(self, particles: Weights) -> Tensor:
-        """Root mean square distance of the particles from their mean, a scalar.
+    def direction(
+        self, at: ParticlePass, temperature: float, repulsion: Repulsion
+    ) -> Direction:
+        """Attraction by the kernel's values, and the distances' gradients."""
+        return self.move(at, scores_at(at, repulsion), temperature)
 
-        Args:
-            particles: Site -> (K, ...).
-        """
-        # The mean over pairs of |x_i - x_j|^2 is twice that of |x_i - mean|^2.
-        return (self.squared_distances(particles).mean() / 2).sqrt()
-
-    def stein_repulsion(self, particles: Weights, slope: Tensor) -> dict[str, Tensor]:
-        r"""The second term of SVGD, :math:`\frac1K \sum_j \nabla_{x_j} k(x_j, x_i)`.
-
-        Args:
-            particles: Site -> (K, ...).
-            slope: Derivative of the kernel in the squared distance, (K, K).
-
-        Returns:
-            Site -> (K, ...).
-        """
-        num_particles = slope.shape[0]
-        leaves, factors = self._leaves(particles)
-        rows = []
-        for i in range(num_particles):
-            one = [(b[i : i + 1], a[i : i + 1]) for b, a in factors]
-            gradients = _gradients(leaves, factors, one, slope[:, i : i + 1])
-            rows.append([g.sum(0) / num_particles for g in gradients])
-        return {
-            s: torch.stack(x)
-            for s, x in zip(leaves, zip(*rows, strict=True), strict=True)
+    def move(self, at: ParticlePass, scores: Scores, temperature: float) -> Direction:
+        """Direction where the scores are known."""
+        networks = at.target.networks
+        gram, slope = weight_space.gram_and_slope(
+            self.kernel, squared_distances(networks, at.particles)
+        )
+        pull, _ = self.transport.weights(gram, slope, scores.repulsion)
+        attractions = {
+            s: weight_space.attract(x / temperature, pull)
+            for s, x in scores.by_site.items()
         }
+        with torch.enable_grad():
+            leaves = {s: x.detach().requires_grad_() for s, x in at.particles.items()}
+            updates = _factors(networks, leaves)
 
-    def repel(
-        self, particles: Weights, gram: Tensor, slope: Tensor
-    ) -> dict[str, Tensor]:
-        r"""Gradient of :math:`-\log \sum_j k(x_i, x_j)`, other particles held fixed.
+        def gradients(coefficients: Tensor, others: slice) -> tuple[Tensor, ...]:
+            fixed = [(b[others], a[others]) for b, a in updates]
+            return _gradients(leaves, updates, fixed, coefficients)
 
-        Args:
-            particles: Site -> (K, ...).
-            gram: (K, K).
-            slope: Derivative of the kernel in the squared distance, (K, K).
+        pushes = self.transport.repulsions(gram, slope, scores.repulsion, gradients)
+        repulsions = dict(zip(leaves, pushes, strict=True))
+        return Direction(
+            {s: x + repulsions[s] for s, x in attractions.items()},
+            scores.log_joint,
+            weight_space.norm(attractions),
+            weight_space.norm(repulsions),
+            weight_space.mean_off_diagonal(gram),
+        )
 
-        Returns:
-            Site -> (K, ...).
-        """
-        share = slope / gram.sum(1, keepdim=True)
-        leaves, factors = self._leaves(particles)
-        gradients = _gradients(leaves, factors, factors, share)
-        return {s: -g for s, g in zip(leaves, gradients, strict=True)}
 
-    @torch.enable_grad()
-    def _leaves(self, particles: Weights) -> tuple[dict[str, Tensor], list[Factors]]:
-        leaves = {s: x.detach().requires_grad_() for s, x in particles.items()}
-        return leaves, self._factors(leaves)
+def squared_distances(networks: Sequence[LiftedNetwork], particles: Weights) -> Tensor:
+    """Squared distances between particles, (K, K), zero on the diagonal.
 
-    def _factors(self, particles: Weights) -> list[Factors]:
-        """Those of all updates; a weight outside of them is a B, its A is 1."""
-        found, inside = [], set[str]()
-        for lora in self.networks:
-            own = {site: particles[site] for site in lora.sites}
-            found += list(lora.delta_weight_factors(own).values())
-            inside |= lora.factor_sites
-        for site in particles:
-            if site in inside:
-                continue
-            x = particles[site]
-            found.append((x.reshape(len(x), -1, 1), x.new_ones(len(x), 1, 1)))
-        return [(b.double(), a.double()) for b, a in found]
+    Args:
+        networks: The lifted networks in the model.
+        particles: Site -> (K, ...).
+    """
+    factors = _factors(networks, {s: x.detach() for s, x in particles.items()})
+    gram = _summed([_products(one, one) for one in factors])
+    return weight_space.distances_from_products(gram)
+
+
+def spread(networks: Sequence[LiftedNetwork], particles: Weights) -> Tensor:
+    """Root mean square distance of the particles from their mean, a scalar.
+
+    Args:
+        networks: The lifted networks in the model.
+        particles: Site -> (K, ...).
+    """
+    # The mean over pairs of |x_i - x_j|^2 is twice that of |x_i - mean|^2.
+    return (squared_distances(networks, particles).mean() / 2).sqrt()
+
+
+def _factors(networks: Sequence[LiftedNetwork], particles: Weights) -> list[Factors]:
+    """Those of all updates; a weight outside of them is a B, its A is 1."""
+    factors, inside = list[Factors](), set[str]()
+    for lora in networks:
+        own = {site: particles[site] for site in lora.sites}
+        factors += list(lora.delta_weight_factors(own).values())
+        inside |= lora.factor_sites
+    for site, x in particles.items():
+        if site not in inside:
+            factors.append((x.reshape(len(x), -1, 1), x.new_ones(len(x), 1, 1)))
+    return [(b.double(), a.double()) for b, a in factors]
 
 
 def _products(x: Factors, y: Factors) -> Tensor:

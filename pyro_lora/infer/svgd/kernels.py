@@ -22,8 +22,8 @@ __all__ = ["IMQ", "RBF", "Mixture", "NoRepulsion"]
 MIN_SQUARED_BANDWIDTH = 1e-8
 
 Kernel = Callable[[Tensor], Tensor]
-Space = Literal["joint", "site", "coordinate", "delta", "function"]
-_SPACES = get_args(Space)
+SpaceName = Literal["joint", "site", "delta", "function"]
+_SPACES = get_args(SpaceName)
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,11 @@ class RBF:
 
     Attributes:
         space: What :math:`d` measures. ``"joint"``: all weights together; ``"site"``:
-            one kernel for each site; ``"coordinate"``: one kernel for each weight, so
-            that variances don't shrink as the number of weights grows, while nothing
-            drives correlations; ``"delta"``: all weights, but LoRA's by the updates
-            :math:`s B A`, so that turning the factors is no distance; ``"function"``:
-            the likelihood's natural parameter (logits less their mean, a logit, a log
-            rate) or location, squared differences averaged over the minibatch.
+            one kernel for each site; ``"delta"``: all weights, but LoRA's by the
+            updates :math:`s B A`, so that turning the factors is no distance;
+            ``"function"``: the likelihood's natural parameter (logits less their mean,
+            a logit, a log rate) or location, squared differences averaged over the
+            minibatch.
         bandwidth: h, or None for the median heuristic :math:`2 h^2 = \mathrm{median}_{
             i<j} d_{ij}^2 / \log(K + 1)` (the lower median; Pyro's kernels divide by
             another factor), with no gradient through it.
@@ -47,7 +46,7 @@ class RBF:
             [0.3679, 1.0000]])
     """
 
-    space: Space = "joint"
+    space: SpaceName = "joint"
     bandwidth: float | None = None
 
     def __post_init__(self) -> None:
@@ -75,7 +74,7 @@ class IMQ:
             [0.5000, 1.0000]])
     """
 
-    space: Space = "joint"
+    space: SpaceName = "joint"
     bandwidth: float | None = None
 
     def __post_init__(self) -> None:
@@ -103,7 +102,7 @@ class Mixture:
     """
 
     scales: tuple[float, ...] = (0.5, 1.0, 2.0)
-    space: Space = "joint"
+    space: SpaceName = "joint"
     bandwidth: float | None = None
 
     def __post_init__(self) -> None:
@@ -142,7 +141,7 @@ def check_kernel(kernel: object) -> None:
         )
 
 
-def space_of(kernel: Kernel | NoRepulsion) -> Space:
+def space_of(kernel: Kernel | NoRepulsion) -> SpaceName:
     """What a kernel's distances measure; all weights for a function of one's own."""
     return kernel.space if isinstance(kernel, RBF | IMQ | Mixture) else "joint"
 

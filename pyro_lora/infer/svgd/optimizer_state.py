@@ -130,7 +130,12 @@ def _checked(
     devices = [probe.device] if probe.is_cuda else []
     with torch.random.fork_rng(devices):  # some optimisers draw noise
         probe.grad = torch.zeros_like(probe)
-        like.step()
+        try:
+            like.step()
+        except (ArithmeticError, RuntimeError) as error:  # an integer of 30 digits, say
+            raise ValueError(
+                f"optimizer: it can't step with param_groups {groups!r:.300} ({error})."
+            ) from error
     own = _as(like.state_dict()["state"], saved["state"], "state")
     return {**state, "optimizer": {**saved, "param_groups": groups, "state": own}}
 

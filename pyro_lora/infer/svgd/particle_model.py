@@ -1,32 +1,57 @@
-"""The log joint of many particles in one run of the user's model."""
+r"""The user's model at many particles: its sites, where they start, its log joint.
+
+Particle k is a value :math:`x_{ks}` of each latent site s in unconstrained space, all
+K of them one tensor a site, (K, ...). The site's transform :math:`T_s` takes them to
+its support. One run of the model under one more plate, on the left of all others, gives
+
+.. math:: \log p(T(x_k), y) + \sum_s \log |\det T_s'(x_{ks})|, \quad k = 1, ..., K,
+
+(K,) in nats of the full data. A site of shape (2, 3) in the model's plate of 4 has
+particles (K, 4, 2, 3); where other sites are in two plates, the model sees them as
+(K, 1, 4, 2, 3).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from typing import Any
 
 import pyro
 import torch
+from pyro import poutine
+from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
+from torch.distributions import biject_to
 from torch.distributions.transforms import Transform
 
 from pyro_lora.ground.interrupts import unvalidated
-from pyro_lora.infer.svgd.particle_checks import PARTICLE_PLATE, check_finite
+from pyro_lora.ground.settings import check_gradients
+from pyro_lora.ground.weights import Weights, check_weights
+from pyro_lora.lifting.initialization import check_number_of_starts, check_start
 from pyro_lora.lifting.lifted_network import LiftedNetwork
-from pyro_lora.likelihood.batch import explaining
-from pyro_lora.likelihood.data_plate import data_plate
+from pyro_lora.likelihood.batch import Batch, explaining
 from pyro_lora.likelihood.model_trace import (
     Model,
+    check_model,
+    evaluating_model,
+    lifted_networks,
     observed_names,
+    observed_site,
     observed_sites,
     trace_at,
+    trace_on,
     unobserved_names,
 )
+from pyro_lora.likelihood.outcomes import outcomes_that_count
 
 InitFn = Callable[[dict[str, Any]], Tensor]
+
+# The plate of the particles, left of the model's own; Pyro's ELBOs use the same name.
+PARTICLE_PLATE = "num_particles_vectorized"
 
 
 @dataclass(frozen=True)
@@ -54,6 +79,8 @@ class ParticleModel:
         max_plate_nesting: Batch dims that the model's own sites take.
         networks: The lifted networks in the model.
         observes: Whether it observed anything in the run that found the others.
+        obs_site: The likelihood's site, which every batch must then observe; None is
+            the only one.
     """
 
     model: Model
@@ -61,8 +88,9 @@ class ParticleModel:
     max_plate_nesting: int
     networks: tuple[LiftedNetwork, ...]
     observes: bool
+    obs_site: str | None
 
-    @property
+    @cached_property
     def factor_sites(self) -> frozenset[str]:
         """The latent sites that are factors B and A of updates.
 
@@ -73,7 +101,7 @@ class ParticleModel:
             return frozenset()
         return frozenset[str]().union(*(lora.factor_sites for lora in self.networks))
 
-    def check_observed(self, trace: Any, obs_site: str | None) -> None:
+    def check_observed(self, trace: Any) -> None:
         """Check that a batch has the outcomes that it should have.
 
         A site whose labels are missing would be drawn anew in each run, as if the batch
@@ -81,14 +109,15 @@ class ParticleModel:
 
         Args:
             trace: Of the model on the batch.
-            obs_site: A site that must be observed, or None.
 
         Raises:
-            ValueError: If it isn't, or another one that isn't latent is sampled, or
-                nothing is observed where the first batch had outcomes.
+            ValueError: If the likelihood's site isn't observed, another one that isn't
+                latent is sampled, or nothing is observed where the first batch had
+                outcomes.
         """
-        if obs_site is not None or (self.observes and not observed_names(trace)):
-            observed_sites(trace, obs_site)
+        is_named = self.obs_site is not None
+        if is_named or (self.observes and not observed_names(trace)):
+            observed_sites(trace, self.obs_site)
         for name in sorted(unobserved_names(trace) - self.latents.keys()):
             raise ValueError(
                 f"Site {name!r} is neither observed in this batch nor one of the "
@@ -96,52 +125,76 @@ class ParticleModel:
                 "all batches; a site without any must not be sampled."
             )
 
-    def constrained(self, particles: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def constrained(self, particles: Weights) -> Weights:
         """Particles on the sites' supports, (K, ...)."""
         return {s: self.latents[s].transform(x) for s, x in particles.items()}
 
-    def trace(
-        self,
-        particles: Mapping[str, Tensor],
-        args: Any,
-        kwargs: Any,
-        minibatch: dict[str, Tensor],
-    ) -> tuple[Any, dict[str, Tensor]]:
-        """Run the model at K particles.
+
+@dataclass(frozen=True)
+class ParticlePass:
+    """The model at K particles on one batch, a chunk of particles at a time.
+
+    Attributes:
+        target: The model.
+        particles: Site -> (K, ...), unconstrained.
+        args: The model's positional arguments.
+        kwargs: The model's keyword arguments.
+        chunk_size: Particles in one forward and backward pass.
+        plates: Plate -> its indices, where the model draws them itself: at the first
+            run, for all others, so that all chunks see the same data.
+    """
+
+    target: ParticleModel
+    particles: Weights
+    args: tuple[Any, ...]
+    kwargs: Batch
+    chunk_size: int
+    plates: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def num_particles(self) -> int:
+        """K."""
+        return next(iter(self.particles.values())).shape[0]
+
+    def chunks(self) -> Iterator[tuple[slice, Weights]]:
+        """Rows of the particles that go through the model together, and these."""
+        for start in range(0, self.num_particles, self.chunk_size):
+            rows = slice(start, min(start + self.chunk_size, self.num_particles))
+            yield rows, {s: x.detach()[rows] for s, x in self.particles.items()}
+
+    def trace(self, chunk: Weights) -> tuple[Any, dict[str, Tensor]]:
+        """Run the model at a chunk of particles.
 
         Args:
-            particles: Site -> (K, ...), unconstrained.
-            args: The model's positional arguments.
-            kwargs: The model's keyword arguments.
-            minibatch: Plate -> its indices. Those that are here are used, the others
-                are drawn and put here, so that chunks of particles see the same data.
+            chunk: Site -> (K', ...), unconstrained.
 
         Returns:
-            The trace, and site -> log density (K,) in nats, of the full data and with
+            The trace, and site -> log density (K',) in nats, of the full data and with
             the transform's log Jacobian. They add up to the log joint.
 
         Raises:
             ValueError: If a site has batch dims that no plate declares.
         """
-        num_particles = next(iter(particles.values())).shape[0]
-        plate_dim = -self.max_plate_nesting - 1
+        target, kwargs = self.target, self.kwargs
+        num_particles = next(iter(chunk.values())).shape[0]
+        plate_dim = -target.max_plate_nesting - 1
 
         def vectorized(**batch: Any) -> Any:
             with pyro.plate(PARTICLE_PLATE, num_particles, dim=plate_dim):
-                return self.model(*args, **batch)
+                return target.model(*self.args, **batch)
 
         values, log_density = {}, {}
-        for site, x in particles.items():
-            latent = self.latents[site]
+        for site, x in chunk.items():
+            latent = target.latents[site]
             value = latent.transform(x)
             jacobian = latent.transform.log_abs_det_jacobian(x, value)
             log_density[site] = jacobian.reshape(num_particles, -1).sum(1)
-            missing = self.max_plate_nesting - len(latent.batch_shape)
+            missing = target.max_plate_nesting - len(latent.batch_shape)
             values[site] = value.reshape(
                 num_particles, *[1] * missing, *value.shape[1:]
             )
-        vectorized.__wrapped__ = partial(self.model, *args)  # type: ignore[attr-defined]
-        trace = trace_at(vectorized, {**values, **minibatch}, kwargs)
+        vectorized.__wrapped__ = partial(target.model, *self.args)  # type: ignore[attr-defined]
+        trace = trace_at(vectorized, {**values, **self.plates}, kwargs)
         with explaining(kwargs, nodes=trace.nodes):
             trace.compute_log_prob(lambda name, site: not site_is_subsample(site))
         for name, site in trace.nodes.items():
@@ -149,7 +202,7 @@ class ParticleModel:
                 continue
             if site_is_subsample(site):
                 if name != PARTICLE_PLATE:
-                    minibatch[name] = site["value"]
+                    self.plates[name] = site["value"]
                 continue
             if site["log_prob"].shape[:plate_dim].numel() > 1:
                 raise ValueError(
@@ -163,136 +216,347 @@ class ParticleModel:
             log_density[name] = log_density.get(name, 0) + log_prob.sum(1, dtype=wide)
         return trace, log_density
 
-    def finite_trace(
-        self,
-        particles: Mapping[str, Tensor],
-        args: Any,
-        kwargs: Any,
-        minibatch: dict[str, Tensor],
-        first: int,
-    ) -> tuple[Any, Tensor]:
-        """Run the model at K particles, and refuse a log density that isn't finite.
+    def forward(self) -> Iterator[tuple[slice, Any, Tensor]]:
+        """Run the model, where the caller needs no gradients.
 
-        Args:
-            particles: Site -> (K, ...), unconstrained.
-            args: The model's positional arguments.
-            kwargs: The model's keyword arguments.
-            minibatch: As for :meth:`trace`.
-            first: Number of the first particle.
-
-        Returns:
-            The trace and the log joint (K,), nats, full data.
+        Yields:
+            Rows, trace and log joint (K',) of a chunk.
 
         Raises:
             ValueError: If a log density is NaN or infinite, naming its particles.
         """
+        for rows, chunk in self.chunks():
+            yield rows, *self._finite_trace(chunk, rows.start)
+
+    @torch.enable_grad()
+    def gradients(
+        self, objective: Callable[[slice, Any, Tensor], Tensor]
+    ) -> tuple[Weights, Tensor]:
+        """Gradients of an objective that is a sum over particles.
+
+        Args:
+            objective: Of a chunk's rows, trace and log joint: a scalar.
+
+        Returns:
+            Site -> gradient (K, ...), and the log joint (K,), nats, full data.
+
+        Raises:
+            ValueError: If a log density or a gradient is NaN or infinite.
+        """
+        check_gradients()
+        gradients: dict[str, list[Tensor]] = {site: [] for site in self.particles}
+        log_joints = []
+        for rows, chunk in self.chunks():
+            leaves = {s: x.requires_grad_() for s, x in chunk.items()}
+            trace, log_joint = self._finite_trace(leaves, rows.start)
+            of_chunk = torch.autograd.grad(
+                objective(rows, trace, log_joint),
+                list(leaves.values()),
+                materialize_grads=True,  # a site may have a flat density and no effect
+            )
+            by_site = dict(zip(leaves, of_chunk, strict=True))
+            check_finite(by_site, "gradient", rows.start)
+            for site, gradient in by_site.items():
+                gradients[site].append(gradient)
+            log_joints.append(log_joint.detach())
+        return {s: torch.cat(g) for s, g in gradients.items()}, torch.cat(log_joints)
+
+    def _finite_trace(self, chunk: Weights, first: int) -> tuple[Any, Tensor]:
         try:
-            trace, log_density = self.trace(particles, args, kwargs, minibatch)
+            trace, log_density = self.trace(chunk)
         except ValueError:
             # Pyro's validation of arguments and values says nothing of particles.
+            again = replace(self, plates=dict(self.plates))
             with torch.no_grad(), unvalidated():
-                _, log_density = self.trace(particles, args, kwargs, dict(minibatch))
+                _, log_density = again.trace(chunk)
             check_finite(log_density, "log density", first)
             raise
         check_finite(log_density, "log density", first)
         return trace, torch.stack(list(log_density.values())).sum(0)
 
 
-def batch_size(trace: Any) -> int:
-    """Data in a trace of K particles, by the first observed site's plate of data.
-
-    It is 1 where that site is in no plate.
-    """
-    for site in trace.nodes.values():
-        if site["type"] == "sample" and site["is_observed"]:
-            frames = [f for f in site["cond_indep_stack"] if f.name != PARTICLE_PLATE]
-            if any(f.vectorized for f in frames):
-                return data_plate({**site, "cond_indep_stack": tuple(frames)}).size
-    return 1
-
-
-def chunks(num_particles: int, chunk_size: int) -> list[slice]:
-    """Rows of the particles that go through the model together."""
-    return [
-        slice(start, min(start + chunk_size, num_particles))
-        for start in range(0, num_particles, chunk_size)
-    ]
-
-
-def check_shapes(
-    particles: Mapping[str, Tensor], num_particles: int, target: ParticleModel | None
-) -> None:
-    """Refuse particles of another K or another model.
-
-    Args:
-        particles: Site -> (K, ...), unconstrained.
-        num_particles: K.
-        target: The model, None where it isn't known yet.
-
-    Raises:
-        ValueError: Naming the site that differs.
-    """
-    for site, x in particles.items():
-        if x.shape[:1] != (num_particles,):
-            raise ValueError(
-                f"Site {site!r}: the state holds particles {tuple(x.shape)}, this SVGD "
-                f"has num_particles={num_particles}. Make one with as many."
-            )
-    if target is None:
-        return
-    found = {site: tuple(x.shape[1:]) for site, x in particles.items()}
-    expected = {site: tuple(latent.shape) for site, latent in target.latents.items()}
-    for site in sorted(found.keys() | expected.keys()):
-        if found.get(site) != expected.get(site):
-            raise ValueError(
-                f"Site {site!r}: the state holds particles of shape {found.get(site)}, "
-                f"the model's are {expected.get(site)}. Load the state of the same "
-                "model."
-            )
-
-
-def chunked_gradients(
-    target: ParticleModel,
-    particles: Mapping[str, Tensor],
-    chunk_size: int,
-    objective: Callable[[slice, Any, Tensor], Tensor],
+def particle_model(
+    model: Model,
+    init_loc_fn: InitFn,
+    max_plate_nesting: int | None,
     args: Any,
     kwargs: Any,
-    minibatch: dict[str, Tensor],
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Gradients of an objective that is a sum over particles, a chunk at a time.
+    obs_site: str | None = None,
+) -> ParticleModel:
+    """Inspect the model by one run, where the first particle starts.
+
+    Args:
+        model: A Pyro model.
+        init_loc_fn: As in Pyro's autoguides.
+        max_plate_nesting: Batch dims that the model's sites take; None finds out.
+        args: The model's positional arguments.
+        kwargs: The model's keyword arguments.
+        obs_site: A site that must be observed; None is any or none.
+
+    Returns:
+        The model with its latent sites.
+
+    Raises:
+        ValueError: If ``obs_site`` isn't observed, there are no latent sites, one is
+            discrete, belongs to the data of a minibatch or has a support without a
+            transform, ``init_loc_fn`` gives a value of another shape, or
+            ``max_plate_nesting`` is too small.
+    """
+    trace = _starting_trace(model, init_loc_fn, 0, args, kwargs)
+    if obs_site is not None:
+        observed_site(trace, obs_site)
+    latents = {}
+    needed: dict[str, int] = {}
+    for name, site in trace.nodes.items():
+        if site["type"] != "sample" or site_is_subsample(site):
+            continue
+        frames = [f for f in site["cond_indep_stack"] if f.vectorized]
+        fn = site["fn"]
+        needed[name] = len(fn.batch_shape)
+        if site["is_observed"]:
+            continue
+        if fn.support.is_discrete:
+            raise ValueError(
+                f"Latent site {name!r} is discrete, so particles can't move along its "
+                "gradient. Marginalise it, or give labels to the likelihood."
+            )
+        if any((f.full_size or f.size) != f.size for f in frames):
+            raise ValueError(
+                f"Latent site {name!r} belongs to the data of a minibatch, so its "
+                "particles would mean other data at the next step. Move it out of the "
+                "subsampled plate, or give labels to the likelihood."
+            )
+        try:
+            transform = biject_to(fn.support)
+        except NotImplementedError as error:
+            raise ValueError(
+                f"Latent site {name!r}: there is no transform from unconstrained space "
+                f"to its support, {fn.support}. Sample it in other coordinates."
+            ) from error
+        latents[name] = LatentSite(
+            transform, fn.batch_shape, transform.inv(site["value"]).shape
+        )
+    if not latents:
+        raise ValueError(
+            "The model has no latent sites. Call lora() inside it, with "
+            "lora = pyro_lora.lift(peft_model)."
+        )
+    widest = max(needed, key=needed.__getitem__)
+    if max_plate_nesting is not None and max_plate_nesting < needed[widest]:
+        raise ValueError(
+            f"Site {widest!r} takes {needed[widest]} batch dims, more than "
+            f"max_plate_nesting={max_plate_nesting}: particles would mix with them. "
+            "Leave max_plate_nesting=None, or declare event dims by .to_event()."
+        )
+    return ParticleModel(
+        model,
+        latents,
+        needed[widest] if max_plate_nesting is None else max_plate_nesting,
+        lifted_networks(trace),
+        bool(observed_names(trace)),
+        obs_site,
+    )
+
+
+def model_at_particles(
+    model: Model, particles: Mapping[str, Tensor], batch: Batch
+) -> tuple[ParticleModel, dict[str, Tensor]]:
+    """Inspect a model by one run, and take particles to unconstrained space.
+
+    Args:
+        model: A Pyro model.
+        particles: Site -> (K, ...), on the sites' supports.
+        batch: The model's keyword arguments.
+
+    Returns:
+        The model, and site -> (K, ...) in unconstrained space.
+
+    Raises:
+        ValueError: If there are no particles, a latent site is missing or has another
+            shape, one isn't the model's, or the model can't be run by particles.
+    """
+    check_model(model)
+    check_weights(particles, "particles")
+    num_particles = next((x.shape[0] for x in particles.values() if x.ndim), 0)
+    if num_particles < 1:
+        raise ValueError(
+            "There are no particles. Give a mapping of sites to values (K, ...), such "
+            "as posterior.particles or svgd.get_named_particles()."
+        )
+
+    def first(site: dict[str, Any]) -> Tensor:
+        name, shape = site["name"], site["fn"].shape()
+        if name not in particles:
+            return site["fn"].sample()
+        if particles[name].shape != (num_particles, *shape):
+            raise ValueError(
+                f"Site {name!r}: the particles have shape "
+                f"{tuple(particles[name].shape)}, expected {num_particles} of the "
+                f"site's shape {tuple(shape)}."
+            )
+        return particles[name][0]
+
+    target = particle_model(model, first, None, (), batch)
+    missing = sorted(target.latents.keys() - particles.keys())
+    if missing:
+        raise ValueError(
+            f"Site {missing[0]!r} of the model isn't among the particles, which have "
+            f"{sorted(particles)}. Give values of all latent sites."
+        )
+    unknown = sorted(particles.keys() - target.latents.keys())
+    if unknown:
+        raise ValueError(
+            f"The particles have values of {unknown}, which the model doesn't sample; "
+            f"its latent sites are {sorted(target.latents)}. Leave them out, or give "
+            "the model that the particles are of."
+        )
+    with torch.no_grad():
+        return target, {
+            site: latent.transform.inv(particles[site])
+            for site, latent in target.latents.items()
+        }
+
+
+@torch.no_grad()
+def initial_particles(
+    target: ParticleModel,
+    init_loc_fn: InitFn,
+    num_particles: int,
+    args: Any,
+    kwargs: Any,
+) -> dict[str, Tensor]:
+    """K starting points; ``init_loc_fn`` finds k in ``site["infer"]["particle"]``.
 
     Args:
         target: The model.
-        particles: Site -> (K, ...), unconstrained.
-        chunk_size: Particles in one forward and backward pass.
-        objective: Of a chunk's rows, trace and log joint: a scalar.
+        init_loc_fn: As in Pyro's autoguides.
+        num_particles: K.
         args: The model's positional arguments.
         kwargs: The model's keyword arguments.
-        minibatch: As for :meth:`ParticleModel.trace`.
 
     Returns:
-        Site -> gradient (K, ...), and the log joint (K,), nats, full data.
+        Site -> (K, ...), unconstrained, leaf tensors that require gradients.
 
     Raises:
-        ValueError: If a log density or a gradient is NaN or infinite.
+        ValueError: If a starting point has another shape than its site, is NaN or
+            infinite, or isn't all that ``init_to`` was given, or that has more.
     """
-    gradients: dict[str, list[Tensor]] = {site: [] for site in particles}
-    log_joints = []
-    num_particles = next(iter(particles.values())).shape[0]
-    for rows in chunks(num_particles, chunk_size):
-        leaves = {s: x.detach()[rows].requires_grad_() for s, x in particles.items()}
-        trace, log_joint = target.finite_trace(
-            leaves, args, kwargs, minibatch, rows.start
-        )
-        found = torch.autograd.grad(
-            objective(rows, trace, log_joint),
-            list(leaves.values()),
-            materialize_grads=True,  # a site may have a flat density and no effect
-        )
-        by_site = dict(zip(leaves, found, strict=True))
-        check_finite(by_site, "gradient", rows.start)
-        for site, gradient in by_site.items():
-            gradients[site].append(gradient)
-        log_joints.append(log_joint.detach())
-    return {s: torch.cat(g) for s, g in gradients.items()}, torch.cat(log_joints)
+    check_number_of_starts(init_loc_fn, num_particles)
+    rows = []
+    for k in range(num_particles):
+        trace = _starting_trace(target.model, init_loc_fn, k, args, kwargs)
+        start = {site: trace.nodes[site]["value"] for site in target.latents}
+        check_start(init_loc_fn, start, k)
+        row = {
+            site: latent.transform.inv(start[site])
+            for site, latent in target.latents.items()
+        }
+        for site, latent in target.latents.items():
+            if row[site].shape != latent.shape:
+                raise ValueError(
+                    f"Site {site!r}: particle {k} starts with shape "
+                    f"{tuple(row[site].shape)}, another with {tuple(latent.shape)}. "
+                    "The model's sites must have the same shapes in each run."
+                )
+        rows.append(row)
+    particles = {site: torch.stack([r[site] for r in rows]) for site in target.latents}
+    for site, value in particles.items():
+        if not torch.isfinite(value).all():
+            raise ValueError(
+                f"Site {site!r}: a particle starts at NaN or infinity. Check "
+                "init_loc_fn and the adapter's weights."
+            )
+    return {s: x.detach().clone().requires_grad_() for s, x in particles.items()}
+
+
+def check_finite(values: Mapping[str, Tensor], what: str, first: int = 0) -> None:
+    """Refuse particles with values that are NaN or infinite.
+
+    Args:
+        values: Site -> (K, ...).
+        what: What the values are.
+        first: Number of the first particle.
+
+    Raises:
+        ValueError: Naming the first such site and its particles.
+    """
+    finite = torch.isfinite(largest(values))
+    if finite.all():
+        return
+    for site, row in zip(values, finite, strict=True):
+        if not row.all():
+            bad = [first + k for k in (~row).nonzero().flatten().tolist()]
+            raise ValueError(
+                f"Site {site!r}: the {what} of particle(s) {bad} is NaN or infinite. "
+                "No particle was moved. Check the batch and the model, or go back to "
+                "an earlier state with a lower learning rate."
+            )
+
+
+def largest(values: Mapping[str, Tensor]) -> Tensor:
+    """Largest magnitudes, (sites, K); NaN where there is a NaN."""
+    return torch.stack(
+        [
+            torch.linalg.vector_norm(x.reshape(len(x), -1), math.inf, dim=1).double()
+            for x in values.values()
+        ]
+    )
+
+
+@torch.no_grad()
+def _starting_trace(
+    model: Model, init_loc_fn: InitFn, particle: int, args: Any, kwargs: Any
+) -> Any:
+    number: Any = {"particle": particle}
+
+    def init(site: dict[str, Any]) -> Tensor:
+        value, shape = init_loc_fn(site), site["fn"].shape()
+        if value.shape != shape:  # it would be broadcast, or fail far from here
+            raise ValueError(
+                f"Site {site['name']!r}: init_loc_fn starts particle {particle} with "
+                f"a value of shape {tuple(value.shape)}, the site's is {tuple(shape)}."
+            )
+        return value
+
+    with (
+        evaluating_model(),
+        InitMessenger(init),
+        poutine.infer_config(config_fn=lambda _: number),
+    ):
+        return trace_on(model, args, kwargs)
+
+
+def likelihood_at_particles(trace: Any, obs_site: str | None) -> dict[str, Any]:
+    """The likelihood's site in a trace of K particles, without the particles' plate.
+
+    Args:
+        trace: Of the vectorised model.
+        obs_site: Its name; None is the only observed one.
+
+    Raises:
+        ValueError: If there is no such site, or more than one.
+    """
+    site = observed_site(trace, obs_site)
+    frames = [f for f in site["cond_indep_stack"] if f.name != PARTICLE_PLATE]
+    return {**site, "cond_indep_stack": tuple(frames)}
+
+
+def datum_loss(site: dict[str, Any], num_particles: int) -> tuple[Tensor, int]:
+    """Negative log likelihood in nats per datum, of the data that count.
+
+    Args:
+        site: Of the likelihood, in a trace of K particles with its log densities.
+        num_particles: K.
+
+    Returns:
+        (K,), a constant, 0 where no datum counts; and how many do. One does if an
+        outcome of it does.
+    """
+    log_prob = site["unscaled_log_prob"].detach().reshape(num_particles, -1)  # (K, B)
+    counts = outcomes_that_count(site)
+    data = counts.reshape(*log_prob.shape, -1).any(-1)
+    # Pyro's "unscaled" is unmasked, too: a masked label may be anything.
+    seen = log_prob.where(data, torch.zeros_like(log_prob))
+    size = int(data[0].sum())
+    wide = torch.promote_types(seen.dtype, torch.float32)
+    return -seen.sum(1, dtype=wide) / max(1, size), size

@@ -1,59 +1,110 @@
-"""Stein variational gradient descent over adapters."""
+r"""Stein variational gradient descent over adapters.
+
+A step asks the kernel's space for a direction (``weight_space``, or its neighbours for
+updates and predictions; the kernels are in ``kernels``). The space runs the model once
+at all particles (``particle_model``). What comes back goes to a ``pyro.optim``
+optimiser, as minus a gradient would.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from functools import partial
 from operator import length_hint
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pyro.optim import PyroOptim
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_factor
 from tqdm.auto import tqdm
 
 from pyro_lora.ground.interrupts import leaving_no_trace, undone
-from pyro_lora.ground.settings import check_count, check_function, check_kind
+from pyro_lora.ground.settings import (
+    check_count,
+    check_function,
+    check_gradients,
+    check_kind,
+    check_name,
+    check_number,
+    check_positive,
+    check_word,
+)
+from pyro_lora.ground.tensor_folder import MANIFEST
+from pyro_lora.ground.warning import warn
 from pyro_lora.ground.weights import Weights
+from pyro_lora.infer.svgd import delta_space
 from pyro_lora.infer.svgd.delta_space import DeltaSpace
-from pyro_lora.infer.svgd.engine_state import checked_state
-from pyro_lora.infer.svgd.kernels import Kernel, NoRepulsion, space_of
+from pyro_lora.infer.svgd.function_space import FunctionSpace
+from pyro_lora.infer.svgd.kernels import Kernel, NoRepulsion, check_kernel, space_of
 from pyro_lora.infer.svgd.optimizer_state import (
     check_optimizer,
     optimizer_state,
     restore_optimizer,
     step_schedulers,
 )
-from pyro_lora.infer.svgd.particle_checks import (
-    DataCount,
+from pyro_lora.infer.svgd.particle_model import (
+    PARTICLE_PLATE,
+    InitFn,
+    ParticleModel,
+    ParticlePass,
     check_finite,
-    warn_if_collapsed,
-    warn_if_stuck,
-    warn_if_together,
+    initial_particles,
+    largest,
+    particle_model,
 )
-from pyro_lora.infer.svgd.particle_model import InitFn, ParticleModel, check_shapes
-from pyro_lora.infer.svgd.preconditioner import Laplace
-from pyro_lora.infer.svgd.preconditioner import preconditioner as metric
 from pyro_lora.infer.svgd.schedules import Schedule, check_epochs, fraction_done
-from pyro_lora.infer.svgd.starting_point import initial_particles, particle_model
-from pyro_lora.infer.svgd.transport import spread
-from pyro_lora.infer.svgd.update_rule import Gathered, Repulsion, UpdateRule
+from pyro_lora.infer.svgd.training_state import (
+    check_shapes,
+    checked_state,
+    read_state,
+    restore_generators,
+    write_state,
+)
+from pyro_lora.infer.svgd.weight_space import (
+    REPULSIVE,
+    STEIN,
+    Direction,
+    Independent,
+    JointSpace,
+    Repulsion,
+    SiteSpace,
+    Space,
+    Transport,
+    spread,
+)
 from pyro_lora.lifting.fingerprint import (
     Fingerprint,
     check_networks,
     described,
     fingerprint,
+    restored,
 )
 from pyro_lora.likelihood.batch import (
+    Batch,
     PlacedBatch,
     check_batches,
     checked_batch,
     checked_batches,
 )
-from pyro_lora.likelihood.model_trace import Batch, Model, check_model
+from pyro_lora.likelihood.data_plate import data_plate
+from pyro_lora.likelihood.model_trace import Model, check_model
 from pyro_lora.posteriors.particle_posterior import ParticlePosterior
+
+# What a kernel's `space` and SVGD's `transport` say.
+SPACES: dict[str, Callable[..., Space]] = {
+    "joint": JointSpace,
+    "site": SiteSpace,
+    "delta": DeltaSpace,
+    "function": FunctionSpace,
+}
+TRANSPORTS: dict[str, Transport] = {"stein": STEIN, "repulsive": REPULSIVE}
+# Mean kernel value between different particles below which they don't interact.
+COLLAPSED = 1e-6
 
 
 class SVGD:
@@ -95,16 +146,6 @@ class SVGD:
             https://openreview.net/forum?id=Qycd9j5Qp9J), at 2 D / log(K + 1) all of it.
         chunk_size: Particles in one forward pass; None is all. Same numbers, less
             memory; function space then needs a second forward pass.
-        accumulate: Batches in one update: the particles move once for all of them, as
-            on one batch that holds their data. :meth:`run` ends an epoch with an update
-            of what is left. Function space then needs a second forward pass, too.
-        preconditioner: A Laplace posterior, or several (one at each particle), whose
-            mean precision P is the metric: the direction is :math:`P^{-1}` times that
-            above, with distances by P (matrix-valued SVGD, Wang et al. 2019,
-            https://arxiv.org/abs/1910.12794). A learning rate of 1 is then of the size
-            of a Newton step: use ``pyro.optim.SGD``, since Adam rescales it again.
-        reference: A batch, with labels or without, on which function space compares
-            predictions, by passes of its own; None is the minibatch.
         init_loc_fn: Where particles start, for example
             ``lora.init_to_adapter(jitter="auto")`` or ``lora.init_to_fresh()``.
         obs_site: The likelihood's site, which every batch must then observe; None is
@@ -113,10 +154,10 @@ class SVGD:
     Attributes:
         diagnostics: Series with one value a step: ``loss`` (nats, full data),
             ``attraction`` and ``repulsion`` (norms, in function space those of the
-            directions of the logits, unless there is a ``reference``), ``ratio``
-            (repulsion over attraction), ``spread`` (root mean square distance of the
-            particles to their mean), ``delta_spread`` (where LoRA's weights count as
-            the updates B A; if the model has such), ``mean_kernel`` (off the diagonal).
+            directions of the logits), ``ratio`` (repulsion over attraction),
+            ``spread`` (root mean square distance of the particles to their mean),
+            ``delta_spread`` (where LoRA's weights count as the updates B A; if the
+            model has such), ``mean_kernel`` (off the diagonal).
 
     Raises:
         TypeError: If kernel or optimiser are no such thing, or a count is no integer.
@@ -133,47 +174,49 @@ class SVGD:
         *,
         temperature: float | Schedule = 1.0,
         transport: Literal["stein", "repulsive"] | None = None,
-        repulsion: float | Repulsion | None = None,
+        repulsion: float | Callable[[float, float], float] | None = None,
         chunk_size: int | None = None,
-        accumulate: int = 1,
-        preconditioner: Laplace | Sequence[Laplace] | None = None,
-        reference: Batch | None = None,
         init_loc_fn: InitFn,
         obs_site: str | None = None,
     ) -> None:
-        if reference is not None:
-            check_kind("reference", reference, Mapping, "a batch, a mapping")
-            reference = checked_batch(reference, "The reference")
-        self._rule = UpdateRule(
-            kernel=kernel,
-            transport=transport,
-            temperature=temperature,
-            repulsion=repulsion,
-            num_particles=num_particles,
-            chunk_size=chunk_size,
-            accumulate=accumulate,
-            obs_site=obs_site,
-            reference=reference,
-            preconditioner=None
-            if preconditioner is None
-            else metric(preconditioner, space_of(kernel)),
-        )
+        check_count("num_particles", num_particles)
+        chunk_size = num_particles if chunk_size is None else chunk_size
+        check_count("chunk_size", chunk_size)
+        if not callable(temperature):
+            check_positive("temperature", temperature)
+        if chunk_size > num_particles:
+            raise ValueError(
+                f"chunk_size must lie between 1 and num_particles={num_particles}, "
+                f"found {chunk_size}."
+            )
+        check_kernel(kernel)
+        check_word("transport", transport, (*TRANSPORTS, None))
+        check_name("obs_site", obs_site)
+        self._space = _space(kernel, transport)
+        if repulsion is not None:
+            if self._space.default_repulsion is None:
+                raise ValueError(
+                    f"repulsion={repulsion} has no effect: it is the strength of "
+                    "the repulsive transport. Add transport='repulsive' and a kernel, "
+                    "or leave it out."
+                )
+            if not callable(repulsion):
+                check_number("repulsion", repulsion, 0)
         check_optimizer(optim)
         check_model(model)
         check_function("init_loc_fn", init_loc_fn, "such as lora.init_to_adapter()")
         if max_plate_nesting is not None:
             check_count("max_plate_nesting", max_plate_nesting, 0)
         self._model, self._optim = model, optim
-        self._num_particles = num_particles
+        self._temperature, self._repulsion = temperature, repulsion
+        self._num_particles, self._chunk_size = num_particles, chunk_size
+        self._repels = not isinstance(kernel, NoRepulsion) and num_particles > 1
         self._max_plate_nesting = max_plate_nesting
         self._init_loc_fn, self._obs_site = init_loc_fn, obs_site
         self._particles: Weights | None = None
         self._loaded_values: Weights = {}
         self._loaded_networks: list[Fingerprint] | None = None
-        self._gathered: Gathered | None = None  # by the batches of an unfinished update
-        self._num_gathered = 0
         self._target: ParticleModel | None = None
-        self._delta_space: DeltaSpace | None = None  # None without LoRA's factors
         self._num_epochs = 0  # of all runs
         self._fraction = 1.0  # of the run that is done; 1 outside of run()
         self._given: set[str] | None = None  # the arguments of every batch so far
@@ -183,7 +226,7 @@ class SVGD:
 
     @leaving_no_trace
     def step(self, *args: Any, **kwargs: Any) -> float:
-        """One batch; with ``accumulate``, the last batch of an update moves particles.
+        """Move the particles by one batch.
 
         Args:
             *args: The model's positional arguments.
@@ -200,25 +243,21 @@ class SVGD:
         """
         return self._step(args, checked_batch(kwargs))
 
+    @torch.enable_grad()
     def _step(self, args: Any, kwargs: PlacedBatch) -> float:
+        check_gradients()
         with self._naming_batch():
             # What wasn't in a batch before may be left out again, a weight perhaps.
             kwargs.check_given((self._given or set()) | kwargs.given)
         target, particles = self._set_up(args, kwargs)
         self._given = (self._given or kwargs.given) & kwargs.given
         check_finite(particles, "value")
+        at = ParticlePass(target, particles, args, kwargs, self._chunk_size)
         with self._naming_batch():
-            gathered, log_joint = self._rule.gather(
-                target, particles, self._gathered, args, kwargs
-            )
-            if self._num_gathered + 1 == self._rule.accumulate:
-                self._update(gathered)
-            else:
-                self._gathered, self._num_gathered = gathered, self._num_gathered + 1
+            temperature, repulsion = self._settings()
+            self._move(self._space.direction(at, temperature, repulsion), at)
         self._num_batches += 1
-        if log_joint is None:
-            return self.diagnostics["loss"][-1]
-        return -log_joint.mean().item()
+        return self.diagnostics["loss"][-1]
 
     @contextmanager
     def _naming_batch(self) -> Iterator[None]:
@@ -228,36 +267,45 @@ class SVGD:
             number = self._num_batches
             raise ValueError(f"SVGD's batch {number} (from 0): {error}") from error
 
-    def _update(self, gathered: Gathered) -> None:
-        """Move the particles, once for all batches that were gathered."""
-        assert self._target is not None
-        assert self._particles is not None
-        target, particles = self._target, self._particles
-        direction, found = self._rule.direction(
-            target, particles, gathered, self._fraction
-        )
-        check_finite(direction, "direction")
-        log_joint = found.pop("log_joint")
-        found = {
-            "loss": -log_joint.mean(),
-            **found,
-            "ratio": found["repulsion"] / found["attraction"],
+    def _settings(self) -> tuple[float, Repulsion]:
+        """Temperature and strength of the repulsion at the present fraction."""
+        fraction, temperature = self._fraction, self._temperature
+        if callable(temperature):
+            temperature = temperature(fraction)
+            check_positive("temperature", temperature)
+        given = self._repulsion
+        if callable(given):
+            return temperature, lambda loss, num_data: given(fraction, loss)
+        if given is None:
+            given_by_space = self._space.default_repulsion
+            return temperature, 1.0 if given_by_space is None else given_by_space
+        return temperature, given
+
+    def _move(self, direction: Direction, at: ParticlePass) -> None:
+        """Take a step and a line of the diagnostics, or neither."""
+        check_finite(direction.by_site, "direction")
+        particles, networks = at.particles, at.target.networks
+        line = {
+            "loss": -direction.log_joint.mean(),
+            "attraction": direction.attraction,
+            "repulsion": direction.repulsion,
+            "mean_kernel": direction.mean_kernel,
+            "ratio": direction.repulsion / direction.attraction,
             "spread": spread(particles),
         }
-        if self._delta_space is not None:
-            found["delta_spread"] = self._delta_space.spread(particles)
+        if at.target.factor_sites:
+            line["delta_spread"] = delta_space.spread(networks, particles)
         with undone(partial(_drop_gradients, particles)):
             for site, particle in particles.items():
-                particle.grad = direction[site].neg_()
+                particle.grad = direction.by_site[site].neg_()
             self._optim(list(particles.values()))
-        self._gathered, self._num_gathered = None, 0
-        values = torch.stack([x.double() for x in found.values()]).tolist()
-        for name, value in zip(found, values, strict=True):
+        values = torch.stack([x.double() for x in line.values()]).tolist()
+        for name, value in zip(line, values, strict=True):
             self.diagnostics.setdefault(name, []).append(value)
-        if self._rule.repels and "collapsed" not in self._warned:
+        if self._repels and "collapsed" not in self._warned:
             if warn_if_collapsed(self.diagnostics["mean_kernel"][-1]):
                 self._warned.add("collapsed")
-        if "stuck" not in self._warned and warn_if_stuck(direction):
+        if "stuck" not in self._warned and warn_if_stuck(direction.by_site):
             self._warned.add("stuck")
 
     @leaving_no_trace
@@ -303,8 +351,7 @@ class SVGD:
                         self._fraction = fraction_done(done, total * (length or 1))
                         with count:
                             losses.append(self._step((), batch))
-                        if self.diagnostics:
-                            bar.set_postfix(self._progress(), refresh=False)
+                        bar.set_postfix(self._progress(), refresh=False)
                         bar.update()
                     if not losses:
                         raise ValueError(
@@ -312,8 +359,6 @@ class SVGD:
                             "DataLoader, which can be gone through again, not an "
                             "iterator."
                         )
-                    if self._gathered is not None:
-                        self._update(self._gathered)
                     assert self._particles is not None
                     step_schedulers(
                         self._optim, self._particles.values(), sum(losses) / len(losses)
@@ -372,7 +417,11 @@ class SVGD:
                 "posterior that pyro_lora.save wrote."
             )
         return ParticlePosterior(
-            particles, self._target.networks, self._model, self._obs_site
+            particles,
+            self._target.networks,
+            self._model,
+            self._obs_site,
+            None if self._given is None else frozenset(self._given),
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -383,7 +432,7 @@ class SVGD:
         """
         if self._particles is None:
             raise ValueError("There is no state before the first step.")
-        networks = self._loaded_networks
+        networks = self._loaded_networks or []
         if self._target is not None:
             networks = [fingerprint(lora) for lora in self._target.networks]
         return {
@@ -393,10 +442,8 @@ class SVGD:
                 s: optimizer_state(self._optim, x) for s, x in self._particles.items()
             },
             "diagnostics": {k: list(v) for k, v in self.diagnostics.items()},
-            "gathered": None if self._gathered is None else asdict(self._gathered),
-            "num_gathered": self._num_gathered,
             "num_epochs": self._num_epochs,
-            "networks": None if networks is None else described(networks),
+            "networks": described(networks),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -406,9 +453,11 @@ class SVGD:
             state: From :meth:`state_dict` of an engine with the same model and K.
 
         Raises:
-            ValueError: If the state is that of another model, network, K or optimiser,
-                or can't be one; this object is then unchanged.
+            TypeError: If the state is no mapping.
+            ValueError: If it is that of another model, network, K or optimiser, or
+                can't be one; this object is then unchanged.
         """
+        check_kind("state", state, Mapping, "from SVGD.state_dict()")
         checked = checked_state(state, self._num_particles, self._target)
         particles = {
             s: x.detach().clone().requires_grad_() for s, x in checked.particles.items()
@@ -420,11 +469,9 @@ class SVGD:
                     f"Site {site!r}: the state holds {x.dtype}, this SVGD has "
                     f"{here.dtype}. Load it into a network of the same dtype."
                 )
-        networks = checked.networks
-        if networks is not None and self._target is not None:
+        networks = restored(*checked.networks)
+        if self._target is not None:
             check_networks(networks, self._target.networks, "The state")
-        count = checked.num_gathered
-        gathered = self._rule.restored(checked.gathered, count, particles)
         restore_optimizer(
             self._optim,
             [(x, checked.optim[s]) for s, x in particles.items()],
@@ -432,9 +479,55 @@ class SVGD:
         )
         self._particles, self._loaded_values = particles, dict(checked.values)
         self._loaded_networks = networks
-        self._gathered, self._num_gathered = gathered, count
         self._num_epochs = checked.num_epochs
         self.diagnostics = {k: list(v) for k, v in checked.diagnostics.items()}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the run into a folder: all that the next step depends on.
+
+        Particles, the optimiser with its schedule, the number of epochs, the
+        diagnostics, and the random generators of torch, NumPy and Python. The files are
+        as those of :func:`~pyro_lora.save`: safetensors and JSON with checksums,
+        nothing pickled; a crash leaves the old state or the new one.
+
+        Args:
+            path: The folder, made if it isn't there.
+
+        Raises:
+            ValueError: Before the first step, if the optimiser's state holds what isn't
+                a tensor, number or string, or the folder is of something else.
+        """
+        write_state(self.state_dict(), Path(path))
+
+    def load(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Go on, before the first step or later, from what :meth:`save` wrote.
+
+        Bit for bit: the random generators of torch, NumPy and Python are set, too, so
+        that shuffled batches and dropout go on as they would have.
+
+        Args:
+            path: The folder, of an engine with the same model, kernel, optimiser and K.
+            device: Where the network is; None is where the particles were.
+
+        Raises:
+            ValueError: If a file is missing, truncated, altered, not one of ours or
+                written by a newer version, this machine doesn't have the device, or the
+                state is that of another model, network, K or optimiser, or can't be
+                one; this object and the generators are then unchanged.
+        """
+        folder = Path(path)
+        state = read_state(folder, device)
+        generators = state.pop("random")
+        try:
+            self.load_state_dict(state)
+        except ValueError as error:
+            raise ValueError(f"{folder / MANIFEST}: {error}") from error
+        restore_generators(generators)
 
     def __getstate__(self) -> dict[str, Any]:
         # What pyro.optim keeps for each tensor can't be pickled, but its state can.
@@ -464,14 +557,12 @@ class SVGD:
                     kwargs,
                     self._obs_site,
                 )
-            self._rule.check(target)
+            self._space.check(target)
             if self._particles is not None:
                 check_shapes(self._particles, self._num_particles, target)
             if self._loaded_networks is not None:
                 check_networks(self._loaded_networks, target.networks, "The state")
             self._target = target
-            if target.factor_sites:
-                self._delta_space = DeltaSpace(target.networks)
         if self._particles is None:
             self._particles = initial_particles(
                 self._target, self._init_loc_fn, self._num_particles, args, kwargs
@@ -487,3 +578,118 @@ class SVGD:
 def _drop_gradients(particles: Weights) -> None:
     for particle in particles.values():
         particle.grad = None
+
+
+def _space(kernel: Kernel | NoRepulsion, transport: str | None) -> Space:
+    if isinstance(kernel, NoRepulsion):
+        return Independent()
+    space = SPACES[space_of(kernel)]
+    return space(kernel) if transport is None else space(kernel, TRANSPORTS[transport])
+
+
+def warn_if_together(particles: Weights) -> None:
+    """Warn about particles that start at one point, to SVGD's caller."""
+    num_particles = next(iter(particles.values())).shape[0]
+    if num_particles > 1 and all((x == x[:1]).all() for x in particles.values()):
+        warn(
+            f"All {num_particles} particles start at one point, where nothing drives "
+            "them apart. Use init_to_adapter(jitter='auto') or init_to_fresh().",
+        )
+
+
+def warn_if_collapsed(mean_kernel: float) -> bool:
+    """Warn, to the caller of SVGD's step, of particles that don't interact.
+
+    Args:
+        mean_kernel: Mean kernel value between different particles.
+
+    Returns:
+        Whether it warned.
+    """
+    if mean_kernel >= COLLAPSED:
+        return False
+    warn(
+        f"The kernel has collapsed: its mean value between different particles is "
+        f"{mean_kernel:.2g}, so they don't repel and are independent runs. Use "
+        "bandwidth=None (the median heuristic) or a larger bandwidth.",
+    )
+    return True
+
+
+def warn_if_stuck(direction: Weights) -> bool:
+    """Warn, to the caller of SVGD's step, of particles that nothing moves.
+
+    Args:
+        direction: Site -> (K, ...).
+
+    Returns:
+        Whether it warned.
+    """
+    stuck = (largest(direction).amax(0) == 0).nonzero().flatten().tolist()
+    if not stuck:
+        return False
+    warn(
+        f"Particle(s) {stuck} are stuck: their direction is exactly 0 at all sites. "
+        "The log joint is flat there, or its gradient underflows. Start elsewhere, or "
+        "use float32.",
+    )
+    return True
+
+
+class DataCount(Messenger):
+    """Counts the data of an epoch, at each observed site: entered for each batch.
+
+    Attributes:
+        counts: Site -> data in all batches, in the largest batch, and in the plate.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: dict[str, tuple[int, int, int]] = {}
+        self._seen: set[str] = set()
+
+    def __enter__(self) -> Any:
+        self._seen = set()
+        return super().__enter__()
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        name = msg["name"]
+        is_function = msg["infer"].get("_deterministic", False) or site_is_factor(msg)
+        if not msg["is_observed"] or name in self._seen or is_function:
+            return
+        frames = [f for f in msg["cond_indep_stack"] if f.name != PARTICLE_PLATE]
+        if any(frame.vectorized for frame in frames):
+            self._seen.add(name)  # chunks of particles run on the same data
+            plate = data_plate({**msg, "cond_indep_stack": tuple(frames)})
+            size, largest, _ = self.counts.get(name, (0, 0, 0))
+            self.counts[name] = (
+                size + plate.size,
+                max(largest, plate.size),
+                plate.full_size,
+            )
+
+    def warn_if_not_covered(self, drop_last: bool) -> bool:
+        """Warn, to the caller of SVGD's run, if the model's number of data is another.
+
+        Args:
+            drop_last: Whether the batches may leave out less than one.
+
+        Returns:
+            Whether it warned.
+        """
+        # A plate that no batch is a part of need not be one of data, beside others.
+        parts = {s: x for s, x in self.counts.items() if x[1] < x[2]}
+        counts = parts or (self.counts if len(self.counts) == 1 else {})
+        for name, (size, most, full_size) in counts.items():
+            left_out = full_size - size
+            if left_out == 0 or (drop_last and 0 < left_out < most):
+                continue
+            warn(
+                f"The batches of an epoch hold {size} data, but the plate of site "
+                f"{name!r} says {full_size}, and it's for as many that each batch "
+                f"counts: the likelihood weighs {full_size / size:.3g} times what "
+                "these data do. Correct num_data in the model's pyro.plate; or, if an "
+                "epoch is meant to be another part of the data, go on.",
+            )
+            return True
+        return False

@@ -1,4 +1,18 @@
-"""State of a training run in a folder, with the generators, to go on from."""
+"""The state of an SVGD run: what it is, and a folder of it with the random generators.
+
+Whatever a state comes from, all of it is checked before any is taken over, but for what
+the optimiser alone knows (``optimizer_state``). In a folder's manifest tensors are
+named, and what JSON doesn't have says its kind: of the state ``{"optim": {"w": {"step":
+tensor(3.0)}}, "loss": [1.5, 1.25]}`` the manifest holds ::
+
+    {"kind": "dict", "items": [
+        ["optim", {"kind": "dict", "items": [
+            ["w", {"kind": "dict", "items": [
+                ["step", {"kind": "tensor", "name": "optim/w/step"}]]}]]}],
+        ["loss", {"kind": "floats", "name": "loss"}]]}
+
+and the file of tensors two, ``optim/w/step`` and ``loss``.
+"""
 
 from __future__ import annotations
 
@@ -13,26 +27,127 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_lora.ground.checked_tensors import MAX_REPEATS, stored
+from pyro_lora.ground.checked_tensors import MAX_REPEATS, CheckedTensors, stored
+from pyro_lora.ground.settings import check_kind
 from pyro_lora.ground.tensor_folder import (
+    Count,
     Format,
     Manifest,
     Schema,
     read_folder,
     write_folder,
 )
+from pyro_lora.infer.svgd.particle_model import ParticleModel
+from pyro_lora.lifting.fingerprint import NetworkDescription
+
+Tensors = dict[str, Tensor]
+
+
+class EngineState(Schema):
+    """What ``SVGD.state_dict()`` gives.
+
+    Attributes:
+        values: Site -> particles on its support, (K, ...).
+        particles: Site -> particles, unconstrained.
+        optim: Site -> the optimiser's state.
+        diagnostics: Series with one value a step.
+        num_epochs: Of all runs.
+        networks: What ``fingerprint.described`` says of the lifted networks.
+    """
+
+    values: Tensors
+    particles: Annotated[Tensors, msgspec.Meta(min_length=1)]
+    optim: dict[str, dict[str, Any]]
+    diagnostics: dict[str, list[float]]
+    num_epochs: Count
+    networks: tuple[list[NetworkDescription], Tensors]
+
+
+def checked_state(
+    state: Mapping[str, Any], num_particles: int, target: ParticleModel | None
+) -> EngineState:
+    """The state of an engine.
+
+    Args:
+        state: From ``SVGD.state_dict()``.
+        num_particles: K.
+        target: The model, None where it isn't known yet.
+
+    Returns:
+        The same, checked.
+
+    Raises:
+        ValueError: If it's something else, or of another K or model.
+    """
+    check_kind("state", state, Mapping, "what SVGD.state_dict() gave")
+    try:
+        fields = msgspec.convert(dict(state), EngineState)
+    except (msgspec.ValidationError, UnicodeError) as error:
+        raise ValueError(
+            f"Expected a state from SVGD.state_dict(), but {error}. Load another."
+        ) from error
+    sites = list(fields.particles)
+    for name, by_site in ("values", fields.values), ("optim", fields.optim):
+        if by_site.keys() != fields.particles.keys():
+            raise ValueError(
+                f"The state has particles at {sites}, {name!r} at {list(by_site)}."
+            )
+    check_shapes(fields.particles, num_particles, target)
+    particles = CheckedTensors(fields.particles, "")
+    values = CheckedTensors(fields.values, "")
+    for site in sites:
+        x = particles.real(site)
+        shape = (
+            None
+            if target is None
+            else target.latents[site].transform.forward_shape(x.shape)
+        )
+        value = values.real(site, shape, (x.dtype,))
+        if value.shape[:1] != (num_particles,):
+            raise ValueError(f"values of {site!r} have shape {tuple(value.shape)}")
+    return fields
+
+
+def check_shapes(
+    particles: Mapping[str, Tensor], num_particles: int, target: ParticleModel | None
+) -> None:
+    """Refuse particles of another K or another model.
+
+    Args:
+        particles: Site -> (K, ...), unconstrained.
+        num_particles: K.
+        target: The model, None where it isn't known yet.
+
+    Raises:
+        ValueError: Naming the site that differs.
+    """
+    for site, x in particles.items():
+        if x.shape[:1] != (num_particles,):
+            raise ValueError(
+                f"Site {site!r}: the state holds particles {tuple(x.shape)}, this SVGD "
+                f"has num_particles={num_particles}. Make one with as many."
+            )
+    if target is None:
+        return
+    found = {site: tuple(x.shape[1:]) for site, x in particles.items()}
+    expected = {site: tuple(latent.shape) for site, latent in target.latents.items()}
+    for site in sorted(found.keys() | expected.keys()):
+        if found.get(site) != expected.get(site):
+            raise ValueError(
+                f"Site {site!r}: the state holds particles of shape {found.get(site)}, "
+                f"the model's are {expected.get(site)}. Load the state of the same "
+                "model."
+            )
 
 
 class SavedState(Schema):
-    """The fields of a state's manifest; version 1 had no networks in its state."""
+    """The fields of a state's manifest."""
 
     state: dict[str, Any]
     device: str
 
 
 FORMAT = Format("pyro_lora training state", 2, "Save the state again.", SavedState)
-
-Tensors = dict[str, Tensor]
 
 
 class _Tensor(Schema, tag_field="kind", tag="tensor"):
@@ -229,7 +344,7 @@ def _encoded(value: Any, path: str, tensors: Tensors) -> Any:
         kind = "counter" if isinstance(value, Counter) else "dict"
         return {"kind": kind, "items": items}
     raise ValueError(
-        f"The state has a {type(value).__name__} at {path!r}, which save_state can't "
+        f"The state has a {type(value).__name__} at {path!r}, which no folder can "
         "store; expected tensors, numbers, strings, and lists, tuples or dicts of "
         "them. Save svgd.state_dict() by other means."
     )

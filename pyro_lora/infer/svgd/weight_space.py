@@ -1,236 +1,519 @@
-"""Directions of particles under a kernel between their weights."""
+r"""How particles move, and the spaces whose distances are those of weights.
+
+With scores :math:`s_j = \nabla \log p(x_j) / T`, particles :math:`x_j`, a kernel
+:math:`k = \kappa(d^2)` of squared distances :math:`d^2_{ij} = |x_i - x_j|^2` and its
+derivative :math:`\kappa'` both transports are
+
+.. math:: \phi_i = \sum_j (a_{ij} s_j + c_{ij} x_j),
+
+with two matrices (K, K) that follow from :math:`k` and :math:`\kappa'`:
+
+- Stein: :math:`a = k / K` and, since :math:`\nabla_{x_j} k(x_j, x_i) = -2 \kappa'_{ij}
+  (x_i - x_j)`, :math:`c = \frac2K [\kappa' - \mathrm{diag}(\kappa' 1)]`.
+- repulsive: :math:`a = 1` and :math:`c_i = 2 \beta [\kappa' - \mathrm{diag}(\kappa'
+  1)]_i / \sum_j k_{ij}`.
+
+So nothing of K^2 times the number D of weights is formed: distances come from inner
+products (K, K), and a direction is two products of (K, K) with (K, D). For particles at
+-1 and 1 and :math:`\kappa = e^{-d^2 / 2}`, :math:`\kappa'_{12} = -e^{-2} / 2` and
+Stein's :math:`c x = e^{-2} (-1, 1)`: they are driven apart.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from pyro_lora.infer.svgd import transport
-from pyro_lora.infer.svgd.coordinate_space import coordinate_direction
-from pyro_lora.infer.svgd.delta_space import DeltaSpace
-from pyro_lora.infer.svgd.function_space import Strength
-from pyro_lora.infer.svgd.kernels import Kernel, NoRepulsion, Space
-from pyro_lora.infer.svgd.outcomes import datum_loss, likelihood
+from pyro_lora.ground.weights import Weights
+from pyro_lora.infer.svgd.kernels import Kernel
 from pyro_lora.infer.svgd.particle_model import (
     ParticleModel,
-    batch_size,
-    chunked_gradients,
+    ParticlePass,
+    datum_loss,
+    likelihood_at_particles,
 )
-from pyro_lora.infer.svgd.preconditioner import Preconditioner
 from pyro_lora.likelihood.data_plate import data_plate
+
+# Strength of the repulsion: a number, or a function of (minibatch loss in nats per
+# datum, mean over particles; N).
+Repulsion = float | Callable[[float, int], float]
+
+# Numbers that are worked on at once: 1 MiB in float32 stays in a core's cache. A GPU
+# has no use for small blocks.
+BLOCK, LARGE_BLOCK = 2**18, 2**26
 
 
 @dataclass(frozen=True)
-class Gradients:
-    """Gradients of the log joint at K particles, from one batch or several.
+class Direction:
+    """Where K particles move, and what drives them there.
+
+    Attributes:
+        by_site: Site -> direction (K, ...).
+        log_joint: (K,), nats, full data.
+        attraction: Norm of the gradients' part, a scalar.
+        repulsion: Norm of the repulsion, a scalar.
+        mean_kernel: Mean kernel value between different particles, a scalar.
+    """
+
+    by_site: Weights
+    log_joint: Tensor
+    attraction: Tensor
+    repulsion: Tensor
+    mean_kernel: Tensor
+
+
+class Space(Protocol):
+    """What the distances of a kernel measure, and the direction that follows."""
+
+    @property
+    def default_repulsion(self) -> Repulsion | None:
+        """Strength of the repulsion where none is given; None if it has none."""
+        ...
+
+    def check(self, target: ParticleModel) -> None:
+        """Refuse a model that has nothing to measure.
+
+        Raises:
+            ValueError: If it has nothing.
+        """
+        ...
+
+    def direction(
+        self, at: ParticlePass, temperature: float, repulsion: Repulsion
+    ) -> Direction:
+        """The direction on a batch.
+
+        Args:
+            at: The model at the particles, on the batch.
+            temperature: T.
+            repulsion: Strength of the repulsion, where the transport has one.
+
+        Raises:
+            TypeError: If the likelihood isn't known in this space.
+            ValueError: If labels are missing, or a log density or a gradient is NaN or
+                infinite.
+        """
+        ...
+
+
+class Transport(Protocol):
+    """What a kernel's values make of the particles' scores and places."""
+
+    @property
+    def default_repulsion(self) -> float | None:
+        """Strength of the repulsion where none is given; None if it has none."""
+        ...
+
+    def weights(
+        self, gram: Tensor, slope: Tensor, repulsion: float
+    ) -> tuple[Tensor, Tensor]:
+        """The matrices a and c of the module's first lines, both (K, K).
+
+        Args:
+            gram: (K, K).
+            slope: Derivative of the kernel in the squared distance, (K, K).
+            repulsion: Strength of the second term.
+        """
+        ...
+
+    def repulsions(
+        self,
+        gram: Tensor,
+        slope: Tensor,
+        repulsion: float,
+        gradients: Callable[[Tensor, slice], tuple[Tensor, ...]],
+    ) -> list[Tensor]:
+        r"""The second term where distances aren't those of the weights themselves.
+
+        Args:
+            gram: (K, K).
+            slope: Derivative of the kernel in the squared distance, (K, K).
+            repulsion: Strength of the term.
+            gradients: Of :math:`\sum_{kj} c_{kj} d^2(x_k, y_j)` in x, a (K, ...) a
+                site, from c (K, K') and which K' of the particles y is.
+
+        Returns:
+            For each site (K, ...).
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Stein:
+    r"""Stein variational gradient descent (Liu & Wang 2016, eq. 8).
+
+    :math:`\phi_i = \frac1K \sum_j [k(x_j, x_i) s_j + \nabla_{x_j} k(x_j, x_i)]`,
+    https://arxiv.org/abs/1608.04471. The strength of its repulsion is that of the
+    formula.
+    """
+
+    default_repulsion: None = None
+
+    def weights(
+        self, gram: Tensor, slope: Tensor, repulsion: float
+    ) -> tuple[Tensor, Tensor]:
+        """The matrices a and c, both (K, K)."""
+        num_particles = gram.shape[0]
+        return gram / num_particles, _differences(slope) / num_particles
+
+    def repulsions(
+        self,
+        gram: Tensor,
+        slope: Tensor,
+        repulsion: float,
+        gradients: Callable[[Tensor, slice], tuple[Tensor, ...]],
+    ) -> list[Tensor]:
+        """The second term, in each of its K gradients one particle held fixed."""
+        num_particles = len(slope)
+        by_particle = [
+            [x.sum(0) / num_particles for x in gradients(slope[:, i : i + 1], one)]
+            for i, one in ((i, slice(i, i + 1)) for i in range(num_particles))
+        ]
+        return [torch.stack(rows) for rows in zip(*by_particle, strict=True)]
+
+
+@dataclass(frozen=True)
+class Repulsive:
+    r"""An own gradient and minus the log kernel density's (D'Angelo & Fortuin 2021).
+
+    :math:`\phi_i = s_i - \beta \nabla_{x_i} \log \sum_j k(x_i, x_j)`, j including i,
+    other particles held fixed, https://arxiv.org/abs/2106.11642, eq. 8.
+    """
+
+    default_repulsion: float = 1.0
+
+    def weights(
+        self, gram: Tensor, slope: Tensor, repulsion: float
+    ) -> tuple[Tensor, Tensor]:
+        """The matrices a and c, both (K, K)."""
+        density = gram.sum(1, keepdim=True)
+        push = _differences(slope) / density
+        return torch.eye(len(gram)).to(gram), repulsion * push
+
+    def repulsions(
+        self,
+        gram: Tensor,
+        slope: Tensor,
+        repulsion: float,
+        gradients: Callable[[Tensor, slice], tuple[Tensor, ...]],
+    ) -> list[Tensor]:
+        """The second term, in one gradient."""
+        share = slope / gram.sum(1, keepdim=True)
+        return [repulsion * -x for x in gradients(share, slice(None))]
+
+
+STEIN, REPULSIVE = Stein(), Repulsive()
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Gradients of the log joint at K particles, on a batch.
 
     Attributes:
         by_site: Site -> (K, ...), nats, full data.
         log_joint: (K,), nats, full data.
-        batch_size: Data in the batches.
-        loss: Negative log likelihood in nats per datum, (K,); None where unasked.
-        loss_size: Data that the loss is of: those that aren't masked.
-        num_data: N; None likewise.
+        repulsion: Strength of the repulsion at the minibatch loss.
     """
 
-    by_site: dict[str, Tensor]
+    by_site: Weights
     log_joint: Tensor
-    batch_size: int
-    loss: Tensor | None
-    loss_size: int
-    num_data: int | None
-
-    def joined(self, other: Gradients) -> Gradients:
-        """What one batch with the data of both would give: each datum counts alike."""
-        batch_size = self.batch_size + other.batch_size
-        share = other.batch_size / batch_size
-        loss, loss_size = self.loss, self.loss_size + other.loss_size
-        if loss is not None and other.loss is not None:
-            loss = loss.lerp(other.loss.to(loss), other.loss_size / max(1, loss_size))
-        return Gradients(
-            {s: g.lerp(other.by_site[s], share) for s, g in self.by_site.items()},
-            self.log_joint.lerp(other.log_joint.to(self.log_joint), share),
-            batch_size,
-            loss,
-            loss_size,
-            self.num_data,
-        )
+    repulsion: float
 
 
-def log_joint_gradients(
-    target: ParticleModel,
-    particles: Mapping[str, Tensor],
-    *,
-    with_loss: bool,
-    chunk_size: int,
-    obs_site: str | None,
-    args: Any,
-    kwargs: Any,
-) -> Gradients:
-    """Gradients of the log joint on one batch.
+def scores_at(at: ParticlePass, repulsion: Repulsion) -> Scores:
+    """Gradients of the log joint, and the minibatch loss if the strength asks for it.
 
     Args:
-        target: The model.
-        particles: Site -> (K, ...), unconstrained.
-        with_loss: Also find the minibatch loss.
-        chunk_size: Particles in one forward and backward pass.
-        obs_site: The likelihood's site, for the minibatch loss; it must be observed.
-        args: The model's positional arguments.
-        kwargs: The model's keyword arguments.
-
-    Returns:
-        The gradients.
+        at: The model at the particles, on a batch.
+        repulsion: Strength of the repulsion.
 
     Raises:
         ValueError: If labels are missing, or a log density or a gradient is NaN or
             infinite.
     """
     losses: list[Tensor] = []
-    sizes: list[int] = []
-    loss_size, num_data = 0, None
+    num_data = 0
 
     def objective(rows: slice, trace: Any, log_joint: Tensor) -> Tensor:
-        nonlocal loss_size, num_data
-        target.check_observed(trace, obs_site)
-        sizes.append(batch_size(trace))
-        if with_loss:
-            site = likelihood(trace, obs_site)
-            loss, loss_size = datum_loss(site, log_joint.shape[0])
-            losses.append(loss)
+        nonlocal num_data
+        at.target.check_observed(trace)
+        if callable(repulsion):
+            site = likelihood_at_particles(trace, at.target.obs_site)
+            losses.append(datum_loss(site, log_joint.shape[0])[0])
             num_data = data_plate(site).full_size
         return log_joint.sum()
 
-    gradients, log_joint = chunked_gradients(
-        target, particles, chunk_size, objective, args, kwargs, {}
-    )
-    return Gradients(
-        gradients,
-        log_joint,
-        sizes[0],
-        torch.cat(losses) if with_loss else None,
-        loss_size,
-        num_data,
-    )
+    by_site, log_joint = at.gradients(objective)
+    if callable(repulsion):
+        repulsion = repulsion(float(torch.cat(losses).mean()), num_data)
+    return Scores(by_site, log_joint, repulsion)
 
 
-def weight_space_direction(
-    target: ParticleModel,
-    particles: Mapping[str, Tensor],
-    gradients: Gradients,
-    *,
-    kernel: Kernel | NoRepulsion,
-    space: Space,
-    form: Literal["stein", "repulsive"],
+@dataclass(frozen=True)
+class Independent:
+    r"""No kernel: :math:`\phi_i = s_i`, with no 1 / K, so that one particle is MAP."""
+
+    default_repulsion: None = None
+
+    def check(self, target: ParticleModel) -> None:
+        """Every model will do."""
+
+    def direction(
+        self, at: ParticlePass, temperature: float, repulsion: Repulsion
+    ) -> Direction:
+        """The tempered gradients of the log joint."""
+        return self.move(at, scores_at(at, repulsion), temperature)
+
+    def move(self, at: ParticlePass, scores: Scores, temperature: float) -> Direction:
+        """Direction where the scores are known."""
+        tempered = {s: x / temperature for s, x in scores.by_site.items()}
+        zero = scores.log_joint.new_zeros(())
+        return Direction(tempered, scores.log_joint, norm(tempered), zero, zero)
+
+
+@dataclass(frozen=True)
+class JointSpace:
+    """All weights together.
+
+    Attributes:
+        kernel: A function of squared distances.
+        transport: Stein or repulsive.
+    """
+
+    kernel: Kernel
+    transport: Transport = STEIN
+
+    @property
+    def default_repulsion(self) -> Repulsion | None:
+        """The transport's."""
+        return self.transport.default_repulsion
+
+    def check(self, target: ParticleModel) -> None:
+        """Every model will do."""
+
+    def direction(
+        self, at: ParticlePass, temperature: float, repulsion: Repulsion
+    ) -> Direction:
+        """Direction by one kernel."""
+        return self.move(at, scores_at(at, repulsion), temperature)
+
+    def move(self, at: ParticlePass, scores: Scores, temperature: float) -> Direction:
+        """Direction where the scores are known."""
+        products = [centred_products(x.detach()) for x in at.particles.values()]
+        sq_dists = distances_from_products(torch.stack(products).sum(0))
+        grams = dict.fromkeys(at.particles, gram_and_slope(self.kernel, sq_dists))
+        return _combined(self.transport, grams, at.particles, scores, temperature)
+
+
+@dataclass(frozen=True)
+class SiteSpace:
+    """The weights of each site, one kernel a site.
+
+    Attributes:
+        kernel: A function of squared distances.
+        transport: Stein or repulsive.
+    """
+
+    kernel: Kernel
+    transport: Transport = STEIN
+
+    @property
+    def default_repulsion(self) -> Repulsion | None:
+        """The transport's."""
+        return self.transport.default_repulsion
+
+    def check(self, target: ParticleModel) -> None:
+        """Every model will do."""
+
+    def direction(
+        self, at: ParticlePass, temperature: float, repulsion: Repulsion
+    ) -> Direction:
+        """Direction by a kernel for each site."""
+        return self.move(at, scores_at(at, repulsion), temperature)
+
+    def move(self, at: ParticlePass, scores: Scores, temperature: float) -> Direction:
+        """Direction where the scores are known."""
+        grams = {
+            site: gram_and_slope(self.kernel, squared_distances(x.detach()))
+            for site, x in at.particles.items()
+        }
+        return _combined(self.transport, grams, at.particles, scores, temperature)
+
+
+def _combined(
+    transport: Transport,
+    grams: Mapping[str, tuple[Tensor, Tensor]],
+    particles: Weights,
+    scores: Scores,
     temperature: float,
-    strength: float | Strength,
-    preconditioner: Preconditioner | None,
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    r"""Stein or repulsive direction with a kernel between weights or their updates.
+) -> Direction:
+    """The direction by the Gram matrix and slopes (K, K) of each site."""
+    by_site, squares = {}, []
+    for site, x in particles.items():
+        pull, push = transport.weights(*grams[site], scores.repulsion)
+        by_site[site], of_site = combine(
+            scores.by_site[site], x.detach(), pull / temperature, push
+        )
+        squares.append(of_site)
+    norms = (torch.stack(squares).sum(0) / len(scores.log_joint)).sqrt()
+    mean_kernels = [mean_off_diagonal(gram) for gram, _ in grams.values()]
+    mean_kernel = torch.stack(mean_kernels).mean()
+    return Direction(by_site, scores.log_joint, norms[0], norms[1], mean_kernel)
 
-    With a preconditioner P it is that of the coordinates :math:`P^{1/2} x`, in x:
-    :math:`P^{-1}` times the direction, distances by P (Wang et al. 2019,
-    https://arxiv.org/abs/1910.12794, the constant preconditioner). The gradient of
-    such a distance is P times the difference, so that the repulsion needs no P at all.
+
+def squared_distances(particles: Tensor) -> Tensor:
+    """Squared distances between particles, by a Gram matrix.
 
     Args:
-        target: The model.
-        particles: Site -> (K, ...), unconstrained.
-        gradients: Of the log joint, there.
-        kernel: A function of squared distances, or ``NoRepulsion()``.
-        space: ``"joint"``, ``"site"``, ``"coordinate"`` or ``"delta"``.
-        form: ``"stein"`` or ``"repulsive"``.
-        temperature: T.
-        strength: Of the repulsive form: a number, or a function of (minibatch loss,
-            N).
-        preconditioner: P, for joint or site space.
+        particles: (K, ...).
 
     Returns:
-        Site -> direction (K, ...); and log joint (K,), norms of attraction and
-        repulsion, and mean kernel value.
+        (K, K), zero on the diagonal, in float32 or wider.
     """
-    scores, fixed = gradients.by_site, {s: x.detach() for s, x in particles.items()}
-    if preconditioner is not None:
-        scores = preconditioner.times_covariance(scores)
-    series = {"log_joint": gradients.log_joint}
-    if callable(strength):
-        assert gradients.loss is not None
-        assert gradients.num_data is not None
-        strength = strength(float(gradients.loss.mean()), gradients.num_data)
-    if not isinstance(kernel, NoRepulsion) and space in ("joint", "site"):
-        grams = _grams(kernel, space, fixed, preconditioner)
-        direction, squares = {}, []
-        for site, x in fixed.items():
-            pull, push = _weights(form, *grams[site], strength)
-            direction[site], found = transport.combine(
-                scores[site], x, pull / temperature, push
+    return distances_from_products(centred_products(particles))
+
+
+def centred_products(particles: Tensor) -> Tensor:
+    """Inner products of particles (K, ...) less their mean, (K, K).
+
+    Distances are those of the particles themselves, with less cancellation. In float32
+    or wider.
+    """
+    blocks = (_centred(block) for block in _blocks(particles))
+    return torch.stack([x @ x.mT for x in blocks]).sum(0)
+
+
+def distances_from_products(gram: Tensor) -> Tensor:
+    """Squared distances (K, K) of particles with inner products (K, K)."""
+    norms = gram.diagonal()
+    sq_dists = (norms[:, None] + norms[None, :] - gram - gram.mT).clamp_min(0)
+    return sq_dists - torch.diag_embed(sq_dists.diagonal())
+
+
+def gram_and_slope(kernel: Kernel, sq_dists: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Kernel and its derivative :math:`\kappa'` in the squared distance.
+
+    Args:
+        kernel: A function (K, K) -> (K, K), elementwise in the squared distances.
+        sq_dists: (..., K, K).
+
+    Returns:
+        Gram matrix and slopes, both (..., K, K), constants.
+
+    Raises:
+        ValueError: If the kernel doesn't give a (K, K) matrix.
+    """
+    with torch.enable_grad():
+        leaf = sq_dists.detach().requires_grad_()
+        gram = kernel(leaf)
+        if gram.shape != leaf.shape:
+            raise ValueError(
+                f"The kernel maps squared distances {tuple(leaf.shape)} to shape "
+                f"{tuple(gram.shape)}; it must give the Gram matrix of the same shape."
             )
-            squares.append(found)
-        norms = (torch.stack(squares).sum(0) / len(gradients.log_joint)).sqrt()
-        mean_kernels = [transport.mean_off_diagonal(gram) for gram, _ in grams.values()]
-        mean_kernel = torch.stack(mean_kernels).mean()
-        series |= {"attraction": norms[0], "repulsion": norms[1]}
-        return direction, {**series, "mean_kernel": mean_kernel}
-    scores = {s: g / temperature for s, g in scores.items()}
-    if isinstance(kernel, NoRepulsion):
-        zero = gradients.log_joint.new_zeros(())
-        series |= {"attraction": transport.norm(scores), "repulsion": zero}
-        return scores, {**series, "mean_kernel": zero}
-    if space == "coordinate":
-        attractions, repulsions, mean_kernel = coordinate_direction(
-            kernel, fixed, scores, form
-        )
-    else:
-        delta = DeltaSpace(target.networks)
-        gram, slope = transport.gram_and_slope(kernel, delta.squared_distances(fixed))
-        pull, _ = _weights(form, gram, slope, strength)
-        attractions = {s: transport.attract(x, pull) for s, x in scores.items()}
-        repulsions = (
-            delta.stein_repulsion(fixed, slope)
-            if form == "stein"
-            else delta.repel(fixed, gram, slope)
-        )
-        mean_kernel = transport.mean_off_diagonal(gram)
-    if form == "repulsive":
-        repulsions = {site: strength * x for site, x in repulsions.items()}
-    series |= {
-        "attraction": transport.norm(attractions),
-        "repulsion": transport.norm(repulsions),
-        "mean_kernel": mean_kernel,
-    }
-    return {s: attractions[s] + repulsions[s] for s in particles}, series
+        (slope,) = torch.autograd.grad(gram.sum(), leaf)
+    # a particle doesn't repel itself, even if the slope is inf
+    slope.diagonal(dim1=-2, dim2=-1).zero_()
+    return gram.detach(), slope
 
 
-def _weights(
-    form: Literal["stein", "repulsive"], gram: Tensor, slope: Tensor, strength: float
+def combine(
+    scores: Tensor, particles: Tensor, pull: Tensor, push: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The matrices (K, K) of both terms."""
-    if form == "stein":
-        return transport.stein_weights(gram, slope)
-    pull, push = transport.repulsive_weights(gram, slope)
-    return pull, strength * push
+    r"""Direction :math:`\phi_i = \sum_j (a_{ij} s_j + c_{ij} x_j)`, in one pass.
+
+    Args:
+        scores: s, (K, ...).
+        particles: x, (K, ...).
+        pull: a, (K, K).
+        push: c, (K, K), with rows that add up to 0.
+
+    Returns:
+        (K, ...); and the sums of squares of both terms, (2,).
+    """
+    direction = torch.empty_like(particles, memory_format=torch.contiguous_format)
+    rows = direction.view(len(particles), -1)
+    squares, start = [], 0
+    for s, x in zip(_blocks(scores), _blocks(particles), strict=True):
+        x = _centred(x)  # c times their mean is 0, and its rounding errors are large
+        attraction, repulsion = pull.to(x) @ s.to(x), push.to(x) @ x
+        squares += [attraction.square().sum(), repulsion.square().sum()]
+        stop = start + x.shape[1]
+        rows[:, start:stop] = attraction.add_(repulsion)
+        start = stop
+    return direction, torch.stack(squares).double().view(-1, 2).sum(0)
 
 
-def _grams(
-    kernel: Kernel,
-    space: Space,
-    particles: dict[str, Tensor],
-    preconditioner: Preconditioner | None,
-) -> dict[str, tuple[Tensor, Tensor]]:
-    if preconditioner is None:
-        products = {s: transport.centred_products(x) for s, x in particles.items()}
-    else:
-        centred = {s: x - x.mean(0) for s, x in particles.items()}
-        weighted = preconditioner.times_precision(centred)
-        products = {s: transport.products(x, weighted[s]) for s, x in centred.items()}
-    if space == "joint":
-        joint = torch.stack(list(products.values())).sum(0)
-        distances = transport.distances_from_products(joint)
-        return dict.fromkeys(particles, transport.gram_and_slope(kernel, distances))
-    return {
-        s: transport.gram_and_slope(kernel, transport.distances_from_products(gram))
-        for s, gram in products.items()
-    }
+def attract(scores: Tensor, pull: Tensor) -> Tensor:
+    """The first term alone, (K, ...)."""
+    rows = _wide(_rows(scores))
+    return (pull.to(rows) @ rows).to(scores.dtype).reshape(scores.shape)
+
+
+def repel(particles: Tensor, push: Tensor) -> Tensor:
+    """The second term alone, (K, ...)."""
+    x = _centred(_rows(particles))
+    return (push.to(x) @ x).reshape(particles.shape)
+
+
+def spread(particles: Mapping[str, Tensor]) -> Tensor:
+    """Root mean square distance of the particles from their mean, a scalar."""
+    squares = [
+        _centred(block).square().sum()
+        for x in particles.values()
+        for block in _blocks(x.detach())
+    ]
+    return _root_mean_square(squares, particles)
+
+
+def mean_off_diagonal(gram: Tensor) -> Tensor:
+    """Mean kernel value between different particles, (...) of (..., K, K).
+
+    It is 1 where there is just one.
+    """
+    num_particles = gram.shape[-1]
+    if num_particles == 1:
+        return gram.new_ones(gram.shape[:-2])
+    total = gram.sum((-2, -1)) - gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return total / (num_particles * (num_particles - 1))
+
+
+def norm(values: Mapping[str, Tensor]) -> Tensor:
+    """Root mean square over particles of the norm over all sites, a scalar."""
+    squares = [
+        _wide(block).square().sum() for x in values.values() for block in _blocks(x)
+    ]
+    return _root_mean_square(squares, values)
+
+
+def _root_mean_square(squares: list[Tensor], like: Mapping[str, Tensor]) -> Tensor:
+    num_particles = next(iter(like.values())).shape[0]
+    return (torch.stack(squares).double().sum() / num_particles).sqrt()
+
+
+def _rows(particles: Tensor) -> Tensor:
+    return particles.reshape(particles.shape[0], -1)  # (K, D), D = 1 for scalars
+
+
+def _blocks(particles: Tensor) -> tuple[Tensor, ...]:
+    """Columns of the rows, in parts (K, n)."""
+    size = LARGE_BLOCK if particles.is_cuda else BLOCK
+    return _rows(particles).split(max(1, size // len(particles)), 1)
+
+
+def _centred(rows: Tensor) -> Tensor:
+    rows = _wide(rows)
+    return rows - rows.mean(0)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _differences(slope: Tensor) -> Tensor:
+    # c of -2 sum_j kappa'_ij (x_i - x_j)
+    return 2 * (slope - slope.sum(1).diag())

@@ -1,0 +1,128 @@
+"""Any Pyro guide as a posterior: a stock autoguide, or a function of the user's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from pyro_lora.ground.settings import check_count
+from pyro_lora.ground.weights import Weights
+from pyro_lora.lifting.lifted_network import LiftedNetwork
+from pyro_lora.likelihood.model_trace import (
+    Model,
+    lifted_networks,
+    trace_at,
+    trace_on,
+)
+from pyro_lora.posteriors.prior import networks_prior
+from pyro_lora.priors import Prior
+
+Guide = Callable[..., Any]  # any Pyro guide
+
+
+@dataclass(frozen=True, eq=False)
+class GuidePosterior:
+    """A Pyro guide without local latent variables.
+
+    Attributes:
+        guide: The guide.
+        own_model: The model that it is for, where the guide doesn't have it itself.
+        called_with: The arguments of its call; autoguides that have run need none.
+    """
+
+    guide: Guide
+    own_model: Model | None = None
+    called_with: Mapping[str, Any] = field(default_factory=dict)
+
+    obs_site: ClassVar[str | None] = None
+    num_samples: ClassVar[int | None] = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The guide's own statements."""
+        return self.guide(*args, **kwargs)
+
+    @property
+    def model(self) -> Model | None:
+        """The model; stock autoguides have theirs."""
+        own: Model | None = getattr(self.guide, "model", None)
+        return own if self.own_model is None else self.own_model
+
+    @property
+    def networks(self) -> tuple[LiftedNetwork, ...]:
+        """Those of the model that an autoguide has seen; of a function none."""
+        trace = getattr(self.guide, "prototype_trace", None)
+        return () if trace is None else lifted_networks(trace)
+
+    @property
+    def prior(self) -> Prior:
+        """The prior of the networks."""
+        return networks_prior(self.networks)
+
+    def sample(self, num_samples: int) -> Weights:
+        """Draws, site -> value with a leading (S,)."""
+        return self.sample_with_log_prob(num_samples)[0]
+
+    def sample_with_log_prob(self, num_samples: int) -> tuple[Weights, Tensor]:
+        """Draws, and the log density of each in nats, (S,).
+
+        Auxiliary variables of the guide count in the density, so that it isn't one of
+        the draws alone.
+        """
+        check_count("num_samples", num_samples)
+        draws, log_probs = [], []
+        with torch.no_grad():
+            for _ in range(num_samples):
+                trace = trace_on(self.guide, (), self.called_with)
+                log_probs.append(trace.log_prob_sum())
+                draws.append({s: node["value"] for s, node in _latents(trace).items()})
+        weights = {site: torch.stack([d[site] for d in draws]) for site in draws[0]}
+        return weights, torch.stack(log_probs)
+
+    def log_prob(self, weights: Mapping[str, Tensor]) -> Tensor:
+        """Log density in nats, (S,) for weights with a leading (S,).
+
+        Raises:
+            ValueError: If the guide has auxiliary variables, as most autoguides do, and
+                so no density of given weights.
+        """
+        found = []
+        for s in range(len(next(iter(weights.values())))):
+            at = {site: value[s] for site, value in weights.items()}
+            trace = trace_at(self.guide, at, self.called_with)
+            if any(_is_auxiliary(node) for node in trace.nodes.values()):
+                raise ValueError(
+                    f"{type(self.guide).__name__} has auxiliary variables, and so no "
+                    "density of given weights."
+                )
+            found.append(trace.log_prob_sum())
+        return torch.stack(found)
+
+    def gaussians(self) -> list[tuple[float, Any]]:
+        """None, whatever the guide's distributions are."""
+        return []
+
+    def median(self) -> Weights | None:
+        """An autoguide's median, site -> value; None where the guide has none."""
+        median = getattr(self.guide, "median", None)
+        return None if median is None else median()
+
+
+def _latents(trace: Any) -> dict[str, Any]:
+    return {
+        name: node
+        for name, node in trace.nodes.items()
+        if node["type"] == "sample"
+        and not node["is_observed"]
+        and not site_is_subsample(node)
+        and not _is_auxiliary(node)
+    }
+
+
+def _is_auxiliary(node: Mapping[str, Any]) -> bool:
+    infer = node["infer"] if node["type"] == "sample" else {}
+    return bool(infer.get("is_auxiliary"))

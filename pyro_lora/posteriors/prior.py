@@ -1,0 +1,286 @@
+"""The prior of a posterior: what it may be, draws of it, its density at draws.
+
+A prior is a function of a lifted network that samples its sites. A posterior has the
+one that it was made with: its networks' own, or one that tuning has found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from pyro_lora.curvature.prior_moments import counted_scale
+from pyro_lora.ground.weights import Weights
+from pyro_lora.lifting.lifted_network import LiftedNetwork
+from pyro_lora.likelihood.model_trace import Model, trace_at
+from pyro_lora.priors import Prior
+from pyro_lora.priors.prior import NOISE
+
+
+def networks_prior(networks: Sequence[LiftedNetwork]) -> Prior:
+    """The prior that networks were lifted with, of each the one of its sites.
+
+    Args:
+        networks: Lifted networks; with none it's that of whichever is asked about.
+    """
+    if not networks:
+        return _own_prior
+    if len(networks) == 1:
+        return networks[0].prior
+    return _PriorOfEach({frozenset(lora.sites): lora.prior for lora in networks})
+
+
+def _own_prior(lora: LiftedNetwork) -> Weights:
+    return lora.prior(lora)
+
+
+@dataclass(frozen=True, eq=False)
+class _PriorOfEach:
+    """Of several networks, each told by its sites, the prior of each."""
+
+    priors: Mapping[frozenset[str], Prior]
+
+    def __call__(self, lora: LiftedNetwork) -> Weights:
+        return self.priors[frozenset(lora.sites)](lora)
+
+
+def normal_prior(mean: Weights, precision: Weights, fixed: Weights) -> Prior:
+    """The prior N(mean, 1 / precision), both by site, and Deltas at fixed values."""
+    fns: dict[str, dist.TorchDistribution] = {
+        site: dist.Normal(x, precision[site].rsqrt().expand(x.shape)).to_event(x.ndim)
+        for site, x in mean.items()
+    }
+    fns |= {site: dist.Delta(x, event_dim=x.ndim) for site, x in fixed.items()}
+    return _SitePriors(fns)
+
+
+@dataclass(frozen=True, eq=False)
+class _SitePriors:
+    """A distribution for each site."""
+
+    fns: Mapping[str, dist.TorchDistribution]
+
+    def __call__(self, lora: LiftedNetwork) -> Weights:
+        return {site: pyro.sample(site, self.fns[site]) for site in lora.sites}
+
+
+def scaled(prior: Prior, scales: Mapping[str, float | Tensor]) -> Prior:
+    """The prior with log densities that count as a model says.
+
+    Args:
+        prior: The prior.
+        scales: Site -> scale, as
+            :func:`~pyro_lora.curvature.prior_moments.model_scales` finds them.
+    """
+    return _Scaled(prior, dict(scales)) if scales else prior
+
+
+@dataclass(frozen=True, eq=False)
+class _Scaled:
+    """A prior some of whose sites count as a model says."""
+
+    prior: Prior
+    scales: Mapping[str, float | Tensor]
+
+    def __call__(self, lora: LiftedNetwork) -> Weights:
+        with _Scaling(self.scales):
+            return self.prior(lora)
+
+
+def fixing(prior: Prior, fixed: Weights) -> Prior:
+    """The prior with some sites fixed at values: Deltas."""
+    return _Fixing(prior, fixed) if fixed else prior
+
+
+@dataclass(frozen=True, eq=False)
+class _Fixing:
+    """A prior with some sites fixed at values."""
+
+    prior: Prior
+    fixed: Weights
+
+    def __call__(self, lora: LiftedNetwork) -> Weights:
+        fns = {s: dist.Delta(x, event_dim=x.ndim) for s, x in self.fixed.items()}
+        with _UnderPrior(fns):
+            return self.prior(lora)
+
+
+@dataclass(frozen=True, eq=False)
+class PriorAtParameters:
+    """A prior whose ``pyro.param`` statements take given values.
+
+    Attributes:
+        prior: The prior.
+        values: Name -> value.
+    """
+
+    prior: Prior
+    values: Mapping[str, Tensor]
+
+    def __call__(self, lora: LiftedNetwork) -> Weights:
+        """Sample every site."""
+        with AtParameters(self.values):
+            return self.prior(lora)
+
+
+class AtParameters(Messenger):
+    """``pyro.param`` statements take given values; the param store stays as it is."""
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.values = values
+
+    def _pyro_param(self, msg: Any) -> None:
+        if msg["name"] in self.values:
+            msg["value"] = self.values[msg["name"]]
+
+
+class _UnderPrior(Messenger):
+    """Sites that are sampled from other distributions than the model says."""
+
+    def __init__(self, fns: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.fns = fns
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self.fns and not msg["is_observed"]:
+            msg["fn"] = self.fns[msg["name"]]
+
+
+class _Scaling(Messenger):
+    """Sites whose log densities count as much as is said here."""
+
+    def __init__(self, scales: Mapping[str, float | Tensor]) -> None:
+        super().__init__()
+        self.scales = scales
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self.scales:
+            msg["scale"] = self.scales[msg["name"]]
+
+
+def under_prior(
+    model: Model, prior: Prior, networks: Sequence[LiftedNetwork], like: Any
+) -> Model:
+    """The model with another prior on the sites of its lifted networks.
+
+    It counts as it says: a ``poutine.scale`` in the model, which tempers the prior
+    there, is part of this one where it should be.
+
+    Args:
+        model: A Pyro model.
+        prior: The prior; its sites are independent given their names.
+        networks: The lifted networks.
+        like: Site -> a value of the site's shape.
+
+    Returns:
+        A Pyro model; the one given is as before.
+    """
+    nodes: dict[str, Any] = {}
+    for lora in networks:
+        trace = trace_at(partial(prior, lora), like, {})
+        nodes |= {site: trace.nodes[site] for site in lora.sites}
+    fns = {site: node["fn"] for site, node in nodes.items()}
+    scales = {site: counted_scale(node) for site, node in nodes.items()}
+
+    def changed(*args: Any, **kwargs: Any) -> Any:
+        with _Scaling(scales), _UnderPrior(fns):
+            return model(*args, **kwargs)
+
+    return changed
+
+
+@torch.no_grad()
+def prior_draws(prior: Prior, loras: Sequence[LiftedNetwork], num: int) -> Weights:
+    """Draws of every latent site of the prior.
+
+    Args:
+        prior: The prior.
+        loras: The lifted networks.
+        num: S.
+
+    Returns:
+        Site -> (S, ...), the prior's own latent scales included.
+    """
+    found: dict[str, list[Tensor]] = {}
+    for lora in loras:
+        for _ in range(num):
+            trace: Any = poutine.trace(prior).get_trace(lora)
+            for name, node in _latent_nodes(trace).items():
+                found.setdefault(name, []).append(node["value"])
+    return {name: torch.stack(values) for name, values in found.items()}
+
+
+@torch.no_grad()
+def with_scaled_sites(
+    prior: Prior, loras: Sequence[LiftedNetwork], draws: Mapping[str, Tensor]
+) -> Weights:
+    """The draws, and what a non-centred prior makes of their noise.
+
+    Args:
+        prior: The prior.
+        loras: The lifted networks.
+        draws: Site -> (S, ...), all latent sites of the prior.
+
+    Returns:
+        Site -> (S, ...): where the latents are ``<site>_decentered``, the site, too.
+    """
+    if not any(site.endswith(NOISE) for site in draws):
+        return dict(draws)
+    found: dict[str, list[Tensor]] = {}
+    for lora in loras:
+        for s in range(next(iter(draws.values())).shape[0]):
+            at = {site: value[s] for site, value in draws.items()}
+            trace = trace_at(lambda lora=lora: prior(lora), at, {})
+            for name, node in trace.nodes.items():
+                if f"{name}{NOISE}" in draws:
+                    found.setdefault(name, []).append(node["value"])
+    return dict(draws) | {name: torch.stack(values) for name, values in found.items()}
+
+
+def log_prior_by_site(
+    prior: Prior, loras: Sequence[LiftedNetwork], draws: Mapping[str, Tensor]
+) -> Weights:
+    """Log density of each site under the prior.
+
+    Args:
+        prior: The prior.
+        loras: The lifted networks.
+        draws: Site -> (S, ...).
+
+    Returns:
+        Site -> (S,), nats, float64 (a sum over thousands of weights), differentiable.
+    """
+    found: dict[str, list[Tensor]] = {}
+    num_draws = next(iter(draws.values())).shape[0]
+    for lora in loras:
+        for s in range(num_draws):
+            at = {site: value[s].double() for site, value in draws.items()}
+            trace = trace_at(lambda lora=lora: prior(lora), at, {})
+            for name, node in _latent_nodes(trace).items():
+                if name in draws:
+                    log_prob = node["fn"].log_prob(node["value"])
+                    counted = scale_and_mask(log_prob, node["scale"], node["mask"])
+                    found.setdefault(name, []).append(counted.sum())
+    return {name: torch.stack(values) for name, values in found.items()}
+
+
+def _latent_nodes(trace: Any) -> dict[str, Any]:
+    return {
+        name: node
+        for name, node in trace.nodes.items()
+        if node["type"] == "sample"
+        and not node["is_observed"]
+        and not site_is_subsample(node)
+    }

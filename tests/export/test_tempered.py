@@ -1,0 +1,185 @@
+"""``poutine.scale`` around ``lora()`` or the model: one log joint everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.optim import Adam
+from torch import Tensor
+
+import pyro_lora as pl
+from pyro_lora.diagnose.log_joint import LogJoint
+from pyro_lora.posteriors.posterior import as_posterior
+from tests.curvature.gauss_newton import flatten
+from tests.infer.linear_regression import NOISE_SD, NUM_DATA, linear_regression
+from tests.infer.test_auto_laplace_refits import normal_prior, student_prior
+from tests.predict import models
+
+Model = Callable[..., Any]
+ignore_mode = pytest.mark.filterwarnings("ignore:The weights aren't a mode")
+
+
+def around_lora(lora: pl.LiftedNetwork, scale: float) -> Model:
+    def model(labels: Tensor | None = None, **inputs: Tensor) -> None:
+        with poutine.scale(scale=scale):
+            net = lora()
+        logits = net(**inputs).logits
+        with pyro.plate("data", models.NUM_DATA, subsample=inputs["input_ids"]):
+            pyro.sample("y", dist.Categorical(logits=logits), obs=labels)
+
+    return model
+
+
+def around_model(lora: pl.LiftedNetwork, scale: float) -> Model:
+    return poutine.scale(pl.models.classification(lora, models.NUM_DATA), scale)
+
+
+def around_both(lora: pl.LiftedNetwork, scale: float) -> Model:
+    return poutine.scale(around_lora(lora, scale), 0.5)
+
+
+def masked(lora: pl.LiftedNetwork, scale: float) -> Model:
+    """No prior at all, as by ``poutine.mask(mask=False)``; the scale is of the data."""
+
+    def model(labels: Tensor | None = None, **inputs: Tensor) -> None:
+        with poutine.mask(mask=False):
+            net = lora()
+        logits = net(**inputs).logits
+        with pyro.plate("data", models.NUM_DATA, subsample=inputs["input_ids"]):
+            pyro.sample("y", dist.Categorical(logits=logits), obs=labels)
+
+    return poutine.scale(model, scale)
+
+
+def particles(lora: pl.LiftedNetwork, model: Model) -> pl.ParticlePosterior:
+    return models.particles(lora, model)
+
+
+def laplace(lora: pl.LiftedNetwork, model: Model) -> pl.LaplacePosterior:
+    return models.laplace(lora, model, models.two_batches())
+
+
+def mixture(lora: pl.LiftedNetwork, model: Model) -> pl.MixturePosterior:
+    return pl.MixturePosterior([laplace(lora, model), particles(lora, model)])
+
+
+def stock(lora: pl.LiftedNetwork, model: Model) -> Any:
+    return models.guide_over(lora.weights())
+
+
+PLACES = [around_lora, around_model, around_both]
+CASES = [(kind, place) for kind in (particles, laplace, stock) for place in PLACES]
+CASES += [(mixture, around_lora), (particles, masked), (stock, masked)]
+
+
+@pytest.mark.parametrize(("kind", "place"), CASES)
+@pytest.mark.parametrize("scale", [0.1, 3.0])
+def test_lp_is_the_models_log_joint(
+    kind: Callable[..., Any], place: Callable[..., Model], scale: float
+) -> None:
+    lora, _ = models.classifier()
+    model = place(lora, scale)
+    posterior, batches = kind(lora, model), models.two_batches()
+    options: Any = {"model": model, "method": "sample", "obs_site": "y"}
+    tree = pl.to_datatree(posterior, batches, num_samples=3, weights="raw", **options)
+    weights = {
+        site: torch.as_tensor(tree["posterior"][site].values[0]).reshape(3, *x.shape)
+        for site, x in lora.weights().items()
+    }
+    (whole,) = models.resized(batches, models.NUM_DATA)
+    posterior = as_posterior(posterior, model, batches[0])
+    joint = LogJoint(posterior, model, batches, "y")
+    log_joint = torch.stack(joint.at(weights)).sum(0)
+    for s in range(3):
+        at = models.draw(weights, s)
+        trace = poutine.trace(poutine.condition(model, at)).get_trace(**whole)
+        expected = float(trace.log_prob_sum().detach())
+        assert float(tree["sample_stats"]["lp"][0, s]) == pytest.approx(
+            expected, rel=1e-9
+        )
+        assert float(log_joint[s]) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_diagnose_has_the_gradient_of_the_models_log_joint(
+    place: Callable[..., Model],
+) -> None:
+    lora, _ = models.classifier()
+    model = place(lora, 0.1)
+    posterior, batches = laplace(lora, model), models.two_batches()
+    (whole,) = models.resized(batches, models.NUM_DATA)
+    leaves = {s: x.clone().requires_grad_() for s, x in posterior.mode().items()}
+    trace: Any = poutine.trace(poutine.condition(model, leaves)).get_trace(**whole)
+    expected = torch.autograd.grad(trace.log_prob_sum(), list(leaves.values()))
+    found = LogJoint(posterior, model, batches, "y").gradient(posterior.mode())
+    for (site, g), e in zip(found.items(), expected, strict=True):
+        torch.testing.assert_close(g, e, rtol=1e-9, atol=1e-9, msg=site)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_file_keeps_the_scale(place: Callable[..., Model], tmp_path: Path) -> None:
+    lora, _ = models.classifier()
+    model = place(lora, 0.1)
+    posterior, batches = laplace(lora, model), models.two_batches()
+    pl.save(posterior, tmp_path)
+    again = pl.load(tmp_path, lora, model=model)
+    weights = models.jittered(lora, 2)
+    found, expected = (
+        torch.stack(LogJoint(p, model, batches, "y").at(weights))
+        for p in (again, posterior)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+
+
+@ignore_mode
+@pytest.mark.parametrize(("in_model", "on_prior"), [(1.0, 0.1), (0.4, 1.0)])
+def test_refits_end_at_the_mode_under_the_prior_found(
+    in_model: float, on_prior: float
+) -> None:
+    task = linear_regression()
+
+    def model(x: Tensor, y: Tensor | None = None) -> None:
+        with poutine.scale(scale=on_prior):
+            net = task.lora()
+        loc = net(x)[..., 0]
+        with pyro.plate("data", NUM_DATA, subsample=x):
+            pyro.sample("y", dist.Normal(loc, NOISE_SD), obs=y)
+
+    whole = [task.whole]
+    guide = pl.AutoLaplace(
+        poutine.scale(model, in_model),
+        init_loc_fn=task.lora.init_to_adapter(),
+        structure=pl.structures.Dense(),
+    )
+    first = guide.laplace_approximation(whole)
+    posterior = first.optimize_prior()
+    (tau,) = {float(x.flatten()[0]) for x in posterior.prior_precision.values()}
+    found = guide.refit(posterior, whole, Adam({"lr": 0.05}), num_epochs=300)
+    gram = in_model * task.design.mT @ task.design / NOISE_SD**2
+    right = in_model * task.design.mT @ task.y / NOISE_SD**2
+    expected = torch.linalg.solve(gram + tau * torch.eye(4).double(), right)
+    torch.testing.assert_close(flatten(found.mode()), expected, rtol=0, atol=1e-4)
+
+
+@ignore_mode
+@pytest.mark.parametrize("prior", [normal_prior, student_prior])
+def test_parameters_of_a_tempered_prior_are_trained_as_it_counts(prior: Any) -> None:
+    pyro.clear_param_store()
+    lora, _ = models.classifier()
+    lora = lora.with_prior(prior)
+    batches = models.two_batches()
+    outside = models.laplace(lora, around_lora(lora, 0.3), batches)
+    lora = lora.with_prior(poutine.scale(prior, scale=0.3))
+    plain = pl.models.classification(lora, models.NUM_DATA)
+    inside = models.laplace(lora, plain, batches)
+    torch.testing.assert_close(
+        outside.optimize_prior(per="prior").log_evidence(),
+        inside.optimize_prior(per="prior").log_evidence(),
+    )
