@@ -44,13 +44,14 @@ $(TEST_STAMP): $(STAMP)
 test: lint $(TEST_STAMP)
 	$(BIN)/python -m pytest --numprocesses auto
 
-# The least versions that pyproject.toml allows, in an environment of their own.
+# The least versions that pyproject.toml allows, in an environment of their own. They
+# warn of what later versions of one another deprecate.
 test-oldest:
 	@$(PYTHON) -m venv .venv-oldest
 	@.venv-oldest/bin/python -m pip install --quiet uv
 	@.venv-oldest/bin/uv pip install --quiet --python .venv-oldest/bin/python \
 	  --resolution lowest-direct --editable '.[dev]'
-	.venv-oldest/bin/python -m pytest --numprocesses auto
+	.venv-oldest/bin/python -m pytest --numprocesses auto -W ignore::DeprecationWarning
 
 test-slow: $(TEST_STAMP)
 	$(BIN)/python -m pytest -m slow --numprocesses auto

@@ -1,6 +1,7 @@
 """Bad calls end in the library's own words, over engines, models and faults."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyro.optim import Adam
 from torch import Tensor
 
 import pyro_lora as pl
@@ -71,6 +73,30 @@ def test_rows_that_differ_are_named_beside_labels_that_do_not_fit() -> None:
 
     with pytest.raises(ValueError, match=r"rows differ, .'attention_mask': 1, 'labels"):
         trace_on(model, (), batch)
+
+
+@pytest.mark.parametrize("engine", ["laplace", "svgd"])
+@pytest.mark.parametrize("fn", [dist.Poisson, partial(dist.Normal, scale=1.0)])
+def test_outputs_that_keep_their_last_dim_are_refused(engine: str, fn: Any) -> None:
+    # (B, 1) in a plate of B data is a likelihood of (B, B): each output for all data.
+    lora = pl.lift(networks.bert(num_labels=1, num_layers=1))
+    data = networks.batch()
+
+    def model(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> None:
+        f = lora()(input_ids=input_ids, attention_mask=attention_mask).logits
+        with pyro.plate("data", len(labels), subsample=labels):
+            pyro.sample("y", fn(f.exp()), obs=labels.to(f))
+
+    start = lora.init_to_adapter()
+    guide = pl.AutoLaplace(model, init_loc_fn=start)
+    optim = Adam({"lr": 0.01})
+    svgd = pl.SVGD(model, pl.kernels.NoRepulsion(), optim, 1, init_loc_fn=start)
+    run = {
+        "laplace": partial(guide.laplace_approximation, [data]),
+        "svgd": partial(svgd.step, **data),
+    }[engine]
+    with pytest.raises(ValueError, match=r"batch shape \(5, 5\).*\[..., 0\]"):
+        run()
 
 
 NUMBERS = st.floats(width=32) | st.integers(-3, 5).map(float)

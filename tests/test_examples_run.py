@@ -43,7 +43,13 @@ def shows(name: str, found: dict[str, Any]) -> bool:
     return len(found["answer"](found["request"])) == 8
 
 
-@pytest.mark.parametrize("name", PAGES)
+def by_time(name: str) -> Any:
+    """The examples that take longest are for the slow tests."""
+    marks = [pytest.mark.slow] if name in ("active_learning", "regression") else []
+    return pytest.param(name, marks=marks)
+
+
+@pytest.mark.parametrize("name", [by_time(name) for name in PAGES])
 def test_it_runs(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     found = runpy.run_module(f"examples.{name}", run_name="__main__")
     assert shows(name, found)

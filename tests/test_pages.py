@@ -85,6 +85,7 @@ def test_prediction(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.filterwarnings("ignore:Estimated shape parameter of Pareto")
 @pytest.mark.filterwarnings("ignore:In a future version of xarray:FutureWarning")
 def test_arviz(capsys: pytest.CaptureFixture[str]) -> None:
+    plt.close("all")  # those of other pages
     names = names_after("quickstart", "arviz")
     assert len(names["svgd_tree"]["posterior"].draw) == 4
     assert len(names["chain_tree"]["posterior"].draw) == 10
@@ -114,6 +115,7 @@ def test_text() -> None:
     assert len(set(names["third"])) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.untrained
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_:FutureWarning")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")

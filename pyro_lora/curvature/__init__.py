@@ -7,6 +7,6 @@ structure turns both into factors, which ``fit`` sums over the data; out comes a
 Gaussian (``block_gaussian``, ``dense_gaussian``). ``linearize`` pushes that Gaussian
 through the network's Jacobian to Gaussian logits, and ``integrals`` to probabilities.
 
-One more structure: a frozen value with the members of ``LayerStructure`` or
+One more structure: a frozen value, of a subclass of ``LayerStructure`` or
 ``JointStructure`` in ``structures``; yours may live in a file of your own.
 """

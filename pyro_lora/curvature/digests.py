@@ -102,7 +102,8 @@ class _Walk:
         x = value.detach()
         self._say("tensor", str(x.dtype), tuple(x.shape))
         if x.device.type != "meta" and type(value) in (Tensor, nn.Parameter):
-            flat = x.cpu().contiguous().reshape(-1)
+            # A copy: an expanded number counts as contiguous, with strides of 0.
+            flat = x.cpu().clone(memory_format=torch.contiguous_format).reshape(-1)
             self._digest.update(flat.view(torch.uint8).numpy())
 
     def _module(self, value: nn.Module) -> None:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -258,7 +259,7 @@ def fit_fisher(
 
     checkpoints: list[PassCheckpoint] = []
 
-    names = iter(["Fisher", *(f"Fisher-{n}" for n in range(2, 1 + passes))])
+    names = chain(["Fisher"], (f"Fisher-{n}" for n in count(2)))
 
     def data_pass(summed: BatchStructure) -> tuple[DataSums, Any]:
         name = next(names)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from pyro_lora.ground.interrupts import unvalidated
 _NUM_POINTS = 4096
 # Of a mixture that is kept for each datum.
 _NUM_JOINT_POINTS = 256
+_NUM_JOINT_NUMBERS = 2**14  # points times parameters, where that is more
 # Nodes in standard deviations. The trapezoid rule converges exponentially: where the
 # likelihood has a width of w of them, its error is about exp(-2 (pi w / step)^2).
 _REACH, _STEP = 8.0, 0.02
@@ -86,7 +87,7 @@ class GaussianLogits:
         :math:`p(y) = \int p(y | f) N(f) df`, the trapezoid rule over each output by
         itself, which resolves a likelihood of a hundredth of the Gaussian's width;
         quasi-Monte Carlo where several parameters make one outcome (the logits of a
-        multinomial).
+        multinomial, a location and a scale), which resolves one of about a third of it.
 
         Returns:
             A distribution of batch shape (Q, B, ...), and Q weights that sum to one.
@@ -102,10 +103,13 @@ class GaussianLogits:
 
     def _components(self, numbers: Callable[[Tensor], Any]) -> tuple[Any, Tensor]:
         mean = self.mean.double()
-        if numbers(mean).event_shape:
-            at_points = numbers(_sobol_logits(self, _NUM_JOINT_POINTS))
-            equal = mean.new_full((_NUM_JOINT_POINTS,), 1 / _NUM_JOINT_POINTS)
-            return at_points, equal
+        fn, num_parameters = numbers(mean), mean.shape[-1]
+        by_itself = num_parameters == 1 or fn.batch_shape == mean.shape
+        if fn.event_shape or not by_itself:  # several parameters make one outcome
+            wanted = max(_NUM_JOINT_NUMBERS // num_parameters, _NUM_JOINT_POINTS)
+            number = 2 ** int(math.log2(wanted))  # of which Sobol's points are even
+            at_points = numbers(_sobol_logits(self, number))
+            return at_points, mean.new_full((number,), 1 / number)
         variance = self.covariance_matrix.double().diagonal(dim1=-2, dim2=-1)
         number = round(2 * _REACH / _STEP) + 1
         z = torch.linspace(-_REACH, _REACH, number, dtype=mean.dtype).to(mean.device)
@@ -191,7 +195,7 @@ class JointGaussianLogits:
 
 
 def _of_choices(
-    integral: Callable[[GaussianLogits], Tensor],
+    integral: Callable[[GaussianLogits], Tensor], *, by_class: bool = True
 ) -> Callable[[GaussianLogits], Tensor]:
     """The integral of each datum over the choices that it has."""
 
@@ -203,7 +207,6 @@ def _of_choices(
         num_classes = present.shape[-1]
         mean, on = logits.mean.flatten(0, -2), present.flatten(0, -2)
         covariance = logits.covariance_matrix.reshape(-1, num_classes, num_classes)
-        entropies = integral.__name__ == "expected_entropy"
         result = mean.new_full((len(mean), num_classes), -math.inf, dtype=torch.float64)
         for choices in on.unique(dim=0):
             rows = (on == choices).all(-1).nonzero()[:, 0]
@@ -216,9 +219,9 @@ def _of_choices(
             if len(at) > 1:
                 found = integral(some)
             result[rows[:, None], at] = found.reshape(len(rows), -1)
-        if entropies:  # the same at every choice
-            return result.amax(-1).reshape(present.shape[:-1])
-        return result.reshape(present.shape)
+        if by_class:
+            return result.reshape(present.shape)
+        return result.amax(-1).reshape(present.shape[:-1])  # the same at every choice
 
     return of_choices
 
@@ -296,7 +299,7 @@ def probit(logits: GaussianLogits) -> Tensor:
     return (-scaled.logsumexp(-1)).log_softmax(-1)
 
 
-@_of_choices
+@partial(_of_choices, by_class=False)
 def expected_entropy(logits: GaussianLogits) -> Tensor:
     r""":math:`E[H(\mathrm{softmax}(f))]` for Gaussian f, by the same integrals.
 

@@ -66,8 +66,8 @@ class LogJoint:
         at = model_at_draws(model, one, first, obs_site)
         (trace,) = at.traces(first)
         self.obs_site, self.site = at.obs_site, trace.nodes[at.obs_site]
-        self.loras = lifted_networks(trace)
-        self.prior = tempered_prior(posterior, model_scales(trace, self.loras))
+        self.networks = lifted_networks(trace)
+        self.prior = tempered_prior(posterior, model_scales(trace, self.networks))
         self.observes_only = observes_only(trace, at.obs_site)
         self.num_data = 0
         for batch in checked_batches(batches):
@@ -102,10 +102,10 @@ class LogJoint:
                     log_prob = datum_log_probs(site)
                 parts.append((log_prob * data_plate(site).scale).sum(-1))
                 if index == 0:
-                    latents.append(latent_log_probs(trace, self.loras))
+                    latents.append(latent_log_probs(trace, self.networks))
             totals.append(torch.cat(parts))
         others = {s: torch.cat([part[s] for part in latents]) for s in latents[0]}
-        log_prior = others | log_prior_by_site(self.prior, self.loras, weights)
+        log_prior = others | log_prior_by_site(self.prior, self.networks, weights)
         return (
             torch.stack(totals).sum(0),
             torch.stack(list(log_prior.values())).sum(0),
@@ -120,12 +120,12 @@ class LogJoint:
         check_gradients()
         leaves = {
             site: mode[site].clone().requires_grad_()
-            for lora in self.loras
+            for lora in self.networks
             for site in lora.sites
         }
-        with torch.enable_grad(), evaluating(self.loras):
+        with torch.enable_grad(), evaluating(self.networks):
             prior = log_prior_by_site(
-                self.prior, self.loras, {s: x[None] for s, x in leaves.items()}
+                self.prior, self.networks, {s: x[None] for s, x in leaves.items()}
             )
             torch.stack(list(prior.values())).sum().backward()
             for batch in checked_batches(self.batches):

@@ -19,6 +19,7 @@ from pyro_lora.export.posterior_state import (
 from pyro_lora.export.weight_variables import without_adapter_name
 from pyro_lora.ground.checked_tensors import CheckedTensors
 from pyro_lora.ground.interrupts import leaving_no_trace
+from pyro_lora.ground.settings import check_kind
 from pyro_lora.ground.tensor_folder import (
     Format,
     Manifest,
@@ -36,7 +37,7 @@ from pyro_lora.lifting.fingerprint import (
     fingerprint,
     restored,
 )
-from pyro_lora.lifting.lifted_network import LiftedNetwork
+from pyro_lora.lifting.lifted_network import LiftedNetwork, check_lora
 from pyro_lora.likelihood.model_trace import Model
 from pyro_lora.posteriors.guide_posterior import Guide
 from pyro_lora.posteriors.posterior import Posterior, as_posterior
@@ -131,16 +132,23 @@ def load(
         ``pyro.param`` values as they were.
 
     Raises:
+        TypeError: If ``lora`` is something else.
         ValueError: If a file is missing, truncated, altered, not one of ours or
             written by a newer version, or the network has other sites, layers or
             scalings, or another prior, where that of the fit wasn't normal.
     """
-    loras = (lora,) if isinstance(lora, LiftedNetwork) else tuple(lora)
+    expected = "a lifted network, or a list of them"
+    check_kind("lora", lora, LiftedNetwork | Sequence, expected)
+    networks = (lora,) if isinstance(lora, LiftedNetwork) else tuple(lora)
+    for network in networks:
+        check_lora(network)
+    if not networks:
+        raise ValueError(f"lora must be {expected}, found none.")
     folder = Path(path)
-    device = next(iter(loras[0].zeros().values())).device
+    device = next(iter(networks[0].zeros().values())).device
 
     def check(manifest: Manifest) -> None:
-        _check_network(manifest.file, manifest.content, loras)
+        _check_network(manifest.file, manifest.content, networks)
 
     manifest, read = read_folder(folder, FORMAT, device, check)
     content: SavedPosterior = manifest.content
@@ -149,8 +157,8 @@ def load(
     try:
         if manifest.version > 1:  # else there were none
             saved = restored(content.networks or (), tensors.values)
-            check_networks(saved, loras, "the posterior")
-        posterior = restore(content.posterior, tensors, loras, model)
+            check_networks(saved, networks, "the posterior")
+        posterior = restore(content.posterior, tensors, networks, model)
         if sites_of(posterior) != content.sites:
             raise ValueError(
                 f"the sites have the shapes {sites_of(posterior)}, the manifest says "
@@ -178,7 +186,7 @@ def load_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     return content.metadata
 
 
-def _layers(loras: Sequence[LiftedNetwork]) -> dict[str, Any]:
+def _layers(networks: Sequence[LiftedNetwork]) -> dict[str, Any]:
     """What tells apart networks whose sites have the same names and shapes.
 
     The parameters of each site in layer order, adapter names left out, and the LoRA
@@ -186,7 +194,7 @@ def _layers(loras: Sequence[LiftedNetwork]) -> dict[str, Any]:
     """
     parameters: dict[str, list[str]] = {}
     scalings: dict[str, float] = {}
-    for lora in loras:
+    for lora in networks:
         for site, names in lora.sites.items():
             parameters[site] = [without_adapter_name(name) for name in names]
         ones = {site: torch.ones_like(x) for site, x in lora.zeros().items()}
@@ -196,9 +204,9 @@ def _layers(loras: Sequence[LiftedNetwork]) -> dict[str, Any]:
 
 
 def _check_network(
-    file: Path, saved: SavedPosterior, loras: Sequence[LiftedNetwork]
+    file: Path, saved: SavedPosterior, networks: Sequence[LiftedNetwork]
 ) -> None:
-    found = {s: tuple(x.shape) for lora in loras for s, x in lora.zeros().items()}
+    found = {s: tuple(x.shape) for lora in networks for s, x in lora.zeros().items()}
     remedy = "Lift the network that the posterior was made for."
     for site, shape in found.items():
         there = saved.sites.get(site, saved.sites.get(f"{site}{NOISE}"))
@@ -208,7 +216,7 @@ def _check_network(
                 f"{file}: site {site!r} of this network has shape {list(shape)}, the "
                 f"saved posterior has {said}. {remedy}"
             )
-    layers = _layers(loras)
+    layers = _layers(networks)
     for site, names in saved.layers.parameters.items():
         here = tuple(layers["parameters"].get(site, ()))
         if here != names:

@@ -101,8 +101,8 @@ def to_datatree(
         weights: ``"delta"`` or ``"raw"``.
         method: ``"linearized"`` or ``"sample"``; None is the posterior's own, as in
             ``predict``: ``"linearized"`` where it is Laplace's. That needs one over
-            nothing but weights, and a likelihood that is Categorical, Bernoulli or
-            Normal, one outcome a datum; else the network is run at draws of the
+            nothing but weights, and a likelihood among ``likelihoods``
+            with one outcome a datum; else the network is run at draws of the
             weights, with a warning.
         prior_predictive: Draw outcomes under the prior, too: as many forward passes
             over the data as there are draws.
@@ -202,12 +202,12 @@ def _groups(
             "to_datatree, or leave batches out."
         )
     chains = chains_of(posterior, num_samples)
-    linearized = False
+    linearized, reason = False, f"the posterior is {kind}"
     if model is not None and first is not None:
         if method != "sample" and known is not None and is_gaussian(known):
-            reason, obs_site = _obstacle(chains, model, first, obs_site)
-            linearized = reason is None
-            if reason is not None and method is None:
+            found, obs_site = _obstacle(chains, model, first, obs_site)
+            linearized, reason = found is None, found or reason
+            if not linearized and method is None:
                 warn(
                     f"The network can't be linearised here, since {reason}: the "
                     "log likelihood is that of the network itself at draws of the "
@@ -218,8 +218,8 @@ def _groups(
             raise ValueError(
                 "method='linearized' needs a Laplace posterior over nothing but "
                 "weights, or a mixture of them, and a likelihood among "
-                "pyro_lora.likelihoods with one outcome a datum; the posterior is "
-                f"{kind}. Use method='sample'."
+                f"pyro_lora.likelihoods with one outcome a datum; {reason}. Use "
+                "method='sample'."
             )
     return DrawGroups(
         known,

@@ -89,20 +89,20 @@ class DrawGroups:
         if self.raw:
             check_raw_size(some.weights)
         data = self._pass(some)
-        loras = self._networks(data)
+        networks = self._networks(data)
         variables = raw_variables if self.raw else delta_variables
         mode = _modes(self.chains, some)
         scales = {} if data is None else data.prior_scales
         priors = _priors(self.chains, some, scales)
         drawn = _by_draw(
-            priors, lambda prior, draws: prior_draws(prior, loras, len(draws))
+            priors, lambda prior, draws: prior_draws(prior, networks, len(draws))
         )
 
         def under_prior(of: UnderPrior, weights: Weights) -> Weights:
             return _by_draw(
                 priors,
                 lambda prior, draws: of(
-                    prior, loras, {site: x[draws] for site, x in weights.items()}
+                    prior, networks, {site: x[draws] for site, x in weights.items()}
                 ),
             )
 
@@ -111,9 +111,9 @@ class DrawGroups:
             log_prior = data.log_prior | log_prior
         groups = {
             "posterior": variables(
-                loras, under_prior(with_scaled_sites, some.weights), mode
+                networks, under_prior(with_scaled_sites, some.weights), mode
             ),
-            "prior": variables(loras, under_prior(with_scaled_sites, drawn)),
+            "prior": variables(networks, under_prior(with_scaled_sites, drawn)),
             "log_prior": _variables(log_prior),
             "sample_stats": _variables(
                 self._sample_stats(some, data, log_prior, slice(start, stop))

@@ -521,7 +521,7 @@ def _particles(
     if (
         len(num_particles) > 1
         or 0 in min(num_particles, default=(0,))
-        or () in (num_particles)
+        or () in num_particles
     ):
         raise ValueError(
             f"tensors {tensors.prefix}... hold {sorted(map(tuple, num_particles))} "
@@ -573,7 +573,12 @@ def _describe_gaussian(gaussian: WeightGaussian, prefix: str) -> tuple[str, Tens
     tensors |= _named(f"{prefix}prior_precision/", gaussian.prior_precision)
     if isinstance(gaussian, DenseGaussian):
         return "dense", tensors | {f"{prefix}fisher": gaussian.fisher}
-    assert isinstance(gaussian, BlockGaussian)
+    if not isinstance(gaussian, BlockGaussian):
+        raise TypeError(
+            "Files hold the Gaussians of pyro_lora's structures, found a "
+            f"{type(gaussian).__name__}. Keep draws of the posterior instead, by "
+            "export_adapters."
+        )
     for site, block in gaussian.blocks.items():
         tensors[f"{prefix}values/{site}"] = block.values
         if block.rows is not None:
@@ -692,9 +697,9 @@ def _restore_latents(
     )
 
 
-def _dtypes(saved: Weights, loras: Sequence[LiftedNetwork]) -> Dtypes:
+def _dtypes(saved: Weights, networks: Sequence[LiftedNetwork]) -> Dtypes:
     """Lifted site -> the network's dtype, and saved dtype -> what it became there."""
-    lifted = {s: x.dtype for lora in loras for s, x in lora.zeros().items()}
+    lifted = {s: x.dtype for lora in networks for s, x in lora.zeros().items()}
     sites = {s if s in saved else f"{s}{NOISE}": x for s, x in lifted.items()}
     return sites, {saved[site].dtype: dtype for site, dtype in sites.items()}
 

@@ -69,7 +69,7 @@ class Variables:
 
 
 def delta_variables(
-    loras: Sequence[LiftedNetwork],
+    networks: Sequence[LiftedNetwork],
     weights: Mapping[str, Tensor],
     mode: Mapping[str, Tensor] | None = None,
 ) -> Variables:
@@ -83,7 +83,7 @@ def delta_variables(
     sites come as they are, large heads by their Frobenius norm.
 
     Args:
-        loras: The lifted networks.
+        networks: The lifted networks.
         weights: Site -> (S, ...); other latent sites are added as they are, but for
             the noise of non-centred ones.
         mode: Site -> value, or each draw's own, (S, ...); None leaves the angle out.
@@ -93,7 +93,7 @@ def delta_variables(
     """
     result = Variables()
     matrices: set[str] = set()
-    for lora in loras:
+    for lora in networks:
         own = {site: weights[site] for site in lora.sites}
         factors = lora.delta_weight_factors(own)
         at_mode = None
@@ -125,19 +125,19 @@ def delta_variables(
                 result.modules[f"{name}.{quantity}"] = paths if layer else paths[0]
     noises = {f"{site}{NOISE}" for site in weights}
     chosen = weights.keys() - matrices - noises
-    _add_sites(result, loras, weights, chosen, MAX_HEAD_WEIGHTS)
+    _add_sites(result, networks, weights, chosen, MAX_HEAD_WEIGHTS)
     return result
 
 
 def raw_variables(
-    loras: Sequence[LiftedNetwork],
+    networks: Sequence[LiftedNetwork],
     weights: Mapping[str, Tensor],
     mode: Mapping[str, Tensor] | None = None,
 ) -> Variables:
     """Every site as it is.
 
     Args:
-        loras: The lifted networks.
+        networks: The lifted networks.
         weights: Site -> (S, ...).
         mode: Not needed.
 
@@ -145,7 +145,7 @@ def raw_variables(
         Variables named as the sites.
     """
     result = Variables()
-    _add_sites(result, loras, weights, weights.keys(), None)
+    _add_sites(result, networks, weights, weights.keys(), None)
     return result
 
 
@@ -174,12 +174,12 @@ def without_adapter_name(parameter: str) -> str:
 
 def _add_sites(
     result: Variables,
-    loras: Sequence[LiftedNetwork],
+    networks: Sequence[LiftedNetwork],
     weights: Mapping[str, Tensor],
     chosen: AbstractSet[str],
     max_weights: int | None,
 ) -> None:
-    owners = {site: lora for lora in loras for site in lora.sites}
+    owners = {site: lora for lora in networks for site in lora.sites}
     for site, value in weights.items():
         if site not in chosen:
             continue

@@ -435,7 +435,7 @@ def _fit(
         fit.obs_site,
         block,
         fixed=fixed,
-        arguments=fit.arguments,
+        fit_arguments=fit.arguments,
     )
 
 

@@ -7,12 +7,13 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyro_lora.ground.interrupts import leaving_no_trace
+from pyro_lora.ground.interrupts import eagerly, leaving_no_trace
 from pyro_lora.lifting.binding import (
     Binding,
     Host,
@@ -27,6 +28,7 @@ from pyro_lora.lifting.folding import (
     check_zero_elsewhere,
     fold_input,
     is_ambiguous,
+    is_compiled,
     num_choices,
     outputs_of_one,
     particle_outputs,
@@ -204,10 +206,17 @@ class BoundNetwork:
             self._check_independent(function, args, kwargs, fold)
         elif is_ambiguous(given, fold):
             self._check_batch_first(function, args, kwargs, fold)
-        with StatisticsOfBatch(fold) as statistics:
-            output = self._call_folded(
-                self._values, function, args, kwargs, trunk, fold
-            )
+        call = partial(self._call_folded, self._values, function, args, kwargs)
+        statistics = StatisticsOfBatch(fold)
+        if is_compiled(host.network):
+            # What dynamo meets under a dispatch mode, it leaves alone from then on.
+            with unchanged_buffers(host.network), eagerly(), statistics:
+                with torch.no_grad(), torch.random.fork_rng(self._devices()):
+                    call(Trunk([]), fold)
+            output = call(trunk, fold)
+        else:
+            with statistics:
+                output = call(trunk, fold)
         if statistics.found and not self._is_alone(function, args, kwargs, fold):
             raise NotFoldable(
                 "a particle's outputs change with the others' weights: a layer takes a "
@@ -251,6 +260,9 @@ class BoundNetwork:
         with Binding(self._host.bindings, one, 1, alone).bound():
             function(*args, **kwargs)
 
+    def _devices(self) -> list[torch.device]:
+        return sorted({x.device for x in self._values.values() if x.is_cuda}, key=str)
+
     @torch.no_grad()
     def _is_alone(
         self, function: Callable[..., Any], args: Any, kwargs: Any, fold: Fold
@@ -261,9 +273,7 @@ class BoundNetwork:
         Gradients don't tell of what is detached. In training mode dropout must draw the
         same, which it doesn't for one alone; the generators are put back.
         """
-        devices = sorted(
-            {x.device for x in self._values.values() if x.is_cuda}, key=str
-        )
+        devices = self._devices()
         for particle in (0, fold.num_particles - 1):
             outputs = []
             with unchanged_buffers(self._host.network):

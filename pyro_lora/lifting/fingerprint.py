@@ -124,7 +124,7 @@ def fingerprint(lora: LiftedNetwork) -> Fingerprint:
         rows.setdefault(row.device, []).append(row)
         places.setdefault(row.device, []).append(len(tensors))
         tensors[name] = str(x.dtype).removeprefix("torch."), tuple(x.shape)
-    values = torch.empty(len(tensors), NUM_VALUES)
+    values = torch.empty(len(tensors), NUM_VALUES, dtype=torch.float32)
     for device, found in rows.items():  # one copy from each device
         values[places[device]] = torch.stack(found).cpu()
     return Fingerprint(tensors, values, _settings(lora))
@@ -169,24 +169,24 @@ def restored(
 
 
 def check_networks(
-    saved: Sequence[Fingerprint], loras: Sequence[LiftedNetwork], what: str
+    saved: Sequence[Fingerprint], networks: Sequence[LiftedNetwork], what: str
 ) -> None:
     """Check that these networks are those that fingerprints were taken of.
 
     Args:
         saved: In order.
-        loras: In order.
+        networks: In order.
         what: What is of them, the start of a message.
 
     Raises:
         ValueError: If they aren't.
     """
-    if len(saved) != len(loras):
+    if len(saved) != len(networks):
         raise ValueError(
-            f"{what} is of {len(saved)} networks, given were {len(loras)}. Give those "
-            "that it was made for."
+            f"{what} is of {len(saved)} networks, given were {len(networks)}. Give "
+            "those that it was made for."
         )
-    for one, lora in zip(saved, loras, strict=True):
+    for one, lora in zip(saved, networks, strict=True):
         one.check(lora, what)
 
 

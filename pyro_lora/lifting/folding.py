@@ -174,6 +174,14 @@ def same_but_for_rounding(x: Tensor, y: Tensor) -> bool:
     return torch.allclose(x, y, rtol=0, atol=float(tolerance * size), equal_nan=True)
 
 
+def is_compiled(network: nn.Module) -> bool:
+    """Whether a network, or a part of it, is compiled."""
+    return any(
+        module._compiled_call_impl is not None or "_orig_mod" in module._modules
+        for module in network.modules()
+    )
+
+
 class StatisticsOfBatch(TorchDispatchMode):
     """Notices numbers that are taken over a whole folded batch, detached or not.
 

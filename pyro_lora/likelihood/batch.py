@@ -282,6 +282,35 @@ def check_outcomes(site: Mapping[str, Any], batch: PlacedBatch) -> None:
             raise ValueError(f"{place}, {wrong}")
 
 
+def check_plates(site: Mapping[str, Any], nodes: Nodes, place: str) -> None:
+    """Check that a likelihood under one weight set has no dims but those of its plates.
+
+    Outputs (B, 1) in a plate of B data would be B outcomes for each datum.
+
+    Args:
+        site: A node of a trace, observed.
+        nodes: All nodes of the trace.
+        place: Of the batch, for the error.
+
+    Raises:
+        ValueError: If it has others.
+    """
+    samples = [x for x in nodes.values() if x["type"] == "sample"]
+    lifted = [x for x in samples if "lora" in x["infer"]]
+    stacked = any(x["value"].ndim > x["fn"].event_dim for x in lifted)
+    dims = [-f.dim for f in site["cond_indep_stack"] if f.vectorized]
+    if not lifted or not dims or stacked:  # then dims may be particles'
+        return
+    shape = tuple(site["fn"].batch_shape)
+    if any(size > 1 for size in shape[: len(shape) - max(dims)]):
+        raise ValueError(
+            f"{place}, site {site['name']!r}: its distribution is of batch shape "
+            f"{shape}, of which the last {max(dims)} are its plates'. Index outputs "
+            "(B, 1) of a network by [..., 0], or make several outcomes of a datum one "
+            "event by .to_event(1)."
+        )
+
+
 def _rows_that_differ(batch: PlacedBatch) -> str:
     """What is said of arguments with different numbers of rows."""
     rows = {n: len(x) for n, x in batch.items() if isinstance(x, Tensor) and x.ndim}
@@ -470,12 +499,12 @@ FINDINGS: tuple[Finding, ...] = (_plates, _names, _inputs, _types, _inference)
 
 def _networks(nodes: Nodes) -> list[PreTrainedModel]:
     """The networks of transformers among the lifted ones of a trace."""
-    loras: dict[int, LiftedNetwork] = {}
+    lifted: dict[int, LiftedNetwork] = {}
     for site in nodes.values():
         if site["type"] == "sample":
-            loras |= {id(lora): lora for lora in site["infer"].get("lora", ())}
+            lifted |= {id(lora): lora for lora in site["infer"].get("lora", ())}
     found = []
-    for lora in loras.values():
+    for lora in lifted.values():
         parts = (m for m in lora.network.modules() if isinstance(m, PreTrainedModel))
         found += [part for part in [next(parts, None)] if part is not None]
     return found

@@ -16,7 +16,13 @@ from torch import Tensor, nn
 from pyro_lora.ground.interrupts import leaving_no_trace, undone, unvalidated
 from pyro_lora.ground.settings import check_function
 from pyro_lora.lifting.lifted_network import LiftedNetwork
-from pyro_lora.likelihood.batch import Batch, check_outcomes, checked_batch, explaining
+from pyro_lora.likelihood.batch import (
+    Batch,
+    check_outcomes,
+    check_plates,
+    checked_batch,
+    explaining,
+)
 
 Model = Callable[..., Any]
 IGNORED = -100  # the label of a token that doesn't count, as in transformers
@@ -90,6 +96,7 @@ def trace_on(model: Model, args: tuple[Any, ...], batch: Batch) -> Any:
     for site in _random_sites(trace).values():
         if site["is_observed"]:
             check_outcomes(site, batch)
+            check_plates(site, trace.nodes, batch.place)
     return trace
 
 

@@ -5,6 +5,6 @@ knows its model, its networks and its prior, and no engine. ``posterior.py`` say
 every posterior has. A Gaussian, particles (an ensemble, one mode), a mixture, MC
 dropout and any Pyro guide are the kinds, a file each. One more kind is a class with the
 members of :class:`~pyro_lora.posteriors.posterior.Posterior`, in a file of its own, and
-a row of ``tests/posteriors/test_protocol.py``; to be saved it needs an entry in the
-table of ``export/posterior_state.py``.
+a row of ``tests/posteriors/test_protocol.py``; to be saved it needs a description and
+an entry in the table of ``export/posterior_state.py``.
 """

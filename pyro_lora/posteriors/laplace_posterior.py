@@ -53,7 +53,7 @@ class LaplacePosterior:
             modes, draws and densities, too; None where there are none.
         fixed: Lifted sites that are fixed at their mode -> values. They are part of
             modes and draws, too, with variance 0, and no part of the evidence's D.
-        arguments: Those that the fit's batches gave to the model; None where the
+        fit_arguments: Those that the fit's batches gave to the model; None where the
             posterior was loaded.
     """
 
@@ -67,7 +67,7 @@ class LaplacePosterior:
     obs_site: str | None
     latents: LatentBlock | None = None
     fixed: Weights = field(default_factory=dict)
-    arguments: frozenset[str] | None = None
+    fit_arguments: frozenset[str] | None = None
 
     num_samples: ClassVar[int | None] = None
 
@@ -227,7 +227,7 @@ class LaplacePosterior:
                 data. ``"nll"``: minimise the negative log likelihood of the
                 linearised predictive on held-out ``batches``, over a grid in one pass
                 over them; with several precisions one after the other, twice, each in
-                a pass of its own. For a Categorical, Bernoulli or Normal likelihood.
+                a pass of its own. For any likelihood in the table.
                 It warns where the least is at the grid's end, 1e-4 or 1e6.
             batches: With ``"nll"``: held-out batches with labels.
             obs_site: With ``"nll"``: the likelihood's site; None is the posterior's.

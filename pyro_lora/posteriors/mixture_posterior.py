@@ -6,12 +6,14 @@ each with the product of the weights on the way to it.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from pyro_lora.curvature.digests import update
 from pyro_lora.ground.settings import check_count, check_kind
 from pyro_lora.ground.weights import Weights
 from pyro_lora.lifting.lifted_network import LiftedNetwork
@@ -21,8 +23,8 @@ from pyro_lora.posteriors.joint_distribution import sample_jointly
 from pyro_lora.posteriors.laplace_posterior import LaplacePosterior
 from pyro_lora.posteriors.posterior import (
     Posterior,
-    arguments_of,
     as_posterior,
+    fit_arguments,
     kind_of,
     one_weight_set,
     only_gaussian,
@@ -43,6 +45,7 @@ class MixturePosterior:
     Attributes:
         components: The posteriors that are mixed, none of them a mixture.
         weights: Of each, (n,), float64, they add up to one.
+        prior: The components' own, where it is one; else that of the networks.
 
     Raises:
         TypeError: If a component is neither a posterior nor a guide.
@@ -64,8 +67,7 @@ class MixturePosterior:
         given = [
             _checked(index, component) for index, component in enumerate(components)
         ]
-        with torch.random.fork_rng():  # a guide's sites are known by a draw alone
-            likes = [one_weight_set(component) for component in given]
+        likes = [one_weight_set(component) for component in given]
         _check_same_sites(likes)
         self._like = likes[0]
         pi = _normalised(weights, given, self._like)
@@ -79,19 +81,12 @@ class MixturePosterior:
         self.networks: tuple[LiftedNetwork, ...] = given[0].networks
         self.model: Model | None = given[0].model
         self.obs_site: str | None = given[0].obs_site
-        self.arguments = arguments_of(given[0])
+        self.fit_arguments = fit_arguments(given[0])
+        self.prior = _prior_of_all(self.components, self.networks)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Weights:
         """Sample the sites, whatever the model's arguments."""
         return sample_jointly(self, self._like, self.networks)
-
-    @property
-    def prior(self) -> Prior:
-        """The components' own, where it is one; else that of the networks."""
-        first = self.components[0].prior
-        if all(component.prior is first for component in self.components):
-            return first
-        return networks_prior(self.networks)
 
     def gaussians(self) -> list[tuple[float, LaplacePosterior]]:
         """The Gaussian parts with their weights in the mixture."""
@@ -277,3 +272,19 @@ def _log_evidences(weights: str, components: Sequence[Posterior]) -> Tensor:
             f"{[kind_of(component) for component in components]}."
         )
     return torch.stack([component.log_evidence().double() for component in laplace])
+
+
+def _prior_of_all(
+    components: Sequence[Posterior], networks: Sequence[LiftedNetwork]
+) -> Prior:
+    """The components' own, where it is one; else that of the networks."""
+    first, *others = (component.prior for component in components)
+    # Each fit, and each file, makes a value of its own of one and the same prior.
+    same = [prior is first or _digest(prior) == _digest(first) for prior in others]
+    return first if all(same) else networks_prior(networks)
+
+
+def _digest(prior: Prior) -> bytes:
+    digest = hashlib.sha256()
+    update(digest, prior)
+    return digest.digest()

@@ -34,14 +34,14 @@ class ParticlePosterior:
         networks: The lifted networks in the model.
         model: The Pyro model; None where the posterior was loaded without one.
         obs_site: The likelihood's site, None for the only one.
-        arguments: Those that the training's batches gave to the model, where known.
+        fit_arguments: Those that the training's batches gave to the model, where known.
     """
 
     particles: Weights
     networks: tuple[LiftedNetwork, ...]
     model: Model | None
     obs_site: str | None
-    arguments: frozenset[str] | None = None
+    fit_arguments: frozenset[str] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Weights:
         """Sample the sites: one particle, whatever the model's arguments."""

@@ -1,9 +1,9 @@
 """What a posterior is: a handful of members, whatever kind it is of.
 
-Everything after the inference (predictions, diagnoses, files) is told what it needs by
-these and asks no posterior which kind it is. A Gaussian says so by :meth:`gaussians`, a
-set of particles by ``num_samples``; a posterior without a density raises in
-:meth:`log_prob`.
+Predictions, diagnoses and trees are told what they need by these, of a class of your
+own as of those here; files have a table of the kinds that they hold. A Gaussian says so
+by :meth:`gaussians`, a set of particles by ``num_samples``; a posterior without a
+density raises in :meth:`log_prob`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from pyro_lora.ground.settings import check_function
@@ -89,7 +90,7 @@ class _Fitted(Protocol):
     """One that knows which arguments the model got in the fit, unless None."""
 
     @property
-    def arguments(self) -> frozenset[str] | None: ...
+    def fit_arguments(self) -> frozenset[str] | None: ...
 
 
 def as_posterior(
@@ -138,7 +139,8 @@ def one_weight_set(posterior: Posterior) -> Weights:
     """A weight set in the posterior's range: a mode where it has one, else a draw."""
     for _, gaussian in posterior.gaussians():
         return gaussian.mode()
-    draws = posterior.sample(posterior.num_samples or 1)
+    with torch.random.fork_rng():  # looking at a posterior draws nothing
+        draws = posterior.sample(posterior.num_samples or 1)
     return {site: value[0] for site, value in draws.items()}
 
 
@@ -151,7 +153,7 @@ def tempered_prior(posterior: Posterior, scales: Mapping[str, float | Tensor]) -
             the prior's own.
     """
     prior = posterior.prior
-    return prior if is_gaussian(posterior) else scaled(prior, scales)
+    return scaled(prior, scales) if only_gaussian(posterior) is None else prior
 
 
 def prediction_method(posterior: Posterior) -> PredictionMethod:
@@ -159,6 +161,6 @@ def prediction_method(posterior: Posterior) -> PredictionMethod:
     return "linearized" if is_gaussian(posterior) else "sample"
 
 
-def arguments_of(posterior: Posterior) -> frozenset[str] | None:
+def fit_arguments(posterior: Posterior) -> frozenset[str] | None:
     """Those that the model got where the posterior was fitted; None: unknown."""
-    return posterior.arguments if isinstance(posterior, _Fitted) else None
+    return posterior.fit_arguments if isinstance(posterior, _Fitted) else None

@@ -202,19 +202,19 @@ def under_prior(
 
 
 @torch.no_grad()
-def prior_draws(prior: Prior, loras: Sequence[LiftedNetwork], num: int) -> Weights:
+def prior_draws(prior: Prior, networks: Sequence[LiftedNetwork], num: int) -> Weights:
     """Draws of every latent site of the prior.
 
     Args:
         prior: The prior.
-        loras: The lifted networks.
+        networks: The lifted networks.
         num: S.
 
     Returns:
         Site -> (S, ...), the prior's own latent scales included.
     """
     found: dict[str, list[Tensor]] = {}
-    for lora in loras:
+    for lora in networks:
         for _ in range(num):
             trace: Any = poutine.trace(prior).get_trace(lora)
             for name, node in _latent_nodes(trace).items():
@@ -224,13 +224,13 @@ def prior_draws(prior: Prior, loras: Sequence[LiftedNetwork], num: int) -> Weigh
 
 @torch.no_grad()
 def with_scaled_sites(
-    prior: Prior, loras: Sequence[LiftedNetwork], draws: Mapping[str, Tensor]
+    prior: Prior, networks: Sequence[LiftedNetwork], draws: Mapping[str, Tensor]
 ) -> Weights:
     """The draws, and what a non-centred prior makes of their noise.
 
     Args:
         prior: The prior.
-        loras: The lifted networks.
+        networks: The lifted networks.
         draws: Site -> (S, ...), all latent sites of the prior.
 
     Returns:
@@ -239,7 +239,7 @@ def with_scaled_sites(
     if not any(site.endswith(NOISE) for site in draws):
         return dict(draws)
     found: dict[str, list[Tensor]] = {}
-    for lora in loras:
+    for lora in networks:
         for s in range(next(iter(draws.values())).shape[0]):
             at = {site: value[s] for site, value in draws.items()}
             trace = trace_at(lambda lora=lora: prior(lora), at, {})
@@ -250,13 +250,13 @@ def with_scaled_sites(
 
 
 def log_prior_by_site(
-    prior: Prior, loras: Sequence[LiftedNetwork], draws: Mapping[str, Tensor]
+    prior: Prior, networks: Sequence[LiftedNetwork], draws: Mapping[str, Tensor]
 ) -> Weights:
     """Log density of each site under the prior.
 
     Args:
         prior: The prior.
-        loras: The lifted networks.
+        networks: The lifted networks.
         draws: Site -> (S, ...).
 
     Returns:
@@ -264,7 +264,7 @@ def log_prior_by_site(
     """
     found: dict[str, list[Tensor]] = {}
     num_draws = next(iter(draws.values())).shape[0]
-    for lora in loras:
+    for lora in networks:
         for s in range(num_draws):
             at = {site: value[s].double() for site, value in draws.items()}
             trace = trace_at(lambda lora=lora: prior(lora), at, {})

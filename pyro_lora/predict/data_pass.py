@@ -1,4 +1,4 @@
-"""One pass over the data under many draws: what ArviZ wants to know of each datum."""
+"""One pass over the data under many draws: what each says of each datum."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ from pyro_lora.likelihood.model_trace import (
 )
 from pyro_lora.likelihood.outcome_source import OutcomeSource
 from pyro_lora.posteriors.dropout import drop
-from pyro_lora.posteriors.posterior import Posterior, arguments_of, kind_of
+from pyro_lora.posteriors.posterior import Posterior, fit_arguments, kind_of
 
 # Draws folded into one forward pass: a few fill the processor, more cost memory.
 DRAWS_AT_ONCE = 8
@@ -86,7 +86,7 @@ def check_same_inputs(posterior: Posterior, batch: PlacedBatch) -> None:
         posterior: Any; ours know their fit's arguments, unless loaded.
         batch: The first one.
     """
-    known = arguments_of(posterior)
+    known = fit_arguments(posterior)
     if known is None:
         return
     takes = {name for lora in posterior.networks for name in lora.input_names}

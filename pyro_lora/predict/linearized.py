@@ -25,6 +25,7 @@ from pyro_lora.likelihood.model_trace import (
 )
 from pyro_lora.likelihood.outcomes import single_outcomes
 from pyro_lora.posteriors.laplace_posterior import LaplacePosterior
+from pyro_lora.posteriors.mixture_posterior import MixturePosterior
 from pyro_lora.posteriors.posterior import Posterior, is_gaussian, kind_of
 from pyro_lora.predict.prediction import Prediction
 from pyro_lora.predict.regression import RegressionPrediction
@@ -47,8 +48,9 @@ def check_linearizable(posterior: Posterior, obs_site: str | None) -> None:
         ValueError: If it isn't.
     """
     if not is_gaussian(posterior):
-        parts = getattr(posterior, "components", (posterior,))
-        other = next(part for part in parts if not is_gaussian(part))
+        other = posterior
+        if isinstance(posterior, MixturePosterior):
+            other = next(x for x in posterior.components if not is_gaussian(x))
         raise ValueError(
             "method='linearized' needs a LaplacePosterior or a mixture of them, found "
             f"{kind_of(other)}. Use method='sample', or make one by "

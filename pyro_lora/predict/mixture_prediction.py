@@ -116,11 +116,11 @@ class MixturePrediction:
         if self.labels is None:
             raise ValueError(
                 "metrics needs labels, and this prediction has none. Put 'labels' "
-                "into every batch given to predict."
+                "(what the likelihood observes) into every batch given to predict."
             )
         known = ~self.labels.to(self.mean).isnan()
         for _ in self._event_shape:
-            known = known.all(-1)
+            known = known.any(-1)  # the others of a row are integrated over
         return known
 
     def log_prob(self, values: Tensor) -> Tensor:
@@ -223,7 +223,7 @@ class MixturePrediction:
         error = (self.mean - labels).square()
         scores = {
             "nll": -self.log_prob(labels),
-            "rmse": error.mean(-1) if event else error,
+            "rmse": error.nanmean(-1) if event else error,
         }
         scores |= {} if event else self._places(labels)
         return {name: x.where(known, torch.zeros_like(x)) for name, x in scores.items()}
@@ -243,7 +243,9 @@ class MixturePrediction:
         below = at_label = torch.zeros_like(labels)
         score, upto = torch.zeros_like(labels), torch.zeros_like(labels)
         top = int(labels.max())
-        if top >= _MOST_COUNTS:
+        means = self._each(lambda fn: fn.mean)
+        beyond = self._average((means > _MOST_COUNTS).double())  # at least half of that
+        if top >= _MOST_COUNTS or bool((beyond > 2 * _LEAST_LEFT).any()):
             return {}
         for k in range(_MOST_COUNTS):
             if k > top and bool((upto > 1 - _LEAST_LEFT).all()):

@@ -178,7 +178,7 @@ def predict(
     parts: list[Any] = []
     outcomes: list[Any] = []
     modes: list[Any] = []
-    given: GivenLabels | None = None
+    given = GivenLabels(predictor.source)
     stream = _with([first], stream)
     del first
     for index, batch in enumerate(stream):
@@ -197,7 +197,6 @@ def predict(
             outcomes.append(part.labels)
             predictor.source.forget()
             continue
-        given = GivenLabels(predictor.source) if given is None else given
         classes = part.log_probs.shape[1] if isinstance(part, Prediction) else None
         known = given.read(batch, classes, index)
         if known is not None:

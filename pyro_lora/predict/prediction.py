@@ -273,7 +273,7 @@ class Prediction:
         if self.labels is None:
             raise ValueError(
                 f"{caller} needs labels, and this prediction has none. Put 'labels' "
-                "into every batch given to predict."
+                "(what the likelihood observes) into every batch given to predict."
             )
         return self.labels.long()
 

@@ -207,7 +207,7 @@ class RegressionPrediction:
         if self.labels is None:
             raise ValueError(
                 "metrics needs labels, and this prediction has none. Put 'labels' "
-                "into every batch given to predict."
+                "(what the likelihood observes) into every batch given to predict."
             )
 
         known = self.labelled("metrics")

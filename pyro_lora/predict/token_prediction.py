@@ -95,7 +95,7 @@ class TokenPrediction:
         if self.labels is None or self.label_log_probs is None:
             raise ValueError(
                 "metrics needs labels, and this prediction has none. Put 'labels' "
-                "into every batch given to predict."
+                "(what the likelihood observes) into every batch given to predict."
             )
         counts = self.labels != IGNORED
         every = counts.nonzero()[:, 0]

@@ -107,3 +107,9 @@ def test_what_holds_itself_ends() -> None:
 @pytest.mark.parametrize("value", [object(), open, sys.stdout])
 def test_what_is_not_known_is_its_type(value: Any) -> None:
     assert digest(value)
+
+
+def test_an_expanded_number_is_its_value() -> None:
+    one = torch.tensor(2.0)
+    assert digest(one.expand(1)) == digest(torch.tensor([2.0]))
+    assert digest(one.expand(3, 2)) == digest(torch.full((3, 2), 2.0))

@@ -366,3 +366,21 @@ def test_two_networks_in_one_model(tmp_path: Path) -> None:
     assert again.networks == loras
     assert_same_draws(posterior, again)
     assert_refused((loras[0], tmp_path), "nothing in this network")
+
+
+@pytest.mark.parametrize(
+    ("lora", "error", "message"),
+    [
+        ([], ValueError, "found none"),
+        (["x"], TypeError, "a lifted network"),
+        (torch.nn.Linear(1, 1), TypeError, "isn't lifted"),
+    ],
+)
+def test_load_wants_lifted_networks(
+    saved: tuple[pl.LiftedNetwork, Path],
+    lora: Any,
+    error: type[Exception],
+    message: str,
+) -> None:
+    with pytest.raises(error, match=message):
+        pl.load(saved[1], lora)

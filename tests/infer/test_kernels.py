@@ -1,14 +1,18 @@
 """Kernels and directions against their formulas, entry by entry."""
 
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
+from pyro.optim import SGD
 from torch import Tensor
 from torch.testing import assert_close
 
+import pyro_lora as pl
 from pyro_lora import kernels
 from pyro_lora.infer.svgd import weight_space
+from tests import networks
 
 
 def distances(num_particles: int) -> Tensor:
@@ -148,3 +152,50 @@ def test_stein_s_repulsion_of_two_particles() -> None:
     )
     _, push = weight_space.STEIN.weights(gram, slope, 1.0)
     assert_close(push @ x, math.exp(-2) * x, rtol=1e-12, atol=0)
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """A kernel of a user's own, with a space and a profile of width one."""
+
+    space: str
+
+    def __call__(self, sq_dists: Tensor) -> Tensor:
+        return (-sq_dists / 2).exp()
+
+
+@pytest.mark.parametrize("space", ["joint", "site", "delta", "function"])
+def test_the_space_of_a_kernel_of_ones_own_counts(space: str) -> None:
+    lora, batch = pl.lift(networks.bert(num_layers=1)), networks.batch()
+    moved = []
+    for kernel in (Gaussian(space), kernels.RBF(space=space, bandwidth=1.0)):
+        svgd = pl.SVGD(
+            pl.models.classification(lora, 5),
+            kernel,
+            SGD({"lr": 1e-3}),
+            3,
+            repulsion=2.0 if space == "function" else None,
+            init_loc_fn=lora.init_to(
+                {
+                    s: x.expand(3, *x.shape)
+                    + torch.arange(3.0).view(3, *[1] * x.ndim) * 0.05
+                    for s, x in lora.weights().items()
+                }
+            ),
+        )
+        svgd.step(**batch)
+        moved.append(svgd.get_named_particles())
+    for site, value in moved[0].items():
+        assert_close(value, moved[1][site], rtol=1e-12, atol=1e-12)
+
+
+def test_a_space_that_is_none_is_refused() -> None:
+    lora = pl.lift(networks.bert(num_layers=1))
+    with pytest.raises(ValueError, match=r"kernel's space .*'logits'"):
+        pl.SVGD(
+            pl.models.classification(lora, 5),
+            Gaussian("logits"),
+            SGD({"lr": 1e-3}),
+            2,
+            init_loc_fn=lora.init_to_adapter(),
+        )

@@ -472,3 +472,18 @@ def test_plates_of_other_things_than_data_are_not_counted() -> None:
     assert not told(svgd, [networks.batch(5)] * 2)
     with pytest.warns(UserWarning, match=r"hold 5 data.*'y' says 10"):
         svgd.run([networks.batch(5)], num_epochs=1, progress_bar=False)
+
+
+def test_a_refused_run_forgets_nothing() -> None:
+    lora, batch = pl.lift(networks.bert(num_layers=1)), networks.batch()
+    svgd = pl.SVGD(
+        pl.models.classification(lora, len(batch["labels"])),
+        kernels.NoRepulsion(),
+        SGD({"lr": 0.0}),
+        1,
+        init_loc_fn=lora.init_to_adapter(),
+    )
+    svgd.run([batch], num_epochs=1, progress_bar=False)
+    with pytest.raises(ValueError, match="no batches"):
+        svgd.run([], num_epochs=1, progress_bar=False)
+    assert svgd.posterior().fit_arguments == set(batch)

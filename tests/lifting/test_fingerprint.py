@@ -243,3 +243,14 @@ def test_values_of_another_form_are_refused(values: Any) -> None:
     tensors = {} if values is None else {"networks/0": values}
     with pytest.raises(ValueError, match="networks/0"):
         restored([inner], tensors)
+
+
+def test_the_default_dtype_is_of_no_matter() -> None:
+    lora = pl.lift(networks.bert(dtype=torch.float32))
+    expected = fingerprint(lora)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = fingerprint(lora)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found.values, expected.values)

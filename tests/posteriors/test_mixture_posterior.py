@@ -1,6 +1,7 @@
 """Mixtures of posteriors, against PyTorch's own mixture and closed forms."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pyro
@@ -332,3 +333,36 @@ def test_components_of_other_kinds(
 ) -> None:
     with pytest.raises(TypeError, match="Component 1 of a mixture: posterior must be"):
         pl.MixturePosterior([laplaces[0], wrong])
+
+
+def test_the_prior_is_the_components_own_in_every_copy(
+    laplaces: list[pl.LaplacePosterior], tmp_path: Path
+) -> None:
+    # Each fit and each file makes its own value of one prior, the networks' is another.
+    one = [part.with_prior_precision(3.0) for part in laplaces[:1] * 2]
+    mixture = pl.MixturePosterior([one[0], laplaces[0].with_prior_precision(3.0)])
+    lora = one[0].networks[0]
+    pl.save(mixture, tmp_path)
+    loaded = pl.load(tmp_path, lora)
+    for found in (mixture, loaded):
+        trace = poutine.trace(found.prior).get_trace(lora)
+        for site, value in lora.weights().items():
+            fn = trace.nodes[site]["fn"]
+            expected = torch.full_like(value, 3.0**-0.5)
+            assert_close(fn.variance.sqrt(), expected)
+    other = pl.MixturePosterior([one[0], laplaces[0].with_prior_precision(5.0)])
+    trace = poutine.trace(other.prior).get_trace(lora)
+    assert all(
+        torch.equal(trace.nodes[s]["fn"].variance, torch.full_like(x, 0.25))
+        for s, x in lora.weights().items()
+    )
+
+
+def test_looking_at_particles_draws_nothing(
+    particles: pl.ParticlePosterior, tmp_path: Path
+) -> None:
+    before = torch.get_rng_state()
+    mixture = pl.MixturePosterior([particles, particles])
+    pl.save(mixture, tmp_path)
+    pl.load(tmp_path, particles.networks[0])
+    assert torch.equal(torch.get_rng_state(), before)

@@ -465,3 +465,42 @@ def test_a_gaussian_posterior_draws_of_counts_are_compared_with_its_mode() -> No
         warnings.filterwarnings("ignore", "Averaged over draws of a Gaussian")
         drawn = pl.predict(posterior, found.batches, method="sample", num_samples=5)
     assert isinstance(drawn, pl.MixturePrediction)
+
+
+@pytest.mark.parametrize("y", [1.5, -1.5, 0.3])
+def test_two_parameters_of_one_number_are_integrated_jointly(y: float) -> None:
+    # A location and a log scale, correlated: against a fine grid over both.
+    mean = torch.tensor([0.2, -0.1], dtype=torch.float64)
+    covariance = torch.tensor([[1.0, 0.2], [0.2, 0.49]], dtype=torch.float64)
+    logits = pl.integrals.GaussianLogits(
+        mean[None],
+        covariance[None],
+        numbers=lambda f: dist.Normal(f[..., 0], f[..., 1].exp()),
+    )
+    z = torch.linspace(-7, 7, 561, dtype=torch.float64)
+    grid = torch.cartesian_prod(z, z)
+    f = mean + grid @ torch.linalg.cholesky(covariance).mT
+    log_weights = -0.5 * grid.square().sum(-1)
+    log_probs = dist.Normal(f[:, 0], f[:, 1].exp()).log_prob(torch.tensor(y).double())
+    expected = (log_probs + log_weights).logsumexp(0) - log_weights.logsumexp(0)
+    found = logits.log_prob(torch.tensor([y]).double())
+    assert_close(found[0], expected, rtol=0, atol=2e-3)
+
+
+def test_rows_with_gaps_count_by_what_is_there() -> None:
+    loc = torch.randn(1, 4, 2, dtype=torch.float64)
+    scale = torch.tensor([[1.0, 0.3], [0.3, 2.0]], dtype=torch.float64)
+    fn = dist.NanMaskedMultivariateNormal(loc, scale.expand(1, 4, 2, 2))
+    nan = math.nan
+    labels = torch.tensor([[0.1, 0.2], [nan, 1.0], [nan, nan], [0.5, -1.0]]).double()
+    prediction = pl.MixturePrediction(components=[[fn]], labels=labels)
+    assert prediction.known.tolist() == [True, True, False, True]
+    full = dist.MultivariateNormal(loc[0], scale)
+    parts = [
+        full.log_prob(labels.nan_to_num())[0],
+        dist.Normal(loc[0, 1, 1], 2.0**0.5).log_prob(labels[1, 1]),
+        full.log_prob(labels.nan_to_num())[3],
+    ]
+    metrics = prediction.metrics()
+    assert metrics["nll"] == pytest.approx(-float(sum(parts)) / 3, rel=1e-10)
+    assert math.isfinite(metrics["rmse"])

@@ -3,7 +3,7 @@
 ``svgd`` is the engine: settings, steps, runs, and what goes on from them
 (``training_state``, ``optimizer_state``). It asks the kernel's space for a direction:
 ``weight_space`` (all weights or each site's, with both transports), ``delta_space``
-(LoRA's updates) or ``function_space`` (predictions, with ``outcomes``). The space runs
+(LoRA's updates) or ``function_space`` (predictions). The space runs
 the user's model at all particles (``particle_model``) and compares them by one of the
 ``kernels``. A plain step goes through ``svgd``, ``particle_model``, ``weight_space``
 and ``kernels``.

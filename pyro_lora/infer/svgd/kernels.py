@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -141,9 +141,24 @@ def check_kernel(kernel: object) -> None:
         )
 
 
+@runtime_checkable
+class _OfSpace(Protocol):
+    @property
+    def space(self) -> SpaceName: ...
+
+
 def space_of(kernel: Kernel | NoRepulsion) -> SpaceName:
-    """What a kernel's distances measure; all weights for a function of one's own."""
-    return kernel.space if isinstance(kernel, RBF | IMQ | Mixture) else "joint"
+    """What a kernel's distances measure: its ``space``, all weights if it has none.
+
+    Args:
+        kernel: Any; one of your own may have a ``space``, too.
+
+    Raises:
+        ValueError: If that is none.
+    """
+    space: SpaceName = kernel.space if isinstance(kernel, _OfSpace) else "joint"
+    check_word("A kernel's space", space, _SPACES)
+    return space
 
 
 def _check(space: str, bandwidth: float | None) -> None:

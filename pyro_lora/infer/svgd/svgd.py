@@ -337,7 +337,6 @@ class SVGD:
                 ``DataLoader`` with ``drop_last`` may leave out less than a batch.
         """
         first, total = check_epochs(num_epochs, total_epochs, self._num_epochs)
-        self._given = None
         check_batches(batches)
         length = length_hint(batches)
         steps = num_epochs * length or None
@@ -349,6 +348,8 @@ class SVGD:
                     for batch in checked_batches(batches):
                         done = epoch * length + len(losses) if length else epoch
                         self._fraction = fraction_done(done, total * (length or 1))
+                        if epoch == first and not losses:
+                            self._given = None  # another run's may have been others
                         with count:
                             losses.append(self._step((), batch))
                         bar.set_postfix(self._progress(), refresh=False)
