@@ -24,8 +24,9 @@ if TYPE_CHECKING:  # what _HOMES says below, for whom no code runs
     from pyro_lora.infer.auto_laplace import AutoLaplace
     from pyro_lora.infer.svgd import kernels, schedules
     from pyro_lora.infer.svgd.svgd import SVGD
+    from pyro_lora.lift import lift
     from pyro_lora.lifting.cached_trunk import cached_trunk
-    from pyro_lora.lifting.lifted_network import LiftedNetwork, lift
+    from pyro_lora.lifting.lifted_network import LiftedNetwork
     from pyro_lora.likelihood import likelihoods
     from pyro_lora.posteriors.dropout import mc_dropout
     from pyro_lora.posteriors.laplace_posterior import LaplacePosterior
@@ -98,8 +99,9 @@ _HOMES = {
     "pyro_lora.infer.auto_laplace": "AutoLaplace",
     "pyro_lora.infer.svgd": "kernels schedules",
     "pyro_lora.infer.svgd.svgd": "SVGD",
+    "pyro_lora.lift": "lift",
     "pyro_lora.lifting.cached_trunk": "cached_trunk",
-    "pyro_lora.lifting.lifted_network": "LiftedNetwork lift",
+    "pyro_lora.lifting.lifted_network": "LiftedNetwork",
     "pyro_lora.likelihood": "likelihoods",
     "pyro_lora.posteriors.dropout": "mc_dropout",
     "pyro_lora.posteriors.laplace_posterior": "LaplacePosterior",

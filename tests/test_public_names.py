@@ -102,7 +102,7 @@ def test_a_room_never_hides_a_function() -> None:
         if f"pyro_lora.{name}" in sys.modules
         and sys.modules[f"pyro_lora.{name}"] is not getattr(pyro_lora, name)
     }
-    assert rooms == {"diagnose", "predict"}
+    assert rooms == {"diagnose", "lift", "predict"}
     assert isinstance(pyro_lora.models, ModuleType)
 
 

@@ -38,10 +38,10 @@ from pyro_lora.lifting.fingerprint import (
     restored,
 )
 from pyro_lora.lifting.lifted_network import LiftedNetwork, check_lora
+from pyro_lora.lifting.prior import NOISE
 from pyro_lora.likelihood.model_trace import Model
 from pyro_lora.posteriors.guide_posterior import Guide
 from pyro_lora.posteriors.posterior import Posterior, as_posterior
-from pyro_lora.priors.prior import NOISE
 
 
 class _Layers(Schema):

@@ -37,6 +37,7 @@ from pyro_lora.ground.checked_tensors import (
 from pyro_lora.ground.tensor_folder import Real, Schema
 from pyro_lora.ground.weights import Weights
 from pyro_lora.lifting.lifted_network import LiftedNetwork
+from pyro_lora.lifting.prior import NOISE
 from pyro_lora.likelihood.model_trace import Model, trace_at
 from pyro_lora.posteriors.laplace_posterior import LaplacePosterior
 from pyro_lora.posteriors.mixture_posterior import MixturePosterior
@@ -51,7 +52,6 @@ from pyro_lora.posteriors.prior import (
     scaled,
 )
 from pyro_lora.priors import Prior
-from pyro_lora.priors.prior import NOISE
 
 Tensors = dict[str, Tensor]
 Dtypes = tuple[dict[str, torch.dtype], dict[torch.dtype, torch.dtype]]

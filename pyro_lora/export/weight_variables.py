@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from pyro_lora.lifting.lifted_network import LiftedNetwork
-from pyro_lora.priors.prior import NOISE, hyper_name
+from pyro_lora.lifting.prior import NOISE
+from pyro_lora.priors.prior import hyper_name
 
 # Heads with more weights than this are given by their norm: a table of 600,000 rows
 # (a 768 x 768 layer before the classifier) helps nobody.

@@ -18,9 +18,9 @@ from transformers import PreTrainedModel
 from pyro_lora.ground.interrupts import leaving_no_trace
 from pyro_lora.ground.settings import check_number
 from pyro_lora.ground.weights import check_weights
+from pyro_lora.lifting.prior import NOISE, Network
 from pyro_lora.lifting.sites import LiftedParameter
 from pyro_lora.lifting.slots import swapped
-from pyro_lora.priors.prior import NOISE, Network
 
 InitFn = Callable[[dict[str, Any]], Tensor]
 

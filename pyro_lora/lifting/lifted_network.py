@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -19,7 +18,7 @@ from pyro.poutine.subsample_messenger import SubsampleMessenger
 from torch import Tensor, nn
 
 from pyro_lora.ground.interrupts import leaving_no_trace, undone
-from pyro_lora.ground.settings import check_function, check_kind, check_name
+from pyro_lora.ground.settings import check_function, check_kind
 from pyro_lora.ground.weights import check_weights
 from pyro_lora.lifting import initialization
 from pyro_lora.lifting.binding import Host, undo_interrupted
@@ -30,6 +29,7 @@ from pyro_lora.lifting.low_rank import (
     rank_masks,
     update_factors,
 )
+from pyro_lora.lifting.prior import Prior
 from pyro_lora.lifting.sites import (
     LiftedParameter,
     adapter_modules,
@@ -41,8 +41,6 @@ from pyro_lora.lifting.sites import (
 )
 from pyro_lora.lifting.slots import Location, as_slot
 from pyro_lora.lifting.trunk import Trunk, find_trunk
-from pyro_lora.priors.independent import normal
-from pyro_lora.priors.prior import Prior, check_prior
 
 # The lifted networks that are in use, to tell those whose parameters are lifted anew.
 _IN_USE: weakref.WeakSet[LiftedNetwork] = weakref.WeakSet()
@@ -51,64 +49,6 @@ LORA_IN_PLATE = (
     "lora() is called inside the plate {!r}, as if each datum had weights of its own. "
     "Call lora() before the plate."
 )
-
-
-def lift(
-    model: nn.Module,
-    *,
-    prior: Prior | None = None,
-    adapter: str | None = None,
-    name: str | None = None,
-) -> LiftedNetwork:
-    """Turn the adapter weights of a network into Pyro random variables.
-
-    Whatever is trainable is lifted, with any PEFT method or without PEFT. Weights of
-    one role and shape are stacked over the layers into one site: LoRA's are
-    ``lora.<path>.A`` of event shape (L, R, I) and ``lora.<path>.B`` of (L, O, R);
-    those of other adapters start with the adapter's name (``ia3.<path>.l``), heads in
-    ``modules_to_save`` are ``head.<path>.weight`` (L, O, I) and ``.bias`` (L, O), other
-    trainable parameters ``base.<path>...``; L is 1 where there is one layer. The
-    network itself computes as before whenever nothing is bound.
-
-    Lifting a network again, as a notebook's cell does that is run again, gives it anew.
-    What was lifted before is stale then, and says so when it is called, bound or
-    loaded; so do models that call it, and posteriors with such a model. The posteriors
-    themselves are as good as before with a model that calls the new one.
-
-    Args:
-        model: A ``peft.PeftModel``, or any module with trainable parameters.
-        prior: A function of the lifted network that samples every site; None is
-            ``priors.normal(scale=1.0)``.
-        adapter: The adapter to lift; None is the active one.
-        name: Put into the site names after ``lora.``, ``head.``, ``base.``, to tell
-            apart two lifted networks in one Pyro model.
-
-    Returns:
-        The lifted network; call it inside a Pyro model.
-
-    Raises:
-        TypeError: If ``model`` isn't a module, or another argument of a wrong kind.
-        ValueError: If there is nothing to lift, the adapter is unknown, merged or
-            inactive, a trainable parameter can't be lifted, or a value is NaN or
-            infinite.
-        RuntimeError: Inside of a ``with lora.bind(...)`` block of the same network.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"lift takes a torch.nn.Module, a PeftModel for one, but found a "
-            f"{type(model).__name__}. Pass the network itself."
-        )
-    check_prior("prior", prior)
-    check_name("adapter", adapter)
-    check_name("name", name)
-    if name is not None and not re.fullmatch(r"[\w-]+(\.[\w-]+)*", name):
-        raise ValueError(
-            f"name must be letters, digits and dots, as it is put into the names of "
-            f"sites, found {name!r}."
-        )
-    return LiftedNetwork(
-        model, normal(scale=1.0) if prior is None else prior, adapter, name
-    )
 
 
 class LiftedNetwork:

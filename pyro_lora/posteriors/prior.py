@@ -23,9 +23,9 @@ from torch import Tensor
 from pyro_lora.curvature.prior_moments import counted_scale
 from pyro_lora.ground.weights import Weights
 from pyro_lora.lifting.lifted_network import LiftedNetwork
+from pyro_lora.lifting.prior import NOISE
 from pyro_lora.likelihood.model_trace import Model, trace_at
 from pyro_lora.priors import Prior
-from pyro_lora.priors.prior import NOISE
 
 
 def networks_prior(networks: Sequence[LiftedNetwork]) -> Prior:

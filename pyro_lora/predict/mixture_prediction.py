@@ -26,7 +26,7 @@ from pyro_lora.curvature.gaussian_logits import mixture_log_prob
 from pyro_lora.likelihood.outcomes import impossible, is_possible
 from pyro_lora.predict.metrics import resampled, with_standard_errors
 from pyro_lora.predict.regression import COVERAGE
-from pyro_lora.predict.tables import data_frame
+from pyro_lora.predict.tables import table_of_numbers
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -195,21 +195,7 @@ class MixturePrediction:
         Returns:
             A ``pandas.DataFrame`` with the index ``datum``.
         """
-        columns = {
-            "mean": self.mean,
-            "sd": self.variance.sqrt(),
-            "noise_sd": self.noise_variance.sqrt(),
-            "weight_sd": self.weight_variance.sqrt(),
-        }
-        if self.labels is not None:
-            columns["label"] = self.labels
-        if self.mean.ndim == 2:
-            columns = {
-                f"{name}_{p}": x
-                for name, values in columns.items()
-                for p, x in enumerate(values.mT)
-            }
-        return data_frame(columns, "datum")
+        return table_of_numbers(self)
 
     def _scores(self) -> dict[str, Tensor]:
         """Of each outcome, 0 where it has no label."""

@@ -15,7 +15,7 @@ from torch import distributions as td
 
 from pyro_lora.ground.settings import check_number
 from pyro_lora.predict.metrics import resampled, with_standard_errors
-from pyro_lora.predict.tables import data_frame
+from pyro_lora.predict.tables import table_of_numbers
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -280,21 +280,7 @@ class RegressionPrediction:
         Returns:
             A ``pandas.DataFrame`` with the index ``datum``.
         """
-        columns = {
-            "mean": self.mean,
-            "sd": self.variance.sqrt(),
-            "noise_sd": self.noise_variance.sqrt(),
-            "weight_sd": self.weight_variance.sqrt(),
-        }
-        if self.labels is not None:
-            columns["label"] = self.labels
-        if self.loc.ndim == 3:
-            columns = {
-                f"{name}_{p}": x
-                for name, values in columns.items()
-                for p, x in enumerate(values.mT)
-            }
-        return data_frame(columns, "datum")
+        return table_of_numbers(self)
 
     @property
     def _pi(self) -> Tensor:

@@ -10,14 +10,9 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_lora.priors.prior import (
-    Network,
-    aligned,
-    check_positive,
-    hyper_name,
-    over_event,
-    sample_normal,
-)
+from pyro_lora.ground.settings import check_positive
+from pyro_lora.lifting.prior import Network
+from pyro_lora.priors.prior import aligned, hyper_name, over_event, sample_normal
 
 
 @dataclass(frozen=True)

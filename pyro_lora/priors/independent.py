@@ -11,9 +11,9 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_lora.ground.settings import check_number
+from pyro_lora.ground.settings import check_number, check_positive
 from pyro_lora.ground.weights import check_weights
-from pyro_lora.priors.prior import Network, check_positive
+from pyro_lora.lifting.prior import Network
 
 Scale = float | Mapping[str, float | Tensor]
 Center = float | Literal["init"] | Mapping[str, Tensor]

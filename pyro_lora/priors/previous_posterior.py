@@ -15,10 +15,10 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions.transforms import ReshapeTransform
 
-from pyro_lora.ground.settings import check_function
+from pyro_lora.ground.settings import check_function, check_positive
 from pyro_lora.ground.warning import warn
 from pyro_lora.ground.weights import Weights
-from pyro_lora.priors.prior import NOISE, Network, Prior, check_positive
+from pyro_lora.lifting.prior import NOISE, Network, Prior
 
 
 class SiteMixture(TorchDistribution):

@@ -2,61 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer.reparam.reparam import Reparam, ReparamMessage, ReparamResult
-from torch import Tensor, nn
+from torch import Tensor
 
-from pyro_lora.ground.settings import check_function
-from pyro_lora.ground.settings import check_positive as check_positive
-
-# What a non-centred site's noise is called, after the site's name.
-NOISE = "_decentered"
-
-
-class Network(Protocol):
-    """What a prior knows of a lifted network, or of some of its sites."""
-
-    @property
-    def network(self) -> nn.Module:
-        """The original network."""
-        ...
-
-    @property
-    def sites(self) -> dict[str, tuple[str, ...]]:
-        """Site name -> parameter names, in layer order."""
-        ...
-
-    @property
-    def initial_weights(self) -> dict[str, Tensor]:
-        """Site name -> the values at the time of lifting, (L, ...)."""
-        ...
-
-    def weights(self) -> dict[str, Tensor]:
-        """The present values, stacked as sites."""
-        ...
-
-    def zeros(self) -> dict[str, Tensor]:
-        """Zeros of every site's shape, dtype and device."""
-        ...
-
-    def delta_weight_factors(
-        self, weights: Mapping[str, Tensor]
-    ) -> dict[str, tuple[Tensor, Tensor]]:
-        """Module path -> (s B, A), of shapes (..., O, R) and (..., R, I)."""
-        ...
-
-    def num_experts(self, path: str) -> int | None:
-        """How many experts' matrices a layer stacks; None: it isn't one of experts."""
-        ...
-
-
-Prior = Callable[[Any], dict[str, Tensor]]  # of a Network
+from pyro_lora.lifting.prior import NOISE
 
 
 def hyper_name(quantity: str, site: str) -> str:
@@ -150,17 +105,3 @@ def aligned(*values: tuple[Tensor, int]) -> list[Tensor]:
 def over_event(value: Tensor, num_dims: int) -> Tensor:
     """The value with trailing dims of size 1 for the rest of an event."""
     return value[(..., *[None] * num_dims)]
-
-
-def check_prior(name: str, value: object) -> None:
-    """Check that something can be a prior.
-
-    Args:
-        name: Of the argument.
-        value: A function, or None for the default.
-
-    Raises:
-        TypeError: If it can't be called.
-    """
-    if value is not None:
-        check_function(name, value, "a prior, such as priors.normal(scale=1.0)")

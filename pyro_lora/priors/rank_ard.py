@@ -10,13 +10,9 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_lora.priors.prior import (
-    Network,
-    check_positive,
-    hyper_name,
-    over_event,
-    sample_normal,
-)
+from pyro_lora.ground.settings import check_positive
+from pyro_lora.lifting.prior import Network
+from pyro_lora.priors.prior import hyper_name, over_event, sample_normal
 
 _FACTOR = re.compile(r"\.lora_(?:embedding_)?([ABE])\b(?!.*\.bias$)")
 # Which dim of a stacked site is the rank: A (L, R, I), B (L, O, R), E (L, R, 1).

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from torch import Tensor, nn
 
 from pyro_lora.ground.settings import check_function, check_name
-from pyro_lora.priors.prior import Network, Prior
+from pyro_lora.lifting.prior import Network, Prior
 from pyro_lora.priors.rank_ard import lora_factor
 
 

@@ -10,15 +10,10 @@ import pyro
 import torch
 from torch import Tensor
 
-from pyro_lora.ground.settings import check_function
+from pyro_lora.ground.settings import check_function, check_positive
+from pyro_lora.lifting.prior import Network, Prior, check_prior
 from pyro_lora.priors.independent import normal
-from pyro_lora.priors.prior import (
-    Network,
-    Prior,
-    check_positive,
-    check_prior,
-    hyper_name,
-)
+from pyro_lora.priors.prior import hyper_name
 from pyro_lora.priors.rank_ard import lora_factor
 
 SpectralPenalty = Callable[[Tensor], Tensor]

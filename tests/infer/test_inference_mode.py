@@ -77,7 +77,9 @@ def test_what_needs_gradients_says_so_and_goes_on_after_it(
 @pytest.mark.parametrize("name", sorted(NEED))
 def test_no_grad_is_no_obstacle(name: str, setting: Setting) -> None:
     with torch.no_grad():
-        NEED[name](setting)
+        result = NEED[name](setting)
+        assert not torch.is_grad_enabled()  # which is put back as it was
+    assert result is not None
 
 
 def test_draws_are_predicted_from(setting: Setting) -> None:

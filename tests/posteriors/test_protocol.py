@@ -289,7 +289,10 @@ def test_from_posterior(task: Task, kind: str) -> None:
         refused(lambda: task.lora.with_prior(call())(), "found a Delta")
         return
     lora = task.lora.with_prior(seeded(call))
-    pl.models.classification(lora, NUM)(**task.batches[0])
+    model = pl.models.classification(lora, NUM)
+    trace = pyro.poutine.trace(model).get_trace(**task.batches[0])
+    assert lora.sites.keys() <= trace.nodes.keys()
+    assert torch.isfinite(trace.log_prob_sum())
 
 
 @pytest.mark.parametrize("kind", KINDS)

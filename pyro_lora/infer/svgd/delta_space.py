@@ -18,15 +18,11 @@ from torch import Tensor
 
 from pyro_lora.ground.weights import Weights
 from pyro_lora.infer.svgd import weight_space
-from pyro_lora.infer.svgd.kernels import Kernel
 from pyro_lora.infer.svgd.particle_model import ParticleModel, ParticlePass
 from pyro_lora.infer.svgd.weight_space import (
-    STEIN,
     Direction,
-    Repulsion,
+    KernelSpace,
     Scores,
-    Transport,
-    scores_at,
 )
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 
@@ -34,21 +30,8 @@ Factors = tuple[Tensor, Tensor]  # B (K, O, R) and A (K, R, I), in float64
 
 
 @dataclass(frozen=True)
-class DeltaSpace:
-    """All weights, LoRA's by their updates: turning the factors is no distance.
-
-    Attributes:
-        kernel: A function of squared distances.
-        transport: Stein or repulsive.
-    """
-
-    kernel: Kernel
-    transport: Transport = STEIN
-
-    @property
-    def default_repulsion(self) -> Repulsion | None:
-        """The transport's."""
-        return self.transport.default_repulsion
+class DeltaSpace(KernelSpace):
+    """All weights, LoRA's by their updates: turning the factors is no distance."""
 
     def check(self, target: ParticleModel) -> None:
         """Refuse a model without updates.
@@ -62,12 +45,6 @@ class DeltaSpace:
                 f"none of the sites {sorted(target.latents)} is a factor of one. Use "
                 "space='joint'."
             )
-
-    def direction(
-        self, at: ParticlePass, temperature: float, repulsion: Repulsion
-    ) -> Direction:
-        """Attraction by the kernel's values, and the distances' gradients."""
-        return self.move(at, scores_at(at, repulsion), temperature)
 
     def move(self, at: ParticlePass, scores: Scores, temperature: float) -> Direction:
         """Direction where the scores are known."""

@@ -21,6 +21,7 @@ Stein's :math:`c x = e^{-2} (-1, 1)`: they are driven apart.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -276,8 +277,8 @@ class Independent:
 
 
 @dataclass(frozen=True)
-class JointSpace:
-    """All weights together.
+class KernelSpace(ABC):
+    """A space whose kernel compares weights.
 
     Attributes:
         kernel: A function of squared distances.
@@ -292,14 +293,31 @@ class JointSpace:
         """The transport's."""
         return self.transport.default_repulsion
 
+    @abstractmethod
     def check(self, target: ParticleModel) -> None:
-        """Every model will do."""
+        """Refuse a model whose weights can't be compared so.
+
+        Raises:
+            ValueError: If it is one.
+        """
+
+    @abstractmethod
+    def move(self, at: ParticlePass, scores: Scores, temperature: float) -> Direction:
+        """Direction where the scores are known."""
 
     def direction(
         self, at: ParticlePass, temperature: float, repulsion: Repulsion
     ) -> Direction:
-        """Direction by one kernel."""
+        """The scores by one pass of the model, and the direction that they give."""
         return self.move(at, scores_at(at, repulsion), temperature)
+
+
+@dataclass(frozen=True)
+class JointSpace(KernelSpace):
+    """All weights together."""
+
+    def check(self, target: ParticleModel) -> None:
+        """Every model will do."""
 
     def move(self, at: ParticlePass, scores: Scores, temperature: float) -> Direction:
         """Direction where the scores are known."""
@@ -310,30 +328,11 @@ class JointSpace:
 
 
 @dataclass(frozen=True)
-class SiteSpace:
-    """The weights of each site, one kernel a site.
-
-    Attributes:
-        kernel: A function of squared distances.
-        transport: Stein or repulsive.
-    """
-
-    kernel: Kernel
-    transport: Transport = STEIN
-
-    @property
-    def default_repulsion(self) -> Repulsion | None:
-        """The transport's."""
-        return self.transport.default_repulsion
+class SiteSpace(KernelSpace):
+    """The weights of each site, one kernel a site."""
 
     def check(self, target: ParticleModel) -> None:
         """Every model will do."""
-
-    def direction(
-        self, at: ParticlePass, temperature: float, repulsion: Repulsion
-    ) -> Direction:
-        """Direction by a kernel for each site."""
-        return self.move(at, scores_at(at, repulsion), temperature)
 
     def move(self, at: ParticlePass, scores: Scores, temperature: float) -> Direction:
         """Direction where the scores are known."""
