@@ -169,7 +169,7 @@ class Update:
 def space_table(size: Size, repeats: int, device: str) -> list[str]:
     """A step in each kernel space, and what of it is SVGD's own."""
     lora, texts = pl.lift(size.network(device)), size.texts(device)
-    kernels: dict[str, Any] = {"ensemble (Zero)": pl.kernels.NoRepulsion()}
+    kernels: dict[str, Any] = {"ensemble": pl.kernels.NoRepulsion()}
     kernels |= {space: pl.kernels.RBF(space=space) for space in SPACES}
     model = classifier(lora)
     steps = alternating_medians(
@@ -182,7 +182,7 @@ def space_table(size: Size, repeats: int, device: str) -> list[str]:
     own = alternating_medians(
         {n: update.own(s.move) for n, s in zip(names, spaces, strict=True)}, repeats
     )
-    own["function"] = steps["function"] - steps["ensemble (Zero)"]
+    own["function"] = steps["function"] - steps["ensemble"]
     lines = header("kernel space", "step, ms", "SVGD's own part, ms", "share", "target")
     for name, value in steps.items():
         lines.append(

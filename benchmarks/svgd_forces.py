@@ -80,7 +80,7 @@ def row(name: str, run: Run) -> str:
 def plot(runs: dict[str, Run], path: Path) -> None:
     """A panel for each kernel that repels, with one scale for all in weight space."""
     names = [name for name in runs if name != "no kernel"]
-    figure, grid = plt.subplots(2, 4, figsize=(13, 6), sharex=True)
+    figure, grid = plt.subplots(2, 3, figsize=(10, 6), sharex=True)
     for name, ax in zip(names, grid.flat, strict=False):
         pl.plots.forces(runs[name][0], ax)
         ax.set(title=name, ylim=(1e-3, 1e4))

@@ -107,14 +107,14 @@ def run(task: Task, *, quick: bool) -> Study:
         method.add(_sampled(model, members.posterior()))
 
     method = _Method(task, study, "Laplace (evidence)")
-    laplace = guide.laplace_approximation(task.ordered(train), progress_bar=True)
+    laplace = guide.laplace_approximation(task.ordered(train))
     study.laplace = laplace.optimize_prior()
     method.add(_linearized(model, study.laplace))
     if quick:
         return study
 
     method = _Method(task, study, "Laplace (held-out nll)")
-    laplace = guide_kept.laplace_approximation(task.ordered(kept), progress_bar=True)
+    laplace = guide_kept.laplace_approximation(task.ordered(kept))
     laplace = laplace.optimize_prior(objective="nll", batches=task.ordered(held_out))
     method.add(_linearized(model_kept, laplace))
 
@@ -181,7 +181,7 @@ class _Method:
             with warnings.catch_warnings():
                 # Particles that repel one another stop a little off the modes.
                 warnings.filterwarnings("ignore", message="The weights aren't a mode")
-                laplace = guide.laplace_approximation(data, progress_bar=True)
+                laplace = guide.laplace_approximation(data)
             components.append(laplace.optimize_prior())
         return pl.MixturePosterior(components)
 
@@ -194,6 +194,7 @@ class _Method:
                     self._task.ordered(rows),
                     desc=f"{self._name}: predict {domain}",
                     unit="batch",
+                    disable=None,  # without a terminal
                 )
             )
             for domain, rows in {"test": corpus.test, **corpus.domains}.items()

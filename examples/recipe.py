@@ -162,10 +162,13 @@ def train(
         epochs: Passes over the batches.
         title: What the progress bar is called.
     """
-    with tqdm(total=epochs * len(batches), desc=title, unit="step") as bar:
+    total, first = epochs * len(batches), None
+    with tqdm(total=total, desc=title, unit="step", disable=None) as bar:
         for _ in range(epochs):
             for batch in batches:
                 loss = float(step(**batch))
                 optim.step()
-                bar.set_postfix(loss=f"{loss:.0f}", refresh=False)
+                # The loss itself is mostly the prior's constant.
+                first = loss if first is None else first
+                bar.set_postfix(change=f"{loss - first:+.0f} nats", refresh=False)
                 bar.update()

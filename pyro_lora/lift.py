@@ -7,9 +7,15 @@ import re
 from torch import nn
 
 from pyro_lora.ground.settings import check_name
+from pyro_lora.ground.warning import warn
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.lifting.prior import Prior, check_prior
 from pyro_lora.priors.independent import normal
+
+# Between a large head, 1000 classes of 2048 features, and the smallest of pretrained
+# encoders, a BERT of two layers (4.4 million). An adapter may have more: it's not
+# counted, since PEFT has frozen the rest.
+_WHOLE_NETWORK = 4_000_000
 
 
 def lift(
@@ -51,6 +57,10 @@ def lift(
             inactive, a trainable parameter can't be lifted, or a value is NaN or
             infinite.
         RuntimeError: Inside of a ``with lora.bind(...)`` block of the same network.
+
+    Warns:
+        UserWarning: If there are as many trainable weights outside of adapters and
+            heads, four million, as a whole encoder has: it may have no adapter yet.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
@@ -65,6 +75,24 @@ def lift(
             f"name must be letters, digits and dots, as it is put into the names of "
             f"sites, found {name!r}."
         )
-    return LiftedNetwork(
+    lora = LiftedNetwork(
         model, normal(scale=1.0) if prior is None else prior, adapter, name
+    )
+    _warn_if_whole(lora)
+    return lora
+
+
+def _warn_if_whole(lora: LiftedNetwork) -> None:
+    """Warn of a network that nobody has put an adapter on, or frozen."""
+    outside = {s: x.numel() for s, x in lora.zeros().items() if s.startswith("base.")}
+    number = sum(outside.values())
+    if number < _WHOLE_NETWORK:
+        return
+    largest = max(outside, key=outside.__getitem__)
+    warn(
+        f"lift found {number:,} trainable weights outside of adapters and heads, as "
+        f"many as a whole network has, most of them in {largest!r}, and made all of "
+        "them random variables. If you meant fewer, freeze the others before: "
+        "peft.get_peft_model(network, config) freezes all but an adapter, and "
+        "network.requires_grad_(False) all but what you turn on again."
     )

@@ -15,12 +15,13 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
 
 from pyro_lora.ground.settings import check_count, check_kind, check_positive
+from pyro_lora.ground.summary import FieldsShown
 from pyro_lora.lifting.lifted_network import LiftedNetwork, check_lora
 from pyro_lora.likelihood.model_trace import IGNORED
 
 
-@dataclass(frozen=True)
-class classification:
+@dataclass(frozen=True, repr=False)
+class classification(FieldsShown):
     r"""One label for each input, from the network's logits.
 
     :math:`y \sim \mathrm{Categorical}(\mathrm{softmax}\, f(x))`.
@@ -48,8 +49,8 @@ class classification:
             return pyro.sample("y", dist.Categorical(logits=logits), obs=labels)
 
 
-@dataclass(frozen=True)
-class regression:
+@dataclass(frozen=True, repr=False)
+class regression(FieldsShown):
     r"""One real number for each input: :math:`y \sim N(f(x), \sigma^2)`.
 
     Args:
@@ -90,8 +91,8 @@ class regression:
             return pyro.sample("y", dist.Normal(logits[..., 0], noise), obs=labels)
 
 
-@dataclass(frozen=True)
-class multiple_choice:
+@dataclass(frozen=True, repr=False)
+class multiple_choice(FieldsShown):
     r"""One of C answers, by the scores of their tokens after the last real token.
 
     :math:`y \sim \mathrm{Categorical}(\mathrm{softmax}\, f_{c_1 \dots c_C}(x))`, with f
@@ -145,8 +146,8 @@ class multiple_choice:
             return pyro.sample("y", dist.Categorical(logits=scores), obs=labels)
 
 
-@dataclass(frozen=True)
-class language_model:
+@dataclass(frozen=True, repr=False)
+class language_model(FieldsShown):
     r"""The next token at each place; one datum is a sequence.
 
     :math:`\log p(x) = \sum_t \log \mathrm{softmax}(f(x_{<t}))_{x_t}`, nats, over the
@@ -186,8 +187,8 @@ class language_model:
             return pyro.sample("y", likelihood, obs=labels)
 
 
-@dataclass(frozen=True)
-class preference:
+@dataclass(frozen=True, repr=False)
+class preference(FieldsShown):
     r"""Which of two texts is preferred, by their rewards; one datum is a pair.
 
     :math:`y \sim \mathrm{Bernoulli}(\sigma(r(x_1) - r(x_2) - m))`, with r the network's

@@ -10,9 +10,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     BertConfig,
     LlamaConfig,
+    T5Config,
 )
 
 from pyro_lora import LiftedNetwork
@@ -97,6 +99,24 @@ def llama(
     )
 
 
+def t5(**config: Any) -> Any:
+    """T5 without an adapter.
+
+    Args:
+        config: Further fields of its configuration.
+    """
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+    return AutoModelForSeq2SeqLM.from_config(
+        T5Config(
+            vocab_size=VOCABULARY,
+            **sizes,
+            dropout_rate=0.0,
+            initializer_factor=3.0,
+            **config,
+        )
+    )
+
+
 def adapted(network: nn.Module, **lora: Any) -> PeftModel:
     """The network with LoRA, r=3 and alpha=6, whose B isn't zero.
 
@@ -157,6 +177,19 @@ def particles(
         site: value + spread * torch.randn(*lead, *value.shape, dtype=value.dtype)
         for site, value in lora.weights().items()
     }
+
+
+def leaves(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {site: value.clone().requires_grad_() for site, value in weights.items()}
+
+
+def bound_logits(
+    lora: LiftedNetwork, weights: dict[str, Tensor], texts: dict[str, Tensor]
+) -> Tensor:
+    """What the network gives with these weights bound."""
+    with lora.bind(weights) as net:
+        logits: Tensor = net(**inputs(texts)).logits
+    return logits
 
 
 def classifier(lora: LiftedNetwork, num_data: int = 100) -> Callable[..., Tensor]:

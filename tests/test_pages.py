@@ -67,6 +67,17 @@ def test_laplace() -> None:
 
 # A page that trains for seconds only.
 @pytest.mark.untrained
+@pytest.mark.filterwarnings("ignore:The weights aren't a mode")
+def test_linearized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = names_after("quickstart", "linearized")
+    assert names["prediction"].probs.shape == (64, 2)
+    assert 0 < names["narrow"].scale <= 1
+    assert len(list((tmp_path / "adapters").iterdir())) >= 8
+
+
+# A page that trains for seconds only.
+@pytest.mark.untrained
 def test_svgd() -> None:
     names = names_after("quickstart", "svgd")
     assert len(names["mixture"].components) == 4

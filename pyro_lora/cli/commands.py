@@ -1,8 +1,15 @@
-"""The command line: a saved adapter and a file of texts -> posterior, predictions."""
+"""The command line: a saved adapter and a file of texts -> posterior, predictions.
+
+What the library says of wrong input is said as a sentence, and numbers in a table.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,14 +27,6 @@ from pyro_lora.cli.text_files import (
 
 try:
     import typer
-
-    from pyro_lora.cli.terminal import (
-        errors_in_words,
-        quiet_transformers,
-        say,
-        show,
-        with_standard_errors,
-    )
 except ImportError as error:
     raise ImportError(
         "The command line needs typer. Install it by: pip install 'pyro-lora[cli]'"
@@ -169,7 +168,7 @@ def fit(
     warns where the adapter isn't one: then let `--epochs 1` take it there. `svgd` costs
     as much as training `--num-particles` adapters.
     """
-    with errors_in_words():
+    with _errors_in_words():
         names = given_names(label_names)
         check_folder(posterior, "POSTERIOR", adapter)
         check_is_ours(posterior)
@@ -179,7 +178,7 @@ def fit(
 
         from pyro_lora.cli import saved_classifier as saved
 
-        quiet_transformers()
+        _quiet_transformers()
         pyro.clear_param_store()
         pyro.set_rng_seed(seed)
         network = saved.network_of(adapter)
@@ -197,23 +196,23 @@ def fit(
         model = pl.models.classification(lora, len(texts))
         batches = saved.text_batches(texts, settings, batch_size, lora)
         shuffled = saved.text_batches(texts, settings, batch_size, lora, shuffle=True)
-        found: pl.LaplacePosterior | pl.ParticlePosterior
+        fitted: pl.LaplacePosterior | pl.ParticlePosterior
         if method is Method.laplace:
-            found, numbers = _laplace(
+            fitted, numbers = _laplace(
                 model, lora, batches, shuffled, epochs or 0, learning_rate
             )
         else:
             epochs = 3 if epochs is None else epochs
-            found, numbers = _svgd(
+            fitted, numbers = _svgd(
                 model, lora, shuffled, epochs, learning_rate, num_particles
             )
-        saved.save_with(found, posterior, settings)
+        saved.save_with(fitted, posterior, settings)
     counts = {
         "texts": len(texts),
         "classes": len(settings.label_names),
         "weights": _num_weights(lora),
     }
-    show(f"{method.value} posterior in {posterior}", {**counts, **numbers})
+    _show(f"{method.value} posterior in {posterior}", {**counts, **numbers})
 
 
 @app.command()
@@ -248,11 +247,11 @@ def predict(
     The file has texts and, if it has labels, too, a table of metrics is the answer,
     with the standard errors that come from the choice of the texts: accuracy, negative
     log-likelihood (nll), calibration error (ece), Brier score.
-    `--output` has for each text the class, its probability, all probabilities, and the
-    entropy in nats: aleatoric (the text is ambiguous) and epistemic (the adapter has
-    seen too little).
+    `--output` has for each text the predicted class, its probability (confidence), all
+    probabilities (p_ and the class's name), and the entropy in nats: aleatoric (the
+    text is ambiguous) and epistemic (the adapter has seen too little).
     """
-    with errors_in_words():
+    with _errors_in_words():
         _refuse(
             method is Predictive.linearized and num_samples is not None,
             "--num-samples is for --method sample: linearized predictions are exact.",
@@ -264,7 +263,7 @@ def predict(
 
         from pyro_lora.cli import saved_classifier as saved
 
-        quiet_transformers()
+        _quiet_transformers()
         pyro.set_rng_seed(seed)
         settings = saved.remembered(posterior)
         if output is not None:
@@ -276,25 +275,25 @@ def predict(
         lora = saved.restored(posterior, settings, device)
         saved.check_tokens(texts, settings, lora)
         model = pl.models.classification(lora, len(texts))
-        found = saved.load_with(posterior, settings, lora, model)
-        own = "linearized" if found.gaussians() else "sample"
+        loaded = saved.load_with(posterior, settings, lora, model)
+        own = "linearized" if loaded.gaussians() else "sample"
         method = method or Predictive(own)
         prediction: pl.Prediction = pl.predict(
-            found,
+            loaded,
             saved.text_batches(texts, settings, batch_size, lora),
             method=method.value,
             num_samples=num_samples,
-            progress_bar=True,
         )
         if output is not None:
-            write_prediction(output, texts, prediction, settings.label_names)
+            prediction = replace(prediction, class_names=settings.label_names)
+            write_prediction(output, texts, prediction)
     numbers: dict[str, Any] = {"texts": len(texts)}
     if prediction.labels is None:
         numbers["mean confidence"] = float(prediction.probs.max(-1).values.mean())
     else:
-        numbers |= with_standard_errors(prediction)
+        numbers |= _with_standard_errors(prediction)
     numbers["mean epistemic entropy"] = float(prediction.epistemic_entropy.mean())
-    show(f"{method.value} prediction of {data}", numbers)
+    _show(f"{method.value} prediction of {data}", numbers)
 
 
 @app.command()
@@ -317,12 +316,12 @@ def diagnose(
     Gaussian believable, are particles diverse, is the prior or the data in charge, is
     it over- or under-confident? Takes some dozen passes over the data.
     """
-    with errors_in_words():
+    with _errors_in_words():
         import pyro
 
         from pyro_lora.cli import saved_classifier as saved
 
-        quiet_transformers()
+        _quiet_transformers()
         pyro.set_rng_seed(seed)
         settings = saved.remembered(posterior)
         columns = settings.text_column, settings.label_column
@@ -336,12 +335,12 @@ def diagnose(
             saved.check_tokens(file, settings, lora)
             batches.append(saved.text_batches(file, settings, batch_size, lora))
         model = pl.models.classification(lora, len(texts))
-        found = pl.diagnose(
+        diagnosis = pl.diagnose(
             saved.load_with(posterior, settings, lora, model),
             batches[0],
             held_out=batches[1] if held_out is not None else None,
         )
-    say(str(found))
+    _print(str(diagnosis))
 
 
 @app.command()
@@ -369,7 +368,7 @@ def export(
     laplace posterior, which is about the linearised network, may predict at chance:
     write its `--mode`, or particles.
     """
-    with errors_in_words():
+    with _errors_in_words():
         _refuse(
             mode and num_samples is not None,
             "--mode writes one adapter: leave out --num-samples.",
@@ -380,19 +379,19 @@ def export(
 
         from pyro_lora.cli import saved_classifier as saved
 
-        quiet_transformers()
+        _quiet_transformers()
         pyro.set_rng_seed(seed)
         settings = saved.remembered(posterior)
         check_folder(output, "OUTPUT", *saved.folders_of(settings))
         lora = saved.restored(posterior, settings, "cpu")
-        found = saved.load_with(posterior, settings, lora)
+        loaded = saved.load_with(posterior, settings, lora)
         if mode:
-            found = pl.ensemble(lora, [found.mode()])
+            loaded = pl.ensemble(lora, [loaded.mode()])
         if num_samples is None:
-            num_samples = found.num_samples or 8
-        pl.export_adapters(found, output, num_samples)
+            num_samples = loaded.num_samples or 8
+        pl.export_adapters(loaded, output, num_samples)
     names = sorted(folder.name for folder in output.glob("draw_*"))
-    show(f"adapters in {output}", {"from": names[0], "to": names[-1]})
+    _show(f"adapters in {output}", {"from": names[0], "to": names[-1]})
 
 
 def _refuse(condition: bool, words: str) -> None:
@@ -415,16 +414,17 @@ def _laplace(
     guide = pl.AutoLaplace(model, init_loc_fn=lora.init_to_adapter())
     svi = SVI(model, guide, _adam(learning_rate), Trace_ELBO())
     lora.network.train()
-    for _ in trange(epochs, desc="Train", disable=epochs == 0):
+    # On a terminal alone, as the library's own bars.
+    for _ in trange(epochs, desc="Train", unit="epoch", disable=None):
         for batch in shuffled:
             svi.step(**batch)
     lora.network.eval()
-    first = guide.laplace_approximation(batches, progress_bar=True)
-    found = first.optimize_prior()
-    precision = torch.cat([p.flatten() for p in found.prior_precision.values()])
-    return found, {
+    first = guide.laplace_approximation(batches)
+    tuned = first.optimize_prior()
+    precision = torch.cat([p.flatten() for p in tuned.prior_precision.values()])
+    return tuned, {
         "log evidence, prior as given (nats)": float(first.log_evidence()),
-        "log evidence, prior chosen by it (nats)": float(found.log_evidence()),
+        "log evidence, prior chosen by it (nats)": float(tuned.log_evidence()),
         "prior standard deviation chosen": float(precision.mean().rsqrt()),
     }
 
@@ -460,6 +460,80 @@ def _adam(learning_rate: float) -> PyroOptim:
 
 def _num_weights(lora: pl.LiftedNetwork) -> int:
     return sum(value.numel() for value in lora.zeros().values())
+
+
+@contextmanager
+def _errors_in_words() -> Iterator[None]:
+    """What the library says of wrong input is the message, without a traceback.
+
+    Raises:
+        Exit: In place of it.
+        MemoryError: Never.
+        RuntimeError: If it isn't about memory: that is an error in this library.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # for the libraries' authors
+        warnings.showwarning = _warn  # type: ignore[assignment]  # it takes more
+        try:
+            yield
+        except (ValueError, OSError, ImportError) as error:
+            typer.secho(f"Error: {error}", fg="red", err=True)
+            raise typer.Exit(1) from error
+        except (MemoryError, RuntimeError) as error:
+            if "memory" not in str(error):
+                raise
+            typer.secho(
+                "Error: not enough memory. A smaller --batch-size, --max-length, "
+                f"--num-particles or --num-samples takes less. ({_first_line(error)})",
+                fg="red",
+                err=True,
+            )
+            raise typer.Exit(1) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def _quiet_transformers() -> None:
+    """Neither bars nor tables of what transformers reads: it's checked afterwards."""
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+    disable_progress_bar()
+    set_verbosity_error()
+
+
+def _warn(message: Warning | str, *_: Any) -> None:
+    typer.secho(f"Warning: {message}", fg="yellow", err=True)
+
+
+def _with_standard_errors(prediction: pl.Prediction) -> dict[str, str]:
+    """Metrics, each with the standard error that comes from the choice of the data."""
+    numbers = prediction.metrics(num_bootstrap=100)
+    return {
+        name: f"{value:.4g} +- {numbers[f'{name}_se']:.2g}"
+        for name, value in numbers.items()
+        if f"{name}_se" in numbers
+    }
+
+
+def _print(text: str) -> None:
+    """Print text, and the codes of what the terminal has no characters for."""
+    encoding = sys.stdout.encoding or "utf-8"
+    typer.echo(text.encode(encoding, "backslashreplace").decode(encoding))
+
+
+def _show(title: str, numbers: Mapping[str, Any]) -> None:
+    """Print a table of two columns under its title."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False)
+    for name, value in numbers.items():
+        shown = f"{value:.4g}" if isinstance(value, float) else str(value)
+        table.add_row(name, shown)
+    _print(f"\n{title}")
+    Console().print(table)
 
 
 if __name__ == "__main__":

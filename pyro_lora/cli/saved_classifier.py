@@ -210,29 +210,29 @@ def network_of(adapter: Path) -> PeftModel:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Found missing adapter keys")  # below
             network = PeftModel.from_pretrained(base, str(adapter))
-        found: Any = network.load_adapter(str(adapter), "default")
-    _check_complete(adapter, name, network, found, report)
+        loaded: Any = network.load_adapter(str(adapter), "default")
+    _check_complete(adapter, name, network, loaded, report)
     return network
 
 
 def _check_complete(
-    adapter: Path, name: str, network: PeftModel, found: Any, report: Any
+    adapter: Path, name: str, network: PeftModel, loaded: Any, report: Any
 ) -> None:
     """Every weight of the network was in a file, and all of the adapter's are used.
 
     Raises:
         ValueError: If not.
     """
-    if found.missing_keys:
+    if loaded.missing_keys:
         raise ValueError(
-            f"{adapter} has no weights for {found.missing_keys[0]!r} and "
-            f"{len(found.missing_keys) - 1} others, which its configuration calls for. "
-            "Copy it again."
+            f"{adapter} has no weights for {loaded.missing_keys[0]!r} and "
+            f"{len(loaded.missing_keys) - 1} others, which its configuration calls "
+            "for. Copy it again."
         )
-    if found.unexpected_keys:
+    if loaded.unexpected_keys:
         raise ValueError(
-            f"{adapter} has weights {found.unexpected_keys[0]!r} and "
-            f"{len(found.unexpected_keys) - 1} others that its base network {name!r} "
+            f"{adapter} has weights {loaded.unexpected_keys[0]!r} and "
+            f"{len(loaded.unexpected_keys) - 1} others that its base network {name!r} "
             "has no place for: it's an adapter of another network."
         )
     # A head that is replaced by the adapter's is a copy inside of a wrapper by PEFT.
@@ -379,7 +379,7 @@ def check_tokens(texts: Texts, settings: Settings, lora: pl.LiftedNetwork) -> No
     network: Any = lora.network
     tokenizer = tokenizer_of(settings)
     most = _num_tokens(network, tokenizer, settings)
-    known = network.get_input_embeddings().weight.shape[0]
+    vocabulary = network.get_input_embeddings().weight.shape[0]
     at_once, num_cut, first_cut = 1000, 0, 0
     for start in range(0, len(texts), at_once):
         chunk = list(texts.texts[start : start + at_once])
@@ -389,10 +389,10 @@ def check_tokens(texts: Texts, settings: Settings, lora: pl.LiftedNetwork) -> No
                     f"{texts.where(index)}: the tokenizer finds no tokens in the text "
                     f"{texts.texts[index][:50]!r}. Delete the row."
                 )
-            if max(ids) >= known:
+            if max(ids) >= vocabulary:
                 raise ValueError(
                     f"{texts.where(index)}: token {max(ids)}, but the network knows "
-                    f"{known}. The tokenizer of {settings.adapter} is of another "
+                    f"{vocabulary}. The tokenizer of {settings.adapter} is of another "
                     "network."
                 )
             if len(ids) > most:

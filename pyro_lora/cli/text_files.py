@@ -322,31 +322,24 @@ def check_output(output: Path, inputs: Sequence[Path]) -> None:
     check_folder(target.parent, "--output")
 
 
-def write_prediction(
-    path: Path, texts: Texts, prediction: pl.Prediction, names: Sequence[str]
-) -> None:
+def write_prediction(path: Path, texts: Texts, prediction: pl.Prediction) -> None:
     """A CSV file with a row for each text, in order; it is there in full or not at all.
+
+    Beside the text, and its label if it has one, are the prediction's own columns, as
+    those of ``to_pandas``: ``predicted``, ``confidence``, ``p_negative`` and so on.
 
     Args:
         path: The file.
         texts: What was predicted.
         prediction: For the same texts.
-        names: Of the classes.
     """
-    confidence, best = prediction.probs.max(-1)
     columns: dict[str, Sequence[Any]] = {texts.text_column: texts.texts}
     if texts.labels is not None:
         columns[texts.label_column] = texts.labels
-    added: dict[str, Sequence[Any]] = {
-        "class": [names[i] for i in best.tolist()],
-        "confidence": confidence.tolist(),
-        **{f"p({n})": prediction.probs[:, i].tolist() for i, n in enumerate(names)},
-        "total_entropy": prediction.total_entropy.tolist(),
-        "aleatoric_entropy": prediction.aleatoric_entropy.tolist(),
-        "epistemic_entropy": prediction.epistemic_entropy.tolist(),
-    }
-    for name, values in added.items():  # beside a column that is called so, too
-        columns[f"predicted_{name}" if name in columns else name] = values
+    for name, values in prediction.columns().items():
+        if name != "label":  # which the file has in its own words
+            # beside a column of the file that is called so, too
+            columns[f"predicted_{name}" if name in columns else name] = values.tolist()
     content = io.StringIO(newline="")
     writer = csv.writer(content)
     writer.writerow(columns)

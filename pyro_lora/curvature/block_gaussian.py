@@ -1,11 +1,25 @@
-"""Gaussian with one block for each matrix, diagonal in an eigenbasis of its own."""
+r"""Gaussian with one block for each matrix, diagonal in an eigenbasis of its own.
+
+A layer's Fisher block :math:`G \otimes A / n` with :math:`G = U_G \Lambda_G U_G^T` and
+:math:`A = U_A \Lambda_A U_A^T` has the eigenvectors :math:`U_G \otimes U_A`, and its
+eigenvalues are a table (O, I), :math:`\Lambda = \lambda_G \lambda_A^T / n`: with
+:math:`\lambda_G = (9, 1)`, :math:`\lambda_A = (4, 2)` and n = 2, [[18, 9], [2, 1]]. A
+prior precision that is one number in the matrix only shifts it, so that for any
+:math:`\tau`, with no new decomposition,
+
+- :math:`\log \det P = \sum \log(\Lambda + \tau)`,
+- :math:`\mathrm{tr}(F P^{-1}) = \sum \Lambda / (\Lambda + \tau)`,
+- :math:`J P^{-1} J^T = \sum (U_G^T J U_A)^2 / (\Lambda + \tau)`, for J as (O, I).
+
+The diagonal structures are the same with the identity for both bases.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyro
@@ -18,11 +32,12 @@ from pyro_lora.curvature.factors import DiagonalFactors, KroneckerFactors
 from pyro_lora.curvature.kronecker_normal import KroneckerNormal
 from pyro_lora.curvature.nystrom import eigh_psd
 from pyro_lora.curvature.weight_gaussian import WeightGaussian
+from pyro_lora.ground.summary import FieldsShown
 from pyro_lora.ground.weights import Weights
 
 
-@dataclass(frozen=True)
-class Eigenblocks:
+@dataclass(frozen=True, repr=False)
+class Eigenblocks(FieldsShown):
     """Fisher information of one site in a basis where each layer's is diagonal.
 
     Attributes:
@@ -46,12 +61,12 @@ class Eigenblocks:
 
 # By identity of an input factor: its eigenvalues, and where its vectors are, a stack
 # over layers and the place there.
-Known = dict[int, tuple[Tensor, Tensor, int]]
+Spectra = dict[int, tuple[Tensor, Tensor, int]]
 
 
 def eigenblocks(
     factors: list[KroneckerFactors] | list[DiagonalFactors],
-    known: Known | None = None,
+    spectra: Spectra | None = None,
     site: str = "",
 ) -> Eigenblocks:
     """Diagonalise the factors of one site's layers.
@@ -59,7 +74,7 @@ def eigenblocks(
     Args:
         factors: One for each layer, summed over all data. The list is emptied, so that
             eigenvectors take the place of the factors that nobody else holds.
-        known: Input factors that were diagonalised; those that weren't are added.
+        spectra: Input factors that were diagonalised; those that weren't are added.
             Layers that share an input factor need one decomposition, and sites whose
             layers all do have one stack of vectors.
         site: The site's name, for messages.
@@ -70,7 +85,7 @@ def eigenblocks(
     Raises:
         ValueError: If a factor is no sum of squares or outer products.
     """
-    known = {} if known is None else known
+    spectra = {} if spectra is None else spectra
     diagonals = [f.diagonal for f in factors if isinstance(f, DiagonalFactors)]
     for i, x in enumerate(diagonals):
         if not (x.isfinite() & (x >= 0)).all():
@@ -81,7 +96,8 @@ def eigenblocks(
             )
     if diagonals:
         return Eigenblocks(torch.stack(diagonals).double(), None, None)
-    num_layers, stacks = len(factors), _shared_columns(factors, known)
+    # Vectors are written into their stack at once: no second copy of all layers'.
+    num_layers, stacks = len(factors), _shared_columns(factors, spectra)
 
     def put(name: str, layer: int, x: Tensor) -> None:
         if name not in stacks:
@@ -92,17 +108,18 @@ def eigenblocks(
         f = factors.pop(0)
         assert isinstance(f, KroneckerFactors)
         factor = f"Site {site!r}, layer {i}: the factor of its"
-        if id(f.a) not in known:
+        if id(f.a) not in spectra:
             values, vectors = eigh_psd(f.a, f"{factor} inputs")
+            # n is 0 where no token counted, and then so is A.
             a_values = values / f.count.clamp_min(1)
             put("columns", i, vectors.to(f.a))
-            known[id(f.a)] = a_values, stacks["columns"], i
-        a_values, stack, place = known[id(f.a)]
+            spectra[id(f.a)] = a_values, stacks["columns"], i
+        a_values, stack, place = spectra[id(f.a)]
         if stack is not stacks.get("columns") or place != i:
             put("columns", i, stack[place])
         g_values, vectors = eigh_psd(f.g, f"{factor} gradients")
         put("rows", i, vectors.to(f.g))
-        put("values", i, g_values[:, None] * a_values)
+        put("values", i, g_values[:, None] * a_values)  # (O, I), of G ⊗ A / n
     return Eigenblocks(stacks["values"], stacks["rows"], stacks["columns"])
 
 
@@ -115,17 +132,18 @@ def with_values(gaussian: BlockGaussian, values: BlockGaussian) -> BlockGaussian
     return replace(gaussian, blocks=blocks)
 
 
-def _shared_columns(factors: Sequence[Any], known: Known) -> dict[str, Tensor]:
+def _shared_columns(factors: Sequence[Any], spectra: Spectra) -> dict[str, Tensor]:
     """The stack of another site whose layers all have the same input factors."""
-    found = [known.get(id(f.a)) for f in factors]
-    if found[0] is None or len(found[0][1]) != len(found):
+    bases = [spectra.get(id(f.a)) for f in factors]
+    if bases[0] is None or len(bases[0][1]) != len(bases):
         return {}
-    stack = found[0][1]
-    places = [k[2] for k in found if k is not None and k[1] is stack]
-    return {"columns": stack} if places == list(range(len(found))) else {}
+    # In the same order, too: then the vectors are stored once for both sites.
+    stack = bases[0][1]
+    places = [k[2] for k in bases if k is not None and k[1] is stack]
+    return {"columns": stack} if places == list(range(len(bases))) else {}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class BlockGaussian(WeightGaussian):
     """Independent matrices; the Kronecker and the diagonal structures.
 
@@ -139,6 +157,21 @@ class BlockGaussian(WeightGaussian):
     loc: Weights
     prior_precision: Weights
     blocks: Mapping[str, Eigenblocks]
+
+    has_eigenvalues: ClassVar[bool] = True
+
+    @property
+    def structure(self) -> str:
+        """See the base class."""
+        if all(block.rows is None for block in self.blocks.values()):
+            return "diagonal"
+        low_rank = any(self._is_thin(site) for site in self.blocks)
+        return "Kronecker, of low rank" if low_rank else "Kronecker"
+
+    @property
+    def origin(self) -> Weights:
+        """See the base class."""
+        return self.loc
 
     def with_prior_precision(
         self, prior_precision: Mapping[str, Tensor]
@@ -174,7 +207,7 @@ class BlockGaussian(WeightGaussian):
                 shift = [x.expand(-1, values.shape[1]) for x in shift]
             total = total + (values + torch.cat(shift)).log().sum()
         for site, block in self.blocks.items():
-            if self._is_thin(site):
+            if self._is_thin(site):  # outside of its bases P is tau alone
                 num_outside = self.loc[site][0].numel() - block.values[0].numel()
                 total = total + num_outside * tau[site].double().log().sum()
         assert isinstance(total, Tensor)
@@ -186,7 +219,7 @@ class BlockGaussian(WeightGaussian):
 
     def informed_directions(self, num_directions: int) -> tuple[Weights, Tensor]:
         """See the base class; each lies in one matrix."""
-        shares = self._shares()
+        shares = self._shares()  # F v = s P v is diagonal in the bases: these are the s
         flat = torch.cat([share.flatten() for share in shares.values()])
         top = flat.topk(min(num_directions, len(flat)))
         steps = {s: x.new_zeros(len(top.values), *x.shape) for s, x in self.loc.items()}
@@ -213,8 +246,9 @@ class BlockGaussian(WeightGaussian):
             layer[site] += 1
             block = self.blocks[site]
             if block.rows is not None and block.columns is not None:
+                # (U_G ⊗ U_A)^T vec(J) is vec(U_G^T J U_A), and P^-1 elementwise there.
                 rows, columns = block.rows[i].to(j), block.columns[i].to(j)
-                inside = rows.mT @ j @ columns
+                inside = rows.mT @ j @ columns  # (B, M, O, I), thin (B, M, j, k)
                 if self._is_thin(site):  # J J^T / tau is left over outside of the bases
                     rest = (j - rows @ inside @ columns.mT).flatten(2)
                     scales = torch.stack(
@@ -226,7 +260,7 @@ class BlockGaussian(WeightGaussian):
             variances = torch.stack(
                 [1 / self._precision(site, tau)[i].flatten() for tau in taus]
             ).to(flat)  # (Q, O I)
-            if flat.shape[1] == 1:
+            if flat.shape[1] == 1:  # of one contrast a sum of squares, no matrices
                 total = total + (flat[:, 0].square() @ variances.mT).mT[..., None, None]
             else:
                 total = total + torch.stack([(flat * v) @ flat.mT for v in variances])
@@ -248,6 +282,8 @@ class BlockGaussian(WeightGaussian):
 
     def _step(self, site: str, layer: int, o: int, i: int) -> Tensor:
         """One standard deviation along an eigenvector of one matrix, its shape."""
+        # v = u / sqrt(p) has v^T P v = 1; the eigenvector u of place (o, i) is the
+        # outer product of columns o of U_G and i of U_A.
         loc, block = self.loc[site][layer], self.blocks[site]
         sd = self._precision(site, self.prior_precision)[layer, o, i].rsqrt()
         if block.rows is None or block.columns is None:
@@ -269,6 +305,8 @@ class BlockGaussian(WeightGaussian):
     @cached_property
     def _eigenvalues(self) -> list[tuple[list[str], Tensor]]:
         """Sites with matrices of one size, and their eigenvalues, a row a matrix."""
+        # One logarithm for all of a size: tuning calls log_det hundreds of times, and
+        # what a call of torch's costs is more than these few numbers do.
         sites: dict[int, list[str]] = {}
         for site, block in self.blocks.items():
             sites.setdefault(block.values[0].numel(), []).append(site)
@@ -281,6 +319,7 @@ class BlockGaussian(WeightGaussian):
         """(L, 1) where tau is constant in each matrix or averaged, else (L, O I)."""
         loc = self.loc[site]
         num_layers = loc.shape[0]
+        # The bases diagonalise tau I, and no other diag(tau): that is averaged.
         if tau.shape[1 - loc.ndim :].numel() == 1:
             return tau.reshape(-1, 1).expand(num_layers, 1)
         full = tau.expand(loc.shape).flatten(1)

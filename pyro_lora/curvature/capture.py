@@ -1,4 +1,11 @@
-"""Inputs and output gradients of every lifted layer, for one batch."""
+r"""Inputs and output gradients of every lifted layer, for one batch.
+
+A linear layer :math:`h_t = W a_t` has :math:`\partial c / \partial W = \sum_t g_t
+a_t^T` with :math:`g_t = \partial c / \partial h_t`. So forward hooks that keep a and h,
+and gradients in h alone, tell each datum's gradient in W, where autograd's own in W is
+summed over the batch. A bias is a layer of its own with a = 1. For a = (1, 2) at one
+token and g = 3: (3, 6), and 3 for the bias.
+"""
 
 from __future__ import annotations
 
@@ -105,6 +112,7 @@ def recording(
     layers = [pair for lora in networks for pair in linear_layers(lora, sites)]
     record = Recording(layers, networks)
     lifted = dict(reversed(layers))  # the first of weight and bias
+    # Calls of a slot belong to the innermost network that runs; below it is the model.
     active = [record.outside]
 
     def starts(network: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -192,7 +200,7 @@ def check_recorded(record: Recording, trace: Any, values: Tensor, site: str) -> 
         for run in record.runs
     )
     # Of a network that was looked at before, the layers that aren't called are enough.
-    wanted = {
+    wanted = {  # an edge of autograd's graph is a node and the place of its output
         (weight.grad_fn, weight.output_nr): i
         for i, weights in record.weights.items()
         if is_new or record.layers[i][0] not in record.calls
@@ -282,9 +290,9 @@ def capture_layers(
         layers = {i: layers[i] for i in places}
     slots = {slot for slot, _ in layers.values()}
     calls = {
-        slot: some
+        slot: laid_out
         for slot, of_slot in record.calls.items()
-        if slot in slots and (some := [c for c in of_slot if c in record.layouts])
+        if slot in slots and (laid_out := [c for c in of_slot if c in record.layouts])
     }
     outputs = [call.output for of_slot in calls.values() for call in of_slot]
     rows = [  # M queues, from which each gradient is taken once, to free its memory
@@ -293,7 +301,7 @@ def capture_layers(
     ]
     inputs: dict[nn.Module, Tensor] = {}
     gradients: dict[nn.Module, Tensor] = {}
-    same: dict[tuple[Any, ...], Tensor] = {}
+    same: dict[tuple[Any, ...], Tensor] = {}  # inputs by datum, once for all that share
     for slot, of_slot in calls.items():
         layouts = [record.layouts[c] for c in of_slot]
         xs = [c.input for c in of_slot]
@@ -302,7 +310,7 @@ def capture_layers(
             by_datum = [at.inputs(x) for at, x in zip(layouts, xs, strict=True)]
             same[key] = _joined(by_datum, 1)
         inputs[slot] = same[key]
-        per_call = [
+        per_call = [  # (M, B, T, O) each
             torch.stack([at.gradients(row.popleft()) for row in rows]) for at in layouts
         ]
         gradients[slot] = _joined(per_call, 2)
@@ -331,7 +339,7 @@ def linear_layers(
     Raises:
         ValueError: If a parameter isn't the weight or bias of an ``nn.Linear``.
     """
-    found = []
+    layers = []
     for site, members in lora.parameters.items():
         for p in members if site in sites else ():
             holder = p.locations[0][0]
@@ -343,8 +351,8 @@ def linear_layers(
                     f"{owner.__qualname__}. Use SVGD or a Pyro guide, or freeze it "
                     "(requires_grad_(False)) before lifting."
                 )
-            found.append((holder, p))
-    return found
+            layers.append((holder, p))
+    return layers
 
 
 def largest_gradients(capture: LayerCapture) -> Tensor:
@@ -394,7 +402,7 @@ def _output_gradients(
 ) -> list[Tensor]:
     wanted = [out for out in outputs if out.requires_grad]
     with eagerly():
-        found = iter(
+        computed = iter(
             torch.autograd.grad(
                 term.sum(), wanted, retain_graph=keep_graph, allow_unused=True
             )
@@ -403,14 +411,14 @@ def _output_gradients(
         )
     gradients = []
     for out in outputs:
-        gradient = next(found) if out.requires_grad else None
+        gradient = next(computed) if out.requires_grad else None
         gradients.append(torch.zeros_like(out) if gradient is None else gradient)
     return gradients
 
 
-def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+def _joined(tensors: Sequence[Tensor], dim: int) -> Tensor:
     # A single one needs no copy.
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim)
 
 
 def score_gradient(capture: LayerCapture, coordinates: Tensor) -> Tensor:
@@ -424,7 +432,7 @@ def score_gradient(capture: LayerCapture, coordinates: Tensor) -> Tensor:
         (O, I), nats, summed over the batch.
     """
     a, g = at_least_float32(capture.inputs), at_least_float32(capture.gradients)
-    alpha = coordinates.to(g)[..., None, None]
+    alpha = coordinates.to(g)[..., None, None]  # (M, B, 1, 1)
     # The narrower side takes the coordinates.
     if a.shape[-1] < g.shape[-1]:
         return g.flatten(0, 2).mT @ (alpha * a).flatten(0, 2)
@@ -442,4 +450,4 @@ def jacobians(captures: Iterable[LayerCapture]) -> Iterator[tuple[str, Tensor]]:
     """
     for c in captures:
         a, g = at_least_float32(c.inputs), at_least_float32(c.gradients)
-        yield c.site, (g.mT @ a).transpose(0, 1)
+        yield c.site, (g.mT @ a).transpose(0, 1)  # (M, B, O, I), data first

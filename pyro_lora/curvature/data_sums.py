@@ -1,4 +1,12 @@
-"""What a pass over the data sums, in memory and in a file to resume from."""
+"""What a pass over the data sums, in memory and in a folder to resume from.
+
+The folder's tensors are named by what they are: ``factors/0/a``, ``factors/0/g`` and
+``factors/0/count`` of the first layer, ``score/<site>/0`` its gradient,
+``log_likelihood``, and ``random/cpu``, the generator's state. Query and value have the
+same inputs, so that ``factors/1/a`` is only said to be ``factors/0/a``. What is read
+must be sums that this fit could have come to, and the batches that were done are known
+by a digest, so that going on gives what one run would have, bit for bit.
+"""
 
 from __future__ import annotations
 
@@ -98,7 +106,9 @@ class DataSums:
             if old is None:
                 self.factors[i] = new
             elif isinstance(old, KroneckerFactors):
-                a = shared.get((old.a, new.a))
+                a = shared.get(
+                    (old.a, new.a)
+                )  # by identity: one sum for all that share
                 if a is None:
                     a = shared[old.a, new.a] = old.a + new.a
                 self.factors[i] = KroneckerFactors(
@@ -117,37 +127,37 @@ class PassState:
         num_batches: Batches done.
         digest: Of these batches' values, in order.
         random: The random generators' states after them, by device.
+        folder: Where it was read.
     """
 
     sums: DataSums
     num_batches: int
     digest: str
     random: Mapping[str, Tensor]
+    folder: Path
 
-    def check(self, num_batches: int, digest: str, folder: Path) -> None:
+    def check(self, num_batches: int, digest: str) -> None:
         """Check that the batches given again are those that were done.
 
         Args:
             num_batches: Batches skipped.
             digest: Of these.
-            folder: Where the state was read.
 
         Raises:
             ValueError: If they aren't.
         """
         if (num_batches, digest) != (self.num_batches, self.digest):
             raise ValueError(
-                f"{folder} has the sums over {self.num_batches} batches, which aren't "
-                f"the first {num_batches} of those given now. Give the same batches in "
-                "the same order (shuffle=False), or delete it to start anew."
+                f"{self.folder} has the sums over {self.num_batches} batches, which "
+                f"aren't the first {num_batches} of those given now. Give the same "
+                "batches in the same order (shuffle=False), or delete it to start anew."
             )
 
-    def check_score(self, score: Mapping[str, Sequence[Tensor]], folder: Path) -> None:
+    def check_score(self, score: Mapping[str, Sequence[Tensor]]) -> None:
         """Check that a batch's gradient adds to the one that was read.
 
         Args:
             score: Site -> gradients of its layers.
-            folder: Where the state was read.
 
         Raises:
             ValueError: If it's of other shapes.
@@ -156,16 +166,16 @@ class PassState:
             for old, new in zip(self.sums.score[site], layers, strict=True):
                 if old.shape != new.shape:
                     raise ValueError(
-                        f"{folder} has a gradient of shape {tuple(old.shape)} at site "
-                        f"{site!r}, not {tuple(new.shape)}. Delete it to start anew."
+                        f"{self.folder} has a gradient of shape {tuple(old.shape)} at "
+                        f"site {site!r}, not {tuple(new.shape)}. Delete it to start "
+                        "anew."
                     )
 
-    def check_factors(self, layers: Mapping[int, Any], folder: Path) -> None:
+    def check_factors(self, layers: Mapping[int, Any]) -> None:
         """Check that a batch's factors add to those that were read.
 
         Args:
             layers: Place -> factors.
-            folder: Where the state was read.
 
         Raises:
             ValueError: If they're of another structure.
@@ -179,8 +189,8 @@ class PassState:
             ]
             if len(forms) != 2 or forms[0] != forms[1]:
                 raise ValueError(
-                    f"{folder} has other factors than this fit: {forms}. Delete it to "
-                    "start anew."
+                    f"{self.folder} has other factors than this fit: {forms}. Delete "
+                    "it to start anew."
                 )
 
     def restore_random_state(self) -> None:
@@ -252,6 +262,7 @@ class PassCheckpoint:
         }
         if "cpu" not in random:
             raise ValueError("the generator's state is missing")
+        # Generators' states stay on the CPU, sums go where the fit adds to them.
         tensors = {name: x.to(self.device) for name, x in tensors.items()}
         for name, first in saved.shared.items():
             if first not in tensors or name in tensors:
@@ -282,7 +293,7 @@ class PassCheckpoint:
         }
         log_likelihood = checked.real("log_likelihood", (), (torch.float64,))
         sums = DataSums(factors, score, log_likelihood, saved.num_data)
-        return PassState(sums, saved.num_batches, saved.digest, random)
+        return PassState(sums, saved.num_batches, saved.digest, random, self.folder)
 
     def write(self, sums: DataSums, num_batches: int, digest: str) -> None:
         """Write the state, unless the last write is so recent that it would cost.
@@ -340,8 +351,8 @@ def _generator(state: Tensor | None, device: str, sums: torch.device) -> Tensor:
     Raises:
         ValueError: If it isn't.
     """
-    known = device in ("cpu", str(sums))
-    if state is None or not known or state.dtype != torch.uint8 or state.ndim != 1:
+    is_used = device in ("cpu", str(sums))
+    if state is None or not is_used or state.dtype != torch.uint8 or state.ndim != 1:
         raise ValueError(f"the generator's state of {device!r:.80} is missing or none")
     try:
         torch.Generator("cpu" if device == "cpu" else sums).set_state(state)
@@ -359,7 +370,7 @@ def _factor(
         ValueError: If they aren't sums of squares or outer products of its size.
     """
     dtypes = (torch.float32, torch.float64)
-    out, width = (*shape, 1)[:2]
+    out, width = (*shape, 1)[:2]  # a bias is a matrix of one column
     if kind == "DiagonalFactors":
         return {"diagonal": tensors.not_negative("diagonal", (out, width), dtypes)}
     if kind == "DenseFactors":
@@ -387,6 +398,7 @@ def _gram(tensors: CheckedTensors, name: str, width: int) -> Tensor:
         ).all():
             raise ValueError(f"tensor {tensors.prefix}{name} isn't symmetric")
         return x
+    # An odd number of columns, fewer than rows: see nystrom.
     sketch = x.ndim == 2 and x.shape[0] == width and x.shape[1] < width
     if not sketch or x.shape[1] % 2 == 0:
         raise ValueError(
@@ -410,11 +422,11 @@ def _score(tensors: CheckedTensors, name: str, shape: tuple[int, ...]) -> Tensor
 
 def batch_digest(digest: str, batch: Mapping[str, Any]) -> str:
     """Digest of all batches so far, given that of those before this one."""
-    found = hashlib.sha256(digest.encode())
+    sha = hashlib.sha256(digest.encode())
     for name in sorted(batch):
-        update(found, name)
-        update(found, batch[name])
-    return found.hexdigest()
+        update(sha, name)
+        update(sha, batch[name])
+    return sha.hexdigest()
 
 
 def fit_digest(
@@ -431,7 +443,7 @@ def fit_digest(
         networks: What the networks are.
         model: The Pyro model, likewise a function with what it closes over.
     """
-    found = hashlib.sha256()
+    sha = hashlib.sha256()
     for value in (dict(mode), settings, networks, model):
-        update(found, value)
-    return found.hexdigest()
+        update(sha, value)
+    return sha.hexdigest()

@@ -1,4 +1,10 @@
-"""Gaussian with one full precision matrix over all sites; for small models."""
+r"""Gaussian with one full precision matrix over all sites; for small models.
+
+:math:`P = F + \mathrm{diag}(\tau) = R R^T` over vectors of all weights, flattened site
+by site, each row-major: sites a of shape (1, 2) and b of shape (1,) at [[1, 2]] and [3]
+are the vector (1, 2, 3). With the Cholesky factor R, :math:`\log \det P = 2 \sum \log
+R_{ii}` and :math:`J P^{-1} J^T = |R^{-1} J^T|^2`.
+"""
 
 from __future__ import annotations
 
@@ -49,14 +55,14 @@ def unflatten_weights(flat: Tensor, like: Mapping[str, Tensor]) -> Weights:
     Returns:
         Site -> (..., *event shape).
     """
-    parts = flat.split([x.numel() for x in like.values()], -1)
+    by_site = flat.split([x.numel() for x in like.values()], -1)
     return {
         site: part.reshape(flat.shape[:-1] + x.shape)
-        for (site, x), part in zip(like.items(), parts, strict=True)
+        for (site, x), part in zip(like.items(), by_site, strict=True)
     }
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class DenseGaussian(WeightGaussian):
     """One Gaussian over all weights together.
 
@@ -69,6 +75,16 @@ class DenseGaussian(WeightGaussian):
     loc: Weights
     prior_precision: Weights
     fisher: Tensor
+
+    @property
+    def structure(self) -> str:
+        """See the base class."""
+        return "dense"
+
+    @property
+    def origin(self) -> Weights:
+        """See the base class."""
+        return self.loc
 
     def with_prior_precision(
         self, prior_precision: Mapping[str, Tensor]
@@ -96,6 +112,7 @@ class DenseGaussian(WeightGaussian):
 
     def effective_parameters_by_layer(self) -> Weights:
         """See the base class."""
+        # tr(F P^-1) = tr(P^-1 F), whose diagonal tells the layers apart.
         share = torch.cholesky_solve(self.fisher, self._root).diagonal()
         return {
             site: x.flatten(1).sum(1)
@@ -109,7 +126,7 @@ class DenseGaussian(WeightGaussian):
         half = torch.linalg.solve_triangular(root, self.fisher, upper=False)
         white = torch.linalg.solve_triangular(root, half.mT, upper=False)
         shares, vectors = torch.linalg.eigh(white)
-        top = vectors[:, -num_directions:].flip(1)
+        top = vectors[:, -num_directions:].flip(1)  # eigh has the largest last
         steps = torch.linalg.solve_triangular(root.mT, top, upper=True).mT
         loc = flatten_weights(self.loc, self.loc)
         return (
@@ -127,7 +144,7 @@ class DenseGaussian(WeightGaussian):
         flat = j.flatten(0, 1).double()
         result = []
         for tau in prior_precisions:
-            white = torch.linalg.solve_triangular(
+            white = torch.linalg.solve_triangular(  # R^-1 J^T, (B, M, D) transposed
                 self._cholesky(tau), flat.mT, upper=False
             ).mT.reshape(j.shape)
             result.append(white @ white.mT)
@@ -149,7 +166,7 @@ class DenseGaussian(WeightGaussian):
         return _cholesky(self._precision(tau))
 
     def _precision(self, tau: Mapping[str, Tensor]) -> Tensor:
-        full = {
+        full = {  # tau of every weight, (D,) once flattened
             site: tau[site].double().expand(x.shape) for site, x in self.loc.items()
         }
         return self.fisher + torch.diag_embed(flatten_weights(full, self.loc))

@@ -9,12 +9,14 @@ datum of one token, a = (1, 2) and g = (3, 4):
   whose Kronecker product is the block;
 - :class:`DiagonalFactors`: the block's diagonal, (g a^T)^2 = [[9, 36], [16, 64]];
 - :class:`DenseFactors`: the block itself, of the row-major g a^T = (3, 6, 4, 8),
-  together with its covariances with all other layers.
+  together with its covariances with all other layers;
+- :class:`RowFactors`: j = (3, 6, 4, 8) itself.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,6 +71,34 @@ class DenseFactors:
 
     def __add__(self, other: DenseFactors) -> DenseFactors:
         return DenseFactors(self.matrix + other.matrix)
+
+
+@dataclass(frozen=True)
+class RowFactors:
+    """The gradients themselves, of one linear layer: they add up to more rows.
+
+    Attributes:
+        batches: Of each batch the gradients of its Fisher terms, (M, B, O I).
+    """
+
+    batches: tuple[Tensor, ...]
+
+    def __add__(self, other: RowFactors) -> RowFactors:
+        return RowFactors(self.batches + other.batches)
+
+
+@dataclass(frozen=True)
+class ObservedFactors:
+    """What each batch observed at its rows.
+
+    Attributes:
+        batches: One of each.
+    """
+
+    batches: tuple[Any, ...]
+
+    def __add__(self, other: ObservedFactors) -> ObservedFactors:
+        return ObservedFactors(self.batches + other.batches)
 
 
 def at_least_float32(x: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
 from pyro_lora.curvature.factors import at_least_float32
+from pyro_lora.curvature.observations import Observations, Observed, observe
 from pyro_lora.likelihood.data_plate import DataPlate, data_plate
 from pyro_lora.likelihood.likelihoods import draws, known
 from pyro_lora.likelihood.likelihoods import of as likelihood_of
@@ -39,11 +40,14 @@ class FisherTerms:
             c_m`, or None where the terms don't span the score.
         scores: Whether terms are log likelihoods, which add up over the independent
             outcomes of a datum; roots stand side by side.
+        observed: Where terms are not a root, but what the likelihood is a function of:
+            that function.
     """
 
     terms: Tensor
     coordinates: Tensor | None
     scores: bool = False
+    observed: Observed | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> FisherTerms:
         """The function's values at terms and coordinates."""
@@ -79,9 +83,10 @@ def exact_terms(fn: Any, value: Tensor) -> FisherTerms:
         ValueError: If there are more classes than anyone has backward passes for.
     """
     single = single_outcomes(fn)
-    found = likelihood_of(single.fn).root(value)
-    terms = (found.parameter[..., None] * found.root).sum(-2)
-    each = FisherTerms(terms, found.coordinates)
+    fisher = likelihood_of(single.fn).root(value)
+    # c = eta R with R held constant, so that its gradients in w are J^T R.
+    terms = (fisher.parameter[..., None] * fisher.root).sum(-2)
+    each = FisherTerms(terms, fisher.coordinates)
     if single.is_masked:
         each = each.where(single.unmasked)
     return each.map(lambda x: x.flatten(-1 - single.event_dims))
@@ -103,11 +108,12 @@ def mc_terms(fn: Any, value: Tensor, num_samples: int = 1) -> FisherTerms:
     single = single_outcomes(fn)
     likelihood = known(single.fn)
     if likelihood is None or likelihood.log_prob_of_draws is None:
-        found = single.fn.log_prob(draws(single.fn, num_samples))
+        of_draws = single.fn.log_prob(draws(single.fn, num_samples))
     else:
         # Counts, for example, have the number of trials that the given ones have.
-        found = likelihood.log_prob_of_draws(value, num_samples)
-    log_prob = _of_data(single, value, at_least_float32(found).movedim(0, -1))
+        of_draws = likelihood.log_prob_of_draws(value, num_samples)
+    log_prob = _of_data(single, value, at_least_float32(of_draws).movedim(0, -1))
+    # F = E[s s^T], of which M draws are the mean: each has a root of s / sqrt(M).
     return FisherTerms(log_prob / num_samples**0.5, None, scores=True)
 
 
@@ -120,6 +126,7 @@ def _of_data(single: SingleOutcomes, value: Tensor, log_prob: Tensor) -> Tensor:
     each = log_prob.where(counts[..., None], torch.zeros_like(log_prob))
     if single.event_dims == 0:
         return each
+    # The outcomes of a datum are drawn together: one score for all of them.
     return each.flatten(-1 - single.event_dims, -2).sum(-2)
 
 
@@ -139,6 +146,7 @@ def empirical_terms(fn: Any, value: Tensor) -> FisherTerms:
     if bool(missing.any()):
         event = (1,) * len(single.fn.event_shape)
         missing = missing.reshape(missing.shape + event)
+        # Any outcome will do, since it's masked, but NaN would be in the gradient.
         given = draws(single.fn, 1)[0].where(missing, value)
     log_prob = _of_data(single, value, single.fn.log_prob(given)[..., None])
     ones = torch.ones_like(log_prob).detach()
@@ -167,24 +175,67 @@ def likelihood_terms(
         ValueError: If the sites' data differ in number, or can't be told from the
             outcomes of one datum.
     """
-    found, log_probs = [], []
+    by_site, log_probs = [], []
     for site in sites:
         _check_plates(site)
         terms, log_prob = _of_site(site, data_plate(site), fisher_terms)
-        found.append(terms)
+        by_site.append(terms)  # each (M, B)
         log_probs.append(log_prob.double().sum())
     check_same_data(sites)
     log_likelihood = torch.stack(log_probs).sum()
-    if len(found) == 1:
-        return found[0], log_likelihood
-    if any(part.scores for part in found):
+    if len(by_site) == 1:
+        return by_site[0], log_likelihood
+    if any(f.scores for f in by_site):
         # One coordinate can't span the sum, in which each score has a scale of its own.
-        total = torch.stack([part.terms for part in found]).sum(0)
+        total = torch.stack([f.terms for f in by_site]).sum(0)
         return FisherTerms(total, None), log_likelihood
-    alphas = [part.coordinates for part in found if part.coordinates is not None]
-    coordinates = torch.cat(alphas) if len(alphas) == len(found) else None
-    terms_of_all = torch.cat([part.terms for part in found])
+    alphas = [f.coordinates for f in by_site if f.coordinates is not None]
+    coordinates = torch.cat(alphas) if len(alphas) == len(by_site) else None
+    # F = R R^T + S S^T = [R S] [R S]^T
+    terms_of_all = torch.cat([f.terms for f in by_site])
     return FisherTerms(terms_of_all, coordinates), log_likelihood
+
+
+def linear_terms(sites: Sequence[Site]) -> tuple[FisherTerms, Tensor]:
+    """What the likelihood is a function of, in place of a root of its Fisher.
+
+    Terms are the contrasts z of the network's outputs, coordinates the gradient of the
+    log likelihood in them; ``observed`` is that likelihood at any z.
+
+    Args:
+        sites: The observed sites, nodes of a trace.
+
+    Returns:
+        Terms and coordinates (M, B), and the log likelihood of the batch, as of
+        :func:`likelihood_terms`.
+
+    Raises:
+        ValueError: If the sites' data differ in number, or can't be told from the
+            outcomes of one datum.
+    """
+    terms, scores, log_probs = [], [], []
+    observed: list[tuple[Observations, Tensor]] = []
+    offset = 0
+    for site in sites:
+        _check_plates(site)
+        plate = data_plate(site)
+        values, of_site, order = observe(site, plate)
+        log_prob = site["fn"].log_prob(values_to_score(site))
+        counted = scale_and_mask(log_prob, plate.scale, plate.mask)
+        log_probs.append(counted.double().sum())
+        score = torch.zeros_like(values).detach().flatten()
+        own = of_site.at(of_site.at_fit).score.flatten()
+        scores.append(score.index_put((order,), own.to(score)))
+        terms.append(values)
+        observed.append((of_site, order + offset))
+        offset += values.numel()
+    check_same_data(sites)
+    everything = torch.cat(terms)
+    coordinates = torch.cat(scores).reshape(everything.shape)
+    total = torch.stack(log_probs).sum()
+    return FisherTerms(
+        everything, coordinates, observed=Observed(tuple(observed))
+    ), total
 
 
 def check_same_data(sites: Sequence[Site]) -> None:
@@ -211,20 +262,20 @@ def _of_site(
 ) -> tuple[FisherTerms, Tensor]:
     """Terms (M, B) and log likelihood of one site."""
     fn, value = site["fn"], values_to_score(site)
-    log_prob = scale_and_mask(fn.log_prob(value), plate.scale, plate.mask)
-    found = fisher_terms(fn, value)
+    log_prob = scale_and_mask(fn.log_prob(value), plate.scale, plate.mask)  # no N / B
+    fisher = fisher_terms(fn, value)
     if plate.mask is not None:
-        found = found.where(plate.mask)
+        fisher = fisher.where(plate.mask)
     # A scaled Fisher information has a root scaled by the scale's square root.
     scale = torch.as_tensor(plate.scale, dtype=torch.float64, device=log_prob.device)
     root = scale.sqrt()[..., None]
-    num_terms = found.terms.shape[-1]
-    found = found.map(lambda x: plate.data_last(x * root.to(x), fn.batch_shape))
-    if found.scores and len(found.terms) > num_terms:  # other plates than the data's
-        size = found.terms.shape[-1]
-        total = found.terms.reshape(-1, num_terms, size).sum(0)
-        found = replace(found, terms=total, coordinates=None)
-    return found, log_prob
+    num_terms = fisher.terms.shape[-1]
+    fisher = fisher.map(lambda x: plate.data_last(x * root.to(x), fn.batch_shape))
+    if fisher.scores and len(fisher.terms) > num_terms:  # other plates than the data's
+        size = fisher.terms.shape[-1]
+        total = fisher.terms.reshape(-1, num_terms, size).sum(0)
+        fisher = replace(fisher, terms=total, coordinates=None)
+    return fisher, log_prob
 
 
 def several_plates(site: Site) -> list[str]:

@@ -1,10 +1,29 @@
-"""One pass over the data: Fisher information, gradient and log joint at the mode."""
+r"""Passes over the data: Fisher information, gradient and log joint at the mode.
+
+Of each batch they take terms c, (M, B), whose gradients are a root of the Fisher
+information (``fisher``), record what each layer got and gave (``capture``) and add the
+structure's factors:
+
+.. math:: F = \sum_{b=1}^N \sum_m \nabla c_{mb} \nabla c_{mb}^T, \quad
+          \nabla \log p(y) = \sum_{b=1}^N \sum_m \alpha_{mb} \nabla c_{mb}.
+
+So one set of M backward passes gives both. Plates' subsampling scales are divided out:
+the sums over all batches are those of the full data.
+"""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Collection,
+    Container,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, count
@@ -14,7 +33,6 @@ from typing import Any
 import torch
 from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from pyro_lora.curvature.capture import (
     Recording,
@@ -32,17 +50,28 @@ from pyro_lora.curvature.data_sums import (
     batch_digest,
     fit_digest,
 )
+from pyro_lora.curvature.factors import ObservedFactors
 from pyro_lora.curvature.fisher import (
     FisherTerms,
+    Site,
     TermsFunction,
+    exact_terms,
     likelihood_terms,
+    linear_terms,
     several_plates,
     wrong_plate,
 )
 from pyro_lora.curvature.prior_moments import model_scales, prior_at_mode
-from pyro_lora.curvature.structures import BatchStructure, Captures, Factors, Structure
+from pyro_lora.curvature.structures import (
+    OBSERVED,
+    BatchStructure,
+    Captures,
+    Factors,
+    Structure,
+)
 from pyro_lora.curvature.weight_gaussian import WeightGaussian
 from pyro_lora.ground.interrupts import eagerly
+from pyro_lora.ground.progress import progress
 from pyro_lora.ground.weights import Weights
 from pyro_lora.lifting.fingerprint import fingerprint
 from pyro_lora.lifting.lifted_network import LiftedNetwork
@@ -65,7 +94,7 @@ from pyro_lora.likelihood.model_trace import (
 
 
 def batch_factors(
-    found: FisherTerms,
+    fisher: FisherTerms,
     log_likelihood: Tensor,
     leaves: Mapping[str, Tensor],
     record: Recording,
@@ -75,7 +104,7 @@ def batch_factors(
     """Gradient of the log likelihood, and factors that are yet to be computed.
 
     Args:
-        found: Fisher terms (M, B).
+        fisher: Terms (M, B).
         log_likelihood: Of the batch, nats.
         leaves: Site -> the weights.
         record: Of the forward pass.
@@ -86,27 +115,29 @@ def batch_factors(
     Returns:
         Site -> (O, I) for each layer; and factors by place, some layers at a time.
     """
-    terms, alpha = found.terms, found.coordinates
+    terms, alpha = fisher.terms, fisher.coordinates
+    # Sampled labels don't span the score, which then takes a backward pass of its own.
     score = _autograd_score(log_likelihood, leaves) if alpha is None else None
     record.find_layouts(terms, max_bytes)
     groups, step = _chunks(record, terms, structure.joint, max_bytes)
-    starts = range(0, len(terms), step)
+    starts = range(0, len(terms), step)  # of the chunks of terms
     whole = len(groups) * len(starts) == 1
 
     def captured(places: list[int], start: int, keep_graph: bool) -> Captures:
         chunk = terms[start : start + step]
         return capture_layers(record, chunk, places, keep_graph)
 
+    # Which tokens count is known when all layers and terms were seen.
     sizes: dict[int, Tensor] = {}
     gradients: dict[int, Tensor] = {}
     for places in groups:
         for start in starts:
             captures = captured(places, start, keep_graph=not whole)
             for i, c in captures.items():
-                size = largest_gradients(c)
+                size = largest_gradients(c)  # (B, T)
                 sizes[i] = size.maximum(sizes[i]) if start else size
                 if alpha is not None:
-                    g = score_gradient(c, alpha[start : start + step])
+                    g = score_gradient(c, alpha[start : start + step])  # (O, I)
                     gradients[i] = gradients[i] + g if start else g
     counts = tokens_that_count(sizes)
     if score is None:
@@ -144,7 +175,7 @@ def _chunks(
     seen: set[Any] = set()
     for i, (slot, _) in enumerate(record.layers):
         calls = record.calls.get(slot, [])
-        key = tuple(call.input.data_ptr() for call in calls)
+        key = tuple(call.input.data_ptr() for call in calls)  # query's and value's
         families.setdefault(key, []).append(i)
         own = 0 if slot in seen else sum(call.output.nbytes for call in calls)
         sizes[key] = sizes.get(key, 0) + own
@@ -152,7 +183,7 @@ def _chunks(
     num_terms, total = len(terms), sum(sizes.values())
     step = num_terms
     if num_terms * total > max_bytes:
-        step = max(1, int(max_bytes // total))
+        step = max(1, int(max_bytes // total))  # else one term, of some layers
     if joint:
         return [list(range(len(record.layers)))], step
     groups: list[list[int]] = []
@@ -171,12 +202,12 @@ def _autograd_score(
     log_likelihood: Tensor, leaves: Mapping[str, Tensor]
 ) -> dict[str, list[Tensor]]:
     with eagerly():
-        found = torch.autograd.grad(
+        gradients = torch.autograd.grad(
             log_likelihood, list(leaves.values()), retain_graph=True, allow_unused=True
         )
     return {
         site: list(torch.zeros_like(leaf) if g is None else g)
-        for (site, leaf), g in zip(leaves.items(), found, strict=True)
+        for (site, leaf), g in zip(leaves.items(), gradients, strict=True)
     }
 
 
@@ -206,197 +237,214 @@ class FisherFit:
     arguments: frozenset[str]
 
 
-def fit_fisher(
-    model: Model,
-    mode: Mapping[str, Tensor],
-    networks: Sequence[LiftedNetwork],
-    batches: Iterable[Batch],
-    *,
-    structure: Structure,
-    fisher_terms: TermsFunction,
-    obs_site: str | Sequence[str] | None = None,
-    latents: Mapping[str, Tensor] | None = None,
-    progress_bar: bool = False,
-    checkpoint: str | os.PathLike[str] | None = None,
-    max_memory_gb: float | None = None,
-) -> FisherFit:
-    """Fisher information of the obs site in all lifted sites, for the full data.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class FisherPasses:
+    """Passes over the data that sum a model's Fisher information at given weights.
 
     One forward pass and one backward pass for each Fisher term and batch, in each of
     the structure's passes.
 
-    Args:
+    Attributes:
         model: A Pyro model.
-        mode: Lifted site -> value, each of the site's shape.
-        networks: The lifted networks in the model.
-        batches: Mappings of model keyword arguments that cover all data once.
+        networks: The lifted networks in it.
+        values: Latent site -> the mode, lifted or not.
+        sites: The lifted sites whose Fisher information it is.
         structure: One of ``structures``, or your own.
         fisher_terms: A function of the obs site's distribution and value.
         obs_site: The likelihood's site, or several, whose Fisher information adds up;
             None is the only observed one.
-        latents: Values of the latent sites that aren't in ``mode``.
-        progress_bar: Show one for each pass.
+        progress_bar: Show one for each pass; None: on a terminal or in a notebook.
         checkpoint: A folder to write the sums into, and to resume from; None is none.
         max_memory_gb: Of gradients at a time, in GB; None is no limit.
-
-    Returns:
-        The Fisher information with the prior's precision, and the mode's gradient.
-
-    Raises:
-        ValueError: If labels are missing, a batch gives NaN, a latent site isn't
-            lifted, the batches don't hold exactly the plate's number of data, or
-            a structure of several passes is given an iterator, which can be read once
-            only, or the checkpoint is of another fit or other batches.
     """
-    check_batches(batches)
-    passes = structure.num_passes
-    if passes > 1 and iter(batches) is batches:
-        why = f"{structure} takes {passes} passes over the data"
-        raise ValueError(READ_ONCE.format(why))
-    sites = [s for lora in networks for s in lora.sites if s in mode]
-    loc = {s: mode[s].detach() for s in sites}
-    leaves = {site: value.clone().requires_grad_() for site, value in loc.items()}
 
-    checkpoints: list[PassCheckpoint] = []
+    model: Model
+    networks: Sequence[LiftedNetwork]
+    values: Weights
+    sites: Collection[str]
+    structure: Structure
+    fisher_terms: TermsFunction
+    obs_site: str | Sequence[str] | None = None
+    progress_bar: bool | None = None
+    checkpoint: str | os.PathLike[str] | None = None
+    max_memory_gb: float | None = None
 
-    names = chain(["Fisher"], (f"Fisher-{n}" for n in count(2)))
+    @property
+    def mode(self) -> Weights:
+        """Of the sites whose Fisher information it is, in the networks' order."""
+        lifted = [site for lora in self.networks for site in lora.sites]
+        return {s: self.values[s].detach() for s in lifted if s in self.sites}
 
-    def data_pass(summed: BatchStructure) -> tuple[DataSums, Any]:
-        name = next(names)
-        if checkpoint is not None:
-            fit = fit_digest(
-                {**loc, **(latents or {})},
-                [repr(structure), fisher_terms, obs_site, name, " ".join(sites)],
-                [fingerprint(lora) for lora in networks],
-                model,
+    @property
+    def held(self) -> Weights:
+        """The other sites, which are held at their values."""
+        return {s: x for s, x in self.values.items() if s not in self.sites}
+
+    def fit(self, batches: Iterable[Batch]) -> FisherFit:
+        """The Fisher information with the prior's precision, and the mode's gradient.
+
+        Args:
+            batches: Mappings of model keyword arguments that cover all data once.
+
+        Raises:
+            ValueError: If labels are missing, a batch gives NaN, a latent site isn't
+                lifted, the batches don't hold exactly the plate's number of data, or
+                a structure of several passes is given an iterator, which can be read
+                once only, or the checkpoint is of another fit or other batches.
+        """
+        check_batches(batches)
+        num_passes = self.structure.num_passes
+        if num_passes > 1 and iter(batches) is batches:
+            why = f"{self.structure} takes {num_passes} passes over the data"
+            raise ValueError(READ_ONCE.format(why))
+        if self.structure.linear and self.checkpoint is not None:
+            raise ValueError(
+                f"{self.structure} keeps every row, which takes longer to write than "
+                "to compute again: it can't be resumed. Leave checkpoint= out."
             )
-            folder = Path(checkpoint) / name.lower()
-            device = next(iter(loc.values())).device
-            shapes = {site: tuple(x.shape) for site, x in loc.items()}
-            checkpoints.append(PassCheckpoint(folder, fit, device, shapes))
-        return _data_pass(
-            model,
-            leaves,
-            networks,
-            tqdm(batches, desc=name, disable=not progress_bar),
-            summed=summed,
-            fisher_terms=fisher_terms,
-            obs_site=obs_site,
-            latents=latents or {},
-            max_bytes=math.inf if max_memory_gb is None else 1e9 * max_memory_gb,
-            checkpoint=checkpoints[-1] if checkpoints else None,
+        mode = self.mode
+        leaves = {site: x.clone().requires_grad_() for site, x in mode.items()}
+        names = chain(["Fisher"], (f"Fisher-{n}" for n in count(2)))
+        checkpoints: list[PassCheckpoint] = []
+
+        def one_pass(summed: BatchStructure) -> tuple[DataSums, Any]:
+            name = next(names)
+            if self.checkpoint is not None:
+                checkpoints.append(self._pass_checkpoint(Path(self.checkpoint), name))
+            return self._sum(
+                summed,
+                leaves,
+                progress(batches, title=name, unit="batch", shown=self.progress_bar),
+                checkpoints[-1] if checkpoints else None,
+            )
+
+        def next_pass(summed: BatchStructure) -> Factors:
+            return one_pass(summed)[0].factors
+
+        sums, trace = one_pass(self.structure.first_pass)
+        observed = observed_sites(trace, self.obs_site)
+        prior = prior_at_mode(trace, leaves)
+        gaussian = self.structure.gaussian(
+            mode, prior.precision, sums.factors, next_pass
+        )
+        for written in checkpoints:
+            written.delete()
+        return FisherFit(
+            gaussian.with_prior_precision(prior.precision),
+            prior.mean,
+            sums.log_likelihood,
+            prior.log_prob,
+            {  # of the log joint: the likelihood's and the prior's
+                s: torch.stack(sums.score[s]).reshape(x.shape).to(x) + prior.gradient[s]
+                for s, x in mode.items()
+            },
+            observed[0]["name"] if len(observed) == 1 else None,
+            model_scales(trace, self.networks),
+            frozenset(
+                k for k, x in trace.nodes["_INPUT"]["kwargs"].items() if x is not None
+            ),
         )
 
-    def next_pass(summed: BatchStructure) -> Factors:
-        return data_pass(summed)[0].factors
+    def _terms(self, sites: Sequence[Site]) -> tuple[FisherTerms, Tensor]:
+        if self.structure.linear and self.fisher_terms is exact_terms:
+            return linear_terms(sites)
+        return likelihood_terms(sites, self.fisher_terms)
 
-    sums, trace = data_pass(structure.first_pass)
-    observed = observed_sites(trace, obs_site)
-    prior = prior_at_mode(trace, leaves)
-    gaussian = structure.gaussian(loc, prior.precision, sums.factors, next_pass)
-    for written in checkpoints:
-        written.delete()
-    return FisherFit(
-        gaussian.with_prior_precision(prior.precision),
-        prior.mean,
-        sums.log_likelihood,
-        prior.log_prob,
-        {
-            s: torch.stack(sums.score[s]).reshape(x.shape).to(x) + prior.gradient[s]
-            for s, x in loc.items()
-        },
-        observed[0]["name"] if len(observed) == 1 else None,
-        model_scales(trace, networks),
-        frozenset(
-            k for k, x in trace.nodes["_INPUT"]["kwargs"].items() if x is not None
-        ),
-    )
+    def _pass_checkpoint(self, folder: Path, name: str) -> PassCheckpoint:
+        mode = self.mode
+        settings = [repr(self.structure), self.fisher_terms, self.obs_site]
+        fit = fit_digest(
+            {**mode, **self.held},
+            [*settings, name, " ".join(mode)],
+            [fingerprint(lora) for lora in self.networks],
+            self.model,
+        )
+        device = next(iter(mode.values())).device
+        shapes = {site: tuple(x.shape) for site, x in mode.items()}
+        return PassCheckpoint(folder / name.lower(), fit, device, shapes)
 
+    def _sum(
+        self,
+        summed: BatchStructure,
+        leaves: Weights,
+        batches: Iterable[Batch],
+        checkpoint: PassCheckpoint | None,
+    ) -> tuple[DataSums, Any]:
+        """The sums over all data, and the last batch's trace.
 
-def _data_pass(
-    model: Model,
-    leaves: Weights,
-    networks: Sequence[LiftedNetwork],
-    batches: Iterable[Batch],
-    *,
-    summed: BatchStructure,
-    fisher_terms: TermsFunction,
-    obs_site: str | Sequence[str] | None,
-    latents: Mapping[str, Tensor],
-    max_bytes: float,
-    checkpoint: PassCheckpoint | None,
-) -> tuple[DataSums, Any]:
-    """The sums over all data, and the last batch's trace.
-
-    Raises:
-        ValueError: As :func:`fit_fisher` does.
-    """
-    trace: Any = None
-    sums: DataSums | None = None
-    before = None if checkpoint is None else checkpoint.read()
-    num_batches, digest = 0, ""
-    for index, batch in enumerate(checked_batches(batches)):
-        num_batches = index + 1
-        if checkpoint is not None:
-            digest = batch_digest(digest, batch)
-        if before is not None and checkpoint is not None:
-            if num_batches < before.num_batches:
+        Raises:
+            ValueError: As :meth:`fit` does.
+        """
+        held = self.held
+        max_memory_gb = math.inf if self.max_memory_gb is None else self.max_memory_gb
+        trace: Any = None
+        sums: DataSums | None = None
+        before = None if checkpoint is None else checkpoint.read()
+        num_batches, digest = 0, ""
+        for index, batch in enumerate(checked_batches(batches)):
+            num_batches = index + 1
+            if checkpoint is not None:
+                digest = batch_digest(digest, batch)
+            if before is not None and num_batches <= before.num_batches:
+                if num_batches == before.num_batches:
+                    before.check(num_batches, digest)
+                    # For the prior, if no batch is left.
+                    trace = trace_batch(self.model, {**held, **leaves}, batch, index)
+                    sums = before.sums
+                    before.restore_random_state()
                 continue
-            if num_batches == before.num_batches:
-                before.check(num_batches, digest, checkpoint.folder)
-                # For the prior, if no batch is left.
-                trace = trace_batch(model, {**latents, **leaves}, batch, index)
-                sums = before.sums
-                before.restore_random_state()
-                continue
-        with torch.enable_grad():
-            with recording(networks, leaves) as record:
-                trace = trace_batch(model, {**latents, **leaves}, batch, index)
-            sites = observed_sites(trace, obs_site)
-            check_latent_sites(trace, latents)
-            with (
-                naming_batch(index),
-                explaining(batch, nodes=trace.nodes),
-            ):
-                terms, log_p = likelihood_terms(sites, fisher_terms)
-            name = " and ".join(site["name"] for site in sites)
-            check_recorded(record, trace, terms.terms, name)
-            for site in sites:
-                if several_plates(site) and record.mixes_data(terms.terms):
-                    raise ValueError(wrong_plate(site))
-            score, factors = batch_factors(
-                terms, log_p, leaves, record, summed, max_bytes
-            )
-        del record  # or its tensors would live through the next forward pass
-        _check_finite(log_p, score, index, name)
-        found = DataSums({}, score, log_p.detach(), terms.terms.shape[1])
-        if before is not None and checkpoint is not None:
-            before.check_score(score, checkpoint.folder)
-        sums = found if sums is None else sums.plus_rest(found)
-        for layers in factors:
-            if before is not None and checkpoint is not None:
-                before.check_factors(layers, checkpoint.folder)
-            sums.add_factors(layers)
-        del factors, layers
-        if checkpoint is not None:
-            checkpoint.write(sums, num_batches, digest)
-    if before is not None and checkpoint is not None and sums is None:
-        before.check(num_batches, digest, checkpoint.folder)
-    if sums is None:
-        raise ValueError(NO_BATCHES)
-    sites = observed_sites(trace, obs_site)
-    name = " and ".join(site["name"] for site in sites)
-    read_from = None if before is None or checkpoint is None else checkpoint.folder
-    _check_number(sums.num_data, data_plate(sites[0]).full_size, name, read_from)
-    return sums, trace
+            with torch.enable_grad():
+                with recording(self.networks, leaves) as record:
+                    trace = trace_batch(self.model, {**held, **leaves}, batch, index)
+                sites = observed_sites(trace, self.obs_site)
+                check_latent_sites(trace, held)
+                with naming_batch(index), explaining(batch, nodes=trace.nodes):
+                    terms, log_p = self._terms(sites)
+                name = _names(sites)
+                check_recorded(record, trace, terms.terms, name)
+                for site in sites:
+                    if several_plates(site) and record.mixes_data(terms.terms):
+                        raise ValueError(wrong_plate(site))
+                score, factors = batch_factors(
+                    terms, log_p, leaves, record, summed, 1e9 * max_memory_gb
+                )
+            del record  # or its tensors would live through the next forward pass
+            _check_finite(log_p, score, index, name)
+            of_batch = DataSums({}, score, log_p.detach(), terms.terms.shape[1])
+            if terms.observed is not None:
+                kept = {OBSERVED: ObservedFactors((terms.observed,))}
+                factors = chain(factors, [kept])
+            if before is not None:
+                before.check_score(score)
+            sums = of_batch if sums is None else sums.plus_rest(of_batch)
+            for layers in factors:
+                if before is not None:
+                    before.check_factors(layers)
+                sums.add_factors(layers)
+            del factors, layers
+            if checkpoint is not None:
+                checkpoint.write(sums, num_batches, digest)
+        if before is not None and sums is None:
+            before.check(num_batches, digest)
+        if sums is None:
+            raise ValueError(NO_BATCHES)
+        sites = observed_sites(trace, self.obs_site)
+        read_from = None if before is None else before.folder
+        full_size = data_plate(sites[0]).full_size
+        _check_number(sums.num_data, full_size, _names(sites), read_from)
+        return sums, trace
 
 
-def check_latent_sites(trace: Any, known: Container[str] = ()) -> None:
+def _names(sites: Sequence[dict[str, Any]]) -> str:
+    return " and ".join(site["name"] for site in sites)
+
+
+def check_latent_sites(trace: Any, held: Container[str] = ()) -> None:
     """Check that no latent site is left over, and there is no factor.
 
     Args:
         trace: A trace of the model.
-        known: Latent sites that may be there besides the lifted ones.
+        held: Latent sites that may be there besides the lifted ones.
 
     Raises:
         ValueError: If there are others.
@@ -408,7 +456,7 @@ def check_latent_sites(trace: Any, known: Container[str] = ()) -> None:
                 "out (a prior of spectral or orthogonal has one), or use SVGD."
             )
         latent = site["type"] == "sample" and not site["is_observed"]
-        if not latent or name in known or is_missing_outcome(trace, name):
+        if not latent or name in held or is_missing_outcome(trace, name):
             continue  # a missing outcome says nothing of the weights
         if "lora" not in site["infer"] and not site_is_subsample(site):
             raise ValueError(

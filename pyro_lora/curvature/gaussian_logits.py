@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 from torch.quasirandom import SobolEngine
 
 from pyro_lora.ground.interrupts import unvalidated
+from pyro_lora.ground.summary import FieldsShown
 
 # Sobol points. The error in a probability is 1e-4 at most for 3 classes and logits of
 # sd 1, .003 for 5 classes and sd 10.
@@ -27,8 +28,8 @@ _REACH, _STEP = 8.0, 0.02
 _WIDE = 1.5  # sd from which the integral doesn't run over the noise
 
 
-@dataclass(frozen=True, eq=False)
-class GaussianLogits:
+@dataclass(frozen=True, eq=False, repr=False)
+class GaussianLogits(FieldsShown):
     r"""A Gaussian over the logits of each datum (their mean over classes removed).
 
     :math:`N(f(x, \hat w), J P^{-1} J^T)`, the network linearised at the mode (Immer et
@@ -123,8 +124,8 @@ class GaussianLogits:
         Args:
             values: Outcomes, (B,), (B, P) of several outputs.
         """
-        found, weights = self.components()
-        log_prob: Tensor = found.log_prob(values.to(self.mean.device).double())
+        fn, weights = self.components()
+        log_prob: Tensor = fn.log_prob(values.to(self.mean.device).double())
         return mixture_log_prob(log_prob, weights)
 
 
@@ -144,8 +145,8 @@ def mixture_log_prob(log_prob: Tensor, weights: Tensor) -> Tensor:
     return (seen + log_weights).logsumexp(0)
 
 
-@dataclass(frozen=True, eq=False)
-class JointGaussianLogits:
+@dataclass(frozen=True, eq=False, repr=False)
+class JointGaussianLogits(FieldsShown):
     """One Gaussian over the logits of all data of a batch.
 
     Attributes:
@@ -211,14 +212,14 @@ def _of_choices(
         for choices in on.unique(dim=0):
             rows = (on == choices).all(-1).nonzero()[:, 0]
             at = choices.nonzero()[:, 0]
-            some = GaussianLogits(
+            of_present = GaussianLogits(
                 mean[rows[:, None], at],
                 covariance[rows[:, None, None], at[:, None], at],
             )
-            found = torch.zeros_like(result[rows[:, None], at])  # of one choice: sure
+            value = torch.zeros_like(result[rows[:, None], at])  # of one choice: sure
             if len(at) > 1:
-                found = integral(some)
-            result[rows[:, None], at] = found.reshape(len(rows), -1)
+                value = integral(of_present)
+            result[rows[:, None], at] = value.reshape(len(rows), -1)
         if by_class:
             return result.reshape(present.shape)
         return result.amax(-1).reshape(present.shape[:-1])  # the same at every choice
@@ -430,10 +431,10 @@ def _log_wide_sigmoid(mean: Tensor, sd: Tensor) -> Tensor:
         right = (ratio / 2).log() - (m / s).square() / 2
         return torch.where(x < 0, left, right)
 
-    log_found = torch.cat([log_summands(terms + 1, 1), log_summands(terms, -1)], -1)
-    largest = log_found.amax(-1, keepdim=True)
+    log_terms = torch.cat([log_summands(terms + 1, 1), log_summands(terms, -1)], -1)
+    largest = log_terms.amax(-1, keepdim=True)
     weights = torch.tensor(2 * _ALTERNATING, dtype=mean.dtype, device=mean.device)
-    return largest[..., 0] + ((log_found - largest).exp() @ weights).log()
+    return largest[..., 0] + ((log_terms - largest).exp() @ weights).log()
 
 
 def _alternating_weights(number: int) -> list[float]:

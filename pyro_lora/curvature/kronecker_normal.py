@@ -1,4 +1,10 @@
-"""A Gaussian over matrices whose precision is diagonal in a Kronecker eigenbasis."""
+r"""A Gaussian over matrices whose precision is diagonal in a Kronecker eigenbasis.
+
+With row-major vec, :math:`(U_G \otimes U_A) \mathrm{vec}(Z) = \mathrm{vec}(U_G Z
+U_A^T)`: what would be a product with an (O I, O I) matrix is two products with small
+ones. For :math:`U_G` the swap of two rows and :math:`U_A = I`, Z = [[1, 2], [3, 4]]
+becomes [[3, 4], [1, 2]].
+"""
 
 from __future__ import annotations
 
@@ -92,9 +98,11 @@ class KroneckerNormal(TorchDistribution):
     @property
     def variance(self) -> Tensor:
         """Marginal variances, (..., O, I)."""
+        # diag(U L^-1 U^T): entry (o, i) is sum_jk U_G[o, j]^2 U_A[i, k]^2 / L[j, k].
         value = self._from_squares(1 / self.precision)
         if not self._thin:
             return value
+        # The projection's diagonal, below 1 but for rounding.
         inside = self._from_squares(torch.ones_like(self.precision))
         return value + (1 - inside).clamp_min(0) / self.outside[..., None, None]
 
@@ -104,6 +112,7 @@ class KroneckerNormal(TorchDistribution):
         z = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
         if not self._thin:
             return self.loc + self.from_basis(z * self.precision.rsqrt())
+        # P z and z - P z are independent, so one z serves both parts.
         inside = self.to_basis(z)
         rest = z - self.from_basis(inside)
         scaled = self.from_basis(inside * self.precision.rsqrt())
@@ -118,6 +127,7 @@ class KroneckerNormal(TorchDistribution):
         result = (log_normalizer - 0.5 * self.precision * z.square()).sum((-2, -1))
         if not self._thin:
             return result
+        # Not |w|^2 - |z|^2, which cancels where little lies outside.
         rest = (value - self.loc - self.from_basis(z)).square().sum((-2, -1))
         log_normalizer = 0.5 * self._num_outside * (self.outside / (2 * math.pi)).log()
         return result + log_normalizer - 0.5 * self.outside * rest

@@ -1,10 +1,17 @@
-"""Gaussian over small latent sites outside of the network, such as a noise scale."""
+r"""Gaussian over small latent sites outside of the network, such as a noise scale.
+
+With u the latents in unconstrained space, x = t(u) on their supports, it is
+:math:`N(u, H^{-1})` with H minus the Hessian of :math:`\log p(y, x) + \log |t'(u)|`.
+A noise scale :math:`\sigma = e^u` at residuals of variance s and N data has, but for
+its prior, the Hessian -2 N s / :math:`\sigma^2` in u, so H = 2 N at its mode.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pyro
@@ -15,6 +22,7 @@ from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to
 
+from pyro_lora.ground.summary import FieldsShown
 from pyro_lora.ground.weights import Weights
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.likelihood.batch import NO_BATCHES, Batch, checked_batches, explaining
@@ -29,9 +37,11 @@ from pyro_lora.likelihood.outcomes import values_to_score
 
 MAX_LATENTS = 1000  # one forward and as many small backward passes a batch
 
+_zeros = partial(torch.zeros, dtype=torch.float64)
 
-@dataclass(frozen=True, eq=False)
-class LatentBlock:
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LatentBlock(FieldsShown):
     r"""Gaussian over latent sites in unconstrained space, :math:`N(u, H^{-1})`.
 
     H is minus the Hessian of the log joint of all data (the observed, not the Fisher
@@ -46,52 +56,77 @@ class LatentBlock:
         precision: H, (H, H), float64, nats.
         log_prior: Density of the latents in unconstrained space there, nats, float64.
         gradient: Of the log joint in unconstrained space there, (H,), float64.
+
+    That of no sites, which adds nothing to anything, is ``LatentBlock()``.
     """
 
-    values: Weights
-    transforms: Mapping[str, Any]
-    precision: Tensor
-    log_prior: Tensor
-    gradient: Tensor
+    values: Weights = field(default_factory=dict)
+    transforms: Mapping[str, Any] = field(default_factory=dict)
+    precision: Tensor = field(default_factory=partial(_zeros, 0, 0))
+    log_prior: Tensor = field(default_factory=partial(_zeros, ()))
+    gradient: Tensor = field(default_factory=partial(_zeros, 0))
 
     def sample(self, num_samples: int) -> Weights:
         """Draws on the supports, each site with a leading (S,)."""
+        if not self.values:
+            return {}
         flat = self._normal().sample(torch.Size([num_samples]))
         return {site: x for site, (x, _) in self._constrained(flat).items()}
 
     def log_prob(self, weights: Mapping[str, Tensor]) -> Tensor:
         """Log density on the supports, nats, (S,) for sites with a leading (S,)."""
-        parts: list[Tensor] = []
+        if not self.values:
+            return _zeros(())
+        flat: list[Tensor] = []
         log_det: Tensor | float = 0.0
         for site, like in self.values.items():
             u = self.transforms[site].inv(weights[site])
-            lead = weights[site].ndim - like.ndim
+            lead = weights[site].ndim - like.ndim  # draws' dims, left of the event's
             log_det = log_det + self._log_det(site, weights[site], u, lead)
-            parts.append(u.flatten(lead) if u.ndim > lead else u[..., None])
-        log_prob: Tensor = self._normal().log_prob(torch.cat(parts, -1).double())
+            flat.append(u.flatten(lead) if u.ndim > lead else u[..., None])
+        log_prob: Tensor = self._normal().log_prob(torch.cat(flat, -1).double())
         return log_prob + log_det
 
     def variance(self) -> Weights:
         """Variances on the supports to first order, the slope at the mode squared."""
+        if not self.values:
+            return {}
 
         def values(u: Tensor) -> Tensor:
-            found = self._constrained(u).values()
-            return torch.cat([x.flatten().double() for x, _ in found])
+            on_supports = self._constrained(u).values()
+            return torch.cat([x.flatten().double() for x, _ in on_supports])
 
+        # x(u) is x(û) + J (u - û) to first order, so Var x = J H^-1 J^T.
         slope = torch.autograd.functional.jacobian(values, self._loc())
         assert isinstance(slope, Tensor)
-        covariance = slope @ self.precision.inverse() @ slope.mT
+        covariance = slope @ self.precision.inverse() @ slope.mT  # on the supports
         flat = covariance.diagonal()
         sizes = [x.numel() for x in self.values.values()]
         return {
-            site: part.reshape(x.shape).to(x)
-            for (site, x), part in zip(
+            site: variance.reshape(x.shape).to(x)
+            for (site, x), variance in zip(
                 self.values.items(), flat.split(sizes), strict=True
             )
         }
 
+    def unconstrained(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Means and marginal variances in unconstrained space, by site."""
+        if not self.values:
+            return {}
+        variance = self.precision.inverse().diagonal()
+        result, start = {}, 0
+        for site, like in self.values.items():
+            loc = self.transforms[site].inv(like)
+            stop = start + loc.numel()
+            result[site] = (loc, variance[start:stop].reshape(loc.shape).to(loc))
+            start = stop
+        return result
+
     def log_evidence(self) -> Tensor:
         """What the latents add to Laplace's log evidence, nats: their prior less q."""
+        if not self.values:
+            return self.log_prior
+        # The integral of exp(-u^T H u / 2) is det(H / 2 pi)^(-1/2).
         log_det = torch.linalg.slogdet(self.precision / (2 * math.pi)).logabsdet
         return self.log_prior - 0.5 * log_det
 
@@ -101,6 +136,8 @@ class LatentBlock:
 
     def pyro_sample(self) -> Weights:
         """Guide statements: one auxiliary joint variable, the sites Deltas of it."""
+        if not self.values:
+            return {}
         flat = pyro.sample("latent_joint", self._normal(), infer={"is_auxiliary": True})
         return {
             site: pyro.sample(
@@ -123,15 +160,15 @@ class LatentBlock:
 
     def _constrained(self, flat: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """Values, and log density of a Delta there, for (..., H)."""
-        found, start = {}, 0
+        constrained, start = {}, 0
         for site, like in self.values.items():
             shape = self.transforms[site].inverse_shape(like.shape)
             u = flat[..., start : start + shape.numel()].to(like)
             start += shape.numel()
             u = u.reshape(flat.shape[:-1] + shape)
             x = self.transforms[site](u)
-            found[site] = (x, self._log_det(site, x, u, flat.ndim - 1))
-        return found
+            constrained[site] = (x, self._log_det(site, x, u, flat.ndim - 1))
+        return constrained
 
     def _log_det(self, site: str, x: Tensor, u: Tensor, lead: int) -> Tensor:
         """Of the map to unconstrained space, summed over the event."""
@@ -160,7 +197,7 @@ def small_latents(trace: Any, networks: Sequence[LiftedNetwork]) -> tuple[str, .
                     "priors.normal, its scale by optimize_prior; SVGD takes any."
                 )
     lifted = {site for lora in networks for site in lora.sites}
-    found = []
+    names = []
     for name, site in trace.nodes.items():
         if (
             site["type"] != "sample"
@@ -182,8 +219,8 @@ def small_latents(trace: Any, networks: Sequence[LiftedNetwork]) -> tuple[str, .
                 f"Latent site {name!r} is discrete, and has no Gaussian. Sum over it "
                 "in the likelihood's density, or fix it by pyro.poutine.condition."
             )
-        found.append(name)
-    return tuple(found)
+        names.append(name)
+    return tuple(names)
 
 
 def fit_latents(
@@ -221,6 +258,7 @@ def fit_latents(
             trace = trace_batch(model, {**weights, **latents}, batch, index)
             _check_there(trace, latents, index)
             transforms = {s: biject_to(trace.nodes[s]["fn"].support) for s in latents}
+        # The graph runs from u through the transforms into the model: derivatives in u.
         block = _block(latents, transforms)
         flat = block._loc().detach().requires_grad_()
         with torch.enable_grad():
@@ -234,23 +272,24 @@ def fit_latents(
                     log_prob = site["fn"].log_prob(values_to_score(site))
                 scaled = scale_and_mask(log_prob, plate.scale, plate.mask)
                 total = total + scaled.double().sum()
-            found = _derivatives(total, flat)
-        gradient, hessian = gradient + found[0], hessian + found[1]
+            slope, curvature = _derivatives(total, flat)
+        gradient, hessian = gradient + slope, hessian + curvature
     if trace is None:
         raise ValueError(NO_BATCHES)
     with torch.enable_grad():
         log_prior = flat.new_zeros(())
         for name, (_, log_det) in block._constrained(flat).items():
             site = trace.nodes[name]
+            # p(u) = p(x) |dx/du|; log_det is log |du/dx|.
             log_prior = log_prior + scale_and_mask(
                 site["fn"].log_prob(site["value"]).double() - log_det.double(),
                 site["scale"],
                 site["mask"],
             )
         _check_priors(trace, weights, flat)
-        of_prior = _derivatives(log_prior, flat)
-    gradient, precision = gradient + of_prior[0], -(hessian + of_prior[1])
-    precision = (precision + precision.mT) / 2
+        slope, curvature = _derivatives(log_prior, flat)
+    gradient, precision = gradient + slope, -(hessian + curvature)
+    precision = (precision + precision.mT) / 2  # rounding differs by row
     root, info = torch.linalg.cholesky_ex(precision)
     if int(info) or not root.isfinite().all():
         raise ValueError(
@@ -273,8 +312,7 @@ def _check_there(trace: Any, latents: Iterable[str], index: int) -> None:
 
 
 def _block(latents: Mapping[str, Tensor], transforms: Mapping[str, Any]) -> LatentBlock:
-    empty = torch.empty(0)
-    block = LatentBlock(dict(latents), transforms, empty, empty, empty)
+    block = LatentBlock(dict(latents), transforms)
     num_entries = len(block._loc())
     if num_entries > MAX_LATENTS:
         raise ValueError(
@@ -293,7 +331,7 @@ def _derivatives(value: Tensor, flat: Tensor) -> tuple[Tensor, Tensor]:
     (gradient,) = torch.autograd.grad(
         value, flat, create_graph=True, materialize_grads=True
     )
-    rows = [
+    rows = [  # of the Hessian: the gradient of each entry of the gradient
         torch.autograd.grad(g, flat, retain_graph=True, materialize_grads=True)[0]
         if g.requires_grad
         else zero
@@ -307,10 +345,10 @@ def _check_priors(trace: Any, weights: Mapping[str, Tensor], flat: Tensor) -> No
         log_prob = trace.nodes[name]["fn"].log_prob(value).sum()
         if not log_prob.requires_grad:
             continue
-        (found,) = torch.autograd.grad(
+        (slope,) = torch.autograd.grad(
             log_prob, flat, allow_unused=True, retain_graph=True
         )
-        if found is not None:
+        if slope is not None:
             raise ValueError(
                 f"Site {name!r}: its prior depends on latent sites outside of the "
                 "network. Most centred hierarchical priors have no joint mode: their "

@@ -57,6 +57,7 @@ class Layout:
 
     def inputs(self, x: Tensor) -> Tensor:
         """(..., X) by datum, (B, T, X); any values where a datum has fewer."""
+        # (outer, R, inner, X) -> (R, outer, inner, X)
         x = x.reshape(-1, self.num_rows, self.inner, x.shape[-1]).transpose(0, 1)
         if self.index is None:
             return x.flatten(1, 2)
@@ -64,12 +65,12 @@ class Layout:
 
     def gradients(self, g: Tensor) -> Tensor:
         """(..., O) by datum, (B, T, O); zero where a datum has fewer."""
-        found = self.inputs(g)
+        by_datum = self.inputs(g)
         if self.present is None:
-            return found
-        tokens = found.shape[1] // self.present.shape[1]
+            return by_datum
+        tokens = by_datum.shape[1] // self.present.shape[1]
         present = self.present.to(g.device).repeat_interleave(tokens, 1)
-        return found * present[..., None]
+        return by_datum * present[..., None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,7 +149,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Known:
+class KeptLayout:
     """What is known of a network's layout, for a form of call.
 
     Attributes:
@@ -180,22 +181,22 @@ def find_layouts(
     calls = [call for run in runs for call in run.calls]
     if terms.shape[1] == 1:
         return dict.fromkeys(calls, Layout(1))
-    known = {run: run.network.layouts.get(run.form) for run in runs if run.network}
+    kept = {run: run.network.layouts.get(run.form) for run in runs if run.network}
     probe = _Probe(terms, max_bytes)
-    first = [c for run in runs for c in _unknown(run, known.get(run))]
+    first = [c for run in runs for c in _unknown(run, kept.get(run))]
     outputs = [x for run in runs for x in run.outputs]
-    found = probe.owners([*outputs, *(call.output for call in first)], len(outputs))
-    of_outputs = iter(found[: len(outputs)])
-    owners = dict(zip(first, found[len(outputs) :], strict=True))
+    probed = probe.owners([*outputs, *(call.output for call in first)], len(outputs))
+    of_outputs = iter(probed[: len(outputs)])
+    owners = dict(zip(first, probed[len(outputs) :], strict=True))
     rows: dict[Run, _Rows | None] = {}
     for run in runs:
         of_run = [next(of_outputs) for _ in run.outputs]
-        of_known = known.get(run)
-        rows[run] = _rows(of_run, None if of_known is None else of_known.dims)
-        if of_known is not None and not _fits(run, of_known, rows[run]):
-            known[run] = None
+        of_kept = kept.get(run)
+        rows[run] = _rows(of_run, None if of_kept is None else of_kept.dims)
+        if of_kept is not None and not _fits(run, of_kept, rows[run]):
+            kept[run] = None
             rows[run] = _rows(of_run, None)
-    rest = [c for run in runs for c in _unknown(run, known.get(run)) if c not in owners]
+    rest = [c for run in runs for c in _unknown(run, kept.get(run)) if c not in owners]
     if rest:
         more = probe.owners([call.output for call in rest])
         owners |= dict(zip(rest, more, strict=True))
@@ -203,7 +204,7 @@ def find_layouts(
     _share(owners)
     layouts: dict[Call, Layout] = {}
     for run in runs:
-        layouts |= _layouts(run, known.get(run), rows[run], owners, terms.shape[1])
+        layouts |= _layouts(run, kept.get(run), rows[run], owners, terms.shape[1])
     return layouts
 
 
@@ -219,10 +220,10 @@ def mixes_data(runs: Sequence[Run], terms: Tensor) -> bool:
     return any(bool((owner == SEVERAL).any()) for owner in owners)
 
 
-def _unknown(run: Run, known: Known | None) -> list[Call]:
-    if known is None:
+def _unknown(run: Run, kept: KeptLayout | None) -> list[Call]:
+    if kept is None:
         return run.calls
-    return [c for c, p in zip(run.calls, known.places, strict=True) if p is None]
+    return [c for c, p in zip(run.calls, kept.places, strict=True) if p is None]
 
 
 class _Probe:
@@ -248,22 +249,22 @@ class _Probe:
                 have no features, but a position (..., 1) for every number.
         """
         single = [i < num_outputs and x.ndim < 3 for i, x in enumerate(tensors)]
-        found: dict[int, tuple[Tensor, Tensor]] = {}
+        decoded: dict[int, tuple[Tensor, Tensor]] = {}
         wanted = [i for i, x in enumerate(tensors) if x.requires_grad and x.numel()]
         for group in self._groups([(i, tensors[i].nbytes) for i in wanted]):
-            found |= self._decoded({i: tensors[i] for i in group}, single)
+            decoded |= self._decoded({i: tensors[i] for i in group}, single)
         sizes = {  # of each datum, its largest
             i: self._data.new_zeros(len(self._data)).scatter_reduce(
                 0, owner[owner >= 0], size[owner >= 0], "amax"
             )
-            for i, (owner, size) in found.items()
+            for i, (owner, size) in decoded.items()
         }
         zero = self._data.new_zeros(len(self._data))
         largest = torch.stack([zero, *sizes.values()]).amax(0)
         data = torch.arange(0, device=self._data.device)
         return [
-            _without_padding(*found[i], sizes[i], largest)
-            if i in found
+            _without_padding(*decoded[i], sizes[i], largest)
+            if i in decoded
             else data.new_full(x.shape if single[i] else x.shape[:-1], NOBODY)
             for i, x in enumerate(tensors)
         ]
@@ -291,6 +292,7 @@ class _Probe:
         plain = self._gradients(tensors, torch.ones_like(self._data), single)
         top = {i: _largest(g) for i, g in plain.items()}
         owner = {i: torch.zeros_like(at) for i, (at, _) in top.items()}
+        # Datum b has the digits b // base^k % base, and each pass finds one of them.
         place = 1
         while place < num_data:
             weights = torch.exp2((data // place % base).to(self._data))
@@ -299,7 +301,7 @@ class _Probe:
                 several = (digit < 0) | (digit >= base) | (owner[i] < 0)
                 owner[i] = (owner[i] + place * digit).masked_fill(several, SEVERAL)
             place *= base
-        found = {}
+        decoded = {}
         for i, (_, size) in top.items():
             whose = owner[i].masked_fill(owner[i] >= num_data, SEVERAL)
             # Half precision rounds what is less than its least normal number.
@@ -307,13 +309,13 @@ class _Probe:
             whose = whose.masked_fill(tiny | (size == 0), NOBODY)
             # NaN is given to someone, so that the sums have it and their check sees it.
             whose = whose.masked_fill(~size.isfinite(), 0)
-            found[i] = whose.to(self._data.device), size.abs().to(self._data)
-        return found
+            decoded[i] = whose.to(self._data.device), size.abs().to(self._data)
+        return decoded
 
     def _gradients(
         self, tensors: Mapping[int, Tensor], weights: Tensor, single: Sequence[bool]
     ) -> dict[int, Tensor]:
-        found = grad(
+        gradients = grad(
             self._data @ weights,
             list(tensors.values()),
             retain_graph=True,
@@ -321,14 +323,14 @@ class _Probe:
         )
         filled = {
             i: torch.zeros_like(x) if g is None else g
-            for (i, x), g in zip(tensors.items(), found, strict=True)
+            for (i, x), g in zip(tensors.items(), gradients, strict=True)
         }
         return {i: g[..., None] if single[i] else g for i, g in filled.items()}
 
 
 def _largest(g: Tensor) -> tuple[Tensor, Tensor]:
     """Of gradients (..., X) where the largest is, and its value, each (...)."""
-    at = torch.cat([some.abs().argmax(-1) for some in _parts(g)]).reshape(g.shape[:-1])
+    at = torch.cat([x.abs().argmax(-1) for x in _blocks(g)]).reshape(g.shape[:-1])
     return at, g.gather(-1, at[..., None])[..., 0]
 
 
@@ -339,8 +341,8 @@ def _digit(g: Tensor, plain: Tensor, at: Tensor, size: Tensor) -> Tensor:
     factor = torch.exp2(power).to(g)
     factors = factor.flatten()[:, None].split(_step(g))
     errors = [
-        torch.addcmul(some, before, by, value=-1).abs_().amax(-1)
-        for some, before, by in zip(_parts(g), _parts(plain), factors, strict=True)
+        torch.addcmul(x, before, by, value=-1).abs_().amax(-1)
+        for x, before, by in zip(_blocks(g), _blocks(plain), factors, strict=True)
     ]
     # A power of two rounds nothing, but sums on a GPU may add in another order.
     tolerance = min(torch.finfo(g.dtype).eps ** 0.5, 2**-6)
@@ -348,7 +350,7 @@ def _digit(g: Tensor, plain: Tensor, at: Tensor, size: Tensor) -> Tensor:
     return power.long().masked_fill(~exact, -1)
 
 
-def _parts(g: Tensor) -> tuple[Tensor, ...]:
+def _blocks(g: Tensor) -> tuple[Tensor, ...]:
     """Rows of (..., X), some at a time: a vocabulary's gradients are large."""
     return g.reshape(-1, g.shape[-1]).split(_step(g))
 
@@ -396,6 +398,7 @@ def _share(owners: dict[Call, Tensor]) -> None:
     for family in families.values():
         if len(family) == 1:
             continue
+        # Where it isn't the same datum, NOBODY is the least: the maximum knows more.
         union = torch.stack([owners[call] for call in family]).amax(0)
         if all(bool(_agree(owners[call], union)) for call in family):
             owners |= dict.fromkeys(family, union)
@@ -419,20 +422,20 @@ class _Rows:
 
 
 def _rows(
-    owners: Sequence[Tensor], known: tuple[int | None, ...] | None
+    owners: Sequence[Tensor], kept: tuple[int | None, ...] | None
 ) -> _Rows | None:
     """The rows that outputs are made of, None where there are none, or several ways.
 
     Args:
         owners: Of each output's positions.
-        known: Dims of the rows, as far as they are known.
+        kept: Dims of the rows, as far as they are known.
     """
-    dims = list(known or [None] * len(owners))
+    dims = list(kept or [None] * len(owners))
     total: Tensor | None = None
     for i, owner in enumerate(owners):
         if bool((owner == NOBODY).all()):
             continue
-        choices = range(owner.ndim) if known is None else [d for d in dims[i : i + 1]]
+        choices = range(owner.ndim) if kept is None else [d for d in dims[i : i + 1]]
         fitting = {d: row for d in choices if (row := _along(owner, d)) is not None}
         if len(fitting) != 1:
             return None
@@ -456,16 +459,16 @@ def _along(owner: Tensor, dim: int | None) -> Tensor | None:
     return row.flatten() if bool(_agree(owner, row)) else None
 
 
-def _fits(run: Run, known: Known, rows: _Rows | None) -> bool:
+def _fits(run: Run, kept: KeptLayout, rows: _Rows | None) -> bool:
     return rows is not None and all(
         place is None or place.fits(call.output.shape[:-1], len(rows.owner))
-        for call, place in zip(run.calls, known.places, strict=True)
+        for call, place in zip(run.calls, kept.places, strict=True)
     )
 
 
 def _layouts(
     run: Run,
-    known: Known | None,
+    kept: KeptLayout | None,
     rows: _Rows | None,
     owners: Mapping[Call, Tensor],
     num_data: int,
@@ -475,7 +478,7 @@ def _layouts(
     same: dict[object, Layout] = {}  # so that calls with the same share it
     layouts: dict[Call, Layout] = {}
     choices: dict[Call, list[Place]] = {}
-    places = [None] * len(run.calls) if known is None else known.places
+    places = [None] * len(run.calls) if kept is None else kept.places
     for call, place in zip(run.calls, places, strict=True):
         lead = call.output.shape[:-1]
         if place is None:
@@ -494,17 +497,17 @@ def _layouts(
             layouts[call] = same.setdefault(
                 inner, Layout(len(rows.owner), inner, *index)
             )
-    if known is None and rows is not None and run.network is not None:
-        found = _learnt(run, choices)
-        if found is not None:
-            run.network.layouts[run.form] = Known(rows.dims, found)
+    if kept is None and rows is not None and run.network is not None:
+        learnt = _learnt(run, choices)
+        if learnt is not None:
+            run.network.layouts[run.form] = KeptLayout(rows.dims, learnt)
     return layouts
 
 
 def _places(owner: Tensor, row_owner: Tensor) -> list[Place]:
     """The ways in which owned positions may be made of rows."""
     lead, num_rows = owner.shape, len(row_owner)
-    found = []
+    fitting = []
     for dim, size in enumerate(lead):
         repeats, rest = divmod(size, num_rows)
         if rest or repeats == 0:
@@ -513,8 +516,8 @@ def _places(owner: Tensor, row_owner: Tensor) -> list[Place]:
             place = Place(dim, repeats // inner, inner)
             rows = place.rows(lead, num_rows, owner.device)
             if bool(_agree(owner, row_owner[rows])):
-                found.append(place)
-    return found
+                fitting.append(place)
+    return fitting
 
 
 def _learnt(
@@ -530,18 +533,18 @@ def _learnt(
     fixed = not flat or not _any_node(run.outputs, _routes)
     if _any_node(run.outputs, _reorders):
         return None
-    found: list[Place | None] = []
+    learnt: list[Place | None] = []
     for call, places in choices.items():
         if call.output.ndim == 2 and not (flat and fixed):
-            found.append(None)
+            learnt.append(None)
             continue
         place = places[0] if len(places) == 1 else one.get(call.output.shape)
         if place not in places:
             return None
         if place and not flat and (place.outer, place.inner) != (1, 1):
             return None  # rows of several tokens in one dim may be cut otherwise
-        found.append(place)
-    return tuple(found)
+        learnt.append(place)
+    return tuple(learnt)
 
 
 def _routes(node: Any) -> bool:
@@ -587,7 +590,7 @@ def _index(owner: Tensor, num_data: int) -> tuple[Tensor | None, Tensor | None]:
                     return None, None
                 return simple.argsort(stable=True).reshape(num_data, -1), None
     owned = owner >= 0
-    counts = torch.bincount(owner[owned], minlength=num_data)
+    counts = torch.bincount(owner[owned], minlength=num_data)  # rows of each datum
     width = max(1, int(counts.max()))
     present = torch.arange(width, device=owner.device) < counts[:, None]
     index = torch.zeros_like(present, dtype=torch.long)

@@ -1,9 +1,15 @@
-r"""Linearised logits: J P^-1 J^T for each datum, or for all data of a batch.
+r"""The network linearised at a mode: :math:`f(x, \hat w) + J (w - \hat w)`.
 
-The network's output is taken for :math:`f(x, \hat w) + J (w - \hat w)`, so that
-:math:`w \sim N(\hat w, P^{-1})` makes it :math:`N(f(x, \hat w), J P^{-1} J^T)`.
+Under :math:`w \sim N(\hat w, P^{-1})` its logits are
+:math:`N(f(x, \hat w), J P^{-1} J^T)`, for each datum or for all data of a batch.
 "Logits" are whatever the likelihood's predictor is: of classes their logits, of which
 only C - 1 contrasts count; of real numbers their location, of counts a log rate.
+
+One backward pass gives one contrast's gradients of all data, so J is that of C - 1
+contrasts, the inner products of f with the columns of a basis (C, M); f less its mean
+is the basis times the contrasts. For C = 3 Helmert's columns are (1, -1, 0) / sqrt(2)
+and (1/2, 1/2, -1) / sqrt(3/2): orthonormal, and orthogonal to (1, 1, 1), along which a
+softmax is constant.
 """
 
 from __future__ import annotations
@@ -27,6 +33,7 @@ from pyro_lora.curvature.capture import (
 from pyro_lora.curvature.factors import at_least_float32
 from pyro_lora.curvature.gaussian_logits import GaussianLogits, JointGaussianLogits
 from pyro_lora.curvature.weight_gaussian import WeightGaussian
+from pyro_lora.ground.weights import Weights
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.likelihood import likelihoods
 from pyro_lora.likelihood.batch import Batch
@@ -68,284 +75,270 @@ def _helmert(logits: Tensor) -> tuple[Tensor, Tensor]:
     c = torch.arange(logits.shape[-1], device=logits.device)[:, None]
     m = c[1:, 0]
     before = on * (c < m)
-    number = before.sum(-2, keepdim=True)
+    number = before.sum(-2, keepdim=True)  # (..., 1, C - 1), of choices before m
     basis = before / number.clamp_min(1) - ((c == m) & (number > 0)).double()
     basis = basis * on * (on[..., 1:, 0][..., None, :])
     norm = basis.norm(dim=-2, keepdim=True)
     basis = (basis / norm.where(norm > 0, 1.0)).to(logits)
-    known = logits.where(present, torch.zeros_like(logits))
+    finite = logits.where(present, torch.zeros_like(logits))
     if basis.ndim == 2:
-        return known @ basis, basis
-    return (known[..., None, :] @ basis)[..., 0, :], basis
+        return finite @ basis, basis
+    return (finite[..., None, :] @ basis)[..., 0, :], basis
 
 
-def linearized_logits(
-    model: Model,
-    gaussian: WeightGaussian,
-    networks: Sequence[LiftedNetwork],
-    batch: Batch,
-    obs_site: str | None,
-    prior_precisions: Sequence[Mapping[str, Tensor]] | None = None,
-    tokens: Tokens | None = None,
-) -> list[GaussianLogits]:
-    r"""Gaussian over the logits, :math:`N(f(x), J P^{-1} J^T)`, for each of Q priors.
-
-    One forward pass and C - 1 backward passes a batch, whatever its size (Immer et al.
-    2021, https://arxiv.org/abs/2008.08400, eq. 9); P outputs take P, and each token
-    asked for takes C - 1 of its own.
-
-    Args:
-        model: A Pyro model.
-        gaussian: Mode and precision.
-        networks: The lifted networks in the model.
-        batch: The model's keyword arguments; labels aren't needed.
-        obs_site: The likelihood's site.
-        prior_precisions: Priors to evaluate; None is the Gaussian's own.
-        tokens: Where a datum has several outcomes, which of them.
-
-    Returns:
-        For each prior: mean (B, C), its mean over classes removed, and covariance
-        (B, C, C), with T tokens (B, T, C) and (B, T, C, C).
-
-    Raises:
-        TypeError: If the likelihood isn't a known type.
-        ValueError: If its event dims and ``tokens`` don't fit.
-    """
-    return linearized_site(
-        model, gaussian, networks, batch, obs_site, prior_precisions, tokens
-    )[0]
-
-
-def linearized_site(
-    model: Model,
-    gaussian: WeightGaussian,
-    networks: Sequence[LiftedNetwork],
-    batch: Batch,
-    obs_site: str | None,
-    prior_precisions: Sequence[Mapping[str, Tensor]] | None = None,
-    tokens: Tokens | None = None,
-) -> tuple[list[GaussianLogits], dict[str, Any]]:
-    """As :func:`linearized_logits`, and the likelihood's site at the mode.
-
-    Args:
-        model: A Pyro model.
-        gaussian: Mode and precision.
-        networks: The lifted networks in the model.
-        batch: The model's keyword arguments.
-        obs_site: The likelihood's site.
-        prior_precisions: Priors to evaluate; None is the Gaussian's own.
-        tokens: Where a datum has several outcomes, which of them.
-
-    Returns:
-        A Gaussian for each prior, and the node of the trace.
-
-    Raises:
-        ValueError: As :func:`linearized_logits`.
-    """
-    found = _linearize(model, gaussian, networks, batch, obs_site, tokens)
-    covariances = gaussian.covariance(
-        found.jacobians(found.values[..., 0].numel(), found.values.shape[-1]),
-        prior_precisions or [gaussian.prior_precision],
-    ).to(found.mean)
-    shape = found.mean.shape + found.mean.shape[-1:]
-    return [
-        GaussianLogits(
-            found.mean,
-            (found.row_basis @ c @ found.row_basis.mT).reshape(shape),
-            found.noise_variance,
-            found.cutpoints,
-            found.numbers,
-        )
-        for c in covariances
-    ], found.site
-
-
-def joint_linearized_logits(
-    model: Model,
-    gaussian: WeightGaussian,
-    networks: Sequence[LiftedNetwork],
-    batch: Batch,
-    obs_site: str | None,
-    tokens: Tokens | None = None,
-) -> JointGaussianLogits:
-    """One Gaussian over the logits of all data of a batch together.
-
-    The passes are those of :func:`linearized_logits`; only the contraction, layer by
-    layer, is over all pairs of data.
-
-    Args:
-        model: A Pyro model.
-        gaussian: Mode and precision.
-        networks: The lifted networks in the model.
-        batch: The model's keyword arguments; labels aren't needed.
-        obs_site: The likelihood's site.
-        tokens: Where a datum has several outcomes, which of them.
-
-    Returns:
-        Mean (B, C) and covariance (B, C, B, C), with T tokens (B, T, C) and
-        (B, T, C, B, T, C).
-
-    Raises:
-        ValueError: As :func:`linearized_logits`.
-    """
-    found = _linearize(model, gaussian, networks, batch, obs_site, tokens)
-    num_rows = found.values[..., 0].numel()  # B, or B T
-    size = found.values.numel()
-    # All contrasts of all data are those of a single datum.
-    covariance = gaussian.covariance(
-        found.jacobians(1, size), [gaussian.prior_precision]
-    )
-    m = found.values.shape[-1]
-    blocks = covariance.to(found.mean).reshape(num_rows, m, num_rows, m)
-    basis = found.row_basis.expand(num_rows, -1, -1)
-    joint = torch.einsum("acm,amzn,zdn->aczd", basis, blocks, basis)
-    shape = found.mean.shape
-    return JointGaussianLogits(
-        found.mean,
-        joint.reshape(shape + shape),
-        found.noise_variance,
-        found.cutpoints,
-        found.numbers,
-    )
-
-
-def linearized_values(
-    model: Model,
-    gaussian: WeightGaussian,
-    networks: Sequence[LiftedNetwork],
-    batch: Batch,
-    obs_site: str | None,
-    weights: Mapping[str, Tensor],
-) -> Tensor:
-    r"""Logits of the linearised network, :math:`f(x) + J (w - \hat w)`, at S weights.
-
-    The passes are those of :func:`linearized_logits`, whatever S.
-
-    Args:
-        model: A Pyro model.
-        gaussian: The mode.
-        networks: The lifted networks in the model.
-        batch: The model's keyword arguments; labels aren't needed.
-        obs_site: The likelihood's site.
-        weights: Site -> (S, ...).
-
-    Returns:
-        (S, B, C), the mean over classes removed.
-
-    Raises:
-        ValueError: As :func:`linearized_logits`.
-    """
-    found = _linearize(model, gaussian, networks, batch, obs_site, None)
-    moved: Tensor | float = 0.0
-    layer = dict.fromkeys(gaussian.loc, 0)
-    rows, terms = found.values[..., 0].numel(), found.values.shape[-1]
-    for site, j in found.jacobians(rows, terms):
-        i = layer[site]
-        layer[site] += 1
-        step = (weights[site][:, i] - gaussian.loc[site][i]).flatten(1)  # (S, O I)
-        moved = moved + torch.einsum("si,bmi->sbm", step.to(j), j.flatten(2))
-    assert isinstance(moved, Tensor)
-    return found.mean + (found.row_basis @ moved[..., None])[..., 0]
-
-
-@dataclass(frozen=True)
-class _Linearization:
-    """The contrasts of a batch and what their Jacobian is made of.
+@dataclass(frozen=True, eq=False)
+class LinearizedNetwork:
+    r"""A model's network linearised at a mode, :math:`f(x, \hat w) + J (w - \hat w)`.
 
     Attributes:
-        values: (B, ..., M).
-        basis: (C, M), or (B, ..., C, M) where choices are missing.
-        captures: All layers, gradients of the flattened (..., M).
-        noise_variance: Of the outcomes, (B, C), where it is normal noise.
-        site: The likelihood's.
-        cutpoints: Of an ordinal outcome, (B, ..., C - 1), else None.
-        numbers: The distribution at values (..., B, C); None of classes and tokens.
-        present: Which choices are there, (B, ..., C); None is all.
+        model: A Pyro model.
+        mode: :math:`\hat w`, lifted site -> value.
+        networks: The lifted networks in the model.
+        obs_site: The likelihood's site; None is the only observed one.
     """
 
+    model: Model
+    mode: Weights
+    networks: Sequence[LiftedNetwork]
+    obs_site: str | None
+
+    def at(self, batch: Batch, tokens: Tokens | None = None) -> LinearizedBatch:
+        """The network at a batch: C - 1 backward passes, whatever the batch's size.
+
+        P outputs take P, and each token asked for takes C - 1 of its own.
+
+        Args:
+            batch: The model's keyword arguments; labels aren't needed.
+            tokens: Where a datum has several outcomes, which of them.
+
+        Raises:
+            TypeError: If the likelihood isn't a known type.
+            ValueError: If its event dims and ``tokens`` don't fit.
+        """
+        leaves = {site: x.detach().requires_grad_() for site, x in self.mode.items()}
+        with torch.enable_grad():
+            # Not around the backward passes: a checkpointed network runs again in them.
+            with recording(self.networks, leaves) as record:
+                trace = trace_at(self.model, leaves, batch)
+            site: dict[str, Any] = likelihood_site(trace, self.obs_site, self.mode)
+            fn, likelihood, mask = _single_outcomes(site, tokens)
+            values, basis = contrasts(likelihood)
+            values = values.expand(*fn.batch_shape, values.shape[-1])
+            classes, error = likelihood.classes, likelihood.noise
+            numbers = likelihood.at if classes is None else None
+            noise = None
+            if error is not None and error.df is None:
+                noise = error.scale.square()
+            cutpoints = None if classes is None else classes.cutpoints
+            present = None
+            if basis.ndim > 2:
+                basis = basis.expand(*fn.batch_shape, *basis.shape[-2:])
+                present = likelihood.predictor > -math.inf
+            if tokens is not None:
+                numbers = None
+                index = _positions(tokens, mask, site["name"])
+                values = _taken(values, index)
+                cutpoints = None if cutpoints is None else _taken(cutpoints, index)
+                if present is not None:
+                    basis, present = _taken(basis, index), _taken(present, index)
+                noise = None if noise is None else _taken(noise[..., None], index)
+            elif len(fn.batch_shape) == 2:  # several outputs: correlated, so one vector
+                values = values[..., 0]
+                basis = torch.eye(values.shape[-1]).to(values)
+                numbers = partial(_of_several, likelihood.at)
+            elif noise is not None:
+                noise = noise[..., None]
+            check_recorded(record, trace, values, site["name"])
+            terms = values.flatten(1).mT  # (M, B), or (T M, B)
+            record.find_layouts(terms)
+            captures = capture_layers(record, terms)
+        return LinearizedBatch(
+            self.mode,
+            site,
+            values.detach(),
+            basis,
+            list(captures.values()),
+            present,
+            noise,
+            cutpoints,
+            numbers,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class LinearizedBatch:
+    """A batch's contrasts at the mode, and what their Jacobian is made of.
+
+    Attributes:
+        mode: Site -> value.
+        site: The likelihood's, a node of the trace at the mode.
+        values: The contrasts, (B, ..., M).
+        basis: (C, M), or (B, ..., C, M) where choices are missing.
+        captures: All layers, gradients of the flattened (..., M).
+        present: Which choices are there, (B, ..., C); None is all.
+        noise_variance: Of the outcomes, (B, C), where it is normal noise.
+        cutpoints: Of an ordinal outcome, (B, ..., C - 1), else None.
+        numbers: The distribution at values (..., B, C); None of classes and tokens.
+    """
+
+    mode: Weights
+    site: dict[str, Any]
     values: Tensor
     basis: Tensor
     captures: list[LayerCapture]
+    present: Tensor | None
     noise_variance: Tensor | None
-    site: dict[str, Any]
     cutpoints: Tensor | None
     numbers: Callable[[Tensor], Any] | None
-    present: Tensor | None
-
-    @property
-    def row_basis(self) -> Tensor:
-        """(C, M), or one for each row, (rows, C, M)."""
-        if self.basis.ndim == 2:
-            return self.basis
-        return self.basis.flatten(0, -3)
 
     @property
     def mean(self) -> Tensor:
-        """Of the logits, -inf of a choice that isn't there."""
+        """Of the logits, (B, ..., C); -inf of a choice that isn't there."""
         mean = (self.basis @ self.values[..., None])[..., 0]
         return mean if self.present is None else mean.where(self.present, -math.inf)
 
-    def jacobians(self, rows: int, terms: int) -> Iterator[tuple[str, Tensor]]:
-        """Site and (rows, terms, O, I) of each layer, one layer at a time."""
+    def jacobians(self) -> Iterator[tuple[str, Tensor]]:
+        """Site and Jacobian of the contrasts in one layer, layers in order.
+
+        (rows, M, O, I), of B rows, or B T.
+        """
+        num_contrasts = self.values.shape[-1]
         for site, j in jacobians(self.captures):
-            yield site, j.reshape(rows, terms, *j.shape[2:])
+            yield site, j.reshape(-1, num_contrasts, *j.shape[2:])
+
+    def logits(
+        self,
+        gaussian: WeightGaussian,
+        prior_precisions: Sequence[Mapping[str, Tensor]] | None = None,
+    ) -> list[GaussianLogits]:
+        r"""The Gaussian :math:`N(f(x), J P^{-1} J^T)`, for each of Q priors.
+
+        Immer et al. 2021, https://arxiv.org/abs/2008.08400, eq. 9.
+
+        Args:
+            gaussian: Over the weights.
+            prior_precisions: Priors to evaluate; None is the Gaussian's own.
+
+        Returns:
+            For each prior: mean (B, C), its mean over classes removed, and covariance
+            (B, C, C), with T tokens (B, T, C) and (B, T, C, C).
+        """
+        basis, step = self._row_basis, self._step_to(gaussian)
+        covariances = gaussian.covariance(
+            step.along(self.jacobians()),
+            prior_precisions or [gaussian.prior_precision],
+        ).to(self.mean)
+        mean = self._moved_by(step)
+        shape = mean.shape + mean.shape[-1:]
+        return [
+            GaussianLogits(
+                mean,
+                (basis @ covariance @ basis.mT).reshape(shape),
+                self.noise_variance,
+                self.cutpoints,
+                self.numbers,
+            )
+            for covariance in covariances
+        ]
+
+    def joint_logits(self, gaussian: WeightGaussian) -> JointGaussianLogits:
+        """One Gaussian over the logits of all data together.
+
+        Only the contraction, layer by layer, is another, over all pairs of data.
+
+        Args:
+            gaussian: Over the weights.
+
+        Returns:
+            Mean (B, C) and covariance (B, C, B, C), with T tokens (B, T, C) and
+            (B, T, C, B, T, C).
+        """
+        # All contrasts of all data are those of a single datum.
+        step = self._step_to(gaussian)
+        of_one = (
+            (site, j.flatten(0, 1)[None]) for site, j in step.along(self.jacobians())
+        )
+        num_contrasts = self.values.shape[-1]
+        num_rows = self.values[..., 0].numel()
+        covariance = gaussian.covariance(of_one, [gaussian.prior_precision])
+        mean = self._moved_by(step)
+        covariance = covariance.to(mean)
+        blocks = covariance.reshape(num_rows, num_contrasts, num_rows, num_contrasts)
+        basis = self._row_basis.expand(num_rows, -1, -1)  # (rows, C, M)
+        joint = torch.einsum("acm,amzn,zdn->aczd", basis, blocks, basis)
+        return JointGaussianLogits(
+            mean,
+            joint.reshape(mean.shape + mean.shape),
+            self.noise_variance,
+            self.cutpoints,
+            self.numbers,
+        )
+
+    def logits_at(self, weights: Weights) -> Tensor:
+        r"""The logits :math:`f(x) + J (w - \hat w)` themselves.
+
+        Args:
+            weights: Site -> (S, ...).
+
+        Returns:
+            (S, B, C), the mean over classes removed.
+        """
+        step = _Step(self.mode, weights)
+        for _ in step.along(self.jacobians()):
+            pass
+        assert step.moved is not None
+        return self.mean + (self._row_basis @ step.moved[..., None])[..., 0]
+
+    def _step_to(self, gaussian: WeightGaussian) -> _Step:
+        """To the Gaussian's mean, which a refined one has elsewhere."""
+        if gaussian.loc is self.mode:
+            return _Step({}, {})
+        return _Step(self.mode, {site: x[None] for site, x in gaussian.loc.items()})
+
+    def _moved_by(self, step: _Step) -> Tensor:
+        """The logits' mean after a step of one weight set."""
+        if step.moved is None:
+            return self.mean
+        moved = (self._row_basis @ step.moved[0, ..., None])[..., 0]
+        return self.mean + moved.reshape(self.mean.shape)
+
+    @property
+    def _row_basis(self) -> Tensor:
+        """(C, M), or one for each row, (rows, C, M)."""
+        return self.basis if self.basis.ndim == 2 else self.basis.flatten(0, -3)
 
 
-def _linearize(
-    model: Model,
-    gaussian: WeightGaussian,
-    networks: Sequence[LiftedNetwork],
-    batch: Batch,
-    obs_site: str | None,
-    tokens: Tokens | None,
-) -> _Linearization:
-    leaves = {site: x.detach().requires_grad_() for site, x in gaussian.loc.items()}
-    with torch.enable_grad():
-        # Not around the backward passes: a checkpointed network runs again in them.
-        with recording(networks, leaves) as record:
-            trace = trace_at(model, leaves, batch)
-        site: dict[str, Any] = likelihood_site(trace, obs_site, gaussian.loc)
-        fn, likelihood, mask = _outcomes(site, tokens)
-        values, basis = contrasts(likelihood)
-        values = values.expand(*fn.batch_shape, values.shape[-1])
-        classes, error = likelihood.classes, likelihood.noise
-        numbers = likelihood.at if classes is None else None
-        noise = None
-        if error is not None and error.df is None:
-            noise = error.scale.square()
-        cutpoints = None if classes is None else classes.cutpoints
-        present = None
-        if basis.ndim > 2:
-            basis = basis.expand(*fn.batch_shape, *basis.shape[-2:])
-            present = likelihood.predictor > -math.inf
-        if tokens is not None:
-            numbers = None
-            index = _positions(tokens, mask, site["name"])
-            values = _taken(values, index)
-            cutpoints = None if cutpoints is None else _taken(cutpoints, index)
-            if present is not None:
-                basis, present = _taken(basis, index), _taken(present, index)
-            noise = None if noise is None else _taken(noise[..., None], index)
-        elif len(fn.batch_shape) == 2:  # several outputs: correlated, so one vector
-            values = values[..., 0]
-            basis = torch.eye(values.shape[-1]).to(values)
-            numbers = partial(_of_several, likelihood.at)
-        elif noise is not None:
-            noise = noise[..., None]
-        check_recorded(record, trace, values, site["name"])
-        terms = values.flatten(1).mT
-        record.find_layouts(terms)
-        captures = capture_layers(record, terms)
-    return _Linearization(
-        values.detach(),
-        basis,
-        list(captures.values()),
-        noise,
-        site,
-        cutpoints,
-        numbers,
-        present,
-    )
+class _Step:
+    r""":math:`J (w - \hat w)`, summed while a pass over the Jacobian goes by.
+
+    Args:
+        mode: :math:`\hat w`, site -> (L, ...); empty for no step.
+        weights: Site -> (S, L, ...).
+
+    Attributes:
+        moved: (S, rows, M) after the pass; None where there is no step.
+    """
+
+    def __init__(self, mode: Weights, weights: Weights) -> None:
+        self.moved: Tensor | None = None
+        self._layers = {
+            site: iter((weights[site] - x).unbind(1)) for site, x in mode.items()
+        }
+
+    def along(
+        self, jacobians: Iterator[tuple[str, Tensor]]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """The same Jacobian, layer by layer.
+
+        Args:
+            jacobians: Site and (rows, M, O, I), layers in order.
+        """
+        for site, j in jacobians:
+            if self._layers:
+                step = next(self._layers[site]).flatten(1).to(j)  # (S, O I)
+                new = torch.einsum("si,bmi->sbm", step, j.flatten(2))
+                self.moved = new if self.moved is None else self.moved + new
+            yield site, j
 
 
 def _of_several(at: Callable[[Tensor], Any], values: Tensor) -> Any:
@@ -353,7 +346,7 @@ def _of_several(at: Callable[[Tensor], Any], values: Tensor) -> Any:
     return at(values[..., None])
 
 
-def _outcomes(
+def _single_outcomes(
     site: dict[str, Any], tokens: Tokens | None
 ) -> tuple[Any, Likelihood, Tensor]:
     """The distribution without masks and event dims, and the outcomes that count.
@@ -365,26 +358,26 @@ def _outcomes(
     single = single_outcomes(site["fn"])
     # Masks outside of the event hide whole data, and labels, not logits.
     fn, event_dims, mask = single.fn, single.event_dims, single.inside.cpu()
-    found = (
+    form = (
         f"Site {site['name']!r}: found batch shape {tuple(site['fn'].batch_shape)} and "
         f"event shape {tuple(site['fn'].event_shape)}"
     )
     if len(site["fn"].batch_shape) != 1 or event_dims > 1:
         raise ValueError(
-            f"{found}; linearised predictions need batch shape (B,) and an event shape "
+            f"{form}; linearised predictions need batch shape (B,) and an event shape "
             "of (), one outcome a datum, or (T,) by .to_event(1)."
         )
     if event_dims == 0 and tokens is not None:
-        raise ValueError(f"{found}: one outcome a datum. Leave tokens out.")
+        raise ValueError(f"{form}: one outcome a datum. Leave tokens out.")
     likelihood = likelihoods.of(fn)
     if event_dims == 1 and fn.event_shape:
         raise ValueError(
-            f"{found}; linearised predictions of a {type(fn).__name__} need an event "
+            f"{form}; linearised predictions of a {type(fn).__name__} need an event "
             "of its own alone, one outcome a datum."
         )
     if event_dims == 1 and tokens is None and likelihood.classes is not None:
         raise ValueError(
-            f"{found}, not one outcome a datum. Say which by tokens='last', "
+            f"{form}, not one outcome a datum. Say which by tokens='last', "
             "tokens='each', or their positions."
         )
     return fn, likelihood, mask

@@ -1,4 +1,10 @@
-"""Nyström sketches: low-rank approximations of Gram matrices that add up."""
+r"""Nyström sketches: low-rank approximations of Gram matrices that add up.
+
+In place of :math:`A = X^T X` (I, I) a pass sums :math:`Y = A \Omega` (I, 2 k + 1), for
+an :math:`\Omega` that is always the same: :math:`(A_1 + A_2) \Omega = Y_1 + Y_2`. If A
+has rank k at most, :math:`Y (\Omega^T Y)^+ Y^T` is A itself: of A = 4 :math:`e_1 e_1^T`
+and :math:`\Omega = e_1` it is :math:`4 e_1 \cdot 4^{-1} \cdot 4 e_1^T`.
+"""
 
 from __future__ import annotations
 
@@ -23,15 +29,11 @@ def gram(x: Tensor, rank: int | None) -> Tensor:
 
     Returns:
         (I, I), or (I, 2 k + 1).
-
-    Raises:
-        ValueError: If ``rank`` isn't positive.
     """
-    if rank is not None and rank < 1:
-        raise ValueError(f"rank is {rank}; it must be at least 1, or None for all.")
     width = x.shape[-1]
     if rank is None or 2 * rank + 1 >= width:
         return _whole_gram(x)
+    # Right to left: n I (2 k + 1) products, and nothing of size (I, I).
     return x.mT @ (x @ _test_matrix(width, 2 * rank + 1).to(x))
 
 

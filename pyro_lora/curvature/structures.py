@@ -29,16 +29,19 @@ from torch import Tensor
 
 from pyro_lora.curvature.block_gaussian import (
     BlockGaussian,
-    Known,
+    Spectra,
     eigenblocks,
     with_values,
 )
 from pyro_lora.curvature.capture import LayerCapture
 from pyro_lora.curvature.dense_gaussian import DenseGaussian
+from pyro_lora.curvature.dual_gaussian import dual_gaussian
 from pyro_lora.curvature.factors import (
     DenseFactors,
     DiagonalFactors,
     KroneckerFactors,
+    ObservedFactors,
+    RowFactors,
     at_least_float32,
 )
 from pyro_lora.curvature.nystrom import gram
@@ -52,6 +55,7 @@ __all__ = [
     "DenseFactors",
     "Diagonal",
     "DiagonalFactors",
+    "Exact",
     "JointStructure",
     "KroneckerFactors",
     "LayerStructure",
@@ -61,6 +65,7 @@ __all__ = [
 Captures = Mapping[int, LayerCapture]  # by place among the layers
 Counts = Mapping[int, Tensor]  # place -> which tokens count, (B, T)
 Factors = dict[int, Any]  # by place; of a joint structure all are at place 0
+OBSERVED = -1  # the place of what was observed, not of a layer
 # Some Fisher terms each: what captures them, so that one chunk is in memory at a time.
 Chunks = Sequence[Callable[[], Captures]]
 
@@ -90,9 +95,12 @@ class Structure(ABC):
 
     Attributes:
         num_passes: Passes over the data.
+        linear: Whether it takes the exact Fisher information as a function of what the
+            linearised network outputs, not a root of it at the mode.
     """
 
     num_passes: ClassVar[int]
+    linear: ClassVar[bool] = False
 
     @property
     @abstractmethod
@@ -194,7 +202,7 @@ class LayerStructure(Structure, BatchStructure):
                     g = at_least_float32(captures[i].gradients)
                     new = self.gradient_factor(inputs[i], g, counts[i])
                     sums[i] = sums[i] + new if i in sums else new
-                if chunk is chunks[-1]:
+                if chunk is chunks[-1]:  # their terms are all there
                     yield {i: self.combine(inputs.pop(i), sums.pop(i)) for i in places}
 
     def _input_factor(
@@ -203,12 +211,12 @@ class LayerStructure(Structure, BatchStructure):
         a: Tensor,
         same: Sequence[int],
         counts: Counts,
-        known: Mapping[int, Any],
+        factors: Mapping[int, Any],
     ) -> Any:
         """That of another layer with these inputs where the same tokens count."""
         for i in same:
-            if i in known and torch.equal(counts[i], counts[place]):
-                return known[i]
+            if i in factors and torch.equal(counts[i], counts[place]):
+                return factors[i]
         return self.input_factor(at_least_float32(a), counts[place])
 
     def gaussian(
@@ -260,9 +268,9 @@ class KFAC(LayerStructure):
     def input_factor(self, a: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         """A and the number of tokens (or data) that count."""
         if self.reduce:
-            weight = counts.to(a)
+            weight = counts.to(a)  # the mean over the tokens that count
             tokens = weight.sum(-1, keepdim=True)  # (B, 1)
-            rows = (a * weight[..., None]).sum(1) / tokens.clamp_min(1)
+            rows = (a * weight[..., None]).sum(1) / tokens.clamp_min(1)  # (B, I)
             return gram(rows, self.rank), (tokens > 0).sum().to(a)
         rows = a.flatten(0, 1) if counts.all() else a[counts]
         return gram(rows, self.rank), counts.sum().to(a)
@@ -272,7 +280,7 @@ class KFAC(LayerStructure):
     ) -> Tensor:
         """G."""
         if self.reduce:
-            grads = g.sum(2)
+            grads = g.sum(2)  # (M, B, O); what doesn't count is 0
         else:
             grads = g if counts.all() else g[:, counts]
         return gram(grads.flatten(0, -2), self.rank)
@@ -299,7 +307,7 @@ class Diagonal(LayerStructure):
     def gradient_factor(self, inputs: Tensor, g: Tensor, counts: Tensor) -> Tensor:
         """The diagonal, (O, I)."""
         total = inputs.new_zeros(g.shape[-1], inputs.shape[-1])
-        for g_m in g:
+        for g_m in g:  # tokens are summed before the square: (B, O, I) at a time
             total += (g_m.mT @ inputs).square().sum(0)
         return total
 
@@ -335,6 +343,7 @@ class EKFAC(Structure):
         """See the base class."""
         kfac = _blocks(loc, prior_precision, factors)
         bases = [basis for block in kfac.blocks.values() for basis in block.bases()]
+        # Of all diagonals L, |F - U L U^T| is least at that of U^T F U.
         moments = _blocks(loc, prior_precision, next_pass(_InBases(tuple(bases))))
         return with_values(kfac, moments)
 
@@ -356,6 +365,7 @@ class _InBases(BatchStructure):
         total: Factors = {}
         for chunk in chunks:
             for i, capture in chunk().items():
+                # U_G^T (g a^T) U_A is the outer product of rotated g and a.
                 rows, columns = self.bases[i]
                 a, g = map(at_least_float32, (capture.inputs, capture.gradients))
                 new = diagonal(a @ columns.to(a), g @ rows.to(g), counts[i])
@@ -425,7 +435,7 @@ class Dense(JointStructure):
 
     def factors(self, a: Sequence[Tensor], g: Sequence[Tensor]) -> DenseFactors:
         """See the base class."""
-        jacobian = torch.cat(
+        jacobian = torch.cat(  # rows vec(sum_t g a^T) of all layers, (M B, D)
             [
                 (g_l.mT @ a_l).flatten(0, 1).flatten(1)
                 for a_l, g_l in zip(a, g, strict=True)
@@ -433,6 +443,50 @@ class Dense(JointStructure):
             1,
         )
         return DenseFactors(jacobian.mT @ jacobian)
+
+
+@dataclass(frozen=True)
+class Exact(Structure, BatchStructure):
+    r"""The whole matrix in its dual form: exact, with N (C - 1) rows for D weights.
+
+    Nothing is approximated beyond Laplace's method itself, and nothing of size D x D is
+    formed: the Jacobian's N (C - 1) rows are kept, (N (C - 1)) D numbers, and all else
+    is algebra on matrices of N (C - 1) rows. The network linearised at the mode is then
+    known as a model of its own, whose mode ``refine`` finds.
+    """
+
+    joint: ClassVar[bool] = False
+    num_passes: ClassVar[int] = 1
+    linear: ClassVar[bool] = True
+
+    @property
+    def first_pass(self) -> BatchStructure:
+        """See the base class."""
+        return self
+
+    def batch_factors(self, chunks: Chunks, counts: Counts) -> Iterator[Factors]:
+        """See the base class; the gradients of each layer."""
+        rows: dict[int, list[Tensor]] = {}
+        for chunk in chunks:
+            for i, capture in chunk().items():
+                a, g = map(at_least_float32, (capture.inputs, capture.gradients))
+                rows.setdefault(i, []).append((g.mT @ a).flatten(2))
+        yield {i: RowFactors((torch.cat(x),)) for i, x in rows.items()}
+
+    def gaussian(
+        self,
+        loc: Weights,
+        prior_precision: Weights,
+        factors: Factors,
+        next_pass: Callable[[BatchStructure], Factors],
+    ) -> WeightGaussian:
+        """See the base class.
+
+        Raises:
+            ValueError: If there are more rows than fit into n x n matrices.
+        """
+        observed = factors.pop(OBSERVED, ObservedFactors(())).batches
+        return dual_gaussian(loc, prior_precision, factors, observed)
 
 
 def _by_input(captures: Captures) -> list[tuple[Tensor, list[int]]]:
@@ -445,10 +499,10 @@ def _by_input(captures: Captures) -> list[tuple[Tensor, list[int]]]:
 
 def _blocks(loc: Weights, prior_precision: Weights, factors: Factors) -> BlockGaussian:
     """A block for each layer; the factors are used up."""
-    known: Known = {}
+    spectra: Spectra = {}
     places = iter(range(len(factors)))
     blocks = {
-        site: eigenblocks([factors.pop(next(places)) for _ in layers], known, site)
+        site: eigenblocks([factors.pop(next(places)) for _ in layers], spectra, site)
         for site, layers in loc.items()
     }
     return BlockGaussian(loc, prior_precision, blocks)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
+from pyro_lora.ground.summary import Summarised, extent, weights_facts
 from pyro_lora.ground.weights import Weights
 
 
-class WeightGaussian(ABC):
+class WeightGaussian(Summarised):
     r"""Gaussian over all sites, precision :math:`P = F + \mathrm{diag}(\tau)`.
 
     F is the Fisher information of the full data set in nats, :math:`\tau` the prior
@@ -21,10 +22,27 @@ class WeightGaussian(ABC):
     Attributes:
         loc: The mode, site -> value.
         prior_precision: Site -> tau, broadcasting over the site.
+        has_eigenvalues: Whether P's are known, so that its determinant takes no
+            decomposition.
     """
 
     loc: Weights
     prior_precision: Weights
+
+    has_eigenvalues: ClassVar[bool] = False
+
+    @property
+    @abstractmethod
+    def structure(self) -> str:
+        """What F looks like, in a few words."""
+
+    @property
+    @abstractmethod
+    def origin(self) -> Weights:
+        """The weights at which the network is linearised.
+
+        They are the mode, but for a refined posterior.
+        """
 
     @abstractmethod
     def with_prior_precision(self, prior_precision: Mapping[str, Tensor]) -> Self:
@@ -58,12 +76,20 @@ class WeightGaussian(ABC):
         along each, a step of 1 is a standard deviation, and they are independent.
 
         Args:
-            num_directions: Q; fewer come where there are fewer weights.
+            num_directions: Q; fewer come where there are fewer weights, or the data
+                inform fewer.
 
         Returns:
             Site -> steps from the mode, (Q, ...), and s, (Q,), float64, largest
             first: the data's share of the precision.
         """
+
+    def _facts(self) -> dict[str, str]:
+        return {
+            **weights_facts(self.loc),
+            "structure": self.structure,
+            "prior_precision": extent(self.prior_precision.values()),
+        }
 
     def effective_parameters(self) -> Tensor:
         r""":math:`\mathrm{tr}(F P^{-1})`, a scalar between 0 and D."""

@@ -1,15 +1,28 @@
-"""Model and posterior -> a diagnosis: what to believe of the posterior."""
+r"""Model and posterior -> a diagnosis: what to believe of the posterior.
+
+Most questions compare the Gaussian N(ŵ, P⁻¹), P = F + diag(τ), with the log joint of
+all data, log p(y | w) + log p(w). With g its gradient at ŵ, a Newton step would gain
+:math:`\frac12 g^T P^{-1} g` nats; along the q-th main direction, t standard deviations
+from the mode, it should fall by t² / 2, as here it doesn't quite:
+
+    offset t                -2    -1     1     2
+    Gaussian              -2.0  -0.5  -0.5  -2.0
+    log joint             -2.3  -0.6  -0.4  -1.7
+
+A whole draw loses half the effective parameters, tr(F P⁻¹) / 2, on average.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_lora.curvature.prior_moments import model_scales
 from pyro_lora.diagnose.diagnosis import (
     Charge,
     Confidence,
@@ -18,19 +31,33 @@ from pyro_lora.diagnose.diagnosis import (
     Directions,
     Diversity,
     Importance,
+    LeftOut,
     Stationarity,
 )
-from pyro_lora.diagnose.log_joint import LeftOut, LogJoint
 from pyro_lora.ground.interrupts import leaving_no_trace
-from pyro_lora.ground.settings import check_count
+from pyro_lora.ground.progress import Counted, progress
+from pyro_lora.ground.settings import check_count, check_gradients
 from pyro_lora.ground.weights import Weights
 from pyro_lora.likelihood import likelihoods
-from pyro_lora.likelihood.batch import Batch, check_batches, checked_batches
-from pyro_lora.likelihood.model_trace import IGNORED, Model
+from pyro_lora.likelihood.batch import (
+    Batch,
+    check_batches,
+    checked_batches,
+    explaining,
+    next_batch,
+)
+from pyro_lora.likelihood.data_plate import data_plate
+from pyro_lora.likelihood.model_trace import (
+    IGNORED,
+    Model,
+    evaluating,
+    lifted_networks,
+    trace_at,
+)
 from pyro_lora.likelihood.outcome_source import GivenLabels
 from pyro_lora.likelihood.outcomes import (
     SingleOutcomes,
-    class_log_probs,
+    one_class_log_probs,
     single_outcomes,
 )
 from pyro_lora.posteriors.guide_posterior import Guide, GuidePosterior
@@ -40,7 +67,16 @@ from pyro_lora.posteriors.posterior import (
     as_posterior,
     is_gaussian,
     kind_of,
+    one_weight_set,
     only_gaussian,
+    tempered_prior,
+)
+from pyro_lora.posteriors.prior import log_prior_by_site
+from pyro_lora.predict.data_pass import (
+    datum_log_probs,
+    latent_log_probs,
+    observes_only,
+    why_no_log_joint,
 )
 from pyro_lora.predict.draws import (
     DRAWS_AT_ONCE,
@@ -67,6 +103,7 @@ def diagnose(
     num_samples: int = 50,
     obs_site: str | None = None,
     labels: str | None = None,
+    progress_bar: bool | None = None,
 ) -> Diagnosis:
     r"""Ask a posterior five questions; ``print`` the answer.
 
@@ -100,6 +137,8 @@ def diagnose(
             one.
         labels: The model's argument with that site's outcomes; None follows the
             arguments to its ``obs=``.
+        progress_bar: Show one, of the batches of all passes; None: on a terminal or in
+            a notebook.
 
     Returns:
         The numbers, and ``str`` of it the table.
@@ -130,46 +169,149 @@ def diagnose(
                 f"diagnose reads {name} several times, but got an iterator. Pass a "
                 "list or a DataLoader."
             )
-    first = next(checked_batches(batches), None)
-    if first is None:
-        raise ValueError("diagnose got no batches.")
+    first = next_batch(checked_batches(batches), "diagnose")
     posterior = as_posterior(posterior, model, first)
     model = model_of(posterior, model, "diagnose")
     check_names(model, obs_site, labels)
     obs_site = posterior.obs_site if obs_site is None else obs_site
-    joint = LogJoint(posterior, model, batches, obs_site)
     left_out: dict[str, str] = {}
-    found: dict[str, Any] = {}
-    for field, answer in {
-        "stationarity": lambda: _stationarity(joint),
-        "gaussian": lambda: _density(joint, num_directions, num_samples),
-        "diversity": lambda: _diversity(joint, held_out, labels),
-        "charge": lambda: charge_of(posterior),
-        "confidence": lambda: _confidence(joint, held_out, labels),
-    }.items():
-        try:
-            found[field] = answer()
-        except LeftOut as reason:
-            found[field], left_out[field] = None, str(reason)
+    answers: dict[str, Any] = {}
+    with progress(title="Diagnose", unit="batch", shown=progress_bar) as bar:
+        joint = LogJoint(posterior, model, Counted(batches, bar), obs_site)
+        others = None if held_out is None else Counted(held_out, bar)
+        for field, answer in {
+            "stationarity": lambda: _stationarity(joint),
+            "gaussian": lambda: _density(joint, num_directions, num_samples),
+            "diversity": lambda: _diversity(joint, others, labels),
+            "charge": lambda: charge_of(posterior),
+            "confidence": lambda: _confidence(joint, others, labels),
+        }.items():
+            try:
+                answers[field] = answer()
+            except LeftOut as reason:
+                answers[field], left_out[field] = None, str(reason)
     return Diagnosis(
         posterior=kind_of(posterior),
         num_data=joint.num_data,
         left_out=left_out,
-        **found,
+        **answers,
     )
+
+
+class LogJoint:
+    """Log likelihood and log prior of all data, as a function of the weights.
+
+    Args:
+        posterior: The posterior, whose prior is used.
+        model: The Pyro model.
+        batches: Re-iterable of mappings of model keyword arguments.
+        obs_site: The likelihood's site, or None.
+
+    Raises:
+        ValueError: If there are no batches, or the posterior doesn't fit the model.
+    """
+
+    def __init__(
+        self,
+        posterior: Posterior,
+        model: Model,
+        batches: Iterable[Batch],
+        obs_site: str | None,
+    ) -> None:
+        first = next_batch(checked_batches(batches), "diagnose")
+        self.posterior, self.model, self.batches = posterior, model, batches
+        self.first = first
+        one = {site: x[None] for site, x in one_weight_set(posterior).items()}
+        at = model_at_draws(model, one, first, obs_site)
+        (trace,) = at.traces(first)
+        self.obs_site, self.site = at.obs_site, trace.nodes[at.obs_site]
+        self.networks = lifted_networks(trace)
+        self.prior = tempered_prior(posterior, model_scales(trace, self.networks))
+        self.observes_only = observes_only(trace, at.obs_site)
+        self.num_data = 0
+        for batch in checked_batches(batches):
+            (trace,) = at.traces(batch)
+            self.num_data += data_plate(trace.nodes[at.obs_site]).size
+
+    def check(self) -> None:
+        """Check that there is a log joint.
+
+        Raises:
+            LeftOut: If labels or data are missing, or another site is observed, too.
+        """
+        reason = why_no_log_joint(self.site, self.num_data, self.observes_only)
+        if reason is not None:
+            raise LeftOut(reason)
+
+    @torch.no_grad()
+    def at(self, weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Log likelihood and log prior, (S,) each, nats, float64.
+
+        Args:
+            weights: Site -> (S, ...).
+        """
+        at = model_at_draws(self.model, weights, self.first, self.obs_site)
+        totals: list[Tensor] = []
+        latents: list[dict[str, Tensor]] = []
+        for index, batch in enumerate(checked_batches(self.batches)):
+            of_batch = []
+            for trace in at.traces(batch):
+                site = trace.nodes[self.obs_site]
+                with explaining(batch, nodes=trace.nodes):
+                    log_prob = datum_log_probs(site)
+                of_batch.append((log_prob * data_plate(site).scale).sum(-1))
+                if index == 0:
+                    latents.append(latent_log_probs(trace, self.networks))
+            totals.append(torch.cat(of_batch))
+        others = {s: torch.cat([chunk[s] for chunk in latents]) for s in latents[0]}
+        log_prior = others | log_prior_by_site(self.prior, self.networks, weights)
+        return (
+            torch.stack(totals).sum(0),
+            torch.stack(list(log_prior.values())).sum(0),
+        )
+
+    def gradient(self, mode: Weights) -> Weights:
+        """Gradient in the lifted sites, nats.
+
+        Args:
+            mode: Site -> value, all latent sites of the model.
+        """
+        check_gradients()
+        leaves = {
+            site: mode[site].clone().requires_grad_()
+            for lora in self.networks
+            for site in lora.sites
+        }
+        with torch.enable_grad(), evaluating(self.networks):
+            prior = log_prior_by_site(
+                self.prior, self.networks, {s: x[None] for s, x in leaves.items()}
+            )
+            torch.stack(list(prior.values())).sum().backward()
+            for batch in checked_batches(self.batches):
+                trace = trace_at(self.model, {**mode, **leaves}, batch)
+                site = trace.nodes[self.obs_site]
+                with explaining(batch, nodes=trace.nodes):
+                    log_prob = datum_log_probs(site) * data_plate(site).scale
+                log_prob.sum().backward()
+        return {
+            s: torch.zeros_like(x) if x.grad is None else x.grad
+            for s, x in leaves.items()
+        }
 
 
 def _stationarity(joint: LogJoint) -> Stationarity:
     posterior = only_gaussian(joint.posterior)
     if posterior is None:
         raise LeftOut(f"{kind_of(joint.posterior)} has no mode and curvature")
+    if posterior.gaussian.loc is not posterior.gaussian.origin:
+        raise LeftOut("its mean is a mode of the linearised network")
     joint.check()
+    # At a mode g = 0. How far it is off counts in units of the curvature there: a step
+    # of P⁻¹ g would gain half of gᵀ P⁻¹ g nats.
     gradient = joint.gradient(posterior.mode())
-    newton = float(posterior.gaussian.newton_decrement(gradient))
-    effective = float(posterior.gaussian.effective_parameters())
-    if posterior.latents is not None:
-        newton += posterior.latents.newton_decrement()
-        effective += len(posterior.latents.gradient)
+    gaussian, latents = posterior.gaussian, posterior.latents
+    newton = float(gaussian.newton_decrement(gradient)) + latents.newton_decrement()
+    effective = float(gaussian.effective_parameters()) + len(latents.gradient)
     return Stationarity(newton_decrement=newton, effective_parameters=effective)
 
 
@@ -188,6 +330,7 @@ def _density(
     weights, log_q = _draws(posterior, num_samples)
     if all(bool((x == x[:1]).all()) for x in weights.values()):
         raise LeftOut(f"{kind_of(posterior)} is a point")
+    # log p(y, w) - log q(w): of a q that is the posterior, log p(y) for every draw.
     log_joint = torch.stack(joint.at(weights)).sum(0)
     log_ratios = log_joint - log_q.to(log_joint)
     return Importance(k_hat=_k_hat(log_ratios), num_samples=num_samples)
@@ -221,19 +364,20 @@ def _directions(
     mode = posterior.mode()
 
     def log_joint(coordinates: Tensor) -> Tensor:
-        found = []
-        for some in coordinates.split(DRAWS_AT_ONCE):  # weight sets in memory
-            weights = {s: x.expand(len(some), *x.shape) for s, x in mode.items()}
-            for site, step in steps.items():
-                moved = torch.tensordot(some.to(step), step, 1)
+        values = []
+        for z in coordinates.split(DRAWS_AT_ONCE):  # weight sets in memory
+            weights = {s: x.expand(len(z), *x.shape) for s, x in mode.items()}
+            for site, step in steps.items():  # w = ŵ + Σ_q z_q step_q
+                moved = torch.tensordot(z.to(step), step, 1)
                 weights[site] = weights[site] + moved
-            found.append(torch.stack(joint.at(weights)).sum(0))
-        return torch.cat(found)
+            values.append(torch.stack(joint.at(weights)).sum(0))
+        return torch.cat(values)
 
     at_mode, prior_at_mode = joint.at({s: x[None] for s, x in mode.items()})
     lines = log_joint(on_lines) - at_mode - prior_at_mode
     # q of these directions alone is standard normal, up to a constant.
     k_hat = _k_hat(log_joint(z) + 0.5 * z.square().sum(-1))
+    # In all directions at once; of the log likelihood alone, as it's what F is of.
     whole, _ = joint.at(posterior.sample(_NUM_WHOLE_DRAWS))
     return Directions(
         names=tuple(_name(steps, q) for q in range(num_directions)),
@@ -285,19 +429,13 @@ def charge_of(posterior: Posterior) -> Charge:
             f"{kind_of(posterior)} has no Fisher information: see "
             "arviz_stats.psense_summary of to_datatree"
         )
-    parts = [
-        (weight, part.gaussian.effective_parameters_by_layer())
-        for weight, part in posterior.gaussians()
-    ]
-    _, first = posterior.gaussians()[0]
+    by_layer: dict[str, Tensor] = {}
+    for pi, part in posterior.gaussians():
+        for site, layers in part.gaussian.effective_parameters_by_layer().items():
+            by_layer[site] = by_layer.get(site, 0) + pi * layers
     return Charge(
-        by_layer={
-            site: torch.stack([weight * layers[site] for weight, layers in parts]).sum(
-                0
-            )
-            for site in parts[0][1]
-        },
-        num_weights={s: x[0].numel() for s, x in first.gaussian.loc.items()},
+        by_layer=by_layer,
+        num_weights={s: x[0].numel() for s, x in part.gaussian.loc.items()},
     )
 
 
@@ -336,21 +474,23 @@ def _diversity(
         joint.model, weights, source.hidden(joint.first), joint.obs_site
     )
     log_probs: list[Tensor] = []
-    outcomes: list[Any] = []
+    observed: list[Tensor | None] = []
     given = GivenLabels(source)
     for index, batch in enumerate(joint.batches if held_out is None else held_out):
         traces = at.traces(source.hidden(batch))
-        parts = [class_log_probs(t.nodes[at.obs_site]["fn"]) for t in traces]
-        log_probs.append(torch.cat(parts))
-        outcomes.append(given.read(batch, log_probs[-1].shape[-1], index))
+        by_draws = [one_class_log_probs(t.nodes[at.obs_site]["fn"]) for t in traces]
+        log_probs.append(torch.cat(by_draws))
+        observed.append(given.read(batch, log_probs[-1].shape[-1], index))
     log_p = torch.cat(log_probs, 1)  # (K, N, C)
     predicted = log_p.argmax(-1)
+    # Of all pairs of particles; a particle and itself agree, and add nothing.
     differ = (predicted[:, None] != predicted).double().mean(-1)  # (K, K)
     total = torch.special.entr(log_p.exp().mean(0)).sum()
     aleatoric = torch.special.entr(log_p.exp()).sum((1, 2)).mean()
     error = None
-    if all(isinstance(x, Tensor) for x in outcomes):
-        true = torch.cat(outcomes).to(predicted)
+    labels_of_all = [x for x in observed if x is not None]
+    if len(labels_of_all) == len(observed):
+        true = torch.cat(labels_of_all).to(predicted)
         wrong = (predicted != true)[:, true != IGNORED]
         error = float(wrong.double().mean()) if wrong.numel() else None
     return Diversity(
@@ -376,6 +516,7 @@ def _confidence(
         model=joint.model,
         obs_site=joint.obs_site,
         labels=labels,
+        progress_bar=False,  # these batches are counted already
     )
     if prediction.labels is None:
         raise LeftOut(
@@ -390,13 +531,13 @@ def _confidence(
     if classes is None:
         if "coverage" not in metrics:
             raise LeftOut(f"{type(single.fn).__name__} has no distribution function")
-        known = ~prediction.labels.isnan()
         return Coverage(
             coverage=metrics["coverage"],
-            num_data=int(known.reshape(len(known), -1).any(1).sum()),
+            num_data=len(prediction),
             held_out=held_out is not None,
         )
     confidence, predicted = prediction.probs.double().max(-1)
+    # Its mean is the overconfidence, its standard error that of the mean over data.
     gap = confidence - (predicted == prediction.labels).double()
     return Confidence(
         overconfidence=metrics["overconfidence"],

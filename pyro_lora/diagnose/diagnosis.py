@@ -1,4 +1,14 @@
-"""What a diagnosis found, as numbers and in words."""
+"""What a diagnosis finds, as numbers and in words: one frozen value for each question.
+
+A value says its verdict, a word or two, and the lines of numbers behind it; a question
+without an answer has the reason. Printed, in part:
+
+    Is the mode stationary?     yes           g' P^-1 g = 0.211 against 9.4 ...
+    Are particles diverse?      -             LaplacePosterior has none
+
+One more question is one more class, with a row in ``_QUESTIONS`` and a function in
+:mod:`~pyro_lora.diagnose.diagnose`.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +18,16 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from pyro_lora.ground.summary import FieldsShown, Summarised
 from pyro_lora.predict.regression import COVERAGE
 
 NUM_LAYERS_SHOWN = 4  # of the effective parameters by layer
 TOO_ALIKE = 0.5  # of the disagreement that a calibrated ensemble would have
 _GIVE_HELD_OUT = "give held_out= for what counts: data not trained on"
+
+
+class LeftOut(Exception):
+    """Why a question has no answer here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +58,8 @@ class Stationarity:
         return [words]
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Directions:
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class Directions(FieldsShown):
     """The log joint along the directions in which the data count most.
 
     Attributes:
@@ -73,12 +88,14 @@ class Directions:
     @property
     def lines_fit(self) -> bool:
         """Whether both ways together the log joint falls as fast, within a factor 2."""
+        # Averaged over both ways, what is odd in t (skewness) cancels.
         ratio = self.log_joint.mean(-1) / (-0.5 * self.offsets.square()).mean()
         return bool(((ratio > 0.5) & (ratio < 2)).all())
 
     @property
     def draws_fit(self) -> bool:
         """Whether whole draws lose no more than twice what the Gaussian says."""
+        # One nat more is little, where the Gaussian itself says next to nothing.
         lost = self.draws_log_likelihood + 2 * self.draws_standard_error
         return lost >= 2 * self.draws_expected - 1
 
@@ -101,8 +118,8 @@ class Directions:
         for name, share, row in zip(
             self.names, self.shares.tolist(), self.log_joint.tolist(), strict=True
         ):
-            found = " ".join(f"{x:.1f}" for x in row)
-            result.append(f"  {found}  {name} ({share:.0%} data)")
+            fall = " ".join(f"{x:.1f}" for x in row)
+            result.append(f"  {fall}  {name} ({share:.0%} data)")
         result.append(
             f"a whole draw loses {-self.draws_log_likelihood:.3g} +- "
             f"{self.draws_standard_error:.2g} nats of log likelihood, where the "
@@ -178,8 +195,8 @@ class Diversity:
         return result
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Charge:
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class Charge(FieldsShown):
     """Whether the data or the prior say where the weights are.
 
     Attributes:
@@ -216,7 +233,8 @@ class Charge:
         rows = sorted(rows, reverse=True)[:NUM_LAYERS_SHOWN]
         return [
             f"the data determine {self.effective_parameters:.4g} of "
-            f"{self.total_weights:,} weights, most of them in",
+            f"{self.total_weights:,} weights",
+            "most of them in",
             *(
                 f"  {value:.3g} of {self.num_weights[site]:,}  {name}"
                 for value, name, site in rows
@@ -300,8 +318,8 @@ class Coverage:
         return result if self.held_out else [*result, _GIVE_HELD_OUT]
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Diagnosis:
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class Diagnosis(Summarised):
     """Five questions to a posterior; printed, a short table in words.
 
     Attributes:
@@ -324,12 +342,22 @@ class Diagnosis:
     confidence: Confidence | Coverage | None
     left_out: Mapping[str, str]
 
+    def _facts(self) -> dict[str, str]:
+        facts = {"posterior": self.posterior, "num_data": str(self.num_data)}
+        for field in _QUESTIONS:
+            answer = getattr(self, field)
+            if answer is None:
+                facts[field] = f"- ({self.left_out[field]})"
+            else:
+                facts[field] = f"{answer.verdict} ({answer.lines()[0]})"
+        return facts
+
     def __str__(self) -> str:
         rows = [f"{self.posterior}, {self.num_data} data"]
         for field, question in _QUESTIONS.items():
-            found = getattr(self, field)
-            verdict = "-" if found is None else found.verdict
-            lines = [self.left_out[field]] if found is None else found.lines()
+            answer = getattr(self, field)
+            verdict = "-" if answer is None else answer.verdict
+            lines = [self.left_out[field]] if answer is None else answer.lines()
             rows.append(f"{question:<28}{verdict:<14}{lines[0]}")
             rows += [" " * 42 + line for line in lines[1:]]
         return "\n".join(rows)

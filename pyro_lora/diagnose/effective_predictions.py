@@ -53,19 +53,20 @@ def gram_of(
     def of_all(parameters: Sequence[Tensor]) -> Tensor:
         """(K, B, E, P) of E outcomes a datum, float64."""
         pairs = zip(parameters, sizes, strict=True)
-        parts = [
-            x.detach().double().reshape(size, *counts.shape, x.shape[-1])
-            for x, size in pairs
-        ]
-        return torch.cat(parts)
+        return torch.cat(
+            [
+                x.detach().double().reshape(size, *counts.shape, x.shape[-1])
+                for x, size in pairs
+            ]
+        )
 
-    known = [likelihoods.of(fn) for fn in fns]
-    classes = [x.classes.log_probs for x in known if x.classes is not None]
-    noise = [x.noise for x in known if x.noise is not None and x.noise.df is None]
+    entries = [likelihoods.of(fn) for fn in fns]
+    classes = [x.classes.log_probs for x in entries if x.classes is not None]
+    noise = [x.noise for x in entries if x.noise is not None and x.noise.df is None]
     if classes:
         affinity = _affinity_of_classes(of_all(classes))
     elif noise:
-        loc = of_all([x.predictor for x in known])
+        loc = of_all([x.predictor for x in entries])
         scale = of_all([x.scale[..., None] for x in noise])
         affinity = _affinity_of_normals(loc[..., 0], scale[..., 0])
     else:
@@ -159,6 +160,7 @@ def _affinity_of_classes(log_probs: Tensor) -> Tensor:
 
 
 def _affinity_of_normals(loc: Tensor, scale: Tensor) -> Tensor:
+    # sqrt(2 s t / (s² + t²)) exp(-(m - n)² / (4 (s² + t²))) of N(m, s²) and N(n, t²)
     variances = scale[:, None].square() + scale.square()
     gap = (loc[:, None] - loc).square() / (4 * variances)
     return (2 * scale[:, None] * scale / variances).sqrt() * (-gap).exp()
@@ -169,17 +171,18 @@ def _affinity_by_draws(
 ) -> Tensor:
     """Estimated, (K, K, B, E), with equally many draws of each particle's density."""
     pairs = list(zip(fns, sizes, strict=True))
-    outcomes = [fn.sample(torch.Size([_NUM_DRAWS])).to(fn.mean) for fn, _ in pairs]
+    drawn = [fn.sample(torch.Size([_NUM_DRAWS])).to(fn.mean) for fn, _ in pairs]
     rows = []
     for fn, size in pairs:
         # Every particle's density of every particle's draws, (M K, K', ...).
-        found = [
+        log_prob = [
             fn.log_prob(y[:, k][:, None].expand(-1, size, *y.shape[2:]))
-            for y in outcomes
+            for y in drawn
             for k in range(y.shape[1])
         ]
-        rows.append(torch.cat(found).double().reshape(-1, size, *shape))
+        rows.append(torch.cat(log_prob).double().reshape(-1, size, *shape))
     log_p = torch.cat(rows, 1)  # (M K, K, B, E)
+    # sqrt(p_i p_j) / m at each draw is the product of sqrt(p_i / m) and sqrt(p_j / m).
     roots = ((log_p - log_p.logsumexp(1, keepdim=True)) / 2).exp()
     gram = torch.einsum("yibe,yjbe->ijbe", roots, roots)
     norm = gram.diagonal(dim1=0, dim2=1).movedim(-1, 0).sqrt()

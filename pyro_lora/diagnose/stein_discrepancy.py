@@ -19,15 +19,15 @@ from pyro_lora.infer.svgd.kernels import (
     space_of,
 )
 from pyro_lora.infer.svgd.particle_model import (
-    PARTICLE_PLATE,
     ParticleModel,
     ParticlePass,
+    likelihood_at_particles,
     model_at_particles,
 )
 from pyro_lora.infer.svgd.weight_space import squared_distances
 from pyro_lora.likelihood.batch import Batch, check_batches, checked_batches
 from pyro_lora.likelihood.data_plate import data_plate
-from pyro_lora.likelihood.model_trace import Model, evaluating, observed_sites
+from pyro_lora.likelihood.model_trace import Model, evaluating
 
 # Shares of the data add up to one but for rounding.
 SHARE_TOLERANCE = 1e-6
@@ -104,6 +104,8 @@ def kernelized_stein_discrepancy(
     """
     kernel = IMQ() if kernel is None else kernel
     _check(kernel, temperature, num_bootstrap)
+    if chunk_size is not None:
+        check_count("chunk_size", chunk_size)
     target, unconstrained, scores = _scores(model, particles, batches, chunk_size)
     scores = {site: score / temperature for site, score in scores.items()}
     if space_of(kernel) == "site":
@@ -120,6 +122,7 @@ def kernelized_stein_discrepancy(
         )
     num_draws = stein.shape[0]
     pairs = num_draws * (num_draws - 1)
+    # U: the mean over i ≠ j, unbiased; V: over all pairs, the diagonal included.
     off_diagonal = stein - torch.diag_embed(stein.diagonal())
     total = off_diagonal.sum()
     p_value = None
@@ -184,7 +187,7 @@ def _scores(
     model: Model,
     particles: Mapping[str, Tensor],
     batches: Iterable[Batch],
-    chunk_size: int | None,
+    particles_at_once: int | None,
 ) -> tuple[ParticleModel, dict[str, Tensor], dict[str, Tensor]]:
     """The model, particles in unconstrained space, gradients of the log joint.
 
@@ -192,8 +195,6 @@ def _scores(
         ValueError: If there is nothing to go through, a site is missing or has another
             shape, or the batches don't cover the data once.
     """
-    if chunk_size is not None:
-        check_count("chunk_size", chunk_size)
     target: ParticleModel | None = None
     unconstrained: dict[str, Tensor] = {}
     scores: dict[str, Tensor] = {}
@@ -213,7 +214,9 @@ def _scores(
             return shares[-1] * log_joint.sum()
 
         with evaluating(target.networks):
-            at = ParticlePass(target, unconstrained, (), batch, chunk_size or num_draws)
+            at = ParticlePass(
+                target, unconstrained, (), batch, particles_at_once or num_draws
+            )
             of_batch, _ = at.gradients(objective)
         scores = {s: scores.get(s, 0) + g.double() for s, g in of_batch.items()}
         covered += shares[0]
@@ -238,11 +241,8 @@ def _share(trace: Any) -> float:
         for name, site in trace.nodes.items()
         if site["type"] == "sample" and site["is_observed"]
     ]
-    shares = set()
-    for site in observed_sites(trace, observed) if observed else []:
-        frames = [f for f in site["cond_indep_stack"] if f.name != PARTICLE_PLATE]
-        plate = data_plate({**site, "cond_indep_stack": tuple(frames)})
-        shares.add(plate.size / plate.full_size)
+    plates = [data_plate(likelihood_at_particles(trace, name)) for name in observed]
+    shares = {plate.size / plate.full_size for plate in plates}
     if len(shares) > 1:
         raise ValueError(
             f"The batch holds different shares of the data at the sites {observed}: "

@@ -154,9 +154,9 @@ def title(posterior: Posterior, index: int, num_samples: int) -> str:
         )
     if only_gaussian(posterior) is not None:
         return f"Draw {place} from a Laplace approximation of the posterior"
-    parts = posterior.gaussians()
-    if len(parts) > 1:
-        return f"Draw {place} from a mixture of {len(parts)} posteriors"
+    num_gaussians = len(posterior.gaussians())
+    if num_gaussians > 1:
+        return f"Draw {place} from a mixture of {num_gaussians} posteriors"
     return f"Draw {place} from a {kind_of(posterior)}"
 
 
@@ -229,6 +229,7 @@ def export_adapters(
             "last layer (AutoLaplace(sites='last_layer')), particles (SVGD) and the "
             "mode (ensemble(lora, [posterior.mode()])) predict as they should."
         )
+    # Under a prior that isn't centred, draws are of a site's noise, not of the site.
     draws = with_scaled_sites(posterior.prior, (lora,), posterior.sample(num_samples))
     before = lora.weights()
     with aside(folder.parent) as unfinished:
@@ -236,6 +237,7 @@ def export_adapters(
         whole.mkdir()
         if folder.is_dir():
             whole.chmod(folder.stat().st_mode)
+        # PEFT writes what is in the network, so each draw is put there, for that long.
         with undone(partial(lora.load, before)):
             for index in range(num_samples):
                 lora.load({site: draws[site][index] for site in lora.sites})

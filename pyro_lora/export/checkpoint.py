@@ -1,4 +1,15 @@
-"""Posteriors in folders that another process, or another machine, can load."""
+"""Posteriors in folders that another process, or another machine, can load.
+
+A folder is two files: the tensors, named by their own hash, and a manifest, which comes
+last and by renaming, so that it always names a file that is whole.
+
+    manifest.json              {"format": "pyro_lora posterior", "version": 2,
+                                "posterior": {"kind": "laplace", ...}, "sites": ...}
+    <its hash>.safetensors     loc/lora.query.A, values/lora.query.A, ...
+
+What tells a network from others of the same shapes (its layers, scalings, and a
+fingerprint of its frozen weights) is in there, too, and checked by ``load``.
+"""
 
 from __future__ import annotations
 
@@ -197,6 +208,7 @@ def _layers(networks: Sequence[LiftedNetwork]) -> dict[str, Any]:
     for lora in networks:
         for site, names in lora.sites.items():
             parameters[site] = [without_adapter_name(name) for name in names]
+        # s B A of ones: B comes with the scaling s, which PEFT has in many places.
         ones = {site: torch.ones_like(x) for site, x in lora.zeros().items()}
         for layer, (b, _) in lora.delta_weight_factors(ones).items():
             scalings[layer] = float(b.flatten()[0])
@@ -206,9 +218,9 @@ def _layers(networks: Sequence[LiftedNetwork]) -> dict[str, Any]:
 def _check_network(
     file: Path, saved: SavedPosterior, networks: Sequence[LiftedNetwork]
 ) -> None:
-    found = {s: tuple(x.shape) for lora in networks for s, x in lora.zeros().items()}
+    here = {s: tuple(x.shape) for lora in networks for s, x in lora.zeros().items()}
     remedy = "Lift the network that the posterior was made for."
-    for site, shape in found.items():
+    for site, shape in here.items():
         there = saved.sites.get(site, saved.sites.get(f"{site}{NOISE}"))
         said = "no such site" if there is None else list(there)
         if there != shape:
@@ -218,14 +230,15 @@ def _check_network(
             )
     layers = _layers(networks)
     for site, names in saved.layers.parameters.items():
-        here = tuple(layers["parameters"].get(site, ()))
-        if here != names:
+        own = tuple(layers["parameters"].get(site, ()))
+        if own != names:
             raise ValueError(
                 f"{file}: site {site!r} holds {list(names)} in the saved posterior, "
-                f"and {list(here) or 'nothing'} in this network. {remedy}"
+                f"and {list(own) or 'nothing'} in this network. {remedy}"
             )
     for layer, scaling in saved.layers.scalings.items():
         other = layers["scalings"].get(layer)
+        # A scaling comes as a number of the network's dtype, rounded.
         if other is None or abs(other - scaling) > 1e-6 * abs(scaling):
             raise ValueError(
                 f"{file}: layer {layer!r} has the LoRA scaling {scaling} in the saved "

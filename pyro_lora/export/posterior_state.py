@@ -1,32 +1,40 @@
 """A posterior as a JSON-like description and named tensors, and back.
 
 Each kind has a row of one table, ``_KINDS``: its class, the schema of its description,
-and the two ways between them.
+and the two ways between them. Names are paths, of what is inside of what. Of a mixture
+of one Laplace posterior over one site, for example:
+
+    description   {"kind": "mixture", "components": [{"kind": "laplace",
+                   "gaussian": "blocks", "sites": ["lora.A"], ...}]}
+    tensors       weights (1,), components/0/loc/lora.A (L, R, I),
+                  components/0/values/lora.A (L, j, k), ...
+
+A latent site outside of the network has a bijection from unconstrained space onto its
+support: ``biject_to``'s, described by the names of its parts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Any, Literal
 
 import msgspec
 import torch
+from pyro.distributions import transforms as pyro_transforms
 from torch import Tensor
 from torch import distributions as td
-from torch.distributions import constraints
+from torch.distributions import constraints, transforms
+from torch.distributions.transforms import Transform
 
 from pyro_lora.curvature.block_gaussian import BlockGaussian, Eigenblocks
 from pyro_lora.curvature.dense_gaussian import DenseGaussian
+from pyro_lora.curvature.dual_gaussian import DualGaussian, Roots, Rows
 from pyro_lora.curvature.latent_block import MAX_LATENTS, LatentBlock
+from pyro_lora.curvature.observations import Observations
 from pyro_lora.curvature.prior_moments import counted_scale
 from pyro_lora.curvature.weight_gaussian import WeightGaussian
-from pyro_lora.export.transform_state import (
-    TransformDescription,
-    describe_transform,
-    restore_transform,
-)
 from pyro_lora.ground.checked_tensors import (
     DOUBLE,
     FLOAT32,
@@ -34,11 +42,13 @@ from pyro_lora.ground.checked_tensors import (
     check_broadcasts,
     check_definite,
 )
-from pyro_lora.ground.tensor_folder import Real, Schema
+from pyro_lora.ground.tensor_folder import Count, Real, Schema
 from pyro_lora.ground.weights import Weights
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.lifting.prior import NOISE
+from pyro_lora.likelihood import likelihoods
 from pyro_lora.likelihood.model_trace import Model, trace_at
+from pyro_lora.likelihood.outcomes import is_possible
 from pyro_lora.posteriors.laplace_posterior import LaplacePosterior
 from pyro_lora.posteriors.mixture_posterior import MixturePosterior
 from pyro_lora.posteriors.particle_posterior import ParticlePosterior
@@ -51,14 +61,71 @@ from pyro_lora.posteriors.prior import (
     normal_prior,
     scaled,
 )
+from pyro_lora.posteriors.scaled_posterior import ScaledPosterior
 from pyro_lora.priors import Prior
 
 Tensors = dict[str, Tensor]
 Dtypes = tuple[dict[str, torch.dtype], dict[torch.dtype, torch.dtype]]
 
+WIDE = (torch.float32, torch.float64)
 _OF_LATENTS = ("precision", "log_prior", "gradient")
 _ROUNDING = 1e-6  # of a sum of float64 weights, far above it
 _SAME = 1e-5  # relative difference of two log densities, summed in another order
+
+
+Dims = Annotated[int, msgspec.Meta(ge=0, le=8)]
+
+# Those of ``biject_to`` that have no settings.
+_PLAIN = {
+    kind.__name__: kind
+    for kind in (
+        transforms.ExpTransform,
+        transforms.SigmoidTransform,
+        transforms.SoftplusTransform,
+        transforms.StickBreakingTransform,
+        transforms.CorrCholeskyTransform,
+        pyro_transforms.OrderedTransform,
+    )
+}
+
+
+class _Exp(Schema, tag_field="kind", tag="ExpTransform"): ...
+
+
+class _Sigmoid(Schema, tag_field="kind", tag="SigmoidTransform"): ...
+
+
+class _Softplus(Schema, tag_field="kind", tag="SoftplusTransform"): ...
+
+
+class _StickBreaking(Schema, tag_field="kind", tag="StickBreakingTransform"): ...
+
+
+class _CorrCholesky(Schema, tag_field="kind", tag="CorrCholeskyTransform"): ...
+
+
+class _Ordered(Schema, tag_field="kind", tag="OrderedTransform"): ...
+
+
+class _Affine(Schema, tag_field="kind", tag="AffineTransform"):
+    event_dim: Dims
+    loc: Real | None = None  # None: a tensor
+    scale: Real | None = None
+
+
+class _Independent(Schema, tag_field="kind", tag="IndependentTransform"):
+    base: TransformDescription
+    dims: Dims
+
+
+class _Compose(Schema, tag_field="kind", tag="ComposeTransform"):
+    parts: Annotated[tuple[TransformDescription, ...], msgspec.Meta(max_length=8)]
+
+
+_WithoutSettings = (
+    _Exp | _Sigmoid | _Softplus | _StickBreaking | _CorrCholesky | _Ordered
+)
+TransformDescription = _WithoutSettings | _Affine | _Independent | _Compose
 
 
 class NormalPrior(Schema, tag_field="kind", tag="normal"):
@@ -83,15 +150,27 @@ class LatentDescription(Schema):
     transforms: dict[str, TransformDescription]
 
 
+class ObservationsDescription(Schema):
+    """Of :class:`Observations`: the distribution's type and what it's made of."""
+
+    kind: str
+    parameters: tuple[str, ...]
+    constants: dict[str, Real]
+    num_data: Count
+    in_all: bool
+
+
 class LaplaceDescription(Schema, tag_field="kind", tag="laplace"):
     """Of a :class:`LaplacePosterior`: its sites in order, those that are fixed too."""
 
-    gaussian: Literal["dense", "blocks"]
+    gaussian: Literal["dense", "blocks", "rows"]
     sites: tuple[str, ...]
     obs_site: str | None
     prior: PriorDescription
     latents: LatentDescription | None
     fixed: tuple[str, ...] = ()
+    observations: tuple[ObservationsDescription, ...] = ()
+    follows_prior: bool = False
 
 
 class ParticleDescription(Schema, tag_field="kind", tag="particles"):
@@ -101,16 +180,25 @@ class ParticleDescription(Schema, tag_field="kind", tag="particles"):
     obs_site: str | None
 
 
+class ScaledDescription(Schema, tag_field="kind", tag="scaled"):
+    """Of a :class:`ScaledPosterior`: the Gaussian that it scales."""
+
+    base: LaplaceDescription
+    scale: Annotated[float, msgspec.Meta(gt=0, le=1)]
+
+
 class MixtureDescription(Schema, tag_field="kind", tag="mixture"):
     """Of a :class:`MixturePosterior`."""
 
     components: Annotated[
-        tuple[LaplaceDescription | ParticleDescription, ...],
+        tuple[LaplaceDescription | ParticleDescription | ScaledDescription, ...],
         msgspec.Meta(min_length=1),
     ]
 
 
-Description = LaplaceDescription | ParticleDescription | MixtureDescription
+Description = (
+    LaplaceDescription | ParticleDescription | ScaledDescription | MixtureDescription
+)
 
 
 def describe(posterior: Posterior, prefix: str = "") -> tuple[dict[str, Any], Tensors]:
@@ -132,7 +220,8 @@ def describe(posterior: Posterior, prefix: str = "") -> tuple[dict[str, Any], Te
             return kind.describe(posterior, prefix)
     raise ValueError(
         f"save can't store a {kind_of(posterior)}; expected "
-        "LaplacePosterior, ParticlePosterior or MixturePosterior. A Pyro guide's "
+        "LaplacePosterior, ParticlePosterior, ScaledPosterior or MixturePosterior. A "
+        "Pyro guide's "
         "parameters are saved by pyro.get_param_store().save(file)."
     )
 
@@ -169,14 +258,12 @@ def restore(
 def _describe_mixture(
     posterior: MixturePosterior, prefix: str
 ) -> tuple[dict[str, Any], Tensors]:
-    parts = [
-        describe(component, f"{prefix}components/{index}/")
-        for index, component in enumerate(posterior.components)
-    ]
-    tensors = {f"{prefix}weights": posterior.weights}
-    for _, part in parts:
-        tensors |= part
-    return {"kind": "mixture", "components": [d for d, _ in parts]}, tensors
+    descriptions, tensors = [], {f"{prefix}weights": posterior.weights}
+    for index, component in enumerate(posterior.components):
+        description, own = describe(component, f"{prefix}components/{index}/")
+        descriptions.append(description)
+        tensors |= own
+    return {"kind": "mixture", "components": descriptions}, tensors
 
 
 def _restore_mixture(
@@ -192,10 +279,31 @@ def _restore_mixture(
             "weights of a mixture sum to 1"
         )
     components = [
-        restore(part, tensors.under(f"components/{index}/"), networks, model)
-        for index, part in enumerate(description.components)
+        restore(component, tensors.under(f"components/{index}/"), networks, model)
+        for index, component in enumerate(description.components)
     ]
     return MixturePosterior(components, pi)
+
+
+def _describe_scaled(
+    posterior: ScaledPosterior, prefix: str
+) -> tuple[dict[str, Any], Tensors]:
+    gaussian: Any = posterior.base
+    base, tensors = describe(gaussian, f"{prefix}base/")
+    tensors |= _named(f"{prefix}center/", posterior.center)
+    return {"kind": "scaled", "base": base, "scale": posterior.scale}, tensors
+
+
+def _restore_scaled(
+    description: ScaledDescription,
+    tensors: CheckedTensors,
+    networks: tuple[LiftedNetwork, ...],
+    model: Model | None,
+) -> ScaledPosterior:
+    base = _restore_laplace(description.base, tensors.under("base/"), networks, model)
+    inner = tensors.under("center/")
+    center = {s: inner.real(s, x.shape).to(x) for s, x in base.gaussian.loc.items()}
+    return replace(base.scaled(), center=center, scale=description.scale)
 
 
 def _describe_particles(
@@ -229,10 +337,10 @@ def _describe_laplace(
     tensors |= _named(f"{prefix}prior_mean/", posterior.prior_mean)
     tensors[f"{prefix}log_likelihood"] = posterior.log_likelihood
     tensors[f"{prefix}log_prior"] = posterior.log_prior
-    prior, found = _describe_prior(posterior, f"{prefix}prior_parameters/")
+    prior, of_prior = _describe_prior(posterior, f"{prefix}prior_parameters/")
     tensors |= _named(f"{prefix}fixed/", posterior.fixed)
-    latents, others = _describe_latents(posterior.latents, f"{prefix}latents/")
-    description = {
+    latents, of_latents = _describe_latents(posterior.latents, f"{prefix}latents/")
+    description: dict[str, Any] = {
         "kind": "laplace",
         "gaussian": kind,
         "sites": list(posterior.gaussian.loc),
@@ -241,7 +349,14 @@ def _describe_laplace(
         "prior": prior,
         "latents": latents,
     }
-    return description, tensors | found | others
+    if isinstance(posterior.gaussian, DualGaussian):
+        parts, of_parts = _describe_observations(
+            posterior.gaussian.observations, f"{prefix}observations/"
+        )
+        description["observations"] = parts
+        description["follows_prior"] = posterior.follows_prior
+        tensors |= of_parts
+    return description, tensors | of_prior | of_latents
 
 
 def _restore_laplace(
@@ -265,18 +380,15 @@ def _restore_laplace(
         _in_dtypes(x, dtypes)
         for x in (mode, values("prior_mean", sites), tau_there, fixed_there)
     )
-    prior = _restore_prior(
-        description.prior,
-        tensors.under("prior_parameters/"),
-        partial(_in_dtypes, dtypes=dtypes),
-        networks,
-        mode,
-        mean,
-        tau,
-        fixed,
-    )
+    if isinstance(description.prior, NormalPrior):
+        prior = normal_prior(mean, tau, fixed)
+    else:
+        parameters = tensors.under("prior_parameters/")
+        own = {n: parameters.real(n) for n in description.prior.parameters}
+        own = _in_dtypes(own, dtypes)
+        prior = fixing(_prior_of(description.prior, own, networks, mode), fixed)
     return LaplacePosterior(
-        _restore_gaussian(description.gaussian, loc, tau, tensors),
+        _restore_gaussian(description, loc, tau, tensors, dtypes),
         mean,
         tensors.real("log_likelihood", (), DOUBLE),
         tensors.real("log_prior", (), DOUBLE),
@@ -286,6 +398,7 @@ def _restore_laplace(
         description.obs_site,
         _restore_latents(description.latents, tensors.under("latents/"), dtypes),
         fixed=fixed,
+        follows_prior=description.follows_prior,
     )
 
 
@@ -311,6 +424,7 @@ _KINDS = (
     _Kind(
         ParticlePosterior, ParticleDescription, _describe_particles, _restore_particles
     ),
+    _Kind(ScaledPosterior, ScaledDescription, _describe_scaled, _restore_scaled),
     _Kind(MixturePosterior, MixtureDescription, _describe_mixture, _restore_mixture),
 )
 
@@ -354,7 +468,7 @@ class _Expecting(AtParameters):
 def _describe_prior(
     posterior: LaplacePosterior, prefix: str
 ) -> tuple[dict[str, Any], Tensors]:
-    """What :func:`_restore_prior` needs.
+    """What :func:`_restore_laplace` needs of the prior.
 
     A prior that is N(prior mean, 1 / prior precision) is in the posterior's numbers.
     Any other is a function of the user's, which no file can hold: of it the values of
@@ -391,44 +505,33 @@ def _describe_prior(
     return description, {f"{prefix}{name}": x for name, x in parameters.items()}
 
 
-def _restore_prior(
-    description: PriorDescription,
-    tensors: CheckedTensors,
-    in_dtypes: Callable[[Tensors], Tensors],
+def _prior_of(
+    description: NetworkPrior,
+    parameters: Tensors,
     networks: Sequence[LiftedNetwork],
     mode: Weights,
-    mean: Weights,
-    precision: Weights,
-    fixed: Weights,
 ) -> Prior:
-    """The prior that :func:`_describe_prior` described.
+    """The networks' prior, which :func:`_describe_prior` described.
 
     Args:
         description: As returned by ``_describe_prior``.
-        tensors: By name, of its ``pyro.param`` statements.
-        in_dtypes: Brings tensors to the network's dtype.
+        parameters: Of its ``pyro.param`` statements, by name.
         networks: The lifted networks.
         mode: Site -> the mode, in the dtype that it was saved in.
-        mean: Site -> mean of the normal prior.
-        precision: Site -> precision of the normal prior.
-        fixed: Site -> value, of the sites that have a Delta there.
 
     Returns:
         The prior.
 
     Raises:
-        ValueError: If a parameter is missing or something else, or the saved prior
-            isn't normal, and the network's isn't the same.
+        ValueError: If a parameter is missing or something else, or the networks' prior
+            isn't the same.
     """
-    if isinstance(description, NormalPrior):
-        return normal_prior(mean, precision, fixed)
-    parameters = in_dtypes({n: tensors.real(n) for n in description.parameters})
     present = networks_prior(networks)
     prior = PriorAtParameters(present, parameters)
 
     expecting = _Expecting(parameters)
     with expecting:
-        found = _log_density(_prior_nodes(present, networks, mode), mode)
+        density = _log_density(_prior_nodes(present, networks, mode), mode)
     if expecting.seen != parameters.keys():
         raise ValueError(
             f"the posterior's prior has the parameters {list(parameters)}, the "
@@ -436,11 +539,12 @@ def _restore_prior(
             "the fit."
         )
     expected = description.log_density
-    if not abs(found - expected) <= _SAME * max(1.0, abs(expected)):
+    # No file holds a function: a prior of the same density at the mode is taken for it.
+    if not abs(density - expected) <= _SAME * max(1.0, abs(expected)):
         raise ValueError(
             f"the posterior's prior isn't N(mean, 1 / precision), and its log density "
             f"at the mode is {expected:.6g}; that of the prior which the network was "
-            f"lifted with is {found:.6g}. Lift the network with the prior of the fit."
+            f"lifted with is {density:.6g}. Lift the network with the prior of the fit."
         )
     wrong = sorted(description.scales.keys() - mode.keys())
     wrong += [s for s, scale in description.scales.items() if not scale > 0]
@@ -449,7 +553,7 @@ def _restore_prior(
             f"prior/scales has {wrong[0]!r}: expected sites of the posterior, each "
             "with a positive scale"
         )
-    return fixing(scaled(prior, description.scales), fixed)
+    return scaled(prior, description.scales)
 
 
 @torch.no_grad()
@@ -516,8 +620,8 @@ def _check_sites(
 def _particles(
     tensors: CheckedTensors, sites: Sequence[str], lifted: Mapping[str, Tensor]
 ) -> Weights:
-    found = {site: tensors.real(site) for site in sites}
-    num_particles = {x.shape[:1] for x in found.values()}
+    particles = {site: tensors.real(site) for site in sites}
+    num_particles = {x.shape[:1] for x in particles.values()}
     if (
         len(num_particles) > 1
         or 0 in min(num_particles, default=(0,))
@@ -527,14 +631,14 @@ def _particles(
             f"tensors {tensors.prefix}... hold {sorted(map(tuple, num_particles))} "
             "particles; expected one number, positive, for all sites"
         )
-    for site, x in found.items():
+    for site, x in particles.items():
         like = lifted.get(site.removesuffix(NOISE), lifted.get(site))
         if like is not None and x.shape[1:] != like.shape:
             raise ValueError(
                 f"tensor {tensors.prefix}{site} has particles of shape "
                 f"{tuple(x.shape[1:])}, expected {tuple(like.shape)}"
             )
-    return found
+    return particles
 
 
 def _precisions(
@@ -547,19 +651,21 @@ def _precisions(
     Raises:
         ValueError: If they aren't positive, or of another shape.
     """
-    found = {}
+    precisions = {}
     inner = tensors.under("prior_precision/")
     for site in description.sites:
         shape = shapes[site]
-        if description.gaussian == "dense":
+        # A Kronecker block has one prior precision for each matrix, as τI alone is
+        # diagonal in its bases; without bases each weight may have its own.
+        if description.gaussian != "blocks":
             tau = inner.positive(site)
             check_broadcasts(tau, shape, f"tensor {inner.prefix}{site}")
         elif f"rows/{site}" in tensors:  # one for each matrix
             tau = inner.positive(site, (shape[0], *[1] * (len(shape) - 1)))
         else:
             tau = inner.positive(site, shape)
-        found[site] = tau
-    return found
+        precisions[site] = tau
+    return precisions
 
 
 def sites_of(posterior: Posterior) -> dict[str, tuple[int, ...]]:
@@ -573,6 +679,15 @@ def _describe_gaussian(gaussian: WeightGaussian, prefix: str) -> tuple[str, Tens
     tensors |= _named(f"{prefix}prior_precision/", gaussian.prior_precision)
     if isinstance(gaussian, DenseGaussian):
         return "dense", tensors | {f"{prefix}fisher": gaussian.fisher}
+    if isinstance(gaussian, DualGaussian):
+        roots = {str(i): x for i, x in enumerate(gaussian.roots.blocks)}
+        tensors |= _named(f"{prefix}jacobian/", gaussian.rows.values)
+        tensors |= _named(f"{prefix}roots/", roots)
+        if gaussian.loc is not gaussian.origin:
+            tensors |= _named(f"{prefix}origin/", gaussian.origin)
+        if gaussian.mode_precision is not None:
+            tensors |= _named(f"{prefix}mode_precision/", gaussian.mode_precision)
+        return "rows", tensors
     if not isinstance(gaussian, BlockGaussian):
         raise TypeError(
             "Files hold the Gaussians of pyro_lora's structures, found a "
@@ -589,9 +704,15 @@ def _describe_gaussian(gaussian: WeightGaussian, prefix: str) -> tuple[str, Tens
 
 
 def _restore_gaussian(
-    kind: str, loc: Weights, tau: Weights, tensors: CheckedTensors
+    description: LaplaceDescription,
+    loc: Weights,
+    tau: Weights,
+    tensors: CheckedTensors,
+    dtypes: Dtypes,
 ) -> WeightGaussian:
-    if kind == "dense":
+    if description.gaussian == "rows":
+        return _restore_dual(description, loc, tau, tensors, dtypes)
+    if description.gaussian == "dense":
         size = sum(x.numel() for x in loc.values())
         fisher = tensors.real("fisher", (size, size), DOUBLE)
         check_definite(fisher, f"tensor {tensors.prefix}fisher", floor=FLOAT32)
@@ -599,6 +720,173 @@ def _restore_gaussian(
         gaussian.variance()  # raises where the precision isn't definite
         return gaussian
     return BlockGaussian(loc, tau, {s: _block(s, x, tensors) for s, x in loc.items()})
+
+
+def _restore_dual(
+    description: LaplaceDescription,
+    loc: Weights,
+    tau: Weights,
+    tensors: CheckedTensors,
+    dtypes: Dtypes,
+) -> DualGaussian:
+    """Rows, roots and observations that fit together, and the sites.
+
+    Raises:
+        ValueError: If they don't.
+    """
+    values, sizes = {}, set()
+    for site, x in loc.items():
+        j = tensors.under("jacobian/").real(site, None, WIDE)
+        expected = (x.shape[0], j.shape[1] if j.ndim == 3 else 0, x[0].numel())
+        if tuple(j.shape) != expected or expected[1] == 0:
+            raise ValueError(
+                f"tensor {tensors.prefix}jacobian/{site} has shape "
+                f"{tuple(j.shape)}, expected ({expected[0]}, n, {expected[2]})"
+            )
+        values[site] = j
+        sizes.add(expected[1])
+    origin = mode_precision = None
+    if any(f"origin/{site}" in tensors for site in loc):
+        inner = tensors.under("origin/")
+        origin = {s: inner.real(s, x.shape) for s, x in loc.items()}
+        origin = _in_dtypes(origin, dtypes)
+    observations = _restore_observations(
+        description.observations, tensors.under("observations/")
+    )
+    shapes = [tuple(part.at_fit.shape) for part in observations]
+    blocks = []
+    for i in range(len(shapes) or 1):
+        block = tensors.under("roots/").real(str(i), None, DOUBLE)
+        if block.ndim != 3 or (shapes and tuple(block.shape[:2]) != shapes[i]):
+            raise ValueError(
+                f"tensor {tensors.prefix}roots/{i} has shape {tuple(block.shape)}, "
+                f"expected {(*shapes[i], 'k') if shapes else '(N, M, k)'}"
+            )
+        blocks.append(block)
+    num_rows = sum(block.shape[0] * block.shape[1] for block in blocks)
+    if sizes != {num_rows}:
+        raise ValueError(
+            f"tensors {tensors.prefix}jacobian/... have {sorted(sizes)} rows, but "
+            f"there are roots of {num_rows}"
+        )
+    rows = Rows(loc if origin is None else origin, values)
+    if any(f"mode_precision/{site}" in tensors for site in loc):
+        inner = tensors.under("mode_precision/")
+        mode_precision = {
+            s: check_broadcasts(inner.positive(s), x.shape, f"mode_precision of {s}")
+            for s, x in loc.items()
+        }
+        mode_precision = rows.by_matrix(_in_dtypes(mode_precision, dtypes))
+    if description.follows_prior and not observations:
+        raise ValueError("follows_prior is true, but nothing was observed")
+    return DualGaussian(
+        loc,
+        rows.by_matrix(tau),
+        rows,
+        Roots(tuple(blocks)),
+        observations,
+        mode_precision,
+    )
+
+
+def _describe_observations(
+    observations: Sequence[Observations], prefix: str
+) -> tuple[list[dict[str, Any]], Tensors]:
+    """What :func:`_restore_observations` needs.
+
+    Args:
+        observations: The outcomes of each form.
+        prefix: Put before the tensors' names.
+
+    Returns:
+        Descriptions that JSON can hold, and named tensors.
+
+    Raises:
+        ValueError: If a likelihood's type can't be found again by its name.
+    """
+    descriptions: list[dict[str, Any]] = []
+    tensors: Tensors = {}
+    for i, part in enumerate(observations):
+        name = part.kind.__name__
+        if likelihoods.kind_named(name) is not part.kind:
+            raise ValueError(
+                f"The likelihood {name} isn't known by that name, so that no file can "
+                "hold it. Register the type itself, by pyro_lora.likelihoods.register."
+            )
+        of_part = {k: x for k, x in part.parameters.items() if isinstance(x, Tensor)}
+        constants = {k: x for k, x in part.parameters.items() if k not in of_part}
+        descriptions.append(
+            {
+                "kind": name,
+                "parameters": list(of_part),
+                "constants": constants,
+                "num_data": part.num_data,
+                "in_all": part.in_all,
+            }
+        )
+        tensors |= _named(f"{prefix}{i}/parameters/", of_part)
+        of_all = {"value": part.value, "scale": part.scale, "datum": part.datum}
+        tensors |= _named(f"{prefix}{i}/", of_all)
+    return descriptions, tensors
+
+
+def _restore_observations(
+    descriptions: Sequence[ObservationsDescription], tensors: CheckedTensors
+) -> tuple[Observations, ...]:
+    """What :func:`_describe_observations` described.
+
+    Raises:
+        ValueError: If there can't be such outcomes.
+    """
+    found = []
+    for i, description in enumerate(descriptions):
+        inner = tensors.under(f"{i}/")
+        scale = inner.not_negative("scale", None, DOUBLE)
+        datum = inner.any("datum")
+        fits = datum.dtype == torch.int64 and datum.shape == scale.shape
+        if not fits or not bool(((datum >= 0) & (datum < description.num_data)).all()):
+            raise ValueError(
+                f"tensor {inner.prefix}datum isn't a whole number from 0 to "
+                f"{description.num_data - 1} for each of {len(scale)} outcomes"
+            )
+        kind = likelihoods.kind_named(description.kind)
+        if kind is None:
+            raise ValueError(
+                f"the likelihood {description.kind!r:.80} isn't among "
+                "pyro_lora.likelihoods. Register it before loading"
+            )
+        parameters = {
+            name: inner.any(f"parameters/{name}") for name in description.parameters
+        }
+        # A number of trials is whole.
+        constants = {
+            k: int(x) if float(x).is_integer() else x
+            for k, x in description.constants.items()
+        }
+        part = Observations(
+            kind,
+            parameters | constants,
+            inner.any("value"),
+            scale,
+            datum,
+            description.num_data,
+            description.in_all,
+        )
+        try:
+            fn = kind(**part.parameters, validate_args=True)
+            possible = is_possible(fn, part.value)
+            shape = fn.batch_shape
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise ValueError(
+                f"tensors {inner.prefix}... make no {description.kind}: {error}"
+            ) from error
+        if shape != scale.shape or not bool(possible.all()):
+            raise ValueError(
+                f"tensors {inner.prefix}... hold values that no {description.kind} "
+                f"can have, or {tuple(shape)} of them where {tuple(scale.shape)} are"
+            )
+        found.append(part)
+    return tuple(found)
 
 
 def _block(site: str, loc: Tensor, tensors: CheckedTensors) -> Eigenblocks:
@@ -612,6 +900,8 @@ def _block(site: str, loc: Tensor, tensors: CheckedTensors) -> Eigenblocks:
             f"site {site!r} has shape {tuple(loc.shape)}, and no matrices to have "
             "eigenvalues"
         )
+    # F = Σ_ab values_ab (u_a u_aᵀ) ⊗ (v_b v_bᵀ), u_a of the j columns of `rows` and
+    # v_b of the k of `columns`.
     num_layers, out, width = (*loc.shape, 1)[:3]  # a bias is a matrix of one column
     values = tensors.under("values/").not_negative(site, None, DOUBLE)
     bases = [name for name in ("rows", "columns") if f"{name}/{site}" in tensors]
@@ -639,30 +929,31 @@ def _block(site: str, loc: Tensor, tensors: CheckedTensors) -> Eigenblocks:
 
 
 def _describe_latents(
-    latents: LatentBlock | None, prefix: str
+    latents: LatentBlock, prefix: str
 ) -> tuple[dict[str, Any] | None, Tensors]:
-    if latents is None:
+    if not latents.values:
         return None, {}
-    transforms, tensors = {}, _named(f"{prefix}values/", latents.values)
+    bijections, tensors = {}, _named(f"{prefix}values/", latents.values)
     for site, transform in latents.transforms.items():
         try:
-            found = describe_transform(transform, f"{prefix}transforms/{site}/")
+            bijections[site], own = _describe_transform(
+                transform, f"{prefix}transforms/{site}/"
+            )
         except ValueError as error:
             raise ValueError(
                 f"Latent site {site!r}: {error}. Fix it by pyro.poutine.condition and "
                 "refit."
             ) from error
-        transforms[site] = found[0]
-        tensors |= found[1]
+        tensors |= own
     tensors |= {f"{prefix}{name}": getattr(latents, name) for name in _OF_LATENTS}
-    return {"sites": list(latents.values), "transforms": transforms}, tensors
+    return {"sites": list(latents.values), "transforms": bijections}, tensors
 
 
 def _restore_latents(
     description: LatentDescription | None, tensors: CheckedTensors, dtypes: Dtypes
-) -> LatentBlock | None:
+) -> LatentBlock:
     if description is None:
-        return None
+        return LatentBlock()
     if {*description.transforms} != {*description.sites} or not description.sites:
         raise ValueError(
             f"the latent sites are {list(description.sites)}, those with a transform "
@@ -674,8 +965,8 @@ def _restore_latents(
     if size > MAX_LATENTS:
         raise ValueError(f"the latent sites have {size} entries, more than allowed")
     values = _in_dtypes(values, dtypes)
-    transforms = {
-        site: restore_transform(
+    bijections = {
+        site: _restore_transform(
             description.transforms[site],
             tensors.under(f"transforms/{site}/"),
             partial(_in_dtypes, dtypes=dtypes),
@@ -683,14 +974,15 @@ def _restore_latents(
         )
         for site, x in values.items()
     }
+    # A simplex of n numbers has n - 1 that are free.
     free = sum(
-        transforms[site].inverse_shape(x.shape).numel() for site, x in values.items()
+        bijections[site].inverse_shape(x.shape).numel() for site, x in values.items()
     )
     precision = tensors.real("precision", (free, free), DOUBLE)
     check_definite(precision, f"tensor {tensors.prefix}precision", floor=0.0)
     return LatentBlock(
         values,
-        transforms,
+        bijections,
         precision,
         tensors.real("log_prior", (), DOUBLE),
         tensors.real("gradient", (free,), DOUBLE),
@@ -714,3 +1006,131 @@ def _in_dtypes(values: Tensors, dtypes: Dtypes) -> Tensors:
 
 def _named(prefix: str, values: Mapping[str, Tensor]) -> Tensors:
     return {f"{prefix}{name}": value for name, value in values.items()}
+
+
+def _describe_transform(
+    transform: Transform, prefix: str
+) -> tuple[dict[str, Any], Tensors]:
+    """What :func:`_restore_transform` needs.
+
+    Args:
+        transform: A bijection as ``biject_to`` makes it.
+        prefix: Put before the tensors' names.
+
+    Returns:
+        A description that JSON can hold, and named tensors.
+
+    Raises:
+        ValueError: If the transform is of another type.
+    """
+    kind = type(transform).__name__
+    if isinstance(transform, transforms.ComposeTransform):
+        inner: list[dict[str, Any]] = []
+        tensors: Tensors = {}
+        for index, part in enumerate(transform.parts):
+            description, of_part = _describe_transform(part, f"{prefix}{index}/")
+            inner.append(description)
+            tensors |= of_part
+        return {"kind": kind, "parts": inner}, tensors
+    if isinstance(transform, transforms.IndependentTransform):
+        base, tensors = _describe_transform(transform.base_transform, prefix)
+        dims = transform.reinterpreted_batch_ndims
+        return {"kind": kind, "base": base, "dims": dims}, tensors
+    if isinstance(transform, transforms.AffineTransform):
+        description = {"kind": kind, "event_dim": transform.event_dim}
+        tensors = {}
+        for name in ("loc", "scale"):
+            value = getattr(transform, name)
+            if isinstance(value, Tensor):
+                tensors[f"{prefix}{name}"] = value
+            else:
+                description[name] = value
+        return description, tensors
+    if _PLAIN.get(kind) is not type(transform):
+        raise ValueError(f"its support is mapped by {kind}, which save doesn't know")
+    return {"kind": kind}, {}
+
+
+def _restore_transform(
+    description: TransformDescription,
+    tensors: CheckedTensors,
+    in_dtypes: Callable[[Tensors], Tensors],
+    value: Tensor,
+) -> Transform:
+    """The transform that :func:`_describe_transform` described.
+
+    Args:
+        description: As returned by ``_describe_transform``.
+        tensors: As returned by ``_describe_transform``.
+        in_dtypes: Brings tensors to the network's dtype.
+        value: On the support, what it maps to.
+
+    Returns:
+        The transform.
+
+    Raises:
+        ValueError: If a tensor is missing or something else, or no transform maps
+            onto ``value``.
+    """
+    what = f"the transform {tensors.prefix}"
+    transform = _transform_of(description, tensors, in_dtypes, value)
+    try:
+        u = transform.inv(value)
+        again = transform(u)
+        finite = transform.log_abs_det_jacobian(u, again).isfinite().all()
+        shape = transform.inverse_shape(value.shape)
+    except (ValueError, RuntimeError, AssertionError, IndexError) as error:
+        raise ValueError(
+            f"{what} can't map to {tuple(value.shape)}: {error}"
+        ) from error
+    # A bijection onto the support takes the site's value there and back.
+    rounding = 10 * torch.finfo(value.dtype).eps ** 0.5
+    form = again.shape, again.dtype
+    same = form == (value.shape, value.dtype) and torch.allclose(
+        again, value, rtol=rounding, atol=rounding
+    )
+    if not (same and finite and u.isfinite().all() and u.shape == shape):
+        raise ValueError(f"{what} isn't onto a support that has the site's value")
+    return transform
+
+
+def _transform_of(
+    description: TransformDescription,
+    tensors: CheckedTensors,
+    in_dtypes: Callable[[Tensors], Tensors],
+    value: Tensor,
+) -> Transform:
+    if isinstance(description, _Compose):
+        return transforms.ComposeTransform(
+            [
+                _transform_of(part, tensors.under(f"{index}/"), in_dtypes, value)
+                for index, part in enumerate(description.parts)
+            ]
+        )
+    if isinstance(description, _Independent):
+        base = _transform_of(description.base, tensors, in_dtypes, value)
+        return transforms.IndependentTransform(base, description.dims)
+    if isinstance(description, _Affine):
+        loc, scale = (
+            _affine(tensors, name, getattr(description, name), in_dtypes, value)
+            for name in ("loc", "scale")
+        )
+        if (torch.as_tensor(scale) == 0).any():
+            raise ValueError(f"the transform {tensors.prefix} has a scale of 0")
+        return transforms.AffineTransform(loc, scale, description.event_dim)
+    plain: Transform = _PLAIN[str(description.__struct_config__.tag)]()
+    return plain
+
+
+def _affine(
+    tensors: CheckedTensors,
+    name: str,
+    number: float | None,
+    in_dtypes: Callable[[Tensors], Tensors],
+    value: Tensor,
+) -> Tensor | float:
+    if number is not None:
+        return number
+    x = tensors.real(name)
+    check_broadcasts(x, value.shape, f"tensor {tensors.prefix}{name}")
+    return in_dtypes({tensors.prefix + name: x})[tensors.prefix + name]

@@ -1,4 +1,15 @@
-"""Weights as named arrays with dims and coordinates, as ArviZ shows them."""
+r"""Weights as named arrays with dims and coordinates, as ArviZ shows them.
+
+A and B can't be identified: for any invertible T, (B T) (T⁻¹ A) is the same update. So
+what is shown of a layer is said of :math:`\Delta W = s B A` alone. Of S draws of two
+layers' queries, lifted into sites with a dim for the layers,
+
+    lora.query.A (S, 2, R, I)            delta.query.singular_values (S, 2, R)
+    lora.query.B (S, 2, O, R)     ->     delta.query.frobenius_norm (S, 2)
+    head.classifier.weight (S, C, I)     as it is
+
+and ``layer`` has the layers' numbers, ``module`` their paths in the network.
+"""
 
 from __future__ import annotations
 
@@ -102,8 +113,10 @@ def delta_variables(
             at_mode = lora.delta_weight_factors({s: mode[s] for s in lora.sites})
         for sites, paths in layers_by_sites(lora, factors).items():
             matrices |= {*sites}
+            # Layers of one kind have one shape, so that they stack: (S, L, R).
             singular = torch.stack([singular_values(*factors[p]) for p in paths], 1)
             norm = singular.square().sum(-1).sqrt()
+            # ||ΔW||_F² = Σ_r σ_r²; over σ_1² it counts the directions that matter
             largest = singular[..., 0].square()
             rank = torch.where(largest > 0, norm.square() / largest, 0.0)
             stem = stem_of(sites)
@@ -112,7 +125,7 @@ def delta_variables(
                 singular, norm, rank = singular[:, 0], norm[:, 0], rank[:, 0]
             numbers = {"rank": range(singular.shape[-1])}
             name = f"delta.{stem}"
-            found = {
+            quantities = {
                 "singular_values": (singular, layer | numbers),
                 "frobenius_norm": (norm, layer),
                 "stable_rank": (rank, layer),
@@ -120,10 +133,11 @@ def delta_variables(
             if at_mode is not None:
                 angles = [_angle(factors[p], at_mode[p]) for p in paths]
                 angle = torch.stack(angles, 1) if layer else angles[0]
-                found["angle_to_mode"] = (angle, layer)
-            for quantity, (value, dims) in found.items():
+                quantities["angle_to_mode"] = (angle, layer)
+            for quantity, (value, dims) in quantities.items():
                 result.add(f"{name}.{quantity}", value, dims, stem)
                 result.modules[f"{name}.{quantity}"] = paths if layer else paths[0]
+    # Where a prior isn't centred, a site's noise says nothing that the site doesn't.
     noises = {f"{site}{NOISE}" for site in weights}
     chosen = weights.keys() - matrices - noises
     _add_sites(result, networks, weights, chosen, MAX_HEAD_WEIGHTS)
@@ -259,9 +273,9 @@ def layer_dim(paths: Sequence[str]) -> dict[str, Coordinates]:
     indices = [re.findall(r"(?<=\.)\d+(?=\.|$)", path) for path in bare]
     if not indices[0]:
         return {}
-    if all(len(found) == 1 for found in indices):
-        return {"layer": [int(found[0]) for found in indices]}
-    return {"layer": [".".join(found) for found in indices]}
+    if all(len(of_path) == 1 for of_path in indices):
+        return {"layer": [int(of_path[0]) for of_path in indices]}
+    return {"layer": [".".join(of_path) for of_path in indices]}
 
 
 def _angle(update: Factors, other: Factors) -> Tensor:

@@ -148,7 +148,7 @@ class CheckedTensors:
         x = self.real(name, shape)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         generator = torch.Generator().manual_seed(0)
-        v = torch.randn(
+        v = torch.randn(  # a column off by e moves U^T U v by about e
             shape[-1], _NUM_VECTORS, generator=generator, dtype=torch.float64
         ).to(wide)
         error = (wide.mT @ (wide @ v) - v).abs().max() if v.numel() else 0.0

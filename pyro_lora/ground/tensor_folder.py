@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from pyro_lora.ground.checked_tensors import stored
 from pyro_lora.ground.unfinished import aside, locked
 
 Tensors = dict[str, Tensor]
@@ -331,15 +332,15 @@ def _read_manifest(file: Path, form: Format) -> dict[str, Any]:
         )
     try:
         manifest = json.loads(file.read_bytes())
-        found = manifest["format"]
+        name = manifest["format"]
         _check_depth(manifest)
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(
             f"{file} is truncated, or no manifest of pyro_lora. Use another folder."
         ) from error
-    if found != form.name:
+    if name != form.name:
         raise ValueError(
-            f"{file} has the format {found!r:.80}, expected {form.name!r}. Use another "
+            f"{file} has the format {name!r:.80}, expected {form.name!r}. Use another "
             "folder."
         )
     assert isinstance(manifest, dict)  # nothing else of JSON's has a "format"
@@ -377,10 +378,7 @@ def _without_repetition(tensors: Tensors) -> tuple[Tensors, dict[str, list[int]]
     """Copies on the CPU; safetensors refuses tensors that share memory."""
     compact, shapes = {}, {}
     for name, value in tensors.items():
-        kept = value.detach()
-        for dim, stride in enumerate(value.stride()):
-            if stride == 0 and value.shape[dim] > 1:
-                kept = kept.narrow(dim, 0, 1)
+        kept = stored(value.detach())
         if kept.shape != value.shape:
             shapes[name] = list(value.shape)
         compact[name] = kept.cpu().clone(memory_format=torch.contiguous_format)

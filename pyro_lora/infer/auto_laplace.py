@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from operator import attrgetter
@@ -24,7 +24,7 @@ from pyro_lora.curvature.fisher import (
     exact_terms,
     mc_terms,
 )
-from pyro_lora.curvature.fit import FisherFit, fit_fisher
+from pyro_lora.curvature.fit import FisherFit, FisherPasses
 from pyro_lora.curvature.latent_block import LatentBlock, fit_latents, small_latents
 from pyro_lora.curvature.structures import KFAC, Structure
 from pyro_lora.ground.interrupts import hooked, leaving_no_trace
@@ -37,10 +37,11 @@ from pyro_lora.ground.settings import (
     check_positive,
     check_word,
 )
+from pyro_lora.ground.summary import brief, text
 from pyro_lora.ground.warning import warn
 from pyro_lora.infer.svgd.kernels import NoRepulsion
-from pyro_lora.infer.svgd.optimizer_state import check_optimizer
 from pyro_lora.infer.svgd.svgd import SVGD
+from pyro_lora.infer.svgd.training_state import check_optimizer
 from pyro_lora.lifting.initialization import check_start
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.likelihood.batch import READ_ONCE, Batch, check_batches, first_batch
@@ -131,6 +132,7 @@ class AutoLaplace(AutoDelta):
         self._is_in_store = False
         self._user_model = (model,)
         self._structure = structure
+        self._fisher = fisher
         self._fisher_terms = terms[fisher]
         self._obs_site = obs_site
         self._sites = sites
@@ -148,9 +150,24 @@ class AutoLaplace(AutoDelta):
         """
         self._take_place_in_store()
         values = super().forward(*args, **kwargs)
+        # The store holds these very tensors, which tell by whom they were put there.
         for parameter in self.parameters():
             _OWNERS[parameter] = self._mark
         return values
+
+    def __repr__(self) -> str:
+        # That of a torch module lists the modules inside of it, one for each name.
+        (model,) = self._user_model
+        facts = {
+            "structure": brief(self._structure),
+            "fisher": brief(self._fisher),
+            "obs_site": brief(self._obs_site),
+            "sites": "all" if self._sites is None else brief(self._sites),
+            "model": brief(model),
+        }
+        if self.prototype_trace is None:
+            facts["mode"] = f"not set up, starts at {brief(self.init_loc_fn)}"
+        return text("AutoLaplace", facts)
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         super()._setup_prototype(*args, **kwargs)
@@ -193,7 +210,7 @@ class AutoLaplace(AutoDelta):
         self,
         batches: Iterable[Batch],
         *,
-        progress_bar: bool = False,
+        progress_bar: bool | None = None,
         checkpoint: str | os.PathLike[str] | None = None,
         max_memory_gb: float | None = None,
     ) -> LaplacePosterior:
@@ -208,7 +225,7 @@ class AutoLaplace(AutoDelta):
         Args:
             batches: Re-iterable of mappings of model keyword arguments, labels
                 included, that cover all data exactly once.
-            progress_bar: Show one.
+            progress_bar: Show one; None: on a terminal or in a notebook.
             checkpoint: A folder. After an interruption, the same call with the same
                 mode, batches and order resumes from the last batch written there, and
                 gives the same posterior bit for bit, labels drawn by ``fisher="mc"``
@@ -249,19 +266,19 @@ class AutoLaplace(AutoDelta):
         }
         _check_mode(values)
         (model,) = self._user_model
-        return _fit(
-            model,
-            values,
-            batches,
+        passes = FisherPasses(
+            model=model,
             networks=networks,
+            values=values,
             sites=chosen_sites(self._sites, model, values, networks, batches),
             structure=self._structure,
             fisher_terms=self._fisher_terms,
             obs_site=self._obs_site,
             progress_bar=progress_bar,
-            max_memory_gb=max_memory_gb,
             checkpoint=checkpoint,
+            max_memory_gb=max_memory_gb,
         )
+        return _fit(passes, batches)
 
     @leaving_no_trace
     def refit(
@@ -271,7 +288,7 @@ class AutoLaplace(AutoDelta):
         optim: PyroOptim,
         *,
         num_epochs: int = 1,
-        progress_bar: bool = False,
+        progress_bar: bool | None = None,
         max_memory_gb: float | None = None,
     ) -> LaplacePosterior:
         """Train a posterior's mode on, under its prior, and fit the Gaussian there.
@@ -289,7 +306,7 @@ class AutoLaplace(AutoDelta):
             optim: A ``pyro.optim`` optimizer.
             num_epochs: MAP epochs from the posterior's mode, dropout off, before the
                 pass that fits.
-            progress_bar: Show one.
+            progress_bar: Show one; None: on a terminal or in a notebook.
             max_memory_gb: As for :meth:`laplace_approximation`.
 
         Returns:
@@ -317,6 +334,7 @@ class AutoLaplace(AutoDelta):
             )
         mode, networks = posterior.mode(), posterior.networks
         (own_model,) = self._user_model
+        # The posterior's prior, which tuning may have changed: the model has its own.
         model = under_prior(own_model, posterior.prior, networks, mode)
         trained = SVGD(  # one particle without repulsion is MAP
             model,
@@ -327,11 +345,10 @@ class AutoLaplace(AutoDelta):
         )
         with evaluating(networks):
             trained.run(batches, num_epochs=num_epochs, progress_bar=progress_bar)
-        found = _fit(
-            model,
-            {site: x[0] for site, x in trained.get_named_particles().items()},
-            batches,
+        passes = FisherPasses(
+            model=model,
             networks=networks,
+            values={site: x[0] for site, x in trained.get_named_particles().items()},
             sites=[site for lora in networks for site in lora.sites],
             structure=self._structure,
             fisher_terms=self._fisher_terms,
@@ -339,7 +356,8 @@ class AutoLaplace(AutoDelta):
             progress_bar=progress_bar,
             max_memory_gb=max_memory_gb,
         )
-        return replace(found, model=own_model, prior=posterior.prior)
+        fitted = _fit(passes, batches)
+        return replace(fitted, model=own_model, prior=posterior.prior)
 
     def __getstate__(self) -> dict[str, Any]:
         # AutoGuide's takes the model away, from the guide itself, too.
@@ -376,8 +394,8 @@ def _without_gaps(model: Model) -> Model:
 
     AutoDelta would take them for parameters.
     """
-    found: Model = poutine.block(model, hide_fn=_may_be_missing_outcome)
-    return found
+    without: Model = poutine.block(model, hide_fn=_may_be_missing_outcome)
+    return without
 
 
 def _may_be_missing_outcome(site: Any) -> bool:
@@ -385,44 +403,19 @@ def _may_be_missing_outcome(site: Any) -> bool:
     return site["type"] == "sample" and name.endswith("_unobserved")
 
 
-def _fit(
-    model: Model,
-    values: dict[str, Tensor],
-    batches: Iterable[Batch],
-    *,
-    networks: tuple[LiftedNetwork, ...],
-    sites: Container[str],
-    structure: Structure,
-    fisher_terms: TermsFunction,
-    obs_site: str | Sequence[str] | None,
-    progress_bar: bool,
-    max_memory_gb: float | None,
-    checkpoint: str | os.PathLike[str] | None = None,
-) -> LaplacePosterior:
-    lifted = {site: values[site] for lora in networks for site in lora.sites}
-    latents = {site: x for site, x in values.items() if site not in lifted}
-    mode = {site: x for site, x in lifted.items() if site in sites}
-    fixed = {site: x for site, x in lifted.items() if site not in sites}
+def _fit(passes: FisherPasses, batches: Iterable[Batch]) -> LaplacePosterior:
+    model, networks, held = passes.model, passes.networks, passes.held
+    lifted = {s: passes.values[s] for lora in networks for s in lora.sites}
+    latents = {site: x for site, x in held.items() if site not in lifted}
+    fixed = {site: x for site, x in held.items() if site in lifted}
     check_batches(batches)
     if latents and iter(batches) is batches:
         raise ValueError(READ_ONCE.format(f"{list(latents)} take a pass of their own"))
     with evaluating(networks):
-        block = None
+        block = LatentBlock()
         if latents:
-            block = fit_latents(model, lifted, latents, batches, obs_site)
-        fit = fit_fisher(
-            model,
-            mode,
-            networks,
-            batches,
-            structure=structure,
-            fisher_terms=fisher_terms,
-            obs_site=obs_site,
-            latents={**latents, **fixed},
-            progress_bar=progress_bar,
-            checkpoint=checkpoint,
-            max_memory_gb=max_memory_gb,
-        )
+            block = fit_latents(model, lifted, latents, batches, passes.obs_site)
+        fit = passes.fit(batches)
     _warn_if_not_stationary(fit, block)
     return LaplacePosterior(
         fit.gaussian,
@@ -430,10 +423,10 @@ def _fit(
         fit.log_likelihood,
         fit.log_prior,
         fixing(scaled(networks_prior(networks), fit.prior_scales), fixed),
-        networks,
+        tuple(networks),
         model,
         fit.obs_site,
-        block,
+        latents=block,
         fixed=fixed,
         fit_arguments=fit.arguments,
     )
@@ -458,13 +451,11 @@ def _check_mode(mode: dict[str, Tensor]) -> None:
             )
 
 
-def _warn_if_not_stationary(fit: FisherFit, block: LatentBlock | None) -> None:
+def _warn_if_not_stationary(fit: FisherFit, latents: LatentBlock) -> None:
     # At a mode a Newton step gains nothing; from here it would gain g' P^-1 g / 2.
     newton = float(fit.gaussian.newton_decrement(fit.gradient))
-    effective = float(fit.gaussian.effective_parameters())
-    if block is not None:
-        newton += block.newton_decrement()
-        effective += len(block.gradient)
+    newton += latents.newton_decrement()
+    effective = float(fit.gaussian.effective_parameters()) + len(latents.gradient)
     if newton > effective:
         norm = float(sum(g.square().sum() for g in fit.gradient.values())) ** 0.5
         largest = max(fit.gradient, key=lambda s: float(fit.gradient[s].norm()))
@@ -527,15 +518,16 @@ def _last_layer(
     def hook(module: torch.nn.Module, *_: object) -> None:
         calls.append(module)
 
+    # Which is the last is known from a run: the order of registration may be another.
     with torch.no_grad(), evaluating(networks), hooked(dict.fromkeys(holders, hook)):
         trace_at(model, values, batch)
     last = [p for p in members if calls and p.locations[0][0] is calls[-1]]
-    found = [p.site for p in last]
-    if not last or any(p.site in found and p not in last for p in members):
+    last_sites = [p.site for p in last]
+    if not last or any(p.site in last_sites and p not in last for p in members):
         names = [p.name for p in last]
         raise ValueError(
             f"sites='last_layer': the lifted layer that is called last holds {names}, "
-            f"and its sites {found} hold others, too. Lift a head (modules_to_save), "
-            "or name sites."
+            f"and its sites {last_sites} hold others, too. Lift a head "
+            "(modules_to_save), or name sites."
         )
-    return found
+    return last_sites

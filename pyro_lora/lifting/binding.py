@@ -82,12 +82,12 @@ class Bindings:
     Attributes:
         active: The bindings, the innermost last. One is here before it changes
             anything, and until it has put everything back.
-        is_known: Whether the network is one of transformers', whose linear layers'
+        is_pretrained: Whether the network is one of transformers', whose linear layers'
             parameters nothing reads but the layers.
     """
 
     active: list[Bound] = field(default_factory=list)
-    is_known: bool = False
+    is_pretrained: bool = False
 
     def __getstate__(self) -> dict[str, Any]:
         if self.active:
@@ -131,7 +131,7 @@ class Bindings:
 
     def is_read_elsewhere(self, lifted: LiftedParameter) -> bool:
         """Whether a linear layer's parameter may be read past its forward."""
-        return not (self.is_known or lifted.site.startswith("lora."))
+        return not (self.is_pretrained or lifted.site.startswith("lora."))
 
 
 def checkpoint_contexts(bindings: Bindings) -> tuple[AbstractContextManager[Any], ...]:
@@ -196,21 +196,22 @@ class Binding:
             slot = p.owner
             if isinstance(slot, LinearSlot):
                 linear.setdefault(slot, {})[p.locations[0][1]] = value
+                # Tied or read past its forward, it must be right in its place as well.
                 if num_particles is None and bindings.is_read_elsewhere(p):
                     in_place = value.to(bindings.parameter(p).dtype)
                     self._in_place |= dict.fromkeys(p.locations, in_place)
             elif num_particles is None:
                 self._in_place |= dict.fromkeys(p.locations, value)
-                if isinstance(slot, Slot):
+                if isinstance(
+                    slot, Slot
+                ):  # what an outer block bound isn't for this one
                     self._slots[slot] = None
             elif isinstance(slot, Slot):  # else the network takes one set at a time
                 shape = bindings.parameter(p).shape
                 stack = value.expand(num_particles, *shape)
                 modules.setdefault(slot, {}).update(dict.fromkeys(p.locations, stack))
-        for slot, parts in linear.items():
-            self._slots[slot] = BoundLinear(
-                parts.get("weight"), parts.get("bias"), fold
-            )
+        for slot, own in linear.items():
+            self._slots[slot] = BoundLinear(own.get("weight"), own.get("bias"), fold)
         for slot, stacks in modules.items():
             self._slots[slot] = BoundModule(stacks, fold)
 
@@ -230,7 +231,7 @@ class Binding:
             by_user,
         )
         with undone(partial(self._bindings.undo, bound)):
-            self._bindings.active.append(bound)
+            self._bindings.active.append(bound)  # before anything is changed
             for (holder, name), value in self._in_place.items():
                 holder._parameters[name] = value  # type: ignore[assignment]
             # Not slot.bound = ..., which takes nn.Module.__setattr__'s time for each.
@@ -300,10 +301,10 @@ class Host:
         self.has_tables = any(isinstance(owner, nn.Embedding) for owner in owners)
         get_base = getattr(self.network, "get_base_model", lambda: self.network)
         network: Any = type(getattr(get_base(), "_orig_mod", get_base()))
-        known = network.__module__.startswith("transformers.")
-        self.is_pretrained = known and issubclass(network, PreTrainedModel)
+        of_transformers = network.__module__.startswith("transformers.")
+        self.is_pretrained = of_transformers and issubclass(network, PreTrainedModel)
         self.bindings.are_of(self.network)
-        self.bindings.is_known = self.is_pretrained
+        self.bindings.is_pretrained = self.is_pretrained
         parameters = inspect.signature(network.forward).parameters.values()
         self.argument_names = frozenset(
             p.name

@@ -140,7 +140,7 @@ class BoundNetwork:
         if not lead:
             return self._one(function, args, kwargs, 0)
         num_particles = lead.numel()
-        if num_particles > 1:
+        if num_particles > 1:  # what particles would share or mix is refused
             check_no_cache([*enumerate(args), *kwargs.items()], num_particles)
             check_batch_norm(host.batch_norms)
             if trunk.caches:  # of no use to the caller: a cache can't be given back
@@ -217,7 +217,7 @@ class BoundNetwork:
         else:
             with statistics:
                 output = call(trunk, fold)
-        if statistics.found and not self._is_alone(function, args, kwargs, fold):
+        if statistics.noticed and not self._is_alone(function, args, kwargs, fold):
             raise NotFoldable(
                 "a particle's outputs change with the others' weights: a layer takes a "
                 "statistic of the whole batch, a range for quantisation perhaps"
@@ -327,6 +327,7 @@ class BoundNetwork:
                 raise
             except RuntimeError as error:
                 raise NotFoldable(f"with particles in its batch, {error}") from error
+            # The first and the last: what mixes neighbours or halves shows at an end.
             for s in (0, fold.num_particles - 1):
                 outputs = particle_outputs(output, self._lead, s)
                 if not outputs:
@@ -394,6 +395,7 @@ def _values(
     for site, members in host.members.items():
         value, event_dim = weights[site], event_dims[site]
         event_shape = value.shape[value.ndim - event_dim :]
+        # A single particle is a weight set, whatever its dims: plain products will do.
         if leads[site].numel() == 1 and lead.numel() == 1:
             value = value.reshape(event_shape)
         elif leads[site]:

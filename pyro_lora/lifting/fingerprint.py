@@ -124,9 +124,10 @@ def fingerprint(lora: LiftedNetwork) -> Fingerprint:
         rows.setdefault(row.device, []).append(row)
         places.setdefault(row.device, []).append(len(tensors))
         tensors[name] = str(x.dtype).removeprefix("torch."), tuple(x.shape)
+    # Rows wait on their device: reading each at once would wait for the GPU each time.
     values = torch.empty(len(tensors), NUM_VALUES, dtype=torch.float32)
-    for device, found in rows.items():  # one copy from each device
-        values[places[device]] = torch.stack(found).cpu()
+    for device, samples in rows.items():  # one copy from each device
+        values[places[device]] = torch.stack(samples).cpu()
     return Fingerprint(tensors, values, _settings(lora))
 
 
@@ -154,7 +155,7 @@ def restored(
     Raises:
         ValueError: If they are something else.
     """
-    found = []
+    prints = []
     for i, network in enumerate(descriptions):
         values, shape = tensors.get(f"networks/{i}"), (len(network.tensors), NUM_VALUES)
         if values is None or values.dtype != torch.float32 or values.shape != shape:
@@ -164,8 +165,8 @@ def restored(
         for name, (dtype, _) in network.tensors.items():
             if not isinstance(getattr(torch, dtype, None), torch.dtype):
                 raise ValueError(f"networks[{i}].tensors: {name!r} has no dtype")
-        found.append(Fingerprint(network.tensors, values.cpu(), network.settings))
-    return found
+        prints.append(Fingerprint(network.tensors, values.cpu(), network.settings))
+    return prints
 
 
 def check_networks(
@@ -294,10 +295,10 @@ def _said(tensor: tuple[str, tuple[int, ...]] | None) -> str:
 def _settings(lora: LiftedNetwork) -> dict[str, Any]:
     """Settings that change what the network computes with given weights."""
     network: Any = lora.network
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     if lora.adapter is not None:
         config = network.peft_config[lora.adapter]
-        found |= {
+        settings |= {
             f"adapter.{name}": x
             for name, x in _plain(config.to_dict()).items()
             if not _OF_ADAPTER_ASIDE.search(name)
@@ -306,7 +307,7 @@ def _settings(lora: LiftedNetwork) -> dict[str, Any]:
     base = getattr(base, "_orig_mod", base)
     config = getattr(base, "config", None)
     if config is not None and hasattr(config, "to_dict"):
-        return found | {
+        return settings | {
             f"config.{name}": x
             for name, x in _plain(config.to_dict()).items()
             if not _OF_NETWORK_ASIDE.search(name)
@@ -317,8 +318,8 @@ def _settings(lora: LiftedNetwork) -> dict[str, Any]:
         of_torch = own.startswith("torch.nn.modules.") and "container" not in own
         quiet = isinstance(module, nn.modules.dropout._DropoutNd | nn.Identity)
         if of_torch and not quiet and not [*module.children(), *module.parameters()]:
-            found[f"layer {path.replace('_orig_mod.', '')}"] = str(module)
-    return found
+            settings[f"layer {path.replace('_orig_mod.', '')}"] = str(module)
+    return settings
 
 
 def _plain(value: Any) -> Any:

@@ -1,4 +1,15 @@
-"""Particles as parts of the batch, and outputs as one part for each particle."""
+"""Particles as parts of the batch, and outputs as one part for each particle.
+
+S particles of a batch of B data are a batch of S B, particle-major: row s B + b is
+datum b under particle s. Of S = 2 and B = 3::
+
+    particle   0 0 0 1 1 1
+    datum      0 1 2 0 1 2
+
+Layers without weights of their own for each particle run as on any batch; the others,
+the slots, tell the particles apart by place. Which is right for a network that treats
+the rows of a batch independently, and that is checked here and in ``bound_network``.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +76,7 @@ def fold_input(value: Any, name: str, fold: Fold) -> Any:
     if isinstance(value, Tensor) and value.ndim > 0:
         if value.shape[0] == fold.batch_size:
             return value.repeat(fold.num_particles, *[1] * (value.ndim - 1))
-        if value.shape[0] == 1:
+        if value.shape[0] == 1:  # the same for all data, and so for all particles
             return value
         raise NotFoldable(
             f"input {name!r} has shape {tuple(value.shape)}, whose first dim is "
@@ -124,8 +135,8 @@ def stack_outputs(outputs: list[Any], name: str, lead: torch.Size) -> Any:
             **{k: stack_outputs([out[k] for out in outputs], k, lead) for k in first}
         )
     if isinstance(first, tuple | list):
-        parts = zip(*outputs, strict=True)
-        return _like(first, [stack_outputs(list(part), name, lead) for part in parts])
+        by_item = zip(*outputs, strict=True)
+        return _like(first, [stack_outputs(list(item), name, lead) for item in by_item])
     if is_dataclass(first):
         named = [_fields(out) for out in outputs]
         return replace(
@@ -192,15 +203,15 @@ class StatisticsOfBatch(TorchDispatchMode):
     def __init__(self, fold: Fold) -> None:
         super().__init__()
         self._size = fold.folded_size
-        self.found = False
+        self.noticed = False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if not self.found and func.overloadpacket.__name__ in _REDUCTIONS:
+        if not self.noticed and func.overloadpacket.__name__ in _REDUCTIONS:
             given, made = tensors_in(args)[:1], tensors_in(result)
-            self.found = any(
+            self.noticed = any(
                 x.is_floating_point()
                 and x.ndim > 0
                 and x.numel() % self._size == 0
@@ -219,6 +230,7 @@ def check_zero_elsewhere(gradients: Iterable[Tensor | None], particle: int) -> N
     for gradient in gradients:
         if gradient is None:
             continue
+        # Products with a gradient of zero are exactly zero, whatever their size.
         others = torch.arange(len(gradient), device=gradient.device) != particle
         if gradient[others].any():
             raise NotFoldable(

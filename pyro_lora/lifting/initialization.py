@@ -24,8 +24,6 @@ from pyro_lora.lifting.slots import swapped
 
 InitFn = Callable[[dict[str, Any]], Tensor]
 
-# What Pyro's reparameterisations put after the name of a site that isn't centred.
-
 # Half-precision networks must tell the particles apart: the least change of a number of
 # size one that bfloat16 still resolves.
 RESOLVED = torch.finfo(torch.bfloat16).eps
@@ -84,6 +82,7 @@ class _Around:
 
 def _resolved_scales(lora: Lifted, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Standard deviations of a jitter that is just resolved, site -> (L, 1, ...)."""
+    # Of weights 1 the first factor s B is s, whatever PEFT's rule for s is.
     ones = {site: torch.ones_like(x) for site, x in weights.items()}
     scaled = lora.delta_weight_factors(ones)  # their first factors are s
     factors = lora.delta_weight_factors(weights)
@@ -94,12 +93,13 @@ def _resolved_scales(lora: Lifted, weights: Mapping[str, Tensor]) -> dict[str, T
             wide = value.to(torch.promote_types(value.dtype, torch.float32))
             path, _, part = p.name.partition(".lora_B.")
             rms = wide.square().mean().sqrt()
-            if part and path in factors:
+            if part and path in factors:  # of B: E changes the outputs by s E A x
                 (b, _), (_, a) = scaled[path], factors[path]
                 gain = b.flatten()[0].abs() * a.to(wide).norm()
             else:
                 gain = 1 / rms
             if not (gain > 0 and gain.isfinite()):
+                # Of zeros eps / sqrt(I), a change of eps for inputs of variance one.
                 gain = rms.new_tensor(value[0].numel() if value.ndim > 1 else 1).sqrt()
             layers.append((RESOLVED / gain).to(value))
         shape = (-1, *[1] * (weights[site].ndim - 1))
@@ -185,8 +185,8 @@ def check_start(
     if not isinstance(init, GivenWeights):
         return
     # Where a latent site is noise, what follows from it may be given as well.
-    known = start.keys() | {name.removesuffix(NOISE) for name in start}
-    unused = sorted(init.weights.keys() - known)
+    sites = start.keys() | {name.removesuffix(NOISE) for name in start}
+    unused = sorted(init.weights.keys() - sites)
     if unused:
         raise ValueError(
             f"The weights given to init_to have values of {unused}, which the model "
@@ -194,8 +194,8 @@ def check_start(
             "or start from weights of the same model and prior."
         )
     for name in init.weights.keys() & start.keys():
-        given, found = init._of(name, particle), start[name].detach()
-        if not torch.allclose(found.double(), given.to(found).double(), 1e-3, 1e-5):
+        given, value = init._of(name, particle), start[name].detach()
+        if not torch.allclose(value.double(), given.to(value).double(), 1e-3, 1e-5):
             raise ValueError(
                 f"Site {name!r} doesn't start where init_to says: it follows from "
                 f"{name.removesuffix(NOISE)!r} in a way that isn't "
@@ -240,13 +240,13 @@ def init_to(lora: Lifted, weights: Mapping[str, Tensor]) -> GivenWeights:
                 f"Site {site!r} is missing from the initial weights: expected "
                 f"{sorted(shapes)}, found {sorted(weights)}."
             )
-        found = weights[name].shape
-        if found != shape and found[1:] != shape:
+        given = weights[name].shape
+        if given != shape and given[1:] != shape:
             raise ValueError(
                 f"Site {name!r}: expected initial weights of shape {tuple(shape)}, or "
-                f"(K, ...) with one for each particle, found {tuple(found)}."
+                f"(K, ...) with one for each particle, found {tuple(given)}."
             )
-        counts[name] = found[0] if found != shape else None
+        counts[name] = given[0] if given != shape else None
     num_particles = next(iter(counts.values()))
     for site, value in weights.items():
         if not torch.isfinite(value).all():

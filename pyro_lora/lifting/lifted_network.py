@@ -7,11 +7,13 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import pyro
 import torch
-from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.adalora import AdaLoraConfig
+from peft.tuners.adalora.layer import AdaLoraLayer
+from peft.tuners.lora.layer import Embedding, LoraLayer, ParamWrapper
 from pyro import poutine
 from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.subsample_messenger import SubsampleMessenger
@@ -19,16 +21,11 @@ from torch import Tensor, nn
 
 from pyro_lora.ground.interrupts import leaving_no_trace, undone
 from pyro_lora.ground.settings import check_function, check_kind
+from pyro_lora.ground.summary import Summarised, brief, weights_facts
 from pyro_lora.ground.weights import check_weights
 from pyro_lora.lifting import initialization
 from pyro_lora.lifting.binding import Host, undo_interrupted
 from pyro_lora.lifting.bound_network import BoundNetwork
-from pyro_lora.lifting.low_rank import (
-    factor_locations,
-    has_one_update,
-    rank_masks,
-    update_factors,
-)
 from pyro_lora.lifting.prior import Prior
 from pyro_lora.lifting.sites import (
     LiftedParameter,
@@ -51,7 +48,7 @@ LORA_IN_PLATE = (
 )
 
 
-class LiftedNetwork:
+class LiftedNetwork(Summarised):
     """A network with its lifted sites, made by :func:`lift`.
 
     Attributes:
@@ -73,23 +70,23 @@ class LiftedNetwork:
         check_in_use(model, self._adapter_modules, self.adapter)
         self.network = model
         self._prior = prior
-        found: dict[str, list[LiftedParameter]] = {}
+        by_site: dict[str, list[LiftedParameter]] = {}
         for p in lifted_parameters(model, self.adapter, name):
-            found.setdefault(p.site, []).append(p)
-        self.parameters = {site: tuple(ps) for site, ps in found.items()}
+            by_site.setdefault(p.site, []).append(p)
+        self.parameters = {site: tuple(ps) for site, ps in by_site.items()}
         self.sites: dict[str, tuple[str, ...]] = {
             site: tuple(p.name for p in ps) for site, ps in self.parameters.items()
         }
-        everything = [p for ps in self.parameters.values() for p in ps]
-        before = _lifted_before(everything)
-        _check_finite(everything)
-        owners = {p.owner for p in everything if p.owner is not None}
+        members = [p for ps in self.parameters.values() for p in ps]
+        before = _lifted_before(members)  # raises before anything is changed
+        _check_finite(members)
+        owners = {p.owner for p in members if p.owner is not None}
         self._host = Host(model, self.parameters, find_trunk(model, owners))
         keep_bitsandbytes_differentiable(model)
         if self._host.has_slots:
             for owner in owners:
                 as_slot(owner)
-        self._masks = rank_masks(model, self.adapter, self.parameters)
+        self._masks = _rank_masks(model, self.adapter, self.parameters)
         self.initial_weights = self.weights()
         for lora, name in before.items():
             lora._host.lifted_anew = name
@@ -101,6 +98,18 @@ class LiftedNetwork:
         vars(self).update(state)
         self._host.bindings.are_of(self.network)
         _IN_USE.add(self)
+
+    def _facts(self) -> dict[str, str]:
+        # Of the sites as they were lifted: the network may have changed since.
+        facts = weights_facts(self.initial_weights)
+        total = sum(p.numel() for p in self.network.parameters())
+        facts["weights"] += f" of the network's {total:,}"
+        facts = {"network": type(self.network).__name__, **facts}
+        if self.adapter is not None:
+            facts["adapter"] = repr(self.adapter)
+        if self._host.lifted_anew is not None:
+            facts["stale"] = f"{self._host.lifted_anew} has been lifted again"
+        return facts | {"prior": brief(self._prior)}
 
     @property
     def prior(self) -> Prior:
@@ -151,6 +160,7 @@ class LiftedNetwork:
                 f"lora.sites}}, but this one returned {type(weights).__name__}."
             )
         network = self._bound_network(weights)
+        # Looking at values waits for a GPU: only where Pyro itself looks at them.
         if pyro.settings.get("validate_distributions_pyro"):
             self._check_values(weights)
         return network
@@ -239,7 +249,7 @@ class LiftedNetwork:
             first = self._own(site)[0]
             half = first.dtype in (torch.float16, torch.bfloat16)
             dtype = torch.float32 if half else first.dtype
-            zero = torch.zeros((), dtype=dtype, device=first.device)
+            zero = torch.zeros((), dtype=dtype, device=first.device)  # strides of 0
             result[site] = zero.expand(len(members), *first.shape)
         return result
 
@@ -373,14 +383,15 @@ class LiftedNetwork:
         self._check_shapes(weights)
         weights = self._masked(weights)
         values = {
+            # The dim of the layers is left of the parameter's own.
             p.locations[0]: weights[site].select(-1 - p.parameter.ndim, i)
             for site, members in self.parameters.items()
             for i, p in enumerate(members)
         }
         return {
-            path: update_factors(layer, self.adapter, values)
+            path: _update_factors(layer, self.adapter, values)
             for path, layer in self._adapter_modules.items()
-            if has_one_update(layer)
+            if _has_one_update(layer)
         }
 
     def num_experts(self, path: str) -> int | None:
@@ -394,8 +405,8 @@ class LiftedNetwork:
         locations = {
             location
             for layer in self._adapter_modules.values()
-            if has_one_update(layer)
-            for location in factor_locations(layer, self.adapter)
+            if _has_one_update(layer)
+            for location in _factor_locations(layer, self.adapter)
         }
         return frozenset(
             site
@@ -414,11 +425,11 @@ class LiftedNetwork:
                 f"{unknown}. The sites are the keys of lora.sites."
             )
         for site, zero in zeros.items():
-            found = weights[site].shape
-            if found[max(len(found) - zero.ndim, 0) :] != zero.shape:
+            shape = weights[site].shape
+            if shape[max(len(shape) - zero.ndim, 0) :] != zero.shape:
                 raise ValueError(
                     f"Site {site!r}: expected shape (..., "
-                    f"{', '.join(map(str, zero.shape))}), found {tuple(found)}. "
+                    f"{', '.join(map(str, zero.shape))}), found {tuple(shape)}. "
                     "Particle dims go on the left, event dims are those of "
                     "lora.weights()."
                 )
@@ -487,14 +498,113 @@ def _lifted_before(
     Raises:
         RuntimeError: If weights are bound to one of them.
     """
-    found = {}
+    before = {}
     for p in parameters:
         for lora in _IN_USE:
-            if lora not in found and lora._holds(p):
+            if lora not in before and lora._holds(p):
                 if lora._host.bindings.active:
                     raise RuntimeError(
                         f"Weights are bound to parameter {p.name!r} at the moment. "
                         "Leave the `with lora.bind(...)` block before lifting again."
                     )
-                found[lora] = p.name
-    return found
+                before[lora] = p.name
+    return before
+
+
+def _has_one_update(layer: object) -> TypeGuard[LoraLayer]:
+    """Whether an adapter's layer adds one product s B A to one weight matrix."""
+    if not isinstance(layer, LoraLayer) or isinstance(layer, ParamWrapper):
+        return False
+    base: Any = layer.get_base_layer()
+    return getattr(base, "groups", 1) == 1  # grouped convolutions add one a group
+
+
+def _update_factors(
+    layer: LoraLayer, adapter: str | None, values: Mapping[Location, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The factors s B (..., O, R) and A (..., R, I) of a layer's update.
+
+    Args:
+        layer: A layer of the adapter.
+        adapter: The adapter's name.
+        values: Of the lifted parameters, with any leading dims; the layer's own are
+            taken where there is none.
+    """
+    assert adapter is not None
+    if isinstance(layer, Embedding):
+        a = _value(layer.lora_embedding_A, adapter, values)
+        b = _value(layer.lora_embedding_B, adapter, values)
+    else:
+        a = _value(layer.lora_A, adapter, values)
+        b = _value(layer.lora_B, adapter, values)
+    scaling: Any = layer.scaling[adapter]
+    if isinstance(layer, AdaLoraLayer):
+        e = _value(layer.lora_E, adapter, values)  # (..., R, 1)
+        scaling = scaling / (layer.ranknum[adapter].detach() + 1e-5)  # as PEFT does
+        b = b * e.mT
+    return scaling * b, a
+
+
+def _factor_locations(layer: LoraLayer, adapter: str | None) -> set[Location]:
+    """Where the parameters are that :func:`_update_factors` takes."""
+    assert adapter is not None
+    names = ("lora_A", "lora_B", "lora_E", "lora_embedding_A", "lora_embedding_B")
+    holders: list[Any] = [getattr(layer, name, {}) for name in names]
+    return {_location(holder, adapter) for holder in holders if adapter in holder}
+
+
+def _location(holder: nn.Module, adapter: str) -> Location:
+    if isinstance(holder, nn.ModuleDict):
+        return holder[adapter], "weight"
+    return holder, adapter
+
+
+def _value(
+    holder: nn.Module, adapter: str, values: Mapping[Location, Tensor]
+) -> Tensor:
+    """A matrix from ``lora_A`` and the like: a dict of layers or of parameters."""
+    location = _location(holder, adapter)
+    own = location[0]._parameters[location[1]]
+    assert own is not None
+    value = values.get(location, own.detach())
+    # A convolution's kernel dims join the inputs, as in PEFT's product of the two.
+    return value.flatten(1 - own.ndim) if own.ndim > 2 else value
+
+
+def _rank_masks(
+    model: nn.Module,
+    adapter: str | None,
+    parameters: Mapping[str, tuple[LiftedParameter, ...]],
+) -> dict[str, Tensor]:
+    """The ranks that AdaLoRA's budget has kept; pruned ones stay zero.
+
+    Args:
+        model: The network.
+        adapter: The adapter that is lifted.
+        parameters: Site -> its parameters, in layer order.
+
+    Returns:
+        Site ``lora.<path>.E`` -> (L, R, 1), 1 where a rank is kept and 0 where it was
+        pruned; only the sites where ranks were pruned.
+    """
+    config: Any = getattr(model, "peft_config", {}).get(adapter)
+    if not isinstance(config, AdaLoraConfig):
+        return {}
+    # PEFT names them as in the base model, once saved without the adapter's name.
+    kept = {
+        name.removesuffix(f".{adapter}"): pattern
+        for name, pattern in (config.rank_pattern or {}).items()
+    }
+    masks = {}
+    for site, members in parameters.items():
+        layers = []
+        for p in members:
+            name = p.name.removeprefix("base_model.model.").removesuffix(f".{adapter}")
+            pattern = kept.get(name, [])
+            mask = torch.ones_like(p.parameter)
+            if len(pattern) == len(mask):  # a loaded adapter has lost the others
+                mask = mask * mask.new_tensor(pattern)[:, None]
+            layers.append(mask.detach())
+        if not torch.stack(layers).all():
+            masks[site] = torch.stack(layers)
+    return masks

@@ -60,10 +60,10 @@ def read_adapter(
         )
     saved, own = PeftConfig.from_pretrained(str(path)), network.peft_config[adapter]
     for name in _MEANING:
-        found, expected = getattr(saved, name, None), getattr(own, name, None)
-        if found != expected:
+        value, expected = getattr(saved, name, None), getattr(own, name, None)
+        if value != expected:
             raise ValueError(
-                f"{path}: {name} is {found!r}, but the lifted adapter's is "
+                f"{path}: {name} is {value!r}, but the lifted adapter's is "
                 f"{expected!r}, so the weights would mean something else. Lift a "
                 "network that was given this adapter's configuration."
             )

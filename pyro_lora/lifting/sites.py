@@ -254,15 +254,15 @@ def find_owners(
         Parameter name -> its owner; None where only the network as a whole is.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
-    found: dict[str, str | None] = {}
+    owner_paths: dict[str, str | None] = {}
     for name, names in aliases.items():
         paths = [_owner(modules, n.rpartition(".")[0], adapter) for n in names]
         shared = len({id(modules[p]) for p in paths if p is not None}) > 1
-        found[name] = None if shared else paths[0]
-    owners = set(found.values())
+        owner_paths[name] = None if shared else paths[0]
+    owners = set(owner_paths.values())
     whole = whole_network(model)
     result: dict[str, nn.Module | None] = {}
-    for name, own in found.items():
+    for name, own in owner_paths.items():
         # What an owner holds is its own as well: the outermost owner has it all.
         path = next((p for p in _ancestors(own) if p in owners), None)
         owner = None if path is None else modules[path]
@@ -391,14 +391,14 @@ def lifted_parameters(
     aliases: dict[int, list[str]] = {}
     for full_name, parameter in model.named_parameters(remove_duplicate=False):
         aliases.setdefault(id(parameter), []).append(full_name)
-    found = {
+    named = {
         full_name: (parameter, *_named(modules, full_name, adapter))
         for full_name, parameter in model.named_parameters()
     }
     # An adapter that was loaded for inference is frozen as a whole.
-    training = any(p.requires_grad and k not in _OUTSIDE for p, k, *_ in found.values())
+    training = any(p.requires_grad and k not in _OUTSIDE for p, k, *_ in named.values())
     sites: dict[str, str] = {}
-    for full_name, (parameter, kind, path, role) in found.items():
+    for full_name, (parameter, kind, path, role) in named.items():
         if kind == "setting" or parameter.numel() == 0:  # all of AdaLoRA's ranks pruned
             continue
         own = kind not in _OUTSIDE and not training
@@ -419,10 +419,10 @@ def lifted_parameters(
             sites[full_name] = f"{site}.weight"  # no site is a prefix of another
     lifted = []
     for full_name, site in sites.items():
-        names = aliases[id(found[full_name][0])]
+        names = aliases[id(named[full_name][0])]
         locations = dict.fromkeys(_location(modules, alias) for alias in names)
         lifted.append(LiftedParameter(full_name, site, None, tuple(locations)))
-    owners = find_owners(model, {n: aliases[id(found[n][0])] for n in sites}, adapter)
+    owners = find_owners(model, {n: aliases[id(named[n][0])] for n in sites}, adapter)
     return _with_shape_suffixes(replace(p, owner=owners[p.name]) for p in lifted)
 
 
@@ -475,15 +475,15 @@ def _short(module_path: str) -> str:
     return ".".join(part for part in path.split(".") if not part.isdigit())
 
 
-def _with_shape_suffixes(found: Iterable[LiftedParameter]) -> list[LiftedParameter]:
+def _with_shape_suffixes(lifted: Iterable[LiftedParameter]) -> list[LiftedParameter]:
     """Give sites that would mix shapes a suffix such as ``_4x64``."""
-    found = list(found)
+    lifted = list(lifted)
     shapes: defaultdict[str, set[torch.Size]] = defaultdict(set)
-    for p in found:
+    for p in lifted:
         shapes[p.site].add(p.parameter.shape)
     return [
         p
         if len(shapes[p.site]) == 1
         else replace(p, site=p.site + "_" + "x".join(map(str, p.parameter.shape)))
-        for p in found
+        for p in lifted
     ]

@@ -1,4 +1,12 @@
-"""Slots: layers that compute with each particle's own weights on folded inputs."""
+"""Slots: layers that compute with each particle's own weights on folded inputs.
+
+Inputs (S B, T, I), particle-major, are S matrices (B T, I), so that all particles'
+outputs are one batched product with their weights (S, O, I)::
+
+    (S, B T, I) @ (S, I, O) -> (S, B T, O) -> (S B, T, O)
+
+With one weight set (O, I) it is the layer's own product.
+"""
 
 from __future__ import annotations
 
@@ -137,6 +145,7 @@ class LinearSlot(Slot, nn.Linear):
             return F.linear(input, self.weight, self.bias)
         weight = self.weight if bound.weight is None else bound.weight
         bias = self.bias if bound.bias is None else bound.bias
+        # Sites are in float32 where the network is in half precision.
         weight = weight.to(input.dtype)
         bias = None if bias is None else bias.to(input.dtype)
         if weight.ndim == 2 and (bias is None or bias.ndim == 1):
@@ -181,6 +190,7 @@ class ModuleSlot(Slot):
         if not shared:
             fold.check(self, tensors[0])
         outputs = []
+        # Nothing is known of how such a layer computes, so that it can't be batched.
         for s in range(fold.num_particles):
             part = [_part(self, x, fold, s) for x in args]
             named = {k: _part(self, x, fold, s) for k, x in kwargs.items()}
@@ -209,7 +219,7 @@ def _part(layer: nn.Module, x: Any, fold: Fold, particle: int) -> Any:
     """
     if isinstance(x, Tensor) and x.ndim > 0 and x.shape[0] != 1:
         fold.check(layer, x)
-        return x.chunk(fold.num_particles)[particle]
+        return x.chunk(fold.num_particles)[particle]  # particle-major
     if isinstance(x, list | tuple):
         if len(x) == fold.folded_size:  # one item for each datum
             first = particle * fold.batch_size
@@ -241,7 +251,7 @@ def _joined(layer: nn.Module, outputs: list[Any], fold: Fold) -> Any:
         )
     if type(first) is tuple:
         return tuple(
-            _joined(layer, list(parts), fold) for parts in zip(*outputs, strict=True)
+            _joined(layer, list(items), fold) for items in zip(*outputs, strict=True)
         )
     raise NotFoldable(
         f"a lifted {type(layer).__name__} returns a {type(first).__name__}, which "

@@ -1,4 +1,11 @@
-"""The trunk: layers below the first adapted one, the same for every particle."""
+"""The trunk: layers below the first adapted one, the same for every particle.
+
+Their inputs, S copies of a batch of B, and their outputs are the same for all S. So
+the first layer's forward is given one copy, and the last one's output is repeated: with
+l of L layers below the adapter, S particles cost S (L - l) + l layers in place of S L.
+What the last one gives can be kept from epoch to epoch, by a digest of a datum's
+inputs; then the layers aren't run at all.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pyro_lora.ground.interrupts import undone
+from pyro_lora.lifting.folding import tensors_in
 from pyro_lora.lifting.slots import Fold
 
 
@@ -171,7 +179,7 @@ class Trunk:
         safe = safe and not inputs.get("use_cache", self.caches)
         safe = safe and not any(layer.training for layer in self._layers)
         if not (self._layers and safe and fold.num_particles > 1):
-            yield
+            yield  # each particle runs them
             return
         layers = self._layers
         keys = self._cached(inputs, fold)
@@ -215,9 +223,8 @@ class Trunk:
             return
         rest = output[1:] if isinstance(output, tuple) else ()
         hidden = output[0] if isinstance(output, tuple) else output
-        others: list[Tensor] = []
-        _map(rest, lambda x: others.append(x) or x)  # type: ignore[func-returns-value]
-        if not isinstance(hidden, Tensor) or len(hidden) != len(keys) or others:
+        alone = isinstance(hidden, Tensor) and not tensors_in(rest)
+        if not alone or len(hidden) != len(keys):
             raise ValueError(
                 f"The trunk can't be cached: its layer {layer} returns more than one "
                 "tensor, or one without the batch. Leave the cache out."
@@ -258,8 +265,7 @@ class Trunk:
 
         def shared_forward(*args: Any, **kwargs: Any) -> Any:
             if not self._checked:
-                tensors: list[Tensor] = []
-                _map((args, kwargs), lambda x: tensors.append(x) or x)  # type: ignore[func-returns-value]
+                tensors = tensors_in((args, kwargs))
                 # The hidden states come first.
                 if any(differs(x) for x in (tensors[:1] if ambiguous else tensors)):
                     self._layers = []  # an adapted layer runs before: never share

@@ -129,11 +129,27 @@ def checked_batches(
     """
     expected: set[str] | None = None
     for index, batch in enumerate(batches):
-        found = checked_batch(batch, f"Batch {index}")
+        checked = checked_batch(batch, f"Batch {index}")
         if expected is None:
-            expected = found.given
-        found.check_given(expected)
-        yield found
+            expected = checked.given
+        checked.check_given(expected)
+        yield checked
+
+
+def next_batch(batches: Iterator[PlacedBatch], caller: str) -> PlacedBatch:
+    """The next one of a stream that should have one, such as the first.
+
+    Args:
+        batches: From :func:`checked_batches`.
+        caller: Whose batches they are, for the error.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    batch = next(batches, None)
+    if batch is None:
+        raise ValueError(f"{caller} got no batches. Is the iterable used up already?")
+    return batch
 
 
 def checked_batch(batch: Any, place: str = "The batch") -> PlacedBatch:
@@ -161,15 +177,15 @@ def checked_batch(batch: Any, place: str = "The batch") -> PlacedBatch:
                 f"{place} has the key {name!r}; expected names of the model's keyword "
                 "arguments, strings."
             )
-    found = PlacedBatch(batch, place)
+    placed = PlacedBatch(batch, place)
     rows = {x.shape[0] for x in batch.values() if isinstance(x, Tensor) and x.ndim}
     for name, value in batch.items():
         # A list of another length is a setting, a shape perhaps.
         listed = isinstance(value, list) and (not rows or len(value) in rows)
         if listed or isinstance(value, np.ndarray):
-            found[name] = _as_tensor(value, found)
-    _check_form(found)
-    return found
+            placed[name] = _as_tensor(value, placed)
+    _check_form(placed)
+    return placed
 
 
 def _as_tensor(value: Any, batch: Mapping[str, Any]) -> Any:
@@ -258,21 +274,21 @@ def check_outcomes(site: Mapping[str, Any], batch: PlacedBatch) -> None:
             f"{place}, site {site['name']!r}: expected observed values, labels "
             f"perhaps, as a tensor of numbers, found {_form(value)}."
         )
-    found = tuple(value.shape)
+    own = tuple(value.shape)
     shape = tuple(fn.batch_shape + fn.event_shape)
     frames = [f for f in site["cond_indep_stack"] if f.vectorized]
     dims = [-f.dim for f in frames if f.name not in _PARTICLES]
     # From the data on, dims must be there; left of them are particles.
     least = len(fn.event_shape) + min(dims, default=0)
-    fits = least <= len(found) <= len(shape)
-    pairs = zip(shape[len(shape) - len(found) :], found, strict=True) if fits else ()
+    fits = least <= len(own) <= len(shape)
+    pairs = zip(shape[len(shape) - len(own) :], own, strict=True) if fits else ()
     given = [x for x in batch.values() if isinstance(x, Tensor) and x.ndim == 0]
-    constant = not found and not given  # of the model, the same for all data
+    constant = not own and not given  # of the model, the same for all data
     differs = any(number != expected for expected, number in pairs)
     if differs or not (fits or constant):
         raise ValueError(
             f"{place}, site {site['name']!r}: expected observed values, labels "
-            f"perhaps, of shape {shape[len(shape) - least :]}, found {found}. Give one "
+            f"perhaps, of shape {shape[len(shape) - least :]}, found {own}. Give one "
             "for each datum; a column (B, 1) by .squeeze(-1)."
             f"{_rows_that_differ(batch)}"
         )
@@ -363,10 +379,10 @@ def explaining(
     except FAILURES as error:
         if type(error) not in FAILURES or _is_ours(error):
             raise
-        found = nodes() if callable(nodes) else nodes
+        in_trace = nodes() if callable(nodes) else nodes
         place = getattr(batch, "place", "The batch")
         text = f"{type(error).__name__}: {error}".split("Trace Shapes:")[0].strip()
-        reasons = [x for find in FINDINGS for x in _tried(find, batch, model, found)]
+        reasons = [x for find in FINDINGS for x in _tried(find, batch, model, in_trace)]
         if not reasons:
             raise ValueError(
                 f"{place}: the model failed on its arguments, {_forms(batch)}. {text}"
@@ -503,11 +519,11 @@ def _networks(nodes: Nodes) -> list[PreTrainedModel]:
     for site in nodes.values():
         if site["type"] == "sample":
             lifted |= {id(lora): lora for lora in site["infer"].get("lora", ())}
-    found = []
+    networks = []
     for lora in lifted.values():
-        parts = (m for m in lora.network.modules() if isinstance(m, PreTrainedModel))
-        found += [part for part in [next(parts, None)] if part is not None]
-    return found
+        models = (m for m in lora.network.modules() if isinstance(m, PreTrainedModel))
+        networks += [model for model in [next(models, None)] if model is not None]
+    return networks
 
 
 def _form(value: Any) -> str:

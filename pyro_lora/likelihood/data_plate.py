@@ -1,4 +1,9 @@
-"""The data dimension of an observed site, and its scale without subsampling."""
+"""The data dimension of an observed site, and its scale without subsampling.
+
+In ``pyro.plate("data", 1000, subsample=x)`` with 10 rows a log density is scaled by
+100, so that each batch stands for all data. A sum over all batches counts each datum
+once, so the 100 is divided out; a scale of the user's own, a temperature, say, stays.
+"""
 
 from __future__ import annotations
 
@@ -35,6 +40,7 @@ class DataPlate:
         value = value.expand(*batch_shape, value.shape[-1])
         if self.dim is None:
             return value.reshape(-1, 1)
+        # The terms' dim is right of the batch dims, so theirs count one further.
         return value.movedim(self.dim - 1, -1).flatten(0, -2)
 
 
@@ -57,6 +63,7 @@ def data_plate(site: dict[str, Any]) -> DataPlate:
         dim = -1 if batch_shape else None
         return DataPlate(dim, size, size, site["scale"], site["mask"])
     subsampled = [f for f in frames if (f.full_size or f.size) != f.size]
+    # Dims are negative, so the largest is the rightmost.
     frame = subsampled[0] if subsampled else max(frames, key=lambda f: f.dim)
     full_size = frame.full_size or frame.size
     scale = site["scale"] / (full_size / frame.size)

@@ -145,6 +145,9 @@ class Likelihood:
         given: Which values are outcomes, not marks for missing ones, (...); None: all.
         log_prob_of_draws: Log densities (M, ...) of M outcomes that could be in the
             place of a value, up to a constant; None: of any draws.
+        in_all: Where gradients flow into other parameters, too, a scale or cutpoints:
+            the same likelihood with those in the predictor, as ``root`` has them. None:
+            the predictor is all.
     """
 
     predictor: Tensor
@@ -157,6 +160,7 @@ class Likelihood:
     support: Any = None
     given: Callable[[Tensor], Tensor] | None = None
     log_prob_of_draws: Callable[[Tensor, int], Tensor] | None = None
+    in_all: Likelihood | None = None
 
 
 def of(fn: Any) -> Likelihood:
@@ -208,6 +212,19 @@ def known(fn: Any) -> Likelihood | None:
     if _table.dispatch(type(fn)) is _table.dispatch(object):
         return None
     return of(fn)
+
+
+def kind_named(name: str) -> type | None:
+    """The type of distribution in the table that has a name, None if there is none.
+
+    Args:
+        name: As ``__name__``, Pyro's own where PyTorch has the same.
+    """
+    kinds = [kind for kind in _table.registry if kind is not object]
+    kind: Any = getattr(dist, name, None)
+    if isinstance(kind, type) and issubclass(kind, tuple(kinds)):
+        return kind
+    return next((kind for kind in kinds if kind.__name__ == name), None)
 
 
 @singledispatch
@@ -318,8 +335,8 @@ def _multinomial(fn: td.Multinomial) -> Likelihood:
     def total(value: Tensor) -> Tensor:
         # The counts' own sum, which log_prob goes by: it may differ between data, and
         # is one for soft labels. NaN is behind a mask, or shows in the likelihood.
-        found = value.detach().double().sum(-1)
-        return found.where(found.isfinite(), torch.zeros_like(found))
+        trials = value.detach().double().sum(-1)
+        return trials.where(trials.isfinite(), torch.zeros_like(trials))
 
     def root(value: Tensor) -> FisherRoot:
         _num_classes(logits)
@@ -396,7 +413,7 @@ def _negative_binomial(fn: td.NegativeBinomial) -> Likelihood:
 
 @register(td.Poisson)
 def _poisson(fn: td.Poisson) -> Likelihood:
-    # An underflown rate of 0 has no logarithm.
+    # s = y - rate and F = Var(y) = rate. An underflown rate of 0 has no logarithm.
     wide = _wide(fn.rate)
     rate = fn.rate.detach().double().clamp_min(_MIN_PROBABILITY)
     kind = type(fn)
@@ -443,11 +460,18 @@ def _ordered_logistic(fn: dist.OrderedLogistic) -> Likelihood:
         root,
         classes=Classes(fn.logits, cutpoints),
         log_prob_of_draws=_categorical(fn).log_prob_of_draws,
+        in_all=_at_own_logits(fn) if fn.cutpoints.requires_grad else None,
     )
+
+
+def _at_own_logits(fn: td.Categorical) -> Likelihood:
+    """Of any classes, with all their logits as the predictor."""
+    return replace(_categorical(fn), at=lambda f: td.Categorical(logits=f))
 
 
 @register(td.Normal)
 def _normal(fn: td.Normal) -> Likelihood:
+    # At scale 1: s is (z, z^2 - 1) in location and log scale, F is diag(1, 2).
     kind, scale = type(fn), fn.scale.detach()
 
     def root(value: Tensor) -> FisherRoot:
@@ -455,7 +479,7 @@ def _normal(fn: td.Normal) -> Likelihood:
         return _location_scale(fn, (1.0, 2.0), (z, z.square() - 1))
 
     return _around_location(
-        fn, root, at=lambda f: kind(f, scale.to(f)), noise=Noise(scale)
+        fn, root, at=lambda f, s=scale: kind(f, s.to(f)), noise=Noise(scale)
     )
 
 
@@ -464,12 +488,12 @@ def _nan_masked_normal(fn: dist.NanMaskedNormal) -> Likelihood:
     normal = _normal(fn)
 
     def root(value: Tensor) -> FisherRoot:
-        found = normal.root(value)
+        fisher = normal.root(value)
         seen = value.isfinite()[..., None]
         return FisherRoot(
-            found.parameter,
-            found.root.where(seen[..., None], torch.zeros_like(found.root)),
-            found.coordinates.where(seen, torch.zeros_like(found.coordinates)),
+            fisher.parameter,
+            fisher.root.where(seen[..., None], torch.zeros_like(fisher.root)),
+            fisher.coordinates.where(seen, torch.zeros_like(fisher.coordinates)),
         )
 
     return replace(normal, root=root, support=_ANYTHING, given=torch.isfinite)
@@ -492,24 +516,26 @@ def _student_t(fn: td.StudentT) -> Likelihood:
     return _around_location(
         fn,
         root,
-        at=lambda f: kind(df.to(f), f, scale.to(f)),
+        at=lambda f, s=scale: kind(df.to(f), f, s.to(f)),
         noise=Noise(scale, df),
     )
 
 
 @register(td.Laplace)
 def _laplace(fn: td.Laplace) -> Likelihood:
+    # At scale 1: s is (sign z, |z| - 1) and F the identity, though -d s / dz is 0.
     kind, scale = type(fn), fn.scale.detach()
 
     def root(value: Tensor) -> FisherRoot:
         z = _standardized(fn, value)
         return _location_scale(fn, (1.0, 1.0), (z.sign(), z.abs() - 1))
 
-    return _around_location(fn, root, at=lambda f: kind(f, scale.to(f)))
+    return _around_location(fn, root, at=lambda f, s=scale: kind(f, s.to(f)))
 
 
 @register(td.MultivariateNormal)
 def _multivariate_normal(fn: td.MultivariateNormal) -> Likelihood:
+    # s = S^-1 (y - loc), F = S^-1
     kind, covariance = type(fn), fn.covariance_matrix.detach()
     loc = fn.loc.detach().double()
 
@@ -529,8 +555,8 @@ def _multivariate_normal(fn: td.MultivariateNormal) -> Likelihood:
         return _root(fn.loc, inverse.mT.expand(*alpha.shape, -1), alpha)
 
     def score(value: Tensor) -> Tensor:
-        found = root(value)
-        return (found.root @ found.coordinates[..., None])[..., 0]
+        fisher = root(value)
+        return (fisher.root @ fisher.coordinates[..., None])[..., 0]
 
     return Likelihood(
         predictor=fn.loc,
@@ -594,16 +620,35 @@ def _class_score(logits: Tensor, label: Tensor) -> Tensor:
 def _around_location(
     fn: td.Normal | td.StudentT | td.Laplace,
     root: Callable[[Tensor], FisherRoot],
-    at: Callable[[Tensor], Any],
+    at: Callable[..., Any],
     noise: Noise | None = None,
 ) -> Likelihood:
-    """Of a symmetric density: the scale is no part of what is predicted."""
+    """Of a symmetric density: the scale is no part of what is predicted.
+
+    Args:
+        fn: The distribution.
+        root: Of the location, and of the scale where gradients flow into it.
+        at: The distribution at a location, and at a scale or the own one.
+        noise: What is known of the error.
+    """
 
     def score(value: Tensor) -> Tensor:
-        found = root(value)
-        return found.root[..., 0, 0] * found.coordinates[..., 0]
+        fisher = root(value)
+        return fisher.root[..., 0, 0] * fisher.coordinates[..., 0]
 
-    return _with_root(fn.loc, score, at, root, noise=noise)
+    def score_in_all(value: Tensor) -> Tensor:
+        found = root(value)
+        return (found.root @ found.coordinates[..., None])[..., 0]
+
+    in_all = None
+    if fn.scale.requires_grad:
+        in_all = Likelihood(
+            predictor=torch.stack([fn.loc, fn.scale.log()], -1),
+            at=lambda f: at(f[..., 0], f[..., 1].exp()),
+            score=score_in_all,
+            root=root,
+        )
+    return _with_root(fn.loc, score, at, root, noise=noise, in_all=in_all)
 
 
 def _softmax(logits: Tensor, counts: Tensor) -> FisherRoot:
@@ -662,9 +707,9 @@ def _location_scale(
 
 def _scalar(parameter: Tensor, information: Tensor, score: Tensor) -> FisherRoot:
     """Of one parameter; no outcome can have a score where there is no information."""
-    some = information > 0
-    root = information.clamp_min(_MIN_PROBABILITY).sqrt() * some
-    alpha = (score / root).where(some, torch.zeros_like(root))
+    informative = information > 0
+    root = information.clamp_min(_MIN_PROBABILITY).sqrt() * informative
+    alpha = (score / root).where(informative, torch.zeros_like(root))
     return _root(parameter[..., None], root[..., None, None], alpha[..., None])
 
 

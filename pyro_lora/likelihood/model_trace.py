@@ -90,8 +90,9 @@ def trace_on(model: Model, args: tuple[Any, ...], batch: Batch) -> Any:
     """
     batch = checked_batch(batch)
     handler: Any = poutine.trace(model)
-    known = model if not args else partial(model, *args)
-    with explaining(batch, known, lambda: handler.msngr.trace.nodes):
+    called = model if not args else partial(model, *args)
+    # The trace as far as it came, should the model fail.
+    with explaining(batch, called, lambda: handler.msngr.trace.nodes):
         trace = handler.get_trace(*args, **batch)
     for site in _random_sites(trace).values():
         if site["is_observed"]:
@@ -102,12 +103,12 @@ def trace_on(model: Model, args: tuple[Any, ...], batch: Batch) -> Any:
 
 def lifted_networks(trace: Any) -> tuple[LiftedNetwork, ...]:
     """The lifted networks whose sites appear in a trace, each once."""
-    found: dict[int, LiftedNetwork] = {}
+    networks: dict[int, LiftedNetwork] = {}
     for site in trace.nodes.values():
         if site["type"] == "sample":
             for lora in site["infer"].get("lora", ()):
-                found[id(lora)] = lora
-    return tuple(found.values())
+                networks[id(lora)] = lora
+    return tuple(networks.values())
 
 
 def _random_sites(trace: Any) -> dict[str, dict[str, Any]]:
@@ -280,6 +281,7 @@ class _PuttingIntoMode(Messenger):
         for lora in msg["infer"].get("lora", ()):
             if id(lora) not in self._seen:
                 self._seen.add(id(lora))
+                # Networks may share modules: the first to be seen knows how they were.
                 self._modes.update({**modes_of(lora), **self._modes})
                 self._put(lora)
 
@@ -346,7 +348,7 @@ def _nan_likelihoods(
 ) -> list[str]:
     """Observed sites whose distribution has NaN parameters, if nothing else fails."""
     try:
-        with unvalidated():
+        with unvalidated():  # or the model would fail again, before there is a trace
             trace = trace_at(model, weights, batch)
     except ValueError:
         return []

@@ -47,7 +47,7 @@ _LIBRARIES = frozenset("torch pyro transformers peft pyro_lora".split())
 
 
 @dataclass(frozen=True, eq=False)
-class Outcomes:
+class Origin:
     """Where the outcomes are in batches of one form.
 
     Attributes:
@@ -84,7 +84,7 @@ class OutcomeSource:
     latents: Iterable[str]
     named: str | None = None
     _traces: dict[frozenset[str], Any] = field(default_factory=dict)
-    _found: dict[frozenset[str], Outcomes] = field(default_factory=dict)
+    _origins: dict[frozenset[str], Origin] = field(default_factory=dict)
     _branching: dict[frozenset[str], bool] = field(default_factory=dict)
 
     def trace_of(self, batch: Batch) -> Any:
@@ -104,7 +104,7 @@ class OutcomeSource:
             with eagerly(), looking:
                 trace = self.trace(batch)
         others = [x for x in batch.values() if not isinstance(x, Tensor | None)]
-        self._branching[form] = looking.found or bool(others)
+        self._branching[form] = looking.has_read or bool(others)
         return trace
 
     def forget(self) -> None:
@@ -113,7 +113,7 @@ class OutcomeSource:
 
     def arguments(self, batch: Batch) -> tuple[str, ...]:
         """The arguments that the outcomes come in."""
-        return self._outcomes(batch).arguments
+        return self._origin(batch).arguments
 
     def hidden(self, batch: Batch) -> PlacedBatch:
         """The batch with these arguments set to None."""
@@ -124,15 +124,15 @@ class OutcomeSource:
 
         Where they are some function of an argument, that takes a run of the model.
         """
-        found = self._outcomes(batch)
+        origin = self._origin(batch)
         if self.named:
             return self._named(batch, self.named)
-        if not found.are_there:
+        if not origin.are_there:
             return None
-        if found.are_argument:
-            given = batch[found.arguments[0]]
-            if isinstance(given, Tensor) and given.ndim != len(found.shape):
-                given = given.reshape(-1, *found.shape[1:])  # (B, 1), say
+        if origin.are_argument:
+            given = batch[origin.arguments[0]]
+            if isinstance(given, Tensor) and given.ndim != len(origin.shape):
+                given = given.reshape(-1, *origin.shape[1:])  # (B, 1), say
             return given
         return self.site(batch)["value"]
 
@@ -147,15 +147,15 @@ class OutcomeSource:
         if not site["is_observed"] or (itself and _is_same(given, value)):
             return given
         form = _form(batch)
-        if form not in self._found:
-            self._found[form] = self._find(batch)
+        if form not in self._origins:
+            self._origins[form] = self._find(batch)
         # What the model observes has nothing to do with it: at the user's word.
-        return value if name in self._found[form].made_of else given
+        return value if name in self._origins[form].made_of else given
 
     def site(self, batch: Batch) -> dict[str, Any]:
         """The likelihood's site, of a run of the model."""
-        known, trace = self._traces.get(_form(batch), (None, None))
-        if known is not batch:
+        last, trace = self._traces.get(_form(batch), (None, None))
+        if last is not batch:
             trace = self._run(batch)
             self._traces[_form(batch)] = batch, trace
         return likelihood_site(trace, self.obs_site, self.latents)
@@ -171,16 +171,16 @@ class OutcomeSource:
             self._run(batch)
         return self._branching[form]
 
-    def _outcomes(self, batch: Batch) -> Outcomes:
+    def _origin(self, batch: Batch) -> Origin:
         if self.named:
-            return Outcomes((self.named,))
+            return Origin((self.named,))
         form = _form(batch)
-        if form not in self._found:
-            none = Outcomes((), are_there=False)
-            self._found[form] = self._find(batch) if form else none
-        return self._found[form]
+        if form not in self._origins:
+            none = Origin((), are_there=False)
+            self._origins[form] = self._find(batch) if form else none
+        return self._origins[form]
 
-    def _find(self, batch: Batch) -> Outcomes:
+    def _find(self, batch: Batch) -> Origin:
         trace = self.trace_of(batch)
         site = likelihood_site(trace, self.obs_site, self.latents)
         name, shape = site["name"], tuple(site["value"].shape)
@@ -188,10 +188,10 @@ class OutcomeSource:
             # A model that is for predictions only may have no use for its labels.
             idle = not any(node.get("is_observed") for node in trace.nodes.values())
             only = idle and batch.get("labels") is not None
-            return Outcomes(("labels",) if only else (), only, True, name, shape)
+            return Origin(("labels",) if only else (), only, True, name, shape)
         if batch.get("labels") is site["value"]:  # as nearly always
             made_of = frozenset({"labels"})
-            return Outcomes(("labels",), True, True, name, shape, made_of)
+            return Origin(("labels",), True, True, name, shape, made_of)
         following = _Following(batch)
         with (
             eagerly(),
@@ -214,7 +214,7 @@ class OutcomeSource:
         itself = len(own) == 1 and names == {*own}
         itself = itself and not following.is_changed(site["value"])
         itself = itself and _is_same(batch[own[0]], site["value"])
-        return Outcomes(own, True, itself, name, shape, names)
+        return Origin(own, True, itself, name, shape, names)
 
 
 def _form(batch: Batch) -> frozenset[str]:
@@ -343,12 +343,12 @@ class _Following(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        found = [self.origins(x) for x in _parts((args, kwargs))]
-        origins = frozenset[str]().union(*found)
+        of_inputs = [self.origins(x) for x in _leaves((args, kwargs))]
+        origins = frozenset[str]().union(*of_inputs)
         if origins:
-            made = [x for x in _parts(result) if isinstance(x, Tensor)]
+            made = [x for x in _leaves(result) if isinstance(x, Tensor)]
             # An assignment to a part of a tensor returns nothing.
-            given = [x for x in _parts((args, kwargs)) if isinstance(x, Tensor)]
+            given = [x for x in _leaves((args, kwargs)) if isinstance(x, Tensor)]
             changed = any(map(self.is_changed, given)) or not _keeps(func, given, made)
             for x in made or [x for x in args[:1] if isinstance(x, Tensor)]:
                 self._made[x] = self.origins(x) | origins
@@ -370,12 +370,12 @@ class _Looking(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.found = False
+        self.has_read = False
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        if not self.found and getattr(func, "__name__", "") in _READING:
+        if not self.has_read and getattr(func, "__name__", "") in _READING:
             frame = sys._getframe(1)
             while frame.f_back is not None and frame.f_globals.get("__name__") in (
                 "torch._tensor",
@@ -384,7 +384,7 @@ class _Looking(TorchFunctionMode):
             ):
                 frame = frame.f_back
             module = str(frame.f_globals.get("__name__", ""))
-            self.found = module.partition(".")[0] not in _LIBRARIES
+            self.has_read = module.partition(".")[0] not in _LIBRARIES
         return func(*args, **(kwargs or {}))
 
 
@@ -396,13 +396,13 @@ def _keeps(func: Any, given: Sequence[Tensor], made: Sequence[Tensor]) -> bool:
     return all(x.is_floating_point() or not rounds for x in made)
 
 
-def _parts(value: Any) -> Iterator[Any]:
+def _leaves(value: Any) -> Iterator[Any]:
     yield value
     if isinstance(value, list | tuple):
         for item in value:
-            yield from _parts(item)
+            yield from _leaves(item)
     elif isinstance(value, dict):
-        yield from _parts(list(value.values()))
+        yield from _leaves(list(value.values()))
 
 
 def _parameters(fn: Any) -> Iterator[Tensor]:

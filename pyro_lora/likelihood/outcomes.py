@@ -120,7 +120,8 @@ def single_outcomes(fn: Any) -> SingleOutcomes:
         fn = fn.base_dist
     inside = unmasked = torch.tensor(True)
     for mask, outside in masks:
-        # It has none of the dims that are in the event inside of it.
+        # It has none of the dims that are in the event inside of it: m is (B, T) in
+        # .mask(m).to_event(1), and (B,) in .to_event(1).mask(m).
         own = _with_dims(mask, event_dims - outside)
         unmasked = unmasked & own
         if outside > 0:
@@ -131,7 +132,7 @@ def single_outcomes(fn: Any) -> SingleOutcomes:
     )
 
 
-def class_log_probs(fn: Any) -> Tensor:
+def one_class_log_probs(fn: Any) -> Tensor:
     """Log probabilities of one class a datum, (..., C), float64, nats.
 
     Args:
@@ -222,7 +223,7 @@ def values_to_score(site: Site) -> Tensor:
     wrong = ~is_possible(single.fn, value) & ~_unmasked(site, single)
     if not bool(wrong.any()):
         return value
-    drawn = site["fn"].sample().to(value)
+    drawn = site["fn"].sample().to(value)  # possible, whatever the distribution is
     return drawn.where(_with_dims(wrong, len(single.fn.event_shape)), value)
 
 

@@ -10,16 +10,17 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from pyro_lora.curvature.joint_distribution import sample_deltas
 from pyro_lora.ground.settings import check_count
+from pyro_lora.ground.summary import Summarised, brief, weights_facts
 from pyro_lora.lifting.lifted_network import LiftedNetwork, check_lora
 from pyro_lora.likelihood.model_trace import Model
-from pyro_lora.posteriors.joint_distribution import sample_deltas
 from pyro_lora.posteriors.prior import networks_prior
 from pyro_lora.priors import Prior
 
 
-@dataclass(frozen=True, eq=False)
-class DropoutPosterior:
+@dataclass(frozen=True, eq=False, repr=False)
+class DropoutPosterior(Summarised):
     """One weight set, whose draws differ by what dropout drops. A Pyro guide.
 
     :func:`predict` leaves dropout on for it, and each of its draws and each datum has a
@@ -45,6 +46,13 @@ class DropoutPosterior:
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Sample the sites, at the weights whatever the model's arguments."""
         return sample_deltas(self.weights, self.weights, self.networks)
+
+    def _facts(self) -> dict[str, str]:
+        return {
+            **weights_facts(self.weights),
+            "obs_site": brief(self.obs_site),
+            "model": brief(self.model),
+        }
 
     @property
     def prior(self) -> Prior:

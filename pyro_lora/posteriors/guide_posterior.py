@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_lora.ground.settings import check_count
+from pyro_lora.ground.summary import Summarised, brief
 from pyro_lora.ground.weights import Weights
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.likelihood.model_trace import (
@@ -19,14 +19,15 @@ from pyro_lora.likelihood.model_trace import (
     trace_at,
     trace_on,
 )
-from pyro_lora.posteriors.prior import networks_prior
+from pyro_lora.posteriors.marginals import Levels, as_given, checked_levels
+from pyro_lora.posteriors.prior import latent_nodes, networks_prior
 from pyro_lora.priors import Prior
 
 Guide = Callable[..., Any]  # any Pyro guide
 
 
-@dataclass(frozen=True, eq=False)
-class GuidePosterior:
+@dataclass(frozen=True, eq=False, repr=False)
+class GuidePosterior(Summarised):
     """A Pyro guide without local latent variables.
 
     Attributes:
@@ -46,11 +47,22 @@ class GuidePosterior:
         """The guide's own statements."""
         return self.guide(*args, **kwargs)
 
+    def _facts(self) -> dict[str, str]:
+        return {
+            "guide": brief(self.guide),
+            "networks": str(len(self.networks)),
+            "model": brief(self.model),
+        }
+
     @property
     def model(self) -> Model | None:
         """The model; stock autoguides have theirs."""
-        own: Model | None = getattr(self.guide, "model", None)
-        return own if self.own_model is None else self.own_model
+        if self.own_model is not None:
+            return self.own_model
+        try:
+            return getattr(self.guide, "model", None)
+        except TypeError:  # Pyro's forget it when they are copied
+            return None
 
     @property
     def networks(self) -> tuple[LiftedNetwork, ...]:
@@ -76,10 +88,13 @@ class GuidePosterior:
         check_count("num_samples", num_samples)
         draws, log_probs = [], []
         with torch.no_grad():
-            for _ in range(num_samples):
+            for _ in range(num_samples):  # a guide of the user's may not vectorise
                 trace = trace_on(self.guide, (), self.called_with)
                 log_probs.append(trace.log_prob_sum())
-                draws.append({s: node["value"] for s, node in _latents(trace).items()})
+                latents = latent_nodes(trace).items()
+                draws.append(
+                    {s: x["value"] for s, x in latents if not _is_auxiliary(x)}
+                )
         weights = {site: torch.stack([d[site] for d in draws]) for site in draws[0]}
         return weights, torch.stack(log_probs)
 
@@ -90,7 +105,7 @@ class GuidePosterior:
             ValueError: If the guide has auxiliary variables, as most autoguides do, and
                 so no density of given weights.
         """
-        found = []
+        log_probs = []
         for s in range(len(next(iter(weights.values())))):
             at = {site: value[s] for site, value in weights.items()}
             trace = trace_at(self.guide, at, self.called_with)
@@ -99,8 +114,8 @@ class GuidePosterior:
                     f"{type(self.guide).__name__} has auxiliary variables, and so no "
                     "density of given weights."
                 )
-            found.append(trace.log_prob_sum())
-        return torch.stack(found)
+            log_probs.append(trace.log_prob_sum())
+        return torch.stack(log_probs)
 
     def gaussians(self) -> list[tuple[float, Any]]:
         """None, whatever the guide's distributions are."""
@@ -111,16 +126,26 @@ class GuidePosterior:
         median = getattr(self.guide, "median", None)
         return None if median is None else median()
 
+    def quantiles(self, quantiles: Levels) -> Weights:
+        """An autoguide's quantiles of each weight by itself.
 
-def _latents(trace: Any) -> dict[str, Any]:
-    return {
-        name: node
-        for name, node in trace.nodes.items()
-        if node["type"] == "sample"
-        and not node["is_observed"]
-        and not site_is_subsample(node)
-        and not _is_auxiliary(node)
-    }
+        Args:
+            quantiles: Between 0 and 1: one, or Q of them.
+
+        Returns:
+            Site -> value of the site's shape, for several with a leading (Q,).
+
+        Raises:
+            TypeError: If they are no numbers.
+            ValueError: If one isn't between 0 and 1, or the guide has none.
+        """
+        levels = checked_levels(quantiles)
+        of_guide = getattr(self.guide, "quantiles", None)
+        if of_guide is None:
+            raise ValueError(
+                f"{type(self.guide).__name__} has no quantiles. Take those of draws."
+            )
+        return as_given(of_guide(levels), quantiles)
 
 
 def _is_auxiliary(node: Mapping[str, Any]) -> bool:

@@ -1,4 +1,10 @@
-"""Laplace posterior: a Gaussian around the mode, as a Pyro guide."""
+r"""Laplace posterior: a Gaussian around the mode, as a Pyro guide.
+
+:math:`q(w) = N(\hat w, P^{-1})` over the weights, with :math:`P = F + \mathrm{diag}
+\,\tau`; beside them, and independent of them, the Gaussian over other latent sites, and
+sites that are fixed at their mode. Evidence and prior need neither data nor model
+again: F stays, and only :math:`\tau` changes.
+"""
 
 from __future__ import annotations
 
@@ -12,28 +18,41 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from pyro_lora.curvature import linear_model
 from pyro_lora.curvature.gaussian_logits import GaussianLogits, JointGaussianLogits
+from pyro_lora.curvature.joint_distribution import infer_of, sample_deltas
 from pyro_lora.curvature.latent_block import LatentBlock
-from pyro_lora.curvature.linearize import (
-    Tokens,
-    joint_linearized_logits,
-    linearized_logits,
-)
+from pyro_lora.curvature.linearize import LinearizedNetwork, Tokens
 from pyro_lora.curvature.weight_gaussian import WeightGaussian
 from pyro_lora.ground.interrupts import leaving_no_trace
-from pyro_lora.ground.settings import check_count, check_name, check_word
+from pyro_lora.ground.settings import (
+    check_count,
+    check_name,
+    check_positive,
+    check_word,
+)
+from pyro_lora.ground.summary import Summarised, brief, extent, weights_facts
+from pyro_lora.ground.warning import warn
 from pyro_lora.ground.weights import Weights, check_weights
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.likelihood.batch import Batch, checked_batch
 from pyro_lora.likelihood.model_trace import Model, evaluating
-from pyro_lora.posteriors import prior_tuning
-from pyro_lora.posteriors.joint_distribution import sample_deltas
+from pyro_lora.posteriors import marginals, prior_tuning
+from pyro_lora.posteriors.marginals import Levels
 from pyro_lora.posteriors.prior import normal_prior
+from pyro_lora.posteriors.scaled_posterior import ScaledPosterior, scaled_to
 from pyro_lora.priors import Prior
 
+# Weights up to which the sum of their eigenvalues' logs takes no time.
+_FREE = 10**6
 
-@dataclass(frozen=True, eq=False)
-class LaplacePosterior:
+# The mode under a prior that isn't normal, by reweighted normal ones.
+_MAX_REWEIGHTED, _SAME_WEIGHT = 100, 1e-6
+_SAME_GRADIENT = 1e-3  # of a prior, relative
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LaplacePosterior(Summarised):
     r"""Gaussian :math:`N(\hat w, (F + \mathrm{diag}\,\tau)^{-1})` over lifted sites.
 
     A Pyro guide: called with the model's arguments, it samples the sites. Made by
@@ -50,11 +69,13 @@ class LaplacePosterior:
         model: The Pyro model; None where the posterior was loaded without one.
         obs_site: The likelihood's site; None where there are several.
         latents: Gaussian over latent sites outside of the networks, which are part of
-            modes, draws and densities, too; None where there are none.
+            modes, draws and densities, too.
         fixed: Lifted sites that are fixed at their mode -> values. They are part of
             modes and draws, too, with variance 0, and no part of the evidence's D.
         fit_arguments: Those that the fit's batches gave to the model; None where the
             posterior was loaded.
+        follows_prior: Whether the mode is that of the linearised network under the
+            prior, and moves with it.
     """
 
     gaussian: WeightGaussian
@@ -65,20 +86,33 @@ class LaplacePosterior:
     networks: tuple[LiftedNetwork, ...]
     model: Model | None
     obs_site: str | None
-    latents: LatentBlock | None = None
+    latents: LatentBlock = field(default_factory=LatentBlock)
     fixed: Weights = field(default_factory=dict)
     fit_arguments: frozenset[str] | None = None
+    follows_prior: bool = False
 
     num_samples: ClassVar[int | None] = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Weights:
         """Sample the sites: the guide's statements, whatever the model's arguments."""
-        infer: dict[str, Any] = {
-            site: {"lora": (lora,)} for lora in self.networks for site in lora.sites
-        }
-        weights = self.gaussian.pyro_sample(infer)
+        weights = self.gaussian.pyro_sample(infer_of(self.networks))
         weights |= sample_deltas(self.fixed, self.fixed, self.networks)
-        return weights if self.latents is None else weights | self.latents.pyro_sample()
+        return weights | self.latents.pyro_sample()
+
+    @torch.no_grad()
+    def _facts(self) -> dict[str, str]:
+        facts = self.gaussian._facts()
+        others = {"latents": self.latents.values, "fixed": self.fixed}
+        facts |= {name: weights_facts(x)["sites"] for name, x in others.items() if x}
+        facts |= {
+            "prior": brief(self.prior),
+            "log_likelihood": extent([self.log_likelihood]),
+        }
+        num_weights = sum(x.numel() for x in self.gaussian.loc.values())
+        is_free = self.gaussian.has_eigenvalues and not self.latents.values
+        if is_free and num_weights <= _FREE:
+            facts["log_evidence"] = extent([self.log_evidence()])
+        return facts | {"obs_site": brief(self.obs_site), "model": brief(self.model)}
 
     def gaussians(self) -> list[tuple[float, LaplacePosterior]]:
         """The Gaussian parts with their weights: this one."""
@@ -86,9 +120,8 @@ class LaplacePosterior:
 
     def mode(self) -> Weights:
         """The mode, site -> value of the site's shape."""
-        latents = {} if self.latents is None else self.latents.values
-        found = {**self.gaussian.loc, **self.fixed, **latents}
-        return {site: value.clone() for site, value in found.items()}
+        mode = {**self.gaussian.loc, **self.fixed, **self.latents.values}
+        return {site: value.clone() for site, value in mode.items()}
 
     def sample(self, num_samples: int) -> Weights:
         """Draws, site -> value with a leading (S,)."""
@@ -96,11 +129,7 @@ class LaplacePosterior:
         weights = self.gaussian.sample(num_samples)
         for site, value in self.fixed.items():
             weights[site] = value.expand(num_samples, *value.shape).clone()
-        return (
-            weights
-            if self.latents is None
-            else weights | self.latents.sample(num_samples)
-        )
+        return weights | self.latents.sample(num_samples)
 
     def log_prob(self, weights: Mapping[str, Tensor]) -> Tensor:
         """Log density in nats, (S,) for weights with a leading (S,).
@@ -112,23 +141,18 @@ class LaplacePosterior:
             ValueError: If a site is missing, or isn't one of this posterior's.
         """
         check_weights(weights)
-        known = self.gaussian.loc.keys() | self.fixed.keys()
-        known |= set() if self.latents is None else self.latents.values.keys()
-        if weights.keys() != known:
+        sites = {*self.gaussian.loc, *self.fixed, *self.latents.values}
+        if weights.keys() != sites:
             raise ValueError(
                 "log_prob needs a value of each of the posterior's sites and of no "
-                f"others: missing {sorted(known - weights.keys())}, unknown "
-                f"{sorted(weights.keys() - known)}."
+                f"others: missing {sorted(sites - weights.keys())}, unknown "
+                f"{sorted(weights.keys() - sites)}."
             )
         log_prob = self.gaussian.log_prob(weights)
-        for site, value in self.fixed.items():
+        for site, value in self.fixed.items():  # log 1 there, log 0 elsewhere
             fn = dist.Delta(value, event_dim=value.ndim)
             log_prob = log_prob + fn.log_prob(weights[site])
-        return (
-            log_prob
-            if self.latents is None
-            else self.latents.log_prob(weights) + log_prob
-        )
+        return self.latents.log_prob(weights) + log_prob
 
     def mean(self) -> Weights:
         """The mean, which is the mode."""
@@ -137,8 +161,38 @@ class LaplacePosterior:
     def variance(self) -> Weights:
         """Marginal variances, each of its site's shape; of latents to first order."""
         fixed = {site: torch.zeros_like(x) for site, x in self.fixed.items()}
-        variance = self.gaussian.variance() | fixed
-        return variance if self.latents is None else variance | self.latents.variance()
+        return self.gaussian.variance() | fixed | self.latents.variance()
+
+    def median(self) -> Weights:
+        """The median of each weight, which is the mode."""
+        return self.mode()
+
+    def quantiles(self, quantiles: Levels) -> Weights:
+        r"""Quantiles of each weight by itself, :math:`\hat w + \sigma \Phi^{-1}(q)`.
+
+        Args:
+            quantiles: Between 0 and 1: one, or Q of them.
+
+        Returns:
+            Site -> value of the site's shape, for several with a leading (Q,).
+
+        Raises:
+            TypeError: If they are no numbers.
+            ValueError: If one isn't between 0 and 1.
+        """
+        return marginals.quantiles(self.marginals(), quantiles)
+
+    def marginals(self) -> dict[str, marginals.Marginals]:
+        """Of each site's weights, each by itself."""
+        result = {
+            site: marginals.normals(self.gaussian.loc[site], variance)
+            for site, variance in self.gaussian.variance().items()
+        }
+        result |= {site: marginals.points(x[None]) for site, x in self.fixed.items()}
+        return result | {
+            site: marginals.normals(loc, variance, self.latents.transforms[site])
+            for site, (loc, variance) in self.latents.unconstrained().items()
+        }
 
     @property
     def prior_precision(self) -> Weights:
@@ -163,12 +217,11 @@ class LaplacePosterior:
             A scalar, nats, float64.
         """
         num_weights = sum(x.numel() for x in self.gaussian.loc.values())
+        # log q at its own mode: the Gaussian's normaliser alone is left.
         log_det = self.gaussian.log_det(self.prior_precision)
         log_q = 0.5 * log_det - 0.5 * num_weights * math.log(2 * math.pi)
         evidence = self.log_likelihood + self.log_prior - log_q
-        return (
-            evidence if self.latents is None else evidence + self.latents.log_evidence()
-        )
+        return evidence + self.latents.log_evidence()
 
     def with_prior_precision(
         self, value: float | Tensor | Mapping[str, float | Tensor]
@@ -192,6 +245,12 @@ class LaplacePosterior:
         """
         tau = prior_tuning.checked_precision(value, self.gaussian.loc)
         gaussian = self.gaussian.with_prior_precision(tau)
+        log_likelihood = self.log_likelihood
+        if self.follows_prior:
+            gaussian, log_likelihood = linear_model.at_mode_under(
+                linear_model.checked(gaussian), self.prior_mean, tau
+            )
+        # Kronecker structures average it: the prior is the one that they then have.
         tau = gaussian.prior_precision
         log_prior = sum(
             dist.Normal(self.prior_mean[s].double(), tau[s].double().rsqrt())
@@ -199,17 +258,120 @@ class LaplacePosterior:
             .sum()
             for s, x in gaussian.loc.items()
         )
-        prior = normal_prior(self.prior_mean, tau, self.fixed)
-        return replace(self, gaussian=gaussian, log_prior=log_prior, prior=prior)
+        return replace(
+            self,
+            gaussian=gaussian,
+            log_likelihood=log_likelihood,
+            log_prior=log_prior,
+            prior=normal_prior(self.prior_mean, tau, self.fixed),
+        )
+
+    @leaving_no_trace
+    def refine(
+        self,
+        around: Literal["weights", "prior"] = "weights",
+        *,
+        objective: Literal["loo", "evidence"] = "loo",
+    ) -> LaplacePosterior:
+        r"""The posterior at the mode of the linearised network, a convex problem.
+
+        Training stops early, or goes on too long, and weights that aren't a mode can't
+        be widened into a posterior. Of the network linearised at the trained weights,
+        :math:`f(x, \hat w) + J (w - \hat w)`, the mode is found exactly, in N (C - 1)
+        dimensions and without a pass over the data. Predictions are those of the
+        linearised network around it::
+
+            posterior = guide.laplace_approximation(batches).refine().optimize_prior()
+
+        Args:
+            around: ``"weights"``: the mode under :math:`N(\hat w, 1 / \tau_0)`, near
+                the trained weights, which stay where training was complete
+                (:math:`\tau_0 \to \infty`). ``"prior"``: under the posterior's own
+                prior; from then on the mode follows where
+                :meth:`with_prior_precision` and :meth:`optimize_prior` change it.
+            objective: What chooses :math:`\tau_0`: the exact leave-one-out log density
+                of the data, or the evidence. Nothing is held out.
+
+        Returns:
+            A new posterior under the same prior; the network is as before.
+
+        Raises:
+            ValueError: If this posterior isn't of ``structures.Exact()`` with
+                ``fisher="exact"``, or the prior's parameters changed since the fit.
+
+        Warns:
+            UserWarning: If the mode isn't found, there are latent sites besides the
+                weights, which stay where they are, or the prior has correlations, which
+                only its diagonal stands for.
+        """
+        check_word("around", around, ("weights", "prior"))
+        check_word("objective", objective, ("loo", "evidence"))
+        gaussian = linear_model.checked(self.gaussian)
+        present = prior_tuning.moments_at(self.prior, self.networks, gaussian.loc)
+        prior_tuning.check_as_fitted(float(present.log_prob), self.log_prior)
+        if self.latents.values:
+            warn(
+                f"refine moves the weights; {list(self.latents.values)} stay where "
+                "they were in the fit, such as a noise scale that fits larger errors. "
+                "Where that is far from their mode, train them first."
+            )
+        if around == "weights":
+            moved = self._moved(*linear_model.near_weights(gaussian, objective))
+            return replace(moved, follows_prior=False)
+        posterior = replace(self, follows_prior=True)
+        for _ in range(_MAX_REWEIGHTED):
+            before = posterior.prior_precision
+            gaussian, log_likelihood = linear_model.at_mode_under(
+                gaussian, posterior.prior_mean, before
+            )
+            posterior = posterior._moved(gaussian, log_likelihood)
+            # A normal prior is the same everywhere.
+            if all(
+                torch.allclose(tau, before[site], rtol=_SAME_WEIGHT, atol=0.0)
+                for site, tau in posterior.prior_precision.items()
+            ):
+                break
+        posterior._warn_if_correlated()
+        return posterior
+
+    def _warn_if_correlated(self) -> None:
+        """A prior's gradient is that of its moments, but where it has correlations."""
+        prior = prior_tuning.moments_at(self.prior, self.networks, self.gaussian.loc)
+        differs, number = 0, 0
+        for site, x in self.gaussian.loc.items():
+            own = -prior.precision[site] * (x - prior.mean[site])
+            error = (prior.gradient[site] - own).abs()
+            differs += int((error > _SAME_GRADIENT * own.abs()).sum())
+            number += x.numel()
+        if differs > number / 2:  # where weights are at a kink, it differs at a few
+            warn(
+                "The prior has correlations between weights, of which only the "
+                "diagonal of its precision counts: the mode isn't its own. Use a prior "
+                "of independent weights, or refine(around='weights')."
+            )
+
+    def _moved(
+        self, gaussian: WeightGaussian, log_likelihood: Tensor
+    ) -> LaplacePosterior:
+        """Around another mode, with the prior as it is there."""
+        prior = prior_tuning.moments_at(self.prior, self.networks, gaussian.loc)
+        return replace(
+            self,
+            gaussian=gaussian.with_prior_precision(prior.precision),
+            prior_mean=prior.mean,
+            log_likelihood=log_likelihood,
+            log_prior=prior.log_prob,
+        )
 
     @leaving_no_trace
     def optimize_prior(
         self,
         *,
         per: Literal["all", "site", "layer", "prior"] = "all",
-        objective: Literal["evidence", "nll"] = "evidence",
+        objective: Literal["evidence", "loo", "nll"] = "evidence",
         batches: Iterable[Batch] | None = None,
         obs_site: str | None = None,
+        progress_bar: bool | None = None,
     ) -> LaplacePosterior:
         r"""Choose the prior precision by the evidence or by held-out data.
 
@@ -228,9 +390,13 @@ class LaplacePosterior:
                 linearised predictive on held-out ``batches``, over a grid in one pass
                 over them; with several precisions one after the other, twice, each in
                 a pass of its own. For any likelihood in the table.
-                It warns where the least is at the grid's end, 1e-4 or 1e6.
+                It warns where the least is at the grid's end, 1e-4 or 1e6. ``"loo"``:
+                maximise the leave-one-out log density of the data of the fit, of
+                ``structures.Exact()`` alone, exact for the Gaussian.
             batches: With ``"nll"``: held-out batches with labels.
             obs_site: With ``"nll"``: the likelihood's site; None is the posterior's.
+            progress_bar: With ``"nll"``: show one; None: on a terminal or in a
+                notebook.
 
         Returns:
             A new posterior; network, model and param store are as before.
@@ -239,7 +405,7 @@ class LaplacePosterior:
             ValueError: If the arguments don't fit, held-out labels are missing, or the
                 prior has no parameters.
         """
-        check_word("objective", objective, ("evidence", "nll"))
+        check_word("objective", objective, ("evidence", "loo", "nll"))
         check_word("per", per, ("all", "site", "layer", "prior"))
         check_name("obs_site", obs_site)
         held_out = objective == "nll"
@@ -249,14 +415,21 @@ class LaplacePosterior:
                 f"{'None' if batches is None else 'given'}: 'nll' needs held-out "
                 "batches and takes no per='prior', and the evidence takes no batches."
             )
+        if held_out and self.follows_prior:
+            raise ValueError(
+                "optimize_prior(objective='nll') keeps the mode where it is, but after "
+                "refine(around='prior') it follows the prior. Use objective='loo' or "
+                "'evidence', or refine(around='weights')."
+            )
         if batches is not None:
-            model = self._model("optimize_prior(objective='nll')")
-            site = obs_site or self.obs_site
+            network = self._linearized("optimize_prior(objective='nll')", obs_site)
             with evaluating(self.networks):
                 tau = prior_tuning.minimize_nll(
-                    model, self.gaussian, self.networks, batches, site, per
+                    network, self.gaussian, batches, per, progress_bar
                 )
             return self.with_prior_precision(tau)
+        if objective == "loo" or self.follows_prior:
+            return self._search_prior(per, objective)
         if per != "prior":
             tau = prior_tuning.maximize_evidence(self.gaussian, self.prior_mean, per)
             return self.with_prior_precision(tau)
@@ -269,6 +442,103 @@ class LaplacePosterior:
             prior_mean=at_mode.mean,
             log_prior=at_mode.log_prob,
             prior=prior,
+        )
+
+    def leave_one_out(self) -> Tensor:
+        """Log predictive density of each datum of the fit given all others.
+
+        Exact for the Gaussian, of ``structures.Exact()`` alone: the datum's likelihood
+        is taken out of it (Rasmussen & Williams 2006, section 5.4.2). The log densities
+        of a datum's outcomes add up.
+
+        Returns:
+            (N,), in the order of the fit's batches, nats, float64; 0 where no outcome
+            of a datum counts.
+
+        Raises:
+            ValueError: If this posterior isn't of ``structures.Exact()`` with
+                ``fisher="exact"``.
+        """
+        return linear_model.log_leave_one_out(linear_model.checked(self.gaussian))
+
+    def _search_prior(self, per: str, objective: str) -> LaplacePosterior:
+        if per == "prior":
+            raise ValueError(
+                "optimize_prior(per='prior') trains the prior's parameters by the "
+                "evidence at a fixed mode. Use it before refine(around='prior'), and "
+                "not with objective='loo'."
+            )
+
+        def score(tau: Weights) -> float:
+            posterior = self.with_prior_precision(tau)
+            if objective == "evidence":
+                return float(posterior.log_evidence())
+            return float(posterior.leave_one_out().sum())
+
+        linear_model.checked(self.gaussian)
+        tau = prior_tuning.search_precision(score, self.gaussian.loc, per)
+        return self.with_prior_precision(tau)
+
+    @leaving_no_trace
+    def for_sampling(
+        self,
+        batches: Iterable[Batch],
+        *,
+        tolerance: float = 0.05,
+        num_samples: int = 8,
+        progress_bar: bool | None = None,
+    ) -> ScaledPosterior:
+        r"""The same shape, narrow enough that draws of it can be served.
+
+        Draws of this posterior itself are about the linearised network, and may be at
+        chance in the network itself, where servers of adapters, ``export_adapters``,
+        ``generate`` and ``predict(method="sample")`` use them. Here they are
+        :math:`c + s (w - \hat w)`, with the largest s in (0, 1] under which one draw
+        loses no more than a tolerance on some rows: forward passes, and bisection.
+
+        Args:
+            batches: Rows with labels to measure the loss on. Of a posterior that was
+                refined, rows that weren't trained on: its center c is then the point
+                between the trained weights and the refined mode with the least loss.
+            tolerance: Nats a datum that a draw may lose, on average over draws.
+            num_samples: Draws, the same at every s.
+            progress_bar: Show one; None: on a terminal or in a notebook.
+
+        Returns:
+            A posterior over the same sites, by draws.
+
+        Raises:
+            ValueError: If this posterior was loaded without a model, there are no
+                batches, or they have no labels.
+
+        Warns:
+            UserWarning: If a draw loses more at every s.
+        """
+        check_positive("tolerance", tolerance)
+        check_count("num_samples", num_samples)
+        self._own_model("for_sampling")
+        return scaled_to(
+            self.scaled(),
+            self.gaussian.origin,
+            batches,
+            tolerance=tolerance,
+            num_samples=num_samples,
+            progress_bar=progress_bar,
+        )
+
+    def scaled(self) -> ScaledPosterior:
+        """Draws of this posterior, as one to scale: at its mean and a scale of one."""
+        loc = self.gaussian.loc
+        return ScaledPosterior(
+            self,
+            base_mean=loc,
+            center=loc,
+            scale=1.0,
+            others={**self.fixed, **self.latents.values},
+            networks=self.networks,
+            model=self.model,
+            obs_site=self.obs_site,
+            prior=self.prior,
         )
 
     @overload
@@ -322,21 +592,25 @@ class LaplacePosterior:
             ValueError: If this posterior was loaded without a model, or ``tokens``
                 doesn't fit the likelihood.
         """
-        model, batch = self._model("linearized"), checked_batch(batch)
-        site = obs_site or self.obs_site
-        at = (model, self.gaussian, self.networks, batch, site)
+        network, batch = self._linearized("linearized", obs_site), checked_batch(batch)
         with evaluating(self.networks):
+            at_batch = network.at(batch, tokens)
             if joint:
-                return joint_linearized_logits(*at, tokens=tokens)
-            return linearized_logits(*at, tokens=tokens)[0]
+                return at_batch.joint_logits(self.gaussian)
+            return at_batch.logits(self.gaussian)[0]
 
-    def _model(self, caller: str) -> Model:
+    def _linearized(self, caller: str, obs_site: str | None) -> LinearizedNetwork:
+        model = self._own_model(caller)
+        # The Gaussian is over the other sites alone: J has no columns of these.
+        held = {**self.fixed, **self.latents.values}
+        model = poutine.condition(model, held) if held else model
+        site = obs_site or self.obs_site
+        return LinearizedNetwork(model, self.gaussian.origin, self.networks, site)
+
+    def _own_model(self, caller: str) -> Model:
         if self.model is None:
             raise ValueError(
                 f"{caller} needs the model, but this posterior was loaded without one. "
                 "Use load(path, lora, model=model)."
             )
-        latents = {} if self.latents is None else self.latents.values
-        held = {**self.fixed, **latents}
-        model: Model = poutine.condition(self.model, held) if held else self.model
-        return model
+        return self.model

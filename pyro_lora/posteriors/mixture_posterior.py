@@ -7,6 +7,7 @@ each with the product of the weights on the way to it.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -14,13 +15,16 @@ import torch
 from torch import Tensor
 
 from pyro_lora.curvature.digests import update
+from pyro_lora.curvature.joint_distribution import sample_jointly
 from pyro_lora.ground.settings import check_count, check_kind
+from pyro_lora.ground.summary import Summarised, brief, listed, weights_facts
 from pyro_lora.ground.weights import Weights
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.likelihood.model_trace import Model
+from pyro_lora.posteriors import marginals
 from pyro_lora.posteriors.guide_posterior import Guide
-from pyro_lora.posteriors.joint_distribution import sample_jointly
 from pyro_lora.posteriors.laplace_posterior import LaplacePosterior
+from pyro_lora.posteriors.marginals import Levels
 from pyro_lora.posteriors.posterior import (
     Posterior,
     as_posterior,
@@ -33,7 +37,7 @@ from pyro_lora.posteriors.prior import networks_prior
 from pyro_lora.priors import Prior
 
 
-class MixturePosterior:
+class MixturePosterior(Summarised):
     r"""Mixture :math:`q(w) = \sum_n \pi_n q_n(w)`, as a Pyro guide.
 
     Args:
@@ -71,13 +75,13 @@ class MixturePosterior:
         _check_same_sites(likes)
         self._like = likes[0]
         pi = _normalised(weights, given, self._like)
-        parts = [
+        weighted = [
             pair
             for weight, component in zip(pi, given, strict=True)
             for pair in _taken_apart(weight, component)
         ]
-        self.components = tuple(component for _, component in parts)
-        self.weights = torch.stack([weight for weight, _ in parts])
+        self.components = tuple(component for _, component in weighted)
+        self.weights = torch.stack([weight for weight, _ in weighted])
         self.networks: tuple[LiftedNetwork, ...] = given[0].networks
         self.model: Model | None = given[0].model
         self.obs_site: str | None = given[0].obs_site
@@ -87,6 +91,19 @@ class MixturePosterior:
     def __call__(self, *args: Any, **kwargs: Any) -> Weights:
         """Sample the sites, whatever the model's arguments."""
         return sample_jointly(self, self._like, self.networks)
+
+    def _facts(self) -> dict[str, str]:
+        kinds = Counter(map(kind_of, self.components))
+        largest = self.weights.topk(min(3, len(self.weights))).values
+        weights = [f"{x:.3g}" for x in largest.tolist()]
+        return {
+            "components": ", ".join(f"{n} {kind}" for kind, n in kinds.items()),
+            "mixed": listed(weights, len(self.components)),
+            **weights_facts(self._like),
+            "prior": brief(self.prior),
+            "obs_site": brief(self.obs_site),
+            "model": brief(self.model),
+        }
 
     def gaussians(self) -> list[tuple[float, LaplacePosterior]]:
         """The Gaussian parts with their weights in the mixture."""
@@ -114,8 +131,9 @@ class MixturePosterior:
         """
         check_count("num_samples", num_samples)
         drawn = torch.multinomial(self.weights, num_samples, replacement=True)
+        # Each component draws all of its own at once.
         counts = torch.bincount(drawn, minlength=len(self.components)).tolist()
-        parts = [
+        draws = [
             component.sample(n)
             for component, n in zip(self.components, counts, strict=True)
             if n > 0
@@ -123,7 +141,8 @@ class MixturePosterior:
         # Sorting by component twice over puts each draw where its component was drawn.
         place = drawn.argsort(stable=True).argsort()
         return {
-            s: torch.cat([part[s] for part in parts])[place] for s in self._like
+            s: torch.cat([of_component[s] for of_component in draws])[place]
+            for s in self._like
         }, drawn
 
     def log_prob(self, weights: Mapping[str, Tensor]) -> Tensor:
@@ -133,6 +152,7 @@ class MixturePosterior:
             ValueError: If a component has no density.
         """
         log_probs = torch.stack([c.log_prob(weights) for c in self.components], -1)
+        # log sum_n pi_n q_n(w), where each q_n alone may underflow
         return (log_probs + self.weights.log().to(log_probs)).logsumexp(-1)
 
     def mean(self) -> Weights:
@@ -149,6 +169,7 @@ class MixturePosterior:
         Raises:
             ValueError: If a component's aren't known.
         """
+        # Var w = E[Var(w | n)] + Var(E[w | n])
         moments = self._moments()
         mean = self._averaged([mean for mean, _ in moments])
         return self._averaged(
@@ -157,6 +178,36 @@ class MixturePosterior:
                 for own, within in moments
             ]
         )
+
+    def median(self) -> Weights:
+        """The median of each weight by itself, of its site's shape.
+
+        Raises:
+            ValueError: If a component's marginals aren't known.
+        """
+        return self.quantiles(0.5)
+
+    def quantiles(self, quantiles: Levels) -> Weights:
+        """Quantiles of each weight by itself, by bisection.
+
+        Args:
+            quantiles: Between 0 and 1: one, or Q of them.
+
+        Returns:
+            Site -> value of the site's shape, for several with a leading (Q,). A
+            particle's share is a step: the least value that as much lies below.
+
+        Raises:
+            TypeError: If they are no numbers.
+            ValueError: If one isn't between 0 and 1, or a component's marginals aren't
+                known.
+        """
+        parts = [_marginals(component) for component in self.components]
+        mixed = {
+            site: marginals.mixed(self.weights, [part[site] for part in parts])
+            for site in self._like
+        }
+        return marginals.quantiles(mixed, quantiles)
 
     def _moments(self) -> list[tuple[Weights, Weights]]:
         return [_moments(component) for component in self.components]
@@ -232,6 +283,24 @@ def _moments(component: Posterior) -> tuple[Weights, Weights]:
         {site: x.mean(0) for site, x in draws.items()},
         {site: x.var(0, correction=0) for site, x in draws.items()},
     )
+
+
+def _marginals(component: Posterior) -> dict[str, marginals.Marginals]:
+    """Of each site's weights, each by itself.
+
+    Raises:
+        ValueError: If they aren't known.
+    """
+    gaussian = only_gaussian(component)
+    if gaussian is not None:
+        return gaussian.marginals()
+    if component.num_samples is None:
+        raise ValueError(
+            f"The quantiles of a {kind_of(component)} aren't known. Take those of "
+            "draws."
+        )
+    draws = component.sample(component.num_samples)
+    return {site: marginals.points(x) for site, x in draws.items()}
 
 
 def _normalised(

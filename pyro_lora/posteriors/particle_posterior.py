@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,20 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_lora.curvature.joint_distribution import sample_jointly
 from pyro_lora.ground.settings import check_count, check_kind
+from pyro_lora.ground.summary import Summarised, brief, weights_facts
 from pyro_lora.ground.weights import Weights, check_weights
 from pyro_lora.lifting.lifted_network import LiftedNetwork, check_lora
 from pyro_lora.lifting.saved_adapter import read_adapter
 from pyro_lora.likelihood.model_trace import Model
-from pyro_lora.posteriors.joint_distribution import sample_jointly
+from pyro_lora.posteriors.marginals import Levels, as_given, checked_levels
 from pyro_lora.posteriors.prior import networks_prior
 from pyro_lora.priors import Prior
 
 Member = Mapping[str, Tensor] | str | os.PathLike[str]
 
 
-@dataclass(frozen=True, eq=False)
-class ParticlePosterior:
+@dataclass(frozen=True, eq=False, repr=False)
+class ParticlePosterior(Summarised):
     """Equally weighted weight sets; a Pyro guide that draws one of them.
 
     Particles have no density, so :meth:`mode` and :meth:`log_prob` raise; use the
@@ -47,6 +50,15 @@ class ParticlePosterior:
         """Sample the sites: one particle, whatever the model's arguments."""
         like = {site: value[0] for site, value in self.particles.items()}
         return sample_jointly(self, like, self.networks)
+
+    def _facts(self) -> dict[str, str]:
+        return {
+            "num_particles": str(self.num_particles),
+            **weights_facts(self.particles, lead=1),
+            "prior": brief(self.prior),
+            "obs_site": brief(self.obs_site),
+            "model": brief(self.model),
+        }
 
     @property
     def prior(self) -> Prior:
@@ -80,7 +92,7 @@ class ParticlePosterior:
         device = next(iter(self.particles.values())).device
         if num_samples == self.num_particles:
             index = torch.arange(num_samples, device=device)
-        elif num_samples < self.num_particles:
+        elif num_samples < self.num_particles:  # a repeated one would say nothing new
             index = torch.randperm(self.num_particles, device=device)[:num_samples]
         else:
             index = torch.randint(self.num_particles, (num_samples,), device=device)
@@ -93,6 +105,33 @@ class ParticlePosterior:
     def variance(self) -> Weights:
         """Marginal variances over the particles, each of its site's shape."""
         return {s: x.var(0, correction=0) for s, x in self.particles.items()}
+
+    def median(self) -> Weights:
+        """The particles' median, each of its site's shape."""
+        return self.quantiles(0.5)
+
+    def quantiles(self, quantiles: Levels) -> Weights:
+        """Empirical quantiles of each weight, linear between two particles.
+
+        Args:
+            quantiles: Between 0 and 1: one, or Q of them.
+
+        Returns:
+            Site -> value of the site's shape, for several with a leading (Q,).
+
+        Raises:
+            TypeError: If they are no numbers.
+            ValueError: If one isn't between 0 and 1.
+        """
+        levels = checked_levels(quantiles)
+        values: Weights = {}
+        for site, particles in self.particles.items():
+            x = particles.sort(0).values  # torch.quantile takes 16 million numbers
+            places = [q * (self.num_particles - 1) for q in levels]
+            values[site] = torch.stack(
+                [x[math.floor(p)].lerp(x[math.ceil(p)], p % 1) for p in places]
+            )
+        return as_given(values, quantiles)
 
     def mode(self) -> Weights:
         """Not defined.
@@ -159,16 +198,17 @@ def ensemble(
         read_adapter(lora, member) if isinstance(member, str | os.PathLike) else member
         for member in members
     ]
+    # Lifted sites have the network's shapes, other latents those of the first member.
     shapes = {site: x.shape for site, x in weights[0].items()}
     shapes |= {site: x.shape for site, x in lora.zeros().items()}
     for index, member in enumerate(weights):
         for site in sorted(shapes.keys() | member.keys()):
             expected = shapes.get(site)
-            found = member[site].shape if site in member else None
-            if found != expected:
+            shape = member[site].shape if site in member else None
+            if shape != expected:
                 raise ValueError(
                     f"Member {index}, site {site!r}: expected "
-                    f"{_named(expected)}, found {_named(found)}. Members are weight "
+                    f"{_named(expected)}, found {_named(shape)}. Members are weight "
                     "sets of one model, without leading dims: pick draws one by one."
                 )
     device = next(iter(lora.zeros().values())).device

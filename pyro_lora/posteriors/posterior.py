@@ -111,7 +111,7 @@ def as_posterior(
     expected = "a posterior, one of pyro_lora's or any Pyro guide"
     if isinstance(posterior, LiftedNetwork):
         raise TypeError(f"posterior must be {expected}, found a LiftedNetwork.")
-    if isinstance(posterior, Posterior):
+    if isinstance(posterior, Posterior):  # before guides, since ours are guides, too
         return posterior
     check_function("posterior", posterior, expected)
     return GuidePosterior(posterior, model, arguments or {})
@@ -131,8 +131,8 @@ def is_gaussian(posterior: Posterior) -> bool:
 
 def only_gaussian(posterior: Posterior) -> LaplacePosterior | None:
     """The Gaussian that it is; None where it is none, or has other parts."""
-    parts = posterior.gaussians()
-    return parts[0][1] if len(parts) == 1 and is_gaussian(posterior) else None
+    gaussians = posterior.gaussians()
+    return gaussians[0][1] if len(gaussians) == 1 and is_gaussian(posterior) else None
 
 
 def one_weight_set(posterior: Posterior) -> Weights:

@@ -21,6 +21,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_lora.curvature.prior_moments import counted_scale
+from pyro_lora.ground.summary import FieldsShown
 from pyro_lora.ground.weights import Weights
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.lifting.prior import NOISE
@@ -45,8 +46,8 @@ def _own_prior(lora: LiftedNetwork) -> Weights:
     return lora.prior(lora)
 
 
-@dataclass(frozen=True, eq=False)
-class _PriorOfEach:
+@dataclass(frozen=True, eq=False, repr=False)
+class _PriorOfEach(FieldsShown):
     """Of several networks, each told by its sites, the prior of each."""
 
     priors: Mapping[frozenset[str], Prior]
@@ -65,8 +66,8 @@ def normal_prior(mean: Weights, precision: Weights, fixed: Weights) -> Prior:
     return _SitePriors(fns)
 
 
-@dataclass(frozen=True, eq=False)
-class _SitePriors:
+@dataclass(frozen=True, eq=False, repr=False)
+class _SitePriors(FieldsShown):
     """A distribution for each site."""
 
     fns: Mapping[str, dist.TorchDistribution]
@@ -86,8 +87,8 @@ def scaled(prior: Prior, scales: Mapping[str, float | Tensor]) -> Prior:
     return _Scaled(prior, dict(scales)) if scales else prior
 
 
-@dataclass(frozen=True, eq=False)
-class _Scaled:
+@dataclass(frozen=True, eq=False, repr=False)
+class _Scaled(FieldsShown):
     """A prior some of whose sites count as a model says."""
 
     prior: Prior
@@ -103,8 +104,8 @@ def fixing(prior: Prior, fixed: Weights) -> Prior:
     return _Fixing(prior, fixed) if fixed else prior
 
 
-@dataclass(frozen=True, eq=False)
-class _Fixing:
+@dataclass(frozen=True, eq=False, repr=False)
+class _Fixing(FieldsShown):
     """A prior with some sites fixed at values."""
 
     prior: Prior
@@ -116,8 +117,8 @@ class _Fixing:
             return self.prior(lora)
 
 
-@dataclass(frozen=True, eq=False)
-class PriorAtParameters:
+@dataclass(frozen=True, eq=False, repr=False)
+class PriorAtParameters(FieldsShown):
     """A prior whose ``pyro.param`` statements take given values.
 
     Attributes:
@@ -154,6 +155,7 @@ class _UnderPrior(Messenger):
         self.fns = fns
 
     def _pyro_sample(self, msg: Any) -> None:
+        # What the user has conditioned has no prior that could be another.
         if msg["name"] in self.fns and not msg["is_observed"]:
             msg["fn"] = self.fns[msg["name"]]
 
@@ -188,6 +190,8 @@ def under_prior(
         A Pyro model; the one given is as before.
     """
     nodes: dict[str, Any] = {}
+    # Traced once, so that the model's own statements, plates and names stay as they are
+    # and only distributions and scales are others.
     for lora in networks:
         trace = trace_at(partial(prior, lora), like, {})
         nodes |= {site: trace.nodes[site] for site in lora.sites}
@@ -213,13 +217,13 @@ def prior_draws(prior: Prior, networks: Sequence[LiftedNetwork], num: int) -> We
     Returns:
         Site -> (S, ...), the prior's own latent scales included.
     """
-    found: dict[str, list[Tensor]] = {}
+    draws: dict[str, list[Tensor]] = {}
     for lora in networks:
         for _ in range(num):
             trace: Any = poutine.trace(prior).get_trace(lora)
-            for name, node in _latent_nodes(trace).items():
-                found.setdefault(name, []).append(node["value"])
-    return {name: torch.stack(values) for name, values in found.items()}
+            for name, node in latent_nodes(trace).items():
+                draws.setdefault(name, []).append(node["value"])
+    return {name: torch.stack(values) for name, values in draws.items()}
 
 
 @torch.no_grad()
@@ -238,15 +242,17 @@ def with_scaled_sites(
     """
     if not any(site.endswith(NOISE) for site in draws):
         return dict(draws)
-    found: dict[str, list[Tensor]] = {}
+    from_noise: dict[str, list[Tensor]] = {}
     for lora in networks:
         for s in range(next(iter(draws.values())).shape[0]):
             at = {site: value[s] for site, value in draws.items()}
             trace = trace_at(lambda lora=lora: prior(lora), at, {})
             for name, node in trace.nodes.items():
                 if f"{name}{NOISE}" in draws:
-                    found.setdefault(name, []).append(node["value"])
-    return dict(draws) | {name: torch.stack(values) for name, values in found.items()}
+                    from_noise.setdefault(name, []).append(node["value"])
+    return dict(draws) | {
+        name: torch.stack(values) for name, values in from_noise.items()
+    }
 
 
 def log_prior_by_site(
@@ -262,21 +268,22 @@ def log_prior_by_site(
     Returns:
         Site -> (S,), nats, float64 (a sum over thousands of weights), differentiable.
     """
-    found: dict[str, list[Tensor]] = {}
+    log_probs: dict[str, list[Tensor]] = {}
     num_draws = next(iter(draws.values())).shape[0]
     for lora in networks:
         for s in range(num_draws):
             at = {site: value[s].double() for site, value in draws.items()}
             trace = trace_at(lambda lora=lora: prior(lora), at, {})
-            for name, node in _latent_nodes(trace).items():
+            for name, node in latent_nodes(trace).items():
                 if name in draws:
                     log_prob = node["fn"].log_prob(node["value"])
                     counted = scale_and_mask(log_prob, node["scale"], node["mask"])
-                    found.setdefault(name, []).append(counted.sum())
-    return {name: torch.stack(values) for name, values in found.items()}
+                    log_probs.setdefault(name, []).append(counted.sum())
+    return {name: torch.stack(values) for name, values in log_probs.items()}
 
 
-def _latent_nodes(trace: Any) -> dict[str, Any]:
+def latent_nodes(trace: Any) -> dict[str, Any]:
+    """The nodes of a trace that are sampled, site by site."""
     return {
         name: node
         for name, node in trace.nodes.items()

@@ -1,10 +1,24 @@
-"""Choosing the prior: by the evidence, or by held-out data."""
+r"""Choosing the prior: by the evidence, or by held-out data.
+
+At a fixed mode the evidence of normal priors of precision :math:`\tau_g`, one for each
+group g of :math:`n_g` weights at the squared distance :math:`d_g` from the prior's
+mean, is up to a constant
+
+.. math:: \frac12 \sum_g [n_g \log \tau_g - \tau_g d_g] - \frac12 \log \det (F +
+          \mathrm{diag}\,\tau),
+
+and takes no pass over the data. Where F is large beside :math:`\tau` its maximum is at
+:math:`\tau_g = n_g / d_g`, one over the weights' mean square; what the data don't
+determine adds nothing to :math:`d_g` and pulls :math:`\tau_g` up. Held-out data are
+predicted under a grid of precisions in one pass: only :math:`J P^{-1} J^T` differs.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from operator import length_hint
 from typing import Any
 
 import torch
@@ -12,17 +26,20 @@ from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 from torch.distributions import constraints, transform_to
 
-from pyro_lora.curvature.gaussian_logits import GaussianLogits, class_log_probs
-from pyro_lora.curvature.linearize import linearized_site
+from pyro_lora.curvature.gaussian_logits import GaussianLogits
+from pyro_lora.curvature.linear_model import largest
+from pyro_lora.curvature.linearize import LinearizedNetwork
+from pyro_lora.curvature.observations import log_predictive
 from pyro_lora.curvature.prior_moments import PriorAtMode, prior_at_mode, site_moments
 from pyro_lora.curvature.weight_gaussian import WeightGaussian
+from pyro_lora.ground.progress import Counted, progress
 from pyro_lora.ground.settings import check_gradients, check_number, check_word
 from pyro_lora.ground.warning import warn
 from pyro_lora.ground.weights import Weights
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.likelihood import likelihoods
 from pyro_lora.likelihood.batch import READ_ONCE, Batch, check_batches, checked_batches
-from pyro_lora.likelihood.model_trace import Model, naming_batch, trace_at
+from pyro_lora.likelihood.model_trace import naming_batch, trace_at
 from pyro_lora.likelihood.outcomes import (
     impossible,
     is_possible,
@@ -38,6 +55,8 @@ _NUM_STEPS = 500  # of L-BFGS at most; concave in log tau, a few dozen are usual
 _NUM_PARAMETER_STEPS = 200  # likewise, of the prior's own parameters
 _SAME = 1e-4  # relative difference of two log densities, in float32
 _NUM_SWEEPS = 2  # over the groups, of the search on held-out data
+_DECADES = [float(x) for x in range(7, -7, -1)]  # of the search by a score
+_MAX_SWEEPS, _SAME_DECADE = 5, 0.1  # over its groups, and where it ends
 _GRID = torch.logspace(-4, 6, 81, dtype=torch.float64)  # 8 precisions a decade
 
 
@@ -69,7 +88,8 @@ def checked_precision(
         values = dict.fromkeys(like, value)
     result = {}
     for site, x in like.items():
-        tau = torch.as_tensor(values[site], dtype=x.dtype, device=x.device).detach()
+        tau = torch.as_tensor(values[site], dtype=x.dtype, device=x.device)
+        tau = tau.detach().clone()  # the user's own may change
         if not ((tau >= MIN_PRECISION) & (tau <= MAX_PRECISION)).all():
             raise ValueError(
                 f"Site {site!r}: prior precisions must lie between {MIN_PRECISION:g} "
@@ -119,9 +139,10 @@ def maximize_evidence(
         ]
     )
     first = next(iter(loc.values()))
-    sizes = torch.cat(
+    sizes = torch.cat(  # n, of each matrix
         [distance.new_full(x.shape[:1], x[0].numel()) for x in loc.values()]
     )
+    # Logarithms, in which no step leaves the positive numbers; they start at tau = 1.
     theta = torch.zeros(size, dtype=torch.float64, device=first.device)
     theta.requires_grad_()
 
@@ -154,8 +175,8 @@ def maximize_evidence(
 
     with torch.enable_grad():
         optimizer.step(closure)
-    found = _spread(theta.detach().exp(), gaussian.loc, per)
-    return {s: tau.clamp(MIN_PRECISION, MAX_PRECISION) for s, tau in found.items()}
+    precisions = _spread(theta.detach().exp(), gaussian.loc, per)
+    return {s: tau.clamp(MIN_PRECISION, MAX_PRECISION) for s, tau in precisions.items()}
 
 
 def _num_precisions(loc: Weights, per: str) -> int:
@@ -172,16 +193,16 @@ def _by_matrix(values: Tensor, loc: Weights, per: str) -> Tensor:
     layers = [x.shape[0] for x in loc.values()]
     if per == "all":
         return values.expand(sum(layers))
-    parts = zip(values, layers, strict=True)
-    return torch.cat([value.expand(number) for value, number in parts])
+    pairs = zip(values, layers, strict=True)
+    return torch.cat([value.expand(number) for value, number in pairs])
 
 
 def _by_site(matrices: Tensor, loc: Weights) -> Weights:
     """One value for each matrix of all sites as site -> (L, 1, 1)."""
-    parts = matrices.split([x.shape[0] for x in loc.values()])
+    by_site = matrices.split([x.shape[0] for x in loc.values()])
     return {
         site: part.reshape(-1, *[1] * (x.ndim - 1))
-        for (site, x), part in zip(loc.items(), parts, strict=True)
+        for (site, x), part in zip(loc.items(), by_site, strict=True)
     }
 
 
@@ -190,13 +211,66 @@ def _spread(values: Tensor, loc: Weights, per: str) -> Weights:
     return _by_site(_by_matrix(values, loc, per), loc)
 
 
+def search_precision(
+    score: Callable[[Weights], float], loc: Weights, per: str
+) -> Weights:
+    """The prior precisions with the largest score, by values of it alone.
+
+    One for all first, over decades and between the best of them; then of each group in
+    turn, the others fixed, until none moves by a tenth of a decade.
+
+    Args:
+        score: A function of site -> precision, (L, 1, 1).
+        loc: Site -> a value of the site's shape.
+        per: ``"all"``, ``"site"`` or ``"layer"``: what shares one precision.
+
+    Returns:
+        Site -> precision, (L, 1, 1).
+
+    Warns:
+        UserWarning: If one is at an end of the decades.
+    """
+    size = _num_precisions(loc, per)
+    first = next(iter(loc.values()))
+    log_tau = torch.zeros(size, dtype=torch.float64, device=first.device)
+
+    def spread(values: Tensor) -> Weights:
+        return _spread(10**values, loc, per)
+
+    best = largest(lambda x: score(spread(torch.full_like(log_tau, x))), _DECADES)
+    log_tau += best
+    for _ in range(_MAX_SWEEPS if size > 1 else 0):
+        before = log_tau.clone()
+        for group in range(size):
+
+            def of_group(x: float, group: int = group) -> float:
+                values = log_tau.clone()
+                values[group] = x
+                return score(spread(values))
+
+            center = float(log_tau[group])
+            around = (center + step for step in (2, 1, 0, -1, -2))
+            inside = [min(max(x, _DECADES[-1]), _DECADES[0]) for x in around]
+            log_tau[group] = largest(of_group, inside)
+        if bool((log_tau - before).abs().max() < _SAME_DECADE):
+            break
+    ends = {_DECADES[0]: "strongest", _DECADES[-1]: "weakest"}
+    for end, of_prior in ends.items():
+        if bool((log_tau == end).any()):
+            warn(
+                f"The best prior precision is 10^{end:g}, the {of_prior} prior tried: "
+                "the data don't set it. Use objective='evidence', or choose one by "
+                "with_prior_precision; if the weights aren't a mode, refine first."
+            )
+    return spread(log_tau)
+
+
 def minimize_nll(
-    model: Model,
+    network: LinearizedNetwork,
     gaussian: WeightGaussian,
-    networks: Sequence[LiftedNetwork],
     batches: Iterable[Batch],
-    obs_site: str | None,
     per: str,
+    progress_bar: bool | None = None,
 ) -> Weights:
     """The prior precisions with the smallest held-out negative log likelihood.
 
@@ -204,12 +278,11 @@ def minimize_nll(
     first of one for all; then of each group in turn, the others fixed, twice.
 
     Args:
-        model: A Pyro model.
+        network: At the mode.
         gaussian: Mode and Fisher information.
-        networks: The lifted networks in the model.
         batches: Held-out batches with labels.
-        obs_site: The likelihood's site.
         per: ``"all"``, ``"site"`` or ``"layer"``: what shares one precision.
+        progress_bar: Show one, of the batches of all passes.
 
     Returns:
         Site -> precision, (L, 1, 1).
@@ -233,18 +306,24 @@ def minimize_nll(
             checked_precision(_spread(tau, gaussian.loc, per), gaussian.loc)
             for tau in candidates
         ]
-        losses = _nll(model, gaussian, networks, batches, obs_site, priors)
+        losses = _nll(network, gaussian, Counted(batches, bar), priors)
         return candidates[int(losses.argmin())]
 
-    tau = best_of(grid[:, None].expand(-1, size))
-    for _ in range(_NUM_SWEEPS if size > 1 else 0):
-        for group in range(size):
-            candidates = tau.repeat(len(grid), 1)
-            candidates[:, group] = grid
-            tau = best_of(candidates)
-    found = _spread(tau, gaussian.loc, per)
-    _warn_at_end(found)
-    return found
+    # One coordinate after the other: a grid over all of them has 81^G points.
+    num_sweeps = _NUM_SWEEPS if size > 1 else 0
+    total = length_hint(batches) * (1 + num_sweeps * size)
+    with progress(
+        title="Prior", unit="batch", total=total or None, shown=progress_bar
+    ) as bar:
+        tau = best_of(grid[:, None].expand(-1, size))
+        for _ in range(num_sweeps):
+            for group in range(size):
+                candidates = tau.repeat(len(grid), 1)  # (grid, G)
+                candidates[:, group] = grid
+                tau = best_of(candidates)
+    precisions = _spread(tau, gaussian.loc, per)
+    _warn_at_end(precisions)
+    return precisions
 
 
 def _warn_at_end(precisions: Weights) -> None:
@@ -262,26 +341,23 @@ def _warn_at_end(precisions: Weights) -> None:
 
 
 def _nll(
-    model: Model,
+    network: LinearizedNetwork,
     gaussian: WeightGaussian,
-    networks: Sequence[LiftedNetwork],
     batches: Iterable[Batch],
-    obs_site: str | None,
     priors: Sequence[Weights],
 ) -> Tensor:
     total: Tensor | float = 0.0
     num_outcomes = 0
     for index, batch in enumerate(checked_batches(batches)):
         with naming_batch(index):
-            found, site = linearized_site(
-                model, gaussian, networks, batch, obs_site, priors
-            )
+            at_batch = network.at(batch)
+            site, logits = at_batch.site, at_batch.logits(gaussian, priors)
             if not site["is_observed"]:
                 raise ValueError(
                     f"Held-out batch {index} has no labels, which objective='nll' "
                     f"needs: site {site['name']!r} isn't observed."
                 )
-            losses = torch.stack([_log_loss(logits, site) for logits in found])
+            losses = torch.stack([_log_loss(of_prior, site) for of_prior in logits])
             if not losses.isfinite().all():
                 raise ValueError(
                     f"Site {site['name']!r}: the log likelihood is NaN or infinite. "
@@ -306,29 +382,13 @@ def _log_loss(logits: GaussianLogits, site: dict[str, Any]) -> Tensor:
         ValueError: If one of them is none.
     """
     fn, value = single_outcomes(site["fn"]).fn, site["value"]
-    counts, classes = outcomes_that_count(site), likelihoods.of(fn).classes
+    counts = outcomes_that_count(site)
     wrong = counts & ~is_possible(fn, value)
     if bool(wrong.any()):
         raise ValueError(
             f"Site {site['name']!r}: {impossible(fn, value[wrong].flatten()[0].item())}"
         )
-    if logits.noise_variance is not None:
-        variance = logits.predictive_variance.double()
-        counts = counts.reshape(variance.shape)
-        square = (value.double().reshape(variance.shape) - logits.mean).square()
-        loss = 0.5 * (square / variance + (2 * math.pi * variance).log())
-    elif classes is None:
-        loss = -logits.log_prob(values_to_score(site))
-    else:
-        log_probs = class_log_probs(logits)
-        value = value.argmax(-1) if classes.one_hot else value
-        value = value.where(counts, torch.zeros_like(value))
-        if log_probs.shape[-1] == 2:  # a Bernoulli's may be between its two classes
-            shares = torch.stack([1 - value, value], 1).to(log_probs)
-            none = torch.zeros_like(shares)
-            loss = -(shares * log_probs).where(shares > 0, none).sum(1)
-        else:
-            loss = -log_probs.gather(1, value.long()[:, None])[:, 0]
+    loss = -log_predictive(logits, likelihoods.of(fn), values_to_score(site))
     return loss.where(counts, torch.zeros_like(loss)).sum()
 
 
@@ -359,25 +419,27 @@ def train_parameters(
     """
     check_gradients()
     mode = {site: x.detach().requires_grad_() for site, x in gaussian.loc.items()}
-    found: dict[str, Any] = {}
+    parameters: dict[str, Any] = {}
     for lora in networks:
         trace = trace_at(partial(prior, lora), mode, {})
         for name, node in trace.nodes.items():
             if node["type"] == "param":
-                found[name] = (node["value"], node["kwargs"].get("constraint"))
-    if not found:
+                parameters[name] = (node["value"], node["kwargs"].get("constraint"))
+    if not parameters:
         raise ValueError(
             "per='prior' trains the prior's own parameters, but it has no pyro.param. "
             "Use per='all', 'site' or 'layer', or a prior with one."
         )
-    transforms = {k: transform_to(c or constraints.real) for k, (_, c) in found.items()}
-    free = {
+    transforms = {
+        k: transform_to(c or constraints.real) for k, (_, c) in parameters.items()
+    }
+    free = {  # unconstrained, so that steps stay within the parameters' constraints
         name: transforms[name].inv(value.detach()).double().requires_grad_()
-        for name, (value, _) in found.items()
+        for name, (value, _) in parameters.items()
     }
 
     def values() -> dict[str, Tensor]:
-        return {k: transforms[k](u).to(found[k][0]) for k, u in free.items()}
+        return {k: transforms[k](u).to(parameters[k][0]) for k, u in free.items()}
 
     def log_evidence() -> Tensor:
         total, precisions = torch.zeros((), dtype=torch.float64), {}
@@ -388,9 +450,11 @@ def train_parameters(
             total = total + scaled.double().sum().to(total.device)
             precisions[node["name"]] = site_moments(node, w)[1]
         in_order = {site: precisions[site] for site in gaussian.loc}
+        # theta moves it by the prior's density and by the tau that P has from it.
         return total - 0.5 * gaussian.log_det(in_order).to(total.device)
 
-    _check_as_fitted(_log_prior(prior, networks, gaussian, values()), log_prior)
+    # F was found at a mode under the parameters' values then.
+    check_as_fitted(_log_prior(prior, networks, gaussian, values()), log_prior)
     optimizer = torch.optim.LBFGS(
         list(free.values()),
         max_iter=_NUM_PARAMETER_STEPS,
@@ -415,7 +479,7 @@ def train_parameters(
         )
 
     best = PriorAtParameters(prior, at)
-    return best, _moments(best, networks, mode)
+    return best, moments_at(best, networks, mode)
 
 
 def _nodes(
@@ -451,7 +515,16 @@ def _log_prior(
     )
 
 
-def _check_as_fitted(now: float, then: Tensor) -> None:
+def check_as_fitted(now: float, then: Tensor) -> None:
+    """Check that a prior is as it was when the mode was found.
+
+    Args:
+        now: Its log density at the mode.
+        then: The same in the fit.
+
+    Raises:
+        ValueError: If its parameters changed.
+    """
     if abs(now - float(then)) > _SAME * max(1.0, abs(now)):
         raise ValueError(
             f"The prior's log density at the mode is {now:.6g}, but it was "
@@ -460,18 +533,26 @@ def _check_as_fitted(now: float, then: Tensor) -> None:
         )
 
 
-def _moments(
-    prior: Prior, networks: Sequence[LiftedNetwork], mode: Mapping[str, Tensor]
+def moments_at(
+    prior: Prior, networks: Sequence[LiftedNetwork], weights: Mapping[str, Tensor]
 ) -> PriorAtMode:
+    """What a prior contributes at a mode.
+
+    Args:
+        prior: The prior.
+        networks: The lifted networks that it is the prior of.
+        weights: Lifted site -> the mode.
+    """
+    mode = {site: x.detach().requires_grad_() for site, x in weights.items()}
     mean: Weights = {}
     precision: Weights = {}
     gradient: Weights = {}
     total = torch.zeros((), dtype=torch.float64)
     for lora in networks:
-        part = {site: mode[site] for site in lora.sites if site in mode}
-        found = prior_at_mode(trace_at(partial(prior, lora), part, {}), part)
-        mean |= found.mean
-        precision |= found.precision
-        gradient |= found.gradient
-        total = total + found.log_prob.to(total.device)
+        own = {site: mode[site] for site in lora.sites if site in mode}
+        moments = prior_at_mode(trace_at(partial(prior, lora), own, {}), own)
+        mean |= moments.mean
+        precision |= moments.precision
+        gradient |= moments.gradient
+        total = total + moments.log_prob.to(total.device)
     return PriorAtMode(mean, precision, total, gradient)

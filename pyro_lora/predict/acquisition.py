@@ -1,4 +1,17 @@
-"""Which data to label next: the mutual information of labels and weights."""
+r"""Which data to label next: the mutual information of labels and weights.
+
+Of one datum it's :math:`I(y; w) = H(E_s p_s) - E_s H(p_s)`, the epistemic entropy. Of
+several, with A those chosen so far, it grows by :math:`I(y_n; w | y_A)`, which takes
+the joint distribution of :math:`y_A` and the draw: one row of log p(configuration |
+draw s), (M, S), for each of M configurations of the labels. With two classes, say,
+
+    chosen     M    configurations
+    nothing    1    ()
+    n          2    (0) (1)
+    n, m       4    (0, 0) (0, 1) (1, 0) (1, 1)
+
+so that M grows as C to the number of the chosen, until they are sampled.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +24,15 @@ from torch import Tensor
 
 from pyro_lora.ground.interrupts import leaving_no_trace
 from pyro_lora.ground.settings import check_count, check_word
+from pyro_lora.ground.summary import FieldsShown
 from pyro_lora.predict.prediction import Prediction
 
 # Numbers in the largest intermediate array: 256 MB of float64.
 _MOST_NUMBERS = 2**25
 
 
-@dataclass(frozen=True, eq=False)
-class Acquisition:
+@dataclass(frozen=True, eq=False, repr=False)
+class Acquisition(FieldsShown):
     """The data that are worth a label, most informative first.
 
     Attributes:
@@ -119,12 +133,13 @@ def _batch_bald(log_p: Tensor, num: int, max_configurations: int) -> Acquisition
     for _ in range(num):
         weights = joint.softmax(1)
         gain = _expected_entropy(weights, share.exp(), p) - aleatoric
-        gain[chosen] = -math.inf
+        gain[chosen] = -math.inf  # each datum once
         best = int(gain.argmax())
         chosen.append(best)
         scores.append(gain[best].clamp_min(0))
         is_exact = is_exact and len(joint) * num_classes <= max_configurations
         if is_exact:
+            # Given the weights labels are independent: their log probabilities add.
             joint = (joint[:, None] + log_p[:, best].mT).flatten(0, 1)
             share = joint.logsumexp(1) - math.log(num_draws)
         else:
@@ -145,11 +160,11 @@ def _expected_entropy(weights: Tensor, share: Tensor, p: Tensor) -> Tensor:
         p: (S, N, C).
     """
     size = max(1, _MOST_NUMBERS // (len(weights) * p.shape[-1]))
-    parts = []
-    for some in p.split(size, dim=1):
-        given = torch.tensordot(weights, some, 1)  # (M, N', C)
-        parts.append(share @ torch.special.entr(given).sum(-1))
-    return torch.cat(parts)
+    entropies = []
+    for chunk in p.split(size, dim=1):
+        given = torch.tensordot(weights, chunk, 1)  # (M, N', C)
+        entropies.append(share @ torch.special.entr(given).sum(-1))
+    return torch.cat(entropies)
 
 
 def _sampled_configurations(log_p: Tensor, num: int) -> Tensor:

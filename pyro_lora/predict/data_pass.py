@@ -1,4 +1,10 @@
-"""One pass over the data under many draws: what each says of each datum."""
+r"""One pass over the data under many draws: what each says of each datum.
+
+The log joint of draw s is :math:`\log p(w_s) + c \sum_n \log p(y_n | x_n, w_s)`, with c
+the user's own ``poutine.scale``. ``log_likelihood`` (S, N) has the terms of the sum
+without c, as leave-one-out needs them, ``total_log_likelihood`` (S,) the sum with it.
+The scale of subsampling, N / B, is left out of both: batches cover all data.
+"""
 
 from __future__ import annotations
 
@@ -21,35 +27,46 @@ from pyro_lora.likelihood.outcomes import data_that_count, values_to_score
 
 
 @dataclass(frozen=True, eq=False)
+class ObservedData:
+    """N outcomes, and how likely they are under S draws.
+
+    Attributes:
+        log_likelihood: (S, N), float64, nats.
+        total_log_likelihood: (S,), float64, nats, the user's own ``poutine.scale``
+            included.
+        values: The outcomes, (N, ...).
+        counts: Which of them count, (N,).
+    """
+
+    log_likelihood: Tensor
+    total_log_likelihood: Tensor
+    values: Tensor
+    counts: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class DataPass:
     """What the model said about N data under S draws.
 
     Attributes:
         obs_site: The likelihood's site.
         networks: The lifted networks in the model.
-        log_likelihood: (S, N), float64, nats; None without labels.
-        total_log_likelihood: (S,), float64, nats, the user's own ``poutine.scale``
-            included; None without labels.
-        obstacle: Why that is no part of a log joint; None where it is.
+        observed: The outcomes; None without labels.
+        no_log_joint: Why their likelihood is no part of a log joint; None where it is.
         log_prior: Site -> (S,), float64, nats, of latent sites outside the network.
         prior_scales: Site -> scale of its log density, where the model has another
             than the lifted network's prior.
-        outcomes: Drawn from the likelihood, (S, N, ...).
-        observed: The outcomes given, (N, ...); None without labels.
-        counts: Which data of them count, (N,); None without labels.
+        drawn: Outcomes, from the likelihood, (S, N, ...).
         inputs: The integer inputs, name -> (N, ...), padded with zeros on the right.
     """
 
     obs_site: str
     networks: Sequence[LiftedNetwork]
-    log_likelihood: Tensor | None
-    total_log_likelihood: Tensor | None
-    obstacle: str | None
+    observed: ObservedData | None
+    no_log_joint: str | None
     log_prior: dict[str, Tensor]
     prior_scales: dict[str, float | Tensor]
-    outcomes: Tensor
-    observed: Tensor | None
-    counts: Tensor | None
+    drawn: Tensor
     inputs: dict[str, Tensor]
 
 
@@ -83,11 +100,8 @@ def pass_over_data(
     Raises:
         ValueError: If some batches have labels and others none.
     """
-    log_likelihoods: list[Tensor] = []
-    totals: list[Tensor] = []
-    outcomes: list[Tensor] = []
-    observed: list[Tensor] = []
-    counts: list[Tensor] = []
+    observed: list[ObservedData] = []
+    drawn: list[Tensor] = []
     inputs: list[dict[str, Tensor]] = []
     latent: list[dict[str, Tensor]] = []
     networks: Sequence[LiftedNetwork] = ()
@@ -95,50 +109,62 @@ def pass_over_data(
     alone = True
     index = num_data = 0
     for index, batch in enumerate(checked_batches(batches), 1):
-        drawn, log_likelihood, total = [], [], []
+        of_batch, log_likelihood, total = [], [], []
         for trace in at_draws.traces(batch):
             site = trace.nodes[at_draws.obs_site]
-            drawn.append(site["fn"].sample())
+            of_batch.append(site["fn"].sample())
             if site["is_observed"]:
                 with explaining(batch, nodes=trace.nodes):
                     log_likelihood.append(datum_log_probs(site))
                 total.append((log_likelihood[-1] * data_plate(site).scale).sum(-1))
-            if index == 1:
+            if index == 1:  # the weights' own density doesn't depend on the batch
                 networks = lifted_networks(trace)
                 latent.append(latent_log_probs(trace, networks))
                 prior_scales = model_scales(trace, networks)
                 alone = alone and observes_only(trace, at_draws.obs_site)
         num_data += data_plate(site).size
-        outcomes.append(torch.cat(drawn))
+        drawn.append(torch.cat(of_batch))
         if site["is_observed"]:
-            log_likelihoods.append(torch.cat(log_likelihood))
-            totals.append(torch.cat(total))
-            observed.append(_one_draw(site))
-            counts.append(data_that_count(site))
+            observed.append(
+                ObservedData(
+                    torch.cat(log_likelihood),
+                    torch.cat(total),
+                    _one_draw(site),
+                    data_that_count(site),
+                )
+            )
         if len(observed) not in (0, index):
             raise ValueError(
                 f"Batch {index - 1} and the ones before it differ in whether they "
                 f"have labels (site {at_draws.obs_site!r} observed). Give all batches "
                 "labels, or none."
             )
-        inputs.append(_integer_inputs(batch, outcomes[-1].shape[1], labels))
-    has_labels = bool(observed)
+        inputs.append(_integer_inputs(batch, drawn[-1].shape[1], labels))
     return DataPass(
         at_draws.obs_site,
         networks,
-        torch.cat(log_likelihoods, 1) if has_labels else None,
-        torch.stack(totals).sum(0) if has_labels else None,
-        no_log_joint(site, num_data, alone),
-        {name: torch.cat([part[name] for part in latent]) for name in latent[0]},
-        prior_scales,
-        torch.cat(outcomes, 1),
-        torch.cat(observed) if has_labels else None,
-        torch.cat(counts) if has_labels else None,
+        _of_all(observed) if observed else None,
+        why_no_log_joint(site, num_data, alone),
         {
-            name: _padded_rows([part[name] for part in inputs])
-            for name in inputs[0]
-            if all(name in part for part in inputs)
+            name: torch.cat([of_draws[name] for of_draws in latent])
+            for name in latent[0]
         },
+        prior_scales,
+        torch.cat(drawn, 1),
+        {
+            name: _padded_rows([of_batch[name] for of_batch in inputs])
+            for name in inputs[0]
+            if all(name in of_batch for of_batch in inputs)
+        },
+    )
+
+
+def _of_all(batches: Sequence[ObservedData]) -> ObservedData:
+    return ObservedData(
+        torch.cat([x.log_likelihood for x in batches], 1),
+        torch.stack([x.total_log_likelihood for x in batches]).sum(0),
+        torch.cat([x.values for x in batches]),
+        torch.cat([x.counts for x in batches]),
     )
 
 
@@ -151,6 +177,7 @@ def datum_log_probs(site: Mapping[str, Any]) -> Tensor:
     log_prob = site["fn"].log_prob(values_to_score(site)).double()
     if site["mask"] is None:
         return log_prob
+    # A product with the mask would keep NaN.
     mask = torch.as_tensor(site["mask"], device=log_prob.device)
     return torch.where(mask, log_prob, 0.0)
 
@@ -190,7 +217,7 @@ def latent_log_probs(
     return result
 
 
-def no_log_joint(site: dict[str, Any], num_data: int, alone: bool) -> str | None:
+def why_no_log_joint(site: dict[str, Any], num_data: int, alone: bool) -> str | None:
     """Why batches have no log joint of all data, if so.
 
     Args:
@@ -200,6 +227,7 @@ def no_log_joint(site: dict[str, Any], num_data: int, alone: bool) -> str | None
     """
     if not site["is_observed"]:
         return "needs labels, and the batches have none"
+    # A part of the data, or the same twice, has another likelihood than the model's.
     full_size = data_plate(site).full_size
     if num_data != full_size:
         return (
@@ -237,8 +265,8 @@ def _integer_inputs(
     }
 
 
-def _padded_rows(parts: Sequence[Tensor]) -> Tensor:
-    if parts[0].ndim == 1:
-        return torch.cat(list(parts))
-    longest = max(part.shape[1] for part in parts)
-    return torch.cat([pad(part, (0, longest - part.shape[1])) for part in parts])
+def _padded_rows(batches: Sequence[Tensor]) -> Tensor:
+    if batches[0].ndim == 1:
+        return torch.cat(list(batches))
+    longest = max(rows.shape[1] for rows in batches)
+    return torch.cat([pad(rows, (0, longest - rows.shape[1])) for rows in batches])

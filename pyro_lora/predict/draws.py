@@ -1,4 +1,13 @@
-"""Draws of the weights, and the likelihood's site under many draws at once."""
+"""Draws of the weights, and the likelihood's site under many draws at once.
+
+Draws are one more batch dim, left of all the model's plates, so that one run of the
+model is one forward pass for several. With the data's plate alone, of B data, and a
+site of weights (L, R, I) outside of it, S draws (S, L, R, I) become
+
+    (S, 1, L, R, I)      1: the data's plate, in which the site isn't
+
+and the likelihood's distribution then has batch shape (S, B).
+"""
 
 from __future__ import annotations
 
@@ -86,12 +95,12 @@ def check_same_inputs(posterior: Posterior, batch: PlacedBatch) -> None:
         posterior: Any; ours know their fit's arguments, unless loaded.
         batch: The first one.
     """
-    known = fit_arguments(posterior)
-    if known is None:
+    fitted_with = fit_arguments(posterior)
+    if fitted_with is None:
         return
     takes = {name for lora in posterior.networks for name in lora.input_names}
-    for name in sorted((known ^ batch.given) & takes):
-        has, had = ("no", "with") if name in known else ("a", "without")
+    for name in sorted((fitted_with ^ batch.given) & takes):
+        has, had = ("no", "with") if name in fitted_with else ("a", "without")
         warn(
             f"{batch.place} has {has} {name!r} for the network, and the posterior was "
             f"fitted {had} one, so these outputs are others. Give the same arguments; "
@@ -110,13 +119,13 @@ def model_of(posterior: Posterior, model: Model | None, caller: str) -> Model:
     Raises:
         ValueError: If there is none.
     """
-    found = posterior.model if model is None else model
-    if found is None:
+    model = posterior.model if model is None else model
+    if model is None:
         raise ValueError(
             f"{caller} needs the model, and this {kind_of(posterior)} doesn't "
             f"know its own. Use {caller}(posterior, ..., model=model)."
         )
-    return found
+    return model
 
 
 def network_of(
@@ -172,7 +181,7 @@ class ModelAtDraws:
             model's plates, so that the draws are the leftmost batch dim everywhere.
         obs_site: The likelihood's site.
         batch_first: Whether a batch's first tensor has one row for each datum.
-        chunk_size: Draws in one forward pass.
+        draws_at_once: Draws in one forward pass.
         dropout: Whether dropout is on.
     """
 
@@ -180,7 +189,7 @@ class ModelAtDraws:
     weights: Weights
     obs_site: str
     batch_first: bool
-    chunk_size: int = DRAWS_AT_ONCE
+    draws_at_once: int = DRAWS_AT_ONCE
     dropout: bool = False
 
     @property
@@ -200,19 +209,19 @@ class ModelAtDraws:
         Raises:
             ValueError: If the distribution has other batch dims.
         """
-        for start in range(0, self.num_draws, self.chunk_size):
-            end = min(start + self.chunk_size, self.num_draws)
-            some = {site: x[start:end] for site, x in self.weights.items()}
+        for start in range(0, self.num_draws, self.draws_at_once):
+            stop = min(start + self.draws_at_once, self.num_draws)
+            chunk = {site: x[start:stop] for site, x in self.weights.items()}
             with in_mode(drop) if self.dropout else evaluating_model():
-                trace = trace_at(self.model, some, batch)
-            found = tuple(trace.nodes[self.obs_site]["fn"].batch_shape)
-            some_draws = end - start
-            size = _num_rows(batch) if self.batch_first else found[-1:]
-            if found != (some_draws, *size):
+                trace = trace_at(self.model, chunk, batch)
+            shape = tuple(trace.nodes[self.obs_site]["fn"].batch_shape)
+            size = _num_rows(batch) if self.batch_first else shape[-1:]
+            expected = (stop - start, *size)
+            if shape != expected:
                 raise ValueError(
-                    f"Site {self.obs_site!r}: {some_draws} draws at once should give "
-                    f"the batch shape {(some_draws, *size)}, found {found}. Index the "
-                    "network's outputs from the right (logits[..., -1, :])."
+                    f"Site {self.obs_site!r}: {stop - start} draws at once should give "
+                    f"the batch shape {expected}, found {shape}. Index the network's "
+                    "outputs from the right (logits[..., -1, :])."
                 )
             yield trace
 
@@ -223,7 +232,7 @@ def model_at_draws(
     weights: Mapping[str, Tensor],
     batch: Batch,
     obs_site: str | None,
-    chunk_size: int = DRAWS_AT_ONCE,
+    draws_at_once: int = DRAWS_AT_ONCE,
     dropout: bool = False,
     trace: Any = None,
 ) -> ModelAtDraws:
@@ -234,7 +243,7 @@ def model_at_draws(
         weights: Site -> (S, ...), all latent sites of the model.
         batch: The first batch, labels or not.
         obs_site: The likelihood's site, or None.
-        chunk_size: Draws in one forward pass.
+        draws_at_once: How many of them go through the network in one forward pass.
         dropout: Whether dropout is on, for MC dropout.
         trace: That trace, where it is known.
 
@@ -242,11 +251,10 @@ def model_at_draws(
         The model at the draws.
 
     Raises:
-        ValueError: If ``chunk_size`` isn't positive, the likelihood isn't found or
+        ValueError: If the likelihood isn't found or
             gives more than one outcome a datum, the model and the posterior have
             different latent sites, or one is local to a datum.
     """
-    check_count("chunk_size", chunk_size)
     check_names(model, obs_site)
     if trace is None:
         with evaluating_model():
@@ -288,7 +296,7 @@ def model_at_draws(
         if name in weights
     }
     batch_first = _num_rows(batch) == tuple(obs["fn"].batch_shape)
-    return ModelAtDraws(model, padded, obs["name"], batch_first, chunk_size, dropout)
+    return ModelAtDraws(model, padded, obs["name"], batch_first, draws_at_once, dropout)
 
 
 def _plates(node: Mapping[str, Any]) -> set[str]:
@@ -317,6 +325,8 @@ def _padded(
             "draws for one batch say nothing about another. Only sites outside of the "
             "data's plate can be predicted from."
         )
+    # (S, *batch, *event) -> (S, 1, ..., 1, *batch, *event), of as many batch dims as
+    # the model's plates take
     num_draws, *shape = value.shape
     event_dim = node["fn"].event_dim
     missing = nest - (len(shape) - event_dim)

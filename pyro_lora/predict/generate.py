@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from pyro_lora.ground.interrupts import leaving_no_trace
+from pyro_lora.ground.progress import progress
 from pyro_lora.ground.settings import (
     check_count,
     check_function,
@@ -25,6 +26,7 @@ from pyro_lora.ground.settings import (
     check_positive,
     check_word,
 )
+from pyro_lora.ground.summary import FieldsShown
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.likelihood.model_trace import evaluating
 from pyro_lora.posteriors.guide_posterior import Guide
@@ -43,8 +45,8 @@ from pyro_lora.predict.sequence_scores import (
 Mode = Literal["average", "draws", "mode"]
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Generation:
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
+class Generation(FieldsShown):
     r"""Texts, and what S draws of the weights think of every new token.
 
     Lead dims are (B,), or (S, B) with a text from each draw. T is the length of the
@@ -98,6 +100,7 @@ def generate(
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
     generator: torch.Generator | None = None,
+    progress_bar: bool | None = None,
 ) -> Generation:
     r"""Continue prompts under S draws of the weights at once, with a key-value cache.
 
@@ -133,6 +136,7 @@ def generate(
             first that ends a text.
         generator: Randomness of the tokens; None: torch's global state. The draws of
             the weights are always by the global state.
+        progress_bar: Show one, of the new tokens; None: on a terminal or in a notebook.
 
     Returns:
         Texts, entropies, log-probabilities.
@@ -174,8 +178,11 @@ def generate(
     draws = lora_draws(lora, posterior, num_samples)
     weights = lora_mode(lora, posterior) if mode == "mode" else draws
     averaged = len(next(iter(weights.values()))) if mode == "average" else 1
-    choice = _NextToken(averaged, len(input_ids), warpers, do_sample, generator)
-    with evaluating((lora,)), lora.bind(weights) as net:
+    bar = progress(
+        title="Generate", unit="token", total=max_new_tokens, shown=progress_bar
+    )
+    choice = _NextToken(averaged, len(input_ids), warpers, do_sample, generator, bar)
+    with bar, evaluating((lora,)), lora.bind(weights) as net:
         sequences = net.generate(
             input_ids,
             attention_mask=mask,
@@ -194,7 +201,7 @@ def generate(
     results = [_scored(lora, draws, text, mask, eos) for text in texts]
     lead = torch.stack if mode == "draws" else torch.cat
     total, aleatoric, log_probs, finished = (
-        lead(parts) for parts in zip(*results, strict=True)
+        lead(values) for values in zip(*results, strict=True)
     )
     return Generation(
         sequences=lead(list(texts)),
@@ -215,6 +222,7 @@ class _NextToken(LogitsProcessor):
         warpers: Temperature, top-k, top-p.
         do_sample: Whether to draw.
         generator: Randomness.
+        bar: Counts the tokens.
     """
 
     def __init__(
@@ -224,14 +232,17 @@ class _NextToken(LogitsProcessor):
         warpers: LogitsProcessorList,
         do_sample: bool,
         generator: torch.Generator | None,
+        bar: Any,
     ) -> None:
         self.num_draws = num_draws
         self.batch_size = batch_size
         self.warpers = warpers
         self.do_sample = do_sample
         self.generator = generator
+        self.bar = bar
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.bar.update()
         # With one draw at a time, rows are B or, folded, S B texts of their own.
         num_rows, remainder = divmod(len(scores), self.num_draws)
         if self.num_draws > 1 and (remainder or num_rows != self.batch_size):
@@ -239,6 +250,8 @@ class _NextToken(LogitsProcessor):
                 f"The average needs {self.num_draws} draws in one batch, which this "
                 "network can't take (the log says why). Use mode='draws' or 'mode'."
             )
+        # log (1/S) Σ_s p_s(y_t | y_<t): what is chosen is the same for all draws, whose
+        # caches stay those of one text.
         if self.num_draws > 1:
             by_draw = scores.log_softmax(-1).unflatten(0, (self.num_draws, num_rows))
             averaged = log_mean_exp(by_draw)  # (B, V)
@@ -266,12 +279,13 @@ def _scored(
     length = prompt_mask.shape[1]
     new = text[:, length:]  # (B, T')
     ends = torch.isin(new, new.new_tensor(eos))
-    alive = ends.cumsum(-1) - ends.long() == 0  # up to the first end, itself too
+    # No end before the token: of (5, 3, E, 0, 0) the first three are alive.
+    alive = ends.cumsum(-1) - ends.long() == 0
     mask = torch.cat([prompt_mask, alive.to(prompt_mask)], 1)
-    parts = []
+    of_rows = []
     for rows, each in next_token_log_probs(lora, draws, text, mask, new.shape[1]):
         averaged = log_mean_exp(each)  # (b, T', V)
-        parts.append(
+        of_rows.append(
             (
                 torch.special.entr(averaged.exp()).sum(-1),
                 torch.special.entr(each.exp()).sum(-1).mean(0),
@@ -279,7 +293,7 @@ def _scored(
             )
         )
     total, aleatoric, log_probs = (
-        torch.cat(part).where(alive, 0) for part in zip(*parts, strict=True)
+        torch.cat(values).where(alive, 0) for values in zip(*of_rows, strict=True)
     )
     return total, aleatoric, log_probs, ends.any(-1)
 

@@ -1,9 +1,16 @@
-"""Predictions of one batch by the network linearised around the mode."""
+r"""Predictions of one batch by the network linearised around the mode.
+
+With weights w ~ N(ŵ, Σ) and J the Jacobian at ŵ, the outputs f(x; ŵ) + J (w - ŵ) are
+Gaussian, N(f(x; ŵ), J Σ Jᵀ), and :math:`p(y | x) = \int p(y | f) N(f) df` is an
+integral over a few numbers, without draws of weights. Of a mixture :math:`\sum_n \pi_n
+N_n` it's the weighted mean of its Gaussians' integrals: the network runs once around
+each mode.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,11 +34,12 @@ from pyro_lora.likelihood.outcomes import single_outcomes
 from pyro_lora.posteriors.laplace_posterior import LaplacePosterior
 from pyro_lora.posteriors.mixture_posterior import MixturePosterior
 from pyro_lora.posteriors.posterior import Posterior, is_gaussian, kind_of
+from pyro_lora.predict.any_prediction import AnyPrediction, NumberPrediction
 from pyro_lora.predict.prediction import Prediction
 from pyro_lora.predict.regression import RegressionPrediction
-from pyro_lora.predict.sampled import AnyPrediction, NumberPrediction, numbers
+from pyro_lora.predict.sampled import is_binary, numbers
 from pyro_lora.predict.token_prediction import (
-    Tokens,
+    WhichTokens,
     check_tokens,
     chosen_tokens,
     token_labels,
@@ -56,15 +64,16 @@ def check_linearizable(posterior: Posterior, obs_site: str | None) -> None:
             f"{kind_of(other)}. Use method='sample', or make one by "
             "AutoLaplace(...).laplace_approximation(batches)."
         )
-    for _, part in posterior.gaussians():
-        if part.obs_site is not None and obs_site != part.obs_site:
+    for _, gaussian in posterior.gaussians():
+        if gaussian.obs_site is not None and obs_site != gaussian.obs_site:
             raise ValueError(
                 f"obs_site is {obs_site!r}, but the posterior was made for the site "
-                f"{part.obs_site!r}. Leave obs_site out, or make a posterior for it."
+                f"{gaussian.obs_site!r}. Leave obs_site out, or make a posterior for "
+                "it."
             )
 
 
-def obstacle(fn: Any, tokens: Tokens | None = None) -> str | None:
+def not_linearizable(fn: Any, tokens: WhichTokens | None = None) -> str | None:
     """Why a network can't be linearised in front of a likelihood; None if it can.
 
     Args:
@@ -82,149 +91,168 @@ def obstacle(fn: Any, tokens: Tokens | None = None) -> str | None:
     return None
 
 
-def linearized(
-    posterior: Posterior,
-    model: Model,
-    batch: Batch,
-    integral: Integral,
-    obs_site: str | None,
-    tokens: Tokens | None,
-    num_draws: int = 0,
-) -> AnyPrediction:
-    """The prediction of one batch, by its likelihood's type.
+@dataclass(frozen=True, eq=False)
+class Linearized:
+    r"""Predictions by the linearised network.
 
-    Args:
-        posterior: A Gaussian, or a mixture of such: the network runs once for each.
-        model: The Pyro model.
-        batch: The model's keyword arguments, without labels; of tokens, with them.
+    Attributes:
+        gaussians: The posterior's, at the model and site that are predicted.
+        pi: Their weights :math:`\pi`, (n,), float64.
         integral: Log probabilities from Gaussian logits.
-        obs_site: The likelihood's site.
         tokens: Which outcomes of a datum.
         num_draws: How many draws of the logits to keep, joint over the batch.
-
-    Returns:
-        Without labels, but those of tokens.
-
-    Raises:
-        ValueError: If the likelihood has no such outcomes.
     """
-    parts = posterior.gaussians()
-    pi = torch.tensor([weight for weight, _ in parts], dtype=torch.float64)
-    components = [replace(part, model=model, obs_site=obs_site) for _, part in parts]
-    if tokens is not None:
-        return _tokens(components, model, pi, batch, integral, tokens)
-    with torch.enable_grad():  # for the Jacobian, wherever predict is called
-        if num_draws:
-            joint = [part.linearized(batch, joint=True) for part in components]
-            gaussians = [g.marginals() for g in joint]
-        else:
-            gaussians = [part.linearized(batch) for part in components]
-    if gaussians[0].numbers is not None:
-        return _numbers(gaussians, pi)
-    log_p, entropy = _averaged(gaussians, pi, integral)
-    draws = _joint_draws(joint, pi, num_draws) if num_draws else None
-    return Prediction(
-        log_probs=log_p,
-        aleatoric_entropy=entropy,
-        draw_log_probs=draws,
-        ordered=gaussians[0].cutpoints is not None,
-    )
 
+    gaussians: Sequence[LaplacePosterior]
+    pi: Tensor
+    integral: Integral
+    tokens: WhichTokens | None
+    num_draws: int = 0
 
-def _averaged(
-    gaussians: list[GaussianLogits], pi: Tensor, integral: Integral
-) -> tuple[Tensor, Tensor]:
-    """Log of the mean probability (B, C), and the mean entropy (B,)."""
-    # The integrals are normalised up to their last 1e-8.
-    log_p = torch.stack([integral(g).log_softmax(-1) for g in gaussians])  # (K, B, C)
-    entropy = torch.stack([expected_entropy(g) for g in gaussians])
-    weights = pi.to(log_p)
-    return (log_p + weights.log()[:, None, None]).logsumexp(0), weights @ entropy
+    @property
+    def takes_one_batch(self) -> bool:
+        """Whether a second batch couldn't be put beside the first: no joint draws."""
+        return self.num_draws > 0
 
+    def predict(self, batch: Batch) -> AnyPrediction:
+        """The prediction of one batch, by its likelihood's type.
 
-def _joint_draws(
-    joint: list[JointGaussianLogits], pi: Tensor, num_draws: int
-) -> Tensor:
-    """Log probabilities under draws of the weights, (S, B, C), by component."""
-    drawn = torch.multinomial(pi, num_draws, replacement=True)
-    counts = torch.bincount(drawn, minlength=len(joint)).tolist()
-    pairs = zip(joint, counts, strict=True)
-    return torch.cat([g.log_probs_of(g.rsample((n,))) for g, n in pairs if n > 0])
+        Args:
+            batch: The model's keyword arguments, without labels; of tokens, with them.
 
+        Returns:
+            Without labels, but those of tokens.
 
-def _numbers(gaussians: list[GaussianLogits], pi: Tensor) -> NumberPrediction:
-    if all(g.noise_variance is not None for g in gaussians):
-        return _normal(gaussians, pi)
-    found = [g.components() for g in gaussians]
-    fns = [fn for fn, _ in found]
-    weights = torch.cat([w * x for w, (_, x) in zip(pi, found, strict=True)])
-    return numbers(fns, weights)
-
-
-def _normal(gaussians: list[GaussianLogits], pi: Tensor) -> RegressionPrediction:
-    def joined(parts: list[Tensor]) -> Tensor:
-        one = torch.stack(parts).double()  # (K, B, P)
-        return one[..., 0] if one.shape[-1] == 1 else one
-
-    noise = [g.noise_variance for g in gaussians if g.noise_variance is not None]
-    variances = [g.covariance_matrix.diagonal(dim1=-2, dim2=-1) for g in gaussians]
-    return RegressionPrediction(
-        loc=joined([g.mean for g in gaussians]),
-        noise_scale=joined(noise).sqrt(),
-        loc_variance=joined(variances).clamp_min(0),
-        weights=pi,
-    )
-
-
-def _tokens(
-    components: list[LaplacePosterior],
-    model: Model,
-    pi: Tensor,
-    batch: Batch,
-    integral: Integral,
-    tokens: Tokens,
-) -> AnyPrediction:
-    first = components[0]
-    with torch.no_grad(), evaluating_model():
-        trace = trace_at(model, first.mode(), batch)
-    site = likelihood_site(trace, first.obs_site, first.mode())
-    single = single_outcomes(site["fn"])
-    classes = likelihoods.of(single.fn).classes
-    check_tokens(single, classes, tokens, site["name"])
-    assert classes is not None  # check_tokens has seen to it
-    logits = classes.logits
-    if logits.shape[-1] > MOST_EXACT_CLASSES:
-        raise ValueError(
-            f"Site {site['name']!r}: linearised predictions of {logits.shape[-1]} "
-            "classes take one backward pass fewer for each token. Use method='sample'."
+        Raises:
+            ValueError: If the likelihood has no such outcomes.
+        """
+        if self.tokens is not None:
+            return self._tokens(batch, self.tokens)
+        joint: list[JointGaussianLogits] = []
+        with torch.enable_grad():  # for the Jacobian, wherever predict is called
+            if self.num_draws:
+                joint = [q.linearized(batch, joint=True) for q in self.gaussians]
+                outputs = [g.marginals() for g in joint]
+            else:
+                outputs = [q.linearized(batch) for q in self.gaussians]
+        if outputs[0].numbers is not None:
+            return self._numbers(outputs)
+        log_p, entropy = self._averaged(outputs)
+        return Prediction(
+            log_probs=log_p,
+            aleatoric_entropy=entropy,
+            draw_log_probs=self._joint_draws(joint) if joint else None,
+            ordered=outputs[0].cutpoints is not None,
         )
-    mask = single.inside.to(logits.device)
-    rows, places = chosen_tokens(mask, tokens, site["name"])
-    gaussians = []
-    for part in components:
+
+    def _averaged(self, outputs: Sequence[GaussianLogits]) -> tuple[Tensor, Tensor]:
+        """Log of the mean probability (B, C), and the mean entropy (B,)."""
+        # The integrals are normalised up to their last 1e-8.
+        log_p = torch.stack([self.integral(g).log_softmax(-1) for g in outputs])
+        entropy = torch.stack([expected_entropy(g) for g in outputs])
+        pi = self.pi.to(log_p)  # log_p: (n, B, C)
+        return (log_p + pi.log()[:, None, None]).logsumexp(0), pi @ entropy
+
+    def _joint_draws(self, joint: Sequence[JointGaussianLogits]) -> Tensor:
+        """Log probabilities under draws of the weights, (S, B, C), by Gaussian."""
+        # A draw of the mixture is one of its n-th Gaussian with probability π_n.
+        drawn = torch.multinomial(self.pi, self.num_draws, replacement=True)
+        counts = torch.bincount(drawn, minlength=len(joint)).tolist()
+        pairs = zip(joint, counts, strict=True)
+        return torch.cat([g.log_probs_of(g.rsample((n,))) for g, n in pairs if n > 0])
+
+    def _numbers(self, outputs: Sequence[GaussianLogits]) -> NumberPrediction:
+        noise = [g.noise_variance for g in outputs if g.noise_variance is not None]
+        if len(noise) < len(outputs):
+            # A Gaussian of f is a weighted mean over nodes f_q; so is a mixture's.
+            pairs = [g.components() for g in outputs]
+            pi = torch.cat([w * x for w, (_, x) in zip(self.pi, pairs, strict=True)])
+            return numbers([fn for fn, _ in pairs], pi)
+
+        def joined(values: Sequence[Tensor]) -> Tensor:
+            each = torch.stack(list(values)).double()  # (n, B, P)
+            return each[..., 0] if each.shape[-1] == 1 else each
+
+        variances = [g.covariance_matrix.diagonal(dim1=-2, dim2=-1) for g in outputs]
+        return RegressionPrediction(
+            loc=joined([g.mean for g in outputs]),
+            noise_scale=joined(noise).sqrt(),
+            loc_variance=joined(variances).clamp_min(0),
+            weights=self.pi,
+        )
+
+    def _tokens(self, batch: Batch, tokens: WhichTokens) -> AnyPrediction:
+        first = self.gaussians[0]
+        assert first.model is not None  # linearized_at has set it
+        with torch.no_grad(), evaluating_model():
+            trace = trace_at(first.model, first.mode(), batch)
+        site = likelihood_site(trace, first.obs_site, first.mode())
+        single = single_outcomes(site["fn"])
+        likelihood = likelihoods.of(single.fn)
+        check_tokens(single, likelihood.classes, tokens, site["name"])
+        assert likelihood.classes is not None  # check_tokens has seen to it
+        logits = likelihood.classes.logits
+        if logits.shape[-1] > MOST_EXACT_CLASSES:
+            raise ValueError(
+                f"Site {site['name']!r}: linearised predictions of {logits.shape[-1]} "
+                "classes take one backward pass fewer for each token. Use "
+                "method='sample'."
+            )
+        chosen = chosen_tokens(single.inside.to(logits.device), tokens, site["name"])
         with torch.enable_grad():
             if tokens == "last":  # of all, only these have backward passes
-                gaussians.append(part.linearized(batch, tokens=places))
-                continue
-            each = part.linearized(batch, tokens="each")
-        gaussians.append(
-            GaussianLogits(
-                each.mean[rows, places],
-                each.covariance_matrix[rows, places],
-                cutpoints=None
-                if each.cutpoints is None
-                else each.cutpoints[rows, places],
-            )
-        )
-    log_p, entropy = _averaged(gaussians, pi, integral)
-    labels = None
-    if site["is_observed"]:
-        labels = token_labels(site, rows, places)
-    if tokens == "last":
+                outputs = [
+                    q.linearized(batch, tokens=chosen.places) for q in self.gaussians
+                ]
+            else:
+                each = [q.linearized(batch, tokens="each") for q in self.gaussians]
+                outputs = [_at_tokens(g, chosen.rows, chosen.places) for g in each]
+        log_p, entropy = self._averaged(outputs)
+        labels = token_labels(site, chosen)
+        if tokens == "each":
+            binary = is_binary(likelihood)
+            return token_prediction(log_p, entropy, chosen, labels, None, binary)
         return Prediction(
             log_probs=log_p,
             aleatoric_entropy=entropy,
             labels=labels,
-            ordered=classes.cutpoints is not None,
+            ordered=likelihood.classes.cutpoints is not None,
         )
-    return token_prediction(log_p, entropy, rows, places, len(mask), labels, None)
+
+
+def linearized_at(
+    posterior: Posterior,
+    model: Model,
+    obs_site: str | None,
+    integral: Integral,
+    tokens: WhichTokens | None,
+    num_draws: int,
+) -> Linearized:
+    """How a posterior of Gaussians is predicted from.
+
+    Args:
+        posterior: A Gaussian, or a mixture of such.
+        model: The Pyro model.
+        obs_site: The likelihood's site.
+        integral: Log probabilities from Gaussian logits.
+        tokens: Which outcomes of a datum.
+        num_draws: How many draws of the logits to keep.
+    """
+    pairs = posterior.gaussians()
+    return Linearized(
+        [replace(gaussian, model=model, obs_site=obs_site) for _, gaussian in pairs],
+        torch.tensor([weight for weight, _ in pairs], dtype=torch.float64),
+        integral,
+        tokens,
+        num_draws,
+    )
+
+
+def _at_tokens(each: GaussianLogits, rows: Tensor, places: Tensor) -> GaussianLogits:
+    """The logits (M, C) of some tokens, of those of all (B, T, C)."""
+    cutpoints = each.cutpoints
+    return GaussianLogits(
+        each.mean[rows, places],
+        each.covariance_matrix[rows, places],
+        cutpoints=None if cutpoints is None else cutpoints[rows, places],
+    )

@@ -60,6 +60,7 @@ def ranked_probability_score(probs: Tensor, labels: Tensor) -> float:
         probs: (N, C).
         labels: (N,).
     """
+    # The outcome's own distribution function is a step from 0 to 1 at the label.
     step = labels[:, None] <= torch.arange(probs.shape[1] - 1, device=labels.device)
     gap = probs.cumsum(1)[:, :-1] - step.to(probs)
     return float(gap.square().sum(1).mean())
@@ -86,6 +87,7 @@ def classwise_ece(probs: Tensor, labels: Tensor) -> Tensor:
         torch.bucketize(probs.contiguous(), edges, right=True) - 1
     )  # a bin of its own for 1
     index = index + (NUM_BINS + 1) * torch.arange(num_classes, device=probs.device)
+    # A bin's mean probability less its share of the class, times its size, is a sum.
     gap = probs - one_hot(labels, num_classes)
     sums = probs.new_zeros(num_classes * (NUM_BINS + 1))
     sums.index_add_(0, index.flatten(), gap.flatten())
@@ -110,8 +112,8 @@ def adaptive_ece(confidence: Tensor, correct: Tensor) -> Tensor:
     # Data of one confidence may fall into different bins, in no order of their own.
     gap = _mean_of_ties(confidence, confidence - correct)
     gap = gap[confidence.argsort()]
-    parts = gap.tensor_split(min(NUM_BINS, len(gap)))
-    return torch.stack([part.sum().abs() for part in parts]).sum() / len(gap)
+    bins = gap.tensor_split(min(NUM_BINS, len(gap)))
+    return torch.stack([x.sum().abs() for x in bins]).sum() / len(gap)
 
 
 def selective_metrics(confidence: Tensor, correct: Tensor) -> dict[str, Tensor]:
@@ -129,6 +131,7 @@ def selective_metrics(confidence: Tensor, correct: Tensor) -> dict[str, Tensor]:
         Two scalars, by name.
     """
     accuracies = selective_accuracies(confidence, correct)
+    # Risk is 1 - accuracy, coverage n / N.
     num_kept = math.ceil(COVERAGE * len(accuracies))
     return {
         "selective_accuracy": accuracies[num_kept - 1],

@@ -15,37 +15,37 @@ a sum over s. Counts have a distribution function, as a sum over all smaller cou
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from copy import copy
+from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from pyro_lora.curvature.gaussian_logits import mixture_log_prob
 from pyro_lora.likelihood.outcomes import impossible, is_possible
+from pyro_lora.predict.any_prediction import NumberPrediction, joined, replaced
 from pyro_lora.predict.metrics import resampled, with_standard_errors
 from pyro_lora.predict.regression import COVERAGE
-from pyro_lora.predict.tables import table_of_numbers
-
-if TYPE_CHECKING:
-    from pandas import DataFrame
 
 # Distribution functions of counts are sums: up to here, where all but so little is.
 _MOST_COUNTS, _LEAST_LEFT = 10_000, 1e-6
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class MixturePrediction:
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
+class MixturePrediction(NumberPrediction):
     r"""Numbers of N data, such as counts: a mixture of distributions for each.
 
     Attributes:
         components: The distributions, of some data after others, and for these of some
             draws after others, each of batch shape (S', N'), or (S', N', P) for P
             outputs, each of which is then predicted by itself. They add up to S draws
-            and N data.
+            and, without ``rows``, N data.
         weights: :math:`\pi`, (S,); None is equal.
         labels: Outcomes, (N, ...), NaN where there is none; or None.
+        rows: Which of the components' data these are, (N,), each once; None is all. A
+            distribution can't be indexed, so ``prediction[10:20]`` notes this.
 
     Raises:
         ValueError: If a label has no probability.
@@ -60,25 +60,29 @@ class MixturePrediction:
     components: Sequence[Sequence[Any]]
     weights: Tensor | None = None
     labels: Tensor | None = None
+    rows: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.labels is None:
             return
-        shape = tuple(self.mean.shape)
+        fn = self.components[0][0]
+        shape = (len(self), *fn.batch_shape[2:], *fn.event_shape)
         if tuple(self.labels.shape) != shape:
             raise ValueError(
                 f"labels have shape {tuple(self.labels.shape)}; expected {shape}, one "
                 "outcome for each datum."
             )
-        known = self.known
-        for fns, labels, seen in zip(
-            self.components, self._split(self.labels), self._split(known), strict=True
-        ):
-            fits = is_possible(fns[0], labels.to(fns[0].mean))
-            wrong = ~fits.expand(fns[0].batch_shape)[0] & seen
-            if bool(wrong.any()):
-                bad = labels[wrong.to(labels.device)].flatten()[0].item()
-                raise ValueError(f"labels: {impossible(fns[0], bad)}")
+        labels = self.labels.to(fn.mean)
+        # What is possible to one draw is to all: one of each group will do.
+        possible = self._each(is_possible, labels, of=[f[:1] for f in self.components])
+        wrong = ~possible[0] & self.has_label
+        if bool(wrong.any()):
+            bad = labels[wrong].flatten()[0].item()
+            raise ValueError(f"labels: {impossible(fn, bad)}")
+
+    def __len__(self) -> int:
+        """N."""
+        return self._num_rows if self.rows is None else len(self.rows)
 
     @cached_property
     def mean(self) -> Tensor:
@@ -97,52 +101,22 @@ class MixturePrediction:
         return self._average((means - self.mean).square())
 
     @cached_property
-    def variance(self) -> Tensor:
-        """Variance of a new outcome, (N, ...)."""
-        return self.noise_variance + self.weight_variance
-
-    @property
-    def label_shape(self) -> tuple[int, ...]:
-        """What labels of the data have."""
-        return tuple(self.mean.shape)
-
-    @cached_property
-    def known(self) -> Tensor:
+    def has_label(self) -> Tensor:
         """Which outcomes have a label, (N,) or (N, P).
 
         Raises:
             ValueError: If there are no labels at all.
         """
-        if self.labels is None:
-            raise ValueError(
-                "metrics needs labels, and this prediction has none. Put 'labels' "
-                "(what the likelihood observes) into every batch given to predict."
-            )
-        known = ~self.labels.to(self.mean).isnan()
+        device = self.components[0][0].mean.device
+        given = ~self._labels("metrics").isnan().to(device)
         for _ in self._event_shape:
-            known = known.any(-1)  # the others of a row are integrated over
-        return known
+            given = given.any(-1)  # the others of a row are integrated over
+        return given
 
     def log_prob(self, values: Tensor) -> Tensor:
         """Log density, or probability, of outcomes, nats, (N,) or (N, P)."""
         log_prob = self._each(lambda fn, y: fn.log_prob(y.to(fn.mean)), values)
         return mixture_log_prob(log_prob, self._pi(log_prob))
-
-    def labelled(self, caller: str = "labelled") -> MixturePrediction:
-        """The same prediction, if a datum of it has a label.
-
-        Args:
-            caller: What needs one, for the error.
-
-        Raises:
-            ValueError: If there is none.
-        """
-        if self.labels is None or not bool(self.known.any()):
-            raise ValueError(
-                f"{caller} needs labels, and no datum of this prediction has one that "
-                "counts: all are masked or missing."
-            )
-        return self
 
     def metrics(self, *, num_bootstrap: int = 0) -> dict[str, float]:
         r"""Quality against the labels, means over the data and outputs that have one.
@@ -166,19 +140,19 @@ class MixturePrediction:
         Raises:
             ValueError: If there are no labels, or ``num_bootstrap`` is 1 or negative.
         """
-        known = self.known
+        given = self.has_label
         self.labelled("metrics")
-        scores, datum = self._scores(), known.reshape(len(known), -1)
+        scores, datum = self._scores(), given.reshape(len(given), -1)
         rows = datum.any(-1).nonzero()[:, 0]
 
         def averaged(index: Tensor) -> dict[str, float]:
             counts = datum[index].double()
-            found = {
+            means = {
                 name: float((x.reshape(datum.shape)[index] * counts).sum())
                 / float(counts.sum())
                 for name, x in scores.items()
             }
-            return found | {"rmse": found["rmse"] ** 0.5}
+            return means | {"rmse": means["rmse"] ** 0.5}
 
         return with_standard_errors(
             averaged(rows),
@@ -186,33 +160,21 @@ class MixturePrediction:
             lambda: averaged(rows[resampled(len(rows), rows.device)]),
         )
 
-    def to_pandas(self) -> DataFrame:
-        """One row a datum: mean, standard deviations, the label.
-
-        Columns ``mean``, ``sd``, ``noise_sd``, ``weight_sd`` and, where there are
-        labels, ``label``; with P outputs ``mean_0`` and so on.
-
-        Returns:
-            A ``pandas.DataFrame`` with the index ``datum``.
-        """
-        return table_of_numbers(self)
-
     def _scores(self) -> dict[str, Tensor]:
         """Of each outcome, 0 where it has no label."""
-        assert self.labels is not None  # known has seen to it
-        known = self.known
+        given = self.has_label
         event = (1,) * len(self._event_shape)
-        labels = self.labels.to(self.mean)
-        if not bool(known.all()):  # any outcome will do there
+        labels = self._labels("metrics").to(self.mean)
+        if not bool(given.all()):  # any outcome will do there
             drawn = self._each(lambda fn: fn.sample())[0]
-            labels = labels.where(known.reshape(*known.shape, *event), drawn)
+            labels = labels.where(given.reshape(*given.shape, *event), drawn)
         error = (self.mean - labels).square()
         scores = {
             "nll": -self.log_prob(labels),
             "rmse": error.nanmean(-1) if event else error,
         }
         scores |= {} if event else self._places(labels)
-        return {name: x.where(known, torch.zeros_like(x)) for name, x in scores.items()}
+        return {name: x.where(given, torch.zeros_like(x)) for name, x in scores.items()}
 
     def _places(self, labels: Tensor) -> dict[str, Tensor]:
         """Scores by the distribution function, where there is one."""
@@ -230,7 +192,9 @@ class MixturePrediction:
         score, upto = torch.zeros_like(labels), torch.zeros_like(labels)
         top = int(labels.max())
         means = self._each(lambda fn: fn.mean)
-        beyond = self._average((means > _MOST_COUNTS).double())  # at least half of that
+        # A component whose mean is beyond has at least about half of its probability
+        # there: then the sums would stop before all is in them.
+        beyond = self._average((means > _MOST_COUNTS).double())
         if top >= _MOST_COUNTS or bool((beyond > 2 * _LEAST_LEFT).any()):
             return {}
         for k in range(_MOST_COUNTS):
@@ -241,6 +205,7 @@ class MixturePrediction:
             if bool(possible.any()):
                 inside = torch.full_like(labels, k).where(possible, labels)
                 p = self.log_prob(inside).exp().where(possible, p)
+            # F(k - 1) is in upto, and F(k) after p is added.
             is_label = labels == k
             below = upto.where(is_label, below)
             at_label = p.where(is_label, at_label)
@@ -248,6 +213,7 @@ class MixturePrediction:
             score = score + (upto - (labels <= k).to(upto)).square()
         else:
             return {}
+        # The part of [F(y - 1), F(y)] that is in [tail, 1 - tail].
         inside = (below + at_label).clamp_max(1 - tail) - below.clamp_min(tail)
         # A label without probability is at an end, and outside.
         share = inside.clamp_min(0) / at_label.clamp_min(torch.finfo(p.dtype).tiny)
@@ -266,22 +232,94 @@ class MixturePrediction:
         shape: torch.Size = self.components[0][0].event_shape
         return shape
 
-    def _split(self, values: Tensor) -> Sequence[Tensor]:
-        """Values (N, ...) of the data of each group of components."""
-        return values.split([fns[0].batch_shape[1] for fns in self.components])
+    @property
+    def _num_rows(self) -> int:
+        """Data of the components, of which ``rows`` are these."""
+        return sum(int(fns[0].batch_shape[1]) for fns in self.components)
 
-    def _each(self, function: Callable[..., Tensor], *values: Tensor) -> Tensor:
+    def _each(
+        self,
+        function: Callable[..., Tensor],
+        *values: Tensor,
+        of: Sequence[Sequence[Any]] | None = None,
+    ) -> Tensor:
         """A function of every component, and values (N, ...), as (S, N, ...)."""
+        components = self.components if of is None else of
 
-        def of_one(fn: Any, *some: Tensor) -> Tensor:
-            found = function(fn, *some)
+        def of_one(fn: Any, *own: Tensor) -> Tensor:
+            if self.rows is not None:
+                # Data that aren't chosen have zeros, which needn't be possible.
+                fn = copy(fn)
+                fn._validate_args = False
+            result = function(fn, *own)
             # What depends on the values alone is the same for all draws.
-            own = found.expand(fn.batch_shape + found.shape[len(fn.batch_shape) :])
-            return own if own.dtype == torch.bool else own.double()
+            result = result.expand(fn.batch_shape + result.shape[len(fn.batch_shape) :])
+            return result if result.dtype == torch.bool else result.double()
 
-        parts = zip(self.components, *map(self._split, values), strict=True)
-        return torch.cat(
-            [torch.cat([of_one(fn, *some) for fn in fns]) for fns, *some in parts], 1
+        sizes = [fns[0].batch_shape[1] for fns in components]
+        groups = zip(
+            components, *(self._all(x).split(sizes) for x in values), strict=True
+        )
+        every = torch.cat(
+            [torch.cat([of_one(fn, *own) for fn in fns]) for fns, *own in groups], 1
+        )
+        return every if self.rows is None else every[:, self.rows.to(every.device)]
+
+    def _all(self, values: Tensor) -> Tensor:
+        """Values (N, ...) in the places of all the components' data, else zeros."""
+        if self.rows is None:
+            return values
+        whole = values.new_zeros(self._num_rows, *values.shape[1:])
+        return whole.index_copy(0, self.rows.to(values.device), values)
+
+    def _rows(self, rows: Tensor) -> Self:
+        own = torch.arange(self._num_rows) if self.rows is None else self.rows.cpu()
+        chosen = own[rows.cpu()]
+        # What is chosen for the n-th time is a row of the components' n-th copy, which
+        # takes no memory: rows 2, 0, 2 of 3 data are 2, 0, 5.
+        order = chosen.argsort(stable=True)
+        ascending = chosen[order]
+        copy_of = torch.zeros_like(chosen)
+        first = torch.searchsorted(ascending, ascending)
+        copy_of[order] = torch.arange(len(chosen)) - first
+        groups = [*self.components] * (int(copy_of.max()) + 1)
+        chosen = chosen + copy_of * self._num_rows
+        # Groups of which no row is chosen go: what is asked is asked of all rows.
+        sizes = torch.tensor([fns[0].batch_shape[1] for fns in groups])
+        ends = sizes.cumsum(0)
+        group = torch.searchsorted(ends, chosen, right=True)
+        used, place = group.unique(return_inverse=True)
+        moved = sizes[used].cumsum(0) - ends[used]
+        labels = self.labels
+        return replaced(
+            self,
+            components=[groups[g] for g in used.tolist()],
+            rows=chosen + moved[place],
+            labels=None if labels is None else labels[rows.to(labels.device)],
+        )
+
+    @classmethod
+    def _joined(cls, predictions: Sequence[Self]) -> Self:
+        forms = [_form(p) for p in predictions]
+        for index, form in enumerate(forms):
+            if form != forms[0]:
+                raise ValueError(
+                    f"predictions[{index}] doesn't fit the first one: it's a mixture "
+                    f"of {form}, not of {forms[0]}. Concatenate predictions of the "
+                    "same outcomes by as many draws."
+                )
+        rows: list[Tensor] = []
+        start = 0
+        for p in predictions:
+            own = torch.arange(p._num_rows) if p.rows is None else p.rows.cpu()
+            rows.append(own + start)
+            start += p._num_rows
+        whole = all(p.rows is None for p in predictions)
+        return joined(
+            predictions,
+            {"labels": 0},
+            components=[fns for p in predictions for fns in p.components],
+            rows=None if whole else torch.cat(rows),
         )
 
     def _pi(self, like: Tensor) -> Tensor:
@@ -297,14 +335,9 @@ def _whole(fn: Any, values: Tensor) -> Tensor:
     return values.expand(fn.batch_shape + fn.event_shape)
 
 
-def concatenated(parts: Sequence[MixturePrediction]) -> MixturePrediction:
-    """The data of several predictions, without labels.
-
-    Args:
-        parts: Of the same draws.
-
-    Returns:
-        One prediction.
-    """
-    components = [fns for part in parts for fns in part.components]
-    return replace(parts[0], components=components)
+def _form(prediction: MixturePrediction) -> str:
+    """What mixtures have in common that can be joined."""
+    fns = prediction.components[0]
+    num_draws = sum(fn.batch_shape[0] for fn in fns)
+    outputs = "".join(f" x {n}" for n in (*fns[0].batch_shape[2:], *fns[0].event_shape))
+    return f"{num_draws} {type(fns[0]).__name__}{outputs}"

@@ -1,23 +1,33 @@
-"""Posterior -> predictions, batch by batch."""
+"""Posterior -> predictions, batch by batch.
+
+The first batch decides how: by the linearised network or by draws, which argument has
+the outcomes, what kind of prediction it is. Then every batch, its labels hidden from
+the model, becomes a prediction of its data, and all of these one of all data.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
-import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from pyro_lora.curvature.gaussian_logits import GaussianLogits, class_log_probs
 from pyro_lora.ground.interrupts import leaving_no_trace
+from pyro_lora.ground.progress import progress
 from pyro_lora.ground.settings import check_count, check_function, check_word
 from pyro_lora.ground.warning import warn
 from pyro_lora.ground.weights import Weights
-from pyro_lora.likelihood.batch import Batch, check_batches, checked_batches
-from pyro_lora.likelihood.model_trace import Model, likelihood_site
+from pyro_lora.lifting.lifted_network import LiftedNetwork
+from pyro_lora.likelihood.batch import (
+    Batch,
+    PlacedBatch,
+    check_batches,
+    checked_batches,
+    next_batch,
+)
+from pyro_lora.likelihood.model_trace import Model, lifted_networks, likelihood_site
 from pyro_lora.likelihood.outcome_source import GivenLabels, OutcomeSource
 from pyro_lora.posteriors.dropout import has_dropout
 from pyro_lora.posteriors.guide_posterior import Guide
@@ -27,12 +37,7 @@ from pyro_lora.posteriors.posterior import (
     as_posterior,
     prediction_method,
 )
-from pyro_lora.predict import (
-    mixture_prediction,
-    prediction,
-    regression,
-    token_prediction,
-)
+from pyro_lora.predict.any_prediction import AnyPrediction
 from pyro_lora.predict.draws import (
     DRAWS_AT_ONCE,
     check_names,
@@ -44,14 +49,11 @@ from pyro_lora.predict.draws import (
 )
 from pyro_lora.predict.linearized import (
     check_linearizable,
-    linearized,
-    obstacle,
+    linearized_at,
+    not_linearizable,
 )
-from pyro_lora.predict.mixture_prediction import MixturePrediction
-from pyro_lora.predict.prediction import Prediction
-from pyro_lora.predict.regression import RegressionPrediction
-from pyro_lora.predict.sampled import AnyPrediction, NumberPrediction, sampled
-from pyro_lora.predict.token_prediction import Tokens
+from pyro_lora.predict.sampled import Sampled
+from pyro_lora.predict.token_prediction import WhichTokens
 
 DEFAULT_NUM_SAMPLES = 64  # the Monte-Carlo sd of a probability is then at most .06
 
@@ -66,11 +68,11 @@ def predict(
     num_samples: int | None = None,
     chunk_size: int = DRAWS_AT_ONCE,
     integral: Callable[[GaussianLogits], Tensor] = class_log_probs,
-    tokens: Tokens | None = None,
+    tokens: WhichTokens | None = None,
     obs_site: str | None = None,
     labels: str | None = None,
     keep_draws: bool = False,
-    progress_bar: bool = False,
+    progress_bar: bool | None = None,
 ) -> Any:
     r"""Class probabilities, or numbers, averaged over a posterior.
 
@@ -130,7 +132,7 @@ def predict(
             :func:`acquire`. With ``"linearized"`` they are drawn from the joint
             Gaussian of a batch, so that all data must be one batch. Real outcomes
             keep theirs in any case.
-        progress_bar: Show one.
+        progress_bar: Show one; None: on a terminal or in a notebook.
 
     Returns:
         Predictions and labels of all data, in order.
@@ -154,284 +156,197 @@ def predict(
     if num_samples is not None:
         check_count("num_samples", num_samples)
     check_batches(batches)
-    stream = checked_batches(tqdm(batches, desc="Predict", disable=not progress_bar))
-    first = next(stream, None)
-    if first is None:
-        raise ValueError("predict got no batches. Is the iterable used up already?")
+    stream = checked_batches(
+        progress(batches, title="Predict", unit="batch", shown=progress_bar)
+    )
+    first = next_batch(stream, "predict")
     posterior = as_posterior(posterior, model, first)
     model = model_of(posterior, model, "predict")
     check_names(model, obs_site, labels)
     check_same_inputs(posterior, first)
-    predictor = _predictor(
-        model,
-        posterior,
-        first,
-        method,
-        tokens,
-        obs_site or posterior.obs_site,
-        labels,
-        num_samples,
-        chunk_size,
-        integral,
-        keep_draws,
-    )
-    parts: list[Any] = []
-    outcomes: list[Any] = []
-    modes: list[Any] = []
-    given = GivenLabels(predictor.source)
+    plan = _Question(
+        posterior=posterior,
+        model=model,
+        obs_site=obs_site or posterior.obs_site,
+        labels=labels,
+        method=method,
+        tokens=tokens,
+        num_samples=num_samples,
+        draws_at_once=chunk_size,
+        integral=integral,
+        keep_draws=keep_draws,
+    ).plan(first)
+    given = GivenLabels(plan.source)
+    predictions: list[AnyPrediction] = []
+    at_mode: list[AnyPrediction] = []
     stream = _with([first], stream)
     del first
     for index, batch in enumerate(stream):
-        shown = batch if tokens else predictor.source.hidden(batch)
-        if predictor.joint and parts:
+        if plan.way.takes_one_batch and predictions:
             raise ValueError(
                 "keep_draws with the linearised network needs all data in one batch, "
                 "whose joint Gaussian it draws from; found a second batch. Give one "
                 "batch, or say method='sample'."
             )
-        part = predictor.predict(shown)
-        parts.append(part)
-        if predictor.predict_mode is not None:
-            modes.append(predictor.predict_mode(shown))
-        if tokens is not None:
-            outcomes.append(part.labels)
-            predictor.source.forget()
-            continue
-        classes = part.log_probs.shape[1] if isinstance(part, Prediction) else None
-        known = given.read(batch, classes, index)
-        if known is not None:
-            known = _one_a_datum(known, batch.place, part)
-        outcomes.append(known)
-        predictor.source.forget()  # a batch that has gone by
-    found = _concatenated(parts)
-    if tokens is None and outcomes[0] is not None:
-        found = replace(found, labels=_joined(outcomes, found))
-    if modes:
-        warn_if_worse(found, _concatenated(modes))
-    return found
+        # Which tokens count is in their labels alone: with these the model is run.
+        shown = batch if tokens else plan.source.hidden(batch)
+        prediction = plan.way.predict(shown)
+        if plan.at_mode is not None:
+            at_mode.append(plan.at_mode.predict(shown))
+        if tokens is None:
+            observed = given.read(batch, prediction.num_classes, index)
+            if observed is not None:
+                prediction = prediction.with_labels(observed, batch.place)
+        predictions.append(prediction)
+        plan.source.forget()  # a batch that has gone by
+    whole = type(predictions[0]).concatenated(predictions)
+    if at_mode:
+        warn_if_worse(whole, type(whole).concatenated(at_mode))
+    return whole.with_names_of(plan.networks)
 
 
-def _with(ahead: list[Any], rest: Iterable[Any]) -> Iterator[Any]:
+def _with(ahead: list[PlacedBatch], rest: Iterable[PlacedBatch]) -> Iterator[Any]:
     """What was read ahead, and the rest; each goes when the next one comes."""
     while ahead:
         yield ahead.pop(0)
     yield from rest
 
 
+class _Way(Protocol):
+    """How a batch is predicted: by draws, or by the linearised network."""
+
+    @property
+    def takes_one_batch(self) -> bool: ...
+
+    def predict(self, batch: Batch) -> AnyPrediction: ...
+
+
 @dataclass(frozen=True, eq=False)
-class _Predictor:
+class _Plan:
     """How each batch is predicted.
 
     Attributes:
-        predict: The prediction of a batch, its labels hidden but for tokens.
+        way: To the prediction of a batch, its labels hidden but for tokens.
         source: Of the outcomes.
-        predict_mode: The same at the mode of a Gaussian whose draws are used.
-        joint: Whether draws of a batch are joint over it, so that there is one only.
+        networks: Those in the model, which may know the classes' names.
+        at_mode: The same at the mode of a Gaussian whose draws are used.
     """
 
-    predict: Callable[[Batch], Any]
+    way: _Way
     source: OutcomeSource
-    predict_mode: Callable[[Batch], Any] | None = None
-    joint: bool = False
+    networks: Sequence[LiftedNetwork]
+    at_mode: Sampled | None = None
 
 
-def _predictor(
-    model: Model,
-    posterior: Posterior,
-    batch: Batch,
-    method: PredictionMethod | None,
-    tokens: Tokens | None,
-    obs_site: str | None,
-    labels: str | None,
-    num_samples: int | None,
-    chunk_size: int,
-    integral: Callable[[GaussianLogits], Tensor],
-    keep_draws: bool,
-) -> _Predictor:
-    """Decided on at the first batch.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Question:
+    """What is predicted, and how: :func:`predict`'s arguments, checked."""
 
-    Raises:
-        ValueError: If the arguments don't fit.
-    """
-    own_method = prediction_method(posterior)
-    if (method or own_method) == "linearized":
-        check_linearizable(posterior, obs_site)
-        mode = _mode(posterior)
-        source = outcome_source(model, mode, obs_site, labels)
+    posterior: Posterior
+    model: Model
+    obs_site: str | None
+    labels: str | None
+    method: PredictionMethod | None
+    tokens: WhichTokens | None
+    num_samples: int | None
+    draws_at_once: int
+    integral: Callable[[GaussianLogits], Tensor]
+    keep_draws: bool
+
+    def plan(self, first: PlacedBatch) -> _Plan:
+        """Decided on at the first batch.
+
+        Raises:
+            ValueError: If the arguments don't fit.
+        """
+        own_method = prediction_method(self.posterior)
+        if (self.method or own_method) == "sample":
+            return self._by_draws(first)
+        check_linearizable(self.posterior, self.obs_site)
+        source = self._source(_mode(self.posterior))
         reason = None
-        if method is None:
-            site = likelihood_site(source.trace_of(batch), obs_site, mode)
-            reason = obstacle(site["fn"], tokens)
-        if reason is None:
-            _check_keep_draws(keep_draws, tokens, "linearized")
-            num_draws = (num_samples or DEFAULT_NUM_SAMPLES) if keep_draws else 0
-            return _Predictor(
-                lambda shown: linearized(
-                    posterior, model, shown, integral, obs_site, tokens, num_draws
-                ),
-                source,
-                joint=keep_draws,
+        if self.method is None:
+            site = likelihood_site(
+                source.trace_of(first), self.obs_site, source.latents
             )
+            reason = not_linearizable(site["fn"], self.tokens)
+        if reason is None:
+            return self._linearized(source)
         warn(
             f"The network can't be linearised here, since {reason}: predictions are by "
             "draws of the weights, which may leave the range where the Gaussian holds. "
             "Say method='sample' if that's what you want.",
         )
-    _check_keep_draws(keep_draws, tokens, "sample")
-    weights = draw_weights(posterior, num_samples, DEFAULT_NUM_SAMPLES)
-    one = {site: x[0] for site, x in weights.items()}
-    source = outcome_source(model, one, obs_site, labels)
-    shown = batch if tokens else source.hidden(batch)
-    trace = source.trace_of(batch)
-    at_draws = model_at_draws(
-        model, weights, shown, obs_site, chunk_size, has_dropout(posterior), trace
-    )
-    predict_mode = None
-    if own_method == "linearized" and tokens != "each":
-        mode = {site: x[None] for site, x in _mode(posterior).items()}
-        at_mode = model_at_draws(model, mode, shown, obs_site, trace=trace)
-        predict_mode = partial(sampled, at_mode, tokens=tokens)
-    return _Predictor(
-        partial(sampled, at_draws, tokens=tokens, keep_draws=keep_draws),
-        source,
-        predict_mode,
-    )
+        return self._by_draws(first)
+
+    def _linearized(self, source: OutcomeSource) -> _Plan:
+        self._check_keep_draws(self.tokens is None)
+        num_draws = (self.num_samples or DEFAULT_NUM_SAMPLES) if self.keep_draws else 0
+        return _Plan(
+            linearized_at(
+                self.posterior,
+                self.model,
+                self.obs_site,
+                self.integral,
+                self.tokens,
+                num_draws,
+            ),
+            source,
+            self.posterior.networks,
+        )
+
+    def _by_draws(self, first: PlacedBatch) -> _Plan:
+        self._check_keep_draws(self.tokens != "each")
+        weights = draw_weights(self.posterior, self.num_samples, DEFAULT_NUM_SAMPLES)
+        source = self._source({site: x[0] for site, x in weights.items()})
+        shown = first if self.tokens else source.hidden(first)
+        trace = source.trace_of(first)
+        at_draws = model_at_draws(
+            self.model,
+            weights,
+            shown,
+            self.obs_site,
+            self.draws_at_once,
+            has_dropout(self.posterior),
+            trace,
+        )
+        at_mode = None
+        if prediction_method(self.posterior) == "linearized" and self.tokens != "each":
+            mode = {site: x[None] for site, x in _mode(self.posterior).items()}
+            one = model_at_draws(self.model, mode, shown, self.obs_site, trace=trace)
+            at_mode = Sampled(one, self.tokens)
+        way = Sampled(at_draws, self.tokens, self.keep_draws)
+        return _Plan(way, source, lifted_networks(trace), at_mode)
+
+    def _source(self, weights: Weights) -> OutcomeSource:
+        return outcome_source(self.model, weights, self.obs_site, self.labels)
+
+    def _check_keep_draws(self, one_class: bool) -> None:
+        if self.keep_draws and not one_class:
+            raise ValueError(
+                "keep_draws is for one class a datum: with tokens, method='sample' and "
+                "tokens='last'."
+            )
 
 
 def _mode(posterior: Posterior) -> Weights:
     """The mode of a Gaussian; in a mixture that of the one with the most weight."""
-    _, part = max(posterior.gaussians(), key=lambda pair: pair[0])
-    return part.mode()
+    _, gaussian = max(posterior.gaussians(), key=lambda pair: pair[0])
+    return gaussian.mode()
 
 
-def _check_keep_draws(keep: bool, tokens: Tokens | None, method: str) -> None:
-    if keep and (tokens == "each" or (method == "linearized" and tokens is not None)):
-        raise ValueError(
-            "keep_draws is for one class a datum: with tokens, method='sample' and "
-            "tokens='last'."
-        )
-
-
-def _concatenated(parts: Sequence[Any]) -> AnyPrediction:
-    if isinstance(parts[0], Prediction):
-        return prediction.concatenated(parts)
-    if isinstance(parts[0], RegressionPrediction):
-        return regression.concatenated(parts)
-    if isinstance(parts[0], MixturePrediction):
-        return mixture_prediction.concatenated(parts)
-    return token_prediction.concatenated(parts)
-
-
-def _one_a_datum(labels: Tensor, place: str, part: Any) -> Tensor:
-    """The labels of a batch, one for each datum.
-
-    Raises:
-        ValueError: If they are something else, or their number is.
-    """
-    shape, number = part.label_shape, isinstance(part, NumberPrediction)
-    if number and labels.shape == (*shape, 1):  # as the network's outputs are
-        return labels[..., 0]
-    if labels.is_complex() or labels.shape != shape:
-        raise ValueError(
-            f"{place}: expected labels as a tensor of real numbers of shape "
-            f"{shape}, one for each datum, found {tuple(labels.shape)}."
-        )
-    return labels
-
-
-def _joined(labels: Sequence[Any], found: Any) -> Tensor:
-    joined = torch.cat(list(labels))
-    if isinstance(found, NumberPrediction):
-        return joined.to(found.mean)
-    joined = joined.to(found.log_probs.device)
-    whole = joined.long()
-    return whole if bool((whole == joined).all()) else joined
-
-
-# What the mode must be ahead by, in accuracy, and where only its own probabilities say
-# what is right. Draws of a posterior over the last layer, which are right, stay below.
-_ACCURACY, _EXPECTED_ACCURACY = 0.05, 0.15
-_NATS = 0.1
-_RMSE = 0.1  # of the mode's
-_NUM_ERRORS = 3.0  # standard errors of the mean over the data
-
-
-def warn_if_worse(sampled: Any, at_mode: Any) -> None:
+def warn_if_worse(by_draws: AnyPrediction, at_mode: AnyPrediction) -> None:
     """Warn, to predict's caller, of draws that predict far worse than their mode.
 
     Args:
-        sampled: The prediction by draws, with labels where there are any.
+        by_draws: The prediction by draws, with labels where there are any.
         at_mode: The same data at the mode.
     """
-    found = None
-    if isinstance(sampled, Prediction):
-        found = _of_classes(sampled, at_mode)
-    elif isinstance(sampled, NumberPrediction):
-        found = _of_reals(sampled, at_mode)
-    if found is not None:
+    worse = by_draws.worse_than(at_mode)
+    if worse is not None:
         warn(
-            f"Averaged over draws of a Gaussian posterior, {found} at its mode: the "
+            f"Averaged over draws of a Gaussian posterior, {worse} at its mode: the "
             "draws leave the range where the Gaussian holds. Predict with the "
             "linearised network (method='linearized', the default), or use a posterior "
             "over the last layer (AutoLaplace(sites='last_layer')) or particles.",
         )
-
-
-def _of_classes(sampled: Prediction, at_mode: Prediction) -> str | None:
-    chosen = at_mode.log_probs.argmax(-1)
-    other = sampled.log_probs.argmax(-1)
-    if sampled.labels is None:
-        right = at_mode.probs.gather(1, chosen[:, None])
-        left = at_mode.probs.gather(1, other[:, None])
-        if not _is_ahead((right - left)[:, 0], _EXPECTED_ACCURACY):
-            return None
-        same = float((chosen == other).double().mean())
-        return (
-            f"{100 * (1 - same):.0f} % of the predicted classes are others than those"
-        )
-    counts = sampled.labels >= 0
-    labels = sampled.labels[counts].to(chosen)
-    right, left = chosen[counts] == labels, other[counts] == labels
-    nll, best = (
-        -p.log_probs[counts].gather(1, labels[:, None])[:, 0]
-        for p in (sampled, at_mode)
-    )
-    if not (
-        _is_ahead(right.double() - left.double(), _ACCURACY)
-        or _is_ahead((nll - best).double(), _NATS)
-    ):
-        return None
-    return (
-        f"the prediction has accuracy {left.double().mean():.3f} and NLL "
-        f"{nll.mean():.3f}, against {right.double().mean():.3f} and {best.mean():.3f}"
-    )
-
-
-def _of_reals(sampled: NumberPrediction, at_mode: NumberPrediction) -> str | None:
-    if sampled.labels is None:
-        shift = (sampled.mean - at_mode.mean).square()
-        noise = at_mode.noise_variance
-        if not _is_ahead((shift - noise).flatten(), 0.0):
-            return None
-        moved, scale = shift.mean().sqrt(), noise.mean().sqrt()
-        return f"the outcomes' mean is {moved:.3g} (noise {scale:.3g}) from that"
-    counts = sampled.labels.isfinite()
-    error, best = (
-        (p.mean - sampled.labels).square()[counts] for p in (sampled, at_mode)
-    )
-    gain = float(((1 + _RMSE) ** 2 - 1) * best.mean())
-    if not _is_ahead(error - best, gain):
-        return None
-    return (
-        f"the prediction has RMSE {error.mean().sqrt():.3g}, against "
-        f"{best.mean().sqrt():.3g}"
-    )
-
-
-def _is_ahead(gains: Tensor, least: float) -> bool:
-    """Whether the mean over the data is large, and larger than chance makes it."""
-    if len(gains) < 2:
-        return False
-    gains = gains.double()
-    error = gains.std() / len(gains) ** 0.5
-    return bool(gains.mean() > torch.clamp(_NUM_ERRORS * error, min=least))

@@ -6,13 +6,29 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import Literal, Self
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import nll_loss
 
 from pyro_lora.ground.settings import check_kind, check_positive, check_word
+from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.likelihood.model_trace import IGNORED
+from pyro_lora.predict.any_prediction import (
+    AnyPrediction,
+    check_class_names,
+    check_labels,
+    class_columns,
+    class_facts,
+    is_ahead,
+    joined,
+    named,
+    names_in,
+    replaced,
+    rows_of,
+)
 from pyro_lora.predict.metrics import (
     auroc_of_scores,
     class_metrics,
@@ -20,17 +36,20 @@ from pyro_lora.predict.metrics import (
     resampled,
     with_standard_errors,
 )
-from pyro_lora.predict.tables import data_frame
-
-if TYPE_CHECKING:
-    from pandas import DataFrame
 
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-2, 1e2
 _NUM_BISECTIONS = 60  # halves log(1e4) to below 1e-16
 
+_DIMS = {"log_probs": 0, "aleatoric_entropy": 0, "labels": 0, "draw_log_probs": 1}
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Prediction:
+# What the mode must be ahead by: in accuracy, in nats, and in the accuracy that its own
+# probabilities promise, where there are no labels. Draws of a posterior over the last
+# layer, which are right, stay below.
+_ACCURACY, _NATS, _EXPECTED_ACCURACY = 0.05, 0.1, 0.15
+
+
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
+class Prediction(AnyPrediction):
     """Class probabilities of N data, averaged over the posterior.
 
     Attributes:
@@ -42,11 +61,15 @@ class Prediction:
             nats, where ``predict(keep_draws=True)`` was asked for them. One draw is
             the same weights for all data.
         ordered: Whether the classes are ordered, as those of ``OrderedLogistic``.
+        class_names: Names of the classes, C different ones; None: they have none.
+            ``predict`` takes them from the network's ``config.id2label``, if somebody
+            has set it; ``dataclasses.replace(prediction, class_names=...)`` sets
+            others.
 
     Raises:
         ValueError: If shapes don't fit, there are no data, a log probability is NaN
-            or not normalised, or a label is neither -100 nor one of
-            0 ... C - 1.
+            or not normalised, a label is neither -100 nor one of 0 ... C - 1, or the
+            names are more or fewer than the classes.
 
     >>> p = torch.tensor([[0.9, 0.1], [0.4, 0.6]])
     >>> entropy = -(p * p.log()).sum(-1)
@@ -56,6 +79,8 @@ class Prediction:
     ... )
     >>> prediction.metrics()["accuracy"]
     0.5
+    >>> prediction[:1]
+    Prediction(N=1, C=2, labels=1, accuracy=1.000, nll=0.105)
     """
 
     log_probs: Tensor
@@ -63,6 +88,7 @@ class Prediction:
     labels: Tensor | None = None
     draw_log_probs: Tensor | None = None
     ordered: bool = False
+    class_names: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         shape = self.log_probs.shape
@@ -89,6 +115,7 @@ class Prediction:
             )
         if self.labels is not None:
             self._check_labels(self.labels)
+        check_class_names(self.class_names, shape[1])
 
     def _check_labels(self, labels: Tensor) -> None:
         num_data, num_classes = self.log_probs.shape
@@ -106,9 +133,13 @@ class Prediction:
             )
 
     @property
-    def label_shape(self) -> tuple[int, ...]:
-        """What labels of the data have, (N,)."""
-        return tuple(self.log_probs.shape[:1])
+    def num_classes(self) -> int:
+        """C."""
+        return self.log_probs.shape[1]
+
+    def __len__(self) -> int:
+        """N."""
+        return self.log_probs.shape[0]
 
     @cached_property
     def probs(self) -> Tensor:
@@ -166,39 +197,23 @@ class Prediction:
         Raises:
             ValueError: If there are no labels, or ``num_bootstrap`` is 1 or negative.
         """
-        known = self.labelled("metrics")
         if ood is not None:
             check_kind("ood", ood, Prediction, "a Prediction of classes")
-        return with_standard_errors(
-            known._metrics(ood),
-            num_bootstrap,
-            lambda: known._resampled()._metrics(
-                None if ood is None else ood._resampled()
-            ),
-        )
+            ood = replaced(ood, draw_log_probs=None)
+        labelled = replaced(self, draw_log_probs=None).labelled("metrics")
 
-    def labelled(self, caller: str = "labelled") -> Prediction:
-        """The data that have a label.
+        def replicate() -> dict[str, float]:
+            own = labelled._resampled()
+            return own._metrics(None if ood is None else ood._resampled())
 
-        Args:
-            caller: What needs them, for the error.
+        return with_standard_errors(labelled._metrics(ood), num_bootstrap, replicate)
 
-        Raises:
-            ValueError: If there are none.
-        """
-        labels = self._labels(caller)
-        known = labels != IGNORED
-        if bool(known.all()):
-            return self
-        if not bool(known.any()):
-            raise ValueError(
-                f"{caller} needs labels, and no datum of this prediction has one that "
-                "counts: all are masked or missing."
-            )
-        return self._at(known.nonzero()[:, 0])
+    @property
+    def _has_label(self) -> Tensor:
+        return self._labels("metrics") != IGNORED
 
     def _metrics(self, ood: Prediction | None) -> dict[str, float]:
-        labels = self._labels("metrics")
+        labels = self._labels("metrics").long()
         values = class_metrics(self.probs, self.log_probs, labels)
         if self.ordered:
             values["rps"] = ranked_probability_score(self.probs, labels)
@@ -211,39 +226,56 @@ class Prediction:
 
     def _resampled(self) -> Prediction:
         """As many data, drawn with replacement."""
-        return self._at(resampled(len(self.log_probs), self.log_probs.device))
+        return self._rows(resampled(len(self), self.log_probs.device))
 
-    def _at(self, index: Tensor) -> Prediction:
-        """The data of an index, (N',), without draws."""
-        index, labels = index.to(self.log_probs.device), self.labels
-        return Prediction(
-            log_probs=self.log_probs[index],
-            aleatoric_entropy=self.aleatoric_entropy[index],
-            labels=None if labels is None else labels[index.to(labels.device)],
-            ordered=self.ordered,
-        )
+    def columns(self) -> dict[str, np.ndarray]:
+        """A table, one row a datum: class, probabilities, entropies, the label.
 
-    def to_pandas(self) -> DataFrame:
-        """One row a datum: probabilities, the predicted class, entropies, the label.
+        ``predicted``, ``confidence``, a probability for each class, ``total_entropy``,
+        ``aleatoric_entropy``, ``epistemic_entropy`` (nats) and, where there are labels,
+        ``label``. Classes go by their ``class_names``, else by their numbers, from
+        ``p_0`` on.
 
-        Columns ``p_0`` to ``p_{C-1}``, ``predicted``, ``confidence``,
-        ``total_entropy``, ``aleatoric_entropy``, ``epistemic_entropy`` (nats) and,
-        where there are labels, ``label``.
-
-        Returns:
-            A ``pandas.DataFrame`` with the index ``datum``.
+        >>> p = torch.tensor([[0.9, 0.1]])
+        >>> prediction = Prediction(
+        ...     log_probs=p.log(),
+        ...     aleatoric_entropy=torch.zeros(1),
+        ...     class_names=("negative", "positive"),
+        ... )
+        >>> [*prediction.columns()][:4]
+        ['predicted', 'confidence', 'p_negative', 'p_positive']
         """
         confidence, predicted = self.probs.max(-1)
-        columns = {f"p_{c}": p for c, p in enumerate(self.probs.mT)} | {
-            "predicted": predicted,
-            "confidence": confidence,
-            "total_entropy": self.total_entropy,
-            "aleatoric_entropy": self.aleatoric_entropy,
-            "epistemic_entropy": self.epistemic_entropy,
+        columns = {
+            "predicted": named(predicted, self.class_names),
+            "confidence": confidence.cpu().numpy(),
+            **class_columns(self.log_probs, self.class_names),
         }
+        for entropy in ("total_entropy", "aleatoric_entropy", "epistemic_entropy"):
+            columns[entropy] = getattr(self, entropy).cpu().numpy()
         if self.labels is not None:
-            columns["label"] = self._labels("to_pandas")
-        return data_frame(columns, "datum")
+            columns["label"] = named(self.labels.long(), self.class_names)
+        return columns
+
+    def with_labels(self, labels: Tensor, place: str = "The prediction") -> Self:
+        """The same prediction with the true classes of its data.
+
+        Args:
+            labels: (N,), whole numbers, -100 where there is none.
+            place: What the data are, for the error.
+
+        Raises:
+            ValueError: If they are something else.
+        """
+        check_labels(labels, tuple(self.log_probs.shape[:1]), place)
+        labels = labels.to(self.log_probs.device)
+        whole = labels.long()
+        is_whole = bool((whole == labels).all())
+        return replaced(self, labels=whole if is_whole else labels)
+
+    def with_names_of(self, networks: Sequence[LiftedNetwork]) -> Self:
+        """The same with the names that a network has for its classes, if it has any."""
+        return replaced(self, class_names=names_in(networks, self.num_classes))
 
     def with_temperature(self, temperature: float) -> Prediction:
         r"""The prediction :math:`\mathrm{softmax}(\log p / T)`.
@@ -261,41 +293,69 @@ class Prediction:
             ValueError: If T isn't positive and finite.
         """
         check_positive("temperature", temperature)
+        # log p are logits, up to a shift of all, which a softmax doesn't see.
         log_probs = (self.log_probs / temperature).log_softmax(-1)
-        return Prediction(
+        return replaced(
+            self,
             log_probs=log_probs,
             aleatoric_entropy=torch.special.entr(log_probs.exp()).sum(-1),
-            labels=self.labels,
-            ordered=self.ordered,
+            draw_log_probs=None,
         )
 
-    def _labels(self, caller: str) -> Tensor:
+    def worse_than(self, at_mode: Self) -> str | None:
+        """By accuracy or NLL; without labels, where it answers something else."""
+        of_mode = at_mode.log_probs.argmax(-1)
+        own = self.log_probs.argmax(-1)
         if self.labels is None:
-            raise ValueError(
-                f"{caller} needs labels, and this prediction has none. Put 'labels' "
-                "(what the likelihood observes) into every batch given to predict."
+            # By the mode's own probabilities: how much accuracy its classes promise.
+            right = at_mode.probs.gather(1, of_mode[:, None])
+            left = at_mode.probs.gather(1, own[:, None])
+            if not is_ahead((right - left)[:, 0], _EXPECTED_ACCURACY):
+                return None
+            same = float((of_mode == own).double().mean())
+            return (
+                f"{100 * (1 - same):.0f} % of the predicted classes are others than "
+                "those"
             )
-        return self.labels.long()
+        counts = self.labels >= 0
+        labels = self.labels[counts].to(of_mode)
+        right, left = of_mode[counts] == labels, own[counts] == labels
+        nll, best = (
+            -p.log_probs[counts].gather(1, labels[:, None])[:, 0]
+            for p in (self, at_mode)
+        )
+        if not (
+            is_ahead(right.double() - left.double(), _ACCURACY)
+            or is_ahead((nll - best).double(), _NATS)
+        ):
+            return None
+        return (
+            f"the prediction has accuracy {left.double().mean():.3f} and NLL "
+            f"{nll.mean():.3f}, against {right.double().mean():.3f} and "
+            f"{best.mean():.3f}"
+        )
 
+    def _rows(self, rows: Tensor) -> Self:
+        return rows_of(self, rows, _DIMS)
 
-def concatenated(parts: Sequence[Prediction]) -> Prediction:
-    """The data of several predictions, in order.
+    @classmethod
+    def _joined(cls, predictions: Sequence[Self]) -> Self:
+        return joined(predictions, _DIMS)
 
-    Args:
-        parts: All with labels, or none.
-
-    Returns:
-        One prediction.
-    """
-    labels = [p.labels for p in parts if p.labels is not None]
-    draws = [p.draw_log_probs for p in parts if p.draw_log_probs is not None]
-    return Prediction(
-        log_probs=torch.cat([p.log_probs for p in parts]),
-        aleatoric_entropy=torch.cat([p.aleatoric_entropy for p in parts]),
-        labels=torch.cat(labels) if labels else None,
-        draw_log_probs=torch.cat(draws, 1) if draws else None,
-        ordered=parts[0].ordered,
-    )
+    def _facts(self) -> dict[str, str]:
+        facts = {"N": str(len(self)), **class_facts(self.num_classes, self.class_names)}
+        if self.draw_log_probs is not None:
+            facts["S"] = str(len(self.draw_log_probs))
+        if self.labels is None:
+            return facts | {"labels": "None"}
+        counts = self.labels != IGNORED
+        facts["labels"] = str(int(counts.sum()))
+        if bool(counts.any()):
+            log_probs, labels = self.log_probs[counts], self.labels[counts].long()
+            accuracy = (log_probs.argmax(-1) == labels).double().mean()
+            facts["accuracy"] = f"{float(accuracy):.3f}"
+            facts["nll"] = f"{float(nll_loss(log_probs, labels)):.3f}"
+        return facts
 
 
 def fit_temperature(held_out: Prediction) -> float:
@@ -330,14 +390,15 @@ def fit_temperature(held_out: Prediction) -> float:
             f"{type(held_out).__name__}."
         )
     held_out = held_out.labelled("fit_temperature")
-    labels = held_out._labels("fit_temperature")
+    labels = held_out._labels("fit_temperature").long()
     # A class of probability 0 has none at any temperature; -inf would become NaN.
     log_probs = held_out.log_probs.double().clamp_min(-1e4)
     chosen = log_probs.gather(1, labels[:, None])
 
+    # With q = softmax(β log p), dNLL/dβ = E[Σ_c q_c log p_c - log p_y].
     def slope(log_temperature: float) -> float:
-        p = (log_probs * math.exp(-log_temperature)).softmax(-1)
-        return float((p * (log_probs - chosen)).sum(-1).mean())
+        q = (log_probs * math.exp(-log_temperature)).softmax(-1)
+        return float((q * (log_probs - chosen)).sum(-1).mean())
 
     low, high = math.log(MIN_TEMPERATURE), math.log(MAX_TEMPERATURE)
     for _ in range(_NUM_BISECTIONS):

@@ -1,12 +1,24 @@
-"""Predicted real numbers: a mixture of normals or Student's t for each datum."""
+r"""Predicted real numbers: a mixture of normals or Student's t for each datum.
+
+:math:`p(y | x) = \sum_s \pi_s p_s(y | x)`, over S draws of the weights or the n
+Gaussians of a linearised mixture. In each the location is f_s, of variance v_s in it (0
+of a draw), and the noise's is :math:`\sigma_s^2`. So
+
+    mean                :math:`m = \sum_s \pi_s f_s`
+    noise_variance      :math:`\sum_s \pi_s \sigma_s^2`
+    weight_variance     :math:`\sum_s \pi_s ((f_s - m)^2 + v_s)`
+
+and their sum is the variance of a new outcome. Two draws that say 1 and 3 with noise of
+variance 1 predict 2, and the variance is 1 of noise plus 1 of weights.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import Self
 
 import numpy as np
 import torch
@@ -14,11 +26,8 @@ from torch import Tensor
 from torch import distributions as td
 
 from pyro_lora.ground.settings import check_number
+from pyro_lora.predict.any_prediction import NumberPrediction, joined, rows_of
 from pyro_lora.predict.metrics import resampled, with_standard_errors
-from pyro_lora.predict.tables import table_of_numbers
-
-if TYPE_CHECKING:
-    from pandas import DataFrame
 
 COVERAGE = 0.9  # of the central interval whose coverage is counted
 _NUM_BISECTIONS = 80  # of 2 _REACH, to less than a rounding error
@@ -30,8 +39,11 @@ _FAR = 1e8  # its square plus one is its square
 _NODES, _NODE_WEIGHTS = np.polynomial.legendre.leggauss(64)
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class RegressionPrediction:
+_DIMS = {"loc": 1, "noise_scale": 1, "loc_variance": 1, "df": 1, "labels": 0}
+
+
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
+class RegressionPrediction(NumberPrediction):
     r"""Real outcomes of N data, a mixture over S draws or Gaussians of the weights.
 
     :math:`p(y | x) = \sum_s \pi_s p_s(y | x)`, each component a normal of variance
@@ -55,6 +67,8 @@ class RegressionPrediction:
     ... )
     >>> prediction.mean, prediction.weight_variance
     (tensor([2., 0.]), tensor([1., 0.]))
+    >>> prediction[:1]
+    RegressionPrediction(N=1, labels=None)
     """
 
     loc: Tensor
@@ -96,10 +110,18 @@ class RegressionPrediction:
         if self.df is not None and self.loc_variance is not None:
             raise ValueError("df and loc_variance have no closed form together.")
 
+    def __len__(self) -> int:
+        """N."""
+        return self.loc.shape[1]
+
     @property
-    def label_shape(self) -> tuple[int, ...]:
-        """What labels of the data have, (N,) or (N, P)."""
-        return tuple(self.loc.shape[1:])
+    def has_label(self) -> Tensor:
+        """Which outcomes have a label, (N,) or (N, P).
+
+        Raises:
+            ValueError: If there are no labels at all.
+        """
+        return ~self._labels("metrics").isnan()
 
     @cached_property
     def mean(self) -> Tensor:
@@ -116,10 +138,10 @@ class RegressionPrediction:
         Infinite for Student's noise of at most 2 degrees of freedom.
         """
         variance = self.noise_scale.square()
-        if self.df is not None:
-            some = self.df > 2
-            ratio = self.df / (self.df - 2).where(some, torch.ones_like(self.df))
-            variance = (variance * ratio).where(some, variance.new_tensor(math.inf))
+        if self.df is not None:  # Student's is ν / (ν - 2) times its scale's square
+            finite = self.df > 2
+            ratio = self.df / (self.df - 2).where(finite, torch.ones_like(self.df))
+            variance = (variance * ratio).where(finite, variance.new_tensor(math.inf))
         return self._average(variance)
 
     @cached_property
@@ -130,15 +152,10 @@ class RegressionPrediction:
             return between
         return between + self._average(self.loc_variance)
 
-    @cached_property
-    def variance(self) -> Tensor:
-        """Variance of a new outcome, of noise and weights, (N,) or (N, P)."""
-        return self.noise_variance + self.weight_variance
-
     def log_prob(self, values: Tensor) -> Tensor:
         """Log density of outcomes, nats, of their shape, (N,) or (N, P)."""
-        components = self._components()
-        log_prob: Tensor = components.log_prob(values.to(self.loc))
+        log_prob: Tensor = self._by_draw().log_prob(values.to(self.loc))
+        # log Σ_s π_s p_s(y)
         log_weights = self._pi.log().reshape(-1, *[1] * (log_prob.ndim - 1))
         return (log_prob + log_weights).logsumexp(0)
 
@@ -174,6 +191,8 @@ class RegressionPrediction:
                 f"probability must be above 0 and below 1, by {_LEAST} at least, found "
                 f"{probability}."
             )
+        # y = center + unit sinh(u): u from -700 to 700 reaches all numbers, and near
+        # the center steps are as even as in y.
         first, last = self.loc.double().aminmax(dim=0)
         center = (first + last) / 2
         unit = self._scale.double().amax(0) + (last - first) / 2
@@ -204,83 +223,35 @@ class RegressionPrediction:
         Raises:
             ValueError: If there are no labels, or ``num_bootstrap`` is 1 or negative.
         """
-        if self.labels is None:
-            raise ValueError(
-                "metrics needs labels, and this prediction has none. Put 'labels' "
-                "(what the likelihood observes) into every batch given to predict."
-            )
-
-        known = self.labelled("metrics")
+        labelled = self.labelled("metrics")
 
         def replicate() -> dict[str, float]:
-            return known._at(resampled(known.loc.shape[1], self.loc.device))._metrics()
+            rows = resampled(len(labelled), self.loc.device)
+            return labelled._rows(rows)._metrics()
 
-        return with_standard_errors(known._metrics(), num_bootstrap, replicate)
-
-    def labelled(self, caller: str = "labelled") -> RegressionPrediction:
-        """The data that have a label, of an output at least.
-
-        Args:
-            caller: What needs them, for the error.
-
-        Raises:
-            ValueError: If there are none.
-        """
-        labels = self.labels
-        known = torch.zeros(0) if labels is None else ~labels.isnan()
-        some = known.reshape(len(known), -1).any(-1) if known.numel() else known
-        if not bool(some.any()):
-            raise ValueError(
-                f"{caller} needs labels, and no datum of this prediction has one that "
-                "counts: all are masked or missing."
-            )
-        return self._at(some.nonzero()[:, 0].to(self.loc.device))
+        return with_standard_errors(labelled._metrics(), num_bootstrap, replicate)
 
     def _metrics(self) -> dict[str, float]:
-        assert self.labels is not None  # metrics has seen to it
-        labels = self.labels.to(self.loc)
-        known = ~labels.isnan()
-        labels = labels.where(known, self.mean)
+        given = self.has_label
+        labels = self._labels("metrics").to(self.loc)
+        labels = labels.where(given, self.mean)
         place = self.cdf(labels)
         tail = (1 - COVERAGE) / 2
         values = {
-            "nll": -self.log_prob(labels)[known].mean(),
-            "rmse": (self.mean - labels)[known].square().mean().sqrt(),
-            "coverage": ((place > tail) & (place < 1 - tail))[known].double().mean(),
+            "nll": -self.log_prob(labels)[given].mean(),
+            "rmse": (self.mean - labels)[given].square().mean().sqrt(),
+            "coverage": ((place > tail) & (place < 1 - tail))[given].double().mean(),
         }
         if self.df is None:
-            values["crps"] = self._crps(labels)[known].mean()
+            values["crps"] = self._crps(labels)[given].mean()
         return {name: float(value) for name, value in values.items()}
 
-    def _at(self, index: Tensor) -> RegressionPrediction:
-        """The data of an index, (N',)."""
+    def _rows(self, rows: Tensor) -> Self:
+        return rows_of(self, rows, _DIMS)
 
-        def some(values: Tensor | None, dim: int) -> Tensor | None:
-            return None if values is None else values.index_select(dim, index)
-
-        return replace(
-            self,
-            loc=self.loc[:, index],
-            noise_scale=self.noise_scale[:, index],
-            loc_variance=some(self.loc_variance, 1),
-            df=some(self.df, 1),
-            labels=(
-                None
-                if self.labels is None
-                else self.labels[index.to(self.labels.device)]
-            ),
-        )
-
-    def to_pandas(self) -> DataFrame:
-        """One row a datum: mean, standard deviations, the label.
-
-        Columns ``mean``, ``sd``, ``noise_sd``, ``weight_sd`` and, where there are
-        labels, ``label``; with P outputs ``mean_0`` and so on.
-
-        Returns:
-            A ``pandas.DataFrame`` with the index ``datum``.
-        """
-        return table_of_numbers(self)
+    @classmethod
+    def _joined(cls, predictions: Sequence[Self]) -> Self:
+        return joined(predictions, _DIMS)
 
     @property
     def _pi(self) -> Tensor:
@@ -305,12 +276,13 @@ class RegressionPrediction:
         angle = torch.full_like(self.df, math.pi / 2, dtype=torch.float64)
         return _cosine_integral(angle, self.df.double() + 2 * _NUM_RAISED)
 
-    def _components(self) -> td.Normal | td.StudentT:
+    def _by_draw(self) -> td.Normal | td.StudentT:
         if self.df is None:
             return td.Normal(self.loc, self._scale)
         return td.StudentT(self.df, self.loc, self.noise_scale)
 
     def _crps(self, labels: Tensor) -> Tensor:
+        # E|Y - y| - E|Y - Y'| / 2; Y - Y' of two normals is one, of both variances.
         variance, pi = self._scale.square(), self._pi
         score = self._average(_absolute_mean(labels - self.loc, variance))
         # One component against all at a time: (S, N) at once, not (S, S, N).
@@ -320,33 +292,11 @@ class RegressionPrediction:
         return score
 
 
-def concatenated(parts: Sequence[RegressionPrediction]) -> RegressionPrediction:
-    """The data of several predictions, without labels.
-
-    Args:
-        parts: Of the same components.
-
-    Returns:
-        One prediction.
-    """
-
-    def joined(tensors: list[Tensor | None]) -> Tensor | None:
-        some = [x for x in tensors if x is not None]
-        return torch.cat(some, 1) if some else None
-
-    return replace(
-        parts[0],
-        loc=torch.cat([p.loc for p in parts], 1),
-        noise_scale=torch.cat([p.noise_scale for p in parts], 1),
-        loc_variance=joined([p.loc_variance for p in parts]),
-        df=joined([p.df for p in parts]),
-    )
-
-
 def _absolute_mean(mean: Tensor, variance: Tensor) -> Tensor:
     """E|X| of a normal X."""
     sd = variance.sqrt()
     z = mean / sd
+    # E|X| = 2 σ φ(μ / σ) + μ (2 Φ(μ / σ) - 1)
     density = (-0.5 * z.square()).exp() / math.sqrt(2 * math.pi)
     return 2 * sd * density + mean * (2 * torch.special.ndtr(z) - 1)
 

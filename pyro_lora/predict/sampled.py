@@ -1,10 +1,18 @@
-"""Predictions of one batch, averaged over draws of the weights."""
+r"""Predictions of one batch, averaged over draws of the weights.
+
+With S draws w_s and one set of them for all data, :math:`p(y | x) = \frac1S \sum_s p(y
+| x, w_s)`: probabilities are averaged, never logits, as log p = logsumexp_s log p_s -
+log S. Its entropy is the total one, the mean of the draws' entropies the aleatoric one:
+draws that say (.9, .1) and (.1, .9) average to (.5, .5), of entropy log 2 = .69, where
+each by itself has .33. Draws go through the network a few at a time, so that sums, and
+no draw's own probabilities, are all that stays.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -13,89 +21,153 @@ from torch import Tensor
 
 from pyro_lora.likelihood import likelihoods
 from pyro_lora.likelihood.batch import Batch
+from pyro_lora.likelihood.likelihoods import Likelihood
 from pyro_lora.likelihood.model_trace import IGNORED
-from pyro_lora.likelihood.outcomes import class_log_probs, single_outcomes
+from pyro_lora.likelihood.outcomes import one_class_log_probs, single_outcomes
+from pyro_lora.predict.any_prediction import AnyPrediction, NumberPrediction
 from pyro_lora.predict.draws import ModelAtDraws
 from pyro_lora.predict.mixture_prediction import MixturePrediction
 from pyro_lora.predict.prediction import Prediction
 from pyro_lora.predict.regression import RegressionPrediction
 from pyro_lora.predict.token_prediction import (
     TokenPrediction,
-    Tokens,
+    WhichTokens,
     check_tokens,
     chosen_tokens,
     token_labels,
     token_prediction,
 )
 
-NumberPrediction = RegressionPrediction | MixturePrediction
-AnyPrediction = Prediction | NumberPrediction | TokenPrediction
 
+@dataclass(frozen=True, eq=False)
+class Sampled:
+    """Predictions by draws.
 
-@torch.no_grad()
-def sampled(
-    at_draws: ModelAtDraws,
-    batch: Batch,
-    tokens: Tokens | None,
-    keep_draws: bool = False,
-) -> AnyPrediction:
-    """The prediction of one batch, by its likelihood's type.
-
-    Args:
+    Attributes:
         at_draws: The model at S draws.
-        batch: The model's keyword arguments, without labels; of tokens, with them.
         tokens: Which outcomes of a datum.
         keep_draws: Whether each draw's probabilities stay.
-
-    Returns:
-        Without labels, but those of tokens.
-
-    Raises:
-        ValueError: If the likelihood has no such outcomes.
     """
-    stream = (t.nodes[at_draws.obs_site] for t in at_draws.traces(batch))
-    first = next(stream)
-    single = single_outcomes(first["fn"])
-    classes = likelihoods.of(single.fn).classes
-    check_tokens(single, classes, tokens, at_draws.obs_site)
-    nodes = chain([first], stream)
-    if classes is None:
-        return numbers([single_outcomes(node["fn"]).fn for node in nodes])
-    if tokens is None:
-        log_probs = (class_log_probs(node["fn"]) for node in nodes)
-        found = _classes(log_probs, at_draws.num_draws, keep_draws)
-    else:
-        mask = single.inside[0].to(classes.logits.device)
-        of_tokens = _tokens(nodes, mask, at_draws, tokens, keep_draws)
-        if isinstance(of_tokens, TokenPrediction):
-            return of_tokens
-        found = of_tokens
-    return replace(found, ordered=classes.cutpoints is not None)
+
+    at_draws: ModelAtDraws
+    tokens: WhichTokens | None
+    keep_draws: bool = False
+
+    @property
+    def takes_one_batch(self) -> bool:
+        """Whether a second batch couldn't be put beside the first: it can."""
+        return False
+
+    @torch.no_grad()
+    def predict(self, batch: Batch) -> AnyPrediction:
+        """The prediction of one batch, by its likelihood's type.
+
+        Args:
+            batch: The model's keyword arguments, without labels; of tokens, with them.
+
+        Returns:
+            Without labels, but those of tokens.
+
+        Raises:
+            ValueError: If the likelihood has no such outcomes.
+        """
+        obs_site = self.at_draws.obs_site
+        stream = (t.nodes[obs_site] for t in self.at_draws.traces(batch))
+        first = next(stream)
+        single = single_outcomes(first["fn"])
+        likelihood = likelihoods.of(single.fn)
+        check_tokens(single, likelihood.classes, self.tokens, obs_site)
+        nodes = chain([first], stream)
+        if likelihood.classes is None:
+            return numbers([single_outcomes(node["fn"]).fn for node in nodes])
+        if self.tokens is not None:
+            mask = single.inside[0].to(likelihood.classes.logits.device)
+            return self._tokens(nodes, mask, likelihood, self.tokens)
+        log_probs = (one_class_log_probs(node["fn"]) for node in nodes)
+        return self._classes(log_probs, likelihood)
+
+    def _classes(self, chunks: Iterable[Tensor], likelihood: Likelihood) -> Prediction:
+        kept: list[Tensor] = []
+
+        def keeping() -> Iterator[Tensor]:
+            for chunk in chunks:
+                kept.append(chunk)
+                yield chunk
+
+        log_p, entropy = self._averaged(keeping() if self.keep_draws else chunks)
+        assert likelihood.classes is not None  # predict has seen to it
+        return Prediction(
+            log_probs=log_p,
+            aleatoric_entropy=entropy,
+            draw_log_probs=torch.cat(kept) if self.keep_draws else None,
+            ordered=likelihood.classes.cutpoints is not None,
+        )
+
+    def _averaged(self, chunks: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+        """Of (S', B, C): log of the mean probability (B, C), and the mean entropy."""
+        log_sum: Tensor | None = None
+        entropy = torch.zeros(())
+        for log_p in chunks:
+            entropy = entropy.to(log_p) + torch.special.entr(log_p.exp()).sum((0, -1))
+            # log Σ_s p_s over all draws, from those of one chunk after another
+            own = log_p.logsumexp(0)
+            log_sum = own if log_sum is None else torch.logaddexp(log_sum, own)
+        assert log_sum is not None
+        num_draws = self.at_draws.num_draws
+        return log_sum - math.log(num_draws), entropy / num_draws
+
+    def _tokens(
+        self,
+        nodes: Iterable[dict[str, Any]],
+        mask: Tensor,
+        likelihood: Likelihood,
+        tokens: WhichTokens,
+    ) -> Prediction | TokenPrediction:
+        chosen = chosen_tokens(mask, tokens, self.at_draws.obs_site)
+        labels: Tensor | None = None
+        by_text: list[Tensor] = []
+
+        def chunks() -> Iterator[Tensor]:
+            nonlocal labels
+            for node in nodes:
+                classes = likelihoods.of(single_outcomes(node["fn"]).fn).classes
+                assert classes is not None  # check_tokens has seen to it
+                log_p = (
+                    classes.logits[:, chosen.rows, chosen.places]
+                    .double()
+                    .log_softmax(-1)
+                )  # (S', M, C)
+                labels = token_labels(node, chosen)
+                if labels is not None:
+                    # A draw's probability of a text is the product over its tokens.
+                    index = labels.clamp_min(0).expand(log_p.shape[:2])
+                    of_labels = log_p.gather(2, index[..., None])
+                    of_labels = of_labels * (labels != IGNORED)[..., None]
+                    zeros = log_p.new_zeros(len(log_p), len(mask))
+                    by_text.append(zeros.index_add(1, chosen.rows, of_labels[..., 0]))
+                yield log_p
+
+        if tokens == "last":
+            return replace(self._classes(chunks(), likelihood), labels=labels)
+        log_p, entropy = self._averaged(chunks())
+        texts = None
+        if by_text:
+            num_draws = self.at_draws.num_draws
+            texts = torch.cat(by_text).logsumexp(0) - math.log(num_draws)
+        return token_prediction(
+            log_p, entropy, chosen, labels, texts, is_binary(likelihood)
+        )
 
 
-def _classes(chunks: Iterable[Tensor], num_draws: int, keep_draws: bool) -> Prediction:
-    kept: list[Tensor] = []
+def is_binary(likelihood: Likelihood) -> bool:
+    """Whether an outcome is a yes or no, of one logit, as a Bernoulli's.
 
-    def keeping() -> Iterator[Tensor]:
-        for chunk in chunks:
-            kept.append(chunk)
-            yield chunk
-
-    log_p, entropy = _averaged(keeping() if keep_draws else chunks, num_draws)
-    draws = torch.cat(kept) if keep_draws else None
-    return Prediction(log_probs=log_p, aleatoric_entropy=entropy, draw_log_probs=draws)
-
-
-def _averaged(chunks: Iterable[Tensor], num_draws: int) -> tuple[Tensor, Tensor]:
-    """Log of the mean probability (B, C) and the mean entropy (B,) of (S', B, C)."""
-    log_sum: Tensor | None = None
-    entropy = torch.zeros(())
-    for log_p in chunks:
-        entropy = entropy.to(log_p) + torch.special.entr(log_p.exp()).sum((0, -1))
-        part = log_p.logsumexp(0)
-        log_sum = part if log_sum is None else torch.logaddexp(log_sum, part)
-    assert log_sum is not None
-    return log_sum - math.log(num_draws), entropy / num_draws
+    Args:
+        likelihood: Of classes.
+    """
+    assert likelihood.classes is not None
+    is_one = likelihood.predictor.shape[-1] == 1
+    return is_one and likelihood.classes.cutpoints is None
 
 
 def numbers(fns: Sequence[Any], weights: Tensor | None = None) -> NumberPrediction:
@@ -109,8 +181,8 @@ def numbers(fns: Sequence[Any], weights: Tensor | None = None) -> NumberPredicti
     Returns:
         Without labels.
     """
-    known = [likelihoods.of(fn) for fn in fns]
-    noise = [x.noise for x in known if x.noise is not None]
+    of_draws = [likelihoods.of(fn) for fn in fns]
+    noise = [x.noise for x in of_draws if x.noise is not None]
     if not noise:
         return MixturePrediction(components=[fns], weights=weights)
 
@@ -119,48 +191,10 @@ def numbers(fns: Sequence[Any], weights: Tensor | None = None) -> NumberPredicti
         return one[..., 0] if one.ndim == 3 and one.shape[-1] == 1 else one
 
     return RegressionPrediction(
-        loc=joined([x.predictor[..., 0] for x in known]),
+        loc=joined([x.predictor[..., 0] for x in of_draws]),
         noise_scale=joined([x.scale for x in noise]),
         df=joined([x.df for x in noise if x.df is not None])
         if noise[0].df is not None
         else None,
         weights=weights,
     )
-
-
-def _tokens(
-    nodes: Iterable[dict[str, Any]],
-    mask: Tensor,
-    at_draws: ModelAtDraws,
-    tokens: Tokens,
-    keep_draws: bool,
-) -> Prediction | TokenPrediction:
-    rows, places = chosen_tokens(mask, tokens, at_draws.obs_site)
-    labels: Tensor | None = None
-    of_texts: list[Tensor] = []
-
-    def chunks() -> Iterator[Tensor]:
-        nonlocal labels
-        for node in nodes:
-            classes = likelihoods.of(single_outcomes(node["fn"]).fn).classes
-            assert classes is not None  # check_tokens has seen to it
-            log_p = (
-                classes.logits[:, rows, places].double().log_softmax(-1)
-            )  # (S', M, C)
-            if node["is_observed"]:
-                labels = token_labels(node, rows, places)
-                known = labels.clamp_min(0).expand(log_p.shape[:2])
-                chosen = log_p.gather(2, known[..., None])
-                chosen = chosen * (labels != IGNORED)[..., None]
-                zeros = log_p.new_zeros(len(log_p), len(mask))
-                of_texts.append(zeros.index_add(1, rows, chosen[..., 0]))
-            yield log_p
-
-    if tokens == "last":
-        found = _classes(chunks(), at_draws.num_draws, keep_draws)
-        return replace(found, labels=labels)
-    log_p, entropy = _averaged(chunks(), at_draws.num_draws)
-    texts = None
-    if of_texts:
-        texts = torch.cat(of_texts).logsumexp(0) - math.log(at_draws.num_draws)
-    return token_prediction(log_p, entropy, rows, places, len(mask), labels, texts)

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from pyro_lora.ground.settings import check_function, check_kind
+from pyro_lora.ground.summary import FieldsShown
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class SemanticEntropy:
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
+class SemanticEntropy(FieldsShown):
     r"""Groups of texts with one meaning, and entropies over meanings, in nats.
 
     Attributes:
@@ -73,8 +74,8 @@ def semantic_entropy(
     >>> import torch
     >>> texts = ["Paris", "paris.", "Rome"]
     >>> log_probs = torch.tensor([0.5, 0.25, 0.25]).log()
-    >>> found = semantic_entropy(texts, log_probs, key=lambda text: text[0].lower())
-    >>> found.groups.tolist(), round(found.entropy.item(), 3)
+    >>> meanings = semantic_entropy(texts, log_probs, key=lambda text: text[0].lower())
+    >>> meanings.groups.tolist(), round(meanings.entropy.item(), 3)
     ([0, 0, 1], 0.562)
     """
     _check(texts, log_probs)
@@ -94,6 +95,7 @@ def semantic_entropy(
     is_new = torch.tensor([text not in texts[:i] for i, text in enumerate(texts)])
     is_new = is_new.to(log_probs.device)
     of_group = torch.arange(max(members) + 1, device=log_probs.device)
+    # p(c) sums over different texts: one that was drawn twice is no more probable.
     inside = (groups == of_group[:, None]) & is_new  # (G, n)
     by_group = log_probs.where(inside, -torch.inf).logsumexp(-1)
     shares = groups.bincount().to(wide) / len(texts)
@@ -112,6 +114,7 @@ def _by_first_match(
     founders: list[str] = []
     members = []
     for text in texts:
+        # A founder stands for its group: the relation needn't be transitive.
         matches = (i for i, first in enumerate(founders) if same_meaning(first, text))
         group = next(matches, len(founders))
         if group == len(founders):

@@ -1,4 +1,14 @@
-"""How likely given texts are under the draws of a posterior."""
+r"""How likely given texts are under the draws of a posterior.
+
+A text's log probability under one draw is a sum over its tokens, log p_s(y | x) =
+:math:`\sum_t \log p_s(y_t | y_{<t}, x)`; over S draws it is averaged in one of two
+ways. Of two tokens and two draws that give them (.9, .1) and (.1, .9), the means are
+
+    by_sequence   (.9 · .1 + .1 · .9) / 2 = .09
+    by_token      (.9 + .1) / 2 · (.1 + .9) / 2 = .25
+
+since the second lets another draw explain each token.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +25,7 @@ from transformers import PreTrainedModel
 
 from pyro_lora.ground.interrupts import leaving_no_trace
 from pyro_lora.ground.settings import check_kind
+from pyro_lora.ground.summary import FieldsShown
 from pyro_lora.ground.weights import Weights
 from pyro_lora.lifting.lifted_network import LiftedNetwork, check_lora
 from pyro_lora.likelihood.model_trace import IGNORED, evaluating, trace_at
@@ -33,8 +44,8 @@ DEFAULT_NUM_SAMPLES = 8  # all of them go through the network at once
 MAX_LOG_PROBS = 2**26
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class SequenceLogProb:
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
+class SequenceLogProb(FieldsShown):
     r"""Log-probabilities of B continuations y given their prompts x, in nats.
 
     The two averages over draws differ, and neither bounds the other.
@@ -101,6 +112,7 @@ def sequence_log_prob(
     scored = labels != IGNORED
     _check_labels(input_ids, labels, scored, mask)
     weights = lora_draws(lora, posterior, num_samples)
+    # From the first place that any row scores on: the rest is prompt, without logits.
     num_new = input_ids.shape[1] - int(scored.any(0).nonzero()[0])
     tokens, scored = input_ids[:, -num_new:], scored[:, -num_new:]
     by_draw, by_token = [], []
@@ -153,9 +165,9 @@ def causal_network(lora: LiftedNetwork) -> PreTrainedModel:
     networks = (m for m in lora.network.modules() if isinstance(m, PreTrainedModel))
     network = next(networks, None)
     if network is None or network.get_output_embeddings() is None:
-        found = type(lora.network if network is None else network).__name__
+        kind = type(lora.network if network is None else network).__name__
         raise ValueError(
-            f"Found a {found}; expected a causal language model of transformers, "
+            f"Found a {kind}; expected a causal language model of transformers, "
             "AutoModelForCausalLM, perhaps inside a PeftModel."
         )
     if network.config.is_encoder_decoder:
@@ -316,8 +328,9 @@ def next_token_log_probs(
     with evaluating((lora,)), lora.bind(weights) as net:
         for start in range(0, batch_size, step):
             rows = slice(start, start + step)
-            some = {name: value[rows] for name, value in inputs.items()}
-            logits = net(**some, **kept, use_cache=False).logits
+            texts = {name: value[rows] for name, value in inputs.items()}
+            logits = net(**texts, **kept, use_cache=False).logits
+            # Those at place t are of token t + 1.
             logits = logits[..., -num_new - 1 : -1, :]
             wide = torch.promote_types(logits.dtype, torch.float32)
             yield rows, logits.to(wide).log_softmax(-1)

@@ -1,16 +1,29 @@
-"""Predicted tokens: one class for each token of a text, without all probabilities."""
+r"""Predicted tokens: one class for each of several outcomes of a datum.
+
+They are the tokens of a text, or the labels of a multi-label classifier, a yes or no
+each. M outcomes of N data are one row each, in the order of data and places: of two
+texts of two and three tokens that count, say,
+
+    data        0  0  1  1  1
+    positions   0  1  0  2  3        the second text's token 1 is masked
+
+All probabilities are kept where there are up to 64 classes. A vocabulary's would be too
+many: of those stay the largest, the label's, and the entropies.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, ClassVar, Literal, NoReturn, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchmetrics.functional.classification import binary_calibration_error
 
+from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.likelihood.likelihoods import Classes
 from pyro_lora.likelihood.model_trace import IGNORED
 from pyro_lora.likelihood.outcomes import (
@@ -20,6 +33,18 @@ from pyro_lora.likelihood.outcomes import (
     outcomes_that_count,
     single_outcomes,
 )
+from pyro_lora.predict.any_prediction import (
+    AnyPrediction,
+    check_class_names,
+    class_columns,
+    class_facts,
+    joined,
+    listed,
+    named,
+    names_in,
+    replaced,
+    rows_of,
+)
 from pyro_lora.predict.metrics import (
     NUM_BINS,
     adaptive_ece,
@@ -27,20 +52,23 @@ from pyro_lora.predict.metrics import (
     selective_metrics,
     with_standard_errors,
 )
-from pyro_lora.predict.tables import data_frame
 
-if TYPE_CHECKING:
-    from pandas import DataFrame
+WhichTokens = Literal["last", "each"]
+
+_MOST_KEPT = 64  # classes, 512 bytes a token
+_OF_TOKENS = dict.fromkeys(
+    "data positions predicted confidence total_entropy aleatoric_entropy labels "
+    "label_log_probs log_probs".split(),
+    0,
+)
+_DIMS = {**_OF_TOKENS, "text_log_probs": 0}
 
 
-Tokens = Literal["last", "each"]
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class TokenPrediction:
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
+class TokenPrediction(AnyPrediction):
     """What is predicted for each of M tokens of N texts, averaged over the posterior.
 
-    A vocabulary's probabilities would be too many to keep: only these numbers stay.
+    ``len(prediction)`` is N, and ``prediction[3]`` a text with all of its tokens.
 
     Attributes:
         data: The text of each token, 0 to N - 1, (M,).
@@ -56,7 +84,22 @@ class TokenPrediction:
         text_log_probs: Log of the probability of all labels of a text together, each
             draw's product over the tokens averaged over the draws, (N,), nats, 0 of a
             text without labels; None without labels or draws.
+        log_probs: Log of all averaged probabilities, (M, C), nats, where C is at most
+            64; else None.
+        num_classes: C, or None where nobody said.
+        is_binary: Whether each is a yes or no of its own (Bernoulli), so that it's the
+            places that have names.
+        class_names: Names of the classes, C different ones, which ``predict`` takes
+            from the network's config; None: they have none.
+        position_names: Names of the places, as of the labels of a multi-label
+            classifier; None: they have none.
+
+    Raises:
+        ValueError: If names are more or fewer than what they name, or labels are there
+            without their probabilities.
     """
+
+    _row: ClassVar[str] = "token"
 
     data: Tensor
     positions: Tensor
@@ -68,6 +111,41 @@ class TokenPrediction:
     labels: Tensor | None = None
     label_log_probs: Tensor | None = None
     text_log_probs: Tensor | None = None
+    log_probs: Tensor | None = None
+    num_classes: int | None = None
+    is_binary: bool = False
+    class_names: tuple[str, ...] | None = None
+    position_names: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.labels is None) != (self.label_log_probs is None):
+            raise ValueError("labels and label_log_probs come together, or not at all.")
+        if self.num_classes is not None:
+            check_class_names(self.class_names, self.num_classes)
+        names = self.position_names
+        if names is not None and self._num_places > len(names):
+            raise ValueError(
+                f"position_names has {len(names)} names, but there is a position "
+                f"{self._num_places - 1}. Give one for each place, 0 and on."
+            )
+
+    def __len__(self) -> int:
+        """N, the texts."""
+        return self.num_data
+
+    @cached_property
+    def probs(self) -> Tensor:
+        """Probabilities, (M, C), where there are at most 64 classes.
+
+        Raises:
+            ValueError: If there are more.
+        """
+        if self.log_probs is None:
+            raise ValueError(
+                f"The probabilities of more than {_MOST_KEPT} classes aren't kept for "
+                "each token, but confidence and label_log_probs are. Use tokens='last'."
+            )
+        return self.log_probs.exp().clamp_max(1)
 
     @cached_property
     def epistemic_entropy(self) -> Tensor:
@@ -92,22 +170,15 @@ class TokenPrediction:
             ValueError: If there are no labels or no tokens, or ``num_bootstrap`` is 1
                 or negative.
         """
-        if self.labels is None or self.label_log_probs is None:
-            raise ValueError(
-                "metrics needs labels, and this prediction has none. Put 'labels' "
-                "(what the likelihood observes) into every batch given to predict."
-            )
-        counts = self.labels != IGNORED
+        counts = self._labels("metrics") != IGNORED
         every = counts.nonzero()[:, 0]
         if len(every) == 0:
             raise ValueError("metrics got no tokens that count. Check the labels.")
         texts = self.data[every].unique()
 
         def replicate() -> dict[str, float]:
-            some = texts[resampled(len(texts), texts.device)]
-            of_some = (some[:, None] == self.data) & counts
-            _, tokens = of_some.nonzero(as_tuple=True)
-            return self._metrics(tokens)
+            _, tokens = self._tokens_of(texts[resampled(len(texts), texts.device)])
+            return self._metrics(tokens[counts[tokens]])
 
         return with_standard_errors(self._metrics(every), num_bootstrap, replicate)
 
@@ -131,28 +202,119 @@ class TokenPrediction:
         }
         return {name: float(value) for name, value in values.items()}
 
-    def to_pandas(self) -> DataFrame:
-        """One row a token: its text and place, the predicted class, entropies, labels.
+    def columns(self) -> dict[str, np.ndarray]:
+        """A table, one row a token: its text and place, then as of classes.
 
-        Returns:
-            A ``pandas.DataFrame`` with the index ``token``.
+        ``datum``, ``position``, ``predicted``, ``confidence``, a probability for each
+        class where these are kept, three entropies (nats) and, where there are labels,
+        ``label`` and ``label_log_prob``. Places and classes go by their names.
         """
         columns = {
-            "datum": self.data,
-            "position": self.positions,
-            "predicted": self.predicted,
-            "confidence": self.confidence,
-            "total_entropy": self.total_entropy,
-            "aleatoric_entropy": self.aleatoric_entropy,
-            "epistemic_entropy": self.epistemic_entropy,
+            "datum": self.data.cpu().numpy(),
+            "position": named(self.positions, self.position_names),
+            "predicted": named(self.predicted, self.class_names),
+            "confidence": self.confidence.cpu().numpy(),
         }
+        if self.log_probs is not None:
+            columns |= class_columns(self.log_probs, self.class_names)
+        for entropy in ("total_entropy", "aleatoric_entropy", "epistemic_entropy"):
+            columns[entropy] = getattr(self, entropy).cpu().numpy()
         if self.labels is not None and self.label_log_probs is not None:
-            columns |= {"label": self.labels, "label_log_prob": self.label_log_probs}
-        return data_frame(columns, "token")
+            columns["label"] = named(self.labels, self.class_names)
+            columns["label_log_prob"] = self.label_log_probs.cpu().numpy()
+        return columns
+
+    def with_labels(self, labels: Tensor, place: str = "The prediction") -> NoReturn:
+        """Of tokens, not to be had afterwards.
+
+        Raises:
+            ValueError: Always: which tokens count is in the labels, which the model has
+                to be shown.
+        """
+        raise ValueError(
+            f"{place}: labels of tokens say which of them count, so predict needs them "
+            "in its batches."
+        )
+
+    def with_names_of(self, networks: Sequence[LiftedNetwork]) -> Self:
+        """The same with the names that a network has for its classes, if it has any.
+
+        The outputs of a multi-label classifier are places of a datum, yes or no each.
+        """
+        if self.num_classes is None:
+            return self
+        if self.is_binary:
+            return replaced(self, position_names=names_in(networks, self._num_places))
+        return replaced(self, class_names=names_in(networks, self.num_classes))
+
+    def worse_than(self, at_mode: Self) -> None:
+        """None: nobody looks at each token at the mode, too."""
+
+    @property
+    def _has_label(self) -> Tensor:
+        counts = self._labels("metrics") != IGNORED
+        texts = torch.arange(len(self), device=self.data.device)
+        return torch.isin(texts, self.data[counts])
+
+    @property
+    def _num_places(self) -> int:
+        """One more than the last place of a token."""
+        return int(self.positions.max()) + 1 if len(self.positions) else 0
+
+    def _tokens_of(self, texts: Tensor) -> tuple[Tensor, Tensor]:
+        """For each token of some texts, text by text: the text's place, and its own."""
+        texts = texts.to(self.data.device)
+        by_text = self.data.argsort(stable=True)
+        counts = self.data.bincount(minlength=self.num_data)
+        own = counts[texts]
+        place = torch.arange(len(texts), device=texts.device).repeat_interleave(own)
+        # The j-th token of a text is j after the text's first one.
+        j = torch.arange(len(place), device=texts.device) - (own.cumsum(0) - own)[place]
+        first = counts.cumsum(0) - counts
+        return place, by_text[first[texts][place] + j]
+
+    def _rows(self, rows: Tensor) -> Self:
+        place, tokens = self._tokens_of(rows)
+        of_texts = self.text_log_probs
+        return replaced(
+            rows_of(self, tokens, _OF_TOKENS),
+            data=place,
+            num_data=len(rows),
+            text_log_probs=of_texts
+            if of_texts is None
+            else of_texts[rows.to(of_texts.device)],
+        )
+
+    @classmethod
+    def _joined(cls, predictions: Sequence[Self]) -> Self:
+        starts = np.cumsum([0, *(len(p) for p in predictions)]).tolist()
+        moved = [p.data + start for p, start in zip(predictions, starts, strict=False)]
+        return joined(predictions, _DIMS, data=torch.cat(moved), num_data=starts[-1])
+
+    def _facts(self) -> dict[str, str]:
+        facts = {
+            "N": str(len(self)),
+            "outcomes": str(len(self.data)),
+            **class_facts(self.num_classes, self.class_names),
+        }
+        if self.position_names is not None:
+            facts["positions"] = listed(self.position_names)
+        if self.labels is None or self.label_log_probs is None:
+            return facts | {"labels": "None"}
+        counts = self.labels != IGNORED
+        facts["labels"] = str(int(counts.sum()))
+        if bool(counts.any()):
+            accuracy = (self.predicted == self.labels)[counts].double().mean()
+            facts["accuracy"] = f"{float(accuracy):.3f}"
+            facts["nll"] = f"{float(-self.label_log_probs[counts].mean()):.3f}"
+        return facts
 
 
 def check_tokens(
-    single: SingleOutcomes, classes: Classes | None, tokens: Tokens | None, site: str
+    single: SingleOutcomes,
+    classes: Classes | None,
+    tokens: WhichTokens | None,
+    site: str,
 ) -> None:
     """Check that ``tokens`` is given where a datum has several classes, and only there.
 
@@ -189,8 +351,23 @@ def check_tokens(
         )
 
 
-def chosen_tokens(mask: Tensor, tokens: Tokens, site: str) -> tuple[Tensor, Tensor]:
-    """Data and positions of the outcomes asked for, both (M,).
+@dataclass(frozen=True, eq=False)
+class ChosenTokens:
+    """The outcomes of a batch that are predicted, one row each.
+
+    Attributes:
+        rows: Their data, (M,).
+        places: Their places in these, (M,).
+        num_data: B.
+    """
+
+    rows: Tensor
+    places: Tensor
+    num_data: int
+
+
+def chosen_tokens(mask: Tensor, tokens: WhichTokens, site: str) -> ChosenTokens:
+    """The outcomes asked for.
 
     Args:
         mask: Which outcomes count, (B, T).
@@ -202,32 +379,34 @@ def chosen_tokens(mask: Tensor, tokens: Tokens, site: str) -> tuple[Tensor, Tens
     """
     if tokens == "each":
         rows, places = mask.nonzero(as_tuple=True)
-        return rows, places
+        return ChosenTokens(rows, places, len(mask))
     empty = (~mask.any(1)).nonzero()
     if len(empty):
         raise ValueError(
             f"Site {site!r}: datum {int(empty[0])} of a batch has no token that "
             "counts, so no last one. Leave it out, or check its labels and mask."
         )
+    # The largest place that counts: of (1, 1, 0, 1, 0), max(0, 1, 0, 3, 0) = 3.
     last = (torch.arange(mask.shape[1], device=mask.device) * mask).amax(1)
-    return torch.arange(len(mask), device=mask.device), last
+    return ChosenTokens(torch.arange(len(mask), device=mask.device), last, len(mask))
 
 
-def token_labels(site: Mapping[str, Any], rows: Tensor, places: Tensor) -> Tensor:
-    """The observed classes, (M,), -100 where they don't count.
+def token_labels(site: Mapping[str, Any], chosen: ChosenTokens) -> Tensor | None:
+    """The observed classes, (M,), -100 where they don't count; None if none are.
 
     Args:
         site: The likelihood's site, whatever dims the draws added before (B, T).
-        rows: Their data, (M,).
-        places: Their places, (M,).
+        chosen: Which of them.
 
     Raises:
         ValueError: If one that counts isn't a class.
     """
+    if not site["is_observed"]:
+        return None
 
     def of_tokens(value: Tensor) -> Tensor:
-        one = value.reshape(-1, *value.shape[-2:])[0].to(rows.device)
-        return one[rows, places]
+        one = value.reshape(-1, *value.shape[-2:])[0].to(chosen.rows.device)
+        return one[chosen.rows, chosen.places]
 
     fn, value = single_outcomes(site["fn"]).fn, site["value"]
     labels = of_tokens(value)
@@ -245,22 +424,20 @@ def token_labels(site: Mapping[str, Any], rows: Tensor, places: Tensor) -> Tenso
 def token_prediction(
     log_probs: Tensor,
     aleatoric_entropy: Tensor,
-    rows: Tensor,
-    places: Tensor,
-    num_data: int,
+    chosen: ChosenTokens,
     labels: Tensor | None,
     text_log_probs: Tensor | None,
+    is_binary: bool,
 ) -> TokenPrediction:
     """Keep of the tokens' probabilities what stays.
 
     Args:
         log_probs: (M, C), nats.
         aleatoric_entropy: (M,), nats.
-        rows: Each token's text, (M,).
-        places: Its place, (M,).
-        num_data: N.
+        chosen: The tokens.
         labels: (M,), or None.
         text_log_probs: (N,), nats, or None.
+        is_binary: Whether each is a yes or no of its own.
 
     Returns:
         The prediction.
@@ -270,44 +447,19 @@ def token_prediction(
     if labels is not None:
         of_labels = log_probs.gather(1, labels.clamp_min(0)[:, None])[:, 0]
         of_labels = of_labels.masked_fill(labels == IGNORED, torch.nan)
+    num_classes = log_probs.shape[1]
     return TokenPrediction(
-        data=rows,
-        positions=places,
+        data=chosen.rows,
+        positions=chosen.places,
         predicted=predicted,
         confidence=confidence.exp(),
         total_entropy=torch.special.entr(log_probs.exp()).sum(-1),
         aleatoric_entropy=aleatoric_entropy,
-        num_data=num_data,
+        num_data=chosen.num_data,
         labels=labels,
         label_log_probs=of_labels,
         text_log_probs=text_log_probs,
-    )
-
-
-def concatenated(parts: Sequence[TokenPrediction]) -> TokenPrediction:
-    """The texts of several predictions, in order.
-
-    Args:
-        parts: All with labels, or none.
-
-    Returns:
-        One prediction.
-    """
-    starts = torch.tensor([0, *(p.num_data for p in parts)]).cumsum(0).tolist()
-
-    def joined(tensors: list[Tensor | None]) -> Tensor | None:
-        some = [x for x in tensors if x is not None]
-        return torch.cat(some) if some else None
-
-    return TokenPrediction(
-        data=torch.cat([p.data + s for p, s in zip(parts, starts, strict=False)]),
-        positions=torch.cat([p.positions for p in parts]),
-        predicted=torch.cat([p.predicted for p in parts]),
-        confidence=torch.cat([p.confidence for p in parts]),
-        total_entropy=torch.cat([p.total_entropy for p in parts]),
-        aleatoric_entropy=torch.cat([p.aleatoric_entropy for p in parts]),
-        num_data=starts[-1],
-        labels=joined([p.labels for p in parts]),
-        label_log_probs=joined([p.label_log_probs for p in parts]),
-        text_log_probs=joined([p.text_log_probs for p in parts]),
+        log_probs=log_probs if num_classes <= _MOST_KEPT else None,
+        num_classes=num_classes,
+        is_binary=is_binary,
     )

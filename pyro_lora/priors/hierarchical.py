@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from pyro_lora.ground.settings import check_positive
+from pyro_lora.ground.summary import FieldsShown
 from pyro_lora.lifting.prior import Network
 from pyro_lora.priors.prior import aligned, hyper_name, over_event, sample_normal
 
 
-@dataclass(frozen=True)
-class hierarchical:
+@dataclass(frozen=True, repr=False)
+class hierarchical(FieldsShown):
     r"""A scale for each layer of each site, partially pooled over layers and roles.
 
     .. math::
@@ -68,7 +69,7 @@ class hierarchical:
         """Sample every site and its scales."""
         all_zeros = lora.zeros()
         first, like = next(iter(all_zeros.items()))
-        mean = pyro.sample(
+        mean = pyro.sample(  # (...,) with any particle dims, as all hyper-latents here
             hyper_name("mean_log_scale", first),
             dist.Normal(
                 like.new_full((), math.log(self.scale)),
@@ -97,7 +98,7 @@ class hierarchical:
         )
         weights = {}
         for i, (site, zeros) in enumerate(all_zeros.items()):
-            role = role_log_scales[..., i, None].to(zeros)
+            role = role_log_scales[..., i, None].to(zeros)  # (..., 1), over layers
             log_scale = sample_normal(
                 hyper_name("log_scale", site),
                 role.expand(*role.shape[:-1], len(zeros)),
@@ -105,6 +106,7 @@ class hierarchical:
                 1,
                 centered=self.centered_scales,
             )
+            # (..., L) -> (..., L, 1, 1), over the weights of each layer
             layer_scale = over_event(torch.exp(log_scale), zeros.ndim - 1)
             weights[site] = sample_normal(
                 site, zeros, layer_scale, zeros.ndim, centered=self.centered

@@ -10,13 +10,14 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_lora.ground.settings import check_positive
+from pyro_lora.ground.settings import check_positive, check_word
+from pyro_lora.ground.summary import FieldsShown
 from pyro_lora.lifting.prior import Network
 from pyro_lora.priors.prior import aligned, hyper_name, over_event, sample_normal
 
 
-@dataclass(frozen=True)
-class horseshoe:
+@dataclass(frozen=True, repr=False)
+class horseshoe(FieldsShown):
     r"""Regularised horseshoe: shrinks most weights to zero and leaves a few alone.
 
     .. math::
@@ -64,10 +65,7 @@ class horseshoe:
         check_positive("horseshoe: global_scale", self.global_scale)
         check_positive("horseshoe: slab_scale", self.slab_scale)
         check_positive("horseshoe: slab_df", self.slab_df)
-        if self.per not in ("weight", "row"):
-            raise ValueError(
-                f"horseshoe: per must be 'weight' or 'row', found {self.per!r}."
-            )
+        check_word("horseshoe: per", self.per, ("weight", "row"))
 
     def __call__(self, lora: Network) -> dict[str, Tensor]:
         """Sample every site and its scales."""
@@ -112,6 +110,7 @@ def regularized_scale(tau: Tensor, local: Tensor, slab_variance: Tensor) -> Tens
 
     Never 0, which a half-Cauchy draw can be once in 2^24 draws and no scale may be.
     """
+    # hypot squares neither of the two, which over- and underflow for a Cauchy's draws.
     slab = slab_variance.sqrt()
     wide = tau * local
     scale = slab * (wide / torch.hypot(slab, wide))

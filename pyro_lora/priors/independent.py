@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pyro_lora.ground.settings import check_number, check_positive
+from pyro_lora.ground.summary import FieldsShown
 from pyro_lora.ground.weights import check_weights
 from pyro_lora.lifting.prior import Network
 
@@ -19,8 +20,8 @@ Scale = float | Mapping[str, float | Tensor]
 Center = float | Literal["init"] | Mapping[str, Tensor]
 
 
-@dataclass(frozen=True)
-class normal:
+@dataclass(frozen=True, repr=False)
+class normal(FieldsShown):
     r"""Independent :math:`N(m, \sigma^2)` on every weight.
 
     The one to start with. Its precision :math:`1 / \sigma^2` is what L2 regularisation
@@ -54,8 +55,8 @@ class normal:
         return _sample(lora, dist.Normal, self.scale, self.center)
 
 
-@dataclass(frozen=True)
-class laplace:
+@dataclass(frozen=True, repr=False)
+class laplace(FieldsShown):
     r"""Independent Laplace, :math:`p(w) = \exp(-|w - m| / b) / (2 b)`, on every weight.
 
     For sparse modes: its MAP is L1 regularisation (the lasso; Tibshirani 1996,
@@ -82,8 +83,8 @@ class laplace:
         return _sample(lora, dist.Laplace, self.scale, self.center)
 
 
-@dataclass(frozen=True)
-class student_t:
+@dataclass(frozen=True, repr=False)
+class student_t(FieldsShown):
     r"""Independent Student-t with :math:`\nu` degrees of freedom on every weight.
 
     :math:`p(w) \propto (1 + (w - m)^2 / (\nu s^2))^{-(\nu + 1) / 2}`: most weights
@@ -145,6 +146,7 @@ def _sample(
     scale: Scale,
     center: Center,
 ) -> dict[str, Tensor]:
+    # "init", the only word that is left
     locs = lora.initial_weights if isinstance(center, str) else center
     for what, values in (("scales", scale), ("centers", locs)):
         if isinstance(values, Mapping) and values.keys() != lora.sites.keys():

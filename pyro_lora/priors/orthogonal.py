@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 from pyro_lora.ground.settings import check_positive
+from pyro_lora.ground.summary import FieldsShown
 from pyro_lora.lifting.prior import Network, Prior, check_prior
 from pyro_lora.priors.independent import normal
 from pyro_lora.priors.prior import hyper_name
 from pyro_lora.priors.rank_ard import lora_factor
 
 
-@dataclass(frozen=True)
-class orthogonal:
+@dataclass(frozen=True, repr=False)
+class orthogonal(FieldsShown):
     r"""A base prior times AdaLoRA's orthogonality factor.
 
     .. math::
@@ -87,9 +88,12 @@ def orthogonality_penalty(
         if factor is None or factor[1] == "E":
             continue
         value = weights[site]
-        rows = value if factor[1] == "A" else value.mT
+        rows = (
+            value if factor[1] == "A" else value.mT
+        )  # (..., L, R, I) or (..., L, R, O)
         gram = rows @ rows.mT
         eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+        # Not squared, so that its gradient doesn't vanish as A A^T approaches I.
         total = total + torch.linalg.matrix_norm(gram - eye).sum(-1)
         count += len(names)
     if not count:

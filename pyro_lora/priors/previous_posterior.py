@@ -1,4 +1,12 @@
-"""Yesterday's posterior as today's prior."""
+r"""Yesterday's posterior as today's prior, site by site.
+
+A prior samples sites one after the other, each with a density of its own, while a
+posterior may have one density for all. The chain rule writes the one as the other,
+:math:`p(w) = \prod_i p(w_i | w_{<i})`: of a normal, each factor is a normal again; of a
+mixture, a mixture whose weights are those of the components after the sites before,
+:math:`\pi_k \prod_{j<i} p_k(w_j | w_{<j})`. Of two components at (-1, -1) and (1, 1),
+narrow, the second site's has weight 1 at -1 once the first was drawn near -1.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +24,7 @@ from torch import Tensor
 from torch.distributions.transforms import ReshapeTransform
 
 from pyro_lora.ground.settings import check_function, check_positive
+from pyro_lora.ground.summary import FieldsShown
 from pyro_lora.ground.warning import warn
 from pyro_lora.ground.weights import Weights
 from pyro_lora.lifting.prior import NOISE, Network, Prior
@@ -72,6 +81,7 @@ class SiteMixture(TorchDistribution):
             value: Tensor | None = None
             for k, fn in enumerate(self.components):
                 draw = fn.expand(self.batch_shape).sample(shape)
+                # All components draw, of which one is taken: no loop over the batch.
                 value = draw if value is None else torch.where(drawn == k, draw, value)
         assert value is not None, "a mixture has components"
         return value
@@ -194,8 +204,8 @@ def from_posterior(posterior: Any, *, bandwidth: float | None = None) -> Prior:
     return PreviousPosterior(tuple(components))
 
 
-@dataclass(frozen=True, eq=False)
-class PreviousPosterior:
+@dataclass(frozen=True, eq=False, repr=False)
+class PreviousPosterior(FieldsShown):
     """The prior that :func:`from_posterior` makes.
 
     Attributes:
@@ -229,7 +239,7 @@ class PreviousPosterior:
             weights[site] = pyro.sample(
                 site, SiteMixture([x.to(zeros) for x in log_joint], fns)
             )
-            log_joint = [
+            log_joint = [  # log pi_k p_k(w_<=i), what the next site's weights are
                 log_p.to(zeros) + fn.log_prob(weights[site])
                 for log_p, fn in zip(log_joint, fns, strict=True)
             ]
@@ -264,11 +274,11 @@ def _components(
             for log_inner, part in _components(component, bandwidth)
         ]
     if isinstance(posterior, Posterior):
-        parts = posterior.gaussians()
-        if sum(weight for weight, _ in parts) > 1 - _ROUNDING:
+        gaussians = posterior.gaussians()
+        if sum(weight for weight, _ in gaussians) > 1 - _ROUNDING:
             return [
                 (torch.tensor(weight, dtype=torch.float64).log(), _gaussian(part))
-                for weight, part in parts
+                for weight, part in gaussians
             ]
         if posterior.num_samples is not None:
             particles = posterior.sample(posterior.num_samples)
@@ -283,8 +293,8 @@ def _gaussian(posterior: Any) -> Component:
     return _Independent(_distributions(posterior))
 
 
-@dataclass(frozen=True, eq=False)
-class _NormalAt:
+@dataclass(frozen=True, eq=False, repr=False)
+class _NormalAt(FieldsShown):
     """Independent normals around one weight set."""
 
     loc: Weights
@@ -333,12 +343,13 @@ def _dense(gaussian: DenseNormal) -> Component:
             for site, x in loc.items()
         ]
     )
+    # The covariance, of which a marginal over some sites is a block.
     precision = gaussian.fisher.detach().double() + torch.diag_embed(tau)
     return _Dense(loc, torch.cholesky_inverse(torch.linalg.cholesky(precision)))
 
 
-@dataclass(frozen=True, eq=False)
-class _Dense:
+@dataclass(frozen=True, eq=False, repr=False)
+class _Dense(FieldsShown):
     """A normal with one covariance matrix over all sites."""
 
     loc: Weights
@@ -357,11 +368,11 @@ class _Dense:
         shift = mean.flatten()
         start = sum(self.loc[s].numel() for s in before)
         if before:
-            known = _deviations(before, self.loc)  # (..., start)
+            deviation = _deviations(before, self.loc)  # (..., start)
             z = torch.linalg.solve_triangular(
-                root[:start, :start].to(known), known[..., None], upper=False
+                root[:start, :start].to(deviation), deviation[..., None], upper=False
             )
-            rows = root[start : start + n, :start].to(known)
+            rows = root[start : start + n, :start].to(deviation)
             shift = shift + (rows @ z)[..., 0]
         block = root[start : start + n, start : start + n].to(mean)
         fn = dist.MultivariateNormal(shift, scale_tril=block)
@@ -377,15 +388,16 @@ class _Dense:
             site: torch.arange(end - x.numel(), end, device=self.covariance.device)
             for (site, x), end in zip(self.loc.items(), ends, strict=True)
         }
+        # Rows and columns that are left out are integrated over.
         index = torch.cat([places[site] for site in sites])
         return torch.linalg.cholesky(self.covariance[index[:, None], index])
 
 
 def _deviations(weights: Weights, loc: Weights) -> Tensor:
     """Weights minus their mean as vectors, (..., D); lead dims broadcast."""
-    parts = [(x - loc[site]).flatten(-loc[site].ndim) for site, x in weights.items()]
-    lead = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
-    return torch.cat([part.expand(*lead, part.shape[-1]) for part in parts], -1)
+    flat = [(x - loc[site]).flatten(-loc[site].ndim) for site, x in weights.items()]
+    lead = torch.broadcast_shapes(*(x.shape[:-1] for x in flat))
+    return torch.cat([x.expand(*lead, x.shape[-1]) for x in flat], -1)
 
 
 def _distributions(posterior: Any) -> dict[str, TorchDistribution]:
@@ -394,8 +406,8 @@ def _distributions(posterior: Any) -> dict[str, TorchDistribution]:
     return {n: node["fn"] for n, node in nodes.items() if node["type"] == "sample"}
 
 
-@dataclass(frozen=True, eq=False)
-class _Independent:
+@dataclass(frozen=True, eq=False, repr=False)
+class _Independent(FieldsShown):
     """Sites with distributions of their own."""
 
     fns: Mapping[str, TorchDistribution]
@@ -408,17 +420,19 @@ class _Independent:
         while isinstance(inner, torch.distributions.Independent):
             inner = inner.base_dist
         if isinstance(inner, dist.Delta):
+            # Of a Gaussian over all sites together, too: Dense() and Exact().
             raise ValueError(
                 f"Site {site!r}: expected a posterior with a density for each site, "
-                "found a Delta. Use a Laplace, particle or mixture posterior, or the "
-                "guide's moments in priors.normal(scale, center=)."
+                "found a Delta. Use a Laplace posterior of KFAC, EKFAC or Diagonal, "
+                "particles or a mixture, or a guide's moments in priors.normal(scale, "
+                "center=)."
             )
         return self.fns[site]
 
 
-def _check_there(site: str, found: Mapping[str, Any]) -> None:
-    if site not in found:
+def _check_there(site: str, sites: Mapping[str, Any]) -> None:
+    if site not in sites:
         raise ValueError(
             f"Site {site!r}: expected it among the posterior's sites, found "
-            f"{sorted(found)}. Give the sites that are new another prior by by_site."
+            f"{sorted(sites)}. Give the sites that are new another prior by by_site."
         )

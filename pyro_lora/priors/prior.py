@@ -75,7 +75,7 @@ class NonCentered(Reparam):
                 (noise, event_dim), (loc, event_dim), (scale, event_dim)
             )
             value = loc + scale * noise
-        fn = dist.Delta(value, event_dim=event_dim).mask(False)
+        fn = dist.Delta(value, event_dim=event_dim).mask(False)  # no density of its own
         return {"fn": fn, "value": value, "is_observed": True}
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_lora.ground.settings import check_positive
+from pyro_lora.ground.summary import FieldsShown
 from pyro_lora.lifting.prior import Network
 from pyro_lora.priors.prior import hyper_name, over_event, sample_normal
 
@@ -25,8 +26,8 @@ def lora_factor(parameter: str) -> tuple[str, str] | None:
     return None if match is None else (parameter[: match.start()], match[1])
 
 
-@dataclass(frozen=True)
-class rank_ard:
+@dataclass(frozen=True, repr=False)
+class rank_ard(FieldsShown):
     r"""One precision for each rank component, shared by A's row and B's column.
 
     .. math::
@@ -79,7 +80,7 @@ class rank_ard:
             ValueError: If there is no A, or a B or E has none of its module and rank.
         """
         all_zeros = lora.zeros()
-        components: dict[str, Tensor] = {}  # module path -> sd, (..., R)
+        sds: dict[str, Tensor] = {}  # module path -> sd, (..., R)
         for site, names in lora.sites.items():
             factors = [lora_factor(name) for name in names]
             if factors[0] is None or factors[0][1] != "A":
@@ -94,8 +95,8 @@ class rank_ard:
                 ).to_event(2),
             )
             sd = precision.rsqrt()
-            components |= {f[0]: sd[..., i, :] for i, f in enumerate(factors) if f}
-        if not components:
+            sds |= {f[0]: sd[..., i, :] for i, f in enumerate(factors) if f}
+        if not sds:
             raise ValueError(
                 f"rank_ard needs LoRA matrices A and B, found only {list(lora.sites)}. "
                 "Use normal or hierarchical for these sites."
@@ -109,7 +110,7 @@ class rank_ard:
                 role = factors[0][1]
                 rank = zeros.shape[_RANK_DIM[role]]
                 sd = torch.stack(
-                    [_sd(components, site, f, rank, lora) for f in factors if f], -2
+                    [_sd(sds, site, f, rank, lora) for f in factors if f], -2
                 ).to(zeros)  # (..., L, R)
                 if role == "B":
                     sd = sd[..., None, :]
@@ -121,7 +122,7 @@ class rank_ard:
 
 
 def _sd(
-    components: dict[str, Tensor],
+    sds: dict[str, Tensor],
     site: str,
     factor: tuple[str, str],
     rank: int,
@@ -133,15 +134,15 @@ def _sd(
         ValueError: If the layer has no A, or one of another rank.
     """
     path, role = factor
-    found = components[path].shape[-1] if path in components else None
-    if found != rank:
+    num_rows = sds[path].shape[-1] if path in sds else None
+    if num_rows != rank:
         raise ValueError(
             f"Site {site!r}: expected an A of {path!r} with {rank} rows, this site's "
-            f"rank, found {found}. Give rank_ard A and B together."
+            f"rank, found {num_rows}. Give rank_ard A and B together."
         )
     num_experts = lora.num_experts(path)
     if role == "B" and num_experts is not None:
         # PEFT orders the components of stacked experts differently in A and B.
-        experts = components[path].unflatten(-1, (num_experts, -1))
+        experts = sds[path].unflatten(-1, (num_experts, -1))
         return experts.mT.flatten(-2)
-    return components[path]
+    return sds[path]

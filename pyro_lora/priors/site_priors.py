@@ -9,12 +9,13 @@ from fnmatch import fnmatchcase
 from torch import Tensor, nn
 
 from pyro_lora.ground.settings import check_function, check_name
+from pyro_lora.ground.summary import FieldsShown
 from pyro_lora.lifting.prior import Network, Prior
 from pyro_lora.priors.rank_ard import lora_factor
 
 
-@dataclass(frozen=True)
-class by_site:
+@dataclass(frozen=True, repr=False)
+class by_site(FieldsShown):
     """A prior for each group of sites, by patterns of their names.
 
     For a wider prior on a new head than on the adapter, say. The first pattern that
@@ -49,6 +50,7 @@ class by_site:
             raise ValueError(
                 "by_site got no patterns. Give {pattern: prior}, '*' for all."
             )
+        # A copy, which nobody changes; the dataclass is frozen for us, too.
         object.__setattr__(self, "priors", dict(self.priors))
 
     def __call__(self, lora: Network) -> dict[str, Tensor]:
@@ -131,6 +133,7 @@ class PartialNetwork:
         self, weights: Mapping[str, Tensor]
     ) -> dict[str, tuple[Tensor, Tensor]]:
         """Factors of the layers all of whose LoRA matrices are among these sites."""
+        # The whole network asks for all sites; what is made of zeros isn't given back.
         factors = self.whole.delta_weight_factors({**self.whole.zeros(), **weights})
         elsewhere = {
             factor[0]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_lora.ground.settings import check_function, check_positive
+from pyro_lora.ground.summary import FieldsShown
 from pyro_lora.lifting.prior import Network, Prior, check_prior
 from pyro_lora.priors.independent import normal
 from pyro_lora.priors.prior import hyper_name
@@ -19,8 +20,8 @@ from pyro_lora.priors.rank_ard import lora_factor
 SpectralPenalty = Callable[[Tensor], Tensor]
 
 
-@dataclass(frozen=True, kw_only=True)
-class spectral:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class spectral(FieldsShown):
     r"""A base prior times a factor of every layer's update :math:`\Delta W = s B A`.
 
     .. math::
@@ -113,6 +114,7 @@ def squared_frobenius_norm(b: Tensor, a: Tensor) -> Tensor:
     Returns:
         (...).
     """
+    # tr(X Y) is the sum of X * Y^T, and both Gram matrices (..., R, R) are symmetric.
     return ((b.mT @ b) * (a @ a.mT)).sum((-2, -1))
 
 
@@ -133,6 +135,7 @@ def singular_values(b: Tensor, a: Tensor) -> Tensor:
     with torch.no_grad():
         rows = torch.linalg.qr(b).Q  # (..., O, min(O, R))
         columns = torch.linalg.qr(a.mT).Q  # (..., I, min(I, R))
+    # B A = Q_B (Q_B^T B A Q_A) Q_A^T, and orthonormal Q leave singular values alone.
     return torch.linalg.svdvals((rows.mT @ b) @ (a @ columns))
 
 

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import pyro_lora as pl
+from pyro_lora.curvature.fisher import TermsFunction, exact_terms
+from pyro_lora.curvature.fit import FisherFit, FisherPasses
 from pyro_lora.curvature.structures import KFAC, KroneckerFactors, LayerStructure
 from tests.networks import inputs
 
@@ -28,10 +30,10 @@ def flatten(weights: dict[str, Tensor]) -> Tensor:
 
 def unflatten(flat: Tensor, like: dict[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of :func:`flatten`; any leading dims."""
-    parts = flat.split([value.numel() for value in like.values()], -1)
+    by_site = flat.split([value.numel() for value in like.values()], -1)
     return {
         site: part.reshape(*flat.shape[:-1], *like[site].shape)
-        for site, part in zip(like, parts, strict=True)
+        for site, part in zip(like, by_site, strict=True)
     }
 
 
@@ -154,3 +156,29 @@ class CountingTokens(LayerStructure):
         factors = KFAC().combine(inputs, gradients)
         self.counts.append(int(factors.count))
         return factors
+
+
+def fit(
+    lora: pl.LiftedNetwork,
+    model: Any,
+    batches: list[Batch],
+    terms: TermsFunction = exact_terms,
+    obs_site: Any = None,
+    structure: Any = pl.structures.Dense(),
+) -> FisherFit:
+    """What passes over the data sum at the adapter's own weights."""
+    return FisherPasses(
+        model=model,
+        networks=[lora],
+        values=lora.weights(),
+        sites=lora.sites,
+        structure=structure,
+        fisher_terms=terms,
+        obs_site=obs_site,
+    ).fit(batches)
+
+
+def fisher(fitted: FisherFit) -> Tensor:
+    """(D, D)."""
+    matrix: Tensor = fitted.gaussian.fisher  # type: ignore[attr-defined]
+    return matrix

@@ -155,10 +155,10 @@ def test_an_ill_conditioned_dense_precision() -> None:
     size = len(gaussian.fisher)
     values = torch.logspace(-7, 8, size, dtype=torch.float64)
     broken = replace(posterior, gaussian=replace(gaussian, fisher=values.diag()))
-    found = broken.with_prior_precision(1e-8)
+    changed = broken.with_prior_precision(1e-8)
     expected = 1 / (values + 1e-8)
-    torch.testing.assert_close(flatten(found.variance()), expected, rtol=1e-9, atol=0)
+    torch.testing.assert_close(flatten(changed.variance()), expected, rtol=1e-9, atol=0)
     step = unflatten(expected.sqrt(), posterior.mode())
     at = {site: x + step[site] for site, x in posterior.mode().items()}
-    lost = found.log_prob(posterior.mode()) - found.log_prob(at)
+    lost = changed.log_prob(posterior.mode()) - changed.log_prob(at)
     assert float(lost) == pytest.approx(size / 2, rel=1e-9)

@@ -65,8 +65,10 @@ def test_chunks_give_the_same_posterior(
     torch.manual_seed(1)
     expected = guide.laplace_approximation(split(texts, 3))
     torch.manual_seed(1)
-    found = guide.laplace_approximation(split(texts, 3), max_memory_gb=max_memory_gb)
-    assert_equal(found, expected)
+    posterior = guide.laplace_approximation(
+        split(texts, 3), max_memory_gb=max_memory_gb
+    )
+    assert_equal(posterior, expected)
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
@@ -90,8 +92,8 @@ def test_each_token_counts_for_the_backward_passes_that_it_has_a_part_in(
     )
     expected = guide.laplace_approximation(data)
     for max_memory_gb in (1e-9, 1e-5):
-        found = guide.laplace_approximation(data, max_memory_gb=max_memory_gb)
-        assert_equal(found, expected)
+        posterior = guide.laplace_approximation(data, max_memory_gb=max_memory_gb)
+        assert_equal(posterior, expected)
 
 
 @contextmanager

@@ -118,10 +118,10 @@ def test_the_passes_of_a_linearised_batch_do_not_grow_with_it(
     posterior = laplace(lora, texts)
     work = {}
     for size in (1, 2, 32):
-        some = {name: value[:size] for name, value in texts.items()}
+        few = {name: value[:size] for name, value in texts.items()}
         passes = Passes()
         with passes.counting(network), Work() as work[size]:
-            posterior.linearized(some, joint=joint)
+            posterior.linearized(few, joint=joint)
         assert (passes.forward, passes.backward) == (1, num_labels - 1)
     assert work[32].calls <= work[2].calls
     if not joint:  # twice the data, at most twice the elements: no work is redundant

@@ -19,9 +19,9 @@ from pyro_lora.curvature.digests import update
 
 
 def digest(value: Any) -> str:
-    found = hashlib.sha256()
-    update(found, value)
-    return found.hexdigest()
+    sha = hashlib.sha256()
+    update(sha, value)
+    return sha.hexdigest()
 
 
 def adding(constant: Any) -> Any:
@@ -64,8 +64,8 @@ DIFFERENT = [
 
 
 def test_different_values_have_different_digests() -> None:
-    found = [digest(x) for x in DIFFERENT]
-    assert len(set(found)) == len(found)
+    digests = [digest(x) for x in DIFFERENT]
+    assert len(set(digests)) == len(digests)
 
 
 @pytest.mark.slow  # imports the library anew
@@ -75,7 +75,7 @@ def test_it_is_the_same_in_another_process() -> None:
         "print(*[digest(x) for x in DIFFERENT])"
     )
     root = Path(__file__).parents[2]
-    found = subprocess.run(
+    run = subprocess.run(
         [sys.executable, "-c", code],
         cwd=root,
         capture_output=True,
@@ -83,7 +83,7 @@ def test_it_is_the_same_in_another_process() -> None:
         check=True,
     )
     here = importlib.import_module("tests.curvature.test_digests")  # as it's there
-    assert found.stdout.split() == [digest(x) for x in here.DIFFERENT]
+    assert run.stdout.split() == [digest(x) for x in here.DIFFERENT]
 
 
 json = st.recursive(

@@ -44,7 +44,9 @@ def test_it_is_the_exact_diagonal_in_the_eigenbasis_of_kfac_expand(
 ) -> None:
     lora, texts = pl.lift(build(num_labels)), batch(6, num_labels=num_labels)
     kfac = laplace(lora, texts, 4)
-    found = precision_matrix(laplace(lora, texts, 4, structure=pl.structures.EKFAC()))
+    precision = precision_matrix(
+        laplace(lora, texts, 4, structure=pl.structures.EKFAC())
+    )
     exact = brute_force(lora, texts, 1.0).fisher
     tolerance = 1e-6 if build is llama else 1e-9  # Llama's norms compute in float32
     for site, layer, place in blocks(lora):
@@ -53,7 +55,9 @@ def test_it_is_the_exact_diagonal_in_the_eigenbasis_of_kfac_expand(
         expected = u * (moments + 1) @ u.mT
         scale = max(float(expected.max()), 1.0)
         message = f"{site} {layer}"
-        assert_same(found[place, place], expected, atol=tolerance * scale, msg=message)
+        assert_same(
+            precision[place, place], expected, atol=tolerance * scale, msg=message
+        )
 
 
 def test_it_is_nearer_to_the_exact_blocks_than_kfac() -> None:
@@ -61,10 +65,10 @@ def test_it_is_nearer_to_the_exact_blocks_than_kfac() -> None:
     exact = brute_force(lora, texts, 1.0).fisher
 
     def error(structure: Any) -> float:
-        found = precision_matrix(laplace(lora, texts, structure=structure))
+        precision = precision_matrix(laplace(lora, texts, structure=structure))
         return sum(
             float(
-                (found - exact)[place, place]
+                (precision - exact)[place, place]
                 .sub(torch.eye(place.stop - place.start))
                 .square()
                 .sum()
@@ -82,12 +86,14 @@ def test_one_token_of_one_datum_gives_the_exact_blocks() -> None:
         "attention_mask": torch.ones(1, 1, dtype=torch.long),
         "labels": torch.tensor([1]),
     }
-    found = precision_matrix(laplace(lora, texts, structure=pl.structures.EKFAC()))
+    precision = precision_matrix(laplace(lora, texts, structure=pl.structures.EKFAC()))
     exact = brute_force(lora, texts, 1.0).fisher
     for site, layer, place in blocks(lora):
         identity = torch.eye(place.stop - place.start, dtype=exact.dtype)
         assert_same(
-            found[place, place], exact[place, place] + identity, msg=f"{site} {layer}"
+            precision[place, place],
+            exact[place, place] + identity,
+            msg=f"{site} {layer}",
         )
 
 
@@ -104,8 +110,8 @@ def test_a_second_pass_over_a_generator_is_refused() -> None:
     loader: Any = torch.utils.data.DataLoader(
         [{k: v[i] for k, v in texts.items()} for i in range(6)], batch_size=4
     )
-    found = guide.laplace_approximation(loader, progress_bar=True)
-    assert_same(found.log_evidence(), expected.log_evidence())
+    posterior = guide.laplace_approximation(loader, progress_bar=True)
+    assert_same(posterior.log_evidence(), expected.log_evidence())
 
 
 def test_evidence_prior_and_prediction_are_those_of_the_dense_matrix() -> None:

@@ -100,14 +100,14 @@ def test_exact_terms_span_fisher_and_score(
     leaf = torch.tensor(parameters, dtype=torch.float64, requires_grad=True)
     fn = likelihood(leaf)
     value = fn.sample()
-    found = exact_terms(fn, value)
-    root = term_gradients(FisherTerms(found.terms[None], None), leaf)  # (M, P)
+    fisher = exact_terms(fn, value)
+    root = term_gradients(FisherTerms(fisher.terms[None], None), leaf)  # (M, P)
     assert len(root) == rank
     # Relative: a saturated class has a Fisher information of 1e-13, not of 0.
     expected = fisher_by_definition(likelihood, leaf)
     assert_same(root.mT @ root, expected, atol=1e-11 * float(expected.max()))
-    assert found.coordinates is not None
-    assert_same(found.coordinates @ root, score(likelihood, leaf, value))
+    assert fisher.coordinates is not None
+    assert_same(fisher.coordinates @ root, score(likelihood, leaf, value))
 
 
 @pytest.mark.parametrize("likelihood", [categorical, bernoulli])
@@ -118,10 +118,10 @@ def test_saturated_probabilities_give_finite_terms(
 ) -> None:
     logits = torch.tensor([[500.0, 0.0], [-500.0, 0.0], [60.0, 0.0]], dtype=dtype)
     value = torch.full((3,), float(label), dtype=dtype)
-    found = likelihoods.of(likelihood(logits)).root(value)
-    assert torch.isfinite(found.root).all()
-    assert torch.isfinite(found.coordinates).all()
-    recovered = (found.root @ found.coordinates[..., None])[..., 0]
+    fisher = likelihoods.of(likelihood(logits)).root(value)
+    assert torch.isfinite(fisher.root).all()
+    assert torch.isfinite(fisher.coordinates).all()
+    recovered = (fisher.root @ fisher.coordinates[..., None])[..., 0]
     expected = score(likelihood, logits, value)
     tolerance = 10 * torch.finfo(dtype).eps
     expected = expected[..., : recovered.shape[-1]]
@@ -133,21 +133,21 @@ def test_two_classes_are_a_bernoulli(x: float) -> None:
     logits = torch.tensor([0.0, x], dtype=torch.float64)
     for label in range(2):
         value = torch.tensor(label)
-        found = likelihoods.of(categorical(logits)).root(value)
+        fisher = likelihoods.of(categorical(logits)).root(value)
         alone = likelihoods.of(bernoulli(logits[1:])).root(value)
-        assert_same(found.root[1].abs(), alone.root[0], atol=0.0)
-        assert_same(found.coordinates, -alone.coordinates, atol=0.0)
+        assert_same(fisher.root[1].abs(), alone.root[0], atol=0.0)
+        assert_same(fisher.coordinates, -alone.coordinates, atol=0.0)
 
 
 def test_one_root_for_each_datum() -> None:
     logits = torch.randn(2, 4, 3, dtype=torch.float64)
     value = torch.randint(3, (2, 4))
-    found = likelihoods.of(categorical(logits)).root(value)
+    fisher = likelihoods.of(categorical(logits)).root(value)
     for index in torch.cartesian_prod(torch.arange(2), torch.arange(4)):
         i = tuple(index)
         alone = likelihoods.of(categorical(logits[i])).root(value[i])
-        assert_same(found.root[i], alone.root)
-        assert_same(found.coordinates[i], alone.coordinates)
+        assert_same(fisher.root[i], alone.root)
+        assert_same(fisher.coordinates[i], alone.coordinates)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -155,9 +155,9 @@ def test_mc_converges_to_exact(seed: int) -> None:
     torch.manual_seed(seed)
     num_samples = 2_000
     leaf = torch.randn(1, 3, dtype=torch.float64, requires_grad=True)
-    found = mc_terms(categorical(leaf), torch.tensor([0]), num_samples)
-    assert found.coordinates is None
-    root = term_gradients(found, leaf)[:, 0]
+    fisher = mc_terms(categorical(leaf), torch.tensor([0]), num_samples)
+    assert fisher.coordinates is None
+    root = term_gradients(fisher, leaf)[:, 0]
     exact = fisher_by_definition(categorical, leaf[0])
     probs = leaf.detach()[0].softmax(-1)
     scores = torch.eye(3, dtype=torch.float64) - probs  # of each label
@@ -169,8 +169,8 @@ def test_mc_converges_to_exact(seed: int) -> None:
 def test_mc_needs_no_closed_form() -> None:
     num_samples = 2_000
     rate = torch.tensor([2.0], dtype=torch.float64, requires_grad=True)
-    found = mc_terms(dist.Poisson(rate), torch.zeros(1), num_samples)
-    root = term_gradients(found, rate)
+    fisher = mc_terms(dist.Poisson(rate), torch.zeros(1), num_samples)
+    root = term_gradients(fisher, rate)
     # Fisher information 1 / rate; the score (y / rate - 1) has fourth moment
     # (rate + 3 rate^2) / rate^4 = .875, so the mean of its squares has this error.
     standard_error = ((0.875 - 0.25) / num_samples) ** 0.5
@@ -180,9 +180,9 @@ def test_mc_needs_no_closed_form() -> None:
 def test_empirical_terms_are_the_score_of_the_given_labels() -> None:
     leaf = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
     value = torch.tensor([0, 1, 2, 1])
-    found = empirical_terms(categorical(leaf), value)
-    assert_same(term_gradients(found, leaf)[0], score(categorical, leaf, value))
-    assert_same(found.coordinates, torch.ones(4, 1, dtype=torch.float64))
+    fisher = empirical_terms(categorical(leaf), value)
+    assert_same(term_gradients(fisher, leaf)[0], score(categorical, leaf, value))
+    assert_same(fisher.coordinates, torch.ones(4, 1, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("event_dims", [1, 2])
@@ -190,11 +190,11 @@ def test_event_dims_are_terms_of_their_own(event_dims: int) -> None:
     leaf = torch.randn(2, 4, 3, 3, dtype=torch.float64, requires_grad=True)
     value = torch.randint(3, (2, 4, 3))
     flat = exact_terms(categorical(leaf), value)
-    found = exact_terms(categorical(leaf).to_event(event_dims), value)
-    assert_same(found.terms, flat.terms.flatten(-1 - event_dims))
-    assert found.coordinates is not None
+    fisher = exact_terms(categorical(leaf).to_event(event_dims), value)
+    assert_same(fisher.terms, flat.terms.flatten(-1 - event_dims))
+    assert fisher.coordinates is not None
     assert flat.coordinates is not None
-    assert_same(found.coordinates, flat.coordinates.flatten(-1 - event_dims))
+    assert_same(fisher.coordinates, flat.coordinates.flatten(-1 - event_dims))
 
 
 @pytest.mark.parametrize("inside", [True, False])
@@ -208,11 +208,11 @@ def test_masked_outcomes_have_no_information(inside: bool) -> None:
         mask = torch.tensor([True, False])
         fn = categorical(leaf).to_event(1).mask(mask)
         mask = mask[:, None].expand(2, 3)
-    found = exact_terms(fn, value)
-    gradients = term_gradients(found, leaf)
-    assert found.coordinates is not None
+    terms = exact_terms(fn, value)
+    gradients = term_gradients(terms, leaf)
+    assert terms.coordinates is not None
     assert_same(
-        torch.einsum("bm,mbtc->btc", found.coordinates, gradients),
+        torch.einsum("bm,mbtc->btc", terms.coordinates, gradients),
         torch.autograd.grad(fn.log_prob(value).sum(), leaf)[0],
     )
     fisher = torch.einsum("mbtc,mbtd->btcd", gradients, gradients)
@@ -226,9 +226,9 @@ def test_missing_values_may_be_nan_behind_a_mask() -> None:
     loc = torch.randn(3, dtype=torch.float64, requires_grad=True)
     value = torch.tensor([0.5, math.nan, 1.0], dtype=torch.float64)
     fn = dist.Normal(loc, 1.0, validate_args=False).mask(~value.isnan())
-    found = exact_terms(fn, value)
-    assert found.coordinates is not None
-    assert_same(found.coordinates[1], torch.zeros(1, dtype=torch.float64))
+    fisher = exact_terms(fn, value)
+    assert fisher.coordinates is not None
+    assert_same(fisher.coordinates[1], torch.zeros(1, dtype=torch.float64))
 
 
 def test_unknown_distribution_suggests_mc() -> None:

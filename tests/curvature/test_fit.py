@@ -14,17 +14,18 @@ from torch import Tensor
 
 import pyro_lora as pl
 from pyro_lora.curvature.fisher import (
-    FisherTerms,
     empirical_terms,
     exact_terms,
     mc_terms,
 )
-from pyro_lora.curvature.fit import FisherFit, fit_fisher
+from pyro_lora.curvature.fit import FisherPasses
 from pyro_lora.curvature.structures import Structure
 from tests.curvature.gauss_newton import (
     CountingTokens,
     assert_same,
     brute_force,
+    fisher,
+    fit,
     flatten,
     laplace,
     split,
@@ -45,28 +46,6 @@ Batch = dict[str, Tensor]
 Model = Callable[..., Any]
 
 
-def fit(
-    lora: pl.LiftedNetwork,
-    model: Model,
-    batches: list[Batch],
-    terms: Callable[[Any, Tensor], FisherTerms] = exact_terms,
-) -> FisherFit:
-    return fit_fisher(
-        model,
-        lora.weights(),
-        [lora],
-        batches,
-        structure=pl.structures.Dense(),
-        fisher_terms=terms,
-    )
-
-
-def fisher(found: FisherFit) -> Tensor:
-    """(D, D)."""
-    matrix: Tensor = found.gaussian.fisher  # type: ignore[attr-defined]
-    return matrix
-
-
 def assert_same_posterior(
     found: pl.LaplacePosterior, expected: pl.LaplacePosterior
 ) -> None:
@@ -81,8 +60,8 @@ def test_any_split_gives_the_same(build: Any, structure: Structure) -> None:
     lora, texts = pl.lift(build(3)), batch(7, num_labels=3)
     expected = laplace(lora, texts, structure=structure)
     for batch_size in (1, 4, 5):
-        found = laplace(lora, texts, batch_size, structure=structure)
-        assert_same_posterior(found, expected)
+        posterior = laplace(lora, texts, batch_size, structure=structure)
+        assert_same_posterior(posterior, expected)
 
 
 def test_tokens_of_a_datum_without_doubt_count_in_any_batch() -> None:
@@ -121,10 +100,10 @@ def test_seeing_the_data_twice_doubles_the_information(structure: Structure) -> 
     twice = {name: torch.cat([value, value]) for name, value in texts.items()}
     prior = lora.prior
     once = laplace(lora, texts, structure=structure)
-    found = laplace(lora, twice, 3, structure=structure).with_prior_precision(2.0)
+    posterior = laplace(lora, twice, 3, structure=structure).with_prior_precision(2.0)
     assert lora.prior is prior
     for site, value in once.variance().items():
-        assert_same(found.variance()[site], value / 2)
+        assert_same(posterior.variance()[site], value / 2)
 
 
 def scaled(
@@ -150,20 +129,20 @@ def test_subsampling_is_divided_out_once_and_a_users_scale_kept(
 ) -> None:
     lora, texts = pl.lift(bert(3)), batch(7, num_labels=3)
     exact = brute_force(lora, texts, 1.0)
-    found = fit(lora, scaled(lora, 7, lambda labels: 0.3), split(texts, batch_size))
-    assert_same(fisher(found), 0.3 * exact.fisher)
+    fitted = fit(lora, scaled(lora, 7, lambda labels: 0.3), split(texts, batch_size))
+    assert_same(fisher(fitted), 0.3 * exact.fisher)
     log_p = exact.logits.log_softmax(-1).gather(1, texts["labels"][:, None])
-    assert_same(found.log_likelihood, 0.3 * log_p.sum())
+    assert_same(fitted.log_likelihood, 0.3 * log_p.sum())
 
 
 def test_one_scale_for_each_datum() -> None:
     lora, texts = pl.lift(bert(3)), batch(7, num_labels=3)
     exact = brute_force(lora, texts, 1.0)
     model = scaled(lora, 7, lambda labels: 0.5 + labels.double())
-    found = fit(lora, model, split(texts, 3))
+    fitted = fit(lora, model, split(texts, 3))
     weights = 0.5 + texts["labels"].double()
     j, h = exact.jacobian, exact.hessian * weights[:, None, None]
-    assert_same(fisher(found), torch.einsum("ncd,nce,nef->df", j, h, j))
+    assert_same(fisher(fitted), torch.einsum("ncd,nce,nef->df", j, h, j))
 
 
 @pytest.mark.parametrize("kind", ["poutine", "distribution"])
@@ -181,13 +160,13 @@ def test_masked_data_have_no_information(kind: str, terms: Any) -> None:
 
     by_poutine = scaled(lora, 7, mask=lambda labels: labels != 2)
     model = by_poutine if kind == "poutine" else by_distribution
-    found = fit(lora, model, split(texts, 3), terms)
+    fitted = fit(lora, model, split(texts, 3), terms)
     only = fit(lora, pl.models.classification(lora, 5), [kept], terms)
-    assert_same(found.log_likelihood, only.log_likelihood)
+    assert_same(fitted.log_likelihood, only.log_likelihood)
     for site, value in only.gradient.items():
-        assert_same(found.gradient[site], value)
+        assert_same(fitted.gradient[site], value)
     if terms is not mc_terms:  # other labels are drawn
-        assert_same(fisher(found), fisher(only))
+        assert_same(fisher(fitted), fisher(only))
 
 
 @pytest.mark.parametrize("obs_site", [None, "y", "y_observed"])
@@ -209,19 +188,19 @@ def test_pyros_obs_mask(obs_site: str | None) -> None:
         obs_site=obs_site,
     )
     batches = split({**texts, "mask": mask}, 3)
-    found = guide.laplace_approximation(batches)
+    posterior = guide.laplace_approximation(batches)
     only = {name: value[mask] for name, value in texts.items()}
     expected = laplace(lora, only, structure=pl.structures.Dense())
-    assert_same_posterior(found, expected)
+    assert_same_posterior(posterior, expected)
     # Both missing outcomes and observed ones are predicted.
-    everything = [inputs(texts)]
+    all_data = [inputs(texts)]
     torch.manual_seed(0)
     one = pl.predict(
-        found, [{**everything[0], "mask": mask}], model=model, num_samples=4
+        posterior, [{**all_data[0], "mask": mask}], model=model, num_samples=4
     )
     torch.manual_seed(0)
     plain = pl.models.classification(lora, 7)
-    other = pl.predict(expected, everything, model=plain, num_samples=4)
+    other = pl.predict(expected, all_data, model=plain, num_samples=4)
     assert_same(one.probs, other.probs)
 
 
@@ -235,14 +214,14 @@ def test_nan_labels_behind_a_mask_do_no_harm() -> None:
         with pyro.plate("data", num_data), poutine.mask(mask=~y.isnan()):
             return pyro.sample("y", fn, obs=y)
 
-    found = fit(lora, model, [{**inputs(texts), "y": y}])
+    fitted = fit(lora, model, [{**inputs(texts), "y": y}])
     seen = {name: value[~y.isnan()] for name, value in inputs(texts).items()}
     one = {**seen, "y": y[~y.isnan()]}
     expected = fit(lora, partial(model, num_data=3), [one])
-    assert_same(found.log_likelihood, expected.log_likelihood)
-    assert_same(fisher(found), fisher(expected))
+    assert_same(fitted.log_likelihood, expected.log_likelihood)
+    assert_same(fisher(fitted), fisher(expected))
     for site, value in expected.gradient.items():
-        assert_same(found.gradient[site], value)
+        assert_same(fitted.gradient[site], value)
 
 
 @pytest.mark.parametrize(
@@ -252,7 +231,7 @@ def test_nan_labels_behind_a_mask_do_no_harm() -> None:
 def test_gradient_is_that_of_the_log_joint(build: Any, terms: Any) -> None:
     lora = pl.lift(build(3), prior=pl.priors.normal(scale=0.7))
     texts = batch(7, num_labels=3)
-    found = fit(lora, pl.models.classification(lora, 7), split(texts, 3), terms)
+    fitted = fit(lora, pl.models.classification(lora, 7), split(texts, 3), terms)
     weights = lora.weights()
     flat = flatten(weights).requires_grad_()
     with lora.bind(unflatten(flat, weights)) as net:
@@ -260,11 +239,11 @@ def test_gradient_is_that_of_the_log_joint(build: Any, terms: Any) -> None:
     prior = dist.Normal(torch.zeros_like(flat), 0.7 + torch.zeros_like(flat))
     log_prior = prior.log_prob(flat).sum()
     log_likelihood = log_p.gather(1, texts["labels"][:, None]).sum()
-    assert_same(found.log_likelihood, log_likelihood.detach(), rtol=1e-6)
-    assert_same(found.log_prior, log_prior.detach())
+    assert_same(fitted.log_likelihood, log_likelihood.detach(), rtol=1e-6)
+    assert_same(fitted.log_prior, log_prior.detach())
     expected = torch.autograd.grad(log_likelihood + log_prior, flat)[0]
     tolerance = 1e-6 if build is llama else 1e-11  # its norms compute in float32
-    assert_same(flatten(found.gradient), expected, atol=tolerance)
+    assert_same(flatten(fitted.gradient), expected, atol=tolerance)
 
 
 def test_a_scale_on_the_whole_model_scales_the_prior_too() -> None:
@@ -274,13 +253,13 @@ def test_a_scale_on_the_whole_model_scales_the_prior_too() -> None:
     plain = pl.models.classification(lora, 7)
     with_scale = poutine.scale(plain, scale=1 / 7)
     one = fit(lora, plain, split(texts, 3))
-    found = fit(lora, with_scale, split(texts, 3))
-    assert_same(found.log_prior, one.log_prior / 7)
-    assert_same(fisher(found), fisher(one) / 7)
+    fitted = fit(lora, with_scale, split(texts, 3))
+    assert_same(fitted.log_prior, one.log_prior / 7)
+    assert_same(fisher(fitted), fisher(one) / 7)
     for site, value in one.gradient.items():
-        assert_same(found.gradient[site], value / 7)
+        assert_same(fitted.gradient[site], value / 7)
         tau = one.gaussian.prior_precision[site]
-        assert_same(found.gaussian.prior_precision[site], tau / 7)
+        assert_same(fitted.gaussian.prior_precision[site], tau / 7)
 
 
 def test_empirical_fisher_is_the_sum_of_squared_scores() -> None:
@@ -290,8 +269,8 @@ def test_empirical_fisher_is_the_sum_of_squared_scores() -> None:
     residual = one_hot - exact.logits.softmax(-1)
     scores = torch.einsum("nc,ncd->nd", residual, exact.jacobian)
     model = pl.models.classification(lora, 7)
-    found = fit(lora, model, split(texts, 3), empirical_terms)
-    assert_same(fisher(found), scores.mT @ scores)
+    fitted = fit(lora, model, split(texts, 3), empirical_terms)
+    assert_same(fisher(fitted), scores.mT @ scores)
 
 
 def test_mc_fisher_converges_to_the_exact_one() -> None:
@@ -299,7 +278,7 @@ def test_mc_fisher_converges_to_the_exact_one() -> None:
     exact = brute_force(lora, texts, 1.0)
     num_samples = 400
     terms = partial(mc_terms, num_samples=num_samples)
-    found = fit(lora, pl.models.classification(lora, 4), split(texts, 2), terms)
+    fitted = fit(lora, pl.models.classification(lora, 4), split(texts, 2), terms)
     probs = exact.logits.softmax(-1)
     residuals = torch.eye(3, dtype=torch.float64) - probs[:, None]  # (N, label, C)
     # A random direction v: v' F v is a mean over draws of (v' s)^2, summed over data.
@@ -309,7 +288,7 @@ def test_mc_fisher_converges_to_the_exact_one() -> None:
         variance = (probs * slopes**4).sum(1) - mean.square()
         standard_error = float((variance.sum() / num_samples).sqrt())
         assert_same(v @ exact.fisher @ v, mean.sum())
-        assert abs(float(v @ fisher(found) @ v - mean.sum())) < 4 * standard_error
+        assert abs(float(v @ fisher(fitted) @ v - mean.sum())) < 4 * standard_error
 
 
 def test_tokens_are_terms_of_one_datum() -> None:
@@ -330,13 +309,13 @@ def test_tokens_are_terms_of_one_datum() -> None:
             fn = dist.Categorical(logits=logits).mask(mask).to_event(1)
             return pyro.sample("y", fn, obs=labels % 3)
 
-    found = fit(lora, model, split(texts, 2))
+    fitted = fit(lora, model, split(texts, 2))
     flat = flatten(lora.weights())
     j = torch.autograd.functional.jacobian(outputs, flat)  # (N, T, C, D)
     p = outputs(flat).softmax(-1) * texts["attention_mask"][..., None]
     root = p.sqrt()[..., None] * (j - torch.einsum("ntc,ntcd->ntd", p, j)[:, :, None])
     expected = torch.einsum("ntcd,ntce->de", root, root)
-    assert_same(fisher(found), expected, rtol=1e-5, atol=1e-5)  # float32 in its norms
+    assert_same(fisher(fitted), expected, rtol=1e-5, atol=1e-5)  # float32 in its norms
 
 
 def test_two_networks_in_one_model() -> None:
@@ -349,19 +328,20 @@ def test_two_networks_in_one_model() -> None:
         with pyro.plate("data", 5, subsample=logits):
             return pyro.sample("y", dist.Categorical(logits=logits), obs=labels)
 
-    found = fit_fisher(
-        model,
-        {**first.weights(), **second.weights()},
-        [first, second],
-        split(texts, 2),
+    passes = FisherPasses(
+        model=model,
+        networks=[first, second],
+        values={**first.weights(), **second.weights()},
+        sites={**first.sites, **second.sites},
         structure=pl.structures.Dense(),
         fisher_terms=exact_terms,
     )
+    fit = passes.fit(split(texts, 2))
     one, two = brute_force(first, texts, 1.0), brute_force(second, texts, 1.0)
     j = torch.cat([one.jacobian, 2 * two.jacobian], -1)
     p = (one.logits + 2 * two.logits).softmax(-1)
     hessian = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
-    assert_same(fisher(found), torch.einsum("ncd,nce,nef->df", j, hessian, j))
+    assert_same(fisher(fit), torch.einsum("ncd,nce,nef->df", j, hessian, j))
 
 
 def test_several_complete_plates_are_refused() -> None:
@@ -403,9 +383,9 @@ def test_a_second_plate_gives_terms_of_the_same_datum() -> None:
             return pyro.sample("y", dist.Normal(loc, 0.5), obs=y)
 
     y = torch.randn(6, 4, dtype=torch.float64)
-    found = fit(lora, model, split({**texts, "y": y}, 2))
+    fitted = fit(lora, model, split({**texts, "y": y}, 2))
     j = brute_force(lora, texts, 1.0).jacobian.flatten(0, 1)
-    assert_same(fisher(found), j.mT @ j / 0.25)
+    assert_same(fisher(fitted), j.mT @ j / 0.25)
 
 
 def test_outcomes_that_were_not_drawn_count_through_those_that_were() -> None:
@@ -421,9 +401,9 @@ def test_outcomes_that_were_not_drawn_count_through_those_that_were() -> None:
             return pyro.sample("y", fn, obs=y[:, drawn])
 
     y = torch.randn(6, 4, dtype=torch.float64)
-    found = fit(lora, model, split({**texts, "y": y}, 2))
+    fitted = fit(lora, model, split({**texts, "y": y}, 2))
     exact = brute_force(lora, texts, 1.0)
     j = exact.jacobian[:, drawn].flatten(0, 1)
-    assert_same(fisher(found), 2 * j.mT @ j / 0.25)
+    assert_same(fisher(fitted), 2 * j.mT @ j / 0.25)
     log_prob = dist.Normal(exact.logits, 0.5).log_prob(y)[:, drawn].sum()
-    assert_same(found.log_likelihood, 2 * log_prob)
+    assert_same(fitted.log_likelihood, 2 * log_prob)

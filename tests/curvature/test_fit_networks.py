@@ -53,9 +53,9 @@ def test_gradient_checkpointing_changes_nothing(
         }
     )
     network.train()
-    found = laplace(lora, texts, 4, structure=structure)
+    posterior = laplace(lora, texts, 4, structure=structure)
     assert network.training
-    assert_same(summary(found, texts), summary(plain, texts))
+    assert_same(summary(posterior, texts), summary(plain, texts))
 
 
 class Checkpointed(nn.Module):

@@ -81,8 +81,8 @@ def test_a_resumed_fit_is_the_uninterrupted_one(
         assert sorted((tmp_path / "fit").glob("*/manifest.json"))
         # What another process finds: another guide around the same network.
         again = guide_of(lora, structure=structure, fisher=fisher)
-        found = again.laplace_approximation(batches, checkpoint=tmp_path / "fit")
-        assert_identical(found, expected)
+        posterior = again.laplace_approximation(batches, checkpoint=tmp_path / "fit")
+        assert_identical(posterior, expected)
         assert not list((tmp_path / "fit").iterdir())
 
 
@@ -99,9 +99,9 @@ def test_batches_done_are_not_computed_again(tmp_path: Path) -> None:
     assert folder.name == "fisher"
     assert len(seen) == 6
     seen.clear()
-    found = guide.laplace_approximation(batches, checkpoint=tmp_path)
+    posterior = guide.laplace_approximation(batches, checkpoint=tmp_path)
     assert len(seen) < 7 + 1  # one of those done again, for the prior
-    assert_identical(found, expected)
+    assert_identical(posterior, expected)
 
 
 def test_all_batches_done_is_a_state_to_resume_from(tmp_path: Path) -> None:
@@ -116,8 +116,8 @@ def test_all_batches_done_is_a_state_to_resume_from(tmp_path: Path) -> None:
 
     with pytest.raises(PowerCutError):
         guide.laplace_approximation(EndsBadly(), checkpoint=tmp_path)
-    found = guide.laplace_approximation(batches, checkpoint=tmp_path)
-    assert_identical(found, expected)
+    posterior = guide.laplace_approximation(batches, checkpoint=tmp_path)
+    assert_identical(posterior, expected)
 
 
 def test_a_broken_batch_leaves_the_sums_so_far(tmp_path: Path) -> None:
@@ -127,8 +127,8 @@ def test_a_broken_batch_leaves_the_sums_so_far(tmp_path: Path) -> None:
     broken = [batches[0], {**batches[1], "labels": batches[1]["labels"] + 9}]
     with pytest.raises(ValueError, match="Batch 1"):
         guide.laplace_approximation(broken, checkpoint=tmp_path)
-    found = guide.laplace_approximation(batches, checkpoint=tmp_path)
-    assert_identical(found, expected)
+    posterior = guide.laplace_approximation(batches, checkpoint=tmp_path)
+    assert_identical(posterior, expected)
 
 
 def interrupted(guide: pl.AutoLaplace, batches: list[Batch], path: Path) -> Path:

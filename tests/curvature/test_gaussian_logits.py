@@ -40,7 +40,7 @@ def grid(mean: float, sd: float) -> tuple[Tensor, Tensor]:
 def test_two_classes_against_a_fine_sum(mean: float, sd: float) -> None:
     logits = binary(mean, sd)
     f, log_weight = grid(mean, sd)
-    found = class_log_probs(logits)[0]
+    log_probs = class_log_probs(logits)[0]
     expected = torch.stack(
         [
             (logsigmoid(-f) + log_weight).logsumexp(0),
@@ -48,7 +48,7 @@ def test_two_classes_against_a_fine_sum(mean: float, sd: float) -> None:
         ]
     )
     # Relative in the probability, however small it is.
-    assert_same((found - expected).expm1(), torch.zeros(2).double(), atol=1e-8)
+    assert_same((log_probs - expected).expm1(), torch.zeros(2).double(), atol=1e-8)
     p, log_p = f.sigmoid(), logsigmoid(f)
     entropy = -p * log_p - (1 - p) * logsigmoid(-f)
     expected = (entropy * log_weight.exp()).sum()
@@ -107,12 +107,12 @@ def log_expected_sigmoid(mean: float, sd: float) -> float:
 @example(sd=1.5, share=-3.0, shift=30.0)
 def test_two_classes_at_any_mean_and_sd(sd: float, share: float, shift: float) -> None:
     mean = share * sd**2 + shift
-    found = class_log_probs(binary(mean, sd))[0]
+    log_probs = class_log_probs(binary(mean, sd))[0]
     expected = [log_expected_sigmoid(-mean, sd), log_expected_sigmoid(mean, sd)]
-    error = found - torch.tensor(expected, dtype=torch.float64)
+    error = log_probs - torch.tensor(expected, dtype=torch.float64)
     assert (error.abs() < 1e-8).all()
-    assert (found <= 0).all()
-    assert_same(found.logsumexp(0), torch.zeros(()).double(), atol=1e-9)
+    assert (log_probs <= 0).all()
+    assert_same(log_probs.logsumexp(0), torch.zeros(()).double(), atol=1e-9)
 
 
 @settings(max_examples=50, deadline=None)
@@ -195,12 +195,12 @@ def test_draws_have_the_covariance(num_classes: int) -> None:
     logits = GaussianLogits(mean, root @ root.mT)
     drawn = logits.rsample((num_samples,)) - mean
     c = logits.covariance_matrix
-    found = torch.einsum("sbi,sbj->bij", drawn, drawn) / num_samples
+    covariance = torch.einsum("sbi,sbj->bij", drawn, drawn) / num_samples
     diagonal = c.diagonal(dim1=1, dim2=2)
     standard_error = (
         (diagonal[:, :, None] * diagonal[:, None, :] + c.square()) / num_samples
     ).sqrt()
-    assert ((found - c).abs() < 5 * standard_error).all()
+    assert ((covariance - c).abs() < 5 * standard_error).all()
     assert logits.rsample().shape == (2, num_classes)
 
 

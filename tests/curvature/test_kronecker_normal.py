@@ -86,14 +86,14 @@ def test_draws_have_the_moments(seed: int, with_rows: bool, with_columns: bool) 
     standard_error = p.stddev / num_samples**0.5
     assert ((draws.mean(0) - p.mean).abs() < 5 * standard_error).all()
     centred = draws - p.mean
-    found = torch.einsum("sli,slj->lij", centred, centred) / num_samples
+    covariance = torch.einsum("sli,slj->lij", centred, centred) / num_samples
     c = p.covariance_matrix
     diagonal = c.diagonal(dim1=-2, dim2=-1)
     # Isserlis: the variance of x_i x_j is c_ii c_jj + c_ij^2.
     standard_error = (
         (diagonal[..., :, None] * diagonal[..., None, :] + c.square()) / num_samples
     ).sqrt()
-    assert ((found - c).abs() < 5 * standard_error).all()
+    assert ((covariance - c).abs() < 5 * standard_error).all()
 
 
 def test_draws_are_differentiable() -> None:

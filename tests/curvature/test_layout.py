@@ -22,11 +22,12 @@ from pyro_lora.curvature.layout import Call, Run, find_layouts
 from tests.curvature.gauss_newton import (
     assert_same,
     brute_force,
+    fisher,
+    fit,
     flatten,
     laplace,
     unflatten,
 )
-from tests.curvature.test_likelihood_terms import fisher, fit
 from tests.curvature.test_padding import STRUCTURES
 from tests.lifting.liftable_architectures import deberta
 from tests.networks import adapted, batch
@@ -257,8 +258,8 @@ def test_the_fisher_information_is_that_of_jacobians(name: str, terms: Any) -> N
         one_hot = torch.eye(2).double()[case.data["labels"]]
         root = torch.einsum("nc,ncd->nd", one_hot - p, j)
     for sizes in ((7,), (4, 3)):
-        found: FisherFit = fit(case.lora, case.model, case.batches(*sizes), terms)
-        assert_same(fisher(found), root.mT @ root, rtol=1e-10, atol=1e-12)
+        fitted: FisherFit = fit(case.lora, case.model, case.batches(*sizes), terms)
+        assert_same(fisher(fitted), root.mT @ root, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -296,8 +297,8 @@ def test_chunks_are_laid_out_alike(name: str, structure: Any) -> None:
     guide = pl.AutoLaplace(
         case.model, init_loc_fn=case.lora.init_to_adapter(), structure=structure
     )
-    found = guide.laplace_approximation(case.batches(4, 3), max_memory_gb=1e-7)
-    assert_same(summary(found), summary(case.fit(4, 3, structure=structure)))
+    posterior = guide.laplace_approximation(case.batches(4, 3), max_memory_gb=1e-7)
+    assert_same(summary(posterior), summary(case.fit(4, 3, structure=structure)))
 
 
 @settings(max_examples=30, deadline=None)
@@ -324,9 +325,9 @@ def test_owners_are_found(data: st.DataObject) -> None:
     call = Call("p", "site", x.detach(), x, (0, 0))
     (layout,) = find_layouts([Run(calls=[call])], terms).values()
     number = torch.arange(1.0, len(owners) + 1)[:, None]
-    found = layout.gradients(number)[..., 0]  # (B, T)
-    assert found.shape[0] == num_data
-    for b, row in enumerate(found):
+    by_datum = layout.gradients(number)[..., 0]  # (B, T)
+    assert by_datum.shape[0] == num_data
+    for b, row in enumerate(by_datum):
         own = row[row != 0]
         if num_data > 1:
             own = own[(owners[own.long() - 1] != -1)]
@@ -451,8 +452,8 @@ def test_a_projection_of_texts_and_of_positions_that_they_share() -> None:
     network = adapted(deberta().double(), target_modules=["query_proj", "value_proj"])
     lora, texts = pl.lift(network), batch(3, 5, num_labels=2)
     expected = brute_force(lora, texts, 1.0).fisher
-    found = laplace(lora, texts, 1, structure=pl.structures.Dense()).gaussian
-    assert_same(found.fisher, expected)  # type: ignore[attr-defined]
+    gaussian = laplace(lora, texts, 1, structure=pl.structures.Dense()).gaussian
+    assert_same(gaussian.fisher, expected)  # type: ignore[attr-defined]
     with pytest.raises(
         ValueError, match=r"query_proj.*\(1, .*share_att_key.*one datum"
     ):

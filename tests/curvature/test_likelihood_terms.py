@@ -13,15 +13,15 @@ from torch import Tensor
 
 import pyro_lora as pl
 from pyro_lora.curvature.fisher import (
-    TermsFunction,
     empirical_terms,
     exact_terms,
     mc_terms,
 )
-from pyro_lora.curvature.fit import FisherFit, fit_fisher
 from tests.curvature.gauss_newton import (
     assert_same,
     brute_force,
+    fisher,
+    fit,
     flatten,
     jacobian,
     precision_matrix,
@@ -34,31 +34,6 @@ pytestmark = pytest.mark.untrained
 
 Batch = dict[str, Tensor]
 BOTH = ("y", "z")
-
-
-def fit(
-    lora: pl.LiftedNetwork,
-    model: Any,
-    batches: list[Batch],
-    terms: TermsFunction = exact_terms,
-    obs_site: Any = None,
-    structure: Any = pl.structures.Dense(),
-) -> FisherFit:
-    return fit_fisher(
-        model,
-        lora.weights(),
-        [lora],
-        batches,
-        structure=structure,
-        fisher_terms=terms,
-        obs_site=obs_site,
-    )
-
-
-def fisher(found: FisherFit) -> Tensor:
-    """(D, D)."""
-    matrix: Tensor = found.gaussian.fisher  # type: ignore[attr-defined]
-    return matrix
 
 
 def two_outcomes(
@@ -128,10 +103,10 @@ def test_the_fisher_information_of_several_sites_adds_up(
 ) -> None:
     exact = TwoOutcomes()
     batches = split(exact.texts, batch_size)
-    found = fit(exact.lora, exact.model, batches, obs_site=names)
-    assert_same(fisher(found), exact.fisher)
-    assert_same(found.log_likelihood, exact.log_likelihood)
-    assert found.obs_site is None
+    fitted = fit(exact.lora, exact.model, batches, obs_site=names)
+    assert_same(fisher(fitted), exact.fisher)
+    assert_same(fitted.log_likelihood, exact.log_likelihood)
+    assert fitted.obs_site is None
 
 
 @pytest.mark.parametrize(
@@ -139,8 +114,8 @@ def test_the_fisher_information_of_several_sites_adds_up(
 )
 def test_gradient_of_several_sites(terms: Any) -> None:
     exact = TwoOutcomes()
-    found = fit(exact.lora, exact.model, split(exact.texts, 3), terms, BOTH)
-    assert_same(flatten(found.gradient), exact.gradient)
+    fitted = fit(exact.lora, exact.model, split(exact.texts, 3), terms, BOTH)
+    assert_same(flatten(fitted.gradient), exact.gradient)
 
 
 def test_one_site_of_several() -> None:
@@ -155,15 +130,15 @@ def test_one_site_of_several() -> None:
 
 def test_the_empirical_score_of_a_datum_is_that_of_its_sites_together() -> None:
     exact = TwoOutcomes()
-    found = fit(exact.lora, exact.model, split(exact.texts, 3), empirical_terms, BOTH)
+    fitted = fit(exact.lora, exact.model, split(exact.texts, 3), empirical_terms, BOTH)
     scores = sum(exact.scores)
-    assert_same(fisher(found), torch.einsum("nd,ne->de", scores, scores))
+    assert_same(fisher(fitted), torch.einsum("nd,ne->de", scores, scores))
 
 
 def test_mc_draws_the_sites_of_a_datum_together() -> None:
     exact, num_samples = TwoOutcomes(), 200
     terms = partial(mc_terms, num_samples=num_samples)
-    found = fit(exact.lora, exact.model, split(exact.texts, 4), terms, BOTH)
+    fitted = fit(exact.lora, exact.model, split(exact.texts, 4), terms, BOTH)
     p = exact.probs
     for v in torch.randn(5, exact.jacobian.shape[-1], dtype=torch.float64):
         # (v' s)^2 with s = s_y + s_z, independent, of mean zero
@@ -175,7 +150,7 @@ def test_mc_draws_the_sites_of_a_datum_together() -> None:
         fourth = y4 + 6 * y2 * z2 + 3 * z2.square()  # a normal's is 3 sd^4
         standard_error = ((fourth - (y2 + z2).square()).sum() / num_samples).sqrt()
         assert_same(v @ exact.fisher @ v, (y2 + z2).sum())
-        assert abs(v @ fisher(found) @ v - (y2 + z2).sum()) < 4 * standard_error
+        assert abs(v @ fisher(fitted) @ v - (y2 + z2).sum()) < 4 * standard_error
 
 
 @pytest.mark.parametrize(
@@ -213,10 +188,10 @@ def test_a_posterior_of_several_sites_predicts_the_one_that_is_named() -> None:
     )
     posterior = guide.laplace_approximation(split(texts, 3))
     assert posterior.obs_site is None
-    found = pl.predict(
+    prediction = pl.predict(
         posterior, [inputs(texts)], model=model, num_samples=3, obs_site="y"
     )
-    assert found.probs.shape == (7, 3)
+    assert prediction.probs.shape == (7, 3)
 
 
 @pytest.mark.filterwarnings("ignore:The held-out loss is least at the grid's end")
@@ -232,8 +207,10 @@ def test_a_posterior_of_several_sites_is_linearised_for_each(structure: Any) -> 
     posterior = guide.laplace_approximation(split(exact.texts, 3))
     covariance = torch.linalg.inv(precision_matrix(posterior))
     of_class = exact.jacobian[:, :3] - exact.jacobian[:, :3].mean(1, keepdim=True)
-    found = posterior.linearized(exact.texts, obs_site="y")
-    assert_same(found.covariance_matrix, of_class @ covariance @ of_class.mT, rtol=1e-8)
+    logits = posterior.linearized(exact.texts, obs_site="y")
+    assert_same(
+        logits.covariance_matrix, of_class @ covariance @ of_class.mT, rtol=1e-8
+    )
     joint = posterior.linearized(exact.texts, obs_site="z", joint=True)
     of_z = exact.jacobian[:, 3]
     assert_same(
@@ -337,15 +314,15 @@ def test_each_likelihood_in_a_model(
         with pyro.plate("data", 3, subsample=labels):
             pyro.sample("y", fn, obs=labels)
 
-    found = fit(lora, model, split(texts, 2))
+    fitted = fit(lora, model, split(texts, 2))
     exact = brute_force(lora, {**texts, "labels": torch.zeros(3).long()}, 1.0)
     outputs = exact.logits.clone().requires_grad_()
     fn = likelihood(outputs)
     log_likelihood = fn.log_prob(texts["labels"]).sum()
     (score,) = torch.autograd.grad(log_likelihood, outputs)
     gradient = torch.einsum("nc,ncd->d", score, exact.jacobian) - exact.weights
-    assert_same(flatten(found.gradient), gradient)
-    assert_same(found.log_likelihood, log_likelihood.detach())
+    assert_same(flatten(fitted.gradient), gradient)
+    assert_same(fitted.log_likelihood, log_likelihood.detach())
     # tests/likelihood/test_fisher_roots.py has the Hessian in the outputs.
     root = pl.likelihoods.of(likelihood(outputs)).root(texts["labels"])
     j_root = torch.stack(
@@ -355,7 +332,7 @@ def test_each_likelihood_in_a_model(
         ]
     )
     rows = torch.einsum("mnc,ncd->mnd", j_root, exact.jacobian).flatten(0, 1)
-    assert_same(fisher(found), rows.mT @ rows)
+    assert_same(fisher(fitted), rows.mT @ rows)
 
 
 @pytest.mark.parametrize(

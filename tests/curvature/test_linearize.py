@@ -57,24 +57,24 @@ def test_joint_covariance_is_the_dense_product(
     j = centred(j, 1)
     covariance = torch.linalg.inv(precision_matrix(posterior))
     expected = torch.einsum("bcd,de,afe->bcaf", j, covariance, j)
-    found = posterior.linearized(texts, joint=True)
-    assert_same(found.covariance_matrix, expected, rtol=1e-8, atol=1e-10)
+    logits = posterior.linearized(texts, joint=True)
+    assert_same(logits.covariance_matrix, expected, rtol=1e-8, atol=1e-10)
     each = posterior.linearized(texts)
-    assert_same(found.mean, each.mean)
-    assert_same(found.marginals().covariance_matrix, each.covariance_matrix)
+    assert_same(logits.mean, each.mean)
+    assert_same(logits.marginals().covariance_matrix, each.covariance_matrix)
 
 
 def test_joint_draws_are_correlated_across_data() -> None:
     lora, texts = pl.lift(bert(2)), batch(3)
-    found = laplace(lora, texts).linearized(texts, joint=True)
+    logits = laplace(lora, texts).linearized(texts, joint=True)
     num_samples = 100_000
-    drawn = (found.rsample((num_samples,)) - found.mean).flatten(1)
-    c = found.covariance_matrix.reshape(6, 6)
+    drawn = (logits.rsample((num_samples,)) - logits.mean).flatten(1)
+    c = logits.covariance_matrix.reshape(6, 6)
     variances = c.diagonal()
     standard_error = ((variances[:, None] * variances + c**2) / num_samples).sqrt()
     assert ((drawn.mT @ drawn / num_samples - c).abs() < 5 * standard_error).all()
     assert c[0, 2].abs() > 20 * standard_error[0, 2]
-    assert found.rsample().shape == (3, 2)
+    assert logits.rsample().shape == (3, 2)
 
 
 def test_joint_equals_a_larger_batch_cut_to_size() -> None:
@@ -82,8 +82,8 @@ def test_joint_equals_a_larger_batch_cut_to_size() -> None:
     posterior = laplace(lora, texts)
     part = {name: x[2:5] for name, x in texts.items()}
     whole = posterior.linearized(texts, joint=True).covariance_matrix
-    found = posterior.linearized(part, joint=True).covariance_matrix
-    assert_same(found, whole[2:5, :, 2:5], rtol=1e-6, atol=1e-9)
+    covariance = posterior.linearized(part, joint=True).covariance_matrix
+    assert_same(covariance, whole[2:5, :, 2:5], rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
@@ -93,10 +93,10 @@ def test_linear_regression_predicts_with_noise(structure: Structure) -> None:
     x = torch.randn(4, 3).double()
     design = torch.cat([x, torch.ones(4, 1).double()], 1)
     location = design @ torch.linalg.inv(problem.precision) @ design.mT
-    found = posterior.linearized({"x": x})
-    assert_same(found.mean[:, 0], design @ problem.mode, rtol=1e-8)
+    logits = posterior.linearized({"x": x})
+    assert_same(logits.mean[:, 0], design @ problem.mode, rtol=1e-8)
     variance = location.diagonal() + NOISE_SD**2
-    assert_same(found.predictive_variance[:, 0], variance, rtol=1e-8)
+    assert_same(logits.predictive_variance[:, 0], variance, rtol=1e-8)
     joint = posterior.linearized({"x": x}, joint=True)
     assert_same(joint.covariance_matrix[:, 0, :, 0], location, rtol=1e-8, atol=1e-10)
     assert_same(joint.marginals().predictive_variance[:, 0], variance, rtol=1e-8)
@@ -131,14 +131,14 @@ def test_several_outputs_against_the_closed_form(scale: Any) -> None:
         model, init_loc_fn=lora.init_to(weights), structure=pl.structures.Dense()
     ).laplace_approximation([{"x": x, "y": y}])
     new = torch.randn(5, 2).double()
-    found = posterior.linearized({"x": new})
-    assert_same(found.mean, new @ mode.mT, rtol=1e-8)
+    logits = posterior.linearized({"x": new})
+    assert_same(logits.mean, new @ mode.mT, rtol=1e-8)
     variance = torch.stack(
         [(new @ torch.linalg.inv(p) * new).sum(-1) for p in precisions], -1
     )
     expected = torch.diag_embed(variance)
-    assert_same(found.covariance_matrix, expected, rtol=1e-8, atol=1e-10)
-    assert_same(found.predictive_variance, variance + noise**2, rtol=1e-8)
+    assert_same(logits.covariance_matrix, expected, rtol=1e-8, atol=1e-10)
+    assert_same(logits.predictive_variance, variance + noise**2, rtol=1e-8)
 
 
 def test_outputs_of_a_network_are_correlated() -> None:
@@ -154,18 +154,18 @@ def test_outputs_of_a_network_are_correlated() -> None:
     ).laplace_approximation([{**texts, "y": torch.randn(4, 3).double()}])
     mean, j = autograd_jacobian(lora, lambda net: net(**texts).logits)
     covariance = torch.linalg.inv(precision_matrix(posterior))
-    found = posterior.linearized(texts)
-    assert_same(found.mean, mean)
-    assert_same(found.covariance_matrix, j @ covariance @ j.mT, rtol=1e-8)
-    assert found.covariance_matrix[0, 0, 1].abs() > 1e-3
+    logits = posterior.linearized(texts)
+    assert_same(logits.mean, mean)
+    assert_same(logits.covariance_matrix, j @ covariance @ j.mT, rtol=1e-8)
+    assert logits.covariance_matrix[0, 0, 1].abs() > 1e-3
 
 
 def test_classes_have_no_noise() -> None:
     lora, texts = pl.lift(bert(2)), batch(4)
-    found = laplace(lora, texts).linearized(texts)
-    assert found.noise_variance is None
+    logits = laplace(lora, texts).linearized(texts)
+    assert logits.noise_variance is None
     with pytest.raises(ValueError, match="outcomes are classes"):
-        found.predictive_variance  # noqa: B018
+        logits.predictive_variance  # noqa: B018
 
 
 NUM_TAGS = 5
@@ -230,17 +230,17 @@ def test_tokens_against_the_dense_product(padding: Any) -> None:
     assert_same(each.covariance_matrix, expected, rtol=1e-8, atol=1e-10)
     positions = torch.arange(4) * texts["attention_mask"]
     last = positions.argmax(1)
-    found = posterior.linearized(texts, tokens="last")
+    logits = posterior.linearized(texts, tokens="last")
     rows = torch.arange(3)
-    assert_same(found.mean, mean[rows, last])
-    assert_same(found.covariance_matrix, expected[rows, last], rtol=1e-8, atol=1e-10)
+    assert_same(logits.mean, mean[rows, last])
+    assert_same(logits.covariance_matrix, expected[rows, last], rtol=1e-8, atol=1e-10)
     again = posterior.linearized(texts, tokens=last)
-    assert torch.equal(again.covariance_matrix, found.covariance_matrix)
+    assert torch.equal(again.covariance_matrix, logits.covariance_matrix)
     two = torch.tensor([[3, 0], [1, 2], [2, 2]])
-    some = posterior.linearized(texts, tokens=two)
-    assert_same(some.mean, mean[rows[:, None], two])
+    at_two = posterior.linearized(texts, tokens=two)
+    assert_same(at_two.mean, mean[rows[:, None], two])
     assert_same(
-        some.covariance_matrix, expected[rows[:, None], two], rtol=1e-8, atol=1e-10
+        at_two.covariance_matrix, expected[rows[:, None], two], rtol=1e-8, atol=1e-10
     )
     joint = posterior.linearized(texts, tokens=two, joint=True)
     picked = j[rows[:, None], two]
@@ -250,16 +250,16 @@ def test_tokens_against_the_dense_product(padding: Any) -> None:
         rtol=1e-8,
         atol=1e-10,
     )
-    assert_same(joint.marginals().covariance_matrix, some.covariance_matrix)
+    assert_same(joint.marginals().covariance_matrix, at_two.covariance_matrix)
 
 
 def test_the_last_token_without_a_mask_is_the_last_place() -> None:
     lora, texts = tagging(), inputs(batch(3, 4))
     posterior = token_posterior(lora, texts, masked=False)
-    found = posterior.linearized(texts, tokens="last")
+    logits = posterior.linearized(texts, tokens="last")
     expected = posterior.linearized(texts, tokens=torch.tensor([3, 3, 3]))
-    assert torch.equal(found.mean, expected.mean)
-    assert torch.equal(found.covariance_matrix, expected.covariance_matrix)
+    assert torch.equal(logits.mean, expected.mean)
+    assert torch.equal(logits.covariance_matrix, expected.covariance_matrix)
 
 
 @pytest.mark.parametrize(

@@ -89,12 +89,12 @@ def test_right_padding_changes_nothing(
     expected = laplace(lora, texts, structure=structure)
     for right in (1, 9):
         more = padded(texts, 0, right)
-        found = laplace(lora, more, structure=structure)
+        posterior = laplace(lora, more, structure=structure)
         assert_same(
-            summary(found, more), summary(expected, texts), rtol=1e-10, atol=1e-10
+            summary(posterior, more), summary(expected, texts), rtol=1e-10, atol=1e-10
         )
         for site, values in eigenvalues(expected).items():
-            assert_same(eigenvalues(found)[site], values, rtol=1e-10, atol=1e-10)
+            assert_same(eigenvalues(posterior)[site], values, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
@@ -108,10 +108,10 @@ def test_left_padding_changes_nothing(structure: Structure, seed: int) -> None:
             more = padded(moved_left(texts), left, 0)
             if with_position_ids:
                 more = with_positions(more)
-            found = laplace(lora, more, structure=structure)
+            posterior = laplace(lora, more, structure=structure)
             # Rotary tables are float32.
             assert_same(
-                summary(found, more), summary(expected, texts), rtol=1e-6, atol=1e-6
+                summary(posterior, more), summary(expected, texts), rtol=1e-6, atol=1e-6
             )
 
 
@@ -131,8 +131,10 @@ def test_each_batch_may_be_padded_in_its_own_way(
         padded(one, 0, 2 * i) if i % 2 else padded(moved_left(one), i, 0)
         for i, one in enumerate(split(texts, 1))
     ]
-    found = guide.laplace_approximation(batches)
-    assert_same(summary(found, texts), summary(expected, texts), rtol=1e-6, atol=1e-6)
+    posterior = guide.laplace_approximation(batches)
+    assert_same(
+        summary(posterior, texts), summary(expected, texts), rtol=1e-6, atol=1e-6
+    )
 
 
 def test_tokens_of_padding_are_not_counted() -> None:

@@ -108,9 +108,9 @@ def test_a_compiled_network_gives_the_posterior_of_the_plain_one(
         compiled(network)
         train(model, lora, texts)
     assert float(posterior.log_evidence()) == float(expected.log_evidence())
-    found, wanted = posterior.linearized(texts), expected.linearized(texts)
-    assert_close(found.mean, wanted.mean, rtol=0, atol=0)
-    assert_close(found.covariance_matrix, wanted.covariance_matrix, rtol=0, atol=0)
+    logits, wanted = posterior.linearized(texts), expected.linearized(texts)
+    assert_close(logits.mean, wanted.mean, rtol=0, atol=0)
+    assert_close(logits.covariance_matrix, wanted.covariance_matrix, rtol=0, atol=0)
     assert fit(model, lora, texts, sites="last_layer").gaussian.loc.keys() == {
         "head.classifier.weight",
         "head.classifier.bias",
@@ -228,9 +228,9 @@ def test_a_reference_at_other_weights_isnt_recorded() -> None:
         with pyro.plate("data", NUM_DATA, subsample=logits):
             pyro.sample("y", dist.Categorical(logits=logits), obs=labels)
 
-    found = fit(model, lora, texts)
+    fitted = fit(model, lora, texts)
     expected = fit(model, lora, {**texts, "constant": True})
-    assert float(found.log_evidence()) == float(expected.log_evidence())
+    assert float(fitted.log_evidence()) == float(expected.log_evidence())
 
 
 def test_networks_between_which_the_model_chooses() -> None:
@@ -248,11 +248,11 @@ def test_networks_between_which_the_model_chooses() -> None:
     init = {**first.weights(), **second.weights()}
     guide = pl.AutoLaplace(model, init_loc_fn=lambda site: init[site["name"]])
     posterior = guide.laplace_approximation([{"which": i, **texts} for i in (0, 1)])
-    found = posterior.linearized({"which": 1, **texts})
+    gaussian = posterior.linearized({"which": 1, **texts})
     alone = fit(pl.models.classification(second, NUM_DATA), second, texts)
     expected = alone.linearized(texts)
     assert_close(
-        found.covariance_matrix, expected.covariance_matrix, rtol=0, atol=1e-12
+        gaussian.covariance_matrix, expected.covariance_matrix, rtol=0, atol=1e-12
     )
 
 
@@ -343,9 +343,9 @@ def test_deep_copies_give_the_same_numbers_or_say_why_not() -> None:
         lora.network.get_base_model().classifier.weight.zero_()
         for parameter in lora.network.parameters():
             parameter.zero_()
-    found = twin.linearized(texts)
-    assert_close(found.mean, expected.mean, rtol=0, atol=0)
-    assert_close(found.covariance_matrix, expected.covariance_matrix, rtol=0, atol=0)
+    logits = twin.linearized(texts)
+    assert_close(logits.mean, expected.mean, rtol=0, atol=0)
+    assert_close(logits.covariance_matrix, expected.covariance_matrix, rtol=0, atol=0)
 
 
 def test_a_deep_copy_of_a_posterior_of_a_function_is_refused() -> None:

@@ -60,7 +60,7 @@ def test_layers_are_exact_at_one_token_of_one_datum(
     build: Build, num_labels: int, structure: structures.Structure
 ) -> None:
     lora, texts = pl.lift(build(num_labels)), one_token(num_labels)
-    found = precision_matrix(laplace(lora, texts, structure=structure))
+    precision = precision_matrix(laplace(lora, texts, structure=structure))
     exact = brute_force(lora, texts, 1.0).fisher
     places = blocks(lora)
     for site, layer, place in places:
@@ -70,9 +70,9 @@ def test_layers_are_exact_at_one_token_of_one_datum(
         )
         identity = torch.eye(len(block), dtype=block.dtype)
         message = f"{site}, {layer}"
-        assert_same_fisher(found[place, place] - identity, expected, build, message)
-        found[place, place] = 0
-    assert found.abs().max() == 0  # nothing between the blocks
+        assert_same_fisher(precision[place, place] - identity, expected, build, message)
+        precision[place, place] = 0
+    assert precision.abs().max() == 0  # nothing between the blocks
 
 
 @pytest.mark.parametrize("structure", ALL)
@@ -104,9 +104,11 @@ def test_dense_is_the_gauss_newton_matrix(
     torch.manual_seed(seed)
     lora = pl.lift(build(num_labels), prior=pl.priors.normal(scale=2.0))
     texts = batch(6, num_labels=num_labels)
-    found = precision_matrix(laplace(lora, texts, 4, structure=pl.structures.Dense()))
+    precision = precision_matrix(
+        laplace(lora, texts, 4, structure=pl.structures.Dense())
+    )
     exact = brute_force(lora, texts, 0.25)
-    assert_same_fisher(found, exact.fisher + torch.diag(exact.precision), build)
+    assert_same_fisher(precision, exact.fisher + torch.diag(exact.precision), build)
 
 
 class DenseInEachLayer(structures.JointStructure):
@@ -120,12 +122,12 @@ class DenseInEachLayer(structures.JointStructure):
 
 def test_a_joint_structure_of_the_users() -> None:
     lora, texts = pl.lift(bert(3)), batch(6, num_labels=3)
-    found = precision_matrix(laplace(lora, texts, 4, structure=DenseInEachLayer()))
+    precision = precision_matrix(laplace(lora, texts, 4, structure=DenseInEachLayer()))
     exact = brute_force(lora, texts, 1.0).fisher
     expected = torch.eye(len(exact), dtype=exact.dtype)
     for _, _, place in blocks(lora):
         expected[place, place] += exact[place, place]
-    assert_same_fisher(found, expected)
+    assert_same_fisher(precision, expected)
 
 
 def test_a_joint_structure_returns_dense_factors() -> None:
@@ -141,9 +143,11 @@ def test_a_joint_structure_returns_dense_factors() -> None:
 @pytest.mark.parametrize("build", [bert, llama])
 def test_diagonal_is_the_diagonal_of_dense(build: Build) -> None:
     lora, texts = pl.lift(build(3)), batch(6, num_labels=3)
-    found = precision_matrix(laplace(lora, texts, structure=pl.structures.Diagonal()))
+    precision = precision_matrix(
+        laplace(lora, texts, structure=pl.structures.Diagonal())
+    )
     exact = brute_force(lora, texts, 1.0)
-    assert_same_fisher(found, torch.diag(exact.fisher.diag() + 1.0), build)
+    assert_same_fisher(precision, torch.diag(exact.fisher.diag() + 1.0), build)
 
 
 @pytest.mark.parametrize("kind", ["lora", "base"])
@@ -154,12 +158,12 @@ def test_biases_are_blocks_of_their_own(kind: str) -> None:
             parameter.requires_grad |= name.endswith("value.base_layer.bias")
     lora, texts = pl.lift(network), one_token(3)
     assert len([s for s in lora.sites if s.startswith(kind) and s.endswith("bias")]) > 0
-    found = precision_matrix(laplace(lora, texts))
+    precision = precision_matrix(laplace(lora, texts))
     exact = brute_force(lora, texts, 1.0).fisher
     for site, layer, place in blocks(lora):
         identity = torch.eye(place.stop - place.start, dtype=exact.dtype)
         expected = exact[place, place] + identity
-        assert_same(found[place, place], expected, msg=f"{site}, {layer}")
+        assert_same(precision[place, place], expected, msg=f"{site}, {layer}")
 
 
 # Networks that aren't transformers, with a Normal likelihood.
@@ -186,7 +190,7 @@ def fit_regression(
     return guide.laplace_approximation(batches)
 
 
-def found_and_exact(
+def own_and_exact(
     lora: pl.LiftedNetwork, x: Tensor, structure: structures.Structure
 ) -> tuple[Tensor, Tensor]:
     """The posterior's precision less the prior's, and the Gauss-Newton matrix."""
@@ -200,8 +204,8 @@ def found_and_exact(
     flat = flatten(weights)
     j = torch.autograd.functional.jacobian(outputs, flat).flatten(0, 1)  # (N O, D)
     y = torch.zeros_like(outputs(flat))
-    found = precision_matrix(fit_regression(lora, x, y, structure))
-    return found - torch.eye(len(flat), dtype=flat.dtype), j.mT @ j / 0.25
+    precision = precision_matrix(fit_regression(lora, x, y, structure))
+    return precision - torch.eye(len(flat), dtype=flat.dtype), j.mT @ j / 0.25
 
 
 class Mean(nn.Module):
@@ -213,20 +217,20 @@ class Mean(nn.Module):
 def test_expand_is_exact_in_a_deep_linear_network() -> None:
     lora = pl.lift(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).double())
     x = torch.randn(6, 3, dtype=torch.float64)
-    found, exact = found_and_exact(lora, x, pl.structures.KFAC())
+    own, exact = own_and_exact(lora, x, pl.structures.KFAC())
     for site, layer, place in blocks(lora):
-        assert_same(found[place, place], exact[place, place], msg=f"{site} {layer}")
+        assert_same(own[place, place], exact[place, place], msg=f"{site} {layer}")
 
 
 def test_reduce_is_exact_where_tokens_are_averaged() -> None:
     lora = pl.lift(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2), Mean()).double())
     x = torch.randn(6, 5, 3, dtype=torch.float64)
-    found, exact = found_and_exact(lora, x, pl.structures.KFAC(reduce=True))
+    own, exact = own_and_exact(lora, x, pl.structures.KFAC(reduce=True))
     for site, layer, place in blocks(lora):
-        assert_same(found[place, place], exact[place, place], msg=f"{site} {layer}")
-    found, exact = found_and_exact(lora, x, pl.structures.KFAC())
+        assert_same(own[place, place], exact[place, place], msg=f"{site} {layer}")
+    own, exact = own_and_exact(lora, x, pl.structures.KFAC())
     place = blocks(lora)[0][2]
-    assert float((found - exact)[place, place].abs().max()) > 0.01
+    assert float((own - exact)[place, place].abs().max()) > 0.01
 
 
 class CalledTwice(nn.Module):
@@ -244,10 +248,10 @@ class CalledTwice(nn.Module):
 def test_a_layer_that_is_called_twice(tokens: tuple[int, ...]) -> None:
     lora = pl.lift(nn.Sequential(CalledTwice(), *([Mean()] if tokens else [])))
     x = torch.randn(6, *tokens, 3, dtype=torch.float64)
-    found, exact = found_and_exact(lora, x, pl.structures.Dense())
-    assert_same(found, exact)
-    found, _ = found_and_exact(lora, x, pl.structures.Diagonal())
-    assert_same(found, exact.diag().diag())
+    own, exact = own_and_exact(lora, x, pl.structures.Dense())
+    assert_same(own, exact)
+    own, _ = own_and_exact(lora, x, pl.structures.Diagonal())
+    assert_same(own, exact.diag().diag())
 
 
 class WithUnusedLayer(nn.Module):
@@ -266,16 +270,14 @@ def test_a_layer_that_is_not_called_keeps_its_prior(
     structure: structures.Structure,
 ) -> None:
     lora = pl.lift(WithUnusedLayer())
-    found, exact = found_and_exact(
-        lora, torch.randn(6, 3, dtype=torch.float64), structure
-    )
+    own, exact = own_and_exact(lora, torch.randn(6, 3, dtype=torch.float64), structure)
     for site, _, place in blocks(lora):
         block = exact[place, place]
         assert (float(block.abs().max()) == 0) == ("unused" in site)
         expected = (
             block.diag().diag() if structure == pl.structures.Diagonal() else block
         )
-        assert_same(found[place, place], expected)
+        assert_same(own[place, place], expected)
 
 
 @pytest.mark.parametrize("layers", ["output", "input"])
@@ -366,6 +368,6 @@ def test_wide_factors_are_sums_of_outer_products(
     a, g = torch.randn(3, 1, 5).double(), torch.randn(2, 3, 1, width).double()
     wide = structure(g[0], a[None])  # one token each: both structures are one
     assert_same(wide.a, torch.einsum("bti,btj->ij", g[0], g[0]))
-    found = structure(a, g).g
-    assert_same(found, torch.einsum("mbti,mbtj->ij", g, g))
-    assert torch.equal(found, found.mT)
+    factor = structure(a, g).g
+    assert_same(factor, torch.einsum("mbti,mbtj->ij", g, g))
+    assert torch.equal(factor, factor.mT)

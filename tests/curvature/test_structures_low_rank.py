@@ -88,18 +88,18 @@ def test_any_split_gives_the_same(structure: Any, batch_size: int) -> None:
     lora, texts = pl.lift(bert(3)), batch(7, num_labels=3)
     low_rank = replace(structure, rank=4)
     expected = laplace(lora, texts, structure=low_rank)
-    found = laplace(lora, texts, batch_size, structure=low_rank)
-    assert_same(found.log_evidence(), expected.log_evidence(), rtol=1e-8)
+    posterior = laplace(lora, texts, batch_size, structure=low_rank)
+    assert_same(posterior.log_evidence(), expected.log_evidence(), rtol=1e-8)
     for site, value in expected.variance().items():
-        assert_same(found.variance()[site], value, rtol=1e-7)
+        assert_same(posterior.variance()[site], value, rtol=1e-7)
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_with_enough_rank_nothing_changes(structure: Any) -> None:
     lora, texts = pl.lift(bert(3)), batch(5, num_labels=3)
     expected = laplace(lora, texts, structure=structure)
-    found = laplace(lora, texts, structure=replace(structure, rank=8))  # width 16
-    assert torch.equal(found.log_evidence(), expected.log_evidence())
+    posterior = laplace(lora, texts, structure=replace(structure, rank=8))  # width 16
+    assert torch.equal(posterior.log_evidence(), expected.log_evidence())
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)

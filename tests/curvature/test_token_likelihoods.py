@@ -12,9 +12,16 @@ from torch import Tensor
 
 import pyro_lora as pl
 from pyro_lora.curvature.fisher import empirical_terms, mc_terms
-from tests.curvature.gauss_newton import Batch, assert_same, flatten, split, unflatten
+from tests.curvature.gauss_newton import (
+    Batch,
+    assert_same,
+    fisher,
+    fit,
+    flatten,
+    split,
+    unflatten,
+)
 from tests.curvature.test_cost import LargestTensor, Passes
-from tests.curvature.test_likelihood_terms import fisher, fit
 from tests.networks import VOCABULARY, batch, inputs, llama
 
 pytestmark = pytest.mark.untrained
@@ -65,7 +72,7 @@ def test_mc_of_tokens_converges_to_the_sum_over_tokens(form: str) -> None:
     texts = text_to_continue()
     terms = partial(mc_terms, num_samples=num_samples)
     model = language_model(lora, 4, form)
-    found = fisher(fit(lora, model, split(texts, 3), terms))
+    information = fisher(fit(lora, model, split(texts, 3), terms))
     p, j = token_gradients(lora, texts)
     p = p * texts["attention_mask"][..., None]
     for v in torch.randn(4, j.shape[-1], dtype=torch.float64):
@@ -76,7 +83,7 @@ def test_mc_of_tokens_converges_to_the_sum_over_tokens(form: str) -> None:
         # Fourth moment of a sum of independent scores of mean zero
         fourth = t4.sum(1) + 3 * (mean.square() - t2.square().sum(1))
         standard_error = ((fourth - mean.square()).sum() / num_samples).sqrt()
-        assert abs(v @ found @ v - mean.sum()) < 4 * standard_error
+        assert abs(v @ information @ v - mean.sum()) < 4 * standard_error
 
 
 @pytest.mark.parametrize("form", ["event", "plate"])

@@ -18,6 +18,7 @@ from pyro.infer.autoguide import init_to_value
 from torch import Tensor, nn
 
 import pyro_lora as pl
+from pyro_lora.posteriors.scaled_posterior import ScaledPosterior
 
 N = 6
 Numbers = dict[str, Any]
@@ -133,6 +134,10 @@ def numbers_of(posterior: Any, lora: pl.LiftedNetwork) -> Numbers:
             found |= {f"{i}/{name}": x for name, x in inner.items()}
         return found
     found["log_prob"] = posterior.log_prob(posterior.mode() | {})
+    if isinstance(posterior, ScaledPosterior):
+        check(0 < posterior.scale <= 1, "scale")
+        check(found["log_prob"].isfinite().all(), "log_prob")
+        return found | {"scale": torch.tensor(posterior.scale)}
     found["log_evidence"] = posterior.log_evidence()
     for name in ("log_prob", "log_evidence"):
         check(found[name].isfinite().all(), f"{name} isn't finite")
@@ -164,6 +169,16 @@ def posterior_kind(make: Callable[[], tuple[Any, pl.LiftedNetwork]]) -> Kind:
 def laplace(**options: Any) -> tuple[Any, pl.LiftedNetwork]:
     setting = Setting(latents=options.pop("latents", False))
     return setting.laplace(**options), setting.lora
+
+
+def refined() -> tuple[Any, pl.LiftedNetwork]:
+    posterior, lora = laplace(structure=pl.structures.Exact())
+    return posterior.refine("prior"), lora
+
+
+def scaled() -> tuple[Any, pl.LiftedNetwork]:
+    posterior, lora = laplace(sites="last_layer")
+    return posterior.for_sampling(batches(), num_samples=2), lora
 
 
 def of_parameters() -> tuple[Any, pl.LiftedNetwork]:
@@ -302,6 +317,11 @@ KINDS: dict[str, Callable[[], Kind]] = {
     "dense, latents": partial(
         posterior_kind, partial(laplace, structure=pl.structures.Dense(), latents=True)
     ),
+    "exact": partial(
+        posterior_kind, partial(laplace, structure=pl.structures.Exact(), fisher="mc")
+    ),
+    "refined": partial(posterior_kind, refined),
+    "scaled": partial(posterior_kind, scaled),
     "prior with parameters": partial(posterior_kind, of_parameters),
     "particles": partial(posterior_kind, of_particles),
     "mixture": partial(posterior_kind, of_mixture),

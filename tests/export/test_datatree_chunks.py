@@ -11,7 +11,7 @@ import pytest
 import xarray
 
 import pyro_lora as pl
-from pyro_lora.export import draw_groups
+from pyro_lora.export import datatree
 from pyro_lora.posteriors.dropout import DropoutPosterior
 from tests.predict import models
 
@@ -85,13 +85,13 @@ def test_one_chunk_is_in_memory_at_a_time(
     lora, model = models.classifier()
     posterior = models.laplace(lora, model, models.two_batches())
     sizes = []
-    of_chunk = draw_groups.delta_variables
+    of_chunk = datatree.delta_variables
 
     def spy(loras: Any, weights: Any, mode: Any = None) -> Any:
         sizes.append(next(iter(weights.values())).shape[0])
         return of_chunk(loras, weights, mode)
 
-    monkeypatch.setattr(draw_groups, "delta_variables", spy)
+    monkeypatch.setattr(datatree, "delta_variables", spy)
     tree = pl.to_datatree(
         posterior, num_samples=20, chunk_size=6, path=tmp_path / "t.zarr"
     )

@@ -29,13 +29,13 @@ def stack(of_points: list[Point]) -> dict[str, Tensor]:
 
 def gradient(function: Callable[[Point], Tensor], at: Point) -> Point:
     leaves = {site: x.detach().clone().requires_grad_() for site, x in at.items()}
-    found = torch.autograd.grad(
+    gradients = torch.autograd.grad(
         function(leaves),
         list(leaves.values()),
         allow_unused=True,
         materialize_grads=True,
     )
-    return dict(zip(leaves, found, strict=True))
+    return dict(zip(leaves, gradients, strict=True))
 
 
 def squared_distance(x: Point, y: Point, sites: list[str]) -> Tensor:

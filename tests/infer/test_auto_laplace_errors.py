@@ -268,10 +268,12 @@ def test_the_remedy_for_a_latent_site(
     start = guide(lora, model)
     with pytest.raises(ValueError, match=r"\['temperature', 'y'\]. Name.*obs_site="):
         start.laplace_approximation(split(texts, 3))
-    found = guide(lora, model, obs_site="y").laplace_approximation(split(texts, 3))
+    posterior = guide(lora, model, obs_site="y").laplace_approximation(split(texts, 3))
     expected = laplace(lora, texts, 3)
-    assert float(found.log_evidence()) == pytest.approx(float(expected.log_evidence()))
-    assert found.obs_site == "y"
+    assert float(posterior.log_evidence()) == pytest.approx(
+        float(expected.log_evidence())
+    )
+    assert posterior.obs_site == "y"
 
 
 def two_sites(lora: pl.LiftedNetwork) -> Model:
@@ -291,8 +293,8 @@ def test_two_observed_sites(lora: pl.LiftedNetwork, texts: dict[str, Tensor]) ->
         guide(lora, model).laplace_approximation([texts])
     with pytest.raises(ValueError, match=r"'z' isn't observed.*'score', 'y'"):
         guide(lora, model, obs_site="z").laplace_approximation([texts])
-    found = guide(lora, model, obs_site="score").laplace_approximation([texts])
-    assert found.linearized(texts).mean.shape == (7, 1)
+    posterior = guide(lora, model, obs_site="score").laplace_approximation([texts])
+    assert posterior.linearized(texts).mean.shape == (7, 1)
 
 
 def test_an_unknown_fisher(lora: pl.LiftedNetwork) -> None:

@@ -131,9 +131,11 @@ def test_sites_in_a_plate_of_particles(structure: Structure) -> None:
     for site, value in lora.weights().items():
         assert trace.nodes[site]["value"].shape == (4, 1, *value.shape)
     trace.compute_log_prob()
-    found = sum(node["log_prob"] for node in trace.nodes.values() if "log_prob" in node)
+    log_prob = sum(
+        node["log_prob"] for node in trace.nodes.values() if "log_prob" in node
+    )
     weights = {site: trace.nodes[site]["value"] for site in lora.sites}
-    assert_same(found, posterior.log_prob(weights))
+    assert_same(log_prob, posterior.log_prob(weights))
 
 
 # Where the mode comes from.
@@ -177,11 +179,11 @@ def test_guides_side_by_side_keep_their_modes() -> None:
     starts = [particles(lora), particles(lora)]
     guides = [pl.AutoLaplace(model, init_loc_fn=lora.init_to(w)) for w in starts]
     for guide, start in zip(guides, starts, strict=True):
-        found = guide.laplace_approximation([texts])
-        assert_same(flatten(found.mode()), flatten(start))
+        posterior = guide.laplace_approximation([texts])
+        assert_same(flatten(posterior.mode()), flatten(start))
     for guide, start in zip(guides, starts, strict=True):
-        found = guide.laplace_approximation([texts])
-        assert_same(flatten(found.mode()), flatten(start))
+        posterior = guide.laplace_approximation([texts])
+        assert_same(flatten(posterior.mode()), flatten(start))
 
 
 @pytest.mark.untrained
@@ -192,8 +194,8 @@ def test_a_trained_guide_does_not_leak_into_another() -> None:
     svi = SVI(model, trained, Adam({"lr": 0.01}), Trace_ELBO())
     svi.step(**texts)
     other = pl.AutoLaplace(model, init_loc_fn=lora.init_to_adapter())
-    found = other.laplace_approximation([texts])
-    assert_same(flatten(found.mode()), flatten(lora.weights()))
+    posterior = other.laplace_approximation([texts])
+    assert_same(flatten(posterior.mode()), flatten(lora.weights()))
 
 
 def trainer(seed: int) -> tuple[pl.LiftedNetwork, pl.AutoLaplace, SVI]:
@@ -289,11 +291,11 @@ def test_dropout_is_off_during_the_pass_and_restored() -> None:
     network.train()
     network.base_model.model.bert.encoder.layer[0].eval()  # as a user may have it
     modes = [module.training for module in network.modules()]
-    found = laplace(lora, texts, 3)
+    posterior = laplace(lora, texts, 3)
     assert [module.training for module in network.modules()] == modes
-    assert_same(found.log_evidence(), expected.log_evidence())
-    assert_same(flatten(found.variance()), flatten(expected.variance()))
-    logits = found.linearized(texts)
+    assert_same(posterior.log_evidence(), expected.log_evidence())
+    assert_same(flatten(posterior.variance()), flatten(expected.variance()))
+    logits = posterior.linearized(texts)
     assert [module.training for module in network.modules()] == modes
     assert_same(logits.mean, expected.linearized(texts).mean)
     assert_same(logits.covariance_matrix, expected.linearized(texts).covariance_matrix)
@@ -397,15 +399,15 @@ def test_half_precision_networks(adapter: torch.dtype, structure: Structure) -> 
         if parameter.requires_grad:
             parameter.data = parameter.data.to(adapter)
     lora = pl.lift(network)
-    found = laplace(lora, texts, 3, structure=structure)
+    posterior = laplace(lora, texts, 3, structure=structure)
     for site, value in expected.variance().items():
-        assert found.mode()[site].dtype == torch.float32
-        assert found.variance()[site].dtype == torch.float32
-        assert_same(found.variance()[site].double(), value, rtol=0.1, atol=0.02)
+        assert posterior.mode()[site].dtype == torch.float32
+        assert posterior.variance()[site].dtype == torch.float32
+        assert_same(posterior.variance()[site].double(), value, rtol=0.1, atol=0.02)
     exact = float(expected.gaussian.effective_parameters())
-    effective = float(found.gaussian.effective_parameters())
+    effective = float(posterior.gaussian.effective_parameters())
     assert effective == pytest.approx(exact, rel=0.1)
-    logits = found.linearized(texts)
+    logits = posterior.linearized(texts)
     assert logits.mean.dtype == torch.float32
     wanted = expected.linearized(texts).covariance_matrix
     error = (logits.covariance_matrix - wanted).norm() / wanted.norm()
@@ -424,8 +426,8 @@ def test_float32_networks_agree_with_float64(structure: Structure) -> None:
     for site, value in found.prior_precision.items():
         assert value.dtype == torch.float32
         assert_same(value.double(), expected.prior_precision[site], rtol=2e-3)
-    some = {site: value.float() for site, value in particles_of(expected).items()}
-    found_log_prob = found.log_prob(some).double()
+    draws = {site: value.float() for site, value in particles_of(expected).items()}
+    found_log_prob = found.log_prob(draws).double()
     assert_same(found_log_prob, expected.log_prob(particles_of(expected)), rtol=1e-3)
 
 

@@ -133,9 +133,9 @@ def test_linearised_bernoulli_is_two_classes() -> None:
     )
     assert_same(one.log_evidence(), two.log_evidence())
     assert_same(flatten(one.variance()), flatten(two.variance()))
-    found, expected = one.linearized(texts), two.linearized(inputs(texts))
-    assert_same(found.mean, expected.mean)
-    assert_same(found.covariance_matrix, expected.covariance_matrix)
+    gaussian, expected = one.linearized(texts), two.linearized(inputs(texts))
+    assert_same(gaussian.mean, expected.mean)
+    assert_same(gaussian.covariance_matrix, expected.covariance_matrix)
 
 
 def test_linearised_needs_one_outcome_a_datum() -> None:
@@ -167,9 +167,9 @@ def test_density_draws_and_variances_agree(structure: Structure) -> None:
     covariance = torch.linalg.inv(p)
     assert_same(flatten(posterior.variance()), covariance.diag())
     q = dist.MultivariateNormal(mode, precision_matrix=p)
-    some = particles(lora, 5)
-    flat = torch.cat([value.flatten(1) for value in some.values()], 1)
-    assert_same(posterior.log_prob(some), q.log_prob(flat))
+    draws = particles(lora, 5)
+    flat = torch.cat([value.flatten(1) for value in draws.values()], 1)
+    assert_same(posterior.log_prob(draws), q.log_prob(flat))
     draws = posterior.sample(num_samples)
     centred = torch.cat([value.flatten(1) for value in draws.values()], 1) - mode
     # Along random directions: means, and variances with error sqrt(2 / S) each.
@@ -185,10 +185,10 @@ def test_leading_dims_of_the_density(structure: Structure) -> None:
     lora = pl.lift(bert(3))
     posterior = laplace(lora, batch(5, num_labels=3), structure=structure)
     many = particles(lora, 4, 2)
-    found = posterior.log_prob(many)
-    assert found.shape == (4, 2)
+    log_prob = posterior.log_prob(many)
+    assert log_prob.shape == (4, 2)
     one = {site: value[3, 1] for site, value in many.items()}
-    assert_same(posterior.log_prob(one), found[3, 1])
+    assert_same(posterior.log_prob(one), log_prob[3, 1])
 
 
 def test_gradients_need_not_be_on() -> None:
@@ -196,10 +196,10 @@ def test_gradients_need_not_be_on() -> None:
     posterior = laplace(lora, texts)
     expected = posterior.linearized(inputs(texts))
     with torch.no_grad():
-        again, found = laplace(lora, texts), posterior.linearized(inputs(texts))
+        again, logits = laplace(lora, texts), posterior.linearized(inputs(texts))
     assert_same(again.log_evidence(), posterior.log_evidence())
-    assert_same(found.mean, expected.mean)
-    assert_same(found.covariance_matrix, expected.covariance_matrix)
+    assert_same(logits.mean, expected.mean)
+    assert_same(logits.covariance_matrix, expected.covariance_matrix)
 
 
 def test_mode_is_a_copy() -> None:

@@ -59,15 +59,17 @@ def test_another_precision_is_another_prior(kind: str, structure: Structure) -> 
         scales = {site: 0.3 + 0.1 * i for i, site in enumerate(lora.sites)}
         precision = {site: scale**-2 for site, scale in scales.items()}
     posterior = laplace(lora, texts, structure=structure)
-    found = posterior.with_prior_precision(precision)
+    changed = posterior.with_prior_precision(precision)
     other = pl.lift(copy.deepcopy(network), prior=pl.priors.normal(scales))
     expected = laplace(other, texts, structure=structure)
     tolerance = 1e-6 if kind == "tensor" else 1e-11  # the tensor is float32
-    assert_same(found.log_evidence(), expected.log_evidence(), rtol=tolerance)
-    assert_same(flatten(found.variance()), flatten(expected.variance()), rtol=tolerance)
-    found_covariance = found.linearized(texts).covariance_matrix
+    assert_same(changed.log_evidence(), expected.log_evidence(), rtol=tolerance)
+    assert_same(
+        flatten(changed.variance()), flatten(expected.variance()), rtol=tolerance
+    )
+    covariance = changed.linearized(texts).covariance_matrix
     expected_covariance = expected.linearized(texts).covariance_matrix
-    assert_same(found_covariance, expected_covariance, rtol=10 * tolerance)
+    assert_same(covariance, expected_covariance, rtol=10 * tolerance)
     # The first posterior is as before.
     again = laplace(lora, texts, structure=structure)
     assert_same(posterior.log_evidence(), again.log_evidence())
@@ -96,18 +98,18 @@ def test_one_precision_for_each_layer(structure: Structure, mean: float) -> None
         for site, value in lora.weights().items()
     }
     posterior = laplace(lora, texts, structure=structure)
-    found = posterior.with_prior_precision({s: x**-2 for s, x in scales.items()})
+    changed = posterior.with_prior_precision({s: x**-2 for s, x in scales.items()})
     other = pl.lift(
         copy.deepcopy(network), prior=lambda lora: layerwise(lora, scales, mean)
     )
     expected = laplace(other, texts, structure=structure)
-    assert_same(found.log_evidence(), expected.log_evidence())
-    assert_same(flatten(found.variance()), flatten(expected.variance()))
-    for site, tau in found.prior_precision.items():
+    assert_same(changed.log_evidence(), expected.log_evidence())
+    assert_same(flatten(changed.variance()), flatten(expected.variance()))
+    for site, tau in changed.prior_precision.items():
         shape = posterior.mode()[site].shape
         assert_same(tau.expand(shape), scales[site].expand(shape) ** -2)
     # The posterior's own prior is that one.
-    trace: Any = poutine.trace(found.prior).get_trace(lora)
+    trace: Any = poutine.trace(changed.prior).get_trace(lora)
     expected_fn: Any = poutine.trace(other.prior).get_trace(other)
     for site, value in posterior.mode().items():
         assert_same(
@@ -250,8 +252,8 @@ def test_evidence_of_one_precision_against_a_grid(structure: Structure) -> None:
     lora, texts = pl.lift(bert(3)), batch(9, num_labels=3)
     posterior = laplace(lora, texts, structure=structure)
     best = posterior.optimize_prior()
-    found = float(next(iter(best.prior_precision.values())).flatten()[0])
-    grid = torch.linspace(-2, 2, 201).exp() * found
+    tau = float(next(iter(best.prior_precision.values())).flatten()[0])
+    grid = torch.linspace(-2, 2, 201).exp() * tau
     values = [posterior.with_prior_precision(float(t)).log_evidence() for t in grid]
     assert int(torch.stack(values).argmax()) == 100
     assert max(values) <= best.log_evidence() + 1e-9
@@ -277,7 +279,7 @@ def synthetic(seed: int) -> BlockGaussian:
 def test_precisions_decades_apart_are_found(seed: int) -> None:
     gaussian = synthetic(seed)
     mean = {site: torch.zeros_like(x) for site, x in gaussian.loc.items()}
-    found = maximize_evidence(gaussian, mean, "layer")
+    taus = maximize_evidence(gaussian, mean, "layer")
     grid = torch.logspace(-8, 8, 4001, dtype=torch.float64)
 
     def log_evidence(site: str, layer: int, tau: Tensor) -> Tensor:
@@ -285,7 +287,7 @@ def test_precisions_decades_apart_are_found(seed: int) -> None:
         log_det = (values.flatten() + tau[:, None]).log().sum(1)
         return 0.5 * (w.numel() * tau.log() - tau * w.square().sum() - log_det)
 
-    for site, tau in found.items():
+    for site, tau in taus.items():
         for layer in range(4):
             best = log_evidence(site, layer, grid).max()
             gap = best - log_evidence(site, layer, tau[layer].flatten())
@@ -299,9 +301,9 @@ def test_precisions_stay_within_their_bounds() -> None:
     gaussian = BlockGaussian(
         {"a": loc}, {"a": torch.ones(2, 1, 1)}, {"a": Eigenblocks(values, None, None)}
     )
-    found = maximize_evidence(gaussian, {"a": torch.zeros_like(loc)}, "layer")["a"]
-    assert_same(found.flatten(), torch.tensor([1e8, 1e-8]).double(), rtol=0.0)
-    checked_precision({"a": found}, {"a": loc})  # isn't refused for its rounding
+    tau = maximize_evidence(gaussian, {"a": torch.zeros_like(loc)}, "layer")["a"]
+    assert_same(tau.flatten(), torch.tensor([1e8, 1e-8]).double(), rtol=0.0)
+    checked_precision({"a": tau}, {"a": loc})  # isn't refused for its rounding
 
 
 def test_weights_at_their_prior_mean_have_no_best_precision() -> None:
@@ -326,7 +328,7 @@ def test_held_out_nll_picks_the_best_of_the_grid() -> None:
     posterior = laplace(lora, texts)
     held_out = batch(8, num_labels=3)
     best = posterior.optimize_prior(objective="nll", batches=split(held_out, 3))
-    found = float(next(iter(best.prior_precision.values())).flatten()[0])
+    precision = float(next(iter(best.prior_precision.values())).flatten()[0])
     grid = torch.logspace(-4, 6, 81, dtype=torch.float64)
     losses = []
     for tau in grid:
@@ -334,7 +336,7 @@ def test_held_out_nll_picks_the_best_of_the_grid() -> None:
         log_p = class_log_probs(logits).gather(1, held_out["labels"][:, None])
         losses.append(-float(log_p.sum()))
     expected = float(grid[torch.tensor(losses).argmin()])
-    assert found == pytest.approx(expected, rel=1e-12)
+    assert precision == pytest.approx(expected, rel=1e-12)
     assert min(losses) < losses[0]
     assert min(losses) < losses[-1]
 
@@ -358,7 +360,7 @@ def test_held_out_nll_at_the_grids_end_warns(slope: float, per: Any) -> None:
         warnings.simplefilter("always")
         patch.setattr(prior_tuning, "_nll", losses)
         gaussian: Any = SimpleNamespace(loc=loc)
-        found = prior_tuning.minimize_nll(None, gaussian, [], [{}], None, per)  # type: ignore[arg-type]
+        found = prior_tuning.minimize_nll(None, gaussian, [{}], per)  # type: ignore[arg-type]
     ends = {0.0: 10.0, 1.0: 1e-4, -1.0: 1e6}
     for tau in found.values():
         assert float(tau.flatten()[0]) == pytest.approx(ends[slope], rel=1e-6)
@@ -377,7 +379,7 @@ def test_held_out_nll_of_real_outcomes() -> None:
     y = design @ task.mode + noise
     held_out = [{"x": x[:9], "y": y[:9]}, {"x": x[9:], "y": y[9:]}]
     best = posterior.optimize_prior(objective="nll", batches=held_out)
-    found = float(next(iter(best.prior_precision.values())).flatten()[0])
+    precision = float(next(iter(best.prior_precision.values())).flatten()[0])
     gram = task.design.mT @ task.design / NOISE_SD**2
     grid = torch.logspace(-4, 6, 81, dtype=torch.float64)
     losses = []
@@ -388,14 +390,14 @@ def test_held_out_nll_of_real_outcomes() -> None:
         losses.append(-fn.log_prob(y).sum())
     expected = torch.stack(losses)
     assert 0 < int(expected.argmin()) < 80
-    assert found == pytest.approx(float(grid[expected.argmin()]), rel=1e-12)
+    assert precision == pytest.approx(float(grid[expected.argmin()]), rel=1e-12)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"per": "matrix"}, "per must be 'all', .*'layer'.*'matrix'"),
-        ({"objective": "accuracy"}, "'evidence' or 'nll'"),
+        ({"objective": "accuracy"}, "'evidence', 'loo' or 'nll'"),
         ({"objective": "nll"}, "needs held-out batches"),
         ({"objective": "nll", "per": "site", "batches": [{}]}, "Batch 0, .*input_ids"),
         ({"objective": "nll", "per": "prior", "batches": [{}]}, "no per='prior'"),

@@ -151,11 +151,11 @@ def test_alternation_finds_the_best_evidence_of_a_linear_model(per: Any) -> None
     evidence = torch.stack(
         [replace(regression, prior_sd=float(s)).log_evidence for s in scales]
     )
-    found = float(next(iter(best.prior_precision.values())).flatten()[0]) ** -0.5
+    scale = float(next(iter(best.prior_precision.values())).flatten()[0]) ** -0.5
     assert 0 < int(evidence.argmax()) < 4400
     assert float(evidence.max() - best.log_evidence()) == pytest.approx(0, abs=1e-5)
-    assert found == pytest.approx(float(scales[evidence.argmax()]), rel=5e-3)
-    mode = replace(regression, prior_sd=found).mode
+    assert scale == pytest.approx(float(scales[evidence.argmax()]), rel=5e-3)
+    mode = replace(regression, prior_sd=scale).mode
     torch.testing.assert_close(flatten(best.mode()), mode, rtol=0, atol=1e-2)
     # Network and model are as before.
     assert best.model is posterior.model
@@ -171,20 +171,20 @@ def test_a_refit_is_the_fit_at_the_mode_that_follows() -> None:
     posterior = guide.laplace_approximation(regression.batches)
     narrow = posterior.with_prior_precision(25.0)
     optim = Adam({"lr": 0.02})
-    found = guide.refit(narrow, [regression.whole], optim, num_epochs=400)
+    fitted = guide.refit(narrow, [regression.whole], optim, num_epochs=400)
     expected = replace(regression, prior_sd=0.2)
-    torch.testing.assert_close(flatten(found.mode()), expected.mode, rtol=0, atol=1e-4)
-    precision = found.gaussian.fisher + 25.0 * torch.eye(4)
+    torch.testing.assert_close(flatten(fitted.mode()), expected.mode, rtol=0, atol=1e-4)
+    precision = fitted.gaussian.fisher + 25.0 * torch.eye(4)
     torch.testing.assert_close(precision, expected.precision, rtol=1e-8, atol=1e-8)
-    assert found.prior is narrow.prior
-    assert found.model is posterior.model
+    assert fitted.prior is narrow.prior
+    assert fitted.model is posterior.model
     # The curvature is the guide's own fit there.
-    again = replace(found, model=None).log_evidence()
-    assert_same(found.log_evidence(), again)
+    again = replace(fitted, model=None).log_evidence()
+    assert_same(fitted.log_evidence(), again)
     # A posterior without a model is trained on with the guide's.
     loaded = replace(narrow, model=None)
-    again_found = guide.refit(loaded, [regression.whole], optim, num_epochs=400)
-    assert_same(again_found.log_evidence(), found.log_evidence())
+    refitted = guide.refit(loaded, [regression.whole], optim, num_epochs=400)
+    assert_same(refitted.log_evidence(), fitted.log_evidence())
 
 
 def test_a_refit_takes_a_laplace_posterior_and_an_optimizer() -> None:

@@ -77,9 +77,9 @@ def test_it_is_the_full_posterior_given_the_other_sites(
 
     f, j = jacobian(lora, others)
     j = (j - j.mean(1, keepdim=True))[..., places]
-    found = posterior.linearized(others)
-    assert_same(found.mean, f - f.mean(1, keepdim=True))
-    assert_same(found.covariance_matrix, j @ covariance @ j.mT)
+    logits = posterior.linearized(others)
+    assert_same(logits.mean, f - f.mean(1, keepdim=True))
+    assert_same(logits.covariance_matrix, j @ covariance @ j.mT)
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
@@ -97,13 +97,13 @@ def test_the_last_layer_is_what_is_left_where_the_adapter_is_frozen(
     covariance = alone.linearized(others).covariance_matrix
     lora = pl.lift(network)
     for sites in (HEAD, "last_layer"):
-        found = laplace(lora, texts, 2, structure=structure, sites=sites)
-        assert_same(found.log_evidence(), alone.log_evidence())
-        assert_same(found.optimize_prior(per="site").log_evidence(), tuned)
-        assert_same(found.linearized(others).covariance_matrix, covariance)
+        posterior = laplace(lora, texts, 2, structure=structure, sites=sites)
+        assert_same(posterior.log_evidence(), alone.log_evidence())
+        assert_same(posterior.optimize_prior(per="site").log_evidence(), tuned)
+        assert_same(posterior.linearized(others).covariance_matrix, covariance)
         for site in HEAD:
-            assert_same(found.variance()[site], alone.variance()[site])
-            assert_same(found.prior_precision[site], alone.prior_precision[site])
+            assert_same(posterior.variance()[site], alone.variance()[site])
+            assert_same(posterior.prior_precision[site], alone.prior_precision[site])
 
 
 def test_the_head_of_a_regression_is_bayesian_linear_regression() -> None:
@@ -132,9 +132,9 @@ def test_the_head_of_a_regression_is_bayesian_linear_regression() -> None:
     precision = design.mT @ design / sd**2 + torch.eye(17)
     variance = torch.cat([posterior.variance()[s].flatten() for s in HEAD])
     assert_same(variance, torch.linalg.inv(precision).diagonal())
-    found = posterior.linearized(texts).covariance_matrix[:, 0, 0]
+    covariance = posterior.linearized(texts).covariance_matrix[:, 0, 0]
     expected = (design @ torch.linalg.inv(precision) @ design.mT).diagonal()
-    assert_same(found, expected)
+    assert_same(covariance, expected)
 
 
 def test_as_a_guide_it_holds_the_other_sites(lora: pl.LiftedNetwork) -> None:
@@ -152,8 +152,8 @@ def test_as_a_guide_it_holds_the_other_sites(lora: pl.LiftedNetwork) -> None:
         else:
             assert (sampled[site] != value).all()
             assert (draws[site].std(0) > 0).all()
-    found = Predictive(model, guide=posterior, num_samples=4)(**inputs(texts))
-    assert found["y"].shape == (4, 6)
+    samples = Predictive(model, guide=posterior, num_samples=4)(**inputs(texts))
+    assert samples["y"].shape == (4, 6)
     trace: Any = pyro.poutine.trace(posterior).get_trace()
     weights = {s: trace.nodes[s]["value"][None] for s in mode}
     assert_close(trace.log_prob_sum(), posterior.log_prob(weights)[0])
@@ -172,8 +172,8 @@ def test_the_rest_of_the_library_takes_it(
     loaded = pl.load(tmp_path, lora, model=model)
     assert isinstance(loaded, pl.LaplacePosterior)
     assert torch.equal(loaded.log_evidence(), posterior.log_evidence())
-    found = pl.predict(loaded, [texts], model=model, method="linearized")
-    assert torch.equal(found.probs, expected.probs)
+    prediction = pl.predict(loaded, [texts], model=model, method="linearized")
+    assert torch.equal(prediction.probs, expected.probs)
     assert loaded.sample(2).keys() == lora.sites.keys()
     sampled = pl.predict(loaded, [texts], model=model, num_samples=3)
     assert sampled.probs.shape == (6, 3)

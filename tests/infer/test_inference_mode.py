@@ -85,8 +85,8 @@ def test_no_grad_is_no_obstacle(name: str, setting: Setting) -> None:
 def test_draws_are_predicted_from(setting: Setting) -> None:
     expected = pl.predict(setting["particles"], setting["batches"])
     with torch.inference_mode():
-        found = pl.predict(setting["particles"], setting["batches"])
-    torch.testing.assert_close(found.probs, expected.probs)
+        prediction = pl.predict(setting["particles"], setting["batches"])
+    torch.testing.assert_close(prediction.probs, expected.probs)
 
 
 @pytest.mark.parametrize("name", ["fit", "step"])

@@ -61,21 +61,21 @@ def test_particles_that_coincide() -> None:
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3, 4)])
 def test_squared_distances(shape: tuple[int, ...]) -> None:
     x = torch.randn(5, *shape).double()
-    found = weight_space.squared_distances(x)
+    sq_dists = weight_space.squared_distances(x)
     expected = torch.stack(
         [torch.stack([(a - b).square().sum() for b in x]) for a in x]
     )
-    assert_close(found, expected, rtol=1e-12, atol=1e-12)
-    assert (found.diagonal() == 0).all()
+    assert_close(sq_dists, expected, rtol=1e-12, atol=1e-12)
+    assert (sq_dists.diagonal() == 0).all()
 
 
 def test_squared_distances_far_from_the_origin() -> None:
     # In float32, |x|^2 + |y|^2 - 2 xy alone would lose everything here.
     x = torch.randn(4, 50)
-    found = weight_space.squared_distances(100 + 1e-3 * x)
+    sq_dists = weight_space.squared_distances(100 + 1e-3 * x)
     y = (100 + 1e-3 * x).double()
     expected = (y[:, None] - y).square().sum(-1)
-    assert_close(found.double(), expected, rtol=1e-2, atol=0)
+    assert_close(sq_dists.double(), expected, rtol=1e-2, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -88,9 +88,9 @@ def test_many_weights_are_worked_on_in_blocks(dtype: torch.dtype) -> None:
     a, b = x.double().flatten(1), s.double().flatten(1)
     centred = a - a.mean(0)
     squares = centred.square().sum(1).mean().sqrt()
-    found = weight_space.centred_products(x)
-    assert found.dtype == wide
-    assert_close(found.double(), centred @ centred.mT, rtol=tight, atol=tight * 1e5)
+    products = weight_space.centred_products(x)
+    assert products.dtype == wide
+    assert_close(products.double(), centred @ centred.mT, rtol=tight, atol=tight * 1e5)
     assert_close(weight_space.spread({"x": x}), squares, rtol=tight, atol=0)
     norm = b.square().sum(1).mean().sqrt()
     assert_close(weight_space.norm({"s": s}), norm, rtol=tight, atol=0)
@@ -141,8 +141,8 @@ def test_both_forms_of_a_transport_s_repulsion_agree(
         return torch.autograd.grad((coefficients * sq_dists).sum(), leaf)
 
     _, push = transport.weights(gram, slope, 2.5)
-    (found,) = transport.repulsions(gram, slope, 2.5, gradients)
-    assert_close(found, push @ x, rtol=1e-10, atol=1e-10)
+    (repulsion,) = transport.repulsions(gram, slope, 2.5, gradients)
+    assert_close(repulsion, push @ x, rtol=1e-10, atol=1e-10)
 
 
 def test_stein_s_repulsion_of_two_particles() -> None:

@@ -70,8 +70,8 @@ def test_bridge_sampling_on_a_conjugate_model() -> None:
     scores = []
     for _ in range(100):
         draws = posterior.sample(torch.Size([60]))
-        found, error = log_evidence_by_bridge(log_joint, draws, 30)
-        scores.append((found - float(regression.log_evidence)) / error)
+        log_evidence, error = log_evidence_by_bridge(log_joint, draws, 30)
+        scores.append((log_evidence - float(regression.log_evidence)) / error)
     # z scores: mean 0 ± .1, mean square 1 ± .14. The proposal's moments come from 30
     # draws, so that the error is a few hundredths and not normal in its tails.
     z = torch.tensor(scores)
@@ -165,8 +165,8 @@ def draws(regression: LogisticRegression) -> Tensor:
         disable_progbar=True,
     )
     mcmc.run()
-    found: Tensor = mcmc.get_samples()["w"]
-    return found
+    samples: Tensor = mcmc.get_samples()["w"]
+    return samples
 
 
 def test_the_models_log_joint_is_the_one_that_nuts_gets(
@@ -182,15 +182,17 @@ def test_the_models_log_joint_is_the_one_that_nuts_gets(
 def test_evidence_is_that_of_bridge_sampling(
     regression: LogisticRegression, draws: Tensor
 ) -> None:
-    found, error = log_evidence_by_bridge(regression.log_joint, draws, len(draws))
+    log_evidence, error = log_evidence_by_bridge(
+        regression.log_joint, draws, len(draws)
+    )
     assert error < 0.01
     laplace = float(regression.laplace().log_evidence())
     # Laplace is off by its next term, and by less where that is added: the rest is
     # O(1 / N^2), of the order of the term's square.
     missing = regression.next_order()
     assert 0.01 < abs(missing) < 0.1
-    assert abs(laplace - found) < 1.5 * abs(missing) + 4 * error
-    assert abs(laplace + missing - found) < missing**2 + 4 * error
+    assert abs(laplace - log_evidence) < 1.5 * abs(missing) + 4 * error
+    assert abs(laplace + missing - log_evidence) < missing**2 + 4 * error
 
 
 def test_variances_are_those_of_nuts(

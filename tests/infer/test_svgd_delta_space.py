@@ -78,23 +78,23 @@ def test_stein(
 ) -> None:
     target = make(4)
     kernel, profile = PROFILES[name]
-    found, _ = direction(target, kernel(space="delta", bandwidth=bandwidth))
+    phi, _ = direction(target, kernel(space="delta", bandwidth=bandwidth))
     at = double_loop.points(target.particles)
     by_site = dense_kernel(at, profile, bandwidth)
-    assert_equal(found, double_loop.stein(at, target.log_joint, by_site))
+    assert_equal(phi, double_loop.stein(at, target.log_joint, by_site))
 
 
 @pytest.mark.parametrize("name", list(PROFILES))
 def test_repulsive(name: str) -> None:
     target = bert(4)
     kernel, profile = PROFILES[name]
-    found, _ = direction(
+    phi, _ = direction(
         target, kernel(space="delta"), transport="repulsive", repulsion=3.0
     )
     at = double_loop.points(target.particles)
     by_site = dense_kernel(at, profile, None)
     expected = double_loop.repulsive(at, target.log_joint, by_site, 1.0, 3.0)
-    assert_equal(found, expected)
+    assert_equal(phi, expected)
 
 
 def test_chunks_change_nothing() -> None:
@@ -128,13 +128,13 @@ def test_updates_of_other_layers(layer: str) -> None:
     peft_model = get_peft_model(network, LoraConfig(r=2, target_modules=[layer]))  # type: ignore[arg-type]
     lora = pl.lift(peft_model.double())
     weights = particles(lora, 3)
-    found = squared_distances((lora,), weights)
+    sq_dists = squared_distances((lora,), weights)
     deltas, module = [], peft_model.base_model.model[layer]
     for i in range(3):
         lora.load({site: value[i] for site, value in weights.items()})
         deltas.append(module.get_delta_weight("default").detach().clone().flatten())
     expected = torch.cdist(torch.stack(deltas), torch.stack(deltas)).square()
-    assert_close(found, expected, rtol=1e-8, atol=1e-8)
+    assert_close(sq_dists, expected, rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -37,13 +37,13 @@ def test_weights_are_compared(
     kernel = kernel(space=space, bandwidth=bandwidth)
     at = double_loop.points(target.particles)
     by_site = SPACES[space](at, bandwidth, profile)
-    found, _ = direction(target, kernel, temperature=2.0)
-    assert_equal(found, double_loop.stein(at, target.log_joint, by_site, 2.0))
-    found, _ = direction(
+    phi, _ = direction(target, kernel, temperature=2.0)
+    assert_equal(phi, double_loop.stein(at, target.log_joint, by_site, 2.0))
+    phi, _ = direction(
         target, kernel, temperature=2.0, transport="repulsive", repulsion=3.0
     )
     expected = double_loop.repulsive(at, target.log_joint, by_site, 2.0, 3.0)
-    assert_equal(found, expected)
+    assert_equal(phi, expected)
 
 
 @pytest.mark.parametrize("make", [hierarchical_regression, bert, bernoulli_bert])
@@ -54,7 +54,7 @@ def test_predictions_are_compared(
 ) -> None:
     target = make(4)
     kernel, profile = PROFILES[name]
-    found, _ = direction(
+    phi, _ = direction(
         target, kernel(space="function", bandwidth=bandwidth), repulsion=3.0
     )
     assert target.outputs is not None
@@ -67,7 +67,7 @@ def test_predictions_are_compared(
         3.0,
         profile,
     )
-    assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    assert_close(phi, expected, rtol=1e-9, atol=1e-9)
 
 
 SINGLE: list[tuple[Any, dict[str, Any]]] = [

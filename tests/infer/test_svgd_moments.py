@@ -62,12 +62,12 @@ def test_gaussians(loc: list[float], covariance: list[list[float]]) -> None:
     def model() -> None:
         pyro.sample("x", dist.MultivariateNormal(mean, expected))
 
-    found = particles_of(model, 100, 300)["x"]
+    particles = particles_of(model, 100, 300)["x"]
     sd = expected.diagonal().sqrt()
     # In standard deviations; SVGD has no Monte Carlo error.
-    assert ((found.mean(0) - mean).abs() / sd).max() < 0.02
+    assert ((particles.mean(0) - mean).abs() / sd).max() < 0.02
     # 100 particles keep most of the variance in one or two dims.
-    error = (found.T.cov().view_as(expected) - expected) / sd.outer(sd)
+    error = (particles.T.cov().view_as(expected) - expected) / sd.outer(sd)
     assert error.abs().max() < (0.06 if len(loc) == 1 else 0.12)
     assert (error.diagonal() < 0.01).all()
 
@@ -80,14 +80,14 @@ def test_a_skewed_target() -> None:
         x = pyro.sample("x", dist.Normal(one, one).mask(False))
         pyro.factor("gumbel", x - x.exp())
 
-    found = particles_of(model, 100, 300)["x"]
+    particles = particles_of(model, 100, 300)["x"]
     mean, variance = torch.digamma(one).item(), math.pi**2 / 6
-    assert found.mean().item() == pytest.approx(mean, abs=0.05)
-    assert found.var().item() == pytest.approx(variance, rel=0.15)
+    assert particles.mean().item() == pytest.approx(mean, abs=0.05)
+    assert particles.var().item() == pytest.approx(variance, rel=0.15)
     # The deciles are those of the target, not of a normal of this mean and variance.
     levels = torch.arange(1, 10).double() / 10
     deciles = (-(1 - levels).log()).log()
-    error = (found.quantile(levels) - deciles).abs()
+    error = (particles.quantile(levels) - deciles).abs()
     assert (error < 0.1).all()
     normal = dist.Normal(mean, variance**0.5).icdf(levels)
     assert ((normal - deciles).abs() > 0.1).any()
@@ -131,8 +131,8 @@ def test_correlated_gaussian_over_two_sites(temperature: float) -> None:
         x = pyro.sample("x", dist.Normal(loc, scale).to_event(1))
         pyro.sample("y", dist.Normal(x[..., 0] - x[..., 1], 0.5 * one))
 
-    found = particles_of(model, 100, 300, temperature=temperature)
-    flat = torch.cat([found["x"], found["y"][:, None]], 1)
+    particles = particles_of(model, 100, 300, temperature=temperature)
+    flat = torch.cat([particles["x"], particles["y"][:, None]], 1)
     # y = x_0 - x_1 + noise
     a, b = scale.square().tolist()
     covariance = torch.tensor([[a, 0, a], [0, b, -b], [a, -b, a + b + 0.25]]).double()
@@ -158,12 +158,12 @@ def test_conjugate_regression() -> None:
         with pyro.plate("data", 20):
             pyro.sample("y", dist.Normal((x * w).sum(-1), 0.5), obs=y)
 
-    found = particles_of(model, 100, 200)["w"]
+    particles = particles_of(model, 100, 200)["w"]
     precision = x.T @ x / 0.25 + torch.eye(2).double() / 4
     mean = torch.linalg.solve(precision, x.T @ y / 0.25)
     sd = torch.linalg.inv(precision).diagonal().sqrt()
-    assert ((found.mean(0) - mean).abs() / sd).max() < 0.02
-    ratio = found.var(0) / sd.square()
+    assert ((particles.mean(0) - mean).abs() / sd).max() < 0.02
+    ratio = particles.var(0) / sd.square()
     assert ((ratio > 0.85) & (ratio < 1.05)).all()
 
 
@@ -174,9 +174,9 @@ def test_a_positive_site() -> None:
         four = torch.tensor(4.0).double()
         pyro.sample("rate", dist.Gamma(four, four / 2))
 
-    found = particles_of(model, 50, 200)["rate"]
-    assert found.mean().item() == pytest.approx(2.0, abs=0.05)
-    assert found.var().item() == pytest.approx(1.0, abs=0.15)
+    particles = particles_of(model, 50, 200)["rate"]
+    assert particles.mean().item() == pytest.approx(2.0, abs=0.05)
+    assert particles.var().item() == pytest.approx(1.0, abs=0.15)
 
 
 def test_two_modes_are_both_found() -> None:
@@ -186,8 +186,8 @@ def test_two_modes_are_both_found() -> None:
         modes = [dist.Normal(mode, 0.7).log_prob(x) for mode in (-3.0, 3.0)]
         pyro.factor("modes", torch.stack(modes).logsumexp(0))
 
-    found = particles_of(model, 40, 200, spread=2.0)["x"]
-    left, right = found[found < 0], found[found > 0]
+    particles = particles_of(model, 40, 200, spread=2.0)["x"]
+    left, right = particles[particles < 0], particles[particles > 0]
     assert 10 <= len(left) <= 30
     for side, mode in ((left, -3.0), (right, 3.0)):
         assert side.mean().item() == pytest.approx(mode, abs=0.1)
@@ -230,10 +230,10 @@ def test_variance_of_few_particles_in_many_dims(
         zeros = torch.zeros(200, dtype=torch.float64)
         pyro.sample("x", dist.Normal(zeros, 1.0).to_event(1))
 
-    found = particles_of(model, 5, 200, spread=0.3, **settings)["x"]
-    distances = torch.pdist(found)
+    particles = particles_of(model, 5, 200, spread=0.3, **settings)["x"]
+    distances = torch.pdist(particles)
     assert distances.std() < 0.01 * distances.mean()
-    assert found.var(0).mean().item() == pytest.approx(share, rel=0.01)
+    assert particles.var(0).mean().item() == pytest.approx(share, rel=0.01)
 
 
 def test_function_space_measures_by_the_data() -> None:
@@ -251,8 +251,8 @@ def test_function_space_measures_by_the_data() -> None:
 
     strength = 2 * num_weights / math.log(num_particles + 1)
     kernel = kernels.RBF(space="function")
-    found = particles_of(model, num_particles, 200, kernel=kernel, repulsion=strength)[
-        "w"
-    ]
-    whitened = (found @ x.T).var(0)
+    particles = particles_of(
+        model, num_particles, 200, kernel=kernel, repulsion=strength
+    )["w"]
+    whitened = (particles @ x.T).var(0)
     assert whitened.mean().item() == pytest.approx(1.0, rel=0.01)

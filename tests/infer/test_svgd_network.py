@@ -67,10 +67,10 @@ def test_bfloat16_is_as_exact_as_it_can_be(space: Any, autocast: bool) -> None:
     network = networks.bert(dtype=torch.float32)
     lora = pl.lift(network if autocast else network.to(torch.bfloat16))
     particles, batch = networks.particles(lora, 4), networks.batch()
-    found = svgd(lora, particles, space)
+    again = svgd(lora, particles, space)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        found.step(**batch)
-    after = found.state_dict()["particles"]
+        again.step(**batch)
+    after = again.state_dict()["particles"]
     assert {x.dtype for x in after.values()} == {torch.float32}
     double = {site: x.double() for site, x in particles.items()}
     exact = svgd(as_float64(lora), double, space)
@@ -81,7 +81,7 @@ def test_bfloat16_is_as_exact_as_it_can_be(space: Any, autocast: bool) -> None:
     eps = torch.finfo(torch.bfloat16).eps
     assert error < 16 * eps * moved  # 16 roundings, as in the tests of autocast
     for name, series in exact.diagnostics.items():
-        assert found.diagnostics[name] == pytest.approx(series, rel=16 * eps), name
+        assert again.diagnostics[name] == pytest.approx(series, rel=16 * eps), name
 
 
 @pytest.mark.untrained

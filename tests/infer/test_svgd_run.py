@@ -56,8 +56,8 @@ def test_optimizers_follow_the_direction(name: str) -> None:
                 torch.nn.utils.clip_grad_norm_(x, 3.0)
         oracle.step()
     expected = {site: x.detach() for site, x in leaves.items()}
-    found = svgd.state_dict()["particles"]
-    assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    particles = svgd.state_dict()["particles"]
+    assert_close(particles, expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -113,10 +113,10 @@ def test_any_optimizer(name: str) -> None:
                 assert x.grad is not None
                 x.grad[particle] = -score[site]
         oracle.step()
-    found = svgd.state_dict()["particles"]
+    particles = svgd.state_dict()["particles"]
     expected = {site: x.detach() for site, x in leaves.items()}
-    assert_close(found, expected, rtol=1e-9, atol=1e-9)
-    assert any((x != target.particles[s]).all() for s, x in found.items())
+    assert_close(particles, expected, rtol=1e-9, atol=1e-9)
+    assert any((x != target.particles[s]).all() for s, x in particles.items())
 
 
 SCHEDULERS: dict[str, dict[str, Any]] = {
@@ -327,14 +327,72 @@ def test_batches_without_a_length() -> None:
 def test_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:
     target = hierarchical_regression(3)
     svgd = engine(target, SGD({"lr": 0.01}))
-    svgd.run(regression_batches(2), num_epochs=2)
+    svgd.run(regression_batches(2), num_epochs=2, progress_bar=True)
     shown = capsys.readouterr()
     assert "4/4" in shown.err
-    loss = svgd.diagnostics["loss"][-1]
-    for text in (f"loss={loss:.1f}", "spread=", "repulsion="):
+    for text in (f"nll={svgd.diagnostics['nll'][-1]:.3f}", "spread=", "repulsion="):
         assert text in shown.err
     svgd.run(regression_batches(2), num_epochs=2, progress_bar=False)
+    svgd.run(regression_batches(2), num_epochs=2)  # no terminal, no bar
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("space", ["joint", "function"])
+def test_the_data_loss_is_that_of_each_datum(space: Any) -> None:
+    lora, texts = pl.lift(networks.bert(3)), networks.batch(4, num_labels=3)
+    svgd = pl.SVGD(
+        pl.models.classification(lora, 20),  # the batch is a fifth of the data
+        kernels.RBF(space=space),
+        Adam({"lr": 0.01}),
+        3,
+        chunk_size=2,
+        init_loc_fn=lora.init_to_adapter(jitter=0.1),
+    )
+    svgd.step(**texts)
+    particles = svgd.get_named_particles()
+    svgd.step(**texts)
+    losses = []
+    for k in range(3):
+        with lora.bind({s: x[k] for s, x in particles.items()}) as net:
+            logits = net(**networks.inputs(texts)).logits
+        losses.append(torch.nn.functional.cross_entropy(logits, texts["labels"]))
+    assert svgd.diagnostics["nll"][1] == pytest.approx(float(sum(losses)) / 3, rel=1e-9)
+
+
+def test_the_data_loss_of_several_sites_and_of_none() -> None:
+    def model(x: Tensor, y: Tensor | None = None) -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(()).double(), 1.0))
+        pyro.factor("penalty", -(w**2))
+        if y is None:
+            return
+        with pyro.plate("data", 10, subsample=x):
+            pyro.sample("y", dist.Normal(w * x, 1.0), obs=y)
+        pyro.sample("whole", dist.Normal(w[..., None] + 0 * x, 2.0).to_event(1), obs=x)
+
+    x, y = torch.randn(3).double(), torch.randn(3).double()
+    for given in ({"x": x, "y": y}, {"x": x}):
+        svgd = pl.SVGD(
+            model,
+            kernels.RBF(),
+            SGD({"lr": 0.0}),
+            2,
+            init_loc_fn=lambda site: torch.tensor(
+                1.0 + site["infer"]["particle"], dtype=torch.float64
+            ),
+        )
+        svgd.step(**given)
+        if "y" not in given:
+            assert "nll" not in svgd.diagnostics
+            assert svgd._progress().keys() == {"loss", "spread", "repulsion"}
+            continue
+        expected = torch.stack(
+            [
+                -dist.Normal(w * x, 1.0).log_prob(y).mean()
+                - dist.Normal(w, 2.0).log_prob(x).sum()
+                for w in torch.tensor([1.0, 2.0]).double()
+            ]
+        ).mean()
+        assert svgd.diagnostics["nll"] == [pytest.approx(float(expected), rel=1e-12)]
 
 
 def test_batches_must_be_there_again() -> None:

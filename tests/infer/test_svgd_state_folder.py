@@ -259,9 +259,9 @@ def test_another_base_of_the_same_shapes_is_refused(tmp_path: Path) -> None:
     svgd.save(tmp_path)
     same, other = copy.deepcopy(network), copy.deepcopy(network)
     other.base_model.model.bert.encoder.layer[0].output.dense.weight.data.mul_(1.01)
-    found = engine_on(same)
-    found.load(tmp_path)
-    found.step(**batch)
+    engine = engine_on(same)
+    engine.load(tmp_path)
+    engine.step(**batch)
     late = engine_on(other)
     late.load(tmp_path)  # which network that is, the first step will tell
     for _ in range(2):

@@ -59,24 +59,24 @@ def test_stein(
     bandwidth: float | None,
 ) -> None:
     target = make(4)
-    found, _ = direction(target, kernels.RBF(space=space, bandwidth=bandwidth))
+    phi, _ = direction(target, kernels.RBF(space=space, bandwidth=bandwidth))
     at = double_loop.points(target.particles)
     by_site = SPACES[space](at, bandwidth)
-    assert_equal(found, double_loop.stein(at, target.log_joint, by_site))
+    assert_equal(phi, double_loop.stein(at, target.log_joint, by_site))
 
 
 @pytest.mark.parametrize("space", ["joint", "site"])
 def test_stein_at_a_temperature(space: Literal["joint", "site"]) -> None:
     target = hierarchical_regression(5)
-    found, _ = direction(target, kernels.RBF(space=space), temperature=2.5)
+    phi, _ = direction(target, kernels.RBF(space=space), temperature=2.5)
     at = double_loop.points(target.particles)
     by_site = SPACES[space](at, None)
-    assert_equal(found, double_loop.stein(at, target.log_joint, by_site, 2.5))
+    assert_equal(phi, double_loop.stein(at, target.log_joint, by_site, 2.5))
 
 
 def test_stein_with_a_kernel_of_ones_own() -> None:
     target = hierarchical_regression(4)
-    found, _ = direction(target, lambda sq_dists: (1 + sq_dists).rsqrt())
+    phi, _ = direction(target, lambda sq_dists: (1 + sq_dists).rsqrt())
     at = double_loop.points(target.particles)
     sites = list(target.particles)
 
@@ -84,13 +84,13 @@ def test_stein_with_a_kernel_of_ones_own() -> None:
         return (1 + double_loop.squared_distance(x, y, sites)).rsqrt()
 
     by_site: dict[str, double_loop.PairKernel] = dict.fromkeys(sites, imq)
-    assert_equal(found, double_loop.stein(at, target.log_joint, by_site))
+    assert_equal(phi, double_loop.stein(at, target.log_joint, by_site))
 
 
 def test_a_kernel_may_have_a_kink_at_zero() -> None:
     # exp(-d) has no derivative where particles meet, which each does with itself.
     target = hierarchical_regression(3)
-    found, _ = direction(target, lambda sq_dists: (-sq_dists.sqrt()).exp())
+    phi, _ = direction(target, lambda sq_dists: (-sq_dists.sqrt()).exp())
     at = double_loop.points(target.particles)
     sites = list(target.particles)
 
@@ -101,7 +101,7 @@ def test_a_kernel_may_have_a_kink_at_zero() -> None:
         return (-sq_dist.sqrt()).exp()
 
     by_site: dict[str, double_loop.PairKernel] = dict.fromkeys(sites, laplace)
-    assert_equal(found, double_loop.stein(at, target.log_joint, by_site))
+    assert_equal(phi, double_loop.stein(at, target.log_joint, by_site))
 
 
 @pytest.mark.parametrize("make", [hierarchical_regression, bert])
@@ -110,7 +110,7 @@ def test_repulsive_transport(
     make: Callable[[int], Target], space: Literal["joint", "site"]
 ) -> None:
     target = make(4)
-    found, _ = direction(
+    phi, _ = direction(
         target,
         kernels.RBF(space=space),
         transport="repulsive",
@@ -120,16 +120,16 @@ def test_repulsive_transport(
     at = double_loop.points(target.particles)
     by_site = SPACES[space](at, None)
     expected = double_loop.repulsive(at, target.log_joint, by_site, 2.0, 3.0)
-    assert_equal(found, expected)
+    assert_equal(phi, expected)
 
 
 def test_repulsive_transport_has_strength_one() -> None:
     target = hierarchical_regression(4)
-    found, _ = direction(target, transport="repulsive")
+    phi, _ = direction(target, transport="repulsive")
     at = double_loop.points(target.particles)
     by_site = double_loop.joint_rbf(at, None)
     expected = double_loop.repulsive(at, target.log_joint, by_site, 1.0, 1.0)
-    assert_equal(found, expected)
+    assert_equal(phi, expected)
 
 
 def test_strength_as_a_function_sees_fraction_and_loss() -> None:
@@ -140,9 +140,7 @@ def test_strength_as_a_function_sees_fraction_and_loss() -> None:
         seen.append((fraction, loss))
         return 2 * loss
 
-    found, _ = direction(
-        target, transport="repulsive", repulsion=repulsion, chunk_size=3
-    )
+    phi, _ = direction(target, transport="repulsive", repulsion=repulsion, chunk_size=3)
     at = double_loop.points(target.particles)
     y = target.batch["y"]
     assert target.outputs is not None
@@ -153,7 +151,7 @@ def test_strength_as_a_function_sees_fraction_and_loss() -> None:
     assert seen == [(1.0, pytest.approx(loss, rel=1e-12))]
     by_site = double_loop.joint_rbf(at, None)
     expected = double_loop.repulsive(at, target.log_joint, by_site, 1.0, 2 * loss)
-    assert_equal(found, expected)
+    assert_equal(phi, expected)
 
 
 @pytest.mark.parametrize("make", TARGETS)
@@ -162,13 +160,13 @@ def test_zero_is_independent_gradients(
     make: Callable[[int], Target], temperature: float
 ) -> None:
     target = make(3)
-    found, _ = direction(target, kernels.NoRepulsion(), temperature=temperature)
+    phi, _ = direction(target, kernels.NoRepulsion(), temperature=temperature)
     scores = [
         double_loop.gradient(target.log_joint, p)
         for p in double_loop.points(target.particles)
     ]
     expected = double_loop.stack(scores)
-    assert_equal(found, {site: x / temperature for site, x in expected.items()})
+    assert_equal(phi, {site: x / temperature for site, x in expected.items()})
 
 
 @pytest.mark.parametrize(
@@ -185,8 +183,8 @@ def test_zero_is_independent_gradients(
 def test_chunks_change_nothing(settings: dict[str, Any], chunk_size: int) -> None:
     target = bert(5)
     whole, one = direction(target, **settings)
-    parts, other = direction(target, chunk_size=chunk_size, **settings)
-    assert_equal(parts, whole)
+    chunks, other = direction(target, chunk_size=chunk_size, **settings)
+    assert_equal(chunks, whole)
     assert other.diagnostics.keys() == one.diagnostics.keys()
     for name, series in one.diagnostics.items():
         assert other.diagnostics[name] == pytest.approx(series, rel=1e-10)
@@ -225,10 +223,10 @@ def test_chunks_see_the_same_minibatch(space: Literal["joint", "function"]) -> N
 @pytest.mark.parametrize("max_plate_nesting", [None, 1, 2])
 def test_max_plate_nesting(max_plate_nesting: int | None) -> None:
     target = bert(4)
-    found, _ = direction(target, max_plate_nesting=max_plate_nesting)
+    phi, _ = direction(target, max_plate_nesting=max_plate_nesting)
     at = double_loop.points(target.particles)
     by_site = double_loop.joint_rbf(at, None)
-    assert_equal(found, double_loop.stein(at, target.log_joint, by_site))
+    assert_equal(phi, double_loop.stein(at, target.log_joint, by_site))
 
 
 @pytest.mark.parametrize("num_particles", [3, 4])
@@ -254,10 +252,10 @@ def test_batch_dims_without_a_plate(num_particles: int) -> None:
         "scale": torch.randn(num_particles).double(),
     }
     target = Target(model, {}, particles, {"scale": torch.exp}, log_joint)
-    found, _ = direction(target)
+    phi, _ = direction(target)
     at = double_loop.points(particles)
     by_site = double_loop.joint_rbf(at, None)
-    assert_equal(found, double_loop.stein(at, log_joint, by_site))
+    assert_equal(phi, double_loop.stein(at, log_joint, by_site))
 
 
 def test_latents_in_two_plates() -> None:
@@ -282,21 +280,21 @@ def test_latents_in_two_plates() -> None:
 
     particles = {"a": torch.randn(3, 3).double(), "b": torch.randn(3, 2, 3).double()}
     target = Target(model, {}, particles, {}, log_joint)
-    found, _ = direction(target)
+    phi, _ = direction(target)
     at = double_loop.points(particles)
     by_site = double_loop.joint_rbf(at, None)
-    assert_equal(found, double_loop.stein(at, log_joint, by_site))
+    assert_equal(phi, double_loop.stein(at, log_joint, by_site))
 
 
 def test_positional_arguments() -> None:
     target = hierarchical_regression(3)
-    found, _ = direction(target)
+    phi, _ = direction(target)
     svgd = pl.SVGD(
         target.model, kernels.RBF(), SGD({"lr": 1.0}), 3, init_loc_fn=target.init
     )
     svgd.step(target.batch["x"], y=target.batch["y"])
     after = svgd.state_dict()["particles"]
-    assert_equal({s: after[s] - x for s, x in target.particles.items()}, found)
+    assert_equal({s: after[s] - x for s, x in target.particles.items()}, phi)
 
 
 def test_the_loss_is_minus_the_log_joint_and_unbiased() -> None:

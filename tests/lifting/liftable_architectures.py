@@ -8,7 +8,6 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
-    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     CLIPConfig,
     DebertaV2Config,
@@ -17,7 +16,6 @@ from transformers import (
     MixtralConfig,
     Qwen3Config,
     Qwen3MoeConfig,
-    T5Config,
     ViTConfig,
 )
 
@@ -34,7 +32,7 @@ from tests.lifting.liftable_row import (
     texts,
     tiny,
 )
-from tests.networks import batch, inputs
+from tests.networks import batch, inputs, t5
 
 
 def deberta() -> nn.Module:
@@ -48,22 +46,6 @@ def deberta() -> nn.Module:
         share_att_key=True,
         norm_rel_ebd="layer_norm",
     )
-
-
-def t5() -> nn.Module:
-    config = T5Config(
-        vocab_size=50,
-        d_model=16,
-        d_kv=8,
-        d_ff=32,
-        num_layers=2,
-        num_heads=2,
-        dropout_rate=0.0,
-        decoder_start_token_id=0,
-        initializer_factor=3.0,
-    )
-    network = AutoModelForSeq2SeqLM.from_config(config)
-    return lora(network, "q", "v")
 
 
 def encoder_decoder_texts() -> dict[str, Tensor]:
@@ -212,7 +194,7 @@ ROWS = [
     Row(
         group="Architectures",
         name="T5",
-        build=t5,
+        build=lambda: lora(t5(decoder_start_token_id=0), "q", "v"),
         inputs=encoder_decoder_texts,
         sites="lora: A, B",
         note="encoder and decoder",

@@ -54,12 +54,12 @@ def plain(
             parameters[name].requires_grad_(True)
             parameters[name].data.copy_(value)
     output = output_of(network, inputs)
-    found = torch.autograd.grad(
+    computed = torch.autograd.grad(
         score(output),
         [parameters[name] for names in sites.values() for name in names],
         materialize_grads=True,
     )
-    gradients = iter(found)
+    gradients = iter(computed)
     stacked = {
         site: torch.stack([next(gradients).to(weights[site].dtype) for _ in names])
         for site, names in sites.items()

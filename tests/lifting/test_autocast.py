@@ -17,7 +17,16 @@ from transformers import AutoModelForCausalLM
 
 import pyro_lora as pl
 from tests.lifting.liftable_row import gpt2, lora
-from tests.networks import batch, bert, classifier, inputs, llama, particles
+from tests.networks import (
+    batch,
+    bert,
+    bound_logits,
+    classifier,
+    inputs,
+    leaves,
+    llama,
+    particles,
+)
 
 NETWORKS: dict[str, Callable[[], Any]] = {
     "BERT": lambda: bert(3, dtype=torch.float32),
@@ -41,19 +50,6 @@ def autocast(dtype: torch.dtype) -> AbstractContextManager[Any]:
     return torch.autocast("cpu", dtype=dtype)
 
 
-def leaves(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {site: value.clone().requires_grad_() for site, value in weights.items()}
-
-
-def logits(
-    lifted: pl.LiftedNetwork, weights: dict[str, Tensor], texts: dict[str, Tensor]
-) -> Tensor:
-    with lifted.bind(weights) as net:
-        out = net(**texts).logits
-    assert isinstance(out, Tensor)
-    return out
-
-
 def score(out: Tensor) -> Tensor:
     return (out.float() * torch.arange(out.numel()).view(out.shape).cos()).sum()
 
@@ -68,7 +64,7 @@ def test_outputs_at_the_adapters_weights_are_the_networks_own(
         expected = network(**texts).logits
     lifted = pl.lift(network)
     with autocast(dtype):
-        assert torch.equal(logits(lifted, lifted.weights(), texts), expected)
+        assert torch.equal(bound_logits(lifted, lifted.weights(), texts), expected)
 
 
 @networks
@@ -79,11 +75,11 @@ def test_outputs_and_gradients_are_as_exact_as_the_dtype(
 ) -> None:
     lifted, texts = pl.lift(NETWORKS[name]()), inputs(batch())
     weights = leaves(particles(lifted, *lead))
-    exact = logits(lifted, weights, texts)
+    exact = bound_logits(lifted, weights, texts)
     exact_gradients = torch.autograd.grad(score(exact), list(weights.values()))
     with autocast(dtype):
         plain_dtype = lifted.network(**texts).logits.dtype
-        rounded = logits(lifted, weights, texts)
+        rounded = bound_logits(lifted, weights, texts)
     gradients = torch.autograd.grad(score(rounded), list(weights.values()))
     assert rounded.dtype == plain_dtype
     eps = torch.finfo(dtype).eps
@@ -102,9 +98,9 @@ def test_particles_are_a_loop_over_one_particle(name: str, dtype: torch.dtype) -
     lifted, texts = pl.lift(NETWORKS[name]()), inputs(batch())
     weights = particles(lifted, 3)
     with autocast(dtype):  # one block, whose cache of rounded weights must not mix them
-        together = logits(lifted, weights, texts)
+        together = bound_logits(lifted, weights, texts)
         alone = [
-            logits(lifted, {s: w[i] for s, w in weights.items()}, texts)
+            bound_logits(lifted, {s: w[i] for s, w in weights.items()}, texts)
             for i in range(3)
         ]
     scale = float(together.abs().max())
@@ -139,7 +135,7 @@ def test_checkpointing_recomputes_under_autocast(
 
     def gradients() -> tuple[Tensor, ...]:
         with autocast(dtype):
-            out = logits(lifted, weights, texts)
+            out = bound_logits(lifted, weights, texts)
         return torch.autograd.grad(score(out), list(weights.values()))
 
     expected = gradients()

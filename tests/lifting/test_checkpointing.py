@@ -13,34 +13,27 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import (
     AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
     MixtralConfig,
     Qwen3Config,
-    T5Config,
 )
 
 import pyro_lora as pl
 from tests.lifting.liftable_row import EXPERTS, gpt2, lora, tiny
-from tests.networks import VOCABULARY, batch, bert, classifier, inputs, particles
+from tests.networks import (
+    VOCABULARY,
+    batch,
+    bert,
+    classifier,
+    inputs,
+    leaves,
+    particles,
+    t5,
+)
 
 # Which transformers itself uses.
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_:FutureWarning")
 
 HALF_HEADS = {"num_key_value_heads": 1, "head_dim": 8}
-
-
-def t5() -> nn.Module:
-    config = T5Config(
-        vocab_size=VOCABULARY,
-        d_model=16,
-        d_kv=8,
-        d_ff=32,
-        num_layers=2,
-        num_heads=2,
-        dropout_rate=0.0,
-        initializer_factor=3.0,
-    )
-    return lora(AutoModelForSeq2SeqLM.from_config(config), "q", "v")
 
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
@@ -51,7 +44,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
         "q_proj",
         "v_proj",
     ),
-    "T5, encoder and decoder": t5,
+    "T5, encoder and decoder": lambda: lora(t5(), "q", "v"),
     "BERT with DoRA": lambda: bert(use_dora=True),
     "BERT with dropout": lambda: bert(dropout=0.3, lora_dropout=0.3),
     "BERT, embeddings adapted": lambda: bert(
@@ -76,10 +69,6 @@ def enable(lifted: pl.LiftedNetwork) -> None:
             "context_fn": lifted.context_fn,
         }
     )
-
-
-def leaves(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {site: value.clone().requires_grad_() for site, value in weights.items()}
 
 
 def loss(

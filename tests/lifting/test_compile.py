@@ -17,7 +17,16 @@ from transformers import AutoModelForCausalLM
 
 import pyro_lora as pl
 from tests.lifting.liftable_row import gpt2, lora
-from tests.networks import batch, bert, classifier, inputs, llama, particles
+from tests.networks import (
+    batch,
+    bert,
+    bound_logits,
+    classifier,
+    inputs,
+    leaves,
+    llama,
+    particles,
+)
 
 NUM_STEPS = 3
 leads = pytest.mark.parametrize("lead", [(), (4,)], ids=str)
@@ -45,19 +54,6 @@ def one_layer() -> PeftModel:
 def adapted_gpt2() -> nn.Module:
     network = gpt2(AutoModelForCausalLM, n_layer=1)
     return lora(network, "c_attn", fan_in_fan_out=True)
-
-
-def leaves(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {site: value.clone().requires_grad_() for site, value in weights.items()}
-
-
-def logits(
-    lifted: pl.LiftedNetwork, weights: dict[str, Tensor], texts: dict[str, Tensor]
-) -> Tensor:
-    with lifted.bind(weights) as net:
-        out = net(**texts).logits
-    assert isinstance(out, Tensor)
-    return out
 
 
 def pair(build: Callable[[], Any] = one_layer) -> tuple[pl.LiftedNetwork, Any]:
@@ -112,8 +108,8 @@ def test_a_compiled_network_can_be_lifted(
     graphs = 0
     for step in range(NUM_STEPS):
         weights = leaves(particles(eager, *lead))
-        out = logits(lifted, weights, texts)
-        assert_same(out, logits(eager, weights, texts), weights)
+        out = bound_logits(lifted, weights, texts)
+        assert_same(out, bound_logits(eager, weights, texts), weights)
         graphs = counter.frame_count if step == 0 else graphs
     assert counter.frame_count == graphs > 0
 
@@ -127,8 +123,8 @@ def test_a_lifted_network_can_be_compiled(
     network.compile(backend=counter)
     for _ in range(NUM_STEPS):
         weights = leaves(particles(eager, *lead))
-        out = logits(lifted, weights, texts)
-        assert_same(out, logits(eager, weights, texts), weights)
+        out = bound_logits(lifted, weights, texts)
+        assert_same(out, bound_logits(eager, weights, texts), weights)
     assert counter.frame_count == 1
 
 
@@ -145,8 +141,8 @@ def test_a_graph_is_used_for_what_is_bound_only(
         assert_close(network(**texts).logits, expected, rtol=0, atol=1e-12)
         for lead in [(), (4,)]:
             weights = leaves(particles(eager, *lead))
-            out = logits(lifted, weights, texts)
-            assert_same(out, logits(eager, weights, texts), weights)
+            out = bound_logits(lifted, weights, texts)
+            assert_same(out, bound_logits(eager, weights, texts), weights)
 
 
 def test_batches_of_any_size_share_a_graph(counter: CompileCounterWithBackend) -> None:
@@ -155,8 +151,8 @@ def test_batches_of_any_size_share_a_graph(counter: CompileCounterWithBackend) -
     network.compile(backend=counter)
     for size in [(5, 7), (4, 8), (3, 6), (6, 9), (7, 10), (2, 12)]:
         weights, texts = leaves(particles(eager, 4)), inputs(batch(*size))
-        out = logits(lifted, weights, texts)
-        assert_same(out, logits(eager, weights, texts), weights)
+        out = bound_logits(lifted, weights, texts)
+        assert_same(out, bound_logits(eager, weights, texts), weights)
     # As without lifting: one for the first size, one for any other.
     assert counter.frame_count == 2
 
@@ -166,12 +162,13 @@ def test_a_function_that_binds_and_calls_is_one_graph(
     lead: tuple[int, ...], counter: CompileCounterWithBackend
 ) -> None:
     lifted, texts = pl.lift(one_layer()), inputs(batch())
-    logits(lifted, particles(lifted, *lead), texts)  # it remembers what it has checked
-    compiled = torch.compile(logits, backend=counter, fullgraph=True)
+    # It remembers what it has checked.
+    bound_logits(lifted, particles(lifted, *lead), texts)
+    compiled = torch.compile(bound_logits, backend=counter, fullgraph=True)
     for _ in range(NUM_STEPS):
         weights = leaves(particles(lifted, *lead))
         out = compiled(lifted, weights, texts)
-        assert_same(out, logits(lifted, weights, texts), weights)
+        assert_same(out, bound_logits(lifted, weights, texts), weights)
     assert counter.frame_count == 1
 
 
@@ -183,8 +180,8 @@ def test_layers_that_all_particles_share(counter: CompileCounterWithBackend) -> 
     graphs = []
     for _ in range(NUM_STEPS):
         weights = leaves(particles(eager, 4))
-        out = logits(lifted, weights, texts)
-        assert_same(out, logits(eager, weights, texts), weights)
+        out = bound_logits(lifted, weights, texts)
+        assert_same(out, bound_logits(eager, weights, texts), weights)
         graphs.append(counter.frame_count)
     assert graphs[0] > 0
     assert graphs[1:] == graphs[1:2] * (NUM_STEPS - 1)
@@ -200,8 +197,8 @@ def test_layers_that_run_once_for_each_particle(
     graphs = []
     for _ in range(NUM_STEPS):
         weights = leaves(particles(eager, *lead))
-        out = logits(lifted, weights, texts)
-        assert_same(out, logits(eager, weights, texts), weights)
+        out = bound_logits(lifted, weights, texts)
+        assert_same(out, bound_logits(eager, weights, texts), weights)
         graphs.append(counter.frame_count)
     assert graphs[0] > 0
     assert graphs[1:] == graphs[1:2] * (NUM_STEPS - 1)
@@ -236,8 +233,8 @@ def test_compiled_layers_are_recomputed_in_the_backward_pass() -> None:
     network.compile(backend="aot_eager")
     for _ in range(2):
         weights = leaves(particles(eager, 4))
-        out = logits(lifted, weights, texts)
-        assert_same(out, logits(eager, weights, texts), weights)
+        out = bound_logits(lifted, weights, texts)
+        assert_same(out, bound_logits(eager, weights, texts), weights)
 
 
 @pytest.mark.slow
@@ -248,5 +245,5 @@ def test_inductor_computes_the_same(lead: tuple[int, ...]) -> None:
     network.compile()
     for _ in range(2):
         weights = leaves(particles(eager, *lead))
-        out = logits(lifted, weights, texts)
-        assert_same(out, logits(eager, weights, texts), weights)
+        out = bound_logits(lifted, weights, texts)
+        assert_same(out, bound_logits(eager, weights, texts), weights)

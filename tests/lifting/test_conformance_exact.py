@@ -134,7 +134,7 @@ def test_svi_finds_the_exact_posterior(name: str) -> None:
     for _ in range(200):
         svi.step()
     draws = Predictive(guide, num_samples=20_000, parallel=True)()
-    found = toy.columns(draws).detach()
+    columns = toy.columns(draws).detach()
     mean, precision = toy.posterior()
     marginal = precision.inverse().diagonal().sqrt()[:, None]
     conditional = precision.diagonal().rsqrt()[:, None]
@@ -144,13 +144,13 @@ def test_svi_finds_the_exact_posterior(name: str) -> None:
         "none": torch.zeros(R + 1, 1),
     }[SPREAD[name]].expand(R + 1, O)
     if name == "AutoGuideList":  # whose bias is a point
-        assert torch.equal(found.std(0)[-1], torch.zeros(O))
+        assert torch.equal(columns.std(0)[-1], torch.zeros(O))
         expected = torch.cat([expected[:-1], torch.zeros(1, O)])
     # In the posterior's standard deviations: the standard errors of 20,000 draws are
     # 0.007 for the mean, 0.005 for the spread. Over three seeds, the gradient's noise
     # left up to 0.06 in the mean and 0.1 in the spread after 200 steps.
-    assert ((found.mean(0) - mean) / marginal).abs().max() < 0.15
-    assert_close(found.std(0), expected, rtol=0.15, atol=1e-12)
+    assert ((columns.mean(0) - mean) / marginal).abs().max() < 0.15
+    assert_close(columns.std(0), expected, rtol=0.15, atol=1e-12)
 
 
 # At the exact posterior p(x, w) / q(w) is the evidence, whatever w is drawn.
@@ -202,8 +202,8 @@ def test_importance_weights_are_the_exact_evidence() -> None:
     expected = toy.log_evidence().expand(5)
     assert_close(torch.stack(run.log_weights), expected, rtol=1e-10, atol=0)
     settings = {"num_samples": 5, "max_plate_nesting": 1}
-    found, _, _ = vectorized_importance_weights(toy.model, guide, **settings)
-    assert_close(found, expected, rtol=1e-10, atol=0)
+    log_weights, _, _ = vectorized_importance_weights(toy.model, guide, **settings)
+    assert_close(log_weights, expected, rtol=1e-10, atol=0)
 
 
 @pytest.mark.parametrize("kernel", ["NUTS", "HMC"])
@@ -219,15 +219,15 @@ def test_monte_carlo_finds_the_exact_posterior(kernel: str) -> None:
     warmup = 50 if kernel == "NUTS" else 5
     mcmc = MCMC(method, num_samples=120, warmup_steps=warmup, disable_progbar=True)
     mcmc.run()
-    found = toy.columns(mcmc.get_samples())  # (120, R + 1, O)
+    columns = toy.columns(mcmc.get_samples())  # (120, R + 1, O)
     mean, precision = toy.posterior()
     deviation = precision.inverse().diagonal().sqrt()[:, None]
-    effective = effective_sample_size(found[None], chain_dim=0, sample_dim=1)
+    effective = effective_sample_size(columns[None], chain_dim=0, sample_dim=1)
     # Draws that alternate around the mean count for more than one each: without bound,
     # or, where the sum of their correlations is noise around -1/2, for less than none.
     effective = effective.where(effective > 0, 120).clamp(max=120).min()
     assert effective > 25
     standard_error = deviation / effective.sqrt()
-    assert ((found.mean(0) - mean) / standard_error).abs().max() < 4
+    assert ((columns.mean(0) - mean) / standard_error).abs().max() < 4
     # A standard deviation's relative standard error is 1 / sqrt(2 * 25) = 0.14 or less.
-    assert_close(found.std(0), deviation.expand(R + 1, O), rtol=0.5, atol=0)
+    assert_close(columns.std(0), deviation.expand(R + 1, O), rtol=0.5, atol=0)

@@ -57,8 +57,8 @@ def values_of(case: Case, trace: Any) -> dict[str, Tensor]:
 
 
 def assert_output(case: Case, trace: Any, values: dict[str, Tensor]) -> None:
-    found = trace.nodes["output"]["value"]
-    assert_close(found, case.output(values), rtol=0, atol=1e-10)
+    output = trace.nodes["output"]["value"]
+    assert_close(output, case.output(values), rtol=0, atol=1e-10)
 
 
 # Effect handlers.
@@ -152,11 +152,11 @@ def test_a_particle_plate_gives_each_particle_its_own_likelihood(
     trace = trace_of(case, poutine.condition(vectorised, values))
     for i in range(4):
         one = {site: values[site][i].reshape(v) for site, v in case.shapes.items()}
-        found = trace.nodes["y"]["log_prob"].reshape(4, BATCH_SIZE)[i]
-        assert_close(found, case.log_likelihood(one), rtol=1e-10, atol=0)
+        log_prob = trace.nodes["y"]["log_prob"].reshape(4, BATCH_SIZE)[i]
+        assert_close(log_prob, case.log_likelihood(one), rtol=1e-10, atol=0)
         for site, expected in case.log_prior(one).items():
-            found = trace.nodes[site]["log_prob"].flatten()[i]
-            assert_close(found, expected, rtol=1e-10, atol=0)
+            log_prob = trace.nodes[site]["log_prob"].flatten()[i]
+            assert_close(log_prob, expected, rtol=1e-10, atol=0)
 
 
 def test_padded_tokens_and_masked_texts_do_not_count() -> None:
@@ -172,15 +172,15 @@ def test_padded_tokens_and_masked_texts_do_not_count() -> None:
 
     values = some_values(case)
     trace = trace_of(case, poutine.condition(model, values))
-    found = trace.nodes["y"]["log_prob"]
+    log_prob = trace.nodes["y"]["log_prob"]
     expected = case.log_likelihood(values) * keep * BATCH_SIZE / NUM_DATA
-    assert_close(found, expected, rtol=1e-10, atol=0)
+    assert_close(log_prob, expected, rtol=1e-10, atol=0)
     padding = case.texts["attention_mask"][:, 1:] == 0
     assert padding.any()
     texts = case.texts | {"labels": case.texts["labels"].where(~padding, 7)}
     other = poutine.trace(poutine.condition(model, values)).get_trace(**texts)
     other.compute_log_prob()
-    assert torch.equal(other.nodes["y"]["log_prob"], found)
+    assert torch.equal(other.nodes["y"]["log_prob"], log_prob)
 
 
 # Reparametrisation.
@@ -250,9 +250,9 @@ def test_svi_of_a_reparametrised_model(
 def test_get_dependencies(likelihood: str) -> None:
     case = lifted_case(likelihood)
     with assert_unchanged(case.network):
-        found = get_dependencies(case.model, model_kwargs=case.texts)
-    assert found["prior_dependencies"]["y"].keys() == {"y", *case.shapes}
-    assert found["posterior_dependencies"].keys() == case.shapes.keys()
+        dependencies = get_dependencies(case.model, model_kwargs=case.texts)
+    assert dependencies["prior_dependencies"]["y"].keys() == {"y", *case.shapes}
+    assert dependencies["posterior_dependencies"].keys() == case.shapes.keys()
 
 
 @on_each_likelihood

@@ -60,8 +60,8 @@ def assert_prediction(
 def test_predictive_from_samples(likelihood: str, guide: str, parallel: bool) -> None:
     case = lifted_case(likelihood)
     guide = GUIDES[guide](case.model, init_loc_fn=case.lora.init_to_adapter())
-    found = Predictive(guide, num_samples=NUM_DRAWS, parallel=parallel)(**case.texts)
-    draws = {site: found[site] for site in case.shapes}
+    samples = Predictive(guide, num_samples=NUM_DRAWS, parallel=parallel)(**case.texts)
+    draws = {site: samples[site] for site in case.shapes}
     predictive = Predictive(case.model, draws, parallel=parallel)
     assert_prediction(case, predictive(**inputs(case.texts)), draws)
 
@@ -77,8 +77,8 @@ def test_predictive_from_guide(likelihood: str, guide: str, parallel: bool) -> N
         case.model, guide=guide, num_samples=NUM_DRAWS, parallel=parallel
     )
     with assert_unchanged(case.network):
-        found = predictive(**inputs(case.texts))
-    assert_prediction(case, found, found)
+        output = predictive(**inputs(case.texts))
+    assert_prediction(case, output, output)
 
 
 @on_each_likelihood
@@ -136,11 +136,11 @@ def test_vectorised_importance(likelihood: str) -> None:
     guide(**case.texts)
     settings = {"num_samples": NUM_PARTICLES, "max_plate_nesting": 1}
     with torch.no_grad(), Draws() as draws:
-        found, _, _ = vectorized_importance_weights(
+        log_weights, _, _ = vectorized_importance_weights(
             case.model, guide, **settings, **case.texts
         )
     expected = log_joint_of_draws(case, draws) - draws.log_q()
-    assert_close(found, expected, rtol=1e-10, atol=0)
+    assert_close(log_weights, expected, rtol=1e-10, atol=0)
 
 
 @on_each_likelihood

@@ -250,7 +250,7 @@ def test_the_default_dtype_is_of_no_matter() -> None:
     expected = fingerprint(lora)
     torch.set_default_dtype(torch.float64)
     try:
-        found = fingerprint(lora)
+        again = fingerprint(lora)
     finally:
         torch.set_default_dtype(torch.float32)
-    assert torch.equal(found.values, expected.values)
+    assert torch.equal(again.values, expected.values)

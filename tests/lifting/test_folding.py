@@ -232,8 +232,8 @@ def test_outputs_without_gradient_come_one_at_a_time(
     lora = pl.lift(Returning(lambda y, _: y.argmax(-1), one_by_one=False))
     weights, x = particles(lora, 3), torch.randn(5, 4, **torch_double)
     with lora.bind(weights) as net:
-        found = net(x)
-    assert torch.equal(found, loop(lora, weights, x))
+        output = net(x)
+    assert torch.equal(output, loop(lora, weights, x))
     assert "outputs have no gradient" in caplog.text
 
 
@@ -243,8 +243,8 @@ def test_a_network_of_ones_own_in_inference_mode(
     lora = pl.lift(Returning(lambda y, _: y, one_by_one=False))
     weights, x = particles(lora, 3), torch.randn(5, 4, **torch_double)
     with torch.inference_mode(), lora.bind(weights) as net:
-        found = net(x)
-    assert_close(found, loop(lora, weights, x).detach(), rtol=0, atol=1e-12)
+        output = net(x)
+    assert_close(output, loop(lora, weights, x).detach(), rtol=0, atol=1e-12)
     assert not caplog.text  # all at once
 
 
@@ -268,13 +268,13 @@ def test_every_form_of_call_is_checked(by: str) -> None:
     lora = pl.lift(network)
     weights = particles(lora, 3)
     with lora.bind(weights) as net:
-        found = net(x, None)
-    assert_close(found, loop(lora, weights, x, None), rtol=0, atol=1e-12)
+        output = net(x, None)
+    assert_close(output, loop(lora, weights, x, None), rtol=0, atol=1e-12)
     network.train(by == "training")
     scale = torch.ones(5, 1, **torch_double) if by == "input" else None
     with lora.bind(weights) as net:
-        found = net(x, scale)
-    assert_close(found, loop(lora, weights, x, scale), rtol=0, atol=1e-12)
+        output = net(x, scale)
+    assert_close(output, loop(lora, weights, x, scale), rtol=0, atol=1e-12)
 
 
 STATISTICS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -18,32 +18,19 @@ from transformers import (
     LogitsProcessorList,
     MixtralConfig,
     Qwen3Config,
-    T5Config,
 )
 
 import pyro_lora as pl
 from tests.lifting.liftable_row import EXPERTS, gpt2, lora, tiny
-from tests.networks import PAD, VOCABULARY, batch, inputs, llama, particles
+from tests.networks import PAD, VOCABULARY, batch, inputs, llama, particles, t5
 
 NUM_PARTICLES = 3
 HALF_HEADS = {"num_key_value_heads": 1, "head_dim": 8}
 
 
-def t5() -> nn.Module:
-    config = T5Config(
-        vocab_size=VOCABULARY,
-        d_model=16,
-        d_kv=8,
-        d_ff=32,
-        num_layers=2,
-        num_heads=2,
-        dropout_rate=0.0,
-        decoder_start_token_id=PAD,
-        initializer_factor=3.0,
-    )
-    return lora(
-        AutoModelForSeq2SeqLM.from_config(config), "q", "v", task_type="SEQ_2_SEQ_LM"
-    )
+def seq2seq() -> nn.Module:
+    network = t5(decoder_start_token_id=PAD)
+    return lora(network, "q", "v", task_type="SEQ_2_SEQ_LM")
 
 
 def causal(config_class: Any, **config: Any) -> nn.Module:
@@ -63,7 +50,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "Mixtral, a mixture of experts": lambda: causal(
         MixtralConfig, num_local_experts=3, num_key_value_heads=1, **EXPERTS
     ),
-    "T5, encoder and decoder": t5,
+    "T5, encoder and decoder": seq2seq,
 }
 
 
@@ -319,8 +306,11 @@ def bart() -> nn.Module:
 @pytest.mark.parametrize(
     ("network", "table"),
     [
-        (lambda: t5().get_base_model(), "encoder.block.0.layer.0.SelfAttention.rel"),  # type: ignore[operator]
-        (lambda: t5().get_base_model(), "relative_attention_bias"),  # type: ignore[operator]
+        (
+            lambda: seq2seq().get_base_model(),
+            "encoder.block.0.layer.0.SelfAttention.rel",
+        ),  # type: ignore[operator]
+        (lambda: seq2seq().get_base_model(), "relative_attention_bias"),  # type: ignore[operator]
         (bart, "decoder.embed_positions"),
     ],
 )
@@ -343,10 +333,10 @@ def test_tables_of_positions_have_no_batch(
         "return_dict_in_generate": True,
     }
     with lora.bind(weights) as net:
-        found = torch.stack(net.generate(ids, **settings).logits)  # (4, S, B, V)
+        logits = torch.stack(net.generate(ids, **settings).logits)  # (4, S, B, V)
     own = lora.weights()
     for i in range(NUM_PARTICLES):
         lora.load({site: value[i] for site, value in weights.items()})
         expected = torch.stack(plain.generate(ids, **settings).logits)
-        assert_close(found[:, i], expected, rtol=0, atol=1e-12)
+        assert_close(logits[:, i], expected, rtol=0, atol=1e-12)
     lora.load(own)

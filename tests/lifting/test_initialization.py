@@ -261,10 +261,10 @@ def test_every_site_that_is_given_counts(names: set[str], num: int) -> None:
     for k in range(max(1, num)):
         expected = {s: x[k] if num else x for s, x in weights.items()}
         for name, value in expected.items():
-            found = init(
+            start = init(
                 {"name": name, "infer": {"particle": k}, "fn": LATENTS.get(name)}
             )
-            assert torch.equal(found, value)
+            assert torch.equal(start, value)
     pyro.clear_param_store()
     firsts = {s: x[0] if num else x for s, x in weights.items()}
     guide = AutoDelta(with_latents(lora), init_loc_fn=lora.init_to(firsts))
@@ -313,23 +313,23 @@ def test_noise_of_a_prior_that_is_not_centred() -> None:
     model = classifier(lora)
     first = AutoDelta(model, init_loc_fn=pyro.infer.autoguide.init_to_sample)
     first(**batch())
-    found = first.median()
+    median = first.median()
     pyro.clear_param_store()
-    again = AutoDelta(model, init_loc_fn=lora.init_to(found))
+    again = AutoDelta(model, init_loc_fn=lora.init_to(median))
     again(**batch())
-    for name, value in found.items():
+    for name, value in median.items():
         assert_close(again.median()[name], value, rtol=1e-9, atol=1e-9)
     svgd = pl.SVGD(
         model,
         pl.kernels.NoRepulsion(),
         SGD({"lr": 0.0}),
         1,
-        init_loc_fn=lora.init_to(found),
+        init_loc_fn=lora.init_to(median),
     )
     svgd.step(**batch())
     for name, value in svgd.get_named_particles().items():
-        assert_close(value[0], found[name], rtol=1e-6, atol=1e-6)
-    other = {**found, f"{QUERY}.A": torch.ones(2, 3, 16).double()}
+        assert_close(value[0], median[name], rtol=1e-6, atol=1e-6)
+    other = {**median, f"{QUERY}.A": torch.ones(2, 3, 16).double()}
     svgd = pl.SVGD(
         model,
         pl.kernels.NoRepulsion(),

@@ -132,8 +132,8 @@ def test_can_be_lifted(row: Row, caplog: pytest.LogCaptureFixture) -> None:
         expected = one_by_one(original, inputs, lora.sites, particles)
         assert (expected[0][0] - expected[0][1]).abs().max() > 1e-3
         with first_dims(network) as sizes:
-            found = bound(lora, inputs, particles)
-        assert_same(found, expected, row.tolerance)
+            output = bound(lora, inputs, particles)
+        assert_same(output, expected, row.tolerance)
         together = sizes[-1] == NUM_PARTICLES * next(iter(inputs.values())).shape[0]
         assert together is not bool(row.one_by_one)
         reasons = [r.getMessage() for r in caplog.records if "pyro_lora" in r.name]
@@ -185,9 +185,9 @@ def test_particle_dims_of_any_kind_of_layer(name: str) -> None:
         weights = {s: w.reshape(*lead, *w.shape[1:]) for s, w in particles.items()}
         weights[last] = particles[last][0]
         with lora.bind(weights) as net:
-            found = output_of(net, inputs)
-        assert found.shape[: len(kept)] == kept
-        assert_close(found.view_as(expected), expected, rtol=0, atol=row.tolerance)
+            output = output_of(net, inputs)
+        assert output.shape[: len(kept)] == kept
+        assert_close(output.view_as(expected), expected, rtol=0, atol=row.tolerance)
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,7 @@ def test_a_posterior_goes_on_with_a_model_of_the_new_view(method: Any) -> None:
 
     expected = predicted(model)
     new = pl.lift(network)
-    found = predicted(pl.models.classification(new, 10))
-    assert torch.equal(found.log_probs, expected.log_probs)
+    probs = predicted(pl.models.classification(new, 10))
+    assert torch.equal(probs.log_probs, expected.log_probs)
     with pytest.raises(RuntimeError, match=STALE):
         predicted(model)

@@ -8,7 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 import pyro_lora as pl
@@ -372,3 +372,27 @@ def test_a_prior_that_gives_nan() -> None:
     lora = pl.lift(network, prior=prior)
     with assert_refused(network, r"Site '.*NaN or infinite.*the run that made them"):
         classifier(lora)(**batch())
+
+
+# What lift warns of.
+
+
+def wide() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(2000, 2000), nn.Tanh(), nn.Linear(2000, 2))
+
+
+def test_a_whole_network_is_probably_a_mistake() -> None:
+    network = wide()
+    number = sum(p.numel() for p in network.parameters())
+    with pytest.warns(UserWarning, match=f"found {number:,} .*'base.*get_peft_model"):
+        lora = pl.lift(network)
+    assert sum(x.numel() for x in lora.weights().values()) == number
+
+
+def test_a_head_or_a_large_adapter_is_none() -> None:
+    network = wide()
+    network[0].requires_grad_(False)
+    pl.lift(network)  # a warning would be an error
+    config = LoraConfig(r=1100, target_modules=["0"], modules_to_save=["2"])
+    lora = pl.lift(get_peft_model(wide(), config))
+    assert sum(x.numel() for x in lora.weights().values()) > 4_000_000

@@ -53,12 +53,12 @@ def test_modules_to_save_that_peft_ties_are_one_site() -> None:
     ids = torch.randint(1, 50, (3, 5))
     weights = {s: x.requires_grad_() for s, x in particles(lora).items()}
     with lora.bind(weights) as net:
-        found = net(input_ids=ids).logits
-    gradients = torch.autograd.grad(found.square().sum(), list(weights.values()))
+        logits = net(input_ids=ids).logits
+    gradients = torch.autograd.grad(logits.square().sum(), list(weights.values()))
     lora.load({s: x.detach() for s, x in weights.items()})
     parameters = [network.get_parameter(names[0]) for names in lora.sites.values()]
     expected = network(input_ids=ids).logits
-    assert_close(found, expected, rtol=0, atol=1e-12)
+    assert_close(logits, expected, rtol=0, atol=1e-12)
     exact = torch.autograd.grad(expected.square().sum(), parameters)
     for gradient, other in zip(gradients, exact, strict=True):
         assert_close(gradient[0], other, rtol=1e-10, atol=1e-10)

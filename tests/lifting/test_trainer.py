@@ -128,10 +128,10 @@ def test_a_saved_adapter_is_reloaded_and_lifted(tmp_path: Path) -> None:
     base.classifier = torch.nn.Linear(16, 2)  # the adapter brings its own
 
     lora = pl.lift(PeftModel.from_pretrained(base, tmp_path / "adapter"))
-    found = lora.weights()
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[site], value) for site, value in expected.items())
-    with lora.bind(found) as net:
+    weights = lora.weights()
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[site], value) for site, value in expected.items())
+    with lora.bind(weights) as net:
         assert_close(net(**texts).logits, output)
 
 
@@ -161,8 +161,8 @@ def test_gradient_checkpointing_left_on_by_the_trainer(
     network.eval()  # where it isn't used
     gradients = [gradient(lora, weights, texts)]
     with torch.no_grad(), lora.bind(weights) as net:
-        found = net(**texts).logits
-    assert_close(found, one_by_one(lora, weights, texts))
+        logits = net(**texts).logits
+    assert_close(logits, one_by_one(lora, weights, texts))
 
     network.train()  # the remedy
     network.gradient_checkpointing_enable(
@@ -319,14 +319,14 @@ def test_laplace_of_a_network_spread_over_devices(hooked: Any) -> None:
     spread = hooked(bert(dtype=torch.float32), device_map())
     spread.load_state_dict(plain.state_dict())
     data = batch(NUM_DATA)
-    expected, found = [
+    expected, posterior = [
         pl.AutoLaplace(
             classifier(lora, NUM_DATA), init_loc_fn=lora.init_to_adapter()
         ).laplace_approximation([data])
         for lora in [pl.lift(plain), pl.lift(spread)]
     ]
     for site, variance in expected.variance().items():
-        assert_close(found.variance()[site], variance, rtol=1e-4, atol=0)
+        assert_close(posterior.variance()[site], variance, rtol=1e-4, atol=0)
 
 
 def test_an_offloaded_adapter_is_refused(tmp_path: Path) -> None:

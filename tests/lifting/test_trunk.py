@@ -81,9 +81,9 @@ def test_gradients_are_those_of_the_loop() -> None:
     with lora.bind(weights) as net:
         together = net(**texts).logits.square().sum()
     one_by_one = loop(lora, weights, lambda net: net(**texts).logits.square().sum())
-    found = torch.autograd.grad(together, list(weights.values()))
+    gradients = torch.autograd.grad(together, list(weights.values()))
     expected = torch.autograd.grad(sum(one_by_one), list(weights.values()))
-    assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    assert_close(gradients, expected, rtol=1e-10, atol=1e-12)
 
 
 def test_a_key_value_cache_holds_every_particle() -> None:
@@ -217,7 +217,7 @@ def test_tables_of_as_many_rows_as_the_folded_batch(
         weights, texts = particles(lora, num), inputs(batch(size, 5))
         expected = loop(lora, weights, lambda net, x=texts: net(**x).logits)
         with lora.bind(weights) as net, rows_seen(network) as seen:
-            found = net(**texts).logits
-        assert_close(found, torch.stack(expected), rtol=1e-10, atol=1e-10)
+            logits = net(**texts).logits
+        assert_close(logits, torch.stack(expected), rtol=1e-10, atol=1e-10)
         calls = len(seen) // 3  # the table goes through a layer of DeBERTa's, too
         assert seen[::calls] == [size, size, num * size]

@@ -138,8 +138,8 @@ def test_every_input_is_in_the_key() -> None:
     with pl.cached_trunk(lora):
         for _ in range(2):
             for variant, logits in zip(variants, expected, strict=True):
-                found = outputs(lora, weights, variant)
-                assert_close(found, logits, rtol=1e-12, atol=1e-12)
+                again = outputs(lora, weights, variant)
+                assert_close(again, logits, rtol=1e-12, atol=1e-12)
 
 
 def test_changed_weights_below_are_noticed() -> None:
@@ -170,9 +170,9 @@ def test_autocast_and_inference_mode_have_their_own() -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             low = outputs(lora, weights, texts)
         with torch.no_grad():
-            found = outputs(lora, weights, texts)
-        assert_close(found, expected, rtol=1e-5, atol=1e-6)
-        assert not torch.equal(low.float(), found)
+            logits = outputs(lora, weights, texts)
+        assert_close(logits, expected, rtol=1e-5, atol=1e-6)
+        assert not torch.equal(low.float(), logits)
         outputs(lora, weights, texts).sum().backward()  # on what no_grad left there
 
 
@@ -263,12 +263,12 @@ def test_altered_files_are_refused(dtype: torch.dtype, tmp_path: Path) -> None:
     for content in damaged:
         file.write_bytes(content)
         try:
-            found = cache.get(keys)
+            cached = cache.get(keys)
         except ValueError as error:
             refusals.append(str(error))
             continue
-        assert found is not None
-        assert torch.equal(found, rows)
+        assert cached is not None
+        assert torch.equal(cached, rows)
     assert len(refusals) > 0.9 * len(damaged)
     assert all(str(file) in refusal for refusal in refusals)
     file.unlink()

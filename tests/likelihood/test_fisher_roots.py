@@ -195,10 +195,10 @@ def test_coordinates_recover_the_score_of_every_outcome(case: Case) -> None:
     leaf = leaf_of(case)
     alphas = []
     for value, score in zip(values, scores, strict=True):
-        found = exact_terms(case.likelihood(leaf), value)
-        assert found.coordinates is not None
-        assert_same(found.coordinates @ roots(found, leaf), score)
-        alphas.append(found.coordinates)
+        fisher = exact_terms(case.likelihood(leaf), value)
+        assert fisher.coordinates is not None
+        assert_same(fisher.coordinates @ roots(fisher, leaf), score)
+        alphas.append(fisher.coordinates)
     # In a root's coordinates the Fisher information is the identity.
     alpha = torch.stack(alphas)
     identity = torch.eye(case.rank, dtype=torch.float64)
@@ -219,8 +219,8 @@ def mc_scores(fn: Any, value: Tensor, leaf: Tensor, num_samples: int) -> Tensor:
     """Gradients in the leaf of M draws of all data together, (M, *leaf)."""
     terms = mc_terms(fn, value, num_samples).terms.reshape(-1, num_samples).sum(0)
     one_each = torch.eye(num_samples, dtype=torch.float64)
-    (found,) = torch.autograd.grad(terms, leaf, one_each, is_grads_batched=True)
-    return found * num_samples**0.5
+    (gradients,) = torch.autograd.grad(terms, leaf, one_each, is_grads_batched=True)
+    return gradients * num_samples**0.5
 
 
 def plain(fn: Any) -> Any:
@@ -278,13 +278,13 @@ GAPS = torch.tensor([[1.0, torch.nan], [torch.nan, torch.nan], [0.5, -1.0]]).dou
 def test_missing_outcomes_have_no_terms(terms: Any, event_dims: int) -> None:
     leaf = torch.zeros(3, 2, dtype=torch.float64, requires_grad=True)
     fn = dist.NanMaskedNormal(leaf, 0.5).to_event(event_dims)
-    found = terms(fn, GAPS)
+    fisher = terms(fn, GAPS)
     # A whole batch may be missing: nothing of it, but not nothing to differentiate.
     assert terms(fn, GAPS * torch.nan).terms.requires_grad
     gradients = torch.stack(
         [
             torch.autograd.grad(t, leaf, retain_graph=True)[0]
-            for t in found.terms.flatten()
+            for t in fisher.terms.flatten()
         ]
     )
     assert torch.equal((gradients != 0).any(0), GAPS.isfinite())
@@ -384,13 +384,13 @@ def test_one_root_for_each_datum(name: str) -> None:
     several = leaf_of(case).detach() + torch.arange(3.0)[:, None] / 10
     value = values[[0, 1, 0]]
     logits_last = len(case.parameters) == 3  # else one parameter after the other
-    found = pl.likelihoods.of(
+    fisher = pl.likelihoods.of(
         case.likelihood(several if logits_last else several.T)
     ).root(value)
     for i in range(3):
         alone = pl.likelihoods.of(case.likelihood(several[i])).root(value[i])
-        assert_same(found.root[i], alone.root)
-        assert_same(found.coordinates[i], alone.coordinates)
+        assert_same(fisher.root[i], alone.root)
+        assert_same(fisher.coordinates[i], alone.coordinates)
 
 
 EXTREME = torch.tensor([500.0, -500.0, 60.0, -60.0, 0.0])
@@ -413,23 +413,23 @@ def test_extreme_parameters_give_finite_roots(
 ) -> None:
     x = EXTREME.to(dtype)
     for label in labels:
-        found = pl.likelihoods.of(likelihood(x)).root(torch.full_like(x, label))
-        assert torch.isfinite(found.root).all()
-        assert torch.isfinite(found.coordinates).all()
-        assert torch.isfinite(found.parameter).all()
+        fisher = pl.likelihoods.of(likelihood(x)).root(torch.full_like(x, label))
+        assert torch.isfinite(fisher.root).all()
+        assert torch.isfinite(fisher.coordinates).all()
+        assert torch.isfinite(fisher.parameter).all()
 
 
 def test_ordinal_information_does_not_cancel_far_from_the_cutpoints() -> None:
     x = torch.tensor([30.0, -30.0], dtype=torch.float64)
-    found = pl.likelihoods.of(dist.OrderedLogistic(x, CUTPOINTS)).root(
+    fisher = pl.likelihoods.of(dist.OrderedLogistic(x, CUTPOINTS)).root(
         torch.tensor([0, 3])
     )
     # Far below all cutpoints c it is that of the first split alone, P(y > 0) =
     # s(x - c) ~ exp(x - c); far above, that of the last.
     expected = torch.stack([CUTPOINTS[-1] - x[0], x[1] - CUTPOINTS[0]]).exp()
-    assert_same(found.root[..., 0, 0].square(), expected, rtol=1e-9, atol=0.0)
+    assert_same(fisher.root[..., 0, 0].square(), expected, rtol=1e-9, atol=0.0)
     # The improbable outcome's score is -1 or 1 there.
-    score = found.root[..., 0, 0] * found.coordinates[..., 0]
+    score = fisher.root[..., 0, 0] * fisher.coordinates[..., 0]
     assert_same(score, torch.tensor([-1.0, 1.0], dtype=torch.float64))
 
 
@@ -442,10 +442,10 @@ def test_no_trials_have_no_information() -> None:
             [[0.0] * 3, [1, 0, 1]],
         ),
     ]:
-        found = pl.likelihoods.of(fn).root(torch.tensor(value, dtype=torch.float64))
-        assert (found.root[0] == 0).all()
-        assert (found.coordinates[0] == 0).all()
-        assert (found.root[1] != 0).any()
+        fisher = pl.likelihoods.of(fn).root(torch.tensor(value, dtype=torch.float64))
+        assert (fisher.root[0] == 0).all()
+        assert (fisher.coordinates[0] == 0).all()
+        assert (fisher.root[1] != 0).any()
 
 
 @pytest.mark.parametrize("kind", ["multinomial", "bernoulli"])
@@ -460,19 +460,19 @@ def test_soft_labels(kind: str) -> None:
         soft = torch.rand(4, 3, dtype=torch.float64)
         fn = dist.Bernoulli(logits=leaf, validate_args=False)
         hard, label = dist.Bernoulli(logits=leaf), torch.zeros(4, 3)
-    found = pl.likelihoods.of(fn).root(soft)
-    assert_same(found.root, pl.likelihoods.of(hard).root(label).root)
-    terms = (found.parameter[..., None] * found.root).sum(-2)
-    one, other = (terms * found.coordinates).sum(), fn.log_prob(soft).sum()
+    fisher = pl.likelihoods.of(fn).root(soft)
+    assert_same(fisher.root, pl.likelihoods.of(hard).root(label).root)
+    terms = (fisher.parameter[..., None] * fisher.root).sum(-2)
+    one, other = (terms * fisher.coordinates).sum(), fn.log_prob(soft).sum()
     (score,) = torch.autograd.grad(one, leaf, retain_graph=True)
     assert_same(score, torch.autograd.grad(other, leaf)[0])
 
 
 def test_missing_values_of_a_nan_masked_normal() -> None:
     value = torch.tensor([0.5, torch.nan, 1.0])
-    found = pl.likelihoods.of(dist.NanMaskedNormal(torch.zeros(3), 0.5)).root(value)
-    assert_same(found.root.flatten(), torch.tensor([2.0, 0.0, 2.0]))
-    assert_same(found.coordinates.flatten(), torch.tensor([1.0, 0.0, 2.0]))
+    fisher = pl.likelihoods.of(dist.NanMaskedNormal(torch.zeros(3), 0.5)).root(value)
+    assert_same(fisher.root.flatten(), torch.tensor([2.0, 0.0, 2.0]))
+    assert_same(fisher.coordinates.flatten(), torch.tensor([1.0, 0.0, 2.0]))
 
 
 @pytest.mark.parametrize(

@@ -88,15 +88,15 @@ def test_a_site_is_scored_against_its_own_outcomes(
     with pytest.warns(UserWarning, match="The weights aren't a mode"):
         posterior = guide.laplace_approximation(both)
     posterior = posterior.with_prior_precision(1e4)  # draws near the mode
-    found = pl.predict(
+    prediction = pl.predict(
         posterior, batches, model=model, obs_site=site, method=method, num_samples=3
     )
     expected = joined(batches, "labels")
     if site == "s":
         expected = function(joined(batches, "stars")).double()
-        rmse = (found.mean - expected).square().mean().sqrt()
-        assert found.metrics()["rmse"] == pytest.approx(float(rmse), rel=1e-6)
-    assert_close(found.labels, expected, rtol=1e-6, atol=0, check_dtype=False)
+        rmse = (prediction.mean - expected).square().mean().sqrt()
+        assert prediction.metrics()["rmse"] == pytest.approx(float(rmse), rel=1e-6)
+    assert_close(prediction.labels, expected, rtol=1e-6, atol=0, check_dtype=False)
 
 
 @pytest.mark.parametrize("how", sorted(SAME | OTHER))
@@ -131,10 +131,10 @@ def test_an_argument_that_is_named_is_taken_at_its_word() -> None:
     def taking_others(other: Tensor, **batch: Any) -> None:
         model(**batch)
 
-    found = pl.predict(
+    prediction = pl.predict(
         posterior, batches, model=taking_others, obs_site="s", labels="other"
     )
-    assert_close(found.labels, joined(batches, "other"))
+    assert_close(prediction.labels, joined(batches, "other"))
 
 
 def test_two_observed_sites_and_no_name_are_refused() -> None:
@@ -168,9 +168,9 @@ def test_outcomes_of_the_model_itself_count() -> None:
         with pyro.plate("data", NUM):
             pyro.sample("y", dist.Categorical(logits=logits), obs=labels)
 
-    found = pl.predict(models.particles(lora, model), [texts], model=model)
-    assert found.labels is not None
-    assert torch.equal(found.labels, labels)
+    prediction = pl.predict(models.particles(lora, model), [texts], model=model)
+    assert prediction.labels is not None
+    assert torch.equal(prediction.labels, labels)
 
 
 def test_held_out_tuning_and_diagnoses_take_the_sites_own() -> None:
@@ -183,11 +183,11 @@ def test_held_out_tuning_and_diagnoses_take_the_sites_own() -> None:
     with pytest.warns(UserWarning, match="The weights aren't a mode"):
         posterior = guide.laplace_approximation(batches)
     options: dict[str, Any] = {"objective": "nll", "batches": batches}
-    found = posterior.optimize_prior(**options)
+    tuned = posterior.optimize_prior(**options)
     alone = [{**batch, "labels": None} for batch in batches]
     expected = posterior.optimize_prior(objective="nll", batches=alone)
     for site, tau in expected.prior_precision.items():
-        assert torch.equal(found.prior_precision[site], tau)
+        assert torch.equal(tuned.prior_precision[site], tau)
     coverage = pl.diagnose(posterior, batches, model=model).confidence
     assert (
         coverage

@@ -135,10 +135,10 @@ def test_a_copy_of_a_guide_goes_on(copied: Copied) -> None:
     svi.step(**texts)
     twin = copied(guide)
     assert guide.model is not None
-    found = twin.laplace_approximation([texts])
+    posterior = twin.laplace_approximation([texts])
     expected = guide.laplace_approximation([texts])
-    assert float(found.log_evidence()) == float(expected.log_evidence())
-    assert found.networks[0] is not lora
+    assert float(posterior.log_evidence()) == float(expected.log_evidence())
+    assert posterior.networks[0] is not lora
 
 
 @copied

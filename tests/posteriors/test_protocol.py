@@ -188,11 +188,11 @@ def test_predict(task: Task, kind: str) -> None:
     if kind == "function":
         refused(lambda: pl.predict(posterior, task.batches), "function doesn't know")
         model = task.model
-    found = seeded(
+    prediction = seeded(
         lambda: pl.predict(posterior, task.batches, model=model, num_samples=4)
     )
-    assert found.probs.shape == (NUM, 2)
-    assert_close(found.probs.sum(1), torch.ones(NUM).double())
+    assert prediction.probs.shape == (NUM, 2)
+    assert_close(prediction.probs.sum(1), torch.ones(NUM).double())
     for method in ("linearized", "sample"):
         call = lambda method=method: pl.predict(  # noqa: E731
             posterior, task.batches, model=model, num_samples=4, method=method
@@ -202,26 +202,26 @@ def test_predict(task: Task, kind: str) -> None:
             continue
         by_method = seeded(call)
         if (method == "linearized") == (kind in GAUSSIAN):
-            assert_close(by_method.log_probs, found.log_probs, rtol=0, atol=0)
+            assert_close(by_method.log_probs, prediction.log_probs, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_diagnose(task: Task, kind: str) -> None:
     model = task.model if kind == "function" else None
-    found = seeded(
+    diagnosis = seeded(
         lambda: pl.diagnose(
             task.rows[kind], task.batches, model=model, num_samples=25, num_directions=1
         )
     )
-    assert (found.stationarity is not None) == (kind in ("laplace", "own gaussian"))
-    assert (found.charge is not None) == (kind in GAUSSIAN)
-    assert (found.gaussian is not None) == (
+    assert (diagnosis.stationarity is not None) == (kind in ("laplace", "own gaussian"))
+    assert (diagnosis.charge is not None) == (kind in GAUSSIAN)
+    assert (diagnosis.gaussian is not None) == (
         kind in ("laplace", "own gaussian", "autoguide", "function")
     )
     several = {"mixture", "mixture of mixtures", "particles", "own particles"}
-    assert (found.diversity is not None) == (kind in several)
-    assert found.confidence is not None
-    assert str(found)
+    assert (diagnosis.diversity is not None) == (kind in several)
+    assert diagnosis.confidence is not None
+    assert str(diagnosis)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -349,8 +349,8 @@ def test_generate_and_sequence_log_prob(
         for call in (lambda: pl.generate(posterior, **options), score):
             refused(call, "all draws of mc_dropout are the same")
         return
-    found = seeded(lambda: pl.generate(posterior, **options))
-    assert found.sequences.shape == (3, 7)
+    generated = seeded(lambda: pl.generate(posterior, **options))
+    assert generated.sequences.shape == (3, 7)
     assert seeded(score).draws.shape == (2, 3)
     at_mode = lambda: pl.generate(posterior, mode="mode", **options)  # noqa: E731
     if kind in ("laplace", "own gaussian", "autoguide"):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import pyro_lora as pl
-from pyro_lora.likelihood.outcomes import class_log_probs
+from pyro_lora.likelihood.outcomes import one_class_log_probs
 from tests.predict import models
 
 pytestmark = pytest.mark.filterwarnings("ignore:The held-out loss is least")
@@ -342,7 +342,7 @@ def test_a_value_says_the_same_at_its_own_predictor(case: Case) -> None:
     (score,) = torch.autograd.grad(entry.at(at).log_prob(y).sum(), at)
     assert_close(entry.score(y), score, rtol=0, atol=1e-9)
     if entry.classes is not None and fn.event_shape == case.likelihood(f).event_shape:
-        assert_close(class_log_probs(fn), entry.classes.log_probs)
+        assert_close(one_class_log_probs(fn), entry.classes.log_probs)
 
 
 @pytest.mark.parametrize("gaps", [(), (0,), (1,)])
@@ -494,7 +494,7 @@ def test_rows_with_gaps_count_by_what_is_there() -> None:
     nan = math.nan
     labels = torch.tensor([[0.1, 0.2], [nan, 1.0], [nan, nan], [0.5, -1.0]]).double()
     prediction = pl.MixturePrediction(components=[[fn]], labels=labels)
-    assert prediction.known.tolist() == [True, True, False, True]
+    assert prediction.has_label.tolist() == [True, True, False, True]
     full = dist.MultivariateNormal(loc[0], scale)
     parts = [
         full.log_prob(labels.nan_to_num())[0],

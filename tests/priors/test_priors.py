@@ -144,13 +144,13 @@ def test_a_particle_plate_gives_each_particle_its_own_log_joint(
     }
     trace = trace_at(vectorised, together, texts)
     trace.compute_log_prob()
-    found = sum(
+    log_prob = sum(
         node["log_prob"].reshape(3, -1).sum(1)
         for node in trace.nodes.values()
         if node["type"] == "sample" and not site_is_subsample(node)
     )
     expected = [trace_at(model, draw, texts).log_prob_sum() for draw in draws]
-    assert_close(found, torch.stack(expected), rtol=1e-10, atol=1e-10)
+    assert_close(log_prob, torch.stack(expected), rtol=1e-10, atol=1e-10)
 
 
 @each_prior
@@ -227,8 +227,8 @@ def test_a_guides_draws_of_scales_and_noise_belong_together(parallel: bool) -> N
         log_scale = role[:, None] + spread * noise
         scale = log_scale.exp().reshape(4, len(zeros), *[1] * (zeros.ndim - 1))
         z = draws[f"{site}_decentered"].reshape(4, *zeros.shape)
-        found = draws[site].reshape(4, *zeros.shape)
-        assert_close(found, scale * z, rtol=1e-10, atol=0)
+        draw = draws[site].reshape(4, *zeros.shape)
+        assert_close(draw, scale * z, rtol=1e-10, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -285,7 +285,7 @@ def test_a_prior_is_any_function_that_samples_the_sites() -> None:
     weights = {**lora.weights(), "scale": torch.tensor(2.0, dtype=torch.float64)}
     nodes = trace_at(classifier(lora), weights, texts).nodes
     assert "lora" not in nodes["scale"]["infer"]  # it is no lifted site
-    found = nodes["y"]["fn"].logits
+    logits = nodes["y"]["fn"].logits
     with lora.bind({site: 2 * value for site, value in lora.weights().items()}) as net:
         expected = net(**texts).logits.log_softmax(-1)
-    assert_close(found, expected, rtol=0, atol=1e-12)
+    assert_close(logits, expected, rtol=0, atol=1e-12)

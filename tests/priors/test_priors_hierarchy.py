@@ -182,12 +182,12 @@ def test_layer_scales_have_scipys_densities(centered_scales: bool) -> None:
         assert scales.shape == (len(lora.weights()[site]),)
         total += scipy_sum(norm(role, layer_sd), scales)
         jacobian += layer_sd.log() * len(scales)
-    found = sum(
+    log_prob = sum(
         x for n, x in log_probs.items() if "log_scale" in n and "mean_log" not in n
     )
     if not centered_scales:
-        found = found - jacobian
-    assert_close(found, total, rtol=1e-6, atol=1e-6)
+        log_prob = log_prob - jacobian
+    assert_close(log_prob, total, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["hierarchical", "student_t"])

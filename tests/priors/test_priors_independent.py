@@ -110,8 +110,8 @@ def test_a_scale_can_differ_within_a_site() -> None:
     nodes = poutine.trace(lora).get_trace().nodes
     for site, x in lora.weights().items():
         expected = by_layer if len(x) == 2 else torch.ones(1).double()
-        found = nodes[site]["fn"].stddev.flatten(1)
-        assert torch.equal(found, expected[:, None].expand(found.shape))
+        sd = nodes[site]["fn"].stddev.flatten(1)
+        assert torch.equal(sd, expected[:, None].expand(sd.shape))
 
 
 @each_family

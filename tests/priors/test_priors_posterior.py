@@ -114,8 +114,8 @@ def test_part_of_a_dense_posterior_is_its_marginal() -> None:
     ).log_prob(deviation[mine])
     trace = trace_at(lambda: lora(), weights, {})
     trace.compute_log_prob()
-    found = sum(trace.nodes[s]["log_prob"] for s in lora.sites if ".value." in s)
-    assert_close(found, expected, rtol=1e-8, atol=1e-8)
+    log_prob = sum(trace.nodes[s]["log_prob"] for s in lora.sites if ".value." in s)
+    assert_close(log_prob, expected, rtol=1e-8, atol=1e-8)
 
 
 def of_particles(
@@ -136,7 +136,7 @@ def test_particles_become_a_mixture_of_normals(bandwidth: float | None) -> None:
     }
     lora = lora.with_prior(pl.priors.from_posterior(posterior, bandwidth=bandwidth))
     draws = particles(lora, 3, 1)
-    found = log_density(lora, draws, 3, 1)
+    log_prob = log_density(lora, draws, 3, 1)
     for i in range(3):
         one = {site: value[i, 0] for site, value in draws.items()}
         each = []
@@ -147,7 +147,7 @@ def test_particles_become_a_mixture_of_normals(bandwidth: float | None) -> None:
                 total += normal.log_prob(x).sum()
             each.append(total - math.log(4))
         expected = torch.stack(each).logsumexp(0)
-        assert_close(found[i, 0], expected, rtol=1e-6, atol=1e-6)
+        assert_close(log_prob[i, 0], expected, rtol=1e-6, atol=1e-6)
         assert_close(log_density(lora, one), expected, rtol=1e-6, atol=1e-6)
 
 
@@ -182,8 +182,8 @@ def test_a_mixture_of_laplaces_keeps_its_density() -> None:
     draws = posterior.sample(6)
     expected = posterior.log_prob(draws)
     column = {site: value[:, None] for site, value in draws.items()}
-    found = log_density(lora, column, 6, 1)[:, 0]
-    assert_close(found, expected, rtol=1e-8, atol=1e-8)
+    log_prob = log_density(lora, column, 6, 1)[:, 0]
+    assert_close(log_prob, expected, rtol=1e-8, atol=1e-8)
 
 
 def test_a_component_without_weight_is_left_out() -> None:

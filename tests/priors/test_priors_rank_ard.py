@@ -39,8 +39,8 @@ def test_a_rank_component_is_multivariate_student_t() -> None:
             )
             total += student.logpdf(w) + gamma.logpdf(precision[layer, r])
         own = [name, *(f"{name[21:-1]}{role}" for role in "AB")]
-        found = sum(trace.nodes[n]["log_prob"] for n in own)
-        assert_close(found, total, rtol=1e-6, atol=0)
+        log_prob = sum(trace.nodes[n]["log_prob"] for n in own)
+        assert_close(log_prob, total, rtol=1e-6, atol=0)
 
 
 def test_rank_components_are_found_where_ranks_and_shapes_differ() -> None:

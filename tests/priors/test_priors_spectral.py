@@ -41,8 +41,8 @@ def log_factor(
     trace = trace_at(model, weights, {})
     trace.compute_log_prob()
     (site,) = (n for n in trace.nodes if n.startswith(f"prior.{name}."))
-    found: Tensor = trace.nodes[site]["log_prob"]
-    return found
+    log_prob: Tensor = trace.nodes[site]["log_prob"]
+    return log_prob
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -97,7 +97,7 @@ def test_the_factor_is_that_of_the_dense_update(
     # Ranks differ, and with them the shapes of the factors.
     lora = pl.lift(bert(rank_pattern={"layer.1.*.query": 2}), prior=prior)
     draws = particles(lora, 3, 1)
-    found = log_factor(lora, "spectral", draws, 3, 1)
+    factor = log_factor(lora, "spectral", draws, 3, 1)
     for i in range(3):
         weights = {site: value[i, 0] for site, value in draws.items()}
         lora.load(weights)
@@ -108,7 +108,7 @@ def test_the_factor_is_that_of_the_dense_update(
                 expected -= update.square().sum() / (2 * frobenius_scale**2)
             if penalty is not None:
                 expected -= torch.linalg.matrix_norm(update, ord="nuc") / 3
-        assert_close(found[i, 0], expected, rtol=1e-10, atol=0)
+        assert_close(factor[i, 0], expected, rtol=1e-10, atol=0)
         assert_close(
             log_factor(lora, "spectral", weights), expected, rtol=1e-10, atol=0
         )
@@ -151,8 +151,8 @@ def test_part_of_a_network_can_have_a_spectral_prior() -> None:
         for path, update in zip(paths, updates(lora), strict=True)
         if path.endswith("query")
     )
-    found = log_factor(lora, "spectral", lora.weights())
-    assert_close(found, torch.as_tensor(expected), rtol=1e-10, atol=0)
+    factor = log_factor(lora, "spectral", lora.weights())
+    assert_close(factor, torch.as_tensor(expected), rtol=1e-10, atol=0)
     lora = lora.with_prior(
         pl.priors.by_site({"*.A": spectral, "*": pl.priors.normal()})
     )
@@ -222,8 +222,8 @@ def test_the_orthogonality_penalty_is_pefts() -> None:
     plain = nn.functional.cross_entropy(output.logits, texts["labels"])
     num_data = 100  # of which the loss is a mean, and the log joint a sum
     lora = pl.lift(peft_model, prior=pl.priors.orthogonal(0.7 * num_data))
-    found = log_factor(lora, "orthogonal", lora.weights())
-    assert_close(found, -num_data * (output.loss - plain), rtol=1e-8, atol=0)
+    factor = log_factor(lora, "orthogonal", lora.weights())
+    assert_close(factor, -num_data * (output.loss - plain), rtol=1e-8, atol=0)
 
 
 def test_rank_ard_takes_e_into_the_component() -> None:
@@ -242,7 +242,7 @@ def test_orthogonal_multiplies_its_base_prior_by_the_factor() -> None:
     prior = pl.priors.orthogonal(5.0, prior=pl.priors.normal(2.0))
     lora = pl.lift(bert(), prior=prior)
     draws = particles(lora, 3, 1)
-    found = log_factor(lora, "orthogonal", draws, 3, 1)
+    factor = log_factor(lora, "orthogonal", draws, 3, 1)
     for i in range(3):
         weights = {site: value[i, 0] for site, value in draws.items()}
         norms = []
@@ -252,7 +252,7 @@ def test_orthogonal_multiplies_its_base_prior_by_the_factor() -> None:
                 norms.append((gram - torch.eye(3)).square().sum().sqrt())
         assert len(norms) == 8
         expected = -5.0 * torch.stack(norms).mean()
-        assert_close(found[i, 0], expected, rtol=1e-10, atol=0)
+        assert_close(factor[i, 0], expected, rtol=1e-10, atol=0)
 
 
 def test_orthonormal_factors_have_no_penalty_and_finite_gradients() -> None:

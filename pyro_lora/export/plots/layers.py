@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from pyro_lora.diagnose.diagnose import charge_of
-from pyro_lora.diagnose.log_joint import LeftOut
+from pyro_lora.diagnose.diagnosis import LeftOut
 from pyro_lora.export.plots.axes import axes_or_new
 from pyro_lora.export.weight_variables import (
     layer_dim,

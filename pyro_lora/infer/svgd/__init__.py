@@ -1,7 +1,7 @@
 """Particles that repel one another: model and batches -> K weight sets, a posterior.
 
 ``svgd`` is the engine: settings, steps, runs, and what goes on from them
-(``training_state``, ``optimizer_state``). It asks the kernel's space for a direction:
+(``training_state``). It asks the kernel's space for a direction:
 ``weight_space`` (all weights or each site's, with both transports), ``delta_space``
 (LoRA's updates) or ``function_space`` (predictions). The space runs
 the user's model at all particles (``particle_model``) and compares them by one of the

@@ -114,8 +114,8 @@ def _factors(networks: Sequence[LiftedNetwork], particles: Weights) -> list[Fact
 
 def _products(x: Factors, y: Factors) -> Tensor:
     """Inner products of updates, (K, K')."""
-    left = torch.einsum("kor,los->klrs", x[0], y[0])
-    right = torch.einsum("kri,lsi->klrs", x[1], y[1])
+    left = torch.einsum("kor,los->klrs", x[0], y[0])  # B_k^T B_l
+    right = torch.einsum("kri,lsi->klrs", x[1], y[1])  # A_k A_l^T
     return (left * right).sum((-2, -1))
 
 
@@ -139,6 +139,7 @@ def _gradients(
         distances = []
         for one, (b, a) in zip(x, y, strict=True):
             other = b.detach(), a.detach()
+            # |X - Y|^2 = |X|^2 + |Y|^2 - 2 <X, Y>
             norms = _squared_norms(one)[:, None] + _squared_norms(other)
             distances.append(norms - 2 * _products(one, other))
         total = (coefficients.to(distances[0]) * _summed(distances)).sum()

@@ -174,6 +174,7 @@ class FunctionSpace:
             if not pushes:  # these are all particles
                 pushes.append(self._push(own, repulsion))
             push = pushes[0].by_output[rows]
+            # d/dw of v^T f(w) is J^T v: both terms in one backward pass.
             return log_joint.sum() / temperature + (push * own.outputs).sum()
 
         by_site, log_joint = at.gradients(objective)
@@ -186,18 +187,18 @@ class FunctionSpace:
             weight_space.mean_off_diagonal(push.gram),
         )
 
-    def _push(self, known: Predictions, repulsion: Repulsion) -> Push:
+    def _push(self, own: Predictions, repulsion: Repulsion) -> Push:
         """The outputs' repulsion, by distances averaged over the data that count."""
-        f, num_data = known.outputs.detach(), max(1, known.size)
+        f, num_data = own.outputs.detach(), max(1, own.size)
         sq_dists = weight_space.squared_distances(f) / num_data
         gram, slope = weight_space.gram_and_slope(self.kernel, sq_dists)
         _, push = self.transport.weights(gram, slope, 1.0)
         if callable(repulsion):
-            repulsion = repulsion(float(known.loss.mean()), known.num_data)
+            repulsion = repulsion(float(own.loss.mean()), own.num_data)
         return Push(
             weight_space.repel(f, push) / num_data * repulsion,
             gram,
-            known.score_norm.square().mean().sqrt(),
+            own.score_norm.square().mean().sqrt(),
         )
 
 
@@ -223,15 +224,15 @@ def predictions_ahead(at: ParticlePass) -> Predictions:
     Raises:
         ValueError: If labels are missing, or a log density is NaN or infinite.
     """
-    parts = []
+    chunks = []
     for rows, trace, _ in at.forward():
         at.target.check_observed(trace)
         site = likelihood_at_particles(trace, at.target.obs_site)
-        parts.append(predictions(site, rows.stop - rows.start))
+        chunks.append(predictions(site, rows.stop - rows.start))
     return Predictions(
-        torch.cat([p.outputs for p in parts]),
-        torch.cat([p.loss for p in parts]),
-        parts[0].size,
-        torch.cat([p.score_norm for p in parts]),
-        parts[0].num_data,
+        torch.cat([p.outputs for p in chunks]),
+        torch.cat([p.loss for p in chunks]),
+        chunks[0].size,
+        torch.cat([p.score_norm for p in chunks]),
+        chunks[0].num_data,
     )

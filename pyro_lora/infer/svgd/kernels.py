@@ -182,5 +182,7 @@ def _median_heuristic(sq_dists: Tensor) -> Tensor:
     i, j = torch.triu_indices(
         num_particles, num_particles, offset=1, device=sq_dists.device
     )
+    # With 2 h^2 = median / log(K + 1) a kernel value at the median is 1 / (K + 1): all
+    # others' together count about as much as a particle's own.
     median = sq_dists[..., i, j].median(-1).values[..., None, None]
     return (median / math.log(num_particles + 1)).clamp_min(MIN_SQUARED_BANDWIDTH)

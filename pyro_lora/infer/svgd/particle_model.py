@@ -23,7 +23,7 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer.autoguide.initialization import InitMessenger
-from pyro.poutine.util import site_is_subsample
+from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to
 from torch.distributions.transforms import Transform
@@ -34,6 +34,7 @@ from pyro_lora.ground.weights import Weights, check_weights
 from pyro_lora.lifting.initialization import check_number_of_starts, check_start
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.likelihood.batch import Batch, explaining
+from pyro_lora.likelihood.data_plate import data_plate
 from pyro_lora.likelihood.model_trace import (
     Model,
     check_model,
@@ -142,6 +143,7 @@ class ParticlePass:
         chunk_size: Particles in one forward and backward pass.
         plates: Plate -> its indices, where the model draws them itself: at the first
             run, for all others, so that all chunks see the same data.
+        losses: What :meth:`gradients` has seen of :func:`data_loss`, chunk by chunk.
     """
 
     target: ParticleModel
@@ -150,6 +152,7 @@ class ParticlePass:
     kwargs: Batch
     chunk_size: int
     plates: dict[str, Tensor] = field(default_factory=dict)
+    losses: list[Tensor] = field(default_factory=list)
 
     @property
     def num_particles(self) -> int:
@@ -188,7 +191,9 @@ class ParticlePass:
             latent = target.latents[site]
             value = latent.transform(x)
             jacobian = latent.transform.log_abs_det_jacobian(x, value)
+            # p(u) = p(T(u)) |det T'(u)|, by particle
             log_density[site] = jacobian.reshape(num_particles, -1).sum(1)
+            # Right of the particles' dim: dims of size 1 for plates that it isn't in.
             missing = target.max_plate_nesting - len(latent.batch_shape)
             values[site] = value.reshape(
                 num_particles, *[1] * missing, *value.shape[1:]
@@ -211,6 +216,7 @@ class ParticlePass:
                     "too many: one particle's values meet another's. Let the model "
                     "keep every dim on the left of its own, as under pyro.plate."
                 )
+            # Thousands of tokens' log densities: a sum in half precision loses them.
             log_prob = site["log_prob"].reshape(num_particles, -1)
             wide = torch.promote_types(log_prob.dtype, torch.float32)
             log_density[name] = log_density.get(name, 0) + log_prob.sum(1, dtype=wide)
@@ -247,6 +253,7 @@ class ParticlePass:
         gradients: dict[str, list[Tensor]] = {site: [] for site in self.particles}
         log_joints = []
         for rows, chunk in self.chunks():
+            # A chunk's graph is gone before the next one's is built.
             leaves = {s: x.requires_grad_() for s, x in chunk.items()}
             trace, log_joint = self._finite_trace(leaves, rows.start)
             of_chunk = torch.autograd.grad(
@@ -259,6 +266,8 @@ class ParticlePass:
             for site, gradient in by_site.items():
                 gradients[site].append(gradient)
             log_joints.append(log_joint.detach())
+            loss = data_loss(trace, log_joint.shape[0])
+            self.losses.extend([] if loss is None else [loss])
         return {s: torch.cat(g) for s, g in gradients.items()}, torch.cat(log_joints)
 
     def _finite_trace(self, chunk: Weights, first: int) -> tuple[Any, Tensor]:
@@ -536,9 +545,42 @@ def likelihood_at_particles(trace: Any, obs_site: str | None) -> dict[str, Any]:
     Raises:
         ValueError: If there is no such site, or more than one.
     """
-    site = observed_site(trace, obs_site)
+    return of_one_particle(observed_site(trace, obs_site))
+
+
+def of_one_particle(site: Any) -> dict[str, Any]:
+    """A site without the particles' plate among those that it is in."""
     frames = [f for f in site["cond_indep_stack"] if f.name != PARTICLE_PLATE]
     return {**site, "cond_indep_stack": tuple(frames)}
+
+
+def is_data(site: Any) -> bool:
+    """Whether a site has data, observed values of a distribution."""
+    is_function = site["infer"].get("_deterministic", False) or site_is_factor(site)
+    is_observed: bool = site["is_observed"]
+    return is_observed and not (is_function or site_is_subsample(site))
+
+
+def data_loss(trace: Any, num_particles: int) -> Tensor | None:
+    """Negative log likelihood per datum, nats, as the model scales it, (K,).
+
+    Of several observed sites, each per datum of its own, the sum; None of none.
+
+    Args:
+        trace: Of the vectorised model, with its log densities.
+        num_particles: K.
+    """
+    losses = []
+    for site in trace.nodes.values():
+        if site["type"] != "sample" or not is_data(site):
+            continue
+        one = of_one_particle(site)
+        log_prob = site["log_prob"].detach().reshape(num_particles, -1)
+        in_plate = any(frame.vectorized for frame in one["cond_indep_stack"])
+        num_data = data_plate(one).full_size if in_plate else log_prob.shape[1]
+        wide = torch.promote_types(log_prob.dtype, torch.float32)
+        losses.append(-log_prob.sum(1, dtype=wide) / num_data)
+    return torch.stack([x.to(losses[0]) for x in losses]).sum(0) if losses else None
 
 
 def datum_loss(site: dict[str, Any], num_particles: int) -> tuple[Tensor, int]:

@@ -77,6 +77,7 @@ class annealed:
 
     def __call__(self, fraction: float) -> float:
         """The temperature when a fraction of the run is done."""
+        # gamma, from 0 to 1; near 0 the start bounds what would be a division by 0.
         share = math.tanh((1.3 * fraction) ** self.power) / math.tanh(1.3**self.power)
         return self.final / max(share, self.final / self.start)
 

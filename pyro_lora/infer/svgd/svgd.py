@@ -20,10 +20,9 @@ from typing import Any, Literal
 import torch
 from pyro.optim import PyroOptim
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import site_is_factor
-from tqdm.auto import tqdm
 
 from pyro_lora.ground.interrupts import leaving_no_trace, undone
+from pyro_lora.ground.progress import progress
 from pyro_lora.ground.settings import (
     check_count,
     check_function,
@@ -34,6 +33,7 @@ from pyro_lora.ground.settings import (
     check_positive,
     check_word,
 )
+from pyro_lora.ground.summary import Summarised, brief, weights_facts
 from pyro_lora.ground.tensor_folder import MANIFEST
 from pyro_lora.ground.warning import warn
 from pyro_lora.ground.weights import Weights
@@ -41,28 +41,27 @@ from pyro_lora.infer.svgd import delta_space
 from pyro_lora.infer.svgd.delta_space import DeltaSpace
 from pyro_lora.infer.svgd.function_space import FunctionSpace
 from pyro_lora.infer.svgd.kernels import Kernel, NoRepulsion, check_kernel, space_of
-from pyro_lora.infer.svgd.optimizer_state import (
-    check_optimizer,
-    optimizer_state,
-    restore_optimizer,
-    step_schedulers,
-)
 from pyro_lora.infer.svgd.particle_model import (
-    PARTICLE_PLATE,
     InitFn,
     ParticleModel,
     ParticlePass,
     check_finite,
     initial_particles,
+    is_data,
     largest,
+    of_one_particle,
     particle_model,
 )
 from pyro_lora.infer.svgd.schedules import Schedule, check_epochs, fraction_done
 from pyro_lora.infer.svgd.training_state import (
+    check_optimizer,
     check_shapes,
     checked_state,
+    optimizer_state,
     read_state,
     restore_generators,
+    restore_optimizer,
+    step_schedulers,
     write_state,
 )
 from pyro_lora.infer.svgd.weight_space import (
@@ -107,7 +106,7 @@ TRANSPORTS: dict[str, Transport] = {"stein": STEIN, "repulsive": REPULSIVE}
 COLLAPSED = 1e-6
 
 
-class SVGD:
+class SVGD(Summarised):
     r"""An ensemble of adapters whose members repel one another.
 
     ``transport="stein"`` (Liu & Wang 2016, https://arxiv.org/abs/1608.04471, eq. 8)
@@ -152,7 +151,9 @@ class SVGD:
             the only one.
 
     Attributes:
-        diagnostics: Series with one value a step: ``loss`` (nats, full data),
+        diagnostics: Series with one value a step: ``loss`` (nats, full data), ``nll``
+            (of the batch's data alone, nats per datum as the model scales them; if it
+            observes any),
             ``attraction`` and ``repulsion`` (norms, in function space those of the
             directions of the logits), ``ratio`` (repulsion over attraction),
             ``spread`` (root mean square distance of the particles to their mean),
@@ -192,7 +193,7 @@ class SVGD:
         check_kernel(kernel)
         check_word("transport", transport, (*TRANSPORTS, None))
         check_name("obs_site", obs_site)
-        self._space = _space(kernel, transport)
+        self._kernel, self._space = kernel, _space(kernel, transport)
         if repulsion is not None:
             if self._space.default_repulsion is None:
                 raise ValueError(
@@ -223,6 +224,20 @@ class SVGD:
         self._num_batches = 0
         self._warned: set[str] = set()
         self.diagnostics: dict[str, list[float]] = {}
+
+    def _facts(self) -> dict[str, str]:
+        facts = {
+            "num_particles": str(self._num_particles),
+            "kernel": brief(self._kernel),
+            "temperature": brief(self._temperature),
+            "optim": brief(self._optim.pt_optim_constructor),
+            "steps": f"{len(self.diagnostics.get('loss', ())):,}",
+            "epochs": f"{self._num_epochs:,}",
+            **(self._progress() if self.diagnostics else {}),
+        }
+        if self._particles is not None:
+            facts |= weights_facts(self._particles, lead=1)
+        return facts | {"obs_site": brief(self._obs_site), "model": brief(self._model)}
 
     @leaving_no_trace
     def step(self, *args: Any, **kwargs: Any) -> float:
@@ -293,12 +308,15 @@ class SVGD:
             "ratio": direction.repulsion / direction.attraction,
             "spread": spread(particles),
         }
+        if at.losses:
+            line["nll"] = torch.cat(at.losses).to(line["loss"].device).mean()
         if at.target.factor_sites:
             line["delta_spread"] = delta_space.spread(networks, particles)
         with undone(partial(_drop_gradients, particles)):
             for site, particle in particles.items():
-                particle.grad = direction.by_site[site].neg_()
+                particle.grad = direction.by_site[site].neg_()  # optimisers descend
             self._optim(list(particles.values()))
+        # One transfer from the GPU for the whole line.
         values = torch.stack([x.double() for x in line.values()]).tolist()
         for name, value in zip(line, values, strict=True):
             self.diagnostics.setdefault(name, []).append(value)
@@ -315,7 +333,7 @@ class SVGD:
         *,
         num_epochs: int,
         total_epochs: int | None = None,
-        progress_bar: bool = True,
+        progress_bar: bool | None = None,
     ) -> None:
         """Step through the batches, and a scheduler once an epoch.
 
@@ -325,7 +343,10 @@ class SVGD:
             total_epochs: Those of all calls, earlier ones and other processes' (by
                 :meth:`state_dict`) included, for schedules that go on from call to
                 call; None is this call by itself.
-            progress_bar: Show loss, spread and repulsion.
+            progress_bar: Show one, with the batch's negative log likelihood in nats
+                per datum, averaged over the particles (at chance, log C for C classes),
+                and spread and repulsion. What a prior adds to the loss is mostly a
+                constant, and left out. None: on a terminal or in a notebook.
 
         Raises:
             ValueError: As :meth:`step`, or if there is nothing to step through, or
@@ -338,10 +359,12 @@ class SVGD:
         """
         first, total = check_epochs(num_epochs, total_epochs, self._num_epochs)
         check_batches(batches)
-        length = length_hint(batches)
+        length = length_hint(batches)  # 0 where it isn't known
         steps = num_epochs * length or None
         with undone(partial(setattr, self, "_fraction", 1.0)):
-            with tqdm(total=steps, desc="SVGD", disable=not progress_bar) as bar:
+            with progress(
+                title="SVGD", unit="batch", total=steps, shown=progress_bar
+            ) as bar:
                 for epoch in range(first, first + num_epochs):
                     losses: list[float] = []
                     count = DataCount()
@@ -361,6 +384,7 @@ class SVGD:
                             "iterator."
                         )
                     assert self._particles is not None
+                    # As torch's are stepped by hand, once an epoch.
                     step_schedulers(
                         self._optim, self._particles.values(), sum(losses) / len(losses)
                     )
@@ -572,8 +596,11 @@ class SVGD:
         return self._target, self._particles
 
     def _progress(self) -> dict[str, str]:
-        formats = {"loss": ".1f", "spread": ".3g", "repulsion": ".2g"}
-        return {k: f"{self.diagnostics[k][-1]:{form}}" for k, form in formats.items()}
+        last = {name: series[-1] for name, series in self.diagnostics.items() if series}
+        # The loss is mostly the prior's constant: thousands of weights, log sqrt(2 pi).
+        loss = "nll" if "nll" in last else "loss"
+        formats = {loss: ".3f", "spread": ".3g", "repulsion": ".2g"}
+        return {k: f"{last[k]:{form}}" for k, form in formats.items() if k in last}
 
 
 def _drop_gradients(particles: Weights) -> None:
@@ -655,13 +682,12 @@ class DataCount(Messenger):
 
     def _pyro_post_sample(self, msg: Any) -> None:
         name = msg["name"]
-        is_function = msg["infer"].get("_deterministic", False) or site_is_factor(msg)
-        if not msg["is_observed"] or name in self._seen or is_function:
+        if name in self._seen or not is_data(msg):
             return
-        frames = [f for f in msg["cond_indep_stack"] if f.name != PARTICLE_PLATE]
-        if any(frame.vectorized for frame in frames):
+        site = of_one_particle(msg)
+        if any(frame.vectorized for frame in site["cond_indep_stack"]):
             self._seen.add(name)  # chunks of particles run on the same data
-            plate = data_plate({**msg, "cond_indep_stack": tuple(frames)})
+            plate = data_plate(site)
             size, largest, _ = self.counts.get(name, (0, 0, 0))
             self.counts[name] = (
                 size + plate.size,
@@ -679,8 +705,8 @@ class DataCount(Messenger):
             Whether it warned.
         """
         # A plate that no batch is a part of need not be one of data, beside others.
-        parts = {s: x for s, x in self.counts.items() if x[1] < x[2]}
-        counts = parts or (self.counts if len(self.counts) == 1 else {})
+        minibatched = {s: x for s, x in self.counts.items() if x[1] < x[2]}
+        counts = minibatched or (self.counts if len(self.counts) == 1 else {})
         for name, (size, most, full_size) in counts.items():
             left_out = full_size - size
             if left_out == 0 or (drop_last and 0 < left_out < most):

@@ -29,6 +29,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from pyro_lora.curvature.factors import at_least_float32
 from pyro_lora.ground.weights import Weights
 from pyro_lora.infer.svgd.kernels import Kernel
 from pyro_lora.infer.svgd.particle_model import (
@@ -191,7 +192,7 @@ class Repulsive:
         self, gram: Tensor, slope: Tensor, repulsion: float
     ) -> tuple[Tensor, Tensor]:
         """The matrices a and c, both (K, K)."""
-        density = gram.sum(1, keepdim=True)
+        density = gram.sum(1, keepdim=True)  # sum_j k_ij, (K, 1)
         push = _differences(slope) / density
         return torch.eye(len(gram)).to(gram), repulsion * push
 
@@ -383,11 +384,13 @@ def centred_products(particles: Tensor) -> Tensor:
     or wider.
     """
     blocks = (_centred(block) for block in _blocks(particles))
+    # A sum over weights, block by block: all of (K, D) is read once.
     return torch.stack([x @ x.mT for x in blocks]).sum(0)
 
 
 def distances_from_products(gram: Tensor) -> Tensor:
     """Squared distances (K, K) of particles with inner products (K, K)."""
+    # |x|^2 + |y|^2 - 2 <x, y>, symmetric also where rounding made the products not so
     norms = gram.diagonal()
     sq_dists = (norms[:, None] + norms[None, :] - gram - gram.mT).clamp_min(0)
     return sq_dists - torch.diag_embed(sq_dists.diagonal())
@@ -414,6 +417,7 @@ def gram_and_slope(kernel: Kernel, sq_dists: Tensor) -> tuple[Tensor, Tensor]:
                 f"The kernel maps squared distances {tuple(leaf.shape)} to shape "
                 f"{tuple(gram.shape)}; it must give the Gram matrix of the same shape."
             )
+        # Each entry depends on its own distance alone, so this is elementwise.
         (slope,) = torch.autograd.grad(gram.sum(), leaf)
     # a particle doesn't repel itself, even if the slope is inf
     slope.diagonal(dim1=-2, dim2=-1).zero_()
@@ -449,7 +453,7 @@ def combine(
 
 def attract(scores: Tensor, pull: Tensor) -> Tensor:
     """The first term alone, (K, ...)."""
-    rows = _wide(_rows(scores))
+    rows = at_least_float32(_rows(scores))
     return (pull.to(rows) @ rows).to(scores.dtype).reshape(scores.shape)
 
 
@@ -484,7 +488,9 @@ def mean_off_diagonal(gram: Tensor) -> Tensor:
 def norm(values: Mapping[str, Tensor]) -> Tensor:
     """Root mean square over particles of the norm over all sites, a scalar."""
     squares = [
-        _wide(block).square().sum() for x in values.values() for block in _blocks(x)
+        at_least_float32(block).square().sum()
+        for x in values.values()
+        for block in _blocks(x)
     ]
     return _root_mean_square(squares, values)
 
@@ -505,12 +511,8 @@ def _blocks(particles: Tensor) -> tuple[Tensor, ...]:
 
 
 def _centred(rows: Tensor) -> Tensor:
-    rows = _wide(rows)
+    rows = at_least_float32(rows)
     return rows - rows.mean(0)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _differences(slope: Tensor) -> Tensor:

