@@ -244,8 +244,8 @@ def report(runs: Path) -> list[str]:
         f"MiniLM, LoRA r={RANK} on query and value of the last two layers, and the "
         f"head. Texts of at most 32 tokens, {NUM_TEST} test rows; each seed draws its "
         f"own training rows, initial weights and order. Prior precision in training "
-        f"{PRIOR_PRECISION}. NLL, mean ± standard error over the seeds, and the "
-        "difference to MAP in the same seed. No label is held out but for temperature.",
+        f"{PRIOR_PRECISION}. Mean ± standard error over the seeds, where there are "
+        "several. No label is held out but for temperature.",
         "",
         provenance(),
         "",

@@ -43,7 +43,7 @@ _JITTER = 1e-12  # of the kernel's mean diagonal, where contrasts are given weig
 _DECADES = (4.0, 2.0, 1.0, 0.0, -1.0, -2.0, -3.0, -4.0)
 _TINY = 1e-30  # of a network without gradients
 
-Objective = Literal["loo", "evidence"]
+Objective = Literal["evidence", "loo"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -334,7 +334,7 @@ def near_weights(
 
     Args:
         gaussian: One that knows what was observed.
-        objective: ``"loo"`` or ``"evidence"``.
+        objective: ``"evidence"`` or ``"loo"``.
 
     Returns:
         The same rows and prior precision, around the mode; and the log likelihood

@@ -271,7 +271,7 @@ class LaplacePosterior(Summarised):
         self,
         around: Literal["weights", "prior"] = "weights",
         *,
-        objective: Literal["loo", "evidence"] = "loo",
+        objective: Literal["evidence", "loo"] = "evidence",
     ) -> LaplacePosterior:
         r"""The posterior at the mode of the linearised network, a convex problem.
 
@@ -289,8 +289,8 @@ class LaplacePosterior(Summarised):
                 (:math:`\tau_0 \to \infty`). ``"prior"``: under the posterior's own
                 prior; from then on the mode follows where
                 :meth:`with_prior_precision` and :meth:`optimize_prior` change it.
-            objective: What chooses :math:`\tau_0`: the exact leave-one-out log density
-                of the data, or the evidence. Nothing is held out.
+            objective: What chooses :math:`\tau_0`: the evidence of this prior, or the
+                exact leave-one-out log density of the data. Nothing is held out.
 
         Returns:
             A new posterior under the same prior; the network is as before.
@@ -305,7 +305,7 @@ class LaplacePosterior(Summarised):
                 only its diagonal stands for.
         """
         check_word("around", around, ("weights", "prior"))
-        check_word("objective", objective, ("loo", "evidence"))
+        check_word("objective", objective, ("evidence", "loo"))
         gaussian = linear_model.checked(self.gaussian)
         present = prior_tuning.moments_at(self.prior, self.networks, gaussian.loc)
         prior_tuning.check_as_fitted(float(present.log_prob), self.log_prior)
