@@ -92,9 +92,11 @@ def test_prediction(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(names["chosen"].indices) == 10
 
 
+# A page of trees and figures, whose parts the tests of export look at.
 # Few draws; and versions of ArviZ and xarray that warn of one another.
 @pytest.mark.filterwarnings("ignore:Estimated shape parameter of Pareto")
 @pytest.mark.filterwarnings("ignore:In a future version of xarray:FutureWarning")
+@pytest.mark.slow
 def test_arviz(capsys: pytest.CaptureFixture[str]) -> None:
     plt.close("all")  # those of other pages
     names = names_after("quickstart", "arviz")

@@ -83,9 +83,7 @@ FUNCTIONS: dict[str, tuple[str, Callable[..., Any]]] = {
     "generate": ("Generate: 100%", generate),
     "optimize_prior": (
         "Prior: 100%",
-        lambda **s: laplace().optimize_prior(
-            per="site", objective="nll", batches=[batch()], **s
-        ),
+        lambda **s: laplace().optimize_prior(objective="nll", batches=[batch()], **s),
     ),
     "for_sampling": ("Scale: ", lambda **s: laplace().for_sampling([batch()], **s)),
 }
