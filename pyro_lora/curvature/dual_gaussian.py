@@ -163,7 +163,7 @@ class Roots(FieldsShown):
 
     def left(self, x: Tensor) -> Tensor:
         """R x for (k, ...)."""
-        return self._times(x, [b for b in self.blocks])
+        return self._times(x, self.blocks)
 
     def right(self, x: Tensor) -> Tensor:
         """R' x for (n, ...)."""

@@ -299,8 +299,8 @@ class FisherPasses:
             raise ValueError(READ_ONCE.format(why))
         if self.structure.linear and self.checkpoint is not None:
             raise ValueError(
-                f"{self.structure} keeps every row, which takes longer to write than "
-                "to compute again: it can't be resumed. Leave checkpoint= out."
+                f"{self.structure} keeps every row of the Jacobian, which a fit's file "
+                "doesn't hold: it can't be resumed. Leave checkpoint= out."
             )
         mode = self.mode
         leaves = {site: x.clone().requires_grad_() for site, x in mode.items()}

@@ -44,6 +44,11 @@ class WeightGaussian(Summarised):
         They are the mode, but for a refined posterior.
         """
 
+    @property
+    def is_refined(self) -> bool:
+        """Whether the mode is another than the weights it is linearised at."""
+        return self.loc is not self.origin
+
     @abstractmethod
     def with_prior_precision(self, prior_precision: Mapping[str, Tensor]) -> Self:
         """The same Fisher information with another prior precision."""

@@ -303,7 +303,7 @@ def _stationarity(joint: LogJoint) -> Stationarity:
     posterior = only_gaussian(joint.posterior)
     if posterior is None:
         raise LeftOut(f"{kind_of(joint.posterior)} has no mode and curvature")
-    if posterior.gaussian.loc is not posterior.gaussian.origin:
+    if posterior.gaussian.is_refined:
         raise LeftOut("its mean is a mode of the linearised network")
     joint.check()
     # At a mode g = 0. How far it is off counts in units of the curvature there: a step

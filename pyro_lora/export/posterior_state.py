@@ -683,7 +683,7 @@ def _describe_gaussian(gaussian: WeightGaussian, prefix: str) -> tuple[str, Tens
         roots = {str(i): x for i, x in enumerate(gaussian.roots.blocks)}
         tensors |= _named(f"{prefix}jacobian/", gaussian.rows.values)
         tensors |= _named(f"{prefix}roots/", roots)
-        if gaussian.loc is not gaussian.origin:
+        if gaussian.is_refined:
             tensors |= _named(f"{prefix}origin/", gaussian.origin)
         if gaussian.mode_precision is not None:
             tensors |= _named(f"{prefix}mode_precision/", gaussian.mode_precision)
