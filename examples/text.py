@@ -97,29 +97,28 @@ def batches(
         shuffle_seed: Seed of a new order in each pass; None keeps the rows' order.
 
     Returns:
-        The batches, each padded to its own longest text.
+        The batches, all padded to the longest text: what a trunk makes of a text is
+        then the same in each of them, and can be cached.
     """
+    tokens = tokenizer(
+        [row.text for row in rows],
+        padding=True,
+        truncation=True,
+        max_length=MAX_LENGTH,
+        return_token_type_ids=False,
+        return_tensors="pt",
+    )
+    columns = {**tokens, "labels": torch.tensor([row.label for row in rows])}
+    columns = {name: column.to(device) for name, column in columns.items()}
 
-    def collate(chunk: list[Row]) -> dict[str, Tensor]:
-        tokens = tokenizer(
-            [row.text for row in chunk],
-            padding=True,
-            truncation=True,
-            max_length=MAX_LENGTH,
-            return_token_type_ids=False,
-            return_tensors="pt",
-        )
-        labels = torch.tensor([row.label for row in chunk])
-        return {
-            name: tensor.to(device)
-            for name, tensor in {**tokens, "labels": labels}.items()
-        }
+    def collate(index: list[int]) -> dict[str, Tensor]:
+        return {name: column[index] for name, column in columns.items()}
 
     generator = torch.Generator()
     if shuffle_seed is not None:
         generator.manual_seed(shuffle_seed)
     return DataLoader(
-        list(rows),  # type: ignore[arg-type]  # a list of rows is a map-style dataset
+        range(len(rows)),  # type: ignore[arg-type]  # which is a map-style dataset
         batch_size=BATCH_SIZE,
         shuffle=shuffle_seed is not None,
         generator=generator,

@@ -30,10 +30,10 @@ def base_network(num_labels: int = 2) -> BertForSequenceClassification:
     return BertForSequenceClassification(config).eval()
 
 
-def network(num_labels: int = 2) -> PeftModel:
+def network(num_labels: int = 2, rank: int = 4) -> PeftModel:
     """The encoder with a new LoRA adapter and a head that is trained with it."""
     config = LoraConfig(
-        task_type="SEQ_CLS", r=4, lora_alpha=8, target_modules=["query", "value"]
+        task_type="SEQ_CLS", r=rank, lora_alpha=8, target_modules=["query", "value"]
     )
     return get_peft_model(base_network(num_labels), config).eval()
 

@@ -10,6 +10,8 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+__version__ = "0.1.0"
+
 if TYPE_CHECKING:  # what _HOMES says below, for whom no code runs
     from pyro_lora import models, priors
     from pyro_lora.curvature import integrals, structures
@@ -21,6 +23,10 @@ if TYPE_CHECKING:  # what _HOMES says below, for whom no code runs
     from pyro_lora.export.checkpoint import load, load_metadata, save
     from pyro_lora.export.datatree import to_datatree
     from pyro_lora.export.inference_data import to_inference_data
+    from pyro_lora.export.pretrained import from_pretrained
+    from pyro_lora.export.trainer_callback import LaplaceCallback
+    from pyro_lora.ground.ranks import share
+    from pyro_lora.infer import methods
     from pyro_lora.infer.auto_laplace import AutoLaplace
     from pyro_lora.infer.svgd import kernels, schedules
     from pyro_lora.infer.svgd.svgd import SVGD
@@ -28,6 +34,7 @@ if TYPE_CHECKING:  # what _HOMES says below, for whom no code runs
     from pyro_lora.lifting.cached_trunk import cached_trunk
     from pyro_lora.lifting.lifted_network import LiftedNetwork
     from pyro_lora.likelihood import likelihoods
+    from pyro_lora.likelihood.text_batches import text_batches
     from pyro_lora.posteriors.dropout import mc_dropout
     from pyro_lora.posteriors.laplace_posterior import LaplacePosterior
     from pyro_lora.posteriors.mixture_posterior import MixturePosterior
@@ -36,6 +43,7 @@ if TYPE_CHECKING:  # what _HOMES says below, for whom no code runs
     from pyro_lora.predict.acquisition import acquire
     from pyro_lora.predict.generate import generate
     from pyro_lora.predict.mixture_prediction import MixturePrediction
+    from pyro_lora.predict.multi_label_prediction import MultiLabelPrediction
     from pyro_lora.predict.predict import predict
     from pyro_lora.predict.prediction import Prediction, auroc, fit_temperature
     from pyro_lora.predict.regression import RegressionPrediction
@@ -46,10 +54,12 @@ if TYPE_CHECKING:  # what _HOMES says below, for whom no code runs
 __all__ = [
     "SVGD",
     "AutoLaplace",
+    "LaplaceCallback",
     "LaplacePosterior",
     "LiftedNetwork",
     "MixturePosterior",
     "MixturePrediction",
+    "MultiLabelPrediction",
     "ParticlePosterior",
     "Posterior",
     "Prediction",
@@ -63,6 +73,7 @@ __all__ = [
     "ensemble",
     "export_adapters",
     "fit_temperature",
+    "from_pretrained",
     "generate",
     "integrals",
     "kernelized_stein_discrepancy",
@@ -72,6 +83,7 @@ __all__ = [
     "load",
     "load_metadata",
     "mc_dropout",
+    "methods",
     "models",
     "plots",
     "predict",
@@ -80,7 +92,9 @@ __all__ = [
     "schedules",
     "semantic_entropy",
     "sequence_log_prob",
+    "share",
     "structures",
+    "text_batches",
     "to_datatree",
     "to_inference_data",
 ]
@@ -96,6 +110,10 @@ _HOMES = {
     "pyro_lora.export.checkpoint": "load load_metadata save",
     "pyro_lora.export.datatree": "to_datatree",
     "pyro_lora.export.inference_data": "to_inference_data",
+    "pyro_lora.export.pretrained": "from_pretrained",
+    "pyro_lora.export.trainer_callback": "LaplaceCallback",
+    "pyro_lora.ground.ranks": "share",
+    "pyro_lora.infer": "methods",
     "pyro_lora.infer.auto_laplace": "AutoLaplace",
     "pyro_lora.infer.svgd": "kernels schedules",
     "pyro_lora.infer.svgd.svgd": "SVGD",
@@ -103,6 +121,7 @@ _HOMES = {
     "pyro_lora.lifting.cached_trunk": "cached_trunk",
     "pyro_lora.lifting.lifted_network": "LiftedNetwork",
     "pyro_lora.likelihood": "likelihoods",
+    "pyro_lora.likelihood.text_batches": "text_batches",
     "pyro_lora.posteriors.dropout": "mc_dropout",
     "pyro_lora.posteriors.laplace_posterior": "LaplacePosterior",
     "pyro_lora.posteriors.mixture_posterior": "MixturePosterior",
@@ -111,6 +130,7 @@ _HOMES = {
     "pyro_lora.predict.acquisition": "acquire",
     "pyro_lora.predict.generate": "generate",
     "pyro_lora.predict.mixture_prediction": "MixturePrediction",
+    "pyro_lora.predict.multi_label_prediction": "MultiLabelPrediction",
     "pyro_lora.predict.predict": "predict",
     "pyro_lora.predict.prediction": "Prediction auroc fit_temperature",
     "pyro_lora.predict.regression": "RegressionPrediction",

@@ -4,6 +4,7 @@ Each is a value with fields, which is called with a batch: it can be printed, co
 and pickled, as a function inside a function can't.
 """
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,6 +19,8 @@ from pyro_lora.ground.settings import check_count, check_kind, check_positive
 from pyro_lora.ground.summary import FieldsShown
 from pyro_lora.lifting.lifted_network import LiftedNetwork, check_lora
 from pyro_lora.likelihood.model_trace import IGNORED
+
+_NO_NOISE = 1e-4  # beside rewards that differ by some units: nothing is observed
 
 
 @dataclass(frozen=True, repr=False)
@@ -47,6 +50,84 @@ class classification(FieldsShown):
         first = next(iter(inputs.values()))
         with pyro.plate("data", self.num_data, subsample=first):
             return pyro.sample("y", dist.Categorical(logits=logits), obs=labels)
+
+
+@dataclass(frozen=True, repr=False)
+class multi_label(FieldsShown):
+    r"""A yes or no for each of P labels of an input, several of which may hold.
+
+    :math:`y_p \sim \mathrm{Bernoulli}(\sigma(f_p(x)))`, independent given the weights.
+    ``predict`` gives a :class:`~pyro_lora.MultiLabelPrediction`.
+
+    Args:
+        lora: A lifted network whose output has ``.logits``, (..., B, P), as
+            transformers have it with ``problem_type="multi_label_classification"``.
+        num_data: N, data in all, for which each batch stands.
+
+    The model's keyword arguments are the network's inputs, (B, ...), and ``labels``,
+    (B, P), 0 or 1 of whatever dtype, -100 where nobody knows; or None.
+    """
+
+    lora: LiftedNetwork
+    num_data: int
+
+    def __post_init__(self) -> None:
+        _check_data(self.lora, self.num_data)
+
+    def __call__(self, labels: Tensor | None = None, **inputs: Any) -> Tensor:
+        """Sample the weights and the labels of a batch."""
+        net = self.lora()  # the pyro.sample statements
+        logits = net(**inputs).logits
+        likelihood = dist.Bernoulli(logits=logits)
+        if labels is not None:
+            counts = labels != IGNORED
+            labels = labels.where(counts, torch.zeros_like(labels)).to(logits)
+            likelihood = likelihood.mask(counts)
+        first = next(iter(inputs.values()))
+        with pyro.plate("data", self.num_data, subsample=first):
+            return pyro.sample("y", likelihood.to_event(1), obs=labels)
+
+
+@dataclass(frozen=True, repr=False)
+class token_classification(FieldsShown):
+    r"""A label for each token; one datum is a text.
+
+    :math:`\log p(y | x) = \sum_t \log \mathrm{softmax}(f_t(x))_{y_t}`, nats, over the
+    tokens that count. ``predict`` gives a :class:`~pyro_lora.TokenPrediction`.
+
+    With long texts, for ``AutoLaplace`` with ``fisher="mc"``: the exact Fisher
+    information takes C - 1 backward passes for each place of a batch's texts.
+
+    Args:
+        lora: A lifted network whose output has ``.logits``, (..., B, T, C), such as
+            ``AutoModelForTokenClassification``.
+        num_data: N, texts in all, for which each batch stands.
+
+    The model's keyword arguments are the network's inputs, (B, T), and ``labels``,
+    (B, T) or None: classes with -100 where a token doesn't count, as transformers'
+    ``DataCollatorForTokenClassification`` pads them. Without labels all tokens of the
+    ``attention_mask`` count.
+    """
+
+    lora: LiftedNetwork
+    num_data: int
+
+    def __post_init__(self) -> None:
+        _check_data(self.lora, self.num_data)
+
+    def __call__(self, labels: Tensor | None = None, **inputs: Any) -> Tensor:
+        """Sample the weights and the labels of a batch."""
+        net = self.lora()  # the pyro.sample statements
+        logits = net(**inputs).logits
+        first = next(iter(inputs.values()))
+        if labels is None:
+            counts = inputs.get("attention_mask", torch.ones_like(first)) > 0
+        else:
+            counts = labels != IGNORED
+            labels = labels.where(counts, torch.zeros_like(labels))
+        likelihood = dist.Categorical(logits=logits).mask(counts).to_event(1)
+        with pyro.plate("data", self.num_data, subsample=first):
+            return pyro.sample("y", likelihood, obs=labels)
 
 
 @dataclass(frozen=True, repr=False)
@@ -123,7 +204,7 @@ class multiple_choice(FieldsShown):
         check_kind("choice_ids", self.choice_ids, kinds, "a list of token ids")
         for token in self.choice_ids:
             check_count("Each of choice_ids", token, 0)
-        choices = torch.as_tensor(self.choice_ids)
+        choices = torch.as_tensor(self.choice_ids, device="cpu")
         if choices.ndim != 1 or not 2 <= len(choices) == len(choices.unique()):
             raise ValueError(
                 "choice_ids must be two or more different token ids, found "
@@ -143,6 +224,84 @@ class multiple_choice(FieldsShown):
         choices = torch.tensor(self.choice_ids, device=last.device)
         scores = logits[..., rows, last, :][..., choices]
         with pyro.plate("data", self.num_data, subsample=attention_mask):
+            return pyro.sample("y", dist.Categorical(logits=scores), obs=labels)
+
+
+@dataclass(frozen=True, repr=False)
+class answer_likelihood(FieldsShown):
+    r"""One of C answers of several tokens each, by how likely each is.
+
+    :math:`y \sim \mathrm{Categorical}(\mathrm{softmax}(s_1, \dots, s_C))` with the
+    log likelihood :math:`s_c = \sum_{t \in a_c} \log \mathrm{softmax}(f(x_{c,
+    <t}))_{x_{c,t}}` of the tokens :math:`a_c` of the answer in the text :math:`x_c`,
+    question and answer (Brown et al. 2020, section 2.4,
+    https://arxiv.org/abs/2005.14165).
+
+    Args:
+        lora: A lifted causal language model, whose output has ``.logits``,
+            (..., B C, T, V).
+        num_data: N, data in all, for which each batch stands.
+        per_token: Whether the sum is divided by the answer's number of tokens, so that
+            long answers aren't less likely for their length.
+
+    The model's keyword arguments are those of ``AutoModelForMultipleChoice``:
+    ``input_ids`` and ``attention_mask``, (B, C, T), padded on either side, and
+    ``labels``, (B,), places among the choices, or None; and ``answer_mask``, (B, C, T),
+    1 at the tokens of the answer. A datum with fewer than C choices has rows of
+    padding in place of the others, whose ``attention_mask`` is 0 throughout: these have
+    probability 0, and no part in anything. Other inputs of the network are (B, C, ...).
+
+    The network is asked for the logits from the first answer's token on, where it takes
+    ``logits_to_keep``: with padding on the left these are the answers' own.
+
+    Raises:
+        TypeError: If ``per_token`` is no truth value.
+        ValueError: From the model, if shapes don't fit; and (where Pyro validates
+            distributions) if a datum has no choices, an answer no tokens that something
+            comes before, or the label is that of a choice that isn't there.
+    """
+
+    lora: LiftedNetwork
+    num_data: int
+    per_token: bool = False
+
+    def __post_init__(self) -> None:
+        _check_data(self.lora, self.num_data)
+        check_kind("per_token", self.per_token, bool, "True or False")
+
+    def __call__(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        answer_mask: Tensor,
+        labels: Tensor | None = None,
+        **inputs: Any,
+    ) -> Tensor:
+        """Sample the weights and the labels of a batch."""
+        _check_choices(input_ids, attention_mask, answer_mask)
+        real, present = attention_mask > 0, (attention_mask > 0).any(-1)  # (B, C)
+        # What says how likely a token is stands at the place before it.
+        counts = real[..., :-1] & real[..., 1:] & (answer_mask[..., 1:] > 0)
+        if _takes(self.lora, "logits_to_keep"):
+            first = int(counts.flatten(0, 1).any(0).byte().argmax())
+            inputs.setdefault("logits_to_keep", input_ids.shape[-1] - first)
+        # Attention to nothing at all is NaN in some networks.
+        mask = attention_mask.masked_fill(~present[..., None], 1)
+        texts = {"input_ids": input_ids, "attention_mask": mask, **inputs}
+        net = self.lora()  # the pyro.sample statements
+        logits = net(**{name: _as_rows(x, present) for name, x in texts.items()}).logits
+        logits = logits[..., :-1, :]  # the last token's has no token after it
+        start = counts.shape[-1] - logits.shape[-2]
+        left_out, counts = counts[..., :start], counts[..., start:]
+        if pyro.settings.get("validate_distributions_pyro"):
+            _check_answers(counts, present, labels, bool(left_out.any()))
+        scores = _token_log_probs(logits, input_ids[..., start + 1 :].flatten(0, 1))
+        scores = scores.unflatten(-2, present.shape)  # (..., B, C, kept)
+        scores = scores.where(counts, torch.zeros_like(scores)).sum(-1)
+        if self.per_token:
+            scores = scores / counts.sum(-1).clamp_min(1)
+        scores = scores.masked_fill(~present, -torch.inf)
+        with pyro.plate("data", self.num_data, subsample=input_ids):
             return pyro.sample("y", dist.Categorical(logits=scores), obs=labels)
 
 
@@ -219,13 +378,34 @@ class preference(FieldsShown):
     def __post_init__(self) -> None:
         _check_data(self.lora, self.num_data)
 
+    @property
+    def advantages(self) -> "_advantages":
+        r"""How much better the first texts are, :math:`r(x_1) - r(x_2) - m`, (B,).
+
+        A model to predict with: ``predict(posterior, pairs, model=model.advantages)``
+        has their ``mean`` and, of what the preferences leave open, their
+        ``weight_variance``, so that ``mean - beta * weight_variance.sqrt()`` is the
+        pessimistic score of an answer against a reference. Rewards themselves have a
+        level that no preference says anything of, with the prior's variance.
+        """
+        return _advantages(self)
+
     def __call__(
         self,
         labels: Tensor | Literal[True] | None = True,
         margin: Tensor | None = None,
         **inputs: Any,
     ) -> Tensor:
-        """Sample the weights and the preferences of a batch.
+        """Sample the weights and the preferences of a batch."""
+        score = self._advantage(inputs, margin)
+        pairs = torch.arange(score.shape[-1], device=score.device)
+        if labels is not None:
+            labels = score.new_ones(len(pairs)) if labels is True else labels.to(score)
+        with pyro.plate("data", self.num_data, subsample=pairs):
+            return pyro.sample("y", dist.Bernoulli(logits=score), obs=labels)
+
+    def _advantage(self, inputs: dict[str, Any], margin: Tensor | None) -> Tensor:
+        """Difference of the rewards less the margin, (..., B); samples the weights.
 
         Raises:
             ValueError: If the rows aren't pairs, or there is more than one output.
@@ -244,16 +424,97 @@ class preference(FieldsShown):
         score = chosen - rejected
         if margin is not None:
             score = score - margin.to(score)
-        pairs = torch.arange(num_rows // 2, device=score.device)
-        if labels is not None:
-            labels = score.new_ones(len(pairs)) if labels is True else labels.to(score)
-        with pyro.plate("data", self.num_data, subsample=pairs):
-            return pyro.sample("y", dist.Bernoulli(logits=score), obs=labels)
+        return score
+
+
+@dataclass(frozen=True, repr=False)
+class _advantages(FieldsShown):
+    """The difference itself in the place of who is preferred."""
+
+    of: preference
+
+    def __call__(
+        self,
+        labels: Tensor | None = None,
+        margin: Tensor | None = None,
+        **inputs: Any,
+    ) -> Tensor:
+        """Sample the weights and the differences of a batch."""
+        score = self.of._advantage(inputs, margin)
+        pairs = torch.arange(score.shape[-1], device=score.device)
+        with pyro.plate("data", self.of.num_data, subsample=pairs):
+            return pyro.sample("y", dist.Normal(score, _NO_NOISE), obs=labels)
 
 
 def _check_data(lora: LiftedNetwork, num_data: int) -> None:
     check_lora(lora)
     check_count("num_data", num_data)
+
+
+def _takes(lora: LiftedNetwork, name: str) -> bool:
+    """Whether the network under the adapter takes an argument."""
+    network: Any = lora.network
+    network = getattr(network, "get_base_model", lambda: network)()
+    return name in inspect.signature(network.forward).parameters
+
+
+def _as_rows(value: Any, like: Tensor) -> Any:
+    """An input (B, C, ...) as (B C, ...); others as they are."""
+    if isinstance(value, Tensor) and value.shape[:2] == like.shape:
+        return value.flatten(0, 1)
+    return value
+
+
+def _token_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Log probabilities (..., R, T), nats, of tokens (R, T), from logits for each."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    index = tokens.expand(wide.shape[:-1])[..., None]
+    # Not log_softmax, which is one more tensor of a vocabulary's size to keep.
+    return wide.gather(-1, index)[..., 0] - wide.logsumexp(-1)
+
+
+def _check_choices(ids: Tensor, attention_mask: Tensor, answer_mask: Tensor) -> None:
+    masks = {"attention_mask": attention_mask, "answer_mask": answer_mask}
+    for name, mask in masks.items():
+        if ids.ndim != 3 or mask.shape != ids.shape or ids.shape[-1] < 2:
+            raise ValueError(
+                f"models.answer_likelihood: expected input_ids and {name} (B, C, T), a "
+                "text of question and answer for each choice, of two tokens or more, "
+                f"found "
+                f"{tuple(ids.shape)} and {tuple(mask.shape)}. Pad choices by rows "
+                "whose attention_mask is 0."
+            )
+
+
+def _check_answers(
+    counts: Tensor, present: Tensor, labels: Tensor | None, is_cut: bool
+) -> None:
+    if is_cut:
+        raise ValueError(
+            "models.answer_likelihood: logits_to_keep leaves out some of the answers' "
+            "tokens. Leave the argument out, or keep one more than the longest has."
+        )
+    empty = present & ~counts.any(-1)
+    if bool(empty.any()):
+        datum, choice = empty.nonzero()[0].tolist()
+        raise ValueError(
+            f"models.answer_likelihood: datum {datum}, choice {choice}: no token of "
+            "the answer has one before it. Mark the answer by answer_mask, begin texts "
+            "by a question or the tokenizer's first token; if the choice isn't there, "
+            "its attention_mask is 0."
+        )
+    there = present.any(-1)
+    if labels is not None and labels.shape == there.shape:  # else it is said of them
+        places = labels.long().clamp(0, present.shape[1] - 1)[:, None]
+        there = there & present.gather(1, places)[:, 0]
+    if not bool(there.all()):
+        datum = int((~there).nonzero()[0])
+        found = "" if labels is None else f", and the label {int(labels[datum])}"
+        raise ValueError(
+            f"models.answer_likelihood: datum {datum} has the choices "
+            f"{present[datum].nonzero()[:, 0].tolist()}{found}. Expected one or more, "
+            "the label's among them; a choice isn't there if its attention_mask is 0."
+        )
 
 
 def _check_single(logits: Tensor) -> None:

@@ -1009,8 +1009,41 @@ def knobs() -> dict[str, Knob]:
     add("cached_trunk", "folder", cached, (3.0, True, []))
     add("cached_trunk", "lora", cached, (None, "ab", 3.0, trunk.network), word="lora")
 
+    methods = pl.methods
+    data = networks.batch(NUM_DATA)
+    classifier = pl.models.classification(lora, NUM_DATA)
+    tfb = bound(methods.tfb, classifier, [data], num_samples=1, progress_bar=False)
+    add("tfb", "tolerance", tfb, (*NUMBERS, 0.0))
+    add("tfb", "num_samples", tfb, COUNTS)
+    add("tfb", "weights", tfb, ("ab", 3.0, [1], {"a": 1}))
+    start = lora.init_to_adapter()
+    blob = bound(methods.blob, classifier, init_loc_fn=start)
+    add("blob", "init_scale", blob, (*NUMBERS, 0.0))
+    add("blob", "sites", blob, (None, 3.0, True, []))
+    add("blob", "init_loc_fn", blob, (None, "ab", 3.0))
+    swag = bound(methods.swag, lora, [lora.weights()] * 2)
+    add("swag", "rank", swag, (*COUNTS, 1))
+    add("mean_field", "guide", methods.mean_field, (None, "ab", 3.0))
+    parameter = torch.nn.Parameter(torch.ones(2))
+    ivon = bound(methods.IVON, [parameter], lr=0.1, num_data=5)
+    for name in ("lr", "prior_precision", "init_hessian"):
+        add("IVON", name, ivon, (*NUMBERS, 0.0))
+    add("IVON", "num_data", ivon, COUNTS)
+    pairs = ((0.9, 1.0), (0.9, -1.0), ("a", 0.9), (0.9,), 0.9, None)
+    add("IVON", "betas", ivon, pairs)
+    subspace = pl.priors.subspace
+    add("subspace", "scale", subspace, (*NUMBERS, 0.0))
+    add("subspace", "center", subspace, ("three", None, True, torch.nan, []))
+    add("subspace", "factors", subspace, ("ab", 3.0, [1], {"a": 1}))
+
     models = pl.models
-    for make in (models.classification, models.regression, models.language_model):
+    ready = (
+        models.classification,
+        models.regression,
+        models.language_model,
+        models.answer_likelihood,
+    )
+    for make in ready:
         add(make.__name__, "num_data", bound(make, lora), COUNTS)
         add(
             make.__name__,
@@ -1029,6 +1062,12 @@ def knobs() -> dict[str, Knob]:
         "choice_ids",
         bound(models.multiple_choice, lora, NUM_DATA),
         (None, "ab", 3, [], [1], [1, 1], [1.5, 2.5], [-1, 2], ["a", "b"], [[1], [2]]),
+    )
+    add(
+        "answer_likelihood",
+        "per_token",
+        bound(models.answer_likelihood, lora, NUM_DATA),
+        (None, "ab", 3.0, []),
     )
     add(
         "regression",

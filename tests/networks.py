@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     BertConfig,
     LlamaConfig,
     T5Config,
@@ -31,11 +32,13 @@ def bert(
     dropout: float = 0.0,
     attention: Literal["sdpa", "eager"] = "sdpa",
     dtype: torch.dtype = torch.float64,
+    of_tokens: bool = False,
     **lora: Any,
 ) -> PeftModel:
     """A BERT classifier with LoRA on query and value, and a trained head.
 
     Args:
+        of_tokens: Whether each token has a class, rather than the text.
         lora: Fields of ``peft.LoraConfig`` that differ from :func:`adapted`'s.
     """
     config = BertConfig(
@@ -52,10 +55,13 @@ def bert(
         pad_token_id=PAD,
         attn_implementation=attention,
     )
-    network = AutoModelForSequenceClassification.from_config(config)
+    kind: Any = AutoModelForSequenceClassification
+    if of_tokens:
+        kind = AutoModelForTokenClassification
+    task = "TOKEN_CLS" if of_tokens else "SEQ_CLS"
     return adapted(
-        network.to(dtype),
-        **{"target_modules": ["query", "value"], "task_type": "SEQ_CLS", **lora},
+        kind.from_config(config).to(dtype),
+        **{"target_modules": ["query", "value"], "task_type": task, **lora},
     )
 
 

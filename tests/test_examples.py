@@ -122,6 +122,7 @@ def test_demo_prints_every_method_and_writes_its_files(
     assert list((out / "adapters" / "laplace").glob("**/adapter_model.safetensors"))
 
 
+@pytest.mark.slow
 @pytest.mark.untrained
 def test_other_domains_and_ratings_are_measured_and_drawn(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -11,12 +11,15 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 PAGES = [
     "active_learning",
     "adapters",
+    "choose_rank",
     "generate",
     "laplace",
     "particles",
     "regression",
     "serving",
 ]
+LAUNCHED = {"distributed"}  # by tests/distributed
+SLOW = ("active_learning", "choose_rank", "regression")
 PARTS_OF_THE_DEMO = {"methods", "pictures", "recipe", "report", "rows", "text", "vader"}
 
 
@@ -26,6 +29,9 @@ def shows(name: str, found: dict[str, Any]) -> bool:
         return len(found["known"]) == 64 and found["distinct"] > 45
     if name == "adapters":
         return found["difference"] < 1e-6
+    if name == "choose_rank":
+        unseen = found["unseen"]
+        return all(unseen[rank] < unseen[1] for rank in found["choices"].values())
     if name == "generate":
         doubts = found["answer"].epistemic_entropy.sum(-1)
         return bool(doubts[2] > 3 * doubts[:2].max())
@@ -45,7 +51,7 @@ def shows(name: str, found: dict[str, Any]) -> bool:
 
 def by_time(name: str) -> Any:
     """The examples that take longest are for the slow tests."""
-    marks = [pytest.mark.slow] if name in ("active_learning", "regression") else []
+    marks = [pytest.mark.slow] if name in SLOW else []
     return pytest.param(name, marks=marks)
 
 
@@ -58,6 +64,6 @@ def test_it_runs(name: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_every_example_is_run_and_listed() -> None:
     names = {file.stem for file in EXAMPLES.glob("*.py")} - {"__init__", "toy", "demo"}
-    assert names == {*PAGES} | PARTS_OF_THE_DEMO
+    assert names == {*PAGES} | LAUNCHED | PARTS_OF_THE_DEMO
     readme = (EXAMPLES / "README.md").read_text("utf-8")
-    assert all(f"[{name}]({name}.py)" in readme for name in PAGES)
+    assert all(f"[{name}]({name}.py)" in readme for name in {*PAGES} | LAUNCHED)

@@ -14,6 +14,7 @@ from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoNormal
 from pyro.optim import Adam
 from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.testing import assert_close
 
 import pyro_lora as pl
@@ -62,7 +63,61 @@ def language_model() -> Ready:
     return lora, model, two_batches(text_labels)
 
 
-READY = [classification, regression, multiple_choice, language_model]
+def some_ignored(labels: Tensor) -> Tensor:
+    """The same with -100 for about a fifth, and in all of the last row but one."""
+    labels = labels.masked_fill(torch.rand(labels.shape) < 0.2, -100)
+    labels[-1] = -100
+    labels.view(-1)[-1] = 0
+    return labels
+
+
+def multi_label() -> Ready:
+    lora = pl.lift(networks.bert(3))
+
+    def labels(batch: Batch) -> Tensor:
+        holds = torch.randint(2, (len(batch["labels"]), 3))
+        return some_ignored(holds).double()  # as BCEWithLogitsLoss has them
+
+    return lora, pl.models.multi_label(lora, NUM_DATA), two_batches(labels)
+
+
+def token_classification() -> Ready:
+    lora = pl.lift(networks.bert(3, of_tokens=True))
+
+    def labels(batch: Batch) -> Tensor:
+        tags = some_ignored(torch.randint(3, batch["input_ids"].shape))
+        return tags.masked_fill(batch["attention_mask"] == 0, -100)
+
+    return lora, pl.models.token_classification(lora, NUM_DATA), two_batches(labels)
+
+
+def answer_likelihood() -> Ready:
+    """Two answers, of the texts' last two tokens or of others."""
+    lora = pl.lift(networks.llama(None))
+    batches = []
+    for batch in two_batches(lambda b: torch.randint(2, b["labels"].shape)):
+        mask = batch["attention_mask"]
+        is_last = (mask.flip(1).cumsum(1) <= 2).flip(1) & (mask > 0)
+        others = (batch["input_ids"] + 5) % (VOCABULARY - 1) + 1
+        both = [batch["input_ids"], others.where(is_last, batch["input_ids"])]
+        texts = {
+            "input_ids": torch.stack(both, 1),
+            "attention_mask": torch.stack([mask, mask], 1),
+            "answer_mask": torch.stack([is_last, is_last], 1).long(),
+        }
+        batches.append({**texts, "labels": batch["labels"]})
+    return lora, pl.models.answer_likelihood(lora, NUM_DATA), batches
+
+
+READY = [
+    classification,
+    regression,
+    multiple_choice,
+    language_model,
+    multi_label,
+    token_classification,
+    answer_likelihood,
+]
 
 
 def likelihood(model: Model, lora: pl.LiftedNetwork, batch: Batch) -> Any:
@@ -148,6 +203,48 @@ def test_language_model_is_the_loss_of_transformers() -> None:
             ]
         assert_close(found.tolist(), [-x for x in losses], rtol=0, atol=1e-5)
         assert (counts > 0).sum() >= 3
+
+
+def test_multi_label_is_the_loss_of_torch_over_the_labels_that_are_known() -> None:
+    lora, model, batches = multi_label()
+    for batch in batches:
+        found = likelihood(model, lora, batch)["unscaled_log_prob"]
+        counts = batch["labels"] != -100
+        losses = binary_cross_entropy_with_logits(
+            own_logits(lora, batch), batch["labels"].clamp(0, 1), reduction="none"
+        )
+        assert_close(found, -(losses * counts).sum(1), rtol=0, atol=1e-8)
+        whole = {**batch, "labels": batch["labels"].clamp(0, 1)}
+        numbers = {**whole, "labels": whole["labels"].long()}
+        assert_close(
+            likelihood(model, lora, whole)["unscaled_log_prob"],
+            likelihood(model, lora, numbers)["unscaled_log_prob"],
+        )
+    assert not likelihood(model, lora, networks.inputs(batches[0]))["is_observed"]
+
+
+def test_token_classification_is_the_loss_of_transformers() -> None:
+    lora, model, batches = token_classification()
+    for batch in batches:
+        found = likelihood(model, lora, batch)["unscaled_log_prob"]
+        counts = (batch["labels"] != -100).sum(1)
+        assert counts[-1] <= 1 < counts.max()
+        rows = [{n: x[i : i + 1] for n, x in batch.items()} for i in range(len(found))]
+        with torch.no_grad():
+            losses = [
+                float(lora.network(**row).loss * n) if n else 0.0
+                for row, n in zip(rows, counts, strict=True)
+            ]
+        assert_close(found.tolist(), [-x for x in losses], rtol=0, atol=1e-8)
+
+
+def test_without_labels_a_token_classifier_counts_the_mask() -> None:
+    lora, model, batches = token_classification()
+    texts = networks.inputs(batches[0])
+    mask = likelihood(model, lora, texts)["fn"].base_dist._mask
+    assert torch.equal(mask, texts["attention_mask"] > 0)
+    bare = {"input_ids": texts["input_ids"]}
+    assert likelihood(model, lora, bare)["fn"].base_dist._mask.all()
 
 
 def test_without_labels_a_language_model_counts_real_tokens() -> None:

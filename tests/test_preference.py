@@ -143,6 +143,35 @@ def test_predictions_are_those_of_two_calls(method: Any) -> None:
     assert 0 <= known.metrics()["accuracy"] <= 1
 
 
+def test_advantages_are_the_difference_and_what_is_open_of_it() -> None:
+    lora, data = pl.lift(bert(1)), batches()
+    model = pl.models.preference(lora, NUM_DATA)
+    posterior = fit(lora, model, data)
+    found = pl.predict(posterior, data, model=model.advantages)
+    logits = [posterior.linearized({**b, "labels": None}) for b in data]
+    contrast = torch.tensor([-1.0, 1.0]).double()
+    assert_same(found.mean, torch.cat([g.mean @ contrast for g in logits]))
+    variance = torch.cat([g.covariance_matrix @ contrast @ contrast for g in logits])
+    assert_same(found.weight_variance, variance)
+    each = particles(lora, 4)
+    drawn = pl.ParticlePosterior(each, (lora,), model, "y")
+    found = pl.predict(drawn, data, model=model.advantages)
+    differences = []
+    for k in range(4):
+        with torch.no_grad(), lora.bind({s: x[k] for s, x in each.items()}) as net:
+            r = [
+                net(input_ids=b["input_ids"], attention_mask=b["attention_mask"])
+                .logits[:, 0]
+                .chunk(2)
+                for b in data
+            ]
+        pairs = zip(r, data, strict=True)
+        differences.append(torch.cat([a - c - b["margin"] for (a, c), b in pairs]))
+    assert_same(found.mean, torch.stack(differences).mean(0))
+    variance = torch.stack(differences).var(0, correction=0)
+    assert_same(found.weight_variance, variance)
+
+
 @pytest.mark.parametrize("chunk_size", [None, 2])
 @pytest.mark.parametrize("space", ["joint", "function"])
 def test_folded_particles_are_those_of_two_calls(space: Any, chunk_size: Any) -> None:

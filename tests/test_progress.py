@@ -3,6 +3,7 @@
 import io
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pyro
@@ -69,10 +70,32 @@ def generate(**setting: Any) -> None:
     pl.generate(posterior, ids, max_new_tokens=3, **setting)
 
 
+def acquire(**setting: Any) -> None:
+    kept = pl.predict(
+        laplace(), [batch()], method="sample", keep_draws=True, progress_bar=False
+    )
+    pl.acquire(kept, 2, method="batch_bald", **setting)
+
+
+def of_particles(function: Callable[..., Any], **setting: Any) -> None:
+    lora, model = lifted()
+    particles = pl.ensemble(lora, [lora.weights()] * 2).particles
+    function(model, particles, [batch()], **setting)
+
+
 FUNCTIONS: dict[str, tuple[str, Callable[..., Any]]] = {
     "fit": ("Fisher: 100%", fit),
     "SVGD": ("SVGD: 100%", train),
     "predict": ("Predict: 100%", lambda **s: pl.predict(laplace(), [batch()], **s)),
+    "acquire": ("Acquire: 100%", acquire),
+    "Stein": (
+        "Stein discrepancy: 100%",
+        partial(of_particles, pl.kernelized_stein_discrepancy),
+    ),
+    "Vendi": (
+        "Effective predictions: 100%",
+        partial(of_particles, pl.effective_num_predictions),
+    ),
     "to_datatree": (
         "DataTree: 100%",
         lambda **s: pl.to_datatree(
@@ -86,6 +109,7 @@ FUNCTIONS: dict[str, tuple[str, Callable[..., Any]]] = {
         lambda **s: laplace().optimize_prior(objective="nll", batches=[batch()], **s),
     ),
     "for_sampling": ("Scale: ", lambda **s: laplace().for_sampling([batch()], **s)),
+    "tfb": ("Width: ", lambda **s: pl.methods.tfb(laplace().model, [batch()], **s)),
 }
 
 

@@ -131,6 +131,7 @@ KINDS: dict[str, Callable[[], Any]] = {
     "tuned": lambda: laplace().optimize_prior(per="layer"),
     "latents": with_latents,
     "scaled": lambda: laplace().for_sampling([batch()]),
+    "normal": lambda: pl.methods.swag(lifted(), [lifted().weights() for _ in "ab"]),
     "particles": particles,
     "mixture": mixture,
     "dropout": lambda: pl.mc_dropout(lifted(dropout=0.1)),

@@ -5,19 +5,22 @@ What the library says of wrong input is said as a sentence, and numbers in a tab
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import replace as with_fields
 from enum import StrEnum
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import pyro_lora as pl
 from pyro_lora.cli.text_files import (
     check_folder,
-    check_is_ours,
+    check_is_free,
     check_output,
     given_names,
     label_numbers,
@@ -44,9 +47,9 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     help="""Bayesian inference over a LoRA adapter for text classification.
 
-An adapter that was trained and saved by PEFT, and a CSV or JSONL file of texts with
-labels, become a posterior over the adapter's weights; the posterior gives calibrated
-probabilities and says what it doesn't know.
+An adapter that was trained and saved by PEFT, and a file of texts with labels (CSV,
+TSV, JSONL or Parquet), become a posterior over the adapter's weights; the posterior
+gives calibrated probabilities and says what it doesn't know.
 
 1. `pyro-lora fit my_adapter train.csv posterior` puts a posterior around the adapter.
 
@@ -87,16 +90,75 @@ def _up_to_one(value: float) -> float:
     return value
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"pyro-lora {version('pyro-lora')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _app(
+    _: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=_print_version,
+            is_eager=True,
+            help="Print the version, and no more.",
+        ),
+    ] = False,
+) -> None: ...
+
+
 Data = Annotated[
     Path,
     typer.Argument(
-        help="CSV (with a header) or JSONL file.", exists=True, dir_okay=False
+        help="CSV or TSV file with a header, JSONL or Parquet file.",
+        exists=True,
+        dir_okay=False,
     ),
 ]
 PosteriorFolder = Annotated[
     Path,
     typer.Argument(
-        help="Folder that `pyro-lora fit` wrote.", exists=True, file_okay=False
+        help="Folder that `pyro-lora fit`, or `pyro_lora.save`, wrote.",
+        exists=True,
+        file_okay=False,
+    ),
+]
+AdapterFolder = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder of the adapter.  [default: where it was in the fit, as seen from "
+        "the posterior's folder]",
+        exists=True,
+        file_okay=False,
+    ),
+]
+TextColumn = Annotated[
+    str | None, typer.Option(help="Column of the texts.  [default: the fit's]")
+]
+LabelColumn = Annotated[
+    str | None, typer.Option(help="Column of the labels.  [default: the fit's]")
+]
+LabelNames = Annotated[
+    str,
+    typer.Option(
+        help="Classes in the order of the network's outputs: 'negative,positive'.  "
+        "[default: the fit's]"
+    ),
+]
+MaxLength = Annotated[
+    int | None,
+    typer.Option(min=1, max=10**6, help="Tokens of a text.  [default: the fit's]"),
+]
+Replace = Annotated[
+    bool, typer.Option("--replace", help="Replace what an earlier run wrote there.")
+]
+Online = Annotated[
+    bool,
+    typer.Option(
+        "--online", help="Let the hub be asked for what isn't in its cache yet."
     ),
 ]
 BatchSize = Annotated[
@@ -161,6 +223,8 @@ def fit(
     batch_size: BatchSize = 32,
     seed: Seed = 0,
     device: Device = "cpu",
+    replace: Replace = False,
+    online: Online = False,
 ) -> None:
     """Put a posterior around a trained adapter.
 
@@ -171,16 +235,14 @@ def fit(
     with _errors_in_words():
         names = given_names(label_names)
         check_folder(posterior, "POSTERIOR", adapter)
-        check_is_ours(posterior)
+        check_is_free(posterior, replace)
         texts = read_texts(data, text_column, label_column)
-
-        import pyro
+        if names:
+            label_numbers(texts, names)
+        _prepare(seed, online)
 
         from pyro_lora.cli import saved_classifier as saved
 
-        _quiet_transformers()
-        pyro.clear_param_store()
-        pyro.set_rng_seed(seed)
         network = saved.network_of(adapter)
         settings = saved.Settings(
             adapter=str(adapter.resolve()),
@@ -196,23 +258,39 @@ def fit(
         model = pl.models.classification(lora, len(texts))
         batches = saved.text_batches(texts, settings, batch_size, lora)
         shuffled = saved.text_batches(texts, settings, batch_size, lora, shuffle=True)
+        before = _accuracy(pl.ensemble(lora, [lora.weights()]), model, batches)
+        most = max(Counter(texts.labels or ()).values()) / len(texts)
+        if before < most:
+            warnings.warn(
+                f"The adapter is right about {before:.1%} of the texts, and always to "
+                f"say the most frequent class would be about {most:.1%}. Are these its "
+                "classes, in the order of its outputs (--label-names), and its texts?",
+                stacklevel=2,
+            )
+        numbers = {"accuracy of the adapter": before}
         fitted: pl.LaplacePosterior | pl.ParticlePosterior
         if method is Method.laplace:
-            fitted, numbers = _laplace(
-                model, lora, batches, shuffled, epochs or 0, learning_rate
+            epochs = epochs or 0
+            fitted, of_fit = _laplace(
+                model, lora, batches, shuffled, epochs, learning_rate
             )
+            trained = pl.ensemble(lora, [fitted.mode()])
         else:
             epochs = 3 if epochs is None else epochs
-            fitted, numbers = _svgd(
+            fitted, of_fit = _svgd(
                 model, lora, shuffled, epochs, learning_rate, num_particles
             )
+            trained = fitted
+        if epochs:
+            numbers["accuracy after training"] = _accuracy(trained, model, batches)
         saved.save_with(fitted, posterior, settings)
     counts = {
         "texts": len(texts),
-        "classes": len(settings.label_names),
+        "classes": ", ".join(settings.label_names),
         "weights": _num_weights(lora),
     }
-    _show(f"{method.value} posterior in {posterior}", {**counts, **numbers})
+    title = f"{method.value} posterior in {posterior}"
+    _show(title, {**counts, **numbers, **of_fit})
 
 
 @app.command()
@@ -238,9 +316,16 @@ def predict(
             help="Draws, with sample.  [default: 64, or all particles]",
         ),
     ] = None,
+    adapter: AdapterFolder = None,
+    text_column: TextColumn = None,
+    label_column: LabelColumn = None,
+    label_names: LabelNames = "",
+    max_length: MaxLength = None,
     batch_size: BatchSize = 32,
     seed: Seed = 0,
     device: Device = "cpu",
+    replace: Replace = False,
+    online: Online = False,
 ) -> None:
     """Probabilities of the classes, and how far to trust them.
 
@@ -257,25 +342,33 @@ def predict(
             "--num-samples is for --method sample: linearized predictions are exact.",
         )
         if output is not None:
-            check_output(output, [data, posterior])
-
-        import pyro
+            check_output(output, [data, posterior], replace)
+        names = given_names(label_names)
+        _prepare(seed, online)
 
         from pyro_lora.cli import saved_classifier as saved
 
-        _quiet_transformers()
-        pyro.set_rng_seed(seed)
-        settings = saved.remembered(posterior)
+        fitted = saved.remembered(posterior)
+        settings = saved.settings_of(
+            posterior,
+            fitted,
+            adapter=adapter,
+            label_names=names,
+            text_column=text_column,
+            label_column=label_column,
+            max_length=max_length,
+        )
         if output is not None:
-            check_output(output, saved.files_of(settings))
+            check_output(output, saved.files_of(settings), replace)
         texts = read_texts(
             data, settings.text_column, settings.label_column, optional=True
         )
-        label_numbers(texts, settings.label_names)
-        lora = saved.restored(posterior, settings, device)
+        if settings.label_names:
+            label_numbers(texts, settings.label_names)
+        lora, settings = saved.restored(posterior, settings, device, texts)
         saved.check_tokens(texts, settings, lora)
         model = pl.models.classification(lora, len(texts))
-        loaded = saved.load_with(posterior, settings, lora, model)
+        loaded = saved.load_with(posterior, fitted, lora, model)
         own = "linearized" if loaded.gaussians() else "sample"
         method = method or Predictive(own)
         prediction: pl.Prediction = pl.predict(
@@ -285,7 +378,7 @@ def predict(
             num_samples=num_samples,
         )
         if output is not None:
-            prediction = replace(prediction, class_names=settings.label_names)
+            prediction = with_fields(prediction, class_names=settings.label_names)
             write_prediction(output, texts, prediction)
     numbers: dict[str, Any] = {"texts": len(texts)}
     if prediction.labels is None:
@@ -306,9 +399,15 @@ def diagnose(
             help="File of other texts, for calibration.", exists=True, dir_okay=False
         ),
     ] = None,
+    adapter: AdapterFolder = None,
+    text_column: TextColumn = None,
+    label_column: LabelColumn = None,
+    label_names: LabelNames = "",
+    max_length: MaxLength = None,
     batch_size: BatchSize = 32,
     seed: Seed = 0,
     device: Device = "cpu",
+    online: Online = False,
 ) -> None:
     """Ask a posterior five questions: is it to be believed?
 
@@ -317,26 +416,34 @@ def diagnose(
     it over- or under-confident? Takes some dozen passes over the data.
     """
     with _errors_in_words():
-        import pyro
+        names = given_names(label_names)
+        _prepare(seed, online)
 
         from pyro_lora.cli import saved_classifier as saved
 
-        _quiet_transformers()
-        pyro.set_rng_seed(seed)
-        settings = saved.remembered(posterior)
+        fitted = saved.remembered(posterior)
+        settings = saved.settings_of(
+            posterior,
+            fitted,
+            adapter=adapter,
+            label_names=names,
+            text_column=text_column,
+            label_column=label_column,
+            max_length=max_length,
+        )
         columns = settings.text_column, settings.label_column
         texts = read_texts(data, *columns)
         files = [texts]
         if held_out is not None:
             files.append(read_texts(held_out, *columns))
-        lora = saved.restored(posterior, settings, device)
+        lora, settings = saved.restored(posterior, settings, device, texts)
         batches = []
         for file in files:
             saved.check_tokens(file, settings, lora)
             batches.append(saved.text_batches(file, settings, batch_size, lora))
         model = pl.models.classification(lora, len(texts))
         diagnosis = pl.diagnose(
-            saved.load_with(posterior, settings, lora, model),
+            saved.load_with(posterior, fitted, lora, model),
             batches[0],
             held_out=batches[1] if held_out is not None else None,
         )
@@ -358,7 +465,9 @@ def export(
     mode: Annotated[
         bool, typer.Option("--mode", help="Write the mode alone, for laplace.")
     ] = False,
+    adapter: AdapterFolder = None,
     seed: Seed = 0,
+    online: Online = False,
 ) -> None:
     """Write draws as ordinary PEFT adapters: draw_000, draw_001, ...
 
@@ -375,16 +484,15 @@ def export(
         )
         check_folder(output, "OUTPUT", posterior)
 
-        import pyro
+        _prepare(seed, online)
 
         from pyro_lora.cli import saved_classifier as saved
 
-        _quiet_transformers()
-        pyro.set_rng_seed(seed)
-        settings = saved.remembered(posterior)
+        fitted = saved.remembered(posterior)
+        settings = saved.settings_of(posterior, fitted, adapter=adapter)
         check_folder(output, "OUTPUT", *saved.folders_of(settings))
-        lora = saved.restored(posterior, settings, "cpu")
-        loaded = saved.load_with(posterior, settings, lora)
+        lora, _ = saved.restored(posterior, settings, "cpu")
+        loaded = saved.load_with(posterior, fitted, lora)
         if mode:
             loaded = pl.ensemble(lora, [loaded.mode()])
         if num_samples is None:
@@ -458,6 +566,10 @@ def _adam(learning_rate: float) -> PyroOptim:
     return PyroOptim(torch.optim.Adam, {"lr": learning_rate})
 
 
+def _accuracy(posterior: Any, model: Callable[..., Tensor], batches: Any) -> float:
+    return pl.predict(posterior, batches, model=model).metrics()["accuracy"]
+
+
 def _num_weights(lora: pl.LiftedNetwork) -> int:
     return sum(value.numel() for value in lora.zeros().values())
 
@@ -495,8 +607,15 @@ def _first_line(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
-def _quiet_transformers() -> None:
-    """Neither bars nor tables of what transformers reads: it's checked afterwards."""
+def _prepare(seed: int, online: bool) -> None:
+    """Load the libraries, which is what takes seconds; the same seed, the same run."""
+    # The hub's client reads it once, when it's imported.
+    os.environ["HF_HUB_OFFLINE"] = "0" if online else "1"
+    import pyro
+
+    pyro.clear_param_store()
+    pyro.set_rng_seed(seed)
+    # Neither bars nor tables of what transformers reads: it's checked afterwards.
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
     disable_progress_bar()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,8 +30,9 @@ class Settings:
     """What a posterior's folder remembers of its fit.
 
     Attributes:
-        adapter: Folder of the PEFT adapter.
-        label_names: Names of the classes, in the order of the logits.
+        adapter: Folder of the PEFT adapter, as seen from the posterior's.
+        label_names: Names of the classes, in the order of the logits; none are those
+            that the network knows.
         text_column: Column of the texts.
         label_column: Column of the labels.
         max_length: Tokens after which a text is cut.
@@ -38,42 +40,67 @@ class Settings:
     """
 
     adapter: str
-    label_names: tuple[str, ...]
-    text_column: str
-    label_column: str
-    max_length: Annotated[int, msgspec.Meta(ge=1, le=2**53)]
-    prior_scale: Annotated[float, msgspec.Meta(gt=0, le=1e9)]
+    label_names: tuple[str, ...] = ()
+    text_column: str = "text"
+    label_column: str = "label"
+    max_length: Annotated[int, msgspec.Meta(ge=1, le=2**53)] = 128
+    prior_scale: Annotated[float, msgspec.Meta(gt=0, le=1e9)] = 1.0
 
 
 def save_with(posterior: Any, folder: Path, settings: Settings) -> None:
     """Save a posterior with its settings: both are there, or neither is."""
-    metadata = {SETTINGS: json.dumps(asdict(settings))}
-    pl.save(posterior, folder, metadata=metadata)
+    # The two folders may be moved together.
+    seen_from = os.path.relpath(Path(settings.adapter).resolve(), folder.resolve())
+    here = replace(settings, adapter=seen_from)
+    pl.save(posterior, folder, metadata={SETTINGS: json.dumps(asdict(here))})
 
 
-def remembered(folder: Path) -> Settings:
-    """The settings of a fit, whose adapter is there.
+def remembered(folder: Path) -> Settings | None:
+    """The settings of a fit; None of a posterior that was saved from Python.
 
     Raises:
-        ValueError: If the folder wasn't written by ``pyro-lora fit`` or is damaged, or
-            the adapter is gone.
+        ValueError: If the folder holds no posterior or is damaged.
     """
     remedy = "Make it by `pyro-lora fit`."
     if not (folder / "manifest.json").is_file():
         raise ValueError(f"{folder} holds no manifest.json. {remedy}")
     text = pl.load_metadata(folder).get(SETTINGS)
     if text is None:
-        raise ValueError(f"{folder} has no settings of the command line. {remedy}")
+        return None
     try:
-        settings = msgspec.json.decode(text, type=Settings)
+        return msgspec.json.decode(text, type=Settings)
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
         raise ValueError(
             f"{folder}: its settings can't be read ({error}). {remedy}"
         ) from error
+
+
+def settings_of(folder: Path, fitted: Settings | None, **given: Any) -> Settings:
+    """The settings of a fit, whose adapter is there, or others in place of them.
+
+    Args:
+        folder: Of a posterior.
+        fitted: What it remembers.
+        **given: What the command line says instead; None where it doesn't.
+
+    Raises:
+        ValueError: If the adapter is gone, or was never named.
+    """
+    others = {name: value for name, value in given.items() if value}
+    if "adapter" in others:
+        others["adapter"] = str(Path(others["adapter"]).resolve())
+    elif fitted is None:
+        raise ValueError(
+            f"{folder} was saved by pyro_lora.save, which doesn't know the adapter's "
+            "folder: name it by --adapter."
+        )
+    else:
+        others["adapter"] = os.path.normpath(folder.resolve() / fitted.adapter)
+    settings = replace(fitted or Settings(adapter=""), **others)
     if not Path(settings.adapter).is_dir():
         raise ValueError(
-            f"{folder}: the adapter that it is about, {settings.adapter}, isn't there "
-            "any more. Put it back, or fit again."
+            f"{folder}: the adapter that it is about isn't in {settings.adapter} any "
+            "more. Say where it is by --adapter, or fit again."
         )
     return settings
 
@@ -99,24 +126,29 @@ def files_of(settings: Settings) -> list[Path]:
     ]
 
 
-def restored(posterior: Path, settings: Settings, device: str) -> pl.LiftedNetwork:
-    """The network of a fit, lifted anew.
+def restored(
+    posterior: Path, settings: Settings, device: str, texts: Texts | None = None
+) -> tuple[pl.LiftedNetwork, Settings]:
+    """The network of a fit, lifted anew, and the settings with its classes' names.
 
     Raises:
         ValueError: If the adapter is another one.
     """
     adapter, names = Path(settings.adapter), settings.label_names
     network = network_of(adapter)
-    if network.config.num_labels != len(names):
+    if names and network.config.num_labels != len(names):
         raise ValueError(
-            f"{adapter} has {network.config.num_labels} classes, but {posterior} was "
-            f"fitted to {len(names)}: the adapter was changed. Fit again."
+            f"{adapter} has {network.config.num_labels} classes, but {posterior} or "
+            f"--label-names has {len(names)}. If the adapter was changed, fit again; "
+            "else name all of its classes, in order."
         )
-    return lifted(network, settings, device)
+    if not names:
+        settings = replace(settings, label_names=class_names(network, texts))
+    return lifted(network, settings, device), settings
 
 
 def load_with(
-    folder: Path, settings: Settings, lora: pl.LiftedNetwork, model: Any = None
+    folder: Path, fitted: Settings | None, lora: pl.LiftedNetwork, model: Any = None
 ) -> Any:
     """The posterior that was saved with these settings.
 
@@ -124,7 +156,7 @@ def load_with(
         ValueError: If it can't be loaded, or another one was saved in the meantime.
     """
     posterior = pl.load(folder, lora, model=model)
-    if remembered(folder) != settings:
+    if remembered(folder) != fitted:
         raise ValueError(f"{folder} was written to while it was read. Try again.")
     return posterior
 
@@ -198,6 +230,11 @@ def network_of(adapter: Path) -> PeftModel:
     config, weights = _config_of(adapter), _weights_of(adapter)
     name = config.base_model_name_or_path
     base_is = f"{adapter}: its base network {name!r} can't be loaded."
+    if not Path(name).is_dir():
+        base_is += (
+            " There is no such folder from here; if it's a name on the hub that isn't "
+            "in its cache yet, --online fetches it."
+        )
     with _reading(base_is):
         classes = _num_classes(name, weights)
         base, report = AutoModelForSequenceClassification.from_pretrained(
@@ -264,7 +301,7 @@ def _num_classes(name: str, weights: dict[str, Tensor]) -> int:
 
 
 def class_names(
-    network: PeftModel, texts: Texts, given: Sequence[str] = ()
+    network: PeftModel, texts: Texts | None, given: Sequence[str] = ()
 ) -> tuple[str, ...]:
     """The names of the network's classes, in the order of its outputs.
 
@@ -283,13 +320,13 @@ def class_names(
                 f"{config.num_labels} classes. Name all of its classes, in order."
             )
         return tuple(given)
-    labels = set(texts.labels or ())
+    labels = set((texts and texts.labels) or ())
     names = tuple(str(config.id2label[i]) for i in range(config.num_labels))
     numbers = tuple(str(i) for i in range(config.num_labels))
-    if names != numbers and labels <= {*names} & {*numbers}:
+    if names != numbers and labels and labels <= {*names} & {*numbers}:
         raise ValueError(
-            f"{texts.path}: the labels {sorted(labels)} are names of the network's "
-            f"classes, {list(names)}, and numbers of them, too. Say which by "
+            f"{texts and texts.path}: the labels {sorted(labels)} are names of the "
+            f"network's classes, {list(names)}, and numbers of them, too. Say which by "
             "--label-names, in the order of the network's outputs."
         )
     return numbers if any(label.isdecimal() for label in labels - {*names}) else names

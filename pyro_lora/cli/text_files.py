@@ -1,6 +1,7 @@
 """Files of texts with labels, and the files that are written beside them.
 
-Nothing here needs torch: what is wrong with a file is said before the libraries load.
+pandas reads the tables; what is said of them names the line. Nothing here needs torch:
+what is wrong with a file is said before the libraries load.
 """
 
 from __future__ import annotations
@@ -10,17 +11,23 @@ import io
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 if TYPE_CHECKING:
+    from pandas import DataFrame
+
     import pyro_lora as pl
 
 _LONGEST_FIELD = 2**31 - 1  # of a C long, wherever it is 32 bits wide
-Record = dict[str, Any]  # column -> value
+_UNREADABLE = 10**9  # values of a record that isn't CSV
+Place = Callable[[int], str]  # of the n-th row in its file, as messages name it
 
 
 @dataclass(frozen=True)
@@ -33,7 +40,7 @@ class Texts:
         label_column: Column of the labels.
         texts: N texts.
         labels: N labels, or None where the file has none.
-        lines: Where each is in the file, counted from one.
+        place: Where each is in the file.
     """
 
     path: Path
@@ -41,14 +48,14 @@ class Texts:
     label_column: str
     texts: Sequence[str]
     labels: Sequence[str] | None
-    lines: Sequence[int]
+    place: Place
 
     def __len__(self) -> int:
         return len(self.texts)
 
     def where(self, index: int) -> str:
         """The place of a row, as messages name it."""
-        return f"{self.path}, line {self.lines[index]}"
+        return f"{self.path}, {self.place(index)}"
 
 
 def read_texts(
@@ -57,7 +64,7 @@ def read_texts(
     """Texts and labels of a file.
 
     Args:
-        path: A CSV file with a header, or a JSONL file.
+        path: A CSV or TSV file with a header, a JSONL or a Parquet file.
         text_column: Column of the texts.
         label_column: Column of the labels.
         optional: Whether the file may have no labels at all.
@@ -69,43 +76,50 @@ def read_texts(
         ValueError: If it isn't such a file, isn't in UTF-8, has no rows, or a column or
             a value is missing or of another type.
     """
-    read = {".csv": _csv_rows, ".jsonl": _json_rows, ".json": _json_rows}
-    if path.suffix.lower() not in read:
-        raise ValueError(f"{path}: expected a file that ends in .csv or .jsonl.")
+    if path.suffix.lower() not in _READERS:
+        *others, last = _READERS
+        raise ValueError(
+            f"{path}: expected a file that ends in {', '.join(others)} or {last}."
+        )
     if text_column == label_column:
         raise ValueError(
             f"--text-column and --label-column are both {text_column!r}; expected two "
             "columns."
         )
-    rows = list(read[path.suffix.lower()](path, _decoded(path)))
-    if not rows:
+    frame, place = _READERS[path.suffix.lower()](path)
+    if not len(frame):
         raise ValueError(f"{path} has no rows.")
     needed = [text_column] if optional else [text_column, label_column]
-    columns = {name for _, row in rows for name in row}
     for column in needed:
-        if column not in columns:
+        if column not in frame.columns:
             raise ValueError(
-                f"{path} has no column {column!r}, but {sorted(columns)}. "
+                f"{path} has no column {column!r}, but {sorted(frame.columns)}. "
                 "Name it by --text-column or --label-column."
             )
-    labelled = not optional or any(
-        row.get(label_column) not in (None, "") for _, row in rows
-    )
-    texts, labels, lines = [], [], []
-    for line, row in rows:
-        where = f"{path}, line {line}"
-        text = _string(row, text_column, where)
-        if not text.strip():
+    texts, labels = _values(frame, text_column), _values(frame, label_column)
+    file = Texts(path, text_column, label_column, texts, None, place)
+    for index, text in enumerate(texts):
+        if not _string(text, text_column, file, index).strip():
             raise ValueError(
-                f"{where}: the text is empty. Delete the row, or write what it says."
+                f"{file.where(index)}: the text is empty. Delete the row, or write "
+                "what it says."
             )
-        texts.append(text)
-        lines.append(line)
-        if labelled:
-            labels.append(_string(row, label_column, where, numbers=True))
-    return Texts(
-        path, text_column, label_column, texts, labels if labelled else None, lines
-    )
+    if optional and all(isinstance(y, str | None) and not y for y in labels):
+        return file
+    words = [
+        _string(label, label_column, file, index, numbers=True)
+        for index, label in enumerate(labels)
+    ]
+    return replace(file, labels=words)
+
+
+def _values(frame: DataFrame, column: str) -> list[Any]:
+    """Of a column, None where there is none."""
+    import pandas
+
+    values = frame[column].tolist() if column in frame.columns else [None] * len(frame)
+    # isna of a list is a list, and of a value True or False.
+    return [None if pandas.isna(value) is True else value for value in values]
 
 
 def _decoded(path: Path) -> str:
@@ -131,71 +145,134 @@ def _decoded(path: Path) -> str:
     return text
 
 
-def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, Record]]:
-    before = csv.field_size_limit(_LONGEST_FIELD)
-    # Otherwise, a quote that nobody closes takes the rest of the file for one field.
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    start = 1
-    header: list[str] = []
+def _delimited(path: Path, separator: str) -> tuple[DataFrame, Place]:
+    import pandas
+
+    text = _decoded(path)
     try:
-        for values in reader:
-            where, line = f"{path}, line {start}", start
-            start = reader.line_num + 1
-            if not values:
-                continue
-            if not header:
-                header = values
-                twice = sorted({name for name in header if header.count(name) > 1})
-                if twice:
-                    raise ValueError(f"{where}: column {twice[0]!r} is there twice.")
-                continue
-            if len(values) > len(header):
-                raise ValueError(
-                    f"{where}: {len(values)} values for {len(header)} columns. Put "
-                    "quotes around a text with commas."
-                )
-            yield line, dict(zip(header, values, strict=False))
-    except csv.Error as error:
+        # The header is read as a row: a column that is there twice would be renamed.
+        # Only pandas' reader in Python refuses a quote that nobody closes, instead of
+        # taking all rows up to the next one for one field.
+        with _long_fields():
+            frame = pandas.read_csv(
+                io.StringIO(text, newline=""),
+                sep=separator,
+                header=None,
+                dtype=object,
+                keep_default_na=False,
+                engine="python",
+            )
+        if not isinstance(frame.index, pandas.RangeIndex):  # made of further values
+            raise pandas.errors.ParserError("more values than columns")
+    except pandas.errors.EmptyDataError:
+        return pandas.DataFrame(), str
+    except pandas.errors.ParserError as error:
+        # pandas counts records, of which one may have several lines.
+        records = list(_records(text, separator))
+        width = records[0][1]
+        line, values = next((r for r in records if r[1] > width), records[0])
+        what = f"{values} values for {width} columns"
+        if values == _UNREADABLE:
+            what = f"not {path.suffix[1:].upper()} ({error})"
         raise ValueError(
-            f"{path}, line {start}: not CSV ({error}). A quote inside of a quoted text "
-            'is written twice: "".'
+            f"{path}, line {line}: {what}. Put quotes around a text with {separator!r} "
+            'in it; a quote inside of a quoted text is written twice: "".'
         ) from error
+
+    def place(index: int) -> str:
+        return f"line {list(_records(text, separator))[index + 1][0]}"
+
+    header = frame.iloc[0]
+    twice = header[header.duplicated()]
+    if len(twice):
+        raise ValueError(
+            f"{path}, {place(-1)}: column {twice.iloc[0]!r} is there twice. Rename one."
+        )
+    return frame[1:].set_axis(header, axis="columns"), place
+
+
+def _records(text: str, separator: str) -> Iterator[tuple[int, int]]:
+    """Lines where records begin, the header's first, and how many values each has."""
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    start = 1
+    with _long_fields():
+        try:
+            for values in reader:
+                if len(values) > 1 or "".join(values).strip():  # else pandas skips it
+                    yield start, len(values)
+                start = reader.line_num + 1
+        except csv.Error:
+            yield start, _UNREADABLE
+
+
+@contextmanager
+def _long_fields() -> Iterator[None]:
+    """Fields of any length for csv, by which pandas reads, too."""
+    before = csv.field_size_limit(_LONGEST_FIELD)
+    try:
+        yield
     finally:
         csv.field_size_limit(before)
 
 
-def _json_rows(path: Path, text: str) -> Iterator[tuple[int, Record]]:
-    for number, line in enumerate(io.StringIO(text, newline=""), start=1):
+def _json_lines(path: Path) -> tuple[DataFrame, Place]:
+    import pandas
+
+    # Line by line: pandas' own reader drops halves of characters, makes 1.0 of a label
+    # 1 above an absent one, and doesn't say in which line it failed.
+    rows: list[dict[str, Any]] = []
+    lines: list[int] = []
+    for number, line in enumerate(io.StringIO(_decoded(path), newline=""), start=1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error}).") from error
-        if not isinstance(row, dict):
+            rows.append(msgspec.json.decode(line, type=dict[str, Any]))
+        except (msgspec.MsgspecError, RecursionError) as error:
             raise ValueError(
-                f"{path}, line {number}: expected one JSON object in each line, as "
-                '{"text": "...", "label": "..."}.'
-            )
-        yield number, row
+                f"{path}, line {number}: not JSON as expected ({error}). Write one "
+                'object in each line, as {"text": "...", "label": "..."}.'
+            ) from error
+        lines.append(number)
+    return pandas.DataFrame(rows, dtype=object), lambda index: f"line {lines[index]}"
 
 
-def _string(row: Record, column: str, where: str, *, numbers: bool = False) -> str:
-    value = row.get(column)
+def _parquet(path: Path) -> tuple[DataFrame, Place]:
+    import pandas
+
+    try:
+        frame = pandas.read_parquet(path)
+    except ImportError as error:
+        raise ImportError(
+            f"{path}: Parquet files need pyarrow. Install it by: pip install pyarrow"
+        ) from error
+    except (ValueError, OSError) as error:
+        raise ValueError(
+            f"{path}: not Parquet ({error}). Write it anew, by to_parquet of pandas."
+        ) from error
+    return frame.astype(object), lambda index: f"row {index + 1}"
+
+
+_READERS: dict[str, Callable[[Path], tuple[DataFrame, Place]]] = {
+    ".csv": partial(_delimited, separator=","),
+    ".tsv": partial(_delimited, separator="\t"),
+    ".parquet": _parquet,
+    ".json": _json_lines,
+    ".jsonl": _json_lines,
+}
+
+
+def _string(
+    value: Any, column: str, file: Texts, index: int, *, numbers: bool = False
+) -> str:
     if value is None:
-        raise ValueError(f"{where}: no value for {column!r}.")
+        raise ValueError(f"{file.where(index)}: no value for {column!r}.")
     if numbers and isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, str):
         expected = "a string or a whole number" if numbers else "a string"
         raise ValueError(
-            f"{where}: {column!r} is of type {type(value).__name__}, expected "
-            f"{expected}."
-        )
-    if not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
-        raise ValueError(
-            f"{where}: {column!r} has half of a surrogate pair, which is no character. "
-            "The text was cut in the middle of one: write it anew."
+            f"{file.where(index)}: {column!r} is of type {type(value).__name__}, "
+            f"expected {expected}."
         )
     return value
 
@@ -274,8 +351,12 @@ def check_folder(folder: Path, option: str, *others: Path) -> None:
         ) from error
 
 
-def check_is_ours(folder: Path) -> None:
-    """Refuse a folder with the manifest of something else, which stays what it is.
+def check_is_free(folder: Path, replace: bool) -> None:
+    """Refuse a folder with a posterior, or with the manifest of something else.
+
+    Args:
+        folder: To be written into.
+        replace: Whether a posterior that is there may go.
 
     Raises:
         ValueError: If it has one.
@@ -291,18 +372,24 @@ def check_is_ours(folder: Path) -> None:
         raise ValueError(
             f"{manifest} is of something else than a posterior. Name another folder."
         )
+    if not replace:
+        raise ValueError(
+            f"{folder} holds a posterior already. Name another folder, or let "
+            "--replace put the new one in its place."
+        )
 
 
-def check_output(output: Path, inputs: Sequence[Path]) -> None:
-    """Refuse a file that is an input, or can't be written.
+def check_output(output: Path, inputs: Sequence[Path], replace: bool) -> None:
+    """Refuse a file that is an input, is there already, or can't be written.
 
     Args:
         output: The file.
         inputs: Files that are read, and folders that hold some.
+        replace: Whether a file that is there, and no input, may go.
 
     Raises:
-        ValueError: If it is, or is in, one of the inputs, or its folder doesn't exist
-            or can't be written to.
+        ValueError: If it is, or is in, one of the inputs, is there and shall stay, or
+            its folder doesn't exist or can't be written to.
     """
     target = output.resolve()
     for path in map(Path.resolve, inputs):
@@ -313,6 +400,11 @@ def check_output(output: Path, inputs: Sequence[Path]) -> None:
             )
     if output.exists() and not output.is_file():
         return  # a pipe or a device
+    if output.exists() and not replace:
+        raise ValueError(
+            f"--output {output} is there already. Name another file, or let --replace "
+            "put the new one in its place."
+        )
     if output.exists() and not os.access(output, os.W_OK):
         raise ValueError(f"--output {output} is write-protected. Name another file.")
     if not target.parent.is_dir():

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from pyro_lora.curvature.factors import at_least_float32
 from pyro_lora.curvature.layout import Call, Layout, Run, find_layouts, mixes_data
 from pyro_lora.ground.interrupts import eagerly, hooked
 from pyro_lora.ground.settings import check_gradients
+from pyro_lora.ground.synchronisation import ask
 from pyro_lora.lifting.folding import tensors_in
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.lifting.sites import LiftedParameter
@@ -360,7 +362,51 @@ def largest_gradients(capture: LayerCapture) -> Tensor:
     return capture.gradients.abs().amax((0, 3))
 
 
-def tokens_that_count(sizes: Mapping[int, Tensor]) -> dict[int, Tensor]:
+class CountedTokens:
+    """Which tokens of a layer count, and how many, which is asked for at once.
+
+    Args:
+        mask: (B, T), bool.
+        others: Those of other layers, which may be the same.
+
+    Attributes:
+        mask: (B, T), bool.
+    """
+
+    def __init__(self, mask: Tensor, others: Sequence[CountedTokens] = ()) -> None:
+        self.mask = mask
+        self._number = ask(mask.sum())
+        self._others = [
+            (other, ask((mask == other.mask).all()))
+            for other in others
+            if other.mask.shape == mask.shape
+        ]
+
+    @property
+    def are_all(self) -> bool:
+        """Whether none is left out."""
+        return int(self._number) == self.mask.numel()
+
+    @cached_property
+    def shared(self) -> CountedTokens:
+        """The first of those that are the same."""
+        return next((x.shared for x, is_same in self._others if is_same), self)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """The tokens that count, (..., B, T, X) -> (..., n, X)."""
+        rows = x.flatten(-3, -2)
+        return rows if self.are_all else rows.index_select(-2, self.shared._index)
+
+    @cached_property
+    def _index(self) -> Tensor:
+        # As many are known to count: the first of them, sorted by whether they do.
+        left_out = (~self.mask).flatten().to(torch.uint8)
+        return left_out.argsort(stable=True)[: int(self._number)]
+
+
+def tokens_that_count(
+    sizes: Mapping[int, Tensor], inputs: Mapping[int, object]
+) -> dict[int, CountedTokens]:
     """Which tokens count for a layer.
 
     A token counts where its largest gradient exceeds 1e3 eps times the largest of its
@@ -371,30 +417,35 @@ def tokens_that_count(sizes: Mapping[int, Tensor]) -> dict[int, Tensor]:
 
     Args:
         sizes: Of all layers of one batch, :func:`largest_gradients` by place.
+        inputs: What tells layers with the same inputs from others, by place.
 
     Returns:
-        Place -> (B, T), bool.
+        Place -> tokens.
     """
     largest = torch.stack([s.amax(1) for s in sizes.values()]).amax(0)  # (B,)
     # Half precision rounds each gradient, but what should be zero stays near zero.
     dtype = torch.promote_types(largest.dtype, torch.float32)
     eps = torch.finfo(dtype).eps
-    return {
-        i: s > eps * torch.maximum(1e3 * s.amax(1), 10 * largest)[:, None]
-        for i, s in sizes.items()
-    }
+    counts: dict[int, CountedTokens] = {}
+    families: dict[object, list[CountedTokens]] = {}
+    for i, s in sizes.items():
+        mask = s > eps * torch.maximum(1e3 * s.amax(1), 10 * largest)[:, None]
+        family = families.setdefault(inputs[i], [])
+        counts[i] = CountedTokens(mask, family)
+        family.append(counts[i])
+    return counts
 
 
-def without_padding(capture: LayerCapture, counts: Tensor) -> LayerCapture:
+def without_padding(capture: LayerCapture, counts: CountedTokens) -> LayerCapture:
     """The gradients of the tokens that don't count, exactly zero.
 
     Args:
         capture: One layer.
-        counts: Which of its tokens count, (B, T).
+        counts: Which of its tokens count.
     """
-    if counts.all():
+    if counts.are_all:
         return capture
-    return replace(capture, gradients=capture.gradients * counts[..., None])
+    return replace(capture, gradients=capture.gradients * counts.mask[..., None])
 
 
 def _output_gradients(

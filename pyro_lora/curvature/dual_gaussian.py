@@ -9,13 +9,17 @@ and everything asked of it follows from :math:`K = J T^{-1} J^T` and the n x n m
 :math:`B = I + R^T K R` (Woodbury): nothing of size D x D is formed, and nothing is
 approximated. A datum x = 2 of y = w x + noise of variance 1, with tau = 4, say: J = 2,
 R = 1, K = 2 * 2 / 4 = 1, B = 2, and P = 4 + 4 = tau det B.
+
+Of more data than that the rows may be given by coordinates in k directions,
+:math:`J \approx \Phi U`: with U for J and a root of :math:`\Phi^T R R^T \Phi` for R it
+is the same algebra on k x k matrices (``inducing``).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -27,13 +31,16 @@ from torch import Tensor
 from pyro_lora.curvature.dense_gaussian import unflatten_weights
 from pyro_lora.curvature.factors import RowFactors
 from pyro_lora.curvature.joint_distribution import JointDistribution
-from pyro_lora.curvature.observations import Observations, Observed, joined
+from pyro_lora.curvature.observations import Observations, joined
 from pyro_lora.curvature.weight_gaussian import WeightGaussian
 from pyro_lora.ground.summary import FieldsShown
 from pyro_lora.ground.weights import Weights
 
 _LEAST_SHARE = 1e-12  # of the data in a precision, which isn't rounding
-MAX_ROWS = 20_000  # of which an n x n matrix has 3.2 GB
+_JITTER = 1e-14  # of the mean eigenvalue of a matrix that may have none
+# Of Gram matrices of several groups of layers together. Beyond, each is made again
+# where it is needed: one evaluation then takes as long as all of them did.
+_KEPT_BYTES = 2e9
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -60,14 +67,15 @@ class Rows(FieldsShown):
         tau = self.by_matrix(precision)
         if any(x[0].numel() > 1 for x in tau.values()):
             return self._weighted_kernel(tau)
-        layers = {site: x.reshape(-1) for site, x in tau.items()}
-        each = torch.cat(list(layers.values())).double()
-        if bool((each == each[0]).all()):
-            return self._gram / each.mean()
-        if all(bool((x == x[0]).all()) for x in layers.values()):
-            of_sites = torch.stack([x.double().mean() for x in layers.values()])
-            return torch.einsum("s,sij->ij", 1 / of_sites, self._site_grams)
-        return torch.einsum("l,lij->ij", 1 / each, self._layer_grams)
+        uniform = _uniform(tau)
+        if uniform is not None:
+            return self._gram / uniform
+        of_sites = [_uniform({site: x}) for site, x in tau.items()]
+        if None not in of_sites:
+            each = torch.stack([x for x in of_sites if x is not None])
+            return self._by_site.weighted(1 / each)
+        each = torch.cat([x.reshape(-1) for x in tau.values()]).double()
+        return self._by_layer.weighted(1 / each)
 
     def by_matrix(self, precision: Mapping[str, Tensor]) -> Weights:
         """Each site's precision as (L, 1, 1) where each matrix has one, else whole."""
@@ -123,25 +131,69 @@ class Rows(FieldsShown):
 
     @cached_property
     def _gram(self) -> Tensor:
-        return self._sum_of(self.matrices())
+        return _sum_of_grams([rows for _, _, rows in self.matrices()])
 
     @cached_property
-    def _site_grams(self) -> Tensor:
-        sites = ((site, iter(rows)) for site, rows in self.values.items())
-        return torch.stack(
-            [self._sum_of((site, 0, x) for x in rows) for site, rows in sites]
-        )
+    def _by_site(self) -> _Grams:
+        return _Grams(tuple(tuple(rows) for rows in self.values.values()))
 
     @cached_property
-    def _layer_grams(self) -> Tensor:
-        return torch.stack([_outer(x) for _, _, x in self.matrices()])
+    def _by_layer(self) -> _Grams:
+        return _Grams(tuple((rows,) for _, _, rows in self.matrices()))
 
-    def _sum_of(self, matrices: Iterable[tuple[str, int, Tensor]]) -> Tensor:
-        total: Tensor | float = 0.0
-        for _, _, x in matrices:
-            total = total + _outer(x)
-        assert isinstance(total, Tensor)
+
+@dataclass(frozen=True, eq=False)
+class _Grams:
+    """Gram matrices of groups of layers, to be added with weights.
+
+    Attributes:
+        groups: Rows (n, O I) of each group's layers.
+    """
+
+    groups: tuple[tuple[Tensor, ...], ...]
+
+    def weighted(self, weights: Tensor) -> Tensor:
+        """The sum, (n, n), differentiable in the weights (G,)."""
+        size = len(self.groups[0][0])
+        if 8 * size**2 * len(self.groups) <= _KEPT_BYTES:
+            return torch.einsum("g,gij->ij", weights, self._kept)
+        total: Tensor = _WeightedGrams.apply(weights, self.groups)
         return total
+
+    @cached_property
+    def _kept(self) -> Tensor:
+        return torch.stack([_sum_of_grams(group) for group in self.groups])
+
+
+class _WeightedGrams(torch.autograd.Function):
+    """A weighted sum of Gram matrices, none of which is kept for the gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, weights: Tensor, groups: Sequence[Sequence[Tensor]]
+    ) -> Tensor:
+        ctx.groups = groups
+        total = weights.new_zeros(len(groups[0][0]), len(groups[0][0]))
+        for weight, group in zip(weights, groups, strict=True):
+            total += weight * _sum_of_grams(group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        # tr(G' X X') = sum of (G X) * X, for which no n x n matrix is needed again.
+        (gradient,) = gradients
+        found = [
+            sum(((gradient @ x.double()) * x).sum() for x in group)
+            for group in ctx.groups
+        ]
+        return torch.stack([torch.as_tensor(x) for x in found]), None
+
+
+def _sum_of_grams(group: Sequence[Tensor]) -> Tensor:
+    total = _outer(group[0])
+    for rows in group[1:]:
+        total += _outer(rows)
+    return total
 
 
 def _outer(rows: Tensor) -> Tensor:
@@ -188,6 +240,106 @@ class Roots(FieldsShown):
         return whole.reshape(len(whole), *rest)
 
 
+class EachRow:
+    """The data's rows are the Gaussian's own."""
+
+    def of_data(self, x: Tensor) -> Tensor:
+        """Of the Gaussian's rows (k, ...) as of the data's (n, ...)."""
+        return x
+
+    def from_data(self, x: Tensor) -> Tensor:
+        """The transpose, (n, ...) to (k, ...)."""
+        return x
+
+    def roots(self, roots: Roots) -> Roots:
+        """Roots of the data's rows as those of the Gaussian's."""
+        return roots
+
+    def variance(self, kernel: Tensor) -> Tensor:
+        """The prior variance of each contrast, (n,), by K (k, k)."""
+        return kernel.diagonal()
+
+    def covariance(self, kernel: Tensor, half: Tensor, rows: Tensor) -> Tensor:
+        r"""Blocks of :math:`K - V^T V` at the data's rows.
+
+        Args:
+            kernel: K, (k, k).
+            half: V, (m, k).
+            rows: (data, rows).
+
+        Returns:
+            (data, rows, rows).
+        """
+        inside = half[:, rows].permute(1, 2, 0)
+        return kernel[rows[:, :, None], rows[:, None, :]] - inside @ inside.mT
+
+    def tensors(self) -> Weights:
+        """What a file holds of it, by name."""
+        return {}
+
+    def words(self, size: int) -> str:
+        """What the Gaussian is, of so many rows."""
+        return f"exact, in {size:,} rows"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class InSubspace(FieldsShown):
+    r"""The data's rows lie in the span of the Gaussian's, :math:`J \approx \Phi U`.
+
+    Attributes:
+        matrix: :math:`\Phi`, (n, k), float64.
+        residual: Diagonal of :math:`(J - \Phi U) T^{-1} (J - \Phi U)^T` at the prior of
+            the fit, (n,): what of the prior variance of each contrast lies outside.
+        lost: Its share of the prior variance of all.
+    """
+
+    matrix: Tensor
+    residual: Tensor
+    lost: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        outside = float(self.residual.sum())
+        total = float(self.matrix.square().sum()) + outside
+        object.__setattr__(self, "lost", outside / total if total else 0.0)
+
+    def of_data(self, x: Tensor) -> Tensor:
+        """See :class:`EachRow`."""
+        return self.matrix @ x
+
+    def from_data(self, x: Tensor) -> Tensor:
+        """See :class:`EachRow`."""
+        return self.matrix.mT @ x
+
+    def roots(self, roots: Roots) -> Roots:
+        """See :class:`EachRow`; one block of all."""
+        inside = roots.right(self.matrix)
+        fisher = inside.mT @ inside
+        # Directions that no datum informs leave it singular.
+        fisher.diagonal().add_(_JITTER * fisher.diagonal().mean())
+        root, info = torch.linalg.cholesky_ex(fisher)
+        if int(info):  # an R of a QR decomposition takes longer, and can't fail
+            root = torch.linalg.qr(inside, mode="r").R.mT
+        return Roots((root[None],))
+
+    def variance(self, kernel: Tensor) -> Tensor:
+        """See :class:`EachRow`."""
+        return ((self.matrix @ kernel) * self.matrix).sum(1)
+
+    def covariance(self, kernel: Tensor, half: Tensor, rows: Tensor) -> Tensor:
+        """See :class:`EachRow`."""
+        own = self.matrix[rows]  # (data, rows, k)
+        return own @ (kernel - half.mT @ half) @ own.mT
+
+    def tensors(self) -> Weights:
+        """See :class:`EachRow`."""
+        return {"matrix": self.matrix, "residual": self.residual}
+
+    def words(self, size: int) -> str:
+        """See :class:`EachRow`."""
+        number = len(self.matrix)
+        return f"{size:,} directions, {self.lost:.2g} lost, of {number:,} rows"
+
+
 class UnresolvedError(ValueError):
     """The data say so much more than the prior that float64 can't tell it."""
 
@@ -225,10 +377,11 @@ class DualGaussian(WeightGaussian):
         prior_precision: Site -> tau, (L, 1, 1) where each matrix has one.
         rows: J.
         roots: R, at the mean.
-        observations: What the rows are the contrasts of, in order; empty where they are
-            Fisher terms.
+        observations: What the data's rows are the contrasts of, in order; empty where
+            they are Fisher terms.
         mode_precision: Of the normal prior under which the mean is the mode of the
             linearised network; None where it's none.
+        coordinates: Of the data's rows in these.
     """
 
     loc: Weights
@@ -237,12 +390,13 @@ class DualGaussian(WeightGaussian):
     roots: Roots
     observations: tuple[Observations, ...] = ()
     mode_precision: Weights | None = None
+    coordinates: EachRow | InSubspace = field(default_factory=EachRow)
 
     @property
     def structure(self) -> str:
         """See the base class."""
         num_data = sum(x.num_data for x in self.observations[:1])
-        rows = f"exact, in {len(self.rows):,} rows"
+        rows = self.coordinates.words(len(self.rows))
         return f"{rows} of {num_data:,} data" if num_data else rows
 
     @property
@@ -299,7 +453,7 @@ class DualGaussian(WeightGaussian):
         """See the base class."""
         found = {site: torch.empty_like(x) for site, x in self.loc.items()}
         for site, layer, rows in self.rows.matrices():
-            tau = self._of_layer(self.prior_precision, site, layer)
+            tau = of_layer(self.prior_precision, site, layer)
             half = torch.linalg.solve_triangular(
                 self._cholesky, self.roots.right(rows.double()), upper=False
             )
@@ -380,7 +534,7 @@ class DualGaussian(WeightGaussian):
             layers[site] += 1
             flat = j.flatten(2)
             for q, tau in enumerate(each):
-                own_tau = self._of_layer(tau, site, layer).to(j)
+                own_tau = of_layer(tau, site, layer).to(j)
                 scaled = flat / own_tau
                 own[q] = own[q] + (scaled @ flat.mT).double()
                 rows = self.rows.values[site][layer].to(j)
@@ -442,11 +596,6 @@ class DualGaussian(WeightGaussian):
         half = half.mT.unflatten(0, (num_data, half.shape[1] // num_data))
         return half @ half.mT
 
-    def _of_layer(self, tau: Mapping[str, Tensor], site: str, layer: int) -> Tensor:
-        """(1,), or one for each weight, (O I,)."""
-        own = tau[site].double()
-        return own[layer if len(own) > 1 else 0].flatten()
-
     @cached_property
     def _cholesky(self) -> Tensor:
         return cholesky_of(self.rows.kernel(self.prior_precision), self.roots)
@@ -459,55 +608,85 @@ class DualGaussian(WeightGaussian):
         return values.clamp_min(0), vectors
 
 
+def of_layer(tau: Mapping[str, Tensor], site: str, layer: int) -> Tensor:
+    """A matrix's own precision, (1,), or that of each weight, (O I,); float64.
+
+    Args:
+        tau: Site -> precision, as :meth:`Rows.by_matrix` gives it.
+        site: Its site.
+        layer: Its place there.
+    """
+    own = tau[site].double()
+    return own[layer if len(own) > 1 else 0].flatten()
+
+
 def _uniform(tau: Mapping[str, Tensor]) -> Tensor | None:
-    """The one precision of all weights; None if there are several."""
-    each = torch.cat([x.reshape(-1) for x in tau.values()]).double()
-    return each.mean() if bool((each == each[0]).all()) else None
+    """The one precision of all weights; None if there are several.
+
+    Several of the same value, too, where each has a gradient of its own.
+    """
+    first = next(iter(tau.values()))
+    one = first.reshape(-1)[0]
+    if first.requires_grad:
+        same = all(
+            x.data_ptr() == first.data_ptr() and not any(_moving_strides(x))
+            for x in tau.values()
+        )
+    else:
+        same = all(bool((x == one).all()) for x in tau.values())
+    return one.double() if same else None
+
+
+def _moving_strides(x: Tensor) -> list[int]:
+    """Those along which there is more than one value."""
+    sizes = zip(x.stride(), x.shape, strict=True)
+    return [stride for stride, size in sizes if size > 1 and stride != 0]
 
 
 def dual_gaussian(
     loc: Weights,
     prior_precision: Weights,
-    factors: Mapping[int, RowFactors],
-    observed: Sequence[Observed],
+    factors: dict[int, RowFactors],
+    observed: Sequence[tuple[Observations, ...]],
 ) -> DualGaussian:
     """The Gaussian at the weights at which the rows were taken.
 
     Args:
         loc: These weights, site -> (L, ...).
         prior_precision: Site -> tau.
-        factors: Rows by place among the layers.
+        factors: Rows by place among the layers; used up, so that few are there twice.
         observed: What each batch observed; empty where rows are Fisher terms.
-
-    Raises:
-        ValueError: If there are more rows than fit into n x n matrices.
     """
-    observations, chosen = joined(observed)
-    batches = factors[0].batches
-    num_rows = sum(x.shape[0] * x.shape[1] for x in batches)
-    num_rows = sum(len(order) for _, order in chosen) if observed else num_rows
-    if num_rows > MAX_ROWS:
-        raise ValueError(
-            f"structures.Exact() works on matrices of as many rows as there are "
-            f"outcomes times contrasts, here {num_rows:,}, and takes {MAX_ROWS:,} at "
-            "most. Use structures.KFAC()."
-        )
-    num_layers = iter(range(len(factors)))
-    values = {}
-    for site, x in loc.items():
-        layers = []
-        for _ in x:
-            flat = [b.flatten(0, 1) for b in factors[next(num_layers)].batches]
-            layers.append(
-                torch.cat([flat[i][order] for i, order in chosen])
-                if observed
-                else torch.cat(flat)
-            )
-        values[site] = torch.stack(layers)
+    observations, places = joined(observed)
+    layers = iter(range(len(factors)))
+    values = {
+        site: torch.stack([in_order(factors.pop(next(layers)), places) for _ in x])
+        for site, x in loc.items()
+    }
     rows = Rows(loc, values)
-    blocks = tuple(part.at(part.at_fit).root for part in observations)
-    if not observed:
-        like = next(iter(values.values()))
-        blocks = (like.new_ones(len(rows), 1, 1, dtype=torch.float64),)
+    roots = roots_at_fit(observations, next(iter(values.values())))
     tau = rows.by_matrix(prior_precision)
-    return DualGaussian(loc, tau, rows, Roots(blocks), observations)
+    return DualGaussian(loc, tau, rows, roots, observations)
+
+
+def in_order(factors: RowFactors, places: Sequence[tuple[int, slice]]) -> Tensor:
+    """Rows of all batches in the order of the outcomes, where these are known.
+
+    Args:
+        factors: Of each batch.
+        places: Batch, and where among its rows; empty: as they came.
+    """
+    batches = factors.batches
+    return torch.cat([batches[i][where] for i, where in places] or list(batches))
+
+
+def roots_at_fit(observations: tuple[Observations, ...], rows: Tensor) -> Roots:
+    """Roots of the Fisher information where the network is; of Fisher terms 1.
+
+    Args:
+        observations: What was observed.
+        rows: Of the data, (..., n, W).
+    """
+    if observations:
+        return Roots(tuple(part.at(part.at_fit).root for part in observations))
+    return Roots((rows.new_ones(rows.shape[-2], 1, 1, dtype=torch.float64),))

@@ -10,7 +10,7 @@ datum of one token, a = (1, 2) and g = (3, 4):
 - :class:`DiagonalFactors`: the block's diagonal, (g a^T)^2 = [[9, 36], [16, 64]];
 - :class:`DenseFactors`: the block itself, of the row-major g a^T = (3, 6, 4, 8),
   together with its covariances with all other layers;
-- :class:`RowFactors`: j = (3, 6, 4, 8) itself.
+- :class:`RowFactors`: j = (3, 6, 4, 8) itself; :class:`RowSample` has some of many.
 """
 
 from __future__ import annotations
@@ -78,13 +78,44 @@ class RowFactors:
     """The gradients themselves, of one linear layer: they add up to more rows.
 
     Attributes:
-        batches: Of each batch the gradients of its Fisher terms, (M, B, O I).
+        batches: Of each batch the gradients of its Fisher terms, (M, B, O I) in order.
     """
 
     batches: tuple[Tensor, ...]
 
     def __add__(self, other: RowFactors) -> RowFactors:
         return RowFactors(self.batches + other.batches)
+
+    def at(self, places: Tensor) -> RowFactors:
+        """One batch's rows at places of its flattened (M, B)."""
+        (rows,) = self.batches
+        return RowFactors((rows[places],))
+
+
+@dataclass(frozen=True)
+class RowSample:
+    """Some of the gradients, drawn at random: those with the smallest keys.
+
+    Attributes:
+        values: (m, O I).
+        keys: Random numbers, (m,), float64; the same for all layers.
+        size: How many are kept, ().
+    """
+
+    values: Tensor
+    keys: Tensor
+    size: Tensor
+
+    def __add__(self, other: RowSample) -> RowSample:
+        keys = torch.cat([self.keys, other.keys])
+        # In the rows' own order, so that all rows are kept as they came.
+        kept = keys.argsort()[: int(self.size)].sort().values
+        values = torch.cat([self.values, other.values])
+        return RowSample(values[kept], keys[kept], self.size)
+
+    def at(self, places: Tensor) -> RowSample:
+        """One batch's rows at places of its flattened (M, B)."""
+        return RowSample(self.values[places], self.keys[places], self.size)
 
 
 @dataclass(frozen=True)

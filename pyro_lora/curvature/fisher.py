@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pyro_lora.curvature.factors import at_least_float32
 from pyro_lora.curvature.observations import Observations, Observed, observe
+from pyro_lora.ground.synchronisation import scalar
 from pyro_lora.likelihood.data_plate import DataPlate, data_plate
 from pyro_lora.likelihood.likelihoods import draws, known
 from pyro_lora.likelihood.likelihoods import of as likelihood_of
@@ -24,7 +25,7 @@ from pyro_lora.likelihood.outcomes import (
     SingleOutcomes,
     is_given,
     single_outcomes,
-    values_to_score,
+    values_in_range,
 )
 
 Site = dict[str, Any]
@@ -141,9 +142,9 @@ def empirical_terms(fn: Any, value: Tensor) -> FisherTerms:
         Terms (..., 1) and coordinates, all one.
     """
     single = single_outcomes(fn)
-    missing = ~is_given(single.fn, value)
-    given = value
-    if bool(missing.any()):
+    given, likelihood = value, known(single.fn)
+    if likelihood is not None and likelihood.given is not None:
+        missing = ~is_given(single.fn, value)
         event = (1,) * len(single.fn.event_shape)
         missing = missing.reshape(missing.shape + event)
         # Any outcome will do, since it's masked, but NaN would be in the gradient.
@@ -220,7 +221,7 @@ def linear_terms(sites: Sequence[Site]) -> tuple[FisherTerms, Tensor]:
         _check_plates(site)
         plate = data_plate(site)
         values, of_site, order = observe(site, plate)
-        log_prob = site["fn"].log_prob(values_to_score(site))
+        log_prob = site["fn"].log_prob(values_in_range(site))
         counted = scale_and_mask(log_prob, plate.scale, plate.mask)
         log_probs.append(counted.double().sum())
         score = torch.zeros_like(values).detach().flatten()
@@ -261,13 +262,13 @@ def _of_site(
     site: Site, plate: DataPlate, fisher_terms: TermsFunction
 ) -> tuple[FisherTerms, Tensor]:
     """Terms (M, B) and log likelihood of one site."""
-    fn, value = site["fn"], values_to_score(site)
+    fn, value = site["fn"], values_in_range(site)
     log_prob = scale_and_mask(fn.log_prob(value), plate.scale, plate.mask)  # no N / B
     fisher = fisher_terms(fn, value)
     if plate.mask is not None:
         fisher = fisher.where(plate.mask)
     # A scaled Fisher information has a root scaled by the scale's square root.
-    scale = torch.as_tensor(plate.scale, dtype=torch.float64, device=log_prob.device)
+    scale = scalar(plate.scale, log_prob.double())
     root = scale.sqrt()[..., None]
     num_terms = fisher.terms.shape[-1]
     fisher = fisher.map(lambda x: plate.data_last(x * root.to(x), fn.batch_shape))

@@ -45,10 +45,12 @@ from pyro_lora.curvature.capture import (
     without_padding,
 )
 from pyro_lora.curvature.data_sums import (
+    OBSERVED,
     DataSums,
     PassCheckpoint,
-    batch_digest,
+    PassLog,
     fit_digest,
+    over_ranks,
 )
 from pyro_lora.curvature.factors import ObservedFactors
 from pyro_lora.curvature.fisher import (
@@ -61,9 +63,9 @@ from pyro_lora.curvature.fisher import (
     several_plates,
     wrong_plate,
 )
+from pyro_lora.curvature.observations import Observed
 from pyro_lora.curvature.prior_moments import model_scales, prior_at_mode
 from pyro_lora.curvature.structures import (
-    OBSERVED,
     BatchStructure,
     Captures,
     Factors,
@@ -72,6 +74,8 @@ from pyro_lora.curvature.structures import (
 from pyro_lora.curvature.weight_gaussian import WeightGaussian
 from pyro_lora.ground.interrupts import eagerly
 from pyro_lora.ground.progress import progress
+from pyro_lora.ground.ranks import ALONE, Ranks
+from pyro_lora.ground.synchronisation import gathered, require, validated
 from pyro_lora.ground.weights import Weights
 from pyro_lora.lifting.fingerprint import fingerprint
 from pyro_lora.lifting.lifted_network import LiftedNetwork
@@ -83,7 +87,7 @@ from pyro_lora.likelihood.batch import (
     checked_batches,
     explaining,
 )
-from pyro_lora.likelihood.data_plate import data_plate
+from pyro_lora.likelihood.data_plate import DataPlate, data_plate
 from pyro_lora.likelihood.model_trace import (
     Model,
     is_missing_outcome,
@@ -129,6 +133,7 @@ def batch_factors(
 
     # Which tokens count is known when all layers and terms were seen.
     sizes: dict[int, Tensor] = {}
+    inputs: dict[int, object] = {}
     gradients: dict[int, Tensor] = {}
     for places in groups:
         for start in starts:
@@ -136,10 +141,11 @@ def batch_factors(
             for i, c in captures.items():
                 size = largest_gradients(c)  # (B, T)
                 sizes[i] = size.maximum(sizes[i]) if start else size
+                inputs[i] = _input_key(record, i)
                 if alpha is not None:
                     g = score_gradient(c, alpha[start : start + step])  # (O, I)
                     gradients[i] = gradients[i] + g if start else g
-    counts = tokens_that_count(sizes)
+    counts = tokens_that_count(sizes, inputs)
     if score is None:
         score = {site: [] for site in leaves}
         for i, (_, p) in enumerate(record.layers):
@@ -175,7 +181,7 @@ def _chunks(
     seen: set[Any] = set()
     for i, (slot, _) in enumerate(record.layers):
         calls = record.calls.get(slot, [])
-        key = tuple(call.input.data_ptr() for call in calls)  # query's and value's
+        key = _input_key(record, i)
         families.setdefault(key, []).append(i)
         own = 0 if slot in seen else sum(call.output.nbytes for call in calls)
         sizes[key] = sizes.get(key, 0) + own
@@ -196,6 +202,12 @@ def _chunks(
             groups.append(list(places))
             size = sizes[key]
     return groups, step
+
+
+def _input_key(record: Recording, place: int) -> tuple[int, ...]:
+    """Where a layer's inputs are: in one place of several, such as query and value."""
+    slot, _ = record.layers[place]
+    return tuple(call.input.data_ptr() for call in record.calls.get(slot, ()))
 
 
 def _autograd_score(
@@ -256,6 +268,7 @@ class FisherPasses:
         progress_bar: Show one for each pass; None: on a terminal or in a notebook.
         checkpoint: A folder to write the sums into, and to resume from; None is none.
         max_memory_gb: Of gradients at a time, in GB; None is no limit.
+        ranks: Who shares the data.
     """
 
     model: Model
@@ -268,6 +281,7 @@ class FisherPasses:
     progress_bar: bool | None = None
     checkpoint: str | os.PathLike[str] | None = None
     max_memory_gb: float | None = None
+    ranks: Ranks = ALONE
 
     @property
     def mode(self) -> Weights:
@@ -297,11 +311,6 @@ class FisherPasses:
         if num_passes > 1 and iter(batches) is batches:
             why = f"{self.structure} takes {num_passes} passes over the data"
             raise ValueError(READ_ONCE.format(why))
-        if self.structure.linear and self.checkpoint is not None:
-            raise ValueError(
-                f"{self.structure} keeps every row of the Jacobian, which a fit's file "
-                "doesn't hold: it can't be resumed. Leave checkpoint= out."
-            )
         mode = self.mode
         leaves = {site: x.clone().requires_grad_() for site, x in mode.items()}
         names = chain(["Fisher"], (f"Fisher-{n}" for n in count(2)))
@@ -350,6 +359,12 @@ class FisherPasses:
             return linear_terms(sites)
         return likelihood_terms(sites, self.fisher_terms)
 
+    def _explained_terms(
+        self, sites: Sequence[Site], batch: Batch, index: int, trace: Any
+    ) -> tuple[FisherTerms, Tensor]:
+        with naming_batch(index), explaining(batch, nodes=trace.nodes):
+            return self._terms(sites)
+
     def _pass_checkpoint(self, folder: Path, name: str) -> PassCheckpoint:
         mode = self.mode
         settings = [repr(self.structure), self.fisher_terms, self.obs_site]
@@ -370,50 +385,58 @@ class FisherPasses:
         batches: Iterable[Batch],
         checkpoint: PassCheckpoint | None,
     ) -> tuple[DataSums, Any]:
-        """The sums over all data, and the last batch's trace.
+        """The sums over all data of all ranks, and the last batch's trace.
 
         Raises:
             ValueError: As :meth:`fit` does.
         """
-        held = self.held
+        held, ranks = self.held, self.ranks
         max_memory_gb = math.inf if self.max_memory_gb is None else self.max_memory_gb
         trace: Any = None
         sums: DataSums | None = None
-        before = None if checkpoint is None else checkpoint.read()
-        num_batches, digest = 0, ""
-        for index, batch in enumerate(checked_batches(batches)):
-            num_batches = index + 1
-            if checkpoint is not None:
-                digest = batch_digest(digest, batch)
-            if before is not None and num_batches <= before.num_batches:
-                if num_batches == before.num_batches:
-                    before.check(num_batches, digest)
-                    # For the prior, if no batch is left.
-                    trace = trace_batch(self.model, {**held, **leaves}, batch, index)
-                    sums = before.sums
-                    before.restore_random_state()
-                continue
-            with torch.enable_grad():
+        log = PassLog(checkpoint, ranks)
+        before, num_rows = log.before, 0
+        if before is not None:
+            sums = before.sums
+            num_rows = sums.num_rows
+        last: tuple[int, Batch] | None = None
+
+        def to_do() -> Iterator[tuple[int, Batch]]:
+            nonlocal last
+            with ranks.drawing_apart():
+                for index, batch in enumerate(ranks.rounds(checked_batches(batches))):
+                    if batch is None:
+                        log.go_on()
+                    else:
+                        last = index, batch
+                        if not log.is_done(batch):
+                            yield index, batch
+                    log.write(sums)
+
+        for index, batch in to_do():
+            with torch.enable_grad(), gathered():
                 with recording(self.networks, leaves) as record:
                     trace = trace_batch(self.model, {**held, **leaves}, batch, index)
                 sites = observed_sites(trace, self.obs_site)
                 check_latent_sites(trace, held)
-                with naming_batch(index), explaining(batch, nodes=trace.nodes):
-                    terms, log_p = self._terms(sites)
+                terms, log_p = validated(
+                    partial(self._explained_terms, sites, batch, index, trace)
+                )
                 name = _names(sites)
                 check_recorded(record, trace, terms.terms, name)
                 for site in sites:
                     if several_plates(site) and record.mixes_data(terms.terms):
                         raise ValueError(wrong_plate(site))
+                plate = data_plate(sites[0])
+                num_rows += _checked_rows(terms, plate, num_rows, summed.max_rows)
                 score, factors = batch_factors(
                     terms, log_p, leaves, record, summed, 1e9 * max_memory_gb
                 )
+                _check_finite(log_p, score, index, name)
             del record  # or its tensors would live through the next forward pass
-            _check_finite(log_p, score, index, name)
             of_batch = DataSums({}, score, log_p.detach(), terms.terms.shape[1])
             if terms.observed is not None:
-                kept = {OBSERVED: ObservedFactors((terms.observed,))}
-                factors = chain(factors, [kept])
+                factors = _of_outcomes(factors, terms.observed)
             if before is not None:
                 before.check_score(score)
             sums = of_batch if sums is None else sums.plus_rest(of_batch)
@@ -422,17 +445,51 @@ class FisherPasses:
                     before.check_factors(layers)
                 sums.add_factors(layers)
             del factors, layers
-            if checkpoint is not None:
-                checkpoint.write(sums, num_batches, digest)
-        if before is not None and sums is None:
-            before.check(num_batches, digest)
-        if sums is None:
-            raise ValueError(NO_BATCHES)
+        log.check()
+        if last is None:
+            raise ValueError(ranks.none_here(NO_BATCHES))
+        if trace is None:  # for the prior, where all batches were done before
+            trace = trace_batch(self.model, {**held, **leaves}, last[1], last[0])
+        device = next(iter(leaves.values())).device
+        sums = over_ranks(ranks, sums, device)
         sites = observed_sites(trace, self.obs_site)
         read_from = None if before is None else before.folder
         full_size = data_plate(sites[0]).full_size
-        _check_number(sums.num_data, full_size, _names(sites), read_from)
+        _check_number(sums.num_data, full_size, _names(sites), read_from, ranks)
         return sums, trace
+
+
+def _of_outcomes(factors: Iterator[Factors], observed: Observed) -> Iterator[Factors]:
+    """Factors of the outcomes that count, in order, and what was observed there."""
+    places = observed.rows
+    for layers in factors:
+        yield {i: rows.at(places) for i, rows in layers.items()}
+    yield {OBSERVED: ObservedFactors((observed.outcomes,))}
+
+
+def _checked_rows(
+    terms: FisherTerms, plate: DataPlate, before: int, max_rows: int | None
+) -> int:
+    """The number of a batch's rows, before there are more than can be kept.
+
+    Raises:
+        ValueError: If there are, or the first batch says that there will be.
+    """
+    each: int | None = len(terms.terms)
+    number = terms.terms.numel()
+    if terms.observed is not None:
+        each, number = terms.observed.num_each, len(terms.observed.rows)
+    total = before + number
+    if max_rows is not None and not before and each is not None:
+        total = each * plate.full_size
+    if max_rows is not None and total > max_rows:
+        raise ValueError(
+            "structures.Exact() works on matrices of as many rows as there are "
+            f"outcomes times contrasts, here {total:,} or more, and takes {max_rows:,} "
+            "at most. Use structures.Exact(num_inducing=m), which projects them on the "
+            "span of m and takes 400,000,000 / m of them, or structures.KFAC()."
+        )
+    return number
 
 
 def _names(sites: Sequence[dict[str, Any]]) -> str:
@@ -470,27 +527,42 @@ def _check_finite(
     log_likelihood: Tensor, score: Mapping[str, list[Tensor]], index: int, site: str
 ) -> None:
     remedy = "Check that batch's inputs and labels, and the adapter."
-    if not torch.isfinite(log_likelihood):
-        raise ValueError(
+    by_site = [torch.stack(layers).isfinite().all() for layers in score.values()]
+    finite = torch.stack([x.to(log_likelihood.device) for x in by_site])
+    names = [*score]
+
+    def bad_likelihood() -> ValueError:
+        return ValueError(
             f"Batch {index}: the log likelihood of site {site!r} is NaN or infinite. "
             f"{remedy}"
         )
-    for name, layers in score.items():
-        if not torch.stack(layers).isfinite().all():
-            raise ValueError(
-                f"Batch {index}: the gradient of site {name!r} has NaN or infinite "
-                f"values. {remedy}"
-            )
+
+    def bad_gradient() -> ValueError:
+        name = names[finite.tolist().index(False)]
+        return ValueError(
+            f"Batch {index}: the gradient of site {name!r} has NaN or infinite "
+            f"values. {remedy}"
+        )
+
+    require(log_likelihood.isfinite(), bad_likelihood)
+    require(finite.all(), bad_gradient)
 
 
 def _check_number(
-    num_seen: int, full_size: int, site: str, read_from: Path | None
+    num_seen: int, full_size: int, site: str, read_from: Path | None, ranks: Ranks
 ) -> None:
     if num_seen != full_size:
         where = "" if read_from is None else f", those summed in {read_from} included"
+        whose, shared = "", ""
+        if ranks.size > 1:
+            whose = f" of all {ranks.size} ranks together"
+            shared = (
+                " Each rank gives its own share, pl.share(batches); a "
+                "DistributedSampler repeats data where they don't divide by the ranks."
+            )
         raise ValueError(
-            f"The batches hold {num_seen} data{where}, but the plate of site "
+            f"The batches{whose} hold {num_seen} data{where}, but the plate of site "
             f"{site!r} says {full_size}. Give batches that cover every datum "
             "exactly once (drop_last=False, no repeats), or correct num_data in the "
-            "model's pyro.plate."
+            f"model's pyro.plate.{shared}"
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial, wraps
+from functools import cached_property, lru_cache, partial, wraps
 from typing import Any
 
 import torch
@@ -47,6 +47,7 @@ class GaussianLogits(FieldsShown):
         numbers: Where outcomes are numbers, such as counts: their distribution at
             values (..., B, P) of the predictor, the Gaussian's, of P outputs. None for
             classes, and for some tokens of all.
+        are_all_there: Whether each datum is known to have all choices.
 
     A choice that isn't there has mean -inf.
     """
@@ -56,6 +57,7 @@ class GaussianLogits(FieldsShown):
     noise_variance: Tensor | None = None
     cutpoints: Tensor | None = None
     numbers: Callable[[Tensor], Any] | None = None
+    are_all_there: bool = False
 
     def rsample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
         """Draws of the logits, ``(*sample_shape, B, C)``."""
@@ -65,8 +67,13 @@ class GaussianLogits(FieldsShown):
             dtype=self.mean.dtype,
             device=self.mean.device,
         )
-        root = _square_root(self.covariance_matrix).to(self.mean)
+        root = self._root.to(self.mean)
         return self.mean + (root @ noise[..., None])[..., 0]
+
+    @cached_property
+    def _root(self) -> Tensor:
+        """That of the covariance; an eigendecomposition waits for a GPU."""
+        return _square_root(self.covariance_matrix)
 
     @property
     def predictive_variance(self) -> Tensor:
@@ -113,7 +120,9 @@ class GaussianLogits(FieldsShown):
             return at_points, mean.new_full((number,), 1 / number)
         variance = self.covariance_matrix.double().diagonal(dim1=-2, dim2=-1)
         number = round(2 * _REACH / _STEP) + 1
-        z = torch.linspace(-_REACH, _REACH, number, dtype=mean.dtype).to(mean.device)
+        z = torch.linspace(
+            -_REACH, _REACH, number, dtype=mean.dtype, device=mean.device
+        )
         sd = variance.clamp_min(0).sqrt()
         weights = _density(z)
         return numbers(mean + sd * z[:, None, None]), weights / weights.sum()
@@ -156,6 +165,7 @@ class JointGaussianLogits(FieldsShown):
         noise_variance: As in :class:`GaussianLogits`; independent across data.
         cutpoints: As in :class:`GaussianLogits`.
         numbers: As in :class:`GaussianLogits`.
+        are_all_there: As in :class:`GaussianLogits`.
     """
 
     mean: Tensor
@@ -163,6 +173,7 @@ class JointGaussianLogits(FieldsShown):
     noise_variance: Tensor | None = None
     cutpoints: Tensor | None = None
     numbers: Callable[[Tensor], Any] | None = None
+    are_all_there: bool = False
 
     def rsample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
         """Draws of the logits, ``(*sample_shape, B, C)``, correlated across data."""
@@ -184,6 +195,7 @@ class JointGaussianLogits(FieldsShown):
             self.noise_variance,
             self.cutpoints,
             self.numbers,
+            self.are_all_there,
         )
 
     def log_probs_of(self, values: Tensor) -> Tensor:
@@ -202,8 +214,10 @@ def _of_choices(
 
     @wraps(integral)
     def of_choices(logits: GaussianLogits) -> Tensor:
+        if logits.are_all_there or logits.cutpoints is not None:
+            return integral(logits)
         present = logits.mean > -math.inf
-        if logits.cutpoints is not None or bool(present.all()):
+        if bool(present.all()):
             return integral(logits)
         num_classes = present.shape[-1]
         mean, on = logits.mean.flatten(0, -2), present.flatten(0, -2)
@@ -376,7 +390,8 @@ def _binary(logits: GaussianLogits) -> tuple[Tensor, Tensor | None]:
     mean, covariance = _classes(logits)
     if mean.shape[-1] > 2:
         return mean, None
-    contrast = torch.tensor([-1.0, 1.0], dtype=mean.dtype, device=mean.device)
+    # No list of numbers, whose copy to a GPU would wait: (-1, 1).
+    contrast = 2 * torch.arange(2, dtype=mean.dtype, device=mean.device) - 1
     variance = contrast @ covariance @ contrast
     return mean @ contrast, variance.clamp_min(0).sqrt()
 
@@ -433,7 +448,7 @@ def _log_wide_sigmoid(mean: Tensor, sd: Tensor) -> Tensor:
 
     log_terms = torch.cat([log_summands(terms + 1, 1), log_summands(terms, -1)], -1)
     largest = log_terms.amax(-1, keepdim=True)
-    weights = torch.tensor(2 * _ALTERNATING, dtype=mean.dtype, device=mean.device)
+    weights = _alternating(mean.dtype, mean.device).repeat(2)
     return largest[..., 0] + ((log_terms - largest).exp() @ weights).log()
 
 
@@ -456,6 +471,11 @@ def _alternating_weights(number: int) -> list[float]:
 _ALTERNATING = _alternating_weights(20)
 
 
+@lru_cache(maxsize=8)
+def _alternating(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(_ALTERNATING, dtype=dtype, device=device)
+
+
 def _log_density(z: Tensor) -> Tensor:
     return -0.5 * z.square() - 0.5 * math.log(2 * math.pi)
 
@@ -472,11 +492,17 @@ def _binary_entropy(f: Tensor) -> Tensor:
 
 def _sobol_logits(logits: GaussianLogits, num_points: int = _NUM_POINTS) -> Tensor:
     mean = logits.mean.double()  # (B, C)
-    engine = SobolEngine(mean.shape[-1], scramble=True, seed=0)
-    uniform = engine.draw(num_points, dtype=torch.float64).to(mean.device)
-    normal = torch.special.ndtri(uniform.clamp(1e-12, 1 - 1e-12))  # (points, C)
-    root = _square_root(logits.covariance_matrix)
-    return mean + torch.einsum("...cd,sd->s...c", root, normal)
+    normal = _sobol_points(mean.shape[-1], num_points, mean.device)
+    return mean + torch.einsum("...cd,sd->s...c", logits._root, normal)
+
+
+@lru_cache(maxsize=8)
+def _sobol_points(num_dims: int, number: int, device: torch.device) -> Tensor:
+    """Standard normal points of a Sobol sequence, (number, dims), float64."""
+    with torch.device("cpu"):  # where its tables are, whatever the default is
+        engine = SobolEngine(num_dims, scramble=True, seed=0)
+        uniform = engine.draw(number, dtype=torch.float64)
+    return torch.special.ndtri(uniform.to(device).clamp(1e-12, 1 - 1e-12))
 
 
 def _square_root(covariance: Tensor) -> Tensor:

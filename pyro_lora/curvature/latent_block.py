@@ -22,6 +22,7 @@ from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to
 
+from pyro_lora.ground.ranks import ALONE, Ranks
 from pyro_lora.ground.summary import FieldsShown
 from pyro_lora.ground.weights import Weights
 from pyro_lora.lifting.lifted_network import LiftedNetwork
@@ -37,7 +38,7 @@ from pyro_lora.likelihood.outcomes import values_to_score
 
 MAX_LATENTS = 1000  # one forward and as many small backward passes a batch
 
-_zeros = partial(torch.zeros, dtype=torch.float64)
+_zeros = partial(torch.zeros, dtype=torch.float64, device="cpu")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -132,6 +133,8 @@ class LatentBlock(FieldsShown):
 
     def newton_decrement(self) -> float:
         """:math:`g^T H^{-1} g`, twice what a Newton step would gain, nats."""
+        if not self.values:
+            return 0.0
         return float(self.gradient @ torch.linalg.solve(self.precision, self.gradient))
 
     def pyro_sample(self) -> Weights:
@@ -229,6 +232,7 @@ def fit_latents(
     latents: Mapping[str, Tensor],
     batches: Iterable[Batch],
     obs_site: str | Sequence[str] | None,
+    ranks: Ranks = ALONE,
 ) -> LatentBlock:
     """Observed information of small latent sites, for the full data.
 
@@ -241,6 +245,7 @@ def fit_latents(
         latents: Other latent site -> the mode, on its support.
         batches: Mappings of model keyword arguments that cover all data once.
         obs_site: The likelihood's site, or several; None is the only observed one.
+        ranks: Who shares the data.
 
     Returns:
         The block.
@@ -253,7 +258,7 @@ def fit_latents(
     transforms: dict[str, Any] = {}
     gradient: Tensor | float = 0.0
     hessian: Tensor | float = 0.0
-    for index, batch in enumerate(checked_batches(batches)):
+    for index, batch in enumerate(ranks.in_step(checked_batches(batches))):
         if trace is None:
             trace = trace_batch(model, {**weights, **latents}, batch, index)
             _check_there(trace, latents, index)
@@ -275,7 +280,10 @@ def fit_latents(
             slope, curvature = _derivatives(total, flat)
         gradient, hessian = gradient + slope, hessian + curvature
     if trace is None:
-        raise ValueError(NO_BATCHES)
+        raise ValueError(ranks.none_here(NO_BATCHES))
+    assert isinstance(gradient, Tensor)
+    assert isinstance(hessian, Tensor)
+    gradient, hessian = ranks.sums([gradient, hessian])
     with torch.enable_grad():
         log_prior = flat.new_zeros(())
         for name, (_, log_det) in block._constrained(flat).items():

@@ -30,6 +30,7 @@ from torch.autograd import grad
 from torch.autograd.function import BackwardCFunction
 
 from pyro_lora.curvature.factors import at_least_float32
+from pyro_lora.ground.synchronisation import Answer, ask, require
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 
 NOBODY, SEVERAL = -1, -2  # in place of a datum
@@ -179,7 +180,8 @@ def find_layouts(
     """
     runs = [replace(r, calls=[c for c in r.calls if c.output.numel()]) for r in runs]
     calls = [call for run in runs for call in run.calls]
-    if terms.shape[1] == 1:
+    num_data = terms.shape[1]
+    if num_data == 1:
         return dict.fromkeys(calls, Layout(1))
     kept = {run: run.network.layouts.get(run.form) for run in runs if run.network}
     probe = _Probe(terms, max_bytes)
@@ -188,23 +190,48 @@ def find_layouts(
     probed = probe.owners([*outputs, *(call.output for call in first)], len(outputs))
     of_outputs = iter(probed[: len(outputs)])
     owners = dict(zip(first, probed[len(outputs) :], strict=True))
+    # All is asked before the first answer is needed.
+    by_run = {run: [next(of_outputs) for _ in run.outputs] for run in runs}
+    asked = {run: _Outputs(by_run[run], kept.get(run), num_data) for run in runs}
+    early = {  # which of the layers may be, where there is one choice
+        run: {c: (owners[c], _places(owners[c], row)) for c in _unknown(run, kept[run])}
+        for run in runs
+        if kept.get(run) and (row := asked[run].only_row) is not None
+    }
+    _require_single(owners, num_data)
+    families = _families(owners)
     rows: dict[Run, _Rows | None] = {}
     for run in runs:
-        of_run = [next(of_outputs) for _ in run.outputs]
         of_kept = kept.get(run)
-        rows[run] = _rows(of_run, None if of_kept is None else of_kept.dims)
+        rows[run] = asked[run].rows()
         if of_kept is not None and not _fits(run, of_kept, rows[run]):
             kept[run] = None
-            rows[run] = _rows(of_run, None)
+            rows[run] = _Outputs(by_run[run], None, num_data).rows()
     rest = [c for run in runs for c in _unknown(run, kept.get(run)) if c not in owners]
     if rest:
         more = probe.owners([call.output for call in rest])
         owners |= dict(zip(rest, more, strict=True))
-    _check_single(owners, terms.shape[1])
-    _share(owners)
+        _require_single(owners, num_data)
+        families = _families(owners)
+    for family in families:
+        if all(family.agree):
+            owners |= dict.fromkeys(family.calls, family.union)
+    choices = {
+        run: {
+            call: _places(owners[call], found.owner)
+            if owners[call] is not owner or found.owner is not asked[run].only_row
+            else places
+            for call in _unknown(run, kept.get(run))
+            for owner, places in [early.get(run, {}).get(call, (None, []))]
+        }
+        for run, found in rows.items()
+        if found is not None
+    }
     layouts: dict[Call, Layout] = {}
     for run in runs:
-        layouts |= _layouts(run, kept.get(run), rows[run], owners, terms.shape[1])
+        layouts |= _layouts(
+            run, kept.get(run), rows[run], owners, choices.get(run, {}), num_data
+        )
     return layouts
 
 
@@ -217,7 +244,7 @@ def mixes_data(runs: Sequence[Run], terms: Tensor) -> bool:
     """
     outputs = [x for run in runs for x in run.outputs]
     owners = _Probe(terms, math.inf).owners(outputs, len(outputs))
-    return any(bool((owner == SEVERAL).any()) for owner in owners)
+    return any([ask((owner == SEVERAL).any()) for owner in owners])
 
 
 def _unknown(run: Run, kept: KeptLayout | None) -> list[Call]:
@@ -253,10 +280,11 @@ class _Probe:
         wanted = [i for i, x in enumerate(tensors) if x.requires_grad and x.numel()]
         for group in self._groups([(i, tensors[i].nbytes) for i in wanted]):
             decoded |= self._decoded({i: tensors[i] for i in group}, single)
-        sizes = {  # of each datum, its largest
-            i: self._data.new_zeros(len(self._data)).scatter_reduce(
-                0, owner[owner >= 0], size[owner >= 0], "amax"
-            )
+        num_data = len(self._data)
+        sizes = {  # of each datum, its largest; what nobody owns is put behind them
+            i: self._data.new_zeros(num_data + 1).scatter_reduce(
+                0, owner.where(owner >= 0, num_data).flatten(), size.flatten(), "amax"
+            )[:num_data]
             for i, (owner, size) in decoded.items()
         }
         zero = self._data.new_zeros(len(self._data))
@@ -370,38 +398,61 @@ def _without_padding(
     return owner.masked_fill(size <= own, NOBODY)
 
 
-def _check_single(owners: Mapping[Call, Tensor], num_data: int) -> None:
-    several = {call: owner == SEVERAL for call, owner in owners.items()}
-    if not several or not torch.stack([x.any() for x in several.values()]).any():
+def _require_single(owners: Mapping[Call, Tensor], num_data: int) -> None:
+    if not owners:
         return
-    call, bad = next((call, bad) for call, bad in several.items() if bad.any())
-    raise ValueError(
-        f"Site {call.site!r}: the layer of {call.name!r} has an input of shape "
-        f"{tuple(call.input.shape)} in a batch of {num_data} data, and at "
-        f"{int(bad.sum())} of its {bad.numel()} positions the gradients of several "
-        "data add up, so that no datum's own can be told. Either all data share these "
-        "rows, as they do the relative positions in DeBERTa with share_att_key=True, "
-        "or the network mixes the data of a batch. Give batches of one datum each, or "
-        "leave the layer out of the adapter (target_modules in peft)."
-    )
+    several = torch.stack([(owner == SEVERAL).sum() for owner in owners.values()])
+    calls = [(c.site, c.name, c.input.shape, c.output[..., 0].numel()) for c in owners]
+
+    def error() -> ValueError:
+        numbers = several.tolist()
+        i = next(i for i, number in enumerate(numbers) if number)
+        site, name, shape, size = calls[i]
+        return ValueError(
+            f"Site {site!r}: the layer of {name!r} has an input of shape "
+            f"{tuple(shape)} in a batch of {num_data} data, and at "
+            f"{numbers[i]} of its {size} positions the gradients of several "
+            "data add up, so that no datum's own can be told. Either all data share "
+            "these rows, as they do the relative positions in DeBERTa with "
+            "share_att_key=True, or the network mixes the data of a batch. Give "
+            "batches of one datum each, or leave the layer out of the adapter "
+            "(target_modules in peft)."
+        )
+
+    require((several == 0).all(), error)
 
 
-def _share(owners: dict[Call, Tensor]) -> None:
-    """Give calls with the same input the same owners, so that it is grouped once.
+@dataclass(frozen=True, eq=False)
+class _Family:
+    """Calls with the same input, whose owners may be the same: it's then grouped once.
 
     At positions where one layer has a gradient the other may have none.
+
+    Attributes:
+        calls: The calls.
+        union: The owners that any of them knows.
+        agree: Of each call, whether they are its own, too.
     """
-    families: dict[tuple[object, ...], list[Call]] = {}
+
+    calls: list[Call]
+    union: Tensor
+    agree: list[Answer]
+
+
+def _families(owners: Mapping[Call, Tensor]) -> list[_Family]:
+    by_input: dict[tuple[object, ...], list[Call]] = {}
     for call in owners:
         x = call.input
-        families.setdefault((x.data_ptr(), x.shape, x.stride()), []).append(call)
-    for family in families.values():
-        if len(family) == 1:
-            continue
-        # Where it isn't the same datum, NOBODY is the least: the maximum knows more.
-        union = torch.stack([owners[call] for call in family]).amax(0)
-        if all(bool(_agree(owners[call], union)) for call in family):
-            owners |= dict.fromkeys(family, union)
+        by_input.setdefault((x.data_ptr(), x.shape, x.stride()), []).append(call)
+    families = []
+    for calls in by_input.values():
+        if len(calls) > 1:
+            # Where it isn't the same datum, NOBODY is the least: the maximum knows
+            # more.
+            union = torch.stack([owners[call] for call in calls]).amax(0)
+            agree = [ask(_agree(owners[call], union)) for call in calls]
+            families.append(_Family(calls, union, agree))
+    return families
 
 
 def _agree(owner: Tensor, expected: Tensor) -> Tensor:
@@ -415,48 +466,135 @@ class _Rows:
     Attributes:
         dims: Their dim in each output; None where no datum owns a position.
         owner: The datum of each row, (R,).
+        order: How they are those of data.
     """
 
     dims: tuple[int | None, ...]
     owner: Tensor
+    order: _Order
 
 
-def _rows(
-    owners: Sequence[Tensor], kept: tuple[int | None, ...] | None
-) -> _Rows | None:
-    """The rows that outputs are made of, None where there are none, or several ways.
+@dataclass(frozen=True, eq=False)
+class _Along:
+    """The owners along a dim of an output.
+
+    Attributes:
+        dim: Which.
+        row: The datum of each entry.
+        fits: Whether they are the same along all other dims.
+        order: How they are those of data.
+    """
+
+    dim: int
+    row: Tensor
+    fits: Answer
+    order: _Order
+
+
+class _Outputs:
+    """What is asked of a network's outputs.
 
     Args:
         owners: Of each output's positions.
-        kept: Dims of the rows, as far as they are known.
+        kept: What is known of them, if anything is.
+        num_data: B.
     """
-    dims = list(kept or [None] * len(owners))
-    total: Tensor | None = None
-    for i, owner in enumerate(owners):
-        if bool((owner == NOBODY).all()):
-            continue
-        choices = range(owner.ndim) if kept is None else [d for d in dims[i : i + 1]]
-        fitting = {d: row for d in choices if (row := _along(owner, d)) is not None}
-        if len(fitting) != 1:
+
+    def __init__(
+        self, owners: Sequence[Tensor], kept: KeptLayout | None, num_data: int
+    ) -> None:
+        self._num_data = num_data
+        dims = None if kept is None else kept.dims
+        self._dims = list(dims or [None] * len(owners))
+        self._is_nobodys = [ask((owner == NOBODY).all()) for owner in owners]
+        self._along = [
+            [
+                _along(owner, dim, num_data)
+                for dim in (range(owner.ndim) if dims is None else dims[i : i + 1])
+                if dim is not None
+            ]
+            for i, owner in enumerate(owners)
+        ]
+
+    @property
+    def only_row(self) -> Tensor | None:
+        """The datum of each row, where there is one way."""
+        ways = [x.row for along in self._along for x in along]
+        return ways[0] if len(ways) == 1 else None
+
+    def rows(self) -> _Rows | None:
+        """The rows that outputs are made of; None: there are none, or several ways."""
+        dims, found = list(self._dims), list[_Along]()
+        for i, is_nobodys in enumerate(self._is_nobodys):
+            if is_nobodys:
+                continue
+            fitting = [x for x in self._along[i] if x.fits]
+            if len(fitting) != 1:
+                return None
+            (one,) = fitting
+            dims[i] = one.dim
+            found.append(one)
+        if not found:
             return None
-        ((dims[i], row),) = fitting.items()
-        if total is not None:
-            if total.shape != row.shape:
+        total, order = found[0].row, found[0].order
+        for one in found[1:]:
+            if total.shape != one.row.shape:
                 return None
-            row, other = row.maximum(total), row
-            if not bool(_agree(total, row) & _agree(other, row)):
+            union = one.row.maximum(total)
+            if not ask(_agree(total, union) & _agree(one.row, union)):
                 return None
-        total = row
-    return None if total is None else _Rows(tuple(dims), total)
+            total, order = union, _Order(union, self._num_data)
+        return _Rows(tuple(dims), total, order)
 
 
-def _along(owner: Tensor, dim: int | None) -> Tensor | None:
-    """The owners along a dim, if they are the same along all others."""
-    if dim is None or bool((owner == SEVERAL).any()):
-        return None
+def _along(owner: Tensor, dim: int, num_data: int) -> _Along:
     others = [d for d in range(owner.ndim) if d != dim]
     row = owner.amax(others, keepdim=True) if others else owner
-    return row.flatten() if bool(_agree(owner, row)) else None
+    fits = _agree(owner, row) & (owner != SEVERAL).all()
+    flat = row.flatten()
+    return _Along(dim, flat, ask(fits), _Order(flat, num_data))
+
+
+class _Order:
+    """How rows are those of data: what must be known is asked for first.
+
+    Args:
+        owner: The datum of each row, (R,).
+        num_data: B.
+    """
+
+    def __init__(self, owner: Tensor, num_data: int) -> None:
+        self._num_data = num_data
+        row = torch.arange(len(owner), device=owner.device)
+        self._repeats, rest = divmod(len(owner), num_data)
+        simple: list[Tensor] = []
+        if not rest and self._repeats:
+            # Rows of nobody go where they keep the order simple.
+            simple = [row % num_data, row // self._repeats]
+        self._simple = [(x, ask(_agree(owner, x))) for x in simple]
+        # Of each datum its rows; those of nobody are put behind them.
+        of_datum = owner.where(owner >= 0, num_data)
+        counts = torch.zeros(num_data + 1, dtype=row.dtype, device=row.device)
+        self._counts = counts.scatter_add(0, of_datum, torch.ones_like(row))[:num_data]
+        self._sorted = of_datum.argsort(stable=True)
+        self._width = ask(self._counts.amax())
+        self._is_full = ask((self._counts == self._counts.amax()).all())
+
+    def index(self) -> tuple[Tensor | None, Tensor | None]:
+        """Rows of each datum, (B, k), and which are present."""
+        for simple, agrees in self._simple:
+            if agrees:
+                if self._repeats == 1:
+                    return None, None
+                return simple.argsort(stable=True).reshape(self._num_data, -1), None
+        width = max(1, int(self._width))
+        place = torch.arange(width, device=self._counts.device)
+        present = place < self._counts[:, None]
+        first = self._counts.cumsum(0) - self._counts
+        # Sorted by datum, the k-th row of one is k after its first.
+        at = (first[:, None] + place).clamp_max(len(self._sorted) - 1)
+        index = self._sorted[at].where(present, 0)
+        return index, None if self._is_full and int(self._width) else present
 
 
 def _fits(run: Run, kept: KeptLayout, rows: _Rows | None) -> bool:
@@ -471,43 +609,50 @@ def _layouts(
     kept: KeptLayout | None,
     rows: _Rows | None,
     owners: Mapping[Call, Tensor],
+    choices: Mapping[Call, Sequence[tuple[Place, Answer]]],
     num_data: int,
 ) -> dict[Call, Layout]:
     """Layouts of a run's calls; what is new of the network is kept."""
-    index = None if rows is None else _index(rows.owner, num_data)
+    index = None if rows is None else rows.order.index()
+    places = [None] * len(run.calls) if kept is None else kept.places
+    known = dict(zip(run.calls, places, strict=True))
+    fitting = {
+        call: [place for place, fits in choices.get(call, ()) if fits]
+        for call, place in known.items()
+        if place is None
+    }
+    known |= {call: next(iter(own), None) for call, own in fitting.items()}
+    orders: dict[int, _Order] = {}  # of calls that aren't made of rows, all asked first
+    for call, place in known.items():
+        if place is None and id(owners[call]) not in orders:
+            orders[id(owners[call])] = _Order(owners[call].flatten(), num_data)
     same: dict[object, Layout] = {}  # so that calls with the same share it
     layouts: dict[Call, Layout] = {}
-    choices: dict[Call, list[Place]] = {}
-    places = [None] * len(run.calls) if kept is None else kept.places
-    for call, place in zip(run.calls, places, strict=True):
-        lead = call.output.shape[:-1]
-        if place is None:
-            choices[call] = [] if rows is None else _places(owners[call], rows.owner)
-            place = next(iter(choices[call]), None)
+    for call, place in known.items():
         if place is None:
             owner = owners[call]
             if id(owner) not in same:
-                of_positions = _index(owner.flatten(), num_data)
+                of_positions = orders[id(owner)].index()
                 same[id(owner)] = Layout(owner.numel(), 1, *of_positions)
             layouts[call] = same[id(owner)]
         else:
             assert rows is not None
             assert index is not None
-            inner = place.inner_size(lead)
+            inner = place.inner_size(call.output.shape[:-1])
             layouts[call] = same.setdefault(
                 inner, Layout(len(rows.owner), inner, *index)
             )
     if kept is None and rows is not None and run.network is not None:
-        learnt = _learnt(run, choices)
+        learnt = _learnt(run, fitting)
         if learnt is not None:
             run.network.layouts[run.form] = KeptLayout(rows.dims, learnt)
     return layouts
 
 
-def _places(owner: Tensor, row_owner: Tensor) -> list[Place]:
-    """The ways in which owned positions may be made of rows."""
+def _places(owner: Tensor, row_owner: Tensor) -> list[tuple[Place, Answer]]:
+    """The ways in which owned positions may be made of rows, and whether they are."""
     lead, num_rows = owner.shape, len(row_owner)
-    fitting = []
+    ways = []
     for dim, size in enumerate(lead):
         repeats, rest = divmod(size, num_rows)
         if rest or repeats == 0:
@@ -515,9 +660,8 @@ def _places(owner: Tensor, row_owner: Tensor) -> list[Place]:
         for inner in (n for n in range(1, repeats + 1) if repeats % n == 0):
             place = Place(dim, repeats // inner, inner)
             rows = place.rows(lead, num_rows, owner.device)
-            if bool(_agree(owner, row_owner[rows])):
-                fitting.append(place)
-    return fitting
+            ways.append((place, ask(_agree(owner, row_owner[rows]))))
+    return ways
 
 
 def _learnt(
@@ -576,23 +720,3 @@ def _any_node(outputs: Sequence[Tensor], holds: Callable[[Any], bool]) -> bool:
             return True
         stack += [following for following, _ in node.next_functions]
     return False
-
-
-def _index(owner: Tensor, num_data: int) -> tuple[Tensor | None, Tensor | None]:
-    """Rows of each datum, (B, k), and which are present, by the owner of each, (R,)."""
-    row = torch.arange(len(owner), device=owner.device)
-    repeats, rest = divmod(len(owner), num_data)
-    if not rest and repeats:
-        # Rows of nobody go where they keep the order simple.
-        for simple in (row % num_data, row // repeats):
-            if bool(_agree(owner, simple)):
-                if repeats == 1:
-                    return None, None
-                return simple.argsort(stable=True).reshape(num_data, -1), None
-    owned = owner >= 0
-    counts = torch.bincount(owner[owned], minlength=num_data)  # rows of each datum
-    width = max(1, int(counts.max()))
-    present = torch.arange(width, device=owner.device) < counts[:, None]
-    index = torch.zeros_like(present, dtype=torch.long)
-    index[present] = row[owned][owner[owned].argsort(stable=True)]
-    return index, None if bool(present.all()) else present

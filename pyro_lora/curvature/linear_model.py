@@ -9,6 +9,10 @@ with :math:`z_c` their values at w = c. Its mode is :math:`g = K \alpha` with
 :math:`\alpha` the gradient of the log likelihood there, which is n numbers, not D
 weights; :math:`w = c + T^{-1} J^T \alpha` are the weights (Rasmussen & Williams 2006,
 "Gaussian Processes for Machine Learning", sections 3.4 and 5.4.2).
+
+Where the data's rows are given by coordinates in k others, :math:`J = \Phi U`, so is
+:math:`g = \Phi h` with :math:`h \sim N(0, U T^{-1} U^T)`, and :math:`\alpha` is
+:math:`\Phi^T` times that gradient: k numbers.
 """
 
 from __future__ import annotations
@@ -16,13 +20,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from functools import cached_property
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from pyro_lora.curvature.dual_gaussian import (
     DualGaussian,
+    EachRow,
+    InSubspace,
     Roots,
     UnresolvedError,
     cholesky_of,
@@ -42,8 +49,114 @@ _JITTER = 1e-12  # of the kernel's mean diagonal, where contrasts are given weig
 # at which a contrast has a prior variance of 1: at the first the weights stay.
 _DECADES = (4.0, 2.0, 1.0, 0.0, -1.0, -2.0, -3.0, -4.0)
 _TINY = 1e-30  # of a network without gradients
+_STEP = 1e-4  # of a contrast, for differences
 
 Objective = Literal["evidence", "loo"]
+
+
+@dataclass(frozen=True, eq=False)
+class _At:
+    """The likelihood of all data at contrasts.
+
+    Attributes:
+        log_likelihood: Nats.
+        score: Gradient in the contrasts, (n,).
+        fisher: Roots of the Fisher information in them.
+        coordinates: Of the data's rows in the k.
+    """
+
+    log_likelihood: Tensor
+    score: Tensor
+    fisher: Roots
+    coordinates: EachRow | InSubspace
+
+    @cached_property
+    def pull(self) -> Tensor:
+        """Gradient in h, (k,)."""
+        return self.coordinates.from_data(self.score)
+
+    @cached_property
+    def roots(self) -> Roots:
+        """Roots of the Fisher information in h."""
+        return self.coordinates.roots(self.fisher)
+
+
+@dataclass(frozen=True, eq=False)
+class LinearData:
+    """What was observed, as a function of h, the Gaussian process at the k rows.
+
+    Attributes:
+        observations: In the order of the contrasts.
+        coordinates: Of the data's rows in the k.
+        offset: :math:`z_c`, (n,), float64.
+    """
+
+    observations: tuple[Observations, ...]
+    coordinates: EachRow | InSubspace
+    offset: Tensor
+
+    def contrasts(self, h: Tensor) -> Tensor:
+        """Z, (n,), at h (k,)."""
+        return self.offset + self.coordinates.of_data(h)
+
+    def at(self, h: Tensor) -> _At:
+        """The likelihood at h, (k,)."""
+        pairs = self._by_part(self.contrasts(h))
+        values = [part.at(z) for part, z in pairs]
+        return _At(
+            torch.stack([at.log_prob.sum() for at in values]).sum(),
+            torch.cat([at.score.flatten() for at in values]),
+            Roots(tuple(at.root for at in values)),
+            self.coordinates,
+        )
+
+    def hessian_times(self, h: Tensor, x: Tensor) -> Tensor:
+        """The log likelihood's Hessian in h, times x (k, ...)."""
+        pairs = self._by_part(self.contrasts(h))
+        blocks = Roots(tuple(part.hessian(z) for part, z in pairs))
+        coordinates = self.coordinates
+        return coordinates.from_data(blocks.left(coordinates.of_data(x)))
+
+    def log_det_score(self, kernel: Tensor, half: Tensor, h: Tensor) -> Tensor:
+        r"""Gradient of :math:`\log \det (I + R^T K R)` in h, on which R depends, (k,).
+
+        It is that of :math:`\sum_n \mathrm{tr}(\Sigma_{nn} W_n)` with the covariance
+        :math:`\Sigma` fixed, by differences in each contrast of all outcomes at once.
+
+        Args:
+            kernel: K.
+            half: V with :math:`\Sigma = K - V^T V`, (m, k).
+            h: Where.
+        """
+        slopes, first = [], 0
+        for part, z in self._by_part(self.contrasts(h)):
+            rows = torch.arange(z.numel(), device=z.device).reshape(z.shape) + first
+            first += z.numel()
+            sigma = self.coordinates.covariance(kernel, half, rows)
+            steps = _STEP * torch.eye(z.shape[1]).to(z)
+            ends = [
+                _trace(part, z + step, sigma) - _trace(part, z - step, sigma)
+                for step in steps
+            ]
+            slopes.append(torch.stack(ends, 1).flatten() / (2 * _STEP))
+        return self.coordinates.from_data(torch.cat(slopes))
+
+    def hessian_roots(self, h: Tensor) -> Roots:
+        """Roots of the Hessian's absolute value in place of the Fisher information."""
+        pairs = self._by_part(self.contrasts(h))
+        roots = Roots(tuple(part.hessian_root(z) for part, z in pairs))
+        return self.coordinates.roots(roots)
+
+    def _by_part(self, contrasts: Tensor) -> list[tuple[Observations, Tensor]]:
+        sizes = [part.at_fit.numel() for part in self.observations]
+        pairs = zip(self.observations, contrasts.split(sizes), strict=True)
+        return [(part, z.reshape(part.at_fit.shape)) for part, z in pairs]
+
+
+def _trace(part: Observations, contrasts: Tensor, sigma: Tensor) -> Tensor:
+    """Of sigma W for each outcome, (N,)."""
+    root = part.at(contrasts).root
+    return ((sigma @ root) * root).sum((1, 2))
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,63 +164,33 @@ class LinearMode:
     """The mode of the linearised network.
 
     Attributes:
-        kernel: K, (n, n).
-        alpha: Gradient of the log likelihood, (n,); the mode is K alpha.
-        contrasts: z there, (n,).
-        score: Equal to alpha, but for rounding, (n,).
-        roots: Of the Fisher information there.
-        log_likelihood: Of all data there, nats.
+        data: What was observed.
+        kernel: K of the k rows, (k, k).
+        alpha: Gradient of the log likelihood in h, (k,); h = K alpha is the mode.
+        at: The likelihood there.
     """
 
+    data: LinearData
     kernel: Tensor
     alpha: Tensor
-    contrasts: Tensor
-    score: Tensor
-    roots: Roots
-    log_likelihood: Tensor
+    at: _At
+
+    @property
+    def contrasts(self) -> Tensor:
+        """Z at the mode, (n,)."""
+        return self.data.contrasts(self.kernel @ self.alpha)
 
     @property
     def log_evidence(self) -> Tensor:
         """Laplace's, of the Gaussian process, nats (eq. 3.32)."""
-        root = cholesky_of(self.kernel, self.roots)
+        root = cholesky_of(self.kernel, self.at.roots)
         prior = 0.5 * self.alpha @ self.kernel @ self.alpha
-        return self.log_likelihood - prior - root.diagonal().log().sum()
-
-
-@dataclass(frozen=True, eq=False)
-class _AtContrasts:
-    log_likelihood: Tensor
-    score: Tensor
-    roots: Roots
-
-
-def _evaluate(parts: tuple[Observations, ...], contrasts: Tensor) -> _AtContrasts:
-    sizes = [part.at_fit.numel() for part in parts]
-    values = [
-        part.at(z.reshape(part.at_fit.shape))
-        for part, z in zip(parts, contrasts.split(sizes), strict=True)
-    ]
-    return _AtContrasts(
-        torch.stack([at.log_prob.sum() for at in values]).sum(),
-        torch.cat([at.score.flatten() for at in values]),
-        Roots(tuple(at.root for at in values)),
-    )
-
-
-def _hessian_roots(parts: tuple[Observations, ...], contrasts: Tensor) -> Roots:
-    sizes = [part.at_fit.numel() for part in parts]
-    return Roots(
-        tuple(
-            part.hessian_root(z.reshape(part.at_fit.shape))
-            for part, z in zip(parts, contrasts.split(sizes), strict=True)
-        )
-    )
+        return self.at.log_likelihood - prior - root.diagonal().log().sum()
 
 
 def find_mode(
     kernel: Tensor,
-    offset: Tensor,
-    observations: tuple[Observations, ...],
+    data: LinearData,
     start: Tensor | None = None,
     tolerance: float = _CONVERGED,
 ) -> LinearMode:
@@ -117,9 +200,8 @@ def find_mode(
     likelihoods; where that takes long, with the Hessian's absolute value.
 
     Args:
-        kernel: K, (n, n), float64.
-        offset: :math:`z_c`, (n,), float64.
-        observations: What was observed, in order.
+        kernel: K of the k rows, (k, k), float64.
+        data: What was observed.
         start: A first alpha, taken where it is better than zero.
         tolerance: Of the relative gain of one more step.
 
@@ -129,13 +211,13 @@ def find_mode(
     Warns:
         UserWarning: If it isn't found.
     """
-    alpha = torch.zeros_like(offset)
+    alpha = kernel.new_zeros(len(kernel))
     step = kernel @ alpha
-    at = _evaluate(observations, offset + step)
+    at = data.at(step)
     value = at.log_likelihood
     if start is not None:
         other = kernel @ start
-        at_start = _evaluate(observations, offset + other)
+        at_start = data.at(other)
         of_start = at_start.log_likelihood - 0.5 * start @ other
         if bool(of_start > value) or not bool(value.isfinite()):
             alpha, step, at, value = start, other, at_start, of_start
@@ -143,21 +225,21 @@ def find_mode(
     for number in range(_MAX_STEPS):
         roots = at.roots
         if number >= _MAX_SCORING:  # Fisher's information is another than the Hessian
-            roots = _hessian_roots(observations, offset + step)
+            roots = data.hessian_roots(step)
         # alpha' = v - R B^-1 R' K v with v = W g + s (algorithm 3.1, W = R R')
-        v = roots.left(roots.right(step)) + at.score
+        v = roots.left(roots.right(step)) + at.pull
         inside = roots.right(kernel @ v)[:, None]
         solved = torch.cholesky_solve(inside, cholesky_of(kernel, roots))[:, 0]
         direction = v - roots.left(solved) - alpha
         move = kernel @ direction
-        gain = (at.score - alpha) @ move  # twice, of a whole step
+        gain = (at.pull - alpha) @ move  # twice, of a whole step
         if not bool(gain > tolerance * (1 + value.abs())):
             missed = not bool(gain.isfinite())
             break
         size = 1.0
         while True:
             ahead = alpha + size * direction
-            new = _evaluate(observations, offset + step + size * move)
+            new = data.at(step + size * move)
             further = new.log_likelihood - 0.5 * ahead @ (step + size * move)
             if bool(further >= value + 1e-4 * size * gain) or size < 1e-10:
                 break
@@ -174,14 +256,66 @@ def find_mode(
             f"should gain {float(gain) / 2:.3g} nats. The likelihood may have kinks, "
             "as Laplace's, or its rate overflow. A larger prior precision may help."
         )
-    return LinearMode(
-        kernel, alpha, offset + step, at.score, at.roots, at.log_likelihood
-    )
+    return LinearMode(data, kernel, alpha, at)
 
 
-def leave_one_out(
-    mode: LinearMode, kernel: Tensor, observations: tuple[Observations, ...]
-) -> Tensor:
+class FollowedEvidence:
+    """Laplace's evidence of the linearised network, whose mode follows the prior.
+
+    Args:
+        gaussian: One that knows what was observed.
+        mean: Of the prior, site -> value.
+    """
+
+    def __init__(self, gaussian: DualGaussian, mean: Weights) -> None:
+        self._data = data_under(gaussian, mean)
+        self._last: Tensor | None = None
+
+    def __call__(self, kernel: Tensor) -> Tensor:
+        """Nats, differentiable in K, (k, k)."""
+        value: Tensor = _Evidence.apply(kernel, self)
+        return value
+
+    def mode(self, kernel: Tensor) -> LinearMode:
+        """The mode under a kernel, from where the last one was."""
+        found = find_mode(kernel, self._data, self._last)
+        self._last = found.at.pull
+        return found
+
+
+class _Evidence(torch.autograd.Function):
+    r"""Of K: :math:`\log p(y | h) - (\alpha^T K \alpha + \log \det B) / 2`.
+
+    At the mode the first two terms don't change with h, and by the implicit function
+    theorem :math:`dh = (I - K H)^{-1} dK\, \alpha`, with H the log likelihood's
+    Hessian, moves the third (Rasmussen & Williams 2006, section 5.5.1).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, kernel: Tensor, evidence: FollowedEvidence) -> Tensor:
+        ctx.mode = mode = evidence.mode(kernel.detach())
+        return mode.log_evidence
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        mode: LinearMode = ctx.mode
+        kernel, alpha, data = mode.kernel, mode.alpha, mode.data
+        h = kernel @ alpha
+        half = _half(kernel, mode.at.roots)
+        score = -0.5 * data.log_det_score(kernel, half, h)
+        eye = torch.eye(len(kernel), dtype=kernel.dtype, device=kernel.device)
+        # (I - H K)^-1 of the score, as the transpose of what moves h
+        u = torch.linalg.solve(eye - data.hessian_times(h, kernel), score)
+        root = cholesky_of(kernel, mode.at.roots)
+        inverse = torch.linalg.solve_triangular(
+            root, mode.at.roots.right(eye), upper=False
+        )
+        moved = torch.outer(u, alpha)
+        of_kernel = 0.5 * (torch.outer(alpha, alpha) - inverse.mT @ inverse)
+        return gradients[0] * (of_kernel + 0.5 * (moved + moved.mT)), None
+
+
+def leave_one_out(mode: LinearMode, kernel: Tensor) -> Tensor:
     r"""Log predictive density of each datum given all others, nats, (N,).
 
     Exact for the Gaussian approximation: with :math:`\Sigma = (K^{-1} + W)^{-1}`, a
@@ -191,9 +325,9 @@ def leave_one_out(
 
     Args:
         mode: Under the prior that sets the mean, which leaving out moves.
-        kernel: K under the prior that sets the width, (n, n).
-        observations: What was observed, in order.
+        kernel: K under the prior that sets the width, (k, k).
     """
+    observations, coordinates = mode.data.observations, mode.data.coordinates
     rows_of = torch.cat(
         [part.datum.repeat_interleave(part.at_fit.shape[1]) for part in observations]
     )
@@ -203,24 +337,26 @@ def leave_one_out(
     place = torch.empty_like(by_datum)  # of each row, among those of its datum
     place[by_datum] = torch.arange(len(by_datum), device=place.device)
     place = place - starts[rows_of]
-    mean = torch.empty_like(mode.contrasts)
+    contrasts, at = mode.contrasts, mode.at
+    mean = torch.empty_like(contrasts)
     covariance = mean.new_zeros(len(mean), int(counts.max()))
-    of_width = _half(kernel, mode.roots)
-    of_mean = of_width if kernel is mode.kernel else _half(mode.kernel, mode.roots)
+    of_width = _half(kernel, at.roots)
+    of_mean = of_width if kernel is mode.kernel else _half(mode.kernel, at.roots)
     for count in counts[counts > 0].unique().tolist():
         data = (counts == count).nonzero()[:, 0]
-        rows = by_datum[starts[data][:, None] + torch.arange(count).to(data)]
-        w = _fisher_blocks(mode.roots, observations, rows)
-        c = _without_own(kernel, of_width, w, rows)
+        rows = by_datum[starts[data][:, None] + torch.arange(count, device=data.device)]
+        w = _fisher_blocks(at.fisher, observations, rows)
+        c = _without_own(coordinates.covariance(kernel, of_width, rows), w)
         covariance[rows, :count] = c
         if of_mean is not of_width:
-            c = _without_own(mode.kernel, of_mean, w, rows)
-        mean[rows] = mode.contrasts[rows] - (c @ mode.score[rows][..., None])[..., 0]
+            c = _without_own(coordinates.covariance(mode.kernel, of_mean, rows), w)
+        mean[rows] = contrasts[rows] - (c @ at.score[rows][..., None])[..., 0]
     result = mean.new_zeros(observations[0].num_data)
     first = 0
     for part in observations:
         size, width = part.at_fit.shape
-        rows = torch.arange(first, first + size * width).to(place).reshape(size, width)
+        rows = torch.arange(first, first + size * width, device=place.device)
+        rows = rows.reshape(size, width)
         first += size * width
         own = covariance[rows[:, :, None], place[rows][:, None, :]]
         result.index_add_(0, part.datum, part.log_predictive(mean[rows], own))
@@ -233,11 +369,9 @@ def _half(kernel: Tensor, roots: Roots) -> Tensor:
     return torch.linalg.solve_triangular(root, roots.right(kernel), upper=False)
 
 
-def _without_own(kernel: Tensor, half: Tensor, w: Tensor, rows: Tensor) -> Tensor:
+def _without_own(sigma: Tensor, w: Tensor) -> Tensor:
     """C of some data, (data, rows, rows)."""
-    inside = half[:, rows].permute(1, 2, 0)  # (data, rows, k)
-    sigma = kernel[rows[:, :, None], rows[:, None, :]] - inside @ inside.mT
-    eye = torch.eye(rows.shape[1], dtype=sigma.dtype, device=sigma.device)
+    eye = torch.eye(sigma.shape[1], dtype=sigma.dtype, device=sigma.device)
     c = torch.linalg.solve(eye - sigma @ w, sigma)
     return (c + c.mT) / 2
 
@@ -253,9 +387,11 @@ def _fisher_blocks(
         w = block @ block.mT
         blocks.append(w)
         outcome.append(
-            torch.arange(first, first + size).to(rows).repeat_interleave(width)
+            torch.arange(first, first + size, device=rows.device).repeat_interleave(
+                width
+            )
         )
-        inner.append(torch.arange(width).to(rows).repeat(size))
+        inner.append(torch.arange(width, device=rows.device).repeat(size))
         first += size
     widest = max(w.shape[-1] for w in blocks)
     padded = torch.cat(
@@ -271,11 +407,24 @@ def _fisher_blocks(
     return found * (of[:, :, None] == of[:, None, :])
 
 
-def contrasts_at(gaussian: DualGaussian, weights: Weights) -> Tensor:
-    """Z of the linearised network at one weight set, (n,), float64."""
-    moved = {s: (weights[s] - x)[None] for s, x in gaussian.origin.items()}
+def data_under(gaussian: DualGaussian, mean: Weights) -> LinearData:
+    """What was observed, as a function of the process with a mean.
+
+    Args:
+        gaussian: One that knows what was observed.
+        mean: Of the prior, site -> value.
+    """
     at_fit = torch.cat([p.at_fit.flatten() for p in gaussian.observations])
-    return at_fit + gaussian.rows.dot(moved)[0]
+    origin = LinearData(gaussian.observations, gaussian.coordinates, at_fit)
+    return replace(
+        origin, offset=origin.contrasts(_rows_at(gaussian, mean, gaussian.origin))
+    )
+
+
+def _rows_at(gaussian: DualGaussian, weights: Weights, center: Weights) -> Tensor:
+    """The rows times what weights are away from a center, (k,), float64."""
+    moved = {s: (weights[s] - center[s])[None] for s in gaussian.loc}
+    return gaussian.rows.dot(moved)[0]
 
 
 def log_leave_one_out(gaussian: DualGaussian) -> Tensor:
@@ -284,14 +433,13 @@ def log_leave_one_out(gaussian: DualGaussian) -> Tensor:
     Args:
         gaussian: One that knows what was observed.
     """
-    z = contrasts_at(gaussian, gaussian.loc)
-    at = _evaluate(gaussian.observations, z)
+    data = data_under(gaussian, gaussian.loc)
     kernel = of_mode = gaussian.rows.kernel(gaussian.prior_precision)
     if gaussian.mode_precision is not None:
         of_mode = gaussian.rows.kernel(gaussian.mode_precision)
         kernel = of_mode if torch.equal(kernel, of_mode) else kernel
-    mode = LinearMode(of_mode, at.score, z, at.score, gaussian.roots, at.log_likelihood)
-    return leave_one_out(mode, kernel, gaussian.observations)
+    stays = of_mode.new_zeros(len(of_mode))
+    return leave_one_out(LinearMode(data, of_mode, stays, data.at(stays)), kernel)
 
 
 def at_mode_under(
@@ -310,17 +458,18 @@ def at_mode_under(
     """
     tau = gaussian.rows.by_matrix(precision)
     kernel = gaussian.rows.kernel(tau)
-    offset = contrasts_at(gaussian, mean)
     start = None
-    if mean is not gaussian.origin:  # the network's own contrasts, as K alpha
-        distance = contrasts_at(gaussian, gaussian.loc) - offset
+    if mean is not gaussian.origin:  # where the mean is now, as K alpha
+        distance = _rows_at(gaussian, gaussian.loc, mean)
         jitter = _JITTER * kernel.diagonal().mean()
-        inside = kernel + jitter * torch.eye(len(kernel)).to(kernel)
+        inside = kernel + jitter * torch.eye(
+            len(kernel), dtype=kernel.dtype, device=kernel.device
+        )
         root, info = torch.linalg.cholesky_ex(inside)
         if not int(info):
             start = torch.cholesky_solve(distance[:, None], root)[:, 0]
-    mode = find_mode(kernel, offset, gaussian.observations, start)
-    return _moved(gaussian, mean, tau, mode), mode.log_likelihood
+    mode = find_mode(kernel, data_under(gaussian, mean), start)
+    return _moved(gaussian, mean, tau, mode), mode.at.log_likelihood
 
 
 def near_weights(
@@ -342,20 +491,19 @@ def near_weights(
     """
     ones = {site: x.new_ones(()) for site, x in gaussian.loc.items()}
     gram = gaussian.rows.kernel(ones)
-    offset = contrasts_at(gaussian, gaussian.origin)
-    first = math.log10(max(float(gram.diagonal().mean()), _TINY))
+    data = data_under(gaussian, gaussian.origin)
+    scale = float(gaussian.coordinates.variance(gram).mean())
+    first = math.log10(max(scale, _TINY))
     last: Tensor | None = None
 
     def score(log_tau: float) -> float:
         nonlocal last
         kernel = gram / 10**log_tau
-        mode = find_mode(
-            kernel, offset, gaussian.observations, last, _CONVERGED_IN_SEARCH
-        )
-        last = mode.score
+        mode = find_mode(kernel, data, last, _CONVERGED_IN_SEARCH)
+        last = mode.at.pull
         if objective == "evidence":
             return float(mode.log_evidence)
-        return float(leave_one_out(mode, kernel, gaussian.observations).sum())
+        return float(leave_one_out(mode, kernel).sum())
 
     best = largest(score, [first + x for x in _DECADES])
     precision = {site: x * 10**best for site, x in ones.items()}
@@ -417,4 +565,4 @@ def _moved(
         site: center[site] + step[site][0] / tau[site].to(step[site])
         for site in gaussian.loc
     }
-    return replace(gaussian, loc=loc, roots=mode.roots, mode_precision=tau)
+    return replace(gaussian, loc=loc, roots=mode.at.roots, mode_precision=tau)

@@ -33,6 +33,7 @@ from pyro_lora.curvature.capture import (
 from pyro_lora.curvature.factors import at_least_float32
 from pyro_lora.curvature.gaussian_logits import GaussianLogits, JointGaussianLogits
 from pyro_lora.curvature.weight_gaussian import WeightGaussian
+from pyro_lora.ground.synchronisation import ask
 from pyro_lora.ground.weights import Weights
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.likelihood import likelihoods
@@ -44,7 +45,9 @@ from pyro_lora.likelihood.outcomes import single_outcomes
 Tokens = Literal["last", "each"] | Tensor
 
 
-def contrasts(likelihood: Likelihood) -> tuple[Tensor, Tensor]:
+def contrasts(
+    likelihood: Likelihood, are_all_there: bool | None = None
+) -> tuple[Tensor, Tensor]:
     """What identifies a likelihood's outcome, and how the logits follow from it.
 
     Contrasts (..., M), differentiable, M = C - 1 for C classes, and a basis (C, M): the
@@ -53,23 +56,24 @@ def contrasts(likelihood: Likelihood) -> tuple[Tensor, Tensor]:
 
     Args:
         likelihood: Of single outcomes.
+        are_all_there: Whether each datum has all of the choices; None: it's asked.
     """
     f = at_least_float32(likelihood.predictor)
     if likelihood.up_to_shift:
-        return _helmert(f)
+        return _helmert(f, are_all_there)
     classes = likelihood.classes
     if classes is not None and classes.cutpoints is None:
         # Two classes with logits -f/2 and f/2.
-        return f, f.new_tensor([[-0.5], [0.5]])
-    return f, torch.eye(f.shape[-1]).to(f)
+        return f, torch.arange(2, dtype=f.dtype, device=f.device)[:, None] - 0.5
+    return f, torch.eye(f.shape[-1], dtype=f.dtype, device=f.device)
 
 
-def _helmert(logits: Tensor) -> tuple[Tensor, Tensor]:
+def _helmert(logits: Tensor, are_all_there: bool | None) -> tuple[Tensor, Tensor]:
     # Helmert's orthonormal contrasts: class m against the mean of those before it. A
     # choice that isn't there, of logit -inf, is left out, which gives a datum a basis
     # of its own.
     present = logits > -math.inf
-    if bool(present.all()):
+    if present.all() if are_all_there is None else are_all_there:
         present = present.new_ones(logits.shape[-1])
     on = present.double()[..., None]  # (..., C, 1)
     c = torch.arange(logits.shape[-1], device=logits.device)[:, None]
@@ -119,38 +123,48 @@ class LinearizedNetwork:
         with torch.enable_grad():
             # Not around the backward passes: a checkpointed network runs again in them.
             with recording(self.networks, leaves) as record:
-                trace = trace_at(self.model, leaves, batch)
+                trace = trace_at(self.model, leaves, batch, undrawn=self.obs_site)
             site: dict[str, Any] = likelihood_site(trace, self.obs_site, self.mode)
             fn, likelihood, mask = _single_outcomes(site, tokens)
-            values, basis = contrasts(likelihood)
-            values = values.expand(*fn.batch_shape, values.shape[-1])
-            classes, error = likelihood.classes, likelihood.noise
-            numbers = likelihood.at if classes is None else None
-            noise = None
-            if error is not None and error.df is None:
-                noise = error.scale.square()
-            cutpoints = None if classes is None else classes.cutpoints
-            present = None
-            if basis.ndim > 2:
-                basis = basis.expand(*fn.batch_shape, *basis.shape[-2:])
-                present = likelihood.predictor > -math.inf
-            if tokens is not None:
-                numbers = None
-                index = _positions(tokens, mask, site["name"])
-                values = _taken(values, index)
-                cutpoints = None if cutpoints is None else _taken(cutpoints, index)
-                if present is not None:
-                    basis, present = _taken(basis, index), _taken(present, index)
-                noise = None if noise is None else _taken(noise[..., None], index)
-            elif len(fn.batch_shape) == 2:  # several outputs: correlated, so one vector
-                values = values[..., 0]
-                basis = torch.eye(values.shape[-1]).to(values)
-                numbers = partial(_of_several, likelihood.at)
-            elif noise is not None:
-                noise = noise[..., None]
-            check_recorded(record, trace, values, site["name"])
-            terms = values.flatten(1).mT  # (M, B), or (T M, B)
-            record.find_layouts(terms)
+            # Nearly always all choices are there. Whether they are is asked together
+            # with what the layouts are asked for, which are then found once more.
+            is_whole = ask((likelihood.predictor > -math.inf).all())
+            for are_all_there in (True, False):
+                values, basis = contrasts(likelihood, are_all_there)
+                values = values.expand(*fn.batch_shape, values.shape[-1])
+                classes, error = likelihood.classes, likelihood.noise
+                numbers = likelihood.at if classes is None else None
+                noise = None
+                if error is not None and error.df is None:
+                    noise = error.scale.square()
+                cutpoints = None if classes is None else classes.cutpoints
+                present = None
+                if basis.ndim > 2:
+                    basis = basis.expand(*fn.batch_shape, *basis.shape[-2:])
+                    present = likelihood.predictor > -math.inf
+                if tokens is not None:
+                    numbers = None
+                    index = _positions(tokens, mask, site["name"])
+                    values = _taken(values, index)
+                    cutpoints = None if cutpoints is None else _taken(cutpoints, index)
+                    if present is not None:
+                        basis, present = _taken(basis, index), _taken(present, index)
+                    noise = None if noise is None else _taken(noise[..., None], index)
+                elif (
+                    len(fn.batch_shape) == 2
+                ):  # several outputs: correlated, so one vector
+                    values = values[..., 0]
+                    basis = torch.eye(
+                        values.shape[-1], dtype=values.dtype, device=values.device
+                    )
+                    numbers = partial(_of_several, likelihood.at)
+                elif noise is not None:
+                    noise = noise[..., None]
+                check_recorded(record, trace, values, site["name"])
+                terms = values.flatten(1).mT  # (M, B), or (T M, B)
+                record.find_layouts(terms)
+                if not likelihood.up_to_shift or is_whole:
+                    break
             captures = capture_layers(record, terms)
         return LinearizedBatch(
             self.mode,
@@ -237,6 +251,7 @@ class LinearizedBatch:
                 self.noise_variance,
                 self.cutpoints,
                 self.numbers,
+                are_all_there=self.present is None,
             )
             for covariance in covariances
         ]
@@ -272,6 +287,7 @@ class LinearizedBatch:
             self.noise_variance,
             self.cutpoints,
             self.numbers,
+            are_all_there=self.present is None,
         )
 
     def logits_at(self, weights: Weights) -> Tensor:
@@ -281,13 +297,14 @@ class LinearizedBatch:
             weights: Site -> (S, ...).
 
         Returns:
-            (S, B, C), the mean over classes removed.
+            (S, B, C), with T tokens (S, B, T, C), the mean over classes removed.
         """
         step = _Step(self.mode, weights)
         for _ in step.along(self.jacobians()):
             pass
         assert step.moved is not None
-        return self.mean + (self._row_basis @ step.moved[..., None])[..., 0]
+        moved = (self._row_basis @ step.moved[..., None])[..., 0]
+        return self.mean + moved.reshape(-1, *self.mean.shape)
 
     def _step_to(self, gaussian: WeightGaussian) -> _Step:
         """To the Gaussian's mean, which a refined one has elsewhere."""
@@ -357,7 +374,7 @@ def _single_outcomes(
     """
     single = single_outcomes(site["fn"])
     # Masks outside of the event hide whole data, and labels, not logits.
-    fn, event_dims, mask = single.fn, single.event_dims, single.inside.cpu()
+    fn, event_dims, mask = single.fn, single.event_dims, single.inside
     form = (
         f"Site {site['name']!r}: found batch shape {tuple(site['fn'].batch_shape)} and "
         f"event shape {tuple(site['fn'].event_shape)}"
@@ -390,7 +407,7 @@ def _positions(tokens: Tokens, mask: Tensor, site: str) -> Tensor:
         ValueError: If there are no such positions.
     """
     batch_size, length = mask.shape
-    places = torch.arange(length)
+    places, mask = torch.arange(length, device="cpu"), mask.cpu()
     if isinstance(tokens, Tensor):
         index = tokens.cpu()
         whole = not (index.is_floating_point() or index.dtype == torch.bool)
@@ -412,5 +429,6 @@ def _positions(tokens: Tokens, mask: Tensor, site: str) -> Tensor:
 
 def _taken(values: Tensor, index: Tensor) -> Tensor:
     """(B, T, M) at positions (B,) or (B, T') -> (B, M) or (B, T', M)."""
-    rows = torch.arange(len(index)).reshape(-1, *[1] * (index.ndim - 1))
-    return values[rows.to(values.device), index.to(values.device)]
+    index = index.to(values.device)
+    rows = torch.arange(len(index), device=values.device)
+    return values[rows.reshape(-1, *[1] * (index.ndim - 1)), index]

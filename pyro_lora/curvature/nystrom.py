@@ -113,5 +113,7 @@ def _eigh(matrix: Tensor, tolerance: float, what: str) -> tuple[Tensor, Tensor]:
 def _test_matrix(width: int, size: int) -> Tensor:
     """Omega, orthonormal columns with a uniformly distributed range, (width, size)."""
     generator = torch.Generator().manual_seed(width)
-    normal = torch.randn(width, size, generator=generator, dtype=torch.float64)
+    normal = torch.randn(
+        width, size, generator=generator, dtype=torch.float64, device="cpu"
+    )
     return torch.linalg.qr(normal).Q

@@ -24,13 +24,15 @@ from pyro_lora.curvature.gaussian_logits import GaussianLogits, class_log_probs
 from pyro_lora.curvature.linearize import contrasts
 from pyro_lora.ground.interrupts import unvalidated
 from pyro_lora.ground.summary import FieldsShown
+from pyro_lora.ground.synchronisation import require, scalar
 from pyro_lora.likelihood import likelihoods
 from pyro_lora.likelihood.data_plate import DataPlate
 from pyro_lora.likelihood.likelihoods import Likelihood
 from pyro_lora.likelihood.outcomes import (
     is_given,
+    may_not_count,
     single_outcomes,
-    values_to_score,
+    values_in_range,
 )
 
 _SAME = 1e-2  # of two log densities, one of them in half precision
@@ -116,6 +118,11 @@ class Observations(FieldsShown):
 
     def hessian_root(self, contrasts: Tensor) -> Tensor:
         r"""A root of :math:`|\nabla^2 \log p(y | z)|`, each eigenvalue's, (N, M, M)."""
+        values, vectors = torch.linalg.eigh(self.hessian(contrasts))
+        return vectors * values.abs().sqrt()[..., None, :]
+
+    def hessian(self, contrasts: Tensor) -> Tensor:
+        r""":math:`\nabla^2 \log p(y | z)` at other contrasts, (N, M, M)."""
         z = contrasts.detach().requires_grad_()
         with torch.enable_grad(), unvalidated():
             fn = self._likelihood.at(self._predictor(z))
@@ -126,8 +133,7 @@ class Observations(FieldsShown):
                 for g in gradient.unbind(-1)
             ]
         hessian = torch.stack(rows, -1)
-        values, vectors = torch.linalg.eigh((hessian + hessian.mT) / 2)
-        return vectors * values.abs().sqrt()[..., None, :]
+        return (hessian + hessian.mT) / 2
 
     def log_predictive(self, mean: Tensor, covariance: Tensor) -> Tensor:
         r"""Log of :math:`E[p(y | z)]` for Gaussian z, (N,), nats, the scales counted.
@@ -247,28 +253,47 @@ class Observed(FieldsShown):
 
     sites: tuple[tuple[Observations, Tensor], ...]
 
+    @property
+    def outcomes(self) -> tuple[Observations, ...]:
+        """Of each site."""
+        return tuple(part for part, _ in self.sites)
+
+    @property
+    def rows(self) -> Tensor:
+        """Where the rows of all sites' outcomes are, one after another, (n,)."""
+        return torch.cat([order for _, order in self.sites])
+
+    @property
+    def num_each(self) -> int | None:
+        """Rows of every datum, where they have one outcome of each site."""
+        single = all(len(p.datum) == p.num_data for p in self.outcomes)
+        return sum(p.at_fit.shape[1] for p in self.outcomes) if single else None
+
 
 def joined(
-    batches: Sequence[Observed],
-) -> tuple[tuple[Observations, ...], list[tuple[int, Tensor]]]:
+    batches: Sequence[tuple[Observations, ...]],
+) -> tuple[tuple[Observations, ...], list[tuple[int, slice]]]:
     """The outcomes of all batches, those of one form together.
 
     Args:
-        batches: What each observed.
+        batches: What each observed, site by site.
 
     Returns:
-        Observations, and where their rows are, in order: in which batch, and at which
-        places of its flattened (M, B).
+        Observations, and where their rows are, in order: in which batch, and where
+        among its own.
     """
-    forms: dict[Any, list[tuple[int, Observations, Tensor]]] = {}
+    forms: dict[Any, list[tuple[int, Observations, slice]]] = {}
     first = 0
     for index, batch in enumerate(batches):
-        for part, order in batch.sites:
+        start = 0
+        for part in batch:
+            stop = start + part.at_fit.numel()
             own = replace(part, datum=part.datum + first)
-            forms.setdefault(part.form, []).append((index, own, order))
-        first += batch.sites[0][0].num_data
+            forms.setdefault(part.form, []).append((index, own, slice(start, stop)))
+            start = stop
+        first += batch[0].num_data
     members = [[part for _, part, _ in of_form] for of_form in forms.values()]
-    places = [(i, order) for of_form in forms.values() for i, _, order in of_form]
+    places = [(i, where) for of_form in forms.values() for i, _, where in of_form]
     return tuple(_concatenated(parts, first) for parts in members), places
 
 
@@ -305,27 +330,30 @@ def observe(
     Raises:
         TypeError: If nothing is known of the distribution.
     """
-    fn, value = site["fn"], values_to_score(site)
+    fn, value = site["fn"], values_in_range(site)
     single = single_outcomes(fn)
     own = likelihoods.of(single.fn)
     likelihood = whole(own)
     values = contrasts(likelihood)[0]
     shape, num = single.fn.batch_shape, values.shape[-1]
     values = values.expand(*shape, num)
-    counts = single.unmasked.to(value.device) & is_given(single.fn, value)
-    if plate.mask is not None:
-        counts = counts & _of_outcomes(plate.mask, fn.batch_shape, shape).bool()
-    values = values.where(counts[..., None], torch.zeros_like(values))
+    counts = None
+    if plate.mask is not None or may_not_count(site):
+        counts = single.unmasked.to(value.device) & is_given(single.fn, value)
+        if plate.mask is not None:
+            mask = _of_outcomes(plate.mask, fn.batch_shape, shape, value)
+            counts = counts & mask.bool()
+        values = values.where(counts[..., None], torch.zeros_like(values))
 
     def by_datum(x: Tensor) -> Tensor:  # (*shape, M) -> (M', B)
         return plate.data_last(x.flatten(-1 - single.event_dims), fn.batch_shape)
 
-    rows = torch.arange(counts.numel() * num, device=value.device)
+    rows = torch.arange(shape.numel() * num, device=value.device)
     places = by_datum(rows.reshape(*shape, num))
     order = places.flatten().argsort()
     size = places.shape[1]
     datum = (order % size).reshape(-1, num)[:, 0]
-    scale = _of_outcomes(plate.scale, fn.batch_shape, shape)
+    scale = _of_outcomes(plate.scale, fn.batch_shape, shape, value)
     with torch.no_grad(), unvalidated():
         at = likelihood.at(likelihood.predictor.detach().double())
         event = value.shape[value.ndim - len(single.fn.event_shape) :]
@@ -333,19 +361,21 @@ def observe(
             type(at),
             _parameters(at, shape),
             value.expand(*shape, *event).reshape(-1, *event),
-            scale.reshape(-1).double().to(value.device),
+            scale.reshape(-1).double(),
             datum,
             size,
             likelihood is not own,
         )
-    chosen = counts.reshape(-1)
+    chosen = None if counts is None else counts.reshape(-1).nonzero()[:, 0]
     _check_rebuilt(site["name"], observations, single.fn, chosen)
+    if chosen is None:
+        return by_datum(values), observations, order
     order = order.reshape(-1, num)[chosen].reshape(-1)
-    return by_datum(values), observations.where(chosen.nonzero()[:, 0]), order
+    return by_datum(values), observations.where(chosen), order
 
 
 def _check_rebuilt(
-    name: str, observations: Observations, fn: Any, chosen: Tensor
+    name: str, observations: Observations, fn: Any, chosen: Tensor | None
 ) -> None:
     """Check that the parameters that were kept make the same distribution.
 
@@ -354,21 +384,29 @@ def _check_rebuilt(
     """
     with torch.no_grad(), unvalidated():
         shape = (*fn.batch_shape, *observations.value.shape[1:])
-        before = fn.log_prob(observations.value.reshape(shape)).reshape(-1)[chosen]
+        before = fn.log_prob(observations.value.reshape(shape)).reshape(-1)
         again = observations.kind(**observations.parameters)
-        after = again.log_prob(observations.value)[chosen].to(before)
-    if not torch.allclose(before, after, rtol=_SAME, atol=_SAME, equal_nan=True):
-        raise TypeError(
+        after = again.log_prob(observations.value).to(before)
+    if chosen is not None:
+        before, after = before[chosen], after[chosen]
+    is_same = torch.isclose(before, after, rtol=_SAME, atol=_SAME, equal_nan=True)
+
+    def error() -> TypeError:
+        return TypeError(
             f"Site {name!r}: structures.Exact() makes {observations.kind.__name__} "
             "again from the attributes that are named as its constructor's arguments, "
             f"{[*observations.parameters]}, and that isn't the same distribution. Keep "
             "each argument under its name, or use another structure."
         )
 
+    require(is_same.all(), error)
 
-def _of_outcomes(x: Any, batch_shape: torch.Size, shape: torch.Size) -> Tensor:
-    """A mask or scale of data, as one for each of their outcomes."""
-    each = torch.as_tensor(x).expand(batch_shape)
+
+def _of_outcomes(
+    x: Any, batch_shape: torch.Size, shape: torch.Size, like: Tensor
+) -> Tensor:
+    """A mask or scale of data, as one for each of their outcomes, on a device."""
+    each = scalar(x, like.double()).expand(batch_shape)
     return each.reshape(*batch_shape, *[1] * (len(shape) - len(batch_shape))).expand(
         shape
     )

@@ -229,8 +229,8 @@ def model_scales(
         own = trace_at(partial(lora.prior, lora), values, {})
         for name in latent & unobserved_names(own):
             scale = counted_scale(trace.nodes[name])
-            differs = torch.as_tensor(scale != counted_scale(own.nodes[name]))
-            if bool(differs.any()):
+            differs = scale != counted_scale(own.nodes[name])
+            if bool(differs.any() if isinstance(differs, Tensor) else differs):
                 scales[name] = scale
     return scales
 

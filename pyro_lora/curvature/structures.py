@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -33,7 +33,8 @@ from pyro_lora.curvature.block_gaussian import (
     eigenblocks,
     with_values,
 )
-from pyro_lora.curvature.capture import LayerCapture
+from pyro_lora.curvature.capture import CountedTokens, LayerCapture
+from pyro_lora.curvature.data_sums import OBSERVED
 from pyro_lora.curvature.dense_gaussian import DenseGaussian
 from pyro_lora.curvature.dual_gaussian import dual_gaussian
 from pyro_lora.curvature.factors import (
@@ -42,8 +43,10 @@ from pyro_lora.curvature.factors import (
     KroneckerFactors,
     ObservedFactors,
     RowFactors,
+    RowSample,
     at_least_float32,
 )
+from pyro_lora.curvature.inducing import Span, projected_gaussian, span_of
 from pyro_lora.curvature.nystrom import gram
 from pyro_lora.curvature.weight_gaussian import WeightGaussian
 from pyro_lora.ground.weights import Weights
@@ -63,9 +66,9 @@ __all__ = [
 ]
 
 Captures = Mapping[int, LayerCapture]  # by place among the layers
-Counts = Mapping[int, Tensor]  # place -> which tokens count, (B, T)
+Counts = Mapping[int, CountedTokens]  # by place
 Factors = dict[int, Any]  # by place; of a joint structure all are at place 0
-OBSERVED = -1  # the place of what was observed, not of a layer
+MAX_ROWS = 20_000  # of which an n x n matrix has 3.2 GB
 # Some Fisher terms each: what captures them, so that one chunk is in memory at a time.
 Chunks = Sequence[Callable[[], Captures]]
 
@@ -75,9 +78,11 @@ class BatchStructure(ABC):
 
     Attributes:
         joint: Whether it needs all layers at once.
+        max_rows: Rows of the Jacobian that it takes; None is any number.
     """
 
     joint: ClassVar[bool]
+    max_rows: int | None = None
 
     @abstractmethod
     def batch_factors(self, chunks: Chunks, counts: Counts) -> Iterator[Factors]:
@@ -99,7 +104,7 @@ class Structure(ABC):
             linearised network outputs, not a root of it at the mode.
     """
 
-    num_passes: ClassVar[int]
+    num_passes: int
     linear: ClassVar[bool] = False
 
     @property
@@ -132,26 +137,27 @@ class LayerStructure(Structure, BatchStructure):
     """A structure with a block for each layer."""
 
     joint: ClassVar[bool] = False
-    num_passes: ClassVar[int] = 1
+    num_passes = 1
 
     @abstractmethod
-    def input_factor(self, a: Tensor, counts: Tensor) -> Any:
+    def input_factor(self, a: Tensor, counts: CountedTokens) -> Any:
         """What layers with the same inputs share.
 
         Args:
             a: The inputs, (B, T, I), in float32 or wider.
-            counts: Which tokens count, (B, T), bool.
+            counts: Which tokens count: ``counts.mask`` is (B, T), bool, and
+                ``counts.rows(a)`` has these tokens alone, (n, I).
         """
 
     @abstractmethod
-    def gradient_factor(self, inputs: Any, g: Tensor, counts: Tensor) -> Tensor:
+    def gradient_factor(self, inputs: Any, g: Tensor, counts: CountedTokens) -> Tensor:
         """What adds up over the Fisher terms.
 
         Args:
             inputs: What :meth:`input_factor` gave.
             g: Gradients of some Fisher terms, (M, B, T, O), in float32 or wider,
                 exactly zero at the tokens that don't count.
-            counts: Which tokens count, (B, T), bool.
+            counts: Which tokens count.
         """
 
     @abstractmethod
@@ -166,7 +172,7 @@ class LayerStructure(Structure, BatchStructure):
         """
 
     def __call__(
-        self, a: Tensor, g: Tensor, counts: Tensor | None = None
+        self, a: Tensor, g: Tensor, counts: Tensor | CountedTokens | None = None
     ) -> KroneckerFactors | DiagonalFactors:
         """The factors of one layer and batch.
 
@@ -180,9 +186,11 @@ class LayerStructure(Structure, BatchStructure):
             Factors in the dtype of ``a``, or float32 if that is wider.
         """
         a, g = at_least_float32(a), at_least_float32(g)
-        counts = g.abs().amax((0, -1)) != 0 if counts is None else counts
-        inputs = self.input_factor(a, counts)
-        return self.combine(inputs, self.gradient_factor(inputs, g, counts))
+        if counts is None:
+            counts = g.abs().amax((0, -1)) != 0
+        tokens = counts if isinstance(counts, CountedTokens) else CountedTokens(counts)
+        inputs = self.input_factor(a, tokens)
+        return self.combine(inputs, self.gradient_factor(inputs, g, tokens))
 
     @property
     def first_pass(self) -> BatchStructure:
@@ -215,7 +223,7 @@ class LayerStructure(Structure, BatchStructure):
     ) -> Any:
         """That of another layer with these inputs where the same tokens count."""
         for i in same:
-            if i in factors and torch.equal(counts[i], counts[place]):
+            if i in factors and counts[i].shared is counts[place].shared:
                 return factors[i]
         return self.input_factor(at_least_float32(a), counts[place])
 
@@ -265,24 +273,21 @@ class KFAC(LayerStructure):
                 f"rank is {self.rank}; it must be at least 1, or None for all."
             )
 
-    def input_factor(self, a: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    def input_factor(self, a: Tensor, counts: CountedTokens) -> tuple[Tensor, Tensor]:
         """A and the number of tokens (or data) that count."""
         if self.reduce:
-            weight = counts.to(a)  # the mean over the tokens that count
+            weight = counts.mask.to(a)  # the mean over the tokens that count
             tokens = weight.sum(-1, keepdim=True)  # (B, 1)
             rows = (a * weight[..., None]).sum(1) / tokens.clamp_min(1)  # (B, I)
             return gram(rows, self.rank), (tokens > 0).sum().to(a)
-        rows = a.flatten(0, 1) if counts.all() else a[counts]
-        return gram(rows, self.rank), counts.sum().to(a)
+        return gram(counts.rows(a), self.rank), counts.mask.sum().to(a)
 
     def gradient_factor(
-        self, inputs: tuple[Tensor, Tensor], g: Tensor, counts: Tensor
+        self, inputs: tuple[Tensor, Tensor], g: Tensor, counts: CountedTokens
     ) -> Tensor:
         """G."""
-        if self.reduce:
-            grads = g.sum(2)  # (M, B, O); what doesn't count is 0
-        else:
-            grads = g if counts.all() else g[:, counts]
+        # Of reduced gradients, (M, B, O), what doesn't count is 0.
+        grads = g.sum(2) if self.reduce else counts.rows(g)
         return gram(grads.flatten(0, -2), self.rank)
 
     def combine(
@@ -300,11 +305,13 @@ class Diagonal(LayerStructure):
     tensor([4., 4., 4.])
     """
 
-    def input_factor(self, a: Tensor, counts: Tensor) -> Tensor:
+    def input_factor(self, a: Tensor, counts: CountedTokens) -> Tensor:
         """The inputs as they are."""
         return a
 
-    def gradient_factor(self, inputs: Tensor, g: Tensor, counts: Tensor) -> Tensor:
+    def gradient_factor(
+        self, inputs: Tensor, g: Tensor, counts: CountedTokens
+    ) -> Tensor:
         """The diagonal, (O, I)."""
         total = inputs.new_zeros(g.shape[-1], inputs.shape[-1])
         for g_m in g:  # tokens are summed before the square: (B, O, I) at a time
@@ -326,7 +333,7 @@ class EKFAC(Structure):
     https://arxiv.org/abs/1806.03884, section 3.
     """
 
-    num_passes: ClassVar[int] = 2
+    num_passes = 2
 
     @property
     def first_pass(self) -> BatchStructure:
@@ -377,7 +384,7 @@ class JointStructure(Structure, BatchStructure):
     """A structure of all layers at once: one matrix over all weights."""
 
     joint: ClassVar[bool] = True
-    num_passes: ClassVar[int] = 1
+    num_passes = 1
 
     @abstractmethod
     def factors(self, a: Sequence[Tensor], g: Sequence[Tensor]) -> DenseFactors:
@@ -446,32 +453,44 @@ class Dense(JointStructure):
 
 
 @dataclass(frozen=True)
-class Exact(Structure, BatchStructure):
+class Exact(Structure):
     r"""The whole matrix in its dual form: exact, with N (C - 1) rows for D weights.
 
     Nothing is approximated beyond Laplace's method itself, and nothing of size D x D is
     formed: the Jacobian's N (C - 1) rows are kept, (N (C - 1)) D numbers, and all else
     is algebra on matrices of N (C - 1) rows. The network linearised at the mode is then
     known as a model of its own, whose mode ``refine`` finds.
+
+    Of more rows, m of them are drawn at random, and all are projected on their span, by
+    a second pass over the data (Nyström's approximation; Quiñonero-Candela & Rasmussen
+    2005, https://www.jmlr.org/papers/v6/quinonero-candela05a.html, section 5, of which
+    the predictions are those of DTC): m D numbers and N (C - 1) m. Outside of the span
+    the posterior is the prior. With all rows drawn it is exact.
+
+    Attributes:
+        num_inducing: m; None is all rows, of which 20,000 are taken at most.
     """
 
-    joint: ClassVar[bool] = False
-    num_passes: ClassVar[int] = 1
+    num_inducing: int | None = None
+    num_passes: int = field(init=False, repr=False, default=1)
     linear: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.num_inducing is None:
+            return
+        if not 1 <= self.num_inducing <= MAX_ROWS:
+            raise ValueError(
+                f"num_inducing is {self.num_inducing}; it must be from 1 to "
+                f"{MAX_ROWS:,}, or None for all rows."
+            )
+        object.__setattr__(self, "num_passes", 2)
 
     @property
     def first_pass(self) -> BatchStructure:
-        """See the base class."""
-        return self
-
-    def batch_factors(self, chunks: Chunks, counts: Counts) -> Iterator[Factors]:
-        """See the base class; the gradients of each layer."""
-        rows: dict[int, list[Tensor]] = {}
-        for chunk in chunks:
-            for i, capture in chunk().items():
-                a, g = map(at_least_float32, (capture.inputs, capture.gradients))
-                rows.setdefault(i, []).append((g.mT @ a).flatten(2))
-        yield {i: RowFactors((torch.cat(x),)) for i, x in rows.items()}
+        """All rows, or some of them."""
+        if self.num_inducing is None:
+            return _AllRows(MAX_ROWS)
+        return _SomeRows(self.num_inducing)
 
     def gaussian(
         self,
@@ -480,13 +499,78 @@ class Exact(Structure, BatchStructure):
         factors: Factors,
         next_pass: Callable[[BatchStructure], Factors],
     ) -> WeightGaussian:
-        """See the base class.
-
-        Raises:
-            ValueError: If there are more rows than fit into n x n matrices.
-        """
+        """See the base class."""
         observed = factors.pop(OBSERVED, ObservedFactors(())).batches
-        return dual_gaussian(loc, prior_precision, factors, observed)
+        if self.num_inducing is None:
+            return dual_gaussian(loc, prior_precision, factors, observed)
+        span = span_of(loc, prior_precision, factors)
+        del factors
+        projected = next_pass(_Projected(span, MAX_ROWS**2 // self.num_inducing))
+        observed = projected.pop(OBSERVED, ObservedFactors(())).batches
+        return projected_gaussian(span, projected, observed)
+
+
+def _rows_of(capture: LayerCapture) -> Tensor:
+    """The gradients of a layer, (M, B, O I)."""
+    a, g = map(at_least_float32, (capture.inputs, capture.gradients))
+    return (g.mT @ a).flatten(2)
+
+
+@dataclass(frozen=True)
+class _AllRows(BatchStructure):
+    """The gradients of each layer."""
+
+    joint: ClassVar[bool] = False
+    max_rows: int | None = None
+
+    def batch_factors(self, chunks: Chunks, counts: Counts) -> Iterator[Factors]:
+        """See the base class."""
+        rows: dict[int, list[Tensor]] = {}
+        for chunk in chunks:
+            for i, capture in chunk().items():
+                rows.setdefault(i, []).append(_rows_of(capture))
+        yield {i: RowFactors((torch.cat(x).flatten(0, 1),)) for i, x in rows.items()}
+
+
+@dataclass(frozen=True)
+class _SomeRows(BatchStructure):
+    """The gradients of each layer at some rows, drawn by torch's global generator."""
+
+    joint: ClassVar[bool] = True
+    size: int
+
+    def batch_factors(self, chunks: Chunks, counts: Counts) -> Iterator[Factors]:
+        """See the base class."""
+        for whole in _AllRows().batch_factors(chunks, counts):
+            values = {i: x.batches[0] for i, x in whole.items()}
+            first = values[0]
+            keys = torch.rand(len(first), dtype=torch.float64, device=first.device)
+            size = torch.tensor(self.size)
+            yield {i: RowSample(x, keys, size) for i, x in values.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class _Projected(BatchStructure):
+    """Coordinates of all rows in a span, and their squared lengths.
+
+    Attributes:
+        span: The span.
+    """
+
+    joint: ClassVar[bool] = True
+    span: Span
+    max_rows: int | None
+
+    def batch_factors(self, chunks: Chunks, counts: Counts) -> Iterator[Factors]:
+        """See the base class."""
+        done = [
+            self.span.project(
+                _rows_of(capture) for _, capture in sorted(chunk().items())
+            )
+            for chunk in chunks
+        ]
+        inside, square = (torch.cat(x).flatten(0, 1) for x in zip(*done, strict=True))
+        yield {0: RowFactors((inside,)), 1: RowFactors((square[:, None],))}
 
 
 def _by_input(captures: Captures) -> list[tuple[Tensor, list[int]]]:

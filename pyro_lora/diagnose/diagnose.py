@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ from pyro_lora.diagnose.diagnosis import (
 )
 from pyro_lora.ground.interrupts import leaving_no_trace
 from pyro_lora.ground.progress import Counted, progress
+from pyro_lora.ground.ranks import ALONE, Ranks, ranks_of, sharing_data
 from pyro_lora.ground.settings import check_count, check_gradients
 from pyro_lora.ground.weights import Weights
 from pyro_lora.likelihood import likelihoods
@@ -87,12 +88,16 @@ from pyro_lora.predict.draws import (
 )
 from pyro_lora.predict.predict import predict
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
 _OFFSETS = (-2.0, -1.0, 1.0, 2.0)  # standard deviations along a direction
 _NUM_WHOLE_DRAWS = 10
 _EQUAL_NATS = 1e-6  # log weights that differ by less are equal but for rounding
 
 
 @leaving_no_trace
+@sharing_data
 def diagnose(
     posterior: Posterior | Guide,
     batches: Iterable[Batch],
@@ -104,6 +109,7 @@ def diagnose(
     obs_site: str | None = None,
     labels: str | None = None,
     progress_bar: bool | None = None,
+    mesh: DeviceMesh | None = None,
 ) -> Diagnosis:
     r"""Ask a posterior five questions; ``print`` the answer.
 
@@ -139,6 +145,9 @@ def diagnose(
             arguments to its ``obs=``.
         progress_bar: Show one, of the batches of all passes; None: on a terminal or in
             a notebook.
+        mesh: A ``DeviceMesh`` whose dim ``"data"`` shares the data; None: all ranks
+            do, where ``torch.distributed`` is initialised, each with batches of its
+            own (:func:`~pyro_lora.share`), of ``held_out``, too.
 
     Returns:
         The numbers, and ``str`` of it the table.
@@ -169,7 +178,8 @@ def diagnose(
                 f"diagnose reads {name} several times, but got an iterator. Pass a "
                 "list or a DataLoader."
             )
-    first = next_batch(checked_batches(batches), "diagnose")
+    ranks = ranks_of(mesh, "data")
+    first = next_batch(checked_batches(batches), "diagnose", ranks)
     posterior = as_posterior(posterior, model, first)
     model = model_of(posterior, model, "diagnose")
     check_names(model, obs_site, labels)
@@ -177,7 +187,7 @@ def diagnose(
     left_out: dict[str, str] = {}
     answers: dict[str, Any] = {}
     with progress(title="Diagnose", unit="batch", shown=progress_bar) as bar:
-        joint = LogJoint(posterior, model, Counted(batches, bar), obs_site)
+        joint = LogJoint(posterior, model, Counted(batches, bar), obs_site, ranks, mesh)
         others = None if held_out is None else Counted(held_out, bar)
         for field, answer in {
             "stationarity": lambda: _stationarity(joint),
@@ -206,6 +216,8 @@ class LogJoint:
         model: The Pyro model.
         batches: Re-iterable of mappings of model keyword arguments.
         obs_site: The likelihood's site, or None.
+        ranks: Who shares the data.
+        mesh: Whose ranks these are.
 
     Raises:
         ValueError: If there are no batches, or the posterior doesn't fit the model.
@@ -217,8 +229,11 @@ class LogJoint:
         model: Model,
         batches: Iterable[Batch],
         obs_site: str | None,
+        ranks: Ranks = ALONE,
+        mesh: DeviceMesh | None = None,
     ) -> None:
-        first = next_batch(checked_batches(batches), "diagnose")
+        self.ranks, self.mesh = ranks, mesh
+        first = next_batch(checked_batches(batches), "diagnose", ranks)
         self.posterior, self.model, self.batches = posterior, model, batches
         self.first = first
         one = {site: x[None] for site, x in one_weight_set(posterior).items()}
@@ -228,10 +243,11 @@ class LogJoint:
         self.networks = lifted_networks(trace)
         self.prior = tempered_prior(posterior, model_scales(trace, self.networks))
         self.observes_only = observes_only(trace, at.obs_site)
-        self.num_data = 0
-        for batch in checked_batches(batches):
+        num_data = 0
+        for batch in ranks.in_step(checked_batches(batches)):
             (trace,) = at.traces(batch)
-            self.num_data += data_plate(trace.nodes[at.obs_site]).size
+            num_data += data_plate(trace.nodes[at.obs_site]).size
+        self.num_data = ranks.total(num_data)
 
     def check(self) -> None:
         """Check that there is a log joint.
@@ -253,7 +269,8 @@ class LogJoint:
         at = model_at_draws(self.model, weights, self.first, self.obs_site)
         totals: list[Tensor] = []
         latents: list[dict[str, Tensor]] = []
-        for index, batch in enumerate(checked_batches(self.batches)):
+        in_step = self.ranks.in_step(checked_batches(self.batches))
+        for index, batch in enumerate(in_step):
             of_batch = []
             for trace in at.traces(batch):
                 site = trace.nodes[self.obs_site]
@@ -266,7 +283,7 @@ class LogJoint:
         others = {s: torch.cat([chunk[s] for chunk in latents]) for s in latents[0]}
         log_prior = others | log_prior_by_site(self.prior, self.networks, weights)
         return (
-            torch.stack(totals).sum(0),
+            self.ranks.sum(torch.stack(totals).sum(0)),
             torch.stack(list(log_prior.values())).sum(0),
         )
 
@@ -283,19 +300,28 @@ class LogJoint:
             for site in lora.sites
         }
         with torch.enable_grad(), evaluating(self.networks):
-            prior = log_prior_by_site(
-                self.prior, self.networks, {s: x[None] for s, x in leaves.items()}
-            )
-            torch.stack(list(prior.values())).sum().backward()
-            for batch in checked_batches(self.batches):
+            for batch in self.ranks.in_step(checked_batches(self.batches)):
                 trace = trace_at(self.model, {**mode, **leaves}, batch)
                 site = trace.nodes[self.obs_site]
                 with explaining(batch, nodes=trace.nodes):
                     log_prob = datum_log_probs(site) * data_plate(site).scale
                 log_prob.sum().backward()
+            of_data = self.ranks.sums(
+                [
+                    torch.zeros_like(x) if x.grad is None else x.grad
+                    for x in leaves.values()
+                ]
+            )
+            prior = log_prior_by_site(
+                self.prior, self.networks, {s: x[None] for s, x in leaves.items()}
+            )
+            of_prior = torch.autograd.grad(
+                torch.stack(list(prior.values())).sum(),
+                list(leaves.values()),
+                materialize_grads=True,
+            )
         return {
-            s: torch.zeros_like(x) if x.grad is None else x.grad
-            for s, x in leaves.items()
+            site: a + b for site, a, b in zip(leaves, of_data, of_prior, strict=True)
         }
 
 
@@ -360,7 +386,7 @@ def _directions(
     eye = torch.eye(num_directions, dtype=torch.float64, device=shares.device)
     offsets = torch.tensor(_OFFSETS, dtype=torch.float64, device=shares.device)
     on_lines = (eye[:, None] * offsets[:, None]).flatten(0, 1)  # (Q T, Q)
-    z = torch.randn(num, num_directions, dtype=torch.float64).to(eye)
+    z = torch.randn(num, num_directions, dtype=torch.float64, device="cpu").to(eye)
     mode = posterior.mode()
 
     def log_joint(coordinates: Tensor) -> Tensor:
@@ -476,18 +502,20 @@ def _diversity(
     log_probs: list[Tensor] = []
     observed: list[Tensor | None] = []
     given = GivenLabels(source)
-    for index, batch in enumerate(joint.batches if held_out is None else held_out):
+    batches = joint.batches if held_out is None else held_out
+    for index, batch in enumerate(joint.ranks.in_step(batches)):
         traces = at.traces(source.hidden(batch))
         by_draws = [one_class_log_probs(t.nodes[at.obs_site]["fn"]) for t in traces]
         log_probs.append(torch.cat(by_draws))
         observed.append(given.read(batch, log_probs[-1].shape[-1], index))
-    log_p = torch.cat(log_probs, 1)  # (K, N, C)
+    log_p = joint.ranks.gathered(torch.cat(log_probs, 1), 1)  # (K, N, C)
     predicted = log_p.argmax(-1)
     # Of all pairs of particles; a particle and itself agree, and add nothing.
     differ = (predicted[:, None] != predicted).double().mean(-1)  # (K, K)
     total = torch.special.entr(log_p.exp().mean(0)).sum()
     aleatoric = torch.special.entr(log_p.exp()).sum((1, 2)).mean()
     error = None
+    observed = [x for own in joint.ranks.collected(observed) for x in own]
     labels_of_all = [x for x in observed if x is not None]
     if len(labels_of_all) == len(observed):
         true = torch.cat(labels_of_all).to(predicted)
@@ -517,6 +545,7 @@ def _confidence(
         obs_site=joint.obs_site,
         labels=labels,
         progress_bar=False,  # these batches are counted already
+        mesh=joint.mesh,
     )
     if prediction.labels is None:
         raise LeftOut(

@@ -13,12 +13,14 @@ from the same draws for all pairs, and the diagonal is then made one.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from pyro_lora.ground.interrupts import leaving_no_trace
+from pyro_lora.ground.progress import progress
+from pyro_lora.ground.ranks import ranks_of, sharing_data
 from pyro_lora.ground.settings import check_count
 from pyro_lora.infer.svgd.particle_model import (
     ParticlePass,
@@ -29,6 +31,9 @@ from pyro_lora.likelihood import likelihoods
 from pyro_lora.likelihood.batch import Batch, check_batches, checked_batches
 from pyro_lora.likelihood.model_trace import Model, evaluating
 from pyro_lora.likelihood.outcomes import outcomes_that_count, single_outcomes
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 _NUM_DRAWS = 64  # of each particle's distribution, where there is no closed form
 
@@ -92,6 +97,7 @@ def effective_number(gram: Tensor) -> Tensor:
 
 
 @leaving_no_trace
+@sharing_data
 @torch.no_grad()
 def effective_num_predictions(
     model: Model,
@@ -100,6 +106,8 @@ def effective_num_predictions(
     *,
     obs_site: str | None = None,
     chunk_size: int | None = None,
+    progress_bar: bool | None = None,
+    mesh: DeviceMesh | None = None,
 ) -> float:
     r"""Effective number of distinct predictions among particles, from 1 to K.
 
@@ -121,6 +129,10 @@ def effective_num_predictions(
             matter).
         obs_site: The likelihood's site; None is the only observed one.
         chunk_size: Particles in one forward pass; None is all.
+        progress_bar: Show one, of the batches; None: on a terminal or in a notebook.
+        mesh: A ``DeviceMesh`` whose dim ``"data"`` shares the data; None: all ranks
+            do, where ``torch.distributed`` is initialised, each with batches of its
+            own (:func:`~pyro_lora.share`).
 
     Raises:
         TypeError: If the likelihood is of another type.
@@ -129,23 +141,30 @@ def effective_num_predictions(
     """
     if chunk_size is not None:
         check_count("chunk_size", chunk_size)
-    total, num_data, any_batch = torch.zeros(()), 0, False
+    total, num_data, any_batch = torch.zeros((), device="cpu"), 0, False
     check_batches(batches)
-    for batch in checked_batches(batches):
-        target, unconstrained = model_at_particles(model, particles, batch)
-        num_particles = next(iter(unconstrained.values())).shape[0]
-        at = ParticlePass(target, unconstrained, (), batch, chunk_size or num_particles)
-        sites, sizes = [], []
-        with evaluating(target.networks):
-            for rows, chunk in at.chunks():
-                trace, _ = at.trace(chunk)
-                sites.append(likelihood_at_particles(trace, obs_site))
-                sizes.append(rows.stop - rows.start)
-        gram, size = gram_of(sites, sizes)
-        total, num_data = total + gram, num_data + size
-        any_batch = True
+    ranks = ranks_of(mesh, "data")
+    with progress(
+        batches, title="Effective predictions", unit="batch", shown=progress_bar
+    ) as bar:
+        for batch in ranks.drawing(ranks.in_step(checked_batches(bar))):
+            target, unconstrained = model_at_particles(model, particles, batch)
+            num_particles = next(iter(unconstrained.values())).shape[0]
+            at = ParticlePass(
+                target, unconstrained, (), batch, chunk_size or num_particles
+            )
+            sites, sizes = [], []
+            with evaluating(target.networks):
+                for rows, chunk in at.chunks():
+                    trace, _ = at.trace(chunk)
+                    sites.append(likelihood_at_particles(trace, obs_site))
+                    sizes.append(rows.stop - rows.start)
+            gram, size = gram_of(sites, sizes)
+            total, num_data = total + gram, num_data + size
+            any_batch = True
     if not any_batch:
-        raise ValueError("There are no batches to predict.")
+        raise ValueError(ranks.none_here("There are no batches to predict."))
+    total, num_data = ranks.sum(total), ranks.total(num_data)
     if num_data == 0:
         raise ValueError(
             "There is no datum to predict: all outcomes are masked or missing. Give "

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from pyro_lora.ground.interrupts import leaving_no_trace
+from pyro_lora.ground.progress import progress
+from pyro_lora.ground.ranks import Ranks, ranks_of, sharing_data
 from pyro_lora.ground.settings import check_count, check_positive
 from pyro_lora.infer.svgd.kernels import (
     IMQ,
@@ -28,6 +30,9 @@ from pyro_lora.infer.svgd.weight_space import squared_distances
 from pyro_lora.likelihood.batch import Batch, check_batches, checked_batches
 from pyro_lora.likelihood.data_plate import data_plate
 from pyro_lora.likelihood.model_trace import Model, evaluating
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 # Shares of the data add up to one but for rounding.
 SHARE_TOLERANCE = 1e-6
@@ -52,6 +57,7 @@ class SteinDiscrepancy:
 
 
 @leaving_no_trace
+@sharing_data
 def kernelized_stein_discrepancy(
     model: Model,
     particles: Mapping[str, Tensor],
@@ -61,6 +67,8 @@ def kernelized_stein_discrepancy(
     temperature: float = 1.0,
     num_bootstrap: int = 0,
     chunk_size: int | None = None,
+    progress_bar: bool | None = None,
+    mesh: DeviceMesh | None = None,
 ) -> SteinDiscrepancy:
     r"""Squared kernelised Stein discrepancy between particles and the posterior.
 
@@ -92,6 +100,10 @@ def kernelized_stein_discrepancy(
         temperature: T.
         num_bootstrap: Draws of random signs; 0 for no p-value.
         chunk_size: Particles in one forward pass; None is all.
+        progress_bar: Show one, of the batches; None: on a terminal or in a notebook.
+        mesh: A ``DeviceMesh`` whose dim ``"data"`` shares the data; None: all ranks
+            do, where ``torch.distributed`` is initialised, each with batches of its
+            own (:func:`~pyro_lora.share`).
 
     Returns:
         Statistics (squared scores: per squared unit of the weights) and p-value.
@@ -106,7 +118,14 @@ def kernelized_stein_discrepancy(
     _check(kernel, temperature, num_bootstrap)
     if chunk_size is not None:
         check_count("chunk_size", chunk_size)
-    target, unconstrained, scores = _scores(model, particles, batches, chunk_size)
+    check_batches(batches)
+    ranks = ranks_of(mesh, "data")
+    with progress(
+        batches, title="Stein discrepancy", unit="batch", shown=progress_bar
+    ) as bar:
+        target, unconstrained, scores = _scores(
+            model, particles, bar, chunk_size, ranks
+        )
     scores = {site: score / temperature for site, score in scores.items()}
     if space_of(kernel) == "site":
         groups = [[site] for site in target.latents]
@@ -155,7 +174,9 @@ def _stein_kernel(
     sites: list[str],
 ) -> Tensor:
     """Stein kernel (S, S) of some sites in float64, in (S, S) and (S, D) memory."""
-    sq_dists = score_products = mixed = torch.zeros((), dtype=torch.float64)
+    sq_dists = score_products = mixed = torch.zeros(
+        (), dtype=torch.float64, device="cpu"
+    )
     num_weights = 0
     for site in sites:
         x = particles[site].double().reshape(len(particles[site]), -1)
@@ -188,6 +209,7 @@ def _scores(
     particles: Mapping[str, Tensor],
     batches: Iterable[Batch],
     particles_at_once: int | None,
+    ranks: Ranks,
 ) -> tuple[ParticleModel, dict[str, Tensor], dict[str, Tensor]]:
     """The model, particles in unconstrained space, gradients of the log joint.
 
@@ -199,8 +221,7 @@ def _scores(
     unconstrained: dict[str, Tensor] = {}
     scores: dict[str, Tensor] = {}
     covered, num_draws = 0.0, 0
-    check_batches(batches)
-    for batch in checked_batches(batches):
+    for batch in ranks.in_step(checked_batches(batches)):
         if target is None:
             target, unconstrained = model_at_particles(model, particles, batch)
             num_draws = next(iter(unconstrained.values())).shape[0]
@@ -221,7 +242,10 @@ def _scores(
         scores = {s: scores.get(s, 0) + g.double() for s, g in of_batch.items()}
         covered += shares[0]
     if target is None:
-        raise ValueError("There are no batches: give [{}] for a model without data.")
+        message = "There are no batches: give [{}] for a model without data."
+        raise ValueError(ranks.none_here(message))
+    scores = dict(zip(scores, ranks.sums(list(scores.values())), strict=True))
+    covered = float(ranks.sum(torch.tensor(covered, dtype=torch.float64)))
     if abs(covered - 1) > SHARE_TOLERANCE:
         raise ValueError(
             f"The batches hold {covered:.4g} times the data of the model's plate. Give "

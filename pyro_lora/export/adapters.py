@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,10 @@ from pyro_lora.ground.interrupts import leaving_no_trace, undone
 from pyro_lora.ground.settings import check_count
 from pyro_lora.ground.tensor_folder import put
 from pyro_lora.ground.unfinished import aside
-from pyro_lora.ground.warning import warn
 from pyro_lora.lifting.lifted_network import LiftedNetwork
+from pyro_lora.likelihood.batch import Batch
 from pyro_lora.posteriors.dropout import has_dropout
 from pyro_lora.posteriors.guide_posterior import Guide
-from pyro_lora.posteriors.laplace_posterior import LaplacePosterior
 from pyro_lora.posteriors.posterior import (
     Posterior,
     as_posterior,
@@ -28,6 +27,7 @@ from pyro_lora.posteriors.posterior import (
     only_gaussian,
 )
 from pyro_lora.posteriors.prior import with_scaled_sites
+from pyro_lora.posteriors.served import is_linearized, served
 
 _CLASSIFIERS = ("SEQ_CLS", "TOKEN_CLS")
 
@@ -83,29 +83,6 @@ network = PeftModel.from_pretrained(base, "this folder").eval()
 {_contents(config, tensors)}
 """
     return card
-
-
-def is_linearized(posterior: Posterior) -> bool:
-    """Whether a posterior, or a part of it, describes a network that is linearised.
-
-    A Gaussian over one layer is the same either way: the network is linear in that
-    layer's weights, up to what comes after it.
-
-    Args:
-        posterior: The posterior.
-    """
-    return any(_num_layers(part) > 1 for _, part in posterior.gaussians())
-
-
-def _num_layers(gaussian: LaplacePosterior) -> int:
-    layers = {
-        p.locations[0][0]
-        for lora in gaussian.networks
-        for site, members in lora.parameters.items()
-        for p in members
-        if site in gaussian.gaussian.loc
-    }
-    return len(layers)
 
 
 def meaning(posterior: Posterior) -> str:
@@ -183,7 +160,11 @@ _CARD = "README.md"
 
 @leaving_no_trace
 def export_adapters(
-    posterior: Posterior | Guide, path: str | os.PathLike[str], num_samples: int
+    posterior: Posterior | Guide,
+    path: str | os.PathLike[str],
+    num_samples: int,
+    *,
+    batches: Iterable[Batch] | None = None,
 ) -> None:
     """Write draws as adapters ``draw_000``, ``draw_001``, ... that PEFT can load.
 
@@ -192,8 +173,9 @@ def export_adapters(
     mean of the probabilities that the adapters give is the prediction of particles, and
     of a Gaussian over one layer (``AutoLaplace(sites="last_layer")``). A Gaussian over
     several layers describes the linearised network; adapters drawn from it may predict
-    at chance, so that there is a warning, and the card says so. For the mode alone:
-    ``export_adapters(ensemble(lora, [posterior.mode()]), path, 1)``.
+    at chance. With ``batches`` it is made narrow on them before, as by its
+    ``for_sampling``; without there is a warning, and the card says so. For the mode
+    alone: ``export_adapters(ensemble(lora, [posterior.mode()]), path, 1)``.
 
     All are written aside, onto the disk, and the whole folder is then renamed: after
     ``kill -9``, too, it holds every draw or none. The network's own adapter stays what
@@ -203,6 +185,8 @@ def export_adapters(
         posterior: A posterior of one PEFT model, or an autoguide that has run.
         path: The folder to hold them, which must be new or empty.
         num_samples: Number of draws; that of the particles writes each one, in order.
+        batches: Rows with labels, of a Gaussian over several layers or a mixture with
+            one; others are written as they are.
 
     Raises:
         ValueError: If the posterior is ``mc_dropout``'s, the folder holds draws already
@@ -213,22 +197,15 @@ def export_adapters(
 
     Warns:
         UserWarning: If the posterior is a Gaussian over several layers, or a mixture
-            with one.
+            with one, and there are no batches.
     """
     folder = Path(path).resolve()  # not a link to it
     check_count("num_samples", num_samples)
     posterior = as_posterior(posterior)
-    lora, network, adapter = _one_adapter(posterior)
+    lora, network, adapter = one_adapter(posterior, "export_adapters")
     _check_replaceable(folder)
     _check_saved_by_peft(lora, network, adapter)
-    if is_linearized(posterior):
-        warn(
-            "A Gaussian over several layers describes the network linearised at its "
-            "mode. The network itself, which the adapters are for, may predict at "
-            "chance at draws of it: evaluate them first. Draws of a posterior over the "
-            "last layer (AutoLaplace(sites='last_layer')), particles (SVGD) and the "
-            "mode (ensemble(lora, [posterior.mode()])) predict as they should."
-        )
+    posterior = served(posterior, batches, "export_adapters")
     # Under a prior that isn't centred, draws are of a site's noise, not of the site.
     draws = with_scaled_sites(posterior.prior, (lora,), posterior.sample(num_samples))
     before = lora.weights()
@@ -242,7 +219,7 @@ def export_adapters(
             for index in range(num_samples):
                 lora.load({site: draws[site][index] for site in lora.sites})
                 what = title(posterior, index, num_samples)
-                draw = _write(
+                draw = write_adapter(
                     network, adapter, unfinished / str(index), what, meaning(posterior)
                 )
                 draw.rename(whole / f"draw_{index:03d}")
@@ -277,10 +254,21 @@ def _check_replaceable(folder: Path) -> None:
     )
 
 
-def _write(
+def write_adapter(
     network: PeftModel, adapter: str, folder: Path, what: str, meaning: str
 ) -> Path:
-    """The folder that holds the adapter, inside of the one given."""
+    """Write an adapter as it is in the network, with a card.
+
+    Args:
+        network: The PEFT model.
+        adapter: Its adapter.
+        folder: Where to.
+        what: The card's title.
+        meaning: What the adapter has to do with the posterior.
+
+    Returns:
+        The folder that holds it, which is in the one given, or that itself.
+    """
     network.save_pretrained(
         str(folder),
         selected_adapters=[adapter],
@@ -302,10 +290,21 @@ def _write(
     return draw
 
 
-def _one_adapter(posterior: Posterior) -> tuple[LiftedNetwork, PeftModel, str]:
+def one_adapter(
+    posterior: Posterior, caller: str
+) -> tuple[LiftedNetwork, PeftModel, str]:
+    """The one adapter that a posterior is of: lifted, its network, and its name.
+
+    Args:
+        posterior: Any.
+        caller: Who wants to write it, for the error.
+
+    Raises:
+        ValueError: If there isn't one, or PEFT wouldn't save all that is lifted.
+    """
     if has_dropout(posterior) or not posterior.networks:
         raise ValueError(
-            f"export_adapters can't write a {kind_of(posterior)}; expected a posterior "
+            f"{caller} can't write a {kind_of(posterior)}; expected a posterior "
             "over the weights of a network that it knows. Draw from a Pyro guide "
             "yourself, and export pyro_lora.ensemble(lora, draws)."
         )
@@ -322,6 +321,7 @@ def _one_adapter(posterior: Posterior) -> tuple[LiftedNetwork, PeftModel, str]:
             "Wrap it by peft.get_peft_model before lifting."
         )
     assert lora.adapter is not None  # a PeftModel has one
+    _check_saved_by_peft(lora, network, lora.adapter)
     return lora, network, lora.adapter
 
 

@@ -53,6 +53,7 @@ from pyro_lora.lifting.prior import NOISE
 from pyro_lora.likelihood.model_trace import Model
 from pyro_lora.posteriors.guide_posterior import Guide
 from pyro_lora.posteriors.posterior import Posterior, as_posterior
+from pyro_lora.posteriors.prior import made_of_latents
 
 
 class _Layers(Schema):
@@ -220,6 +221,10 @@ def _check_network(
 ) -> None:
     here = {s: tuple(x.shape) for lora in networks for s, x in lora.zeros().items()}
     remedy = "Lift the network that the posterior was made for."
+    absent = {s for s in here if not {s, f"{s}{NOISE}"} & saved.sites.keys()}
+    if absent:
+        made = absent & made_of_latents(networks, saved.sites)
+        here = {site: shape for site, shape in here.items() if site not in made}
     for site, shape in here.items():
         there = saved.sites.get(site, saved.sites.get(f"{site}{NOISE}"))
         said = "no such site" if there is None else list(there)

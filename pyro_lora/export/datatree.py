@@ -37,6 +37,7 @@ from pyro_lora.export.weight_variables import (
 )
 from pyro_lora.ground.interrupts import leaving_no_trace
 from pyro_lora.ground.progress import Counted, progress
+from pyro_lora.ground.ranks import ALONE, Ranks, is_first, ranks_of, sharing_data
 from pyro_lora.ground.settings import check_count, check_word
 from pyro_lora.ground.unfinished import aside
 from pyro_lora.ground.warning import warn
@@ -82,6 +83,7 @@ from pyro_lora.predict.linearized import not_linearizable
 from pyro_lora.priors import Prior
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
     from xarray import Dataset, DataTree
 
 DEFAULT_NUM_SAMPLES = 100  # PSIS needs 25; quantiles want a few more
@@ -92,6 +94,7 @@ UnderPrior = Callable[[Prior, Sequence[LiftedNetwork], Weights], Weights]
 
 
 @leaving_no_trace
+@sharing_data
 def to_datatree(
     posterior: Posterior | Guide | MCMC | Samples,
     batches: Iterable[Batch] | None = None,
@@ -106,6 +109,7 @@ def to_datatree(
     path: str | os.PathLike[str] | None = None,
     chunk_size: int | None = None,
     progress_bar: bool | None = None,
+    mesh: DeviceMesh | None = None,
 ) -> DataTree:
     r"""Draws of a posterior as ArviZ's data structure, dims chain and draw.
 
@@ -133,7 +137,9 @@ def to_datatree(
     - ``log_likelihood``: one value a datum, nats, float64.
     - ``posterior_predictive`` and ``observed_data``: outcomes, drawn and given. Data
       whose outcome is missing or masked are in the first alone, and the others keep
-      their numbers in the coordinate ``datum``.
+      their numbers in the coordinate ``datum``. Of a datum with several outcomes,
+      those that don't count are -100 among the given, real ones NaN; and so are those
+      that a text has fewer of than the longest, in both.
     - ``prior_predictive``: outcomes under draws of the prior.
     - ``constant_data``: the integer inputs (token ids, masks), padded with zeros on
       the right to one length.
@@ -143,8 +149,8 @@ def to_datatree(
     https://arxiv.org/abs/2008.08400). So ``log_likelihood``, ``posterior_predictive``
     and ``lp`` of a Laplace posterior, or a mixture of them, are those of
     :math:`f(x) + J (w_s - \hat w)` at each draw; that takes C - 1 backward passes a
-    batch, whatever the number of draws. ``"sample"`` runs the network itself at each
-    draw.
+    batch, for each token of a text, whatever the number of draws. ``"sample"`` runs the
+    network itself at each draw.
 
     Args:
         posterior: A posterior; or any Pyro guide, an ``MCMC`` that has run, or samples
@@ -156,9 +162,9 @@ def to_datatree(
         weights: ``"delta"`` or ``"raw"``.
         method: ``"linearized"`` or ``"sample"``; None is the posterior's own, as in
             ``predict``: ``"linearized"`` where it is Laplace's. That needs one over
-            nothing but weights, and a likelihood among ``likelihoods``
-            with one outcome a datum; else the network is run at draws of the
-            weights, with a warning.
+            nothing but weights, and a likelihood among ``likelihoods`` with one
+            outcome a datum, or one row of them; else the network is run at draws of
+            the weights, with a warning.
         prior_predictive: Draw outcomes under the prior, too: as many forward passes
             over the data as there are draws.
         obs_site: The likelihood's site; None is the posterior's, else the model's
@@ -172,6 +178,10 @@ def to_datatree(
             own; None is all at once.
         progress_bar: Show one, of the batches of all passes; None: on a terminal or in
             a notebook.
+        mesh: A ``DeviceMesh`` whose dim ``"data"`` shares the data; None: all ranks
+            do, where ``torch.distributed`` is initialised, each with batches of its
+            own (:func:`~pyro_lora.share`), and get the tree of all. The first one
+            writes ``path``, which the others read: it must be where all see it.
 
     Returns:
         The tree; with ``path`` it reads from there what is asked for. The functions of
@@ -199,7 +209,8 @@ def to_datatree(
     check_word("method", method, ("linearized", "sample", None))
     if num_samples is not None:
         check_count("num_samples", num_samples)
-    first, batches = _first_batch(batches)
+    ranks = ranks_of(mesh, "data")
+    first, batches = _first_batch(batches, ranks)
     own: Posterior | None = None
     source: Posterior | MCMC | Samples
     if isinstance(posterior, MCMC | Mapping):
@@ -226,7 +237,7 @@ def to_datatree(
     data = None
     gaussians: Sequence[LaplacePosterior] = ()
     if batches is not None and first is not None and model is not None:
-        data = ModelAndData(model, batches, first, obs_site, labels)
+        data = ModelAndData(model, batches, first, obs_site, labels, ranks)
         data, gaussians = _linearized_at(data, chains, own, kind, method)
     groups = DrawGroups(own, kind, chains, data, gaussians, raw=weights == "raw")
     num_draws = groups.chains.num_draws
@@ -257,17 +268,19 @@ def to_datatree(
             groups.datasets(start, min(start + size, num_draws), prior_predictive)
             for start in starts
         )
-        return joined(chunks) if path is None else written(chunks, Path(path))
+        if path is None:
+            return joined(chunks)
+        return written(chunks, Path(path), ranks)
 
 
 def _first_batch(
-    batches: Iterable[Batch] | None,
+    batches: Iterable[Batch] | None, ranks: Ranks
 ) -> tuple[Batch | None, Iterable[Batch] | None]:
     if batches is None:
         return None, None
     check_batches(batches)
     iterator = iter(batches)
-    first = next_batch(checked_batches(iterator), "to_datatree")
+    first = next_batch(checked_batches(iterator), "to_datatree", ranks)
     # An iterator can be read once only, so what it gave is put back.
     return first, chain([first], iterator) if iterator is batches else batches
 
@@ -282,6 +295,7 @@ class ModelAndData:
         first: The first batch.
         obs_site: The likelihood's site, or None.
         labels: The model's argument with that site's outcomes, where it is named.
+        ranks: Who shares the data.
     """
 
     model: Model
@@ -289,6 +303,7 @@ class ModelAndData:
     first: Batch
     obs_site: str | None
     labels: str | None
+    ranks: Ranks
 
 
 def _linearized_at(
@@ -321,7 +336,7 @@ def _linearized_at(
         raise ValueError(
             "method='linearized' needs a Laplace posterior over nothing but "
             "weights, or a mixture of them, and a likelihood among "
-            f"pyro_lora.likelihoods with one outcome a datum; {reason}. Use "
+            f"pyro_lora.likelihoods with one row of outcomes a datum; {reason}. Use "
             "method='sample'."
         )
     return data, ()
@@ -343,17 +358,23 @@ def _not_linearizable(
     single = single_outcomes(fn).fn
     if likelihoods.known(single) is None:  # its draws and density will do
         return f"{type(single).__name__} isn't among pyro_lora.likelihoods", at.obs_site
-    reason = not_linearizable(fn)
-    if reason is None and not _is_one_outcome(fn):
-        reason = f"{type(fn).__name__} isn't one outcome a datum"
-    return reason, at.obs_site
+    if not _is_one_row(fn):
+        return f"{type(fn).__name__} isn't one row of outcomes a datum", at.obs_site
+    return not_linearizable(
+        fn, "each" if _has_several_classes(fn) else None
+    ), at.obs_site
 
 
-def _is_one_outcome(fn: Any) -> bool:
-    """Whether a likelihood has one outcome a datum, or one row of numbers."""
+def _is_one_row(fn: Any) -> bool:
+    """Whether a likelihood has one outcome a datum, or one row of them."""
     single = single_outcomes(fn)
-    numbers = likelihoods.of(single.fn).classes is None and not single.fn.event_shape
-    return single.event_dims == 0 or (single.event_dims == 1 and numbers)
+    return single.event_dims <= (0 if single.fn.event_shape else 1)
+
+
+def _has_several_classes(fn: Any) -> bool:
+    """Whether a datum has several outcomes, tokens or labels, that are classes."""
+    single = single_outcomes(fn)
+    return single.event_dims > 0 and likelihoods.of(single.fn).classes is not None
 
 
 @dataclass(frozen=True)
@@ -503,7 +524,7 @@ class LinearizedAtDraws:
         Yields:
             A trace in which that has batch shape (S, B).
         """
-        values: Tensor | None = None  # (S, B, C)
+        values: Tensor | None = None  # (S, B, C), of several classes (S, B, T, C)
         for component, gaussian in enumerate(self.gaussians):
             index = self.draws.of(component)
             if not len(index):
@@ -518,7 +539,9 @@ class LinearizedAtDraws:
                     self.obs_site,
                 )
                 weights = _draws_at(self.draws.weights, index)
-                of_gaussian = network.at(batch).logits_at(weights)
+                fn = trace.nodes[self.obs_site]["fn"]
+                tokens: Any = "each" if _has_several_classes(fn) else None
+                of_gaussian = network.at(batch, tokens).logits_at(weights)
             if values is None:
                 values = of_gaussian.new_empty(self.num_draws, *of_gaussian.shape[1:])
             values[index] = of_gaussian
@@ -535,13 +558,13 @@ def _at_values(fn: Any, values: Tensor) -> Any:
     Args:
         fn: Its distribution.
         values: (S, B, C), or (S, B, C - 1) contrasts z = E f, of which f = pinv(E) z up
-            to a shift.
+            to a shift; of T classes a datum (S, B, T, C).
     """
 
     def single(inside: Any) -> Any:
         likelihood = likelihoods.of(inside)
         basis = contrasts(likelihood)[1]
-        if len(inside.batch_shape) == 2:  # a predictor for each of several outputs
+        if values.ndim == len(inside.batch_shape) + 1:  # numbers, a predictor each
             return likelihood.at(values[..., None])
         size = likelihood.predictor.shape[-1]
         if size == values.shape[-1]:
@@ -661,9 +684,9 @@ class DrawGroups:
             linearized = LinearizedAtDraws(
                 data.model, self.gaussians, draws, data.obs_site
             )
-            return pass_over_data(linearized, data.batches, labels)
+            return pass_over_data(linearized, data.batches, labels, data.ranks)
         at = model_at_draws(data.model, draws.weights, data.first, data.obs_site)
-        return pass_over_data(at, data.batches, labels)
+        return pass_over_data(at, data.batches, labels, data.ranks)
 
     def _networks(self, seen: DataPass | None) -> Sequence[LiftedNetwork]:
         if seen is not None:
@@ -680,7 +703,8 @@ class DrawGroups:
         others = _other_latents(data.model, of_prior, hidden, seen)
         at = model_at_draws(data.model, of_prior | others, data.first, seen.obs_site)
         batches = (source.hidden(batch) for batch in data.batches)
-        return pass_over_data(at, batches, source.arguments(data.first)).drawn
+        labels = source.arguments(data.first)
+        return pass_over_data(at, batches, labels, data.ranks).drawn
 
     def _sample_stats(
         self, draws: Draws, seen: DataPass | None, log_prior: Weights, rows: slice
@@ -872,7 +896,7 @@ def joined(chunks: Iterable[Groups]) -> DataTree:
     )
 
 
-def written(chunks: Iterable[Groups], path: Path) -> DataTree:
+def written(chunks: Iterable[Groups], path: Path, ranks: Ranks = ALONE) -> DataTree:
     """All chunks in a zarr store, one in memory at a time.
 
     The store has another name until it is whole.
@@ -880,6 +904,7 @@ def written(chunks: Iterable[Groups], path: Path) -> DataTree:
     Args:
         chunks: Groups of some draws each, in order.
         path: The store to make.
+        ranks: All of which come here, with the same groups; the first process writes.
 
     Returns:
         The tree, which reads from the store.
@@ -891,6 +916,11 @@ def written(chunks: Iterable[Groups], path: Path) -> DataTree:
 
     if path.exists():
         raise ValueError(f"{path} exists. Name a store that doesn't, or delete it.")
+    if not is_first():
+        for _ in chunks:  # whose data they share
+            pass
+        ranks.wait()
+        return open_datatree(path, engine="zarr", consolidated=False)
     with aside(path.parent) as unfinished:
         store = unfinished / path.name
         for index, groups in enumerate(chunks):
@@ -902,4 +932,5 @@ def written(chunks: Iterable[Groups], path: Path) -> DataTree:
                         store, group=name, append_dim="draw", consolidated=False
                     )
         store.rename(path)
+    ranks.wait()
     return open_datatree(path, engine="zarr", consolidated=False)

@@ -15,6 +15,7 @@ support: ``biject_to``'s, described by the names of its parts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,10 +31,20 @@ from torch.distributions.transforms import Transform
 
 from pyro_lora.curvature.block_gaussian import BlockGaussian, Eigenblocks
 from pyro_lora.curvature.dense_gaussian import DenseGaussian
-from pyro_lora.curvature.dual_gaussian import DualGaussian, Roots, Rows
+from pyro_lora.curvature.dual_gaussian import (
+    DualGaussian,
+    EachRow,
+    InSubspace,
+    Roots,
+    Rows,
+)
 from pyro_lora.curvature.latent_block import MAX_LATENTS, LatentBlock
-from pyro_lora.curvature.observations import Observations
 from pyro_lora.curvature.prior_moments import counted_scale
+from pyro_lora.curvature.saved_observations import (
+    ObservationsDescription,
+    describe_observations,
+    restore_observations,
+)
 from pyro_lora.curvature.weight_gaussian import WeightGaussian
 from pyro_lora.ground.checked_tensors import (
     DOUBLE,
@@ -42,13 +53,12 @@ from pyro_lora.ground.checked_tensors import (
     check_broadcasts,
     check_definite,
 )
-from pyro_lora.ground.tensor_folder import Count, Real, Schema
+from pyro_lora.ground.tensor_folder import Real, Schema
 from pyro_lora.ground.weights import Weights
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.lifting.prior import NOISE
-from pyro_lora.likelihood import likelihoods
 from pyro_lora.likelihood.model_trace import Model, trace_at
-from pyro_lora.likelihood.outcomes import is_possible
+from pyro_lora.posteriors.gaussian_posterior import GaussianPosterior
 from pyro_lora.posteriors.laplace_posterior import LaplacePosterior
 from pyro_lora.posteriors.mixture_posterior import MixturePosterior
 from pyro_lora.posteriors.particle_posterior import ParticlePosterior
@@ -57,6 +67,7 @@ from pyro_lora.posteriors.prior import (
     AtParameters,
     PriorAtParameters,
     fixing,
+    made_of_latents,
     networks_prior,
     normal_prior,
     scaled,
@@ -150,16 +161,6 @@ class LatentDescription(Schema):
     transforms: dict[str, TransformDescription]
 
 
-class ObservationsDescription(Schema):
-    """Of :class:`Observations`: the distribution's type and what it's made of."""
-
-    kind: str
-    parameters: tuple[str, ...]
-    constants: dict[str, Real]
-    num_data: Count
-    in_all: bool
-
-
 class LaplaceDescription(Schema, tag_field="kind", tag="laplace"):
     """Of a :class:`LaplacePosterior`: its sites in order, those that are fixed too."""
 
@@ -187,17 +188,37 @@ class ScaledDescription(Schema, tag_field="kind", tag="scaled"):
     scale: Annotated[float, msgspec.Meta(gt=0, le=1)]
 
 
+class GaussianDescription(Schema, tag_field="kind", tag="gaussian"):
+    """Of a :class:`GaussianPosterior`: its sites in order, and which have what."""
+
+    sites: Annotated[tuple[str, ...], msgspec.Meta(min_length=1)]
+    obs_site: str | None
+    scale: tuple[str, ...]
+    rows: tuple[str, ...]
+    deviations: tuple[str, ...]
+
+
 class MixtureDescription(Schema, tag_field="kind", tag="mixture"):
     """Of a :class:`MixturePosterior`."""
 
     components: Annotated[
-        tuple[LaplaceDescription | ParticleDescription | ScaledDescription, ...],
+        tuple[
+            LaplaceDescription
+            | ParticleDescription
+            | ScaledDescription
+            | GaussianDescription,
+            ...,
+        ],
         msgspec.Meta(min_length=1),
     ]
 
 
 Description = (
-    LaplaceDescription | ParticleDescription | ScaledDescription | MixtureDescription
+    LaplaceDescription
+    | ParticleDescription
+    | ScaledDescription
+    | GaussianDescription
+    | MixtureDescription
 )
 
 
@@ -220,9 +241,10 @@ def describe(posterior: Posterior, prefix: str = "") -> tuple[dict[str, Any], Te
             return kind.describe(posterior, prefix)
     raise ValueError(
         f"save can't store a {kind_of(posterior)}; expected "
-        "LaplacePosterior, ParticlePosterior, ScaledPosterior or MixturePosterior. A "
-        "Pyro guide's "
-        "parameters are saved by pyro.get_param_store().save(file)."
+        "LaplacePosterior, ParticlePosterior, ScaledPosterior, GaussianPosterior or "
+        "MixturePosterior. A Pyro guide that is normal in each site becomes one by "
+        "pyro_lora.methods.mean_field(guide); the parameters of any are saved by "
+        "pyro.get_param_store().save(file)."
     )
 
 
@@ -306,6 +328,86 @@ def _restore_scaled(
     return replace(base.scaled(), center=center, scale=description.scale)
 
 
+def _describe_normal(
+    posterior: GaussianPosterior, prefix: str
+) -> tuple[dict[str, Any], Tensors]:
+    description: dict[str, Any] = {
+        "kind": "gaussian",
+        "sites": list(posterior.loc),
+        "obs_site": posterior.obs_site,
+    }
+    tensors = _named(f"{prefix}loc/", posterior.loc)
+    for name in ("scale", "rows", "deviations"):
+        values = getattr(posterior, name)
+        description[name] = list(values)
+        tensors |= _named(f"{prefix}{name}/", values)
+    return description, tensors
+
+
+def _restore_normal(
+    description: GaussianDescription,
+    tensors: CheckedTensors,
+    networks: tuple[LiftedNetwork, ...],
+    model: Model | None,
+) -> GaussianPosterior:
+    lifted = _lifted(networks, description.sites)
+    _check_sites(description.sites, lifted)
+    inner = tensors.under("loc/")
+    loc = {
+        s: inner.real(s, lifted[s].shape if s in lifted else None)
+        for s in description.sites
+    }
+    scaled_sites, by_row = {*description.scale}, {*description.rows}
+    deviating = {*description.deviations}
+    if (
+        not scaled_sites | by_row <= loc.keys()
+        or scaled_sites & by_row
+        or not deviating <= scaled_sites
+    ):
+        raise ValueError(
+            f"the sites with a scale are {sorted(scaled_sites)}, with rows "
+            f"{sorted(by_row)}, with deviations {sorted(deviating)}; expected sites of "
+            f"{sorted(loc)}, rows where there is no scale, deviations where there is"
+        )
+    inner = tensors.under("scale/")
+    scale = {s: inner.positive(s, loc[s].shape) for s in description.scale}
+    rows = {s: _rows_of(s, loc[s], tensors.under("rows/")) for s in description.rows}
+    inner = tensors.under("deviations/")
+    deviations = {s: inner.real(s) for s in description.deviations}
+    ranks = {x.shape[:1] for x in deviations.values()}
+    fits = all(x.shape[1:] == loc[s].shape for s, x in deviations.items())
+    if len(ranks) > 1 or not fits or not all(x.numel() for x in deviations.values()):
+        raise ValueError(
+            f"tensors {inner.prefix}... have {sorted(map(tuple, ranks))} deviations; "
+            "expected one number, positive, for all sites, each of the site's shape"
+        )
+    dtypes = _dtypes(loc, networks)
+    return GaussianPosterior(
+        _in_dtypes(loc, dtypes),
+        _in_dtypes(scale, dtypes),
+        networks,
+        model,
+        description.obs_site,
+        rows=_in_dtypes(rows, dtypes),
+        deviations=_in_dtypes(deviations, dtypes),
+    )
+
+
+def _rows_of(site: str, loc: Tensor, tensors: CheckedTensors) -> Tensor:
+    """Factors (L, R, R) that can be inverted, of a site (L, R, ...).
+
+    Raises:
+        ValueError: If they can't, or the site has no rows.
+    """
+    if loc.ndim < 3:
+        raise ValueError(f"site {site!r} has shape {tuple(loc.shape)}, and no rows")
+    rows = tensors.real(site, (*loc.shape[:2], loc.shape[1]))
+    values = torch.linalg.svdvals(rows.double())
+    if not bool((values[..., -1] > torch.finfo(rows.dtype).eps * values[..., 0]).all()):
+        raise ValueError(f"tensor {tensors.prefix}{site} has no inverse")
+    return rows
+
+
 def _describe_particles(
     posterior: ParticlePosterior, prefix: str
 ) -> tuple[dict[str, Any], Tensors]:
@@ -323,7 +425,7 @@ def _restore_particles(
     networks: tuple[LiftedNetwork, ...],
     model: Model | None,
 ) -> ParticlePosterior:
-    lifted = _lifted(networks)
+    lifted = _lifted(networks, description.sites)
     _check_sites(description.sites, lifted)
     saved = _particles(tensors.under("particles/"), description.sites, lifted)
     particles = _in_dtypes(saved, _dtypes(saved, networks))
@@ -350,7 +452,7 @@ def _describe_laplace(
         "latents": latents,
     }
     if isinstance(posterior.gaussian, DualGaussian):
-        parts, of_parts = _describe_observations(
+        parts, of_parts = describe_observations(
             posterior.gaussian.observations, f"{prefix}observations/"
         )
         description["observations"] = parts
@@ -425,13 +527,26 @@ _KINDS = (
         ParticlePosterior, ParticleDescription, _describe_particles, _restore_particles
     ),
     _Kind(ScaledPosterior, ScaledDescription, _describe_scaled, _restore_scaled),
+    _Kind(GaussianPosterior, GaussianDescription, _describe_normal, _restore_normal),
     _Kind(MixturePosterior, MixtureDescription, _describe_mixture, _restore_mixture),
 )
 
 
-def _lifted(networks: Sequence[LiftedNetwork]) -> Weights:
-    """Zeros of the lifted sites; their order in a file is the description's."""
-    return {site: x for lora in networks for site, x in lora.zeros().items()}
+def _lifted(
+    networks: Sequence[LiftedNetwork], saved: Sequence[str] | None = None
+) -> Weights:
+    """Zeros of the lifted sites; their order in a file is the description's.
+
+    Args:
+        networks: The lifted networks.
+        saved: Latent sites; those that the networks' prior makes of them are left out.
+    """
+    lifted = {site: x for lora in networks for site, x in lora.zeros().items()}
+    if saved is None or lifted.keys() <= {*saved}:
+        return lifted
+    named = {*saved} | {site.removesuffix(NOISE) for site in saved}
+    made = made_of_latents(networks, saved) - named
+    return {site: x for site, x in lifted.items() if site not in made}
 
 
 class _Expecting(AtParameters):
@@ -683,6 +798,7 @@ def _describe_gaussian(gaussian: WeightGaussian, prefix: str) -> tuple[str, Tens
         roots = {str(i): x for i, x in enumerate(gaussian.roots.blocks)}
         tensors |= _named(f"{prefix}jacobian/", gaussian.rows.values)
         tensors |= _named(f"{prefix}roots/", roots)
+        tensors |= _named(f"{prefix}coordinates/", gaussian.coordinates.tensors())
         if gaussian.is_refined:
             tensors |= _named(f"{prefix}origin/", gaussian.origin)
         if gaussian.mode_precision is not None:
@@ -750,10 +866,13 @@ def _restore_dual(
         inner = tensors.under("origin/")
         origin = {s: inner.real(s, x.shape) for s, x in loc.items()}
         origin = _in_dtypes(origin, dtypes)
-    observations = _restore_observations(
+    observations = restore_observations(
         description.observations, tensors.under("observations/")
     )
     shapes = [tuple(part.at_fit.shape) for part in observations]
+    coordinates = _restore_coordinates(tensors.under("coordinates/"), shapes, sizes)
+    if isinstance(coordinates, InSubspace):  # and roots of these, all in one
+        shapes = [(1, coordinates.matrix.shape[1])]
     blocks = []
     for i in range(len(shapes) or 1):
         block = tensors.under("roots/").real(str(i), None, DOUBLE)
@@ -786,107 +905,28 @@ def _restore_dual(
         Roots(tuple(blocks)),
         observations,
         mode_precision,
+        coordinates,
     )
 
 
-def _describe_observations(
-    observations: Sequence[Observations], prefix: str
-) -> tuple[list[dict[str, Any]], Tensors]:
-    """What :func:`_restore_observations` needs.
-
-    Args:
-        observations: The outcomes of each form.
-        prefix: Put before the tensors' names.
-
-    Returns:
-        Descriptions that JSON can hold, and named tensors.
+def _restore_coordinates(
+    tensors: CheckedTensors, shapes: Sequence[tuple[int, ...]], sizes: set[int]
+) -> EachRow | InSubspace:
+    """The data's rows as coordinates in the Jacobian's, or as these.
 
     Raises:
-        ValueError: If a likelihood's type can't be found again by its name.
+        ValueError: If they fit neither the outcomes nor the Jacobian.
     """
-    descriptions: list[dict[str, Any]] = []
-    tensors: Tensors = {}
-    for i, part in enumerate(observations):
-        name = part.kind.__name__
-        if likelihoods.kind_named(name) is not part.kind:
-            raise ValueError(
-                f"The likelihood {name} isn't known by that name, so that no file can "
-                "hold it. Register the type itself, by pyro_lora.likelihoods.register."
-            )
-        of_part = {k: x for k, x in part.parameters.items() if isinstance(x, Tensor)}
-        constants = {k: x for k, x in part.parameters.items() if k not in of_part}
-        descriptions.append(
-            {
-                "kind": name,
-                "parameters": list(of_part),
-                "constants": constants,
-                "num_data": part.num_data,
-                "in_all": part.in_all,
-            }
+    if "matrix" not in tensors:
+        return EachRow()
+    matrix = tensors.real("matrix", None, DOUBLE)
+    number = sum(map(math.prod, shapes)) if shapes else len(matrix)
+    if matrix.ndim != 2 or len(matrix) != number or {matrix.shape[1]} != sizes:
+        raise ValueError(
+            f"tensor {tensors.prefix}matrix has shape {tuple(matrix.shape)}, expected "
+            f"({number}, {sorted(sizes)})"
         )
-        tensors |= _named(f"{prefix}{i}/parameters/", of_part)
-        of_all = {"value": part.value, "scale": part.scale, "datum": part.datum}
-        tensors |= _named(f"{prefix}{i}/", of_all)
-    return descriptions, tensors
-
-
-def _restore_observations(
-    descriptions: Sequence[ObservationsDescription], tensors: CheckedTensors
-) -> tuple[Observations, ...]:
-    """What :func:`_describe_observations` described.
-
-    Raises:
-        ValueError: If there can't be such outcomes.
-    """
-    found = []
-    for i, description in enumerate(descriptions):
-        inner = tensors.under(f"{i}/")
-        scale = inner.not_negative("scale", None, DOUBLE)
-        datum = inner.any("datum")
-        fits = datum.dtype == torch.int64 and datum.shape == scale.shape
-        if not fits or not bool(((datum >= 0) & (datum < description.num_data)).all()):
-            raise ValueError(
-                f"tensor {inner.prefix}datum isn't a whole number from 0 to "
-                f"{description.num_data - 1} for each of {len(scale)} outcomes"
-            )
-        kind = likelihoods.kind_named(description.kind)
-        if kind is None:
-            raise ValueError(
-                f"the likelihood {description.kind!r:.80} isn't among "
-                "pyro_lora.likelihoods. Register it before loading"
-            )
-        parameters = {
-            name: inner.any(f"parameters/{name}") for name in description.parameters
-        }
-        # A number of trials is whole.
-        constants = {
-            k: int(x) if float(x).is_integer() else x
-            for k, x in description.constants.items()
-        }
-        part = Observations(
-            kind,
-            parameters | constants,
-            inner.any("value"),
-            scale,
-            datum,
-            description.num_data,
-            description.in_all,
-        )
-        try:
-            fn = kind(**part.parameters, validate_args=True)
-            possible = is_possible(fn, part.value)
-            shape = fn.batch_shape
-        except (ValueError, TypeError, RuntimeError) as error:
-            raise ValueError(
-                f"tensors {inner.prefix}... make no {description.kind}: {error}"
-            ) from error
-        if shape != scale.shape or not bool(possible.all()):
-            raise ValueError(
-                f"tensors {inner.prefix}... hold values that no {description.kind} "
-                f"can have, or {tuple(shape)} of them where {tuple(scale.shape)} are"
-            )
-        found.append(part)
-    return tuple(found)
+    return InSubspace(matrix, tensors.not_negative("residual", (number,), DOUBLE))
 
 
 def _block(site: str, loc: Tensor, tensors: CheckedTensors) -> Eigenblocks:
@@ -993,7 +1033,8 @@ def _dtypes(saved: Weights, networks: Sequence[LiftedNetwork]) -> Dtypes:
     """Lifted site -> the network's dtype, and saved dtype -> what it became there."""
     lifted = {s: x.dtype for lora in networks for s, x in lora.zeros().items()}
     sites = {s if s in saved else f"{s}{NOISE}": x for s, x in lifted.items()}
-    return sites, {saved[site].dtype: dtype for site, dtype in sites.items()}
+    changed = {saved[s].dtype: dtype for s, dtype in sites.items() if s in saved}
+    return sites, changed
 
 
 def _in_dtypes(values: Tensors, dtypes: Dtypes) -> Tensors:

@@ -109,7 +109,7 @@ class CheckedTensors:
             ValueError: If it's missing or something else.
         """
         x = self.real(name, shape, dtypes)
-        low = stored(x).min() if x.numel() else torch.ones(())
+        low = stored(x).min() if x.numel() else torch.ones((), device="cpu")
         if not low >= SMALLEST:
             raise ValueError(
                 f"tensor {self.prefix}{name} has values from {float(low):.3g} on; they "
@@ -149,7 +149,11 @@ class CheckedTensors:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         generator = torch.Generator().manual_seed(0)
         v = torch.randn(  # a column off by e moves U^T U v by about e
-            shape[-1], _NUM_VECTORS, generator=generator, dtype=torch.float64
+            shape[-1],
+            _NUM_VECTORS,
+            generator=generator,
+            dtype=torch.float64,
+            device="cpu",
         ).to(wide)
         error = (wide.mT @ (wide @ v) - v).abs().max() if v.numel() else 0.0
         if not error <= 10 * torch.finfo(x.dtype).eps ** 0.5:

@@ -2,7 +2,7 @@
 
 ``progress_bar=None``, the default everywhere, shows one on a terminal or in a notebook,
 of what takes longer than a moment; in files and pipes there is none. True shows one
-anywhere and at once, False never.
+anywhere and at once, False never. Of several processes the first one shows them.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from tqdm.auto import tqdm
+
+from pyro_lora.ground.ranks import is_first
 
 _MOMENT = 0.5  # seconds before a bar that nobody asked for is shown
 
@@ -39,7 +41,7 @@ def progress(
         unit=unit,
         total=total,
         # None, tqdm's own word: off where it would write into a file or a pipe.
-        disable=None if shown is None else not shown,
+        disable=(None if shown is None else not shown) if is_first() else True,
         delay=_MOMENT if shown is None else 0,
     )
 

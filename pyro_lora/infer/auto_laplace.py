@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from operator import attrgetter
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pyro
 import torch
@@ -28,6 +28,7 @@ from pyro_lora.curvature.fit import FisherFit, FisherPasses
 from pyro_lora.curvature.latent_block import LatentBlock, fit_latents, small_latents
 from pyro_lora.curvature.structures import KFAC, Structure
 from pyro_lora.ground.interrupts import hooked, leaving_no_trace
+from pyro_lora.ground.ranks import SAME_START, Ranks, all_ranks, ranks_of, sharing_data
 from pyro_lora.ground.settings import (
     check_count,
     check_function,
@@ -62,6 +63,9 @@ from pyro_lora.posteriors.prior import (
     scaled,
     under_prior,
 )
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 # Which guide has put a parameter into Pyro's store.
 _OWNERS: Any = WeakTensorKeyDictionary()
@@ -206,6 +210,7 @@ class AutoLaplace(AutoDelta):
         self._is_in_store = True
 
     @leaving_no_trace
+    @sharing_data
     def laplace_approximation(
         self,
         batches: Iterable[Batch],
@@ -213,6 +218,7 @@ class AutoLaplace(AutoDelta):
         progress_bar: bool | None = None,
         checkpoint: str | os.PathLike[str] | None = None,
         max_memory_gb: float | None = None,
+        mesh: DeviceMesh | None = None,
     ) -> LaplacePosterior:
         """Fit the Gaussian at the guide's present mode, in one pass over the data.
 
@@ -238,6 +244,9 @@ class AutoLaplace(AutoDelta):
                 exceed it: one backward pass of the layers that share an input, or of
                 all layers with ``Dense``.
                 Smaller batches lower what the network itself takes.
+            mesh: A ``DeviceMesh`` whose dim ``"data"`` shares the data; None: all
+                ranks do, where ``torch.distributed`` is initialised, each with batches
+                of its own (:func:`~pyro_lora.share`), which together cover the data.
 
         Returns:
             The posterior, which is a guide.
@@ -245,7 +254,8 @@ class AutoLaplace(AutoDelta):
         Raises:
             TypeError: If ``fisher="exact"`` has no closed form for the likelihood.
             ValueError: If there are no batches or no labels, values are NaN, the
-                batches don't cover the plate's number of data, other latent sites set
+                batches (of all ranks together) don't cover the plate's number of data,
+                the ranks are at different weights, other latent sites set
                 the weights' prior, are in a plate or not continuous, the checkpoint
                 is of another fit or other batches, or ``max_memory_gb`` isn't positive.
         """
@@ -253,9 +263,10 @@ class AutoLaplace(AutoDelta):
         if max_memory_gb is not None:
             check_positive("max_memory_gb", max_memory_gb)
         check_path("checkpoint", checkpoint)
+        ranks = ranks_of(mesh, "data")
         # After SVI a site that is a function of others isn't in the prototype.
         if self.prototype_trace is None or not lifted_networks(self.prototype_trace):
-            self._start(batches)
+            self._start(batches, ranks)
         networks = _networks_in(self.prototype_trace)
         # Read outside of a Pyro context: calling the guide would look the values up in
         # the global param store, where another guide's may stand under the same names.
@@ -265,6 +276,7 @@ class AutoLaplace(AutoDelta):
             site: attrgetter(site)(self).detach().clone() for site in [*lifted, *others]
         }
         _check_mode(values)
+        ranks.check_same(values, "the weights", SAME_START)
         (model,) = self._user_model
         passes = FisherPasses(
             model=model,
@@ -277,6 +289,7 @@ class AutoLaplace(AutoDelta):
             progress_bar=progress_bar,
             checkpoint=checkpoint,
             max_memory_gb=max_memory_gb,
+            ranks=ranks,
         )
         return _fit(passes, batches)
 
@@ -316,8 +329,13 @@ class AutoLaplace(AutoDelta):
         Raises:
             TypeError: If an argument is of a wrong kind.
             ValueError: If the posterior has sites that are fixed, or the batches can be
-                read once only.
+                read once only, or several ranks train.
         """
+        if all_ranks().size > 1:
+            raise ValueError(
+                "refit trains in one process. Of several ranks, train the mode by SVI "
+                "or SVGD, with gradients of all data, and fit by laplace_approximation."
+            )
         expected = "a LaplacePosterior, such as laplace_approximation gives"
         check_kind("posterior", posterior, LaplacePosterior, expected)
         check_optimizer(optim)
@@ -372,13 +390,13 @@ class AutoLaplace(AutoDelta):
         self._model = (InitMessenger(self.init_loc_fn)(_without_gaps(model)),)
         self._mark, self._is_in_store = object(), False  # as yet, of a copy
 
-    def _start(self, batches: Iterable[Batch]) -> None:
+    def _start(self, batches: Iterable[Batch], ranks: Ranks) -> None:
         """Take the initial values, as the first step of SVI would.
 
         Raises:
             ValueError: If there is nothing to take them from.
         """
-        first = first_batch(batches, "the first one sets the guide up")
+        first = first_batch(batches, "the first one sets the guide up", ranks)
         # AutoDelta would take a missing label for a parameter, so look first.
         with evaluating_model():
             trace = trace_batch(self.model, {}, first, 0)
@@ -414,7 +432,9 @@ def _fit(passes: FisherPasses, batches: Iterable[Batch]) -> LaplacePosterior:
     with evaluating(networks):
         block = LatentBlock()
         if latents:
-            block = fit_latents(model, lifted, latents, batches, passes.obs_site)
+            block = fit_latents(
+                model, lifted, latents, batches, passes.obs_site, passes.ranks
+            )
         fit = passes.fit(batches)
     _warn_if_not_stationary(fit, block)
     return LaplacePosterior(

@@ -138,7 +138,7 @@ class BoundNetwork:
         if host.network.training:
             check_checkpointing(host)
         if not lead:
-            return self._one(function, args, kwargs, 0)
+            return self._one(function, args, kwargs, 0, trunk)
         num_particles = lead.numel()
         if num_particles > 1:  # what particles would share or mix is refused
             check_no_cache([*enumerate(args), *kwargs.items()], num_particles)
@@ -154,7 +154,9 @@ class BoundNetwork:
                 return self._folded(function, args, kwargs, trunk, repeats, form)
             except NotFoldable as error:
                 reason = error
-        outputs = [self._one(function, args, kwargs, s) for s in range(num_particles)]
+        outputs = [
+            self._one(function, args, kwargs, s, trunk) for s in range(num_particles)
+        ]
         output = stack_outputs(outputs, "output", lead)
         if reason is not None:  # else the inputs were wrong
             host.unfoldable.add(form)
@@ -170,13 +172,19 @@ class BoundNetwork:
         args: Any,
         kwargs: Any,
         particle: int,
+        trunk: Trunk | None = None,
     ) -> Any:
         values = {
             p: v if v.ndim == p.parameter.ndim else v[particle]
             for p, v in self._values.items()
         }
         with Binding(self._host.bindings, values).bound():
-            return function(*args, **kwargs)
+            inputs = {**dict(enumerate(args)), **kwargs}
+            if not (trunk and tensors_in(inputs) and trunk.caches_one(values.values())):
+                return function(*args, **kwargs)
+            fold = Fold(1, torch.empty(batch_size(inputs.values()), 0))
+            with trunk.shared(fold, inputs):
+                return function(*args, **kwargs)
 
     def _folded(
         self,

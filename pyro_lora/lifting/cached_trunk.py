@@ -25,11 +25,13 @@ def cached_trunk(
 ) -> Iterator[None]:
     """Keep what the layers below the first adapted one make of each datum.
 
-    Within the block, a call with several particles runs these layers only where it
-    sees a datum that is new: with adapters on the last l of L layers, later epochs cost
-    about l / L. A datum is known by its inputs, padding included, so that batches may
-    be shuffled, but should be padded to one length. A change of the frozen weights
-    below the adapter is noticed. The numbers are those without a cache.
+    Within the block, a call with one set of weights or with several particles runs
+    these layers only where it sees a datum that is new: with adapters on the last l of
+    L layers, later epochs cost about l / L. A datum is known by its inputs, padding
+    included, so that batches may be shuffled, but should be padded to one length. A
+    change of the frozen weights below the adapter is noticed. The numbers are those
+    without a cache. What one set of weights without gradients meets in a network that
+    has never been run with gradients, or by particles, isn't kept.
 
     Args:
         lora: The lifted network; its trunk must be in evaluation mode.

@@ -120,12 +120,12 @@ def fingerprint(lora: LiftedNetwork) -> Fingerprint:
     rows: dict[torch.device, list[Tensor]] = {}
     places: dict[torch.device, list[int]] = {}
     for name, x, seen in _frozen(lora):
-        row = sample(x) if seen else torch.full((NUM_VALUES,), math.nan)
+        row = sample(x) if seen else torch.full((NUM_VALUES,), math.nan, device="cpu")
         rows.setdefault(row.device, []).append(row)
         places.setdefault(row.device, []).append(len(tensors))
         tensors[name] = str(x.dtype).removeprefix("torch."), tuple(x.shape)
     # Rows wait on their device: reading each at once would wait for the GPU each time.
-    values = torch.empty(len(tensors), NUM_VALUES, dtype=torch.float32)
+    values = torch.empty(len(tensors), NUM_VALUES, dtype=torch.float32, device="cpu")
     for device, samples in rows.items():  # one copy from each device
         values[places[device]] = torch.stack(samples).cpu()
     return Fingerprint(tensors, values, _settings(lora))
@@ -252,9 +252,9 @@ def sample(x: Tensor) -> Tensor:
         inner = torch.cat([sample(getattr(x, name)).cpu() for name in names])
         return inner[:: len(names)]
     if x.device.type == "meta":
-        return torch.full((NUM_VALUES,), math.nan)
+        return torch.full((NUM_VALUES,), math.nan, device="cpu")
     if x.numel() == 0:
-        return torch.zeros(NUM_VALUES)
+        return torch.zeros(NUM_VALUES, device="cpu")
     if x.dtype.is_complex:
         x = torch.view_as_real(x)
     if x.dtype.itemsize == 1 and x.dtype is not torch.bool and x.is_contiguous():

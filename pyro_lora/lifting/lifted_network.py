@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import math
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal, TypeGuard
 
 import pyro
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from pyro_lora.ground.interrupts import leaving_no_trace, undone
 from pyro_lora.ground.settings import check_function, check_kind
 from pyro_lora.ground.summary import Summarised, brief, weights_facts
+from pyro_lora.ground.synchronisation import require
 from pyro_lora.ground.weights import check_weights
 from pyro_lora.lifting import initialization
 from pyro_lora.lifting.binding import Host, undo_interrupted
@@ -189,7 +191,8 @@ class LiftedNetwork(Summarised):
             yield network
 
     def _infer(self, site: Any) -> Any:
-        return {"lora": (self,)} if site["name"] in self.sites else {}
+        # Sites may be functions of other latents of the prior, which alone are random.
+        return {"lora" if site["name"] in self.sites else "prior_of": (self,)}
 
     def _check_current(self) -> None:
         name = self._host.lifted_anew
@@ -444,16 +447,20 @@ class LiftedNetwork(Summarised):
     def _check_values(self, weights: Mapping[str, Tensor]) -> None:
         if torch.compiler.is_compiling():  # it would break the graph, and compile anew
             return
-        sums = [value.detach().sum() for value in weights.values()]
-        # NaN and infinity stay in a sum, so that one number tells.
-        if torch.stack([x.to(sums[0]) for x in sums]).sum().isfinite():
-            return
-        for site, value in weights.items():
-            if not torch.isfinite(value).all():
-                raise ValueError(
-                    f"Site {site!r}: the weights have NaN or infinite values; every "
-                    "value must be finite. Check the run that made them."
-                )
+        # The largest of them is NaN where one is, so that one number tells.
+        sizes = [
+            torch.linalg.vector_norm(x.detach(), math.inf) for x in weights.values()
+        ]
+        finite = torch.stack([x.to(sizes[0]) for x in sizes]).isfinite()
+        require(finite.all(), partial(_not_finite, [*weights], finite))
+
+
+def _not_finite(sites: Sequence[str], finite: Tensor) -> ValueError:
+    site = sites[finite.tolist().index(False)]
+    return ValueError(
+        f"Site {site!r}: the weights have NaN or infinite values; every "
+        "value must be finite. Check the run that made them."
+    )
 
 
 def check_lora(lora: object) -> None:

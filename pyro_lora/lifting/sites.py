@@ -214,8 +214,8 @@ def check_parameter(
         modules: The network's modules by path.
 
     Raises:
-        ValueError: If it belongs to another adapter or to a recurrent layer, or has no
-            values.
+        ValueError: If it belongs to another adapter or to a recurrent layer, has no
+            values or is sharded over processes.
     """
     holder = modules[name.rpartition(".")[0]]
     if kind == "other adapter":
@@ -233,6 +233,12 @@ def check_parameter(
             f"Parameter {name!r} can't be lifted: it is on the meta device and has no "
             "values (offloaded, perhaps). Load the network whole, or freeze it "
             "(requires_grad_(False))."
+        )
+    if getattr(parameter, "device_mesh", None) is not None:  # a DTensor
+        raise ValueError(
+            f"Parameter {name!r} can't be lifted: it is sharded over processes. Leave "
+            "what is trained whole: fully_shard(module, ignored_params={p for p in "
+            "network.parameters() if p.requires_grad})."
         )
 
 

@@ -155,6 +155,18 @@ class Trunk:
         }
         return row_keys(one_copy, fold.batch_size, state)
 
+    def caches_one(self, weights: Iterable[Tensor]) -> bool:
+        """Whether a call with one set of weights can use the cache.
+
+        That no adapted layer runs before the trunk is seen by the gradients, or was
+        seen before.
+        """
+        if self.cache is None:
+            return False
+        return self._checked or (
+            torch.is_grad_enabled() and all(x.requires_grad for x in weights)
+        )
+
     @contextmanager
     def shared(self, fold: Fold, inputs: Mapping[Any, Any]) -> Iterator[None]:
         """Share the trunk between particles while the block runs, where it's safe.
@@ -173,12 +185,12 @@ class Trunk:
             n for x in inputs.values() if isinstance(x, Tensor) for n in x.shape[1:]
         }
         asks = ("output_hidden_states", "output_attentions")
-        safe = fold.folded_size not in sizes and not any(
-            inputs.get(name) for name in asks
-        )
+        # One particle, which is here for the cache's sake, is mixed with no other.
+        safe = fold.num_particles == 1 or fold.folded_size not in sizes
+        safe = safe and not any(inputs.get(name) for name in asks)
         safe = safe and not inputs.get("use_cache", self.caches)
         safe = safe and not any(layer.training for layer in self._layers)
-        if not (self._layers and safe and fold.num_particles > 1):
+        if not (self._layers and safe):
             yield  # each particle runs them
             return
         layers = self._layers
@@ -242,6 +254,7 @@ class Trunk:
         last: bool,
         keys: list[bytes] | None,
     ) -> Callable[..., Any]:
+        alone = fold.num_particles == 1
         # Of as many rows as a table has, copies are told by being copies.
         ambiguous = fold.folded_size in self._tables
 
@@ -264,10 +277,14 @@ class Trunk:
             return x.repeat(fold.num_particles, *[1] * (x.ndim - 1))
 
         def shared_forward(*args: Any, **kwargs: Any) -> Any:
+            if alone and any(x.requires_grad for x in tensors_in((args, kwargs))):
+                # An adapted layer runs before, or checkpointing asks for gradients.
+                return forward(*args, **kwargs)
             if not self._checked:
                 tensors = tensors_in((args, kwargs))
                 # The hidden states come first.
-                if any(differs(x) for x in (tensors[:1] if ambiguous else tensors)):
+                first = tensors[:1] if ambiguous else tensors
+                if not alone and any(differs(x) for x in first):
                     self._layers = []  # an adapted layer runs before: never share
                     if keys is not None:
                         self.check_cacheable()

@@ -21,14 +21,16 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-import pyro
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pyro_lora.ground.ranks import ALONE, Ranks
+from pyro_lora.ground.synchronisation import require
 from pyro_lora.lifting.lifted_network import LORA_IN_PLATE, LiftedNetwork
 from pyro_lora.likelihood.outcomes import (
     impossible,
+    is_checked,
     is_possible,
     outcomes_that_count,
     single_outcomes,
@@ -136,19 +138,23 @@ def checked_batches(
         yield checked
 
 
-def next_batch(batches: Iterator[PlacedBatch], caller: str) -> PlacedBatch:
+def next_batch(
+    batches: Iterator[PlacedBatch], caller: str, ranks: Ranks = ALONE
+) -> PlacedBatch:
     """The next one of a stream that should have one, such as the first.
 
     Args:
         batches: From :func:`checked_batches`.
         caller: Whose batches they are, for the error.
+        ranks: Who shares the data.
 
     Raises:
         ValueError: If there is none.
     """
     batch = next(batches, None)
     if batch is None:
-        raise ValueError(f"{caller} got no batches. Is the iterable used up already?")
+        message = f"{caller} got no batches. Is the iterable used up already?"
+        raise ValueError(ranks.none_here(message))
     return batch
 
 
@@ -292,10 +298,8 @@ def check_outcomes(site: Mapping[str, Any], batch: PlacedBatch) -> None:
             "for each datum; a column (B, 1) by .squeeze(-1)."
             f"{_rows_that_differ(batch)}"
         )
-    if pyro.settings.get("validate_distributions_pyro"):
-        wrong = _outside(site)
-        if wrong is not None:
-            raise ValueError(f"{place}, {wrong}")
+    if is_checked(site):
+        _require_possible(site, place)
 
 
 def check_plates(site: Mapping[str, Any], nodes: Nodes, place: str) -> None:
@@ -333,27 +337,20 @@ def _rows_that_differ(batch: PlacedBatch) -> str:
     return f" The arguments' rows differ, {rows}." if len({*rows.values()}) > 1 else ""
 
 
-def _outside(site: Mapping[str, Any]) -> str | None:
-    """What is said of values that count and have no probability; None: all have."""
-    fn, value = site["fn"], site["value"]
-    if "_validate_args" in vars(fn) and not fn._validate_args and _validates(type(fn)):
-        return None  # the user said so of this distribution alone
-    single = single_outcomes(fn)
-    wrong = ~is_possible(single.fn, value)
-    if not wrong.any():
-        return None
-    wrong = wrong & outcomes_that_count(site)
-    if not wrong.any():
-        return None
-    event = (1,) * len(single.fn.event_shape)
-    wrong = wrong.reshape(*wrong.shape, *event)
-    shape = torch.broadcast_shapes(wrong.shape, value.shape)
-    bad = value.expand(shape)[wrong.expand(shape)]
-    return f"site {site['name']!r}: {impossible(single.fn, bad[0].item())}"
+def _require_possible(site: Mapping[str, Any], place: str) -> None:
+    """Require that values that count have a probability."""
+    single, value = single_outcomes(site["fn"]), site["value"]
+    wrong = ~is_possible(single.fn, value) & outcomes_that_count(site)
 
+    def error() -> ValueError:
+        event = (1,) * len(single.fn.event_shape)
+        by_entry = wrong.reshape(*wrong.shape, *event)
+        shape = torch.broadcast_shapes(by_entry.shape, value.shape)
+        bad = value.expand(shape)[by_entry.expand(shape)]
+        text = impossible(single.fn, bad[0].item())
+        return ValueError(f"{place}, site {site['name']!r}: {text}")
 
-def _validates(kind: type) -> bool:
-    return bool(getattr(kind, "_validate_args", False))
+    require(~wrong.any(), error)
 
 
 @contextmanager
@@ -549,12 +546,15 @@ READ_ONCE = (
 )
 
 
-def first_batch(batches: Iterable[Mapping[str, Any]], why: str) -> PlacedBatch:
+def first_batch(
+    batches: Iterable[Mapping[str, Any]], why: str, ranks: Ranks = ALONE
+) -> PlacedBatch:
     """The first batch, of batches that are read again.
 
     Args:
         batches: Mappings of model keyword arguments.
         why: What it is read for, a clause.
+        ranks: Who shares the data.
 
     Raises:
         ValueError: If they are something else, or read once only, or there is none.
@@ -564,5 +564,5 @@ def first_batch(batches: Iterable[Mapping[str, Any]], why: str) -> PlacedBatch:
         raise ValueError(READ_ONCE.format(why))
     first = next(checked_batches(batches), None)
     if first is None:
-        raise ValueError(NO_BATCHES)
+        raise ValueError(ranks.none_here(NO_BATCHES))
     return first

@@ -56,6 +56,8 @@ from torch import Tensor
 from torch import distributions as td
 from torch.nn.functional import pad
 
+from pyro_lora.ground.synchronisation import scalar
+
 # Keeps 1 / sqrt(p) finite in float32; such a class adds less than that to the Fisher.
 _MIN_PROBABILITY = torch.finfo(torch.float32).tiny ** 0.5
 
@@ -600,7 +602,7 @@ def _counts(fn: td.Multinomial, total: Tensor) -> Tensor:
     whole, part = total.floor(), total - total.floor()
     probs = fn.probs.detach().double()
     last = td.Categorical(probs, validate_args=False).sample(whole.shape[:1])
-    drawn = torch.zeros(*whole.shape, probs.shape[-1]).to(probs)
+    drawn = probs.new_zeros(*whole.shape, probs.shape[-1])
     left = probs.flip(-1).cumsum(-1).flip(-1)  # P(y >= j)
     for j in range(probs.shape[-1]):  # class j, or one after it
         share = (probs[..., j] / left[..., j]).nan_to_num(0.0).clamp(0, 1)
@@ -694,7 +696,7 @@ def _location_scale(
     """Of a symmetric density, at scale one, in location and logarithm of the scale."""
     loc, scale = fn.loc, fn.scale
     s = scale.detach().double()
-    roots = [torch.as_tensor(x, dtype=s.dtype, device=s.device) for x in information]
+    roots = [scalar(x, s) for x in information]
     in_loc, in_scale = (x.sqrt().expand_as(s) for x in roots)
     alpha = torch.stack([scores[0] / in_loc, scores[1] / in_scale], -1)
     if not scale.requires_grad:

@@ -8,21 +8,26 @@ from functools import partial
 from typing import Any
 
 import pyro.distributions as dist
+import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor, nn
+from torch import distributions as td
 
 from pyro_lora.ground.interrupts import leaving_no_trace, undone, unvalidated
 from pyro_lora.ground.settings import check_function
+from pyro_lora.ground.synchronisation import validated
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.likelihood.batch import (
     Batch,
+    PlacedBatch,
     check_outcomes,
     check_plates,
     checked_batch,
     explaining,
 )
+from pyro_lora.likelihood.outcomes import single_outcomes
 
 Model = Callable[..., Any]
 IGNORED = -100  # the label of a token that doesn't count, as in transformers
@@ -31,13 +36,29 @@ IGNORED = -100  # the label of a token that doesn't count, as in transformers
 class _AtWeights(Messenger):
     """Latent sites take given values and stay latent."""
 
-    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+    def __init__(self, weights: Mapping[str, Tensor], undrawn: str | None) -> None:
         super().__init__()
-        self.weights = weights
+        self.weights, self.undrawn = weights, undrawn
 
     def _pyro_sample(self, msg: Any) -> None:
-        if not msg["is_observed"] and msg["name"] in self.weights:
+        if msg["is_observed"]:
+            return
+        if msg["name"] in self.weights:
             msg["value"] = self.weights[msg["name"]]
+        elif msg["name"] == self.undrawn:
+            msg["value"] = _in_place_of_draw(msg["fn"])
+
+
+def _in_place_of_draw(fn: Any) -> Any:
+    """Zeros of the form of a draw, which is one, too, where the form isn't known."""
+    base = single_outcomes(fn).fn
+    parameters = [x for x in vars(base).values() if isinstance(x, Tensor)]
+    if not parameters:
+        return fn.sample()
+    is_index = isinstance(base, td.Categorical)
+    return parameters[0].new_zeros(
+        fn.shape(), dtype=torch.long if is_index else parameters[0].dtype
+    )
 
 
 def check_model(model: object) -> None:
@@ -55,13 +76,20 @@ def check_model(model: object) -> None:
 
 
 @leaving_no_trace
-def trace_at(model: Model, weights: Mapping[str, Tensor], batch: Batch) -> Any:
+def trace_at(
+    model: Model,
+    weights: Mapping[str, Tensor],
+    batch: Batch,
+    undrawn: str | None = None,
+) -> Any:
     """Trace of the model with its latent sites at ``weights``.
 
     Args:
         model: A Pyro model.
         weights: Site -> value; sites that aren't named are sampled.
         batch: The model's keyword arguments.
+        undrawn: A site whose value nobody looks at, only its distribution: without
+            labels it isn't drawn, which would take a GPU's time and wait for it.
 
     Returns:
         A ``pyro.poutine.Trace``.
@@ -69,7 +97,7 @@ def trace_at(model: Model, weights: Mapping[str, Tensor], batch: Batch) -> Any:
     Raises:
         ValueError: As :func:`trace_on`.
     """
-    with _AtWeights(weights):
+    with _AtWeights(weights, undrawn):
         return trace_on(model, (), batch)
 
 
@@ -88,7 +116,10 @@ def trace_on(model: Model, args: tuple[Any, ...], batch: Batch) -> Any:
         ValueError: If the batch has no data, the model fails on it, or what it observes
             isn't of the likelihood's shape.
     """
-    batch = checked_batch(batch)
+    return validated(partial(_traced, model, args, checked_batch(batch)))
+
+
+def _traced(model: Model, args: tuple[Any, ...], batch: PlacedBatch) -> Any:
     handler: Any = poutine.trace(model)
     called = model if not args else partial(model, *args)
     # The trace as far as it came, should the model fail.
@@ -107,6 +138,20 @@ def lifted_networks(trace: Any) -> tuple[LiftedNetwork, ...]:
     for site in trace.nodes.values():
         if site["type"] == "sample":
             for lora in site["infer"].get("lora", ()):
+                networks[id(lora)] = lora
+    return tuple(networks.values())
+
+
+def sampled_networks(trace: Any) -> tuple[LiftedNetwork, ...]:
+    """The same, where sites are left out that are functions of a prior's latents.
+
+    Args:
+        trace: Such as an autoguide's prototype.
+    """
+    networks = {id(lora): lora for lora in lifted_networks(trace)}
+    for site in trace.nodes.values():
+        if site["type"] == "sample":
+            for lora in site["infer"].get("prior_of", ()):
                 networks[id(lora)] = lora
     return tuple(networks.values())
 
@@ -312,8 +357,12 @@ def trace_batch(
         ValueError: As the model does, with the batch's place and, if it's for NaN
             parameters of a likelihood, their sites.
     """
-    with naming_batch(index, partial(_nan_likelihoods, model, weights, batch)):
-        return trace_at(model, weights, batch)
+
+    def run() -> Any:
+        with naming_batch(index, partial(_nan_likelihoods, model, weights, batch)):
+            return trace_at(model, weights, batch)
+
+    return validated(run)
 
 
 @contextmanager

@@ -7,9 +7,11 @@ what predictions of "s" are compared with, and what is hidden from the model mea
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from pyro_lora.ground.interrupts import eagerly
+from pyro_lora.ground.synchronisation import Answer, ask, require
 from pyro_lora.likelihood import likelihoods
 from pyro_lora.likelihood.batch import Batch, PlacedBatch, checked_batch
 from pyro_lora.likelihood.model_trace import IGNORED, likelihood_site
@@ -132,7 +135,9 @@ class OutcomeSource:
         if origin.are_argument:
             given = batch[origin.arguments[0]]
             if isinstance(given, Tensor) and given.ndim != len(origin.shape):
-                given = given.reshape(-1, *origin.shape[1:])  # (B, 1), say
+                shape = len(given), *origin.shape[1:]
+                if given.numel() == math.prod(shape):  # (B, 1), say
+                    given = given.reshape(shape)
             return given
         return self.site(batch)["value"]
 
@@ -221,6 +226,15 @@ def _form(batch: Batch) -> frozenset[str]:
     return frozenset(name for name, x in batch.items() if x is not None)
 
 
+@dataclass(frozen=True, eq=False)
+class _Looked:
+    """A batch's labels, and whether some of them are no outcomes."""
+
+    batch: Batch
+    labels: Tensor
+    are_wrong: Answer
+
+
 @dataclass
 class GivenLabels:
     """The labels of one batch after another, those marked that don't count.
@@ -240,6 +254,7 @@ class GivenLabels:
     source: OutcomeSource
     may_not_count: bool | None = None
     one_hot: bool = False
+    _looked: _Looked | None = None
 
     def read(self, batch: Batch, num_classes: int | None, index: int) -> Tensor | None:
         """The labels of a batch, where there are any.
@@ -256,37 +271,53 @@ class GivenLabels:
         Raises:
             ValueError: If one that counts is no outcome.
         """
-        given = self.source.outcomes(batch)
-        if given is None:
+        looked, self._looked = self._looked, None
+        if looked is None or looked.batch is not batch:
+            looked = self._look(batch, num_classes)
+        if looked is None:
             return None
-        labels = torch.as_tensor(given)
+        labels = looked.labels
         if self.may_not_count is None:
             site = self.source.site(batch)
             masked = bool(site["is_observed"] and may_not_count(site))
             self.may_not_count = masked or self.source.may_branch(batch)
             self.one_hot = _is_one_hot(site)
-        wrong = _are_none(labels, num_classes)
         counts: Tensor | None = None
-        if self.may_not_count or wrong.any():
+        if self.may_not_count or looked.are_wrong:
+            wrong = _are_none(labels, num_classes)
             counts, wrong = self._counted(batch, labels, wrong)
-            if bool(wrong.any()):
-                site = self.source.site(batch)
-                name = " and ".join(self.source.arguments(batch)) or "outcomes"
-                fn = single_outcomes(site["fn"]).fn
-                raise ValueError(
-                    f"Batch {index}, site {site['name']!r}, {name}: "
-                    f"{impossible(fn, labels[wrong][0].item())} Mask them in the "
-                    "model, by poutine.mask or obs_mask=."
-                )
+            site = self.source.site(batch)
+            name = " and ".join(self.source.arguments(batch)) or "outcomes"
+            fn = single_outcomes(site["fn"]).fn
+            error = partial(_impossible, index, site["name"], name, fn, labels, wrong)
+            require(~wrong.any(), error)
         if self.one_hot and labels.ndim == 2:
             labels = labels.argmax(-1)
-        if counts is None or bool(counts.all()):
+        if counts is None:
             return labels
         counts = _like(counts, labels)
         if num_classes is not None:
             return labels.masked_fill(~counts, IGNORED)
+        if not labels.is_floating_point() and bool(counts.all()):
+            return labels
         real = labels if labels.is_floating_point() else labels.double()
         return real.masked_fill(~counts, torch.nan)
+
+    def look(self, batch: Batch, num_classes: int | None) -> None:
+        """Ask what :meth:`read` needs to know, before something else is asked for.
+
+        Args:
+            batch: The one that is read next.
+            num_classes: C, None of real outcomes.
+        """
+        self._looked = self._look(batch, num_classes)
+
+    def _look(self, batch: Batch, num_classes: int | None) -> _Looked | None:
+        given = self.source.outcomes(batch)
+        if given is None:
+            return None
+        labels = _as_tensor(given)
+        return _Looked(batch, labels, ask(_are_none(labels, num_classes).any()))
 
     def _counted(
         self, batch: Batch, labels: Tensor, wrong: Tensor
@@ -303,6 +334,16 @@ class GivenLabels:
             bad = counts & ~fits.to(labels.device)
             return counts, _like(bad, labels)
         return counts, wrong & _like(counts, labels)
+
+
+def _impossible(
+    index: int, site: str, name: str, fn: Any, labels: Tensor, wrong: Tensor
+) -> ValueError:
+    return ValueError(
+        f"Batch {index}, site {site!r}, {name}: "
+        f"{impossible(fn, labels[wrong][0].item())} Mask them in the "
+        "model, by poutine.mask or obs_mask=."
+    )
 
 
 def _is_one_hot(site: Mapping[str, Any]) -> bool:
@@ -414,8 +455,15 @@ def _parameters(fn: Any) -> Iterator[Tensor]:
             yield from _parameters(value)
 
 
+def _as_tensor(value: Any) -> Tensor:
+    """A tensor as it is: ``as_tensor`` would take it to the default device."""
+    if isinstance(value, Tensor):
+        return value
+    return torch.as_tensor(value, device="cpu")
+
+
 def _is_same(argument: Any, value: Tensor) -> bool:
-    given = torch.as_tensor(argument).flatten().to(value.device)
+    given = _as_tensor(argument).flatten().to(value.device)
     return given.shape == (value.numel(),) and torch.allclose(
         given.double(), value.double().flatten(), rtol=1e-6, atol=0, equal_nan=True
     )

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import pyro
 import torch
 from pyro.distributions.torch_distribution import MaskedDistribution
 from torch import Tensor
@@ -21,6 +22,14 @@ from torch import distributions as td
 from pyro_lora.likelihood import likelihoods
 
 Site = Mapping[str, Any]
+
+_WITH_ZERO = (
+    td.constraints.boolean,
+    td.constraints.nonnegative,
+    td.constraints.nonnegative_integer,
+    td.constraints.real,
+    td.constraints.unit_interval,
+)
 
 
 def is_given(fn: Any, value: Tensor) -> Tensor:
@@ -118,11 +127,13 @@ def single_outcomes(fn: Any) -> SingleOutcomes:
         else:
             masks.append((fn._mask, event_dims))
         fn = fn.base_dist
-    inside = unmasked = torch.tensor(True)
+    parameters = [x for x in vars(fn).values() if isinstance(x, Tensor)]
+    device = parameters[0].device if parameters else None
+    inside = unmasked = torch.ones((), dtype=torch.bool, device=device)
     for mask, outside in masks:
         # It has none of the dims that are in the event inside of it: m is (B, T) in
         # .mask(m).to_event(1), and (B,) in .to_event(1).mask(m).
-        own = _with_dims(mask, event_dims - outside)
+        own = _with_dims(mask, event_dims - outside).to(inside.device)
         unmasked = unmasked & own
         if outside > 0:
             inside = inside & own
@@ -221,10 +232,61 @@ def values_to_score(site: Site) -> Tensor:
         return value
     single = single_outcomes(site["fn"])
     wrong = ~is_possible(single.fn, value) & ~_unmasked(site, single)
-    if not bool(wrong.any()):
+    if _zero_is_possible(single.fn):
+        possible = torch.zeros_like(value)
+    elif not bool(wrong.any()):
         return value
-    drawn = site["fn"].sample().to(value)  # possible, whatever the distribution is
-    return drawn.where(_with_dims(wrong, len(single.fn.event_shape)), value)
+    else:  # whatever the distribution is
+        possible = site["fn"].sample().to(value)
+    return possible.where(_with_dims(wrong, len(single.fn.event_shape)), value)
+
+
+def values_in_range(site: Site) -> Tensor:
+    """The site's value, with zeros in place of classes that aren't there.
+
+    An index that is out of range stops a GPU for good, before a check that was asked
+    for can say so. Where nobody checks (:func:`is_checked`) values stay as they are.
+
+    Args:
+        site: A node of a trace, observed.
+    """
+    value = values_to_score(site)
+    single = single_outcomes(site["fn"])
+    if not (is_checked(site) and _is_class(single.fn)):
+        return value
+    return value.where(is_possible(single.fn, value), torch.zeros_like(value))
+
+
+def is_checked(site: Site) -> bool:
+    """Whether an outcome that has no probability is refused, as Pyro would do.
+
+    Args:
+        site: A node of a trace.
+    """
+    if not pyro.settings.get("validate_distributions_pyro"):
+        return False
+    fn = site["fn"]
+    own = vars(fn).get("_validate_args", True)
+    return own or not getattr(type(fn), "_validate_args", False)
+
+
+def _is_class(fn: Any) -> bool:
+    support = fn.support
+    is_interval = isinstance(support, td.constraints.integer_interval)
+    return is_interval and isinstance(support.lower_bound, int)
+
+
+def _zero_is_possible(fn: Any) -> bool:
+    """Whether 0 is surely an outcome, as nearly always."""
+    likelihood = likelihoods.known(fn)
+    if likelihood is None:
+        return False
+    support = fn.support if likelihood.support is None else likelihood.support
+    while isinstance(support, td.constraints.independent):
+        support = support.base_constraint
+    if isinstance(support, td.constraints.integer_interval):
+        return isinstance(support.lower_bound, int) and support.lower_bound == 0
+    return support in _WITH_ZERO
 
 
 def _unmasked(site: Site, single: SingleOutcomes) -> Tensor:
@@ -236,5 +298,7 @@ def _unmasked(site: Site, single: SingleOutcomes) -> Tensor:
 
 def _with_dims(mask: Tensor | bool, number: int) -> Tensor:
     """A mask with so many dims of size one on the right."""
-    own = torch.as_tensor(mask).bool()
+    if not isinstance(mask, Tensor):
+        mask = torch.full((), mask, device="cpu")
+    own = mask.bool()
     return own.reshape(own.shape + (1,) * (number if own.ndim else 0))

@@ -15,7 +15,7 @@ from pyro_lora.ground.weights import Weights
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.likelihood.model_trace import (
     Model,
-    lifted_networks,
+    sampled_networks,
     trace_at,
     trace_on,
 )
@@ -64,11 +64,15 @@ class GuidePosterior(Summarised):
         except TypeError:  # Pyro's forget it when they are copied
             return None
 
+    def trace(self) -> Any:
+        """Of one call of the guide."""
+        return trace_on(self.guide, (), self.called_with)
+
     @property
     def networks(self) -> tuple[LiftedNetwork, ...]:
         """Those of the model that an autoguide has seen; of a function none."""
         trace = getattr(self.guide, "prototype_trace", None)
-        return () if trace is None else lifted_networks(trace)
+        return () if trace is None else sampled_networks(trace)
 
     @property
     def prior(self) -> Prior:
@@ -89,7 +93,7 @@ class GuidePosterior(Summarised):
         draws, log_probs = [], []
         with torch.no_grad():
             for _ in range(num_samples):  # a guide of the user's may not vectorise
-                trace = trace_on(self.guide, (), self.called_with)
+                trace = self.trace()
                 log_probs.append(trace.log_prob_sum())
                 latents = latent_nodes(trace).items()
                 draws.append(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, overload
 
 import pyro.distributions as dist
 import torch
@@ -25,13 +25,14 @@ from pyro_lora.curvature.latent_block import LatentBlock
 from pyro_lora.curvature.linearize import LinearizedNetwork, Tokens
 from pyro_lora.curvature.weight_gaussian import WeightGaussian
 from pyro_lora.ground.interrupts import leaving_no_trace
+from pyro_lora.ground.ranks import ranks_of, sharing_data
 from pyro_lora.ground.settings import (
     check_count,
     check_name,
     check_positive,
     check_word,
 )
-from pyro_lora.ground.summary import Summarised, brief, extent, weights_facts
+from pyro_lora.ground.summary import brief, extent, weights_facts
 from pyro_lora.ground.warning import warn
 from pyro_lora.ground.weights import Weights, check_weights
 from pyro_lora.lifting.lifted_network import LiftedNetwork
@@ -41,7 +42,11 @@ from pyro_lora.posteriors import marginals, prior_tuning
 from pyro_lora.posteriors.marginals import Levels
 from pyro_lora.posteriors.prior import normal_prior
 from pyro_lora.posteriors.scaled_posterior import ScaledPosterior, scaled_to
+from pyro_lora.posteriors.shared import Shared
 from pyro_lora.priors import Prior
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 # Weights up to which the sum of their eigenvalues' logs takes no time.
 _FREE = 10**6
@@ -52,7 +57,7 @@ _SAME_GRADIENT = 1e-3  # of a prior, relative
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class LaplacePosterior(Summarised):
+class LaplacePosterior(Shared):
     r"""Gaussian :math:`N(\hat w, (F + \mathrm{diag}\,\tau)^{-1})` over lifted sites.
 
     A Pyro guide: called with the model's arguments, it samples the sites. Made by
@@ -372,11 +377,13 @@ class LaplacePosterior(Summarised):
         batches: Iterable[Batch] | None = None,
         obs_site: str | None = None,
         progress_bar: bool | None = None,
+        mesh: DeviceMesh | None = None,
     ) -> LaplacePosterior:
         r"""Choose the prior precision by the evidence or by held-out data.
 
-        The mode stays where it is. To let it follow, train on and fit again by
-        ``AutoLaplace.refit``, and choose again.
+        The mode stays where it is, but after ``refine(around="prior")``. To let it
+        follow otherwise, train on and fit again by ``AutoLaplace.refit``, and choose
+        again.
 
         Args:
             per: One precision for all weights, for each site, or for each layer of
@@ -397,6 +404,9 @@ class LaplacePosterior(Summarised):
             obs_site: With ``"nll"``: the likelihood's site; None is the posterior's.
             progress_bar: With ``"nll"``: show one; None: on a terminal or in a
                 notebook.
+            mesh: With ``"nll"``: a ``DeviceMesh`` whose dim ``"data"`` shares the
+                batches; None: all ranks do, where ``torch.distributed`` is initialised,
+                each with some of its own (:func:`~pyro_lora.share`).
 
         Returns:
             A new posterior; network, model and param store are as before.
@@ -422,10 +432,11 @@ class LaplacePosterior(Summarised):
                 "'evidence', or refine(around='weights')."
             )
         if batches is not None:
+            ranks = ranks_of(mesh, "data")
             network = self._linearized("optimize_prior(objective='nll')", obs_site)
-            with evaluating(self.networks):
+            with ranks.together(), evaluating(self.networks):
                 tau = prior_tuning.minimize_nll(
-                    network, self.gaussian, batches, per, progress_bar
+                    network, self.gaussian, batches, per, progress_bar, ranks
                 )
             return self.with_prior_precision(tau)
         if objective == "loo" or self.follows_prior:
@@ -469,17 +480,21 @@ class LaplacePosterior(Summarised):
                 "not with objective='loo'."
             )
 
-        def score(tau: Weights) -> float:
-            posterior = self.with_prior_precision(tau)
-            if objective == "evidence":
-                return float(posterior.log_evidence())
-            return float(posterior.leave_one_out().sum())
+        gaussian = linear_model.checked(self.gaussian)
+        if objective == "evidence":
+            tau = prior_tuning.maximize_followed_evidence(
+                gaussian, self.prior_mean, per
+            )
+            return self.with_prior_precision(tau)
 
-        linear_model.checked(self.gaussian)
-        tau = prior_tuning.search_precision(score, self.gaussian.loc, per)
+        def score(tau: Weights) -> float:
+            return float(self.with_prior_precision(tau).leave_one_out().sum())
+
+        tau = prior_tuning.search_precision(score, gaussian.loc, per)
         return self.with_prior_precision(tau)
 
     @leaving_no_trace
+    @sharing_data
     def for_sampling(
         self,
         batches: Iterable[Batch],
@@ -487,6 +502,7 @@ class LaplacePosterior(Summarised):
         tolerance: float = 0.05,
         num_samples: int = 8,
         progress_bar: bool | None = None,
+        mesh: DeviceMesh | None = None,
     ) -> ScaledPosterior:
         r"""The same shape, narrow enough that draws of it can be served.
 
@@ -503,6 +519,9 @@ class LaplacePosterior(Summarised):
             tolerance: Nats a datum that a draw may lose, on average over draws.
             num_samples: Draws, the same at every s.
             progress_bar: Show one; None: on a terminal or in a notebook.
+            mesh: A ``DeviceMesh`` whose dim ``"data"`` shares the batches; None: all
+                ranks do, where ``torch.distributed`` is initialised, each with some of
+                its own (:func:`~pyro_lora.share`).
 
         Returns:
             A posterior over the same sites, by draws.
@@ -524,6 +543,7 @@ class LaplacePosterior(Summarised):
             tolerance=tolerance,
             num_samples=num_samples,
             progress_bar=progress_bar,
+            ranks=ranks_of(mesh, "data"),
         )
 
     def scaled(self) -> ScaledPosterior:

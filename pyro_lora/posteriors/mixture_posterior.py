@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -17,9 +17,10 @@ from torch import Tensor
 from pyro_lora.curvature.digests import update
 from pyro_lora.curvature.joint_distribution import sample_jointly
 from pyro_lora.ground.settings import check_count, check_kind
-from pyro_lora.ground.summary import Summarised, brief, listed, weights_facts
+from pyro_lora.ground.summary import brief, listed, weights_facts
 from pyro_lora.ground.weights import Weights
 from pyro_lora.lifting.lifted_network import LiftedNetwork
+from pyro_lora.likelihood.batch import Batch, check_batches, checked_batches
 from pyro_lora.likelihood.model_trace import Model
 from pyro_lora.posteriors import marginals
 from pyro_lora.posteriors.guide_posterior import Guide
@@ -34,10 +35,11 @@ from pyro_lora.posteriors.posterior import (
     only_gaussian,
 )
 from pyro_lora.posteriors.prior import networks_prior
+from pyro_lora.posteriors.shared import Shared
 from pyro_lora.priors import Prior
 
 
-class MixturePosterior(Summarised):
+class MixturePosterior(Shared):
     r"""Mixture :math:`q(w) = \sum_n \pi_n q_n(w)`, as a Pyro guide.
 
     Args:
@@ -208,6 +210,44 @@ class MixturePosterior(Summarised):
             for site in self._like
         }
         return marginals.quantiles(mixed, quantiles)
+
+    def for_sampling(
+        self,
+        batches: Iterable[Batch],
+        *,
+        tolerance: float = 0.05,
+        num_samples: int = 8,
+        progress_bar: bool | None = None,
+    ) -> MixturePosterior:
+        """The mixture of the Gaussians made narrow, the other components as they are.
+
+        Args:
+            batches: As for :meth:`LaplacePosterior.for_sampling`, which each Gaussian
+                goes through.
+            tolerance: Likewise, nats a datum of a draw against its Gaussian's center.
+            num_samples: Likewise.
+            progress_bar: Show one, for each of them.
+
+        Raises:
+            ValueError: If a Gaussian was loaded without a model, there are no batches,
+                or they have no labels.
+        """
+        check_batches(batches)
+        rows = list(checked_batches(batches))
+        components = [
+            component
+            if gaussian is None
+            else gaussian.for_sampling(
+                rows,
+                tolerance=tolerance,
+                num_samples=num_samples,
+                progress_bar=progress_bar,
+            )
+            for component, gaussian in zip(
+                self.components, map(only_gaussian, self.components), strict=True
+            )
+        ]
+        return MixturePosterior(components, self.weights)
 
     def _moments(self) -> list[tuple[Weights, Weights]]:
         return [_moments(component) for component in self.components]

@@ -13,20 +13,21 @@ from torch import Tensor
 
 from pyro_lora.curvature.joint_distribution import sample_jointly
 from pyro_lora.ground.settings import check_count, check_kind
-from pyro_lora.ground.summary import Summarised, brief, weights_facts
+from pyro_lora.ground.summary import brief, weights_facts
 from pyro_lora.ground.weights import Weights, check_weights
 from pyro_lora.lifting.lifted_network import LiftedNetwork, check_lora
 from pyro_lora.lifting.saved_adapter import read_adapter
 from pyro_lora.likelihood.model_trace import Model
 from pyro_lora.posteriors.marginals import Levels, as_given, checked_levels
 from pyro_lora.posteriors.prior import networks_prior
+from pyro_lora.posteriors.shared import Shared
 from pyro_lora.priors import Prior
 
 Member = Mapping[str, Tensor] | str | os.PathLike[str]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class ParticlePosterior(Summarised):
+class ParticlePosterior(Shared):
     """Equally weighted weight sets; a Pyro guide that draws one of them.
 
     Particles have no density, so :meth:`mode` and :meth:`log_prob` raise; use the

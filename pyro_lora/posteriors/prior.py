@@ -6,7 +6,7 @@ one that it was made with: its networks' own, or one that tuning has found.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -230,7 +230,7 @@ def prior_draws(prior: Prior, networks: Sequence[LiftedNetwork], num: int) -> We
 def with_scaled_sites(
     prior: Prior, networks: Sequence[LiftedNetwork], draws: Mapping[str, Tensor]
 ) -> Weights:
-    """The draws, and what a non-centred prior makes of their noise.
+    """The draws, and the sites that the prior makes of other latents.
 
     Args:
         prior: The prior.
@@ -238,21 +238,41 @@ def with_scaled_sites(
         draws: Site -> (S, ...), all latent sites of the prior.
 
     Returns:
-        Site -> (S, ...): where the latents are ``<site>_decentered``, the site, too.
+        Site -> (S, ...): where the latents are ``<site>_decentered``, say, the site,
+        too.
     """
-    if not any(site.endswith(NOISE) for site in draws):
-        return dict(draws)
-    from_noise: dict[str, list[Tensor]] = {}
+    made: dict[str, list[Tensor]] = {}
+    has_noise = any(site.endswith(NOISE) for site in draws)
     for lora in networks:
+        if lora.sites.keys() <= draws.keys() and not has_noise:
+            continue
         for s in range(next(iter(draws.values())).shape[0]):
             at = {site: value[s] for site, value in draws.items()}
             trace = trace_at(lambda lora=lora: prior(lora), at, {})
-            for name, node in trace.nodes.items():
-                if f"{name}{NOISE}" in draws:
-                    from_noise.setdefault(name, []).append(node["value"])
-    return dict(draws) | {
-        name: torch.stack(values) for name, values in from_noise.items()
-    }
+            for site, node in trace.nodes.items():
+                is_weight = site in lora.sites and site not in draws
+                if f"{site}{NOISE}" in draws or (is_weight and node["is_observed"]):
+                    made.setdefault(site, []).append(node["value"])  # not drawn anew
+    return dict(draws) | {site: torch.stack(values) for site, values in made.items()}
+
+
+def made_of_latents(
+    networks: Sequence[LiftedNetwork], sites: Container[str]
+) -> set[str]:
+    """The lifted sites that their prior makes of latents that are all among ``sites``.
+
+    Args:
+        networks: The lifted networks.
+        sites: Names of latent sites.
+    """
+    made: set[str] = set()
+    for lora in networks:
+        with torch.no_grad(), torch.random.fork_rng():  # looking at it draws nothing
+            trace = trace_at(partial(lora.prior, lora), {}, {})
+        latents = latent_nodes(trace).keys()
+        if all(site in sites for site in latents):
+            made |= lora.sites.keys() - latents
+    return made
 
 
 def log_prior_by_site(

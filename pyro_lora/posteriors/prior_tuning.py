@@ -26,13 +26,15 @@ from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 from torch.distributions import constraints, transform_to
 
+from pyro_lora.curvature.dual_gaussian import DualGaussian, UnresolvedError
 from pyro_lora.curvature.gaussian_logits import GaussianLogits
-from pyro_lora.curvature.linear_model import largest
+from pyro_lora.curvature.linear_model import FollowedEvidence, largest
 from pyro_lora.curvature.linearize import LinearizedNetwork
 from pyro_lora.curvature.observations import log_predictive
 from pyro_lora.curvature.prior_moments import PriorAtMode, prior_at_mode, site_moments
 from pyro_lora.curvature.weight_gaussian import WeightGaussian
 from pyro_lora.ground.progress import Counted, progress
+from pyro_lora.ground.ranks import ALONE, Ranks
 from pyro_lora.ground.settings import check_gradients, check_number, check_word
 from pyro_lora.ground.warning import warn
 from pyro_lora.ground.weights import Weights
@@ -55,6 +57,7 @@ _NUM_STEPS = 500  # of L-BFGS at most; concave in log tau, a few dozen are usual
 _NUM_PARAMETER_STEPS = 200  # likewise, of the prior's own parameters
 _SAME = 1e-4  # relative difference of two log densities, in float32
 _NUM_SWEEPS = 2  # over the groups, of the search on held-out data
+_UNRESOLVED = 1e30  # nats, where float64 can't tell an evidence
 _DECADES = [float(x) for x in range(7, -7, -1)]  # of the search by a score
 _MAX_SWEEPS, _SAME_DECADE = 5, 0.1  # over its groups, and where it ends
 _GRID = torch.logspace(-4, 6, 81, dtype=torch.float64)  # 8 precisions a decade
@@ -142,24 +145,80 @@ def maximize_evidence(
     sizes = torch.cat(  # n, of each matrix
         [distance.new_full(x.shape[:1], x[0].numel()) for x in loc.values()]
     )
-    # Logarithms, in which no step leaves the positive numbers; they start at tau = 1.
-    theta = torch.zeros(size, dtype=torch.float64, device=first.device)
-    theta.requires_grad_()
 
     def log_evidence(log_tau: Tensor) -> Tensor:
+        # One number for all stays one, whose gradient takes no matrix of each layer.
+        tau = _by_matrix(log_tau.exp(), loc, per)
         log_tau = _by_matrix(log_tau, loc, per)
-        tau = log_tau.exp()
         log_prior = 0.5 * (sizes * log_tau - tau * distance).sum()
         return log_prior - 0.5 * gaussian.log_det(_by_site(tau, loc))
 
-    num_weights = sum(x.numel() for x in gaussian.loc.values())
+    # Logarithms, in which no step leaves the positive numbers; they start at tau = 1.
+    theta = torch.zeros(size, dtype=torch.float64, device=first.device)
+    return _climbed(log_evidence, theta, loc, per, 1e-9, 1e-12)
+
+
+def maximize_followed_evidence(
+    gaussian: DualGaussian, prior_mean: Weights, per: str
+) -> Weights:
+    """Likewise where the mode is the linearised network's and follows the prior.
+
+    One precision for all is looked for over decades first, and all go on from there by
+    the gradient.
+
+    Args:
+        gaussian: One that knows what was observed.
+        prior_mean: Site -> mean of the prior.
+        per: As of :func:`maximize_evidence`.
+
+    Returns:
+        Site -> precision, (L, 1, 1), within 1e-8 to 1e8.
+
+    Raises:
+        ValueError: If ``per`` is something else.
+    """
+    check_gradients()
+    loc = gaussian.loc
+    size = _num_precisions(loc, per)
+    evidence = FollowedEvidence(gaussian, prior_mean)
+
+    def log_evidence(log_tau: Tensor) -> Tensor:
+        tau = _by_matrix(log_tau.exp(), loc, per)
+        try:
+            return evidence(gaussian.rows.kernel(_by_site(tau, loc)))
+        except UnresolvedError:  # a finite number, from which a line search turns back
+            return 0 * log_tau.sum() - _UNRESOLVED
+
+    first = next(iter(loc.values()))
+    ones = torch.ones(size, dtype=torch.float64, device=first.device)
+
+    def at_decade(x: float) -> float:
+        return float(log_evidence(x * math.log(10) * ones))
+
+    theta = largest(at_decade, _DECADES) * math.log(10) * ones
+    found = _climbed(log_evidence, theta, loc, per, 1e-5, 1e-7)
+    _warn_at_ends(torch.cat([x.flatten() for x in found.values()]).log10())
+    return found
+
+
+def _climbed(
+    log_evidence: Callable[[Tensor], Tensor],
+    theta: Tensor,
+    loc: Weights,
+    per: str,
+    tolerance_grad: float,
+    tolerance_change: float,
+) -> Weights:
+    """Where a function of log precisions (G,) is largest, from a start."""
+    theta = theta.requires_grad_()
+    num_weights = sum(x.numel() for x in loc.values())
     low, high = math.log(MIN_PRECISION), math.log(MAX_PRECISION)
 
     optimizer = torch.optim.LBFGS(
         [theta],
         max_iter=_NUM_STEPS,
-        tolerance_grad=1e-9,
-        tolerance_change=1e-12,
+        tolerance_grad=tolerance_grad,
+        tolerance_change=tolerance_change,
         line_search_fn="strong_wolfe",
     )
 
@@ -175,7 +234,7 @@ def maximize_evidence(
 
     with torch.enable_grad():
         optimizer.step(closure)
-    precisions = _spread(theta.detach().exp(), gaussian.loc, per)
+    precisions = _spread(theta.detach().exp(), loc, per)
     return {s: tau.clamp(MIN_PRECISION, MAX_PRECISION) for s, tau in precisions.items()}
 
 
@@ -254,15 +313,21 @@ def search_precision(
             log_tau[group] = largest(of_group, inside)
         if bool((log_tau - before).abs().max() < _SAME_DECADE):
             break
-    ends = {_DECADES[0]: "strongest", _DECADES[-1]: "weakest"}
-    for end, of_prior in ends.items():
-        if bool((log_tau == end).any()):
+    _warn_at_ends(log_tau)
+    return spread(log_tau)
+
+
+def _warn_at_ends(log_tau: Tensor) -> None:
+    """Warn of precisions at the ends of the decades that are searched, or beyond."""
+    ends = {"strongest": log_tau >= _DECADES[0], "weakest": log_tau <= _DECADES[-1]}
+    for of_prior, at_end in ends.items():
+        if bool(at_end.any()):
+            end = _DECADES[0 if of_prior == "strongest" else -1]
             warn(
                 f"The best prior precision is 10^{end:g}, the {of_prior} prior tried: "
                 "the data don't set it. Use objective='evidence', or choose one by "
                 "with_prior_precision; if the weights aren't a mode, refine first."
             )
-    return spread(log_tau)
 
 
 def minimize_nll(
@@ -271,6 +336,7 @@ def minimize_nll(
     batches: Iterable[Batch],
     per: str,
     progress_bar: bool | None = None,
+    ranks: Ranks = ALONE,
 ) -> Weights:
     """The prior precisions with the smallest held-out negative log likelihood.
 
@@ -283,6 +349,7 @@ def minimize_nll(
         batches: Held-out batches with labels.
         per: ``"all"``, ``"site"`` or ``"layer"``: what shares one precision.
         progress_bar: Show one, of the batches of all passes.
+        ranks: Who shares the data.
 
     Returns:
         Site -> precision, (L, 1, 1).
@@ -306,7 +373,7 @@ def minimize_nll(
             checked_precision(_spread(tau, gaussian.loc, per), gaussian.loc)
             for tau in candidates
         ]
-        losses = _nll(network, gaussian, Counted(batches, bar), priors)
+        losses = _nll(network, gaussian, Counted(batches, bar), priors, ranks)
         return candidates[int(losses.argmin())]
 
     # One coordinate after the other: a grid over all of them has 81^G points.
@@ -345,10 +412,11 @@ def _nll(
     gaussian: WeightGaussian,
     batches: Iterable[Batch],
     priors: Sequence[Weights],
+    ranks: Ranks,
 ) -> Tensor:
     total: Tensor | float = 0.0
     num_outcomes = 0
-    for index, batch in enumerate(checked_batches(batches)):
+    for index, batch in enumerate(ranks.in_step(checked_batches(batches))):
         with naming_batch(index):
             at_batch = network.at(batch)
             site, logits = at_batch.site, at_batch.logits(gaussian, priors)
@@ -366,7 +434,8 @@ def _nll(
             total = total + losses
             num_outcomes += int(outcomes_that_count(site).sum())
     if not isinstance(total, Tensor):
-        raise ValueError("objective='nll' got no batches.")
+        raise ValueError(ranks.none_here("objective='nll' got no batches."))
+    total, num_outcomes = ranks.sum(total), ranks.total(num_outcomes)
     if num_outcomes == 0:
         raise ValueError(
             "objective='nll' got no outcome that counts: all held-out data are masked "
@@ -442,7 +511,8 @@ def train_parameters(
         return {k: transforms[k](u).to(parameters[k][0]) for k, u in free.items()}
 
     def log_evidence() -> Tensor:
-        total, precisions = torch.zeros((), dtype=torch.float64), {}
+        first, precisions = next(iter(gaussian.loc.values())), {}
+        total = first.new_zeros((), dtype=torch.float64)
         for node in _nodes(prior, networks, gaussian, values()):
             w = gaussian.loc[node["name"]]
             log_prob = node["fn"].log_prob(w)
@@ -547,7 +617,8 @@ def moments_at(
     mean: Weights = {}
     precision: Weights = {}
     gradient: Weights = {}
-    total = torch.zeros((), dtype=torch.float64)
+    first = next(iter(mode.values()))
+    total = first.new_zeros((), dtype=torch.float64)
     for lora in networks:
         own = {site: mode[site] for site in lora.sites if site in mode}
         moments = prior_at_mode(trace_at(partial(prior, lora), own, {}), own)

@@ -11,8 +11,9 @@ https://arxiv.org/abs/2412.05723), with the shape of a Laplace posterior.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -21,8 +22,9 @@ from torch import Tensor
 
 from pyro_lora.curvature.joint_distribution import WeightDistribution, sample_jointly
 from pyro_lora.ground.progress import Counted, progress
+from pyro_lora.ground.ranks import ALONE, Ranks
 from pyro_lora.ground.settings import check_count
-from pyro_lora.ground.summary import Summarised, brief, weights_facts
+from pyro_lora.ground.summary import brief, weights_facts
 from pyro_lora.ground.warning import warn
 from pyro_lora.ground.weights import Weights
 from pyro_lora.lifting.lifted_network import LiftedNetwork
@@ -32,6 +34,7 @@ from pyro_lora.likelihood.batch import (
     check_batches,
     checked_batches,
 )
+from pyro_lora.likelihood.batch_dims import BatchDims, batch_dims
 from pyro_lora.likelihood.data_plate import data_plate
 from pyro_lora.likelihood.model_trace import (
     Model,
@@ -42,10 +45,14 @@ from pyro_lora.likelihood.model_trace import (
 )
 from pyro_lora.likelihood.outcomes import data_that_count, values_to_score
 from pyro_lora.posteriors.marginals import Levels
+from pyro_lora.posteriors.shared import Shared
 from pyro_lora.priors import Prior
 
 _STEPS = (1.0, 0.5, 0.25, 0.1, 0.0)  # from where a network is linearised to its mode
-_NUM_HALVINGS = 8  # of the interval that the scale is in
+_NUM_HALVINGS = 7  # of the interval from a scale that will do to twice that
+_LEAST = 2.0**-8  # of a scale: below it draws are the center
+_DRAWS_AT_ONCE = 8  # in one forward pass
+_SAME = 1e-3  # of two log likelihoods, summed in another order
 
 
 class _Base(WeightDistribution, Protocol):
@@ -61,7 +68,7 @@ class _Base(WeightDistribution, Protocol):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class ScaledPosterior(Summarised):
+class ScaledPosterior(Shared):
     r"""Draws :math:`c + s (w - \mu)` of a posterior's :math:`w`, with mean :math:`\mu`.
 
     A Pyro guide. Predicted from by draws, exported and served as it is. Made by
@@ -181,6 +188,7 @@ def scaled_to(
     tolerance: float,
     num_samples: int,
     progress_bar: bool | None = None,
+    ranks: Ranks = ALONE,
 ) -> ScaledPosterior:
     """The posterior with the largest scale whose draws lose no more than a tolerance.
 
@@ -192,6 +200,7 @@ def scaled_to(
         tolerance: Nats a datum, of the mean loss of one draw above the center's.
         num_samples: Draws whose losses are averaged, the same at every scale.
         progress_bar: Show one, of the batches of all passes.
+        ranks: Who shares the data.
 
     Raises:
         ValueError: If the batches are no batches, or none.
@@ -202,10 +211,10 @@ def scaled_to(
     check_batches(batches)
     rows = list(checked_batches(batches))  # read once for each of many passes
     if not rows:
-        raise ValueError(NO_BATCHES)
+        raise ValueError(ranks.none_here(NO_BATCHES))
     with progress(title="Scale", unit="batch", shown=progress_bar) as bar:
         counted = Counted(rows, bar)
-        return _largest_scale(posterior, origin, counted, tolerance, num_samples)
+        return _largest_scale(posterior, origin, counted, tolerance, num_samples, ranks)
 
 
 def _largest_scale(
@@ -214,18 +223,22 @@ def _largest_scale(
     rows: Iterable[Batch],
     tolerance: float,
     num_samples: int,
+    ranks: Ranks,
 ) -> ScaledPosterior:
     mean = posterior.base_mean
 
-    def loss(center: Weights) -> float:
-        one = {site: x[None] for site, x in {**center, **posterior.others}.items()}
-        return _mean_loss(posterior, one, rows)
+    one = {site: x[None] for site, x in {**origin, **posterior.others}.items()}
+    assert posterior.model is not None  # for_sampling has asked for it
+    networks, site = posterior.networks, posterior.obs_site
+    loss = LossOfDraws(
+        posterior.model, networks, site, one, rows, ranks, "for_sampling"
+    )
 
     steps = _STEPS if mean is not origin else _STEPS[:1]
     centers = [
         {s: x + step * (mean[s] - x) for s, x in origin.items()} for step in steps
     ]
-    losses = [loss(center) for center in centers]
+    losses = [loss.at(one | {s: x[None] for s, x in c.items()}) for c in centers]
     least = min(losses)
     if not math.isfinite(least):
         raise ValueError(
@@ -237,52 +250,158 @@ def _largest_scale(
 
     def is_close(scale: float) -> bool:
         at_scale = replace(posterior, scale=scale).scaled(draws)
-        return _mean_loss(posterior, at_scale, rows) <= least + tolerance
+        return loss.at(at_scale) <= least + tolerance
 
-    low, high = 0.0, 1.0
-    if is_close(high):
-        return replace(posterior, scale=high)
-    for _ in range(_NUM_HALVINGS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if is_close(middle) else (low, middle)
-    if low == 0.0:
-        low = high
+    scale, is_found = largest_scale(is_close, 1.0, most=1.0, least=_LEAST)
+    if not is_found:
         warn(
-            f"Even at a scale of {high:.3g} a draw loses more than {tolerance:g} nats "
+            f"Even at a scale of {scale:.3g} a draw loses more than {tolerance:g} nats "
             "a datum against the center; that scale is taken. Use particles, or a "
             "posterior over the last layer."
         )
-    return replace(posterior, scale=low)
+    return replace(posterior, scale=scale)
 
 
-@torch.no_grad()
-def _mean_loss(
-    posterior: ScaledPosterior, weights: Weights, batches: Iterable[Batch]
-) -> float:
-    """Negative log likelihood a datum, averaged over weight sets (S, ...).
+def largest_scale(
+    is_close: Callable[[float], bool], start: float, *, most: float, least: float
+) -> tuple[float, bool]:
+    """The largest scale at which something is still close, to one part in 128.
 
-    Raises:
-        ValueError: If nothing is observed.
+    Doubles or halves until one scale is close and twice it isn't, then bisects.
+
+    Args:
+        is_close: Whether it is, at a scale; true of small ones.
+        start: Where to begin.
+        most: The largest scale that is looked at.
+        least: The smallest.
+
+    Returns:
+        The scale, and whether it is close there; where it isn't at the smallest, that
+        one.
     """
-    model = posterior.model
-    assert model is not None  # for_sampling has asked for it
-    total, number = 0.0, 0
-    num_draws = len(next(iter(weights.values())))
-    with evaluating(posterior.networks):
-        for index, batch in enumerate(batches):
-            for s in range(num_draws):
-                at = {site: x[s] for site, x in weights.items()}
-                trace = trace_batch(model, at, batch, index)
-                with naming_batch(index):
-                    sites = observed_sites(trace, posterior.obs_site)
-                for site in sites:
-                    plate = data_plate(site)
-                    log_prob = site["fn"].log_prob(values_to_score(site))
-                    counted = scale_and_mask(log_prob, plate.scale, plate.mask)
-                    total -= float(counted.double().sum())
-                number += int(data_that_count(sites[0]).sum())
-    if number == 0:
-        raise ValueError(
-            "for_sampling got no outcome that counts: all data are masked or missing."
-        )
-    return total / number if math.isfinite(total) else math.inf
+    low = high = start
+    if is_close(start):
+        while high < most:
+            low, high = high, min(2 * high, most)
+            if not is_close(high):
+                break
+        else:
+            return high, True
+    else:
+        while low > least:
+            low, high = max(low / 2, least), low
+            if is_close(low):
+                break
+        else:
+            return low, False
+    for _ in range(_NUM_HALVINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if is_close(middle) else (low, middle)
+    return low, True
+
+
+@dataclass(frozen=True, eq=False)
+class LossOfDraws:
+    """Negative log likelihood a datum of draws on some rows, several in one run.
+
+    Attributes:
+        model: A Pyro model.
+        networks: Its lifted networks, which are in evaluation mode meanwhile.
+        obs_site: The likelihood's site, None for the only one.
+        one: Site -> (1, ...), all latent sites: any weight set.
+        batches: Mappings of model keyword arguments, labels included.
+        ranks: Who shares the data.
+        caller: What needs it, for errors.
+    """
+
+    model: Model
+    networks: Sequence[LiftedNetwork]
+    obs_site: str | None
+    one: Weights
+    batches: Iterable[Batch]
+    ranks: Ranks
+    caller: str
+
+    @torch.no_grad()
+    def at(self, weights: Weights) -> float:
+        """The mean over weight sets, nats; infinite for NaN.
+
+        Args:
+            weights: Site -> (S, ...), all latent sites.
+
+        Raises:
+            ValueError: If nothing is observed.
+        """
+        num_draws, places = len(next(iter(weights.values()))), self._places
+        if places is None:
+            runs = [{s: x[i] for s, x in weights.items()} for i in range(num_draws)]
+        else:
+            stack = {site: dims.stacked(weights[site]) for site, dims in places.items()}
+            runs = [
+                {site: x[start : start + _DRAWS_AT_ONCE] for site, x in stack.items()}
+                for start in range(0, num_draws, _DRAWS_AT_ONCE)
+            ]
+        total, number = 0.0, 0
+        for index, batch in enumerate(self.ranks.in_step(self.batches)):
+            for at in runs:
+                _, sites = self._run(at, batch, index)
+                total -= sum(float(_counted(site).sum()) for site in sites) / num_draws
+            number += int(data_that_count(sites[0]).sum())
+        total = float(self.ranks.sum(torch.tensor(total, dtype=torch.float64)))
+        number = self.ranks.total(number)
+        if number == 0:
+            raise ValueError(
+                f"{self.caller} got no outcome that counts: all data are masked or "
+                "missing."
+            )
+        return total / number if math.isfinite(total) else math.inf
+
+    @cached_property
+    def _places(self) -> dict[str, BatchDims] | None:
+        """Where draws go among the model's batch dims; None: it takes one at a time.
+
+        It takes several if it says the same of a stack as of each of them, such as
+        ``logits[..., 0]`` does and ``logits[:, 0]`` doesn't.
+        """
+        batch = next(iter(self.batches))
+        trace, sites = self._run({s: x[0] for s, x in self.one.items()}, batch, 0)
+        latents = {s: trace.nodes[s] for s in self.one if s in trace.nodes}
+        places = batch_dims(sites, latents)
+        # Of another number than there are data, or it might be taken for their dim.
+        factors = [1.0, 1.01] if data_plate(sites[0]).size != 2 else [1.0, 0.99, 1.01]
+        lifted = {site for lora in self.networks for site in lora.sites}
+        several = {
+            site: torch.cat([x * f if site in lifted else x for f in factors])
+            for site, x in self.one.items()
+        }
+        each = [
+            self._log_likelihood({s: x[i] for s, x in several.items()}, batch)
+            for i in range(len(factors))
+        ]
+        stack = {site: dims.stacked(several[site]) for site, dims in places.items()}
+        try:
+            together = self._log_likelihood(stack, batch)
+        except (RuntimeError, ValueError):  # shapes, as each of them alone has run
+            return None
+        return places if math.isclose(sum(each), together, rel_tol=_SAME) else None
+
+    def _log_likelihood(self, weights: Weights, batch: Batch) -> float:
+        _, sites = self._run(weights, batch, 0)
+        return sum(float(_counted(site).sum()) for site in sites)
+
+    def _run(
+        self, weights: Weights, batch: Batch, index: int
+    ) -> tuple[Any, list[dict[str, Any]]]:
+        """A trace at a weight set, or at several stacked ones, and observed sites."""
+        with torch.no_grad(), evaluating(self.networks):
+            trace = trace_batch(self.model, weights, batch, index)
+        with naming_batch(index):
+            return trace, observed_sites(trace, self.obs_site)
+
+
+def _counted(site: dict[str, Any]) -> Tensor:
+    """Log densities of a site, as they count among the data, float64."""
+    plate = data_plate(site)
+    log_prob = site["fn"].log_prob(values_to_score(site))
+    counted: Tensor = scale_and_mask(log_prob, plate.scale, plate.mask).double()
+    return counted

@@ -16,6 +16,7 @@ so that M grows as C to the number of the chosen, until they are sampled.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from pyro_lora.ground.interrupts import leaving_no_trace
+from pyro_lora.ground.progress import progress
 from pyro_lora.ground.settings import check_count, check_word
 from pyro_lora.ground.summary import FieldsShown
 from pyro_lora.predict.prediction import Prediction
@@ -52,6 +54,7 @@ def acquire(
     *,
     method: Literal["bald", "batch_bald"] = "bald",
     max_configurations: int = 4096,
+    progress_bar: bool | None = None,
 ) -> Acquisition:
     r"""Choose the data whose labels would tell most about the weights.
 
@@ -73,6 +76,8 @@ def acquire(
         num: How many data to choose.
         method: ``"bald"`` or ``"batch_bald"``.
         max_configurations: M, of the labels of chosen data.
+        progress_bar: Show one, of the data chosen by ``"batch_bald"``; None: on a
+            terminal or in a notebook.
 
     Returns:
         The chosen data and their scores. Those of ``"batch_bald"`` can't exceed
@@ -117,10 +122,15 @@ def acquire(
             "batch_bald needs each draw's probabilities, which this prediction hasn't. "
             "Use predict(..., keep_draws=True)."
         )
-    return _batch_bald(draws.double(), num, max_configurations)
+    with progress(
+        range(num), title="Acquire", unit="datum", shown=progress_bar
+    ) as steps:
+        return _batch_bald(draws.double(), steps, max_configurations)
 
 
-def _batch_bald(log_p: Tensor, num: int, max_configurations: int) -> Acquisition:
+def _batch_bald(
+    log_p: Tensor, steps: Iterable[int], max_configurations: int
+) -> Acquisition:
     num_draws, _, num_classes = log_p.shape
     p = log_p.exp()  # (S, N, C)
     aleatoric = torch.special.entr(p).sum(-1).mean(0)
@@ -130,7 +140,7 @@ def _batch_bald(log_p: Tensor, num: int, max_configurations: int) -> Acquisition
     chosen: list[int] = []
     scores: list[Tensor] = []
     is_exact = True
-    for _ in range(num):
+    for _ in steps:
         weights = joint.softmax(1)
         gain = _expected_entropy(weights, share.exp(), p) - aleatoric
         gain[chosen] = -math.inf  # each datum once

@@ -372,14 +372,14 @@ def _chosen(index: Index, num_data: int) -> Tensor:
     """
     if isinstance(index, slice):
         places = range(num_data)[index]
-        rows = places.start + places.step * torch.arange(len(places))
+        rows = places.start + places.step * torch.arange(len(places), device="cpu")
     else:
         if isinstance(index, tuple):
             raise TypeError(
                 "A prediction is indexed by its data alone, prediction[10:20]; found "
                 f"{len(index)} indices."
             )
-        named = torch.as_tensor(index).cpu().reshape(-1)
+        named = torch.as_tensor(index, device="cpu").reshape(-1)
         if named.dtype == torch.bool:
             if named.shape != (num_data,):
                 raise ValueError(

@@ -19,11 +19,21 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from pyro_lora.curvature.prior_moments import model_scales
+from pyro_lora.ground.ranks import ALONE, Ranks
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.likelihood.batch import Batch, checked_batches, explaining
 from pyro_lora.likelihood.data_plate import data_plate
-from pyro_lora.likelihood.model_trace import is_missing_outcome, lifted_networks
-from pyro_lora.likelihood.outcomes import data_that_count, values_to_score
+from pyro_lora.likelihood.model_trace import (
+    IGNORED,
+    is_missing_outcome,
+    lifted_networks,
+)
+from pyro_lora.likelihood.outcomes import (
+    data_that_count,
+    outcomes_that_count,
+    single_outcomes,
+    values_to_score,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,8 +44,9 @@ class ObservedData:
         log_likelihood: (S, N), float64, nats.
         total_log_likelihood: (S,), float64, nats, the user's own ``poutine.scale``
             included.
-        values: The outcomes, (N, ...).
-        counts: Which of them count, (N,).
+        values: The outcomes, (N, ...); where a datum has several, those that don't
+            count are -100, real ones NaN.
+        counts: Which data count, (N,).
     """
 
     log_likelihood: Tensor
@@ -56,7 +67,8 @@ class DataPass:
         log_prior: Site -> (S,), float64, nats, of latent sites outside the network.
         prior_scales: Site -> scale of its log density, where the model has another
             than the lifted network's prior.
-        drawn: Outcomes, from the likelihood, (S, N, ...).
+        drawn: Outcomes, from the likelihood, (S, N, ...); where a text has fewer of
+            them than others, -100 or NaN in the place of the rest.
         inputs: The integer inputs, name -> (N, ...), padded with zeros on the right.
     """
 
@@ -85,7 +97,10 @@ class AtDraws(Protocol):
 
 @torch.no_grad()
 def pass_over_data(
-    at_draws: AtDraws, batches: Iterable[Batch], labels: Collection[str]
+    at_draws: AtDraws,
+    batches: Iterable[Batch],
+    labels: Collection[str],
+    ranks: Ranks = ALONE,
 ) -> DataPass:
     """Run the model at all draws over all batches.
 
@@ -93,6 +108,7 @@ def pass_over_data(
         at_draws: The model at S draws.
         batches: At least one mapping of model keyword arguments.
         labels: The arguments that aren't inputs: the outcomes.
+        ranks: Who shares the data.
 
     Returns:
         Everything on the device of the likelihood.
@@ -108,7 +124,8 @@ def pass_over_data(
     prior_scales: dict[str, float | Tensor] = {}
     alone = True
     index = num_data = 0
-    for index, batch in enumerate(checked_batches(batches), 1):
+    in_step = ranks.in_step(checked_batches(batches))
+    for index, batch in enumerate(ranks.drawing(in_step), 1):
         of_batch, log_likelihood, total = [], [], []
         for trace in at_draws.traces(batch):
             site = trace.nodes[at_draws.obs_site]
@@ -140,31 +157,56 @@ def pass_over_data(
                 "labels, or none."
             )
         inputs.append(_integer_inputs(batch, drawn[-1].shape[1], labels))
+    own = _DataShare(
+        _of_all(observed) if observed else None,
+        _joined(drawn, 1),
+        _inputs_of_all(inputs),
+    )
+    shares = ranks.collected(own)
+    seen = [x.observed for x in shares if x.observed is not None]
+    if len(seen) not in (0, len(shares)):
+        raise ValueError(
+            f"Some ranks' batches have labels (site {at_draws.obs_site!r} observed), "
+            "and others' none. Give all batches labels, or none."
+        )
     return DataPass(
         at_draws.obs_site,
         networks,
-        _of_all(observed) if observed else None,
-        why_no_log_joint(site, num_data, alone),
+        _of_all(seen) if seen else None,
+        why_no_log_joint(site, ranks.total(num_data), alone),
         {
             name: torch.cat([of_draws[name] for of_draws in latent])
             for name in latent[0]
         },
         prior_scales,
-        torch.cat(drawn, 1),
-        {
-            name: _padded_rows([of_batch[name] for of_batch in inputs])
-            for name in inputs[0]
-            if all(name in of_batch for of_batch in inputs)
-        },
+        _joined([x.drawn for x in shares], 1),
+        _inputs_of_all([x.inputs for x in shares]),
     )
+
+
+@dataclass(frozen=True, eq=False)
+class _DataShare:
+    """What a rank found out of its own data."""
+
+    observed: ObservedData | None
+    drawn: Tensor
+    inputs: dict[str, Tensor]
+
+
+def _inputs_of_all(batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {
+        name: _padded_rows([of_batch[name] for of_batch in batches])
+        for name in batches[0]
+        if all(name in of_batch for of_batch in batches)
+    }
 
 
 def _of_all(batches: Sequence[ObservedData]) -> ObservedData:
     return ObservedData(
-        torch.cat([x.log_likelihood for x in batches], 1),
+        _joined([x.log_likelihood for x in batches], 1),
         torch.stack([x.total_log_likelihood for x in batches]).sum(0),
-        torch.cat([x.values for x in batches]),
-        torch.cat([x.counts for x in batches]),
+        _joined([x.values for x in batches]),
+        _joined([x.counts for x in batches]),
     )
 
 
@@ -184,11 +226,35 @@ def datum_log_probs(site: Mapping[str, Any]) -> Tensor:
 
 def _one_draw(site: Mapping[str, Any]) -> Tensor:
     """The outcomes given, (B, ...), without dims that the draws added."""
-    value = site["value"]
+    value, counts = site["value"], outcomes_that_count(site)
     ndim = 1 + len(site["fn"].event_shape)
     while value.ndim > ndim:
         value = value[0]
-    return value
+    if single_outcomes(site["fn"]).event_dims != 1 or counts.ndim < value.ndim:
+        return value
+    while counts.ndim > value.ndim:
+        counts = counts[0]
+    return value.masked_fill(~counts, _no_outcome(value))
+
+
+def _no_outcome(values: Tensor) -> float:
+    """What marks a place without an outcome."""
+    return torch.nan if values.is_floating_point() else IGNORED
+
+
+def _joined(batches: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """The data of all batches, along their dim; shorter texts are filled up."""
+    if len(batches) == 1:
+        return batches[0]  # no copy
+    rest = [x.shape[dim + 1 :] for x in batches]
+    longest = [max(sizes) for sizes in zip(*rest, strict=True)]
+    filled = []
+    for x, shape in zip(batches, rest, strict=True):
+        ends = [m - n for m, n in zip(longest, shape, strict=True)]
+        # pad wants (left, right) of the last dim first
+        sides = [side for end in reversed(ends) for side in (0, end)]
+        filled.append(pad(x, sides, value=_no_outcome(x)) if any(sides) else x)
+    return torch.cat(filled, dim)
 
 
 def latent_log_probs(

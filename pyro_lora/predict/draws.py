@@ -11,7 +11,7 @@ and the likelihood's distribution then has batch shape (S, B).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from pyro_lora.ground.warning import warn
 from pyro_lora.ground.weights import Weights
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.likelihood.batch import Batch, PlacedBatch
+from pyro_lora.likelihood.batch_dims import batch_dims, plates_of
 from pyro_lora.likelihood.model_trace import (
     Model,
     check_model,
@@ -213,7 +214,7 @@ class ModelAtDraws:
             stop = min(start + self.draws_at_once, self.num_draws)
             chunk = {site: x[start:stop] for site, x in self.weights.items()}
             with in_mode(drop) if self.dropout else evaluating_model():
-                trace = trace_at(self.model, chunk, batch)
+                trace = trace_at(self.model, chunk, batch, undrawn=self.obs_site)
             shape = tuple(trace.nodes[self.obs_site]["fn"].batch_shape)
             size = _num_rows(batch) if self.batch_first else shape[-1:]
             expected = (stop - start, *size)
@@ -276,7 +277,7 @@ def model_at_draws(
     for name, node in nodes.items():
         missing = not node["is_observed"] and name not in {obs["name"], *weights}
         # Beside the named site another outcome of the same data may go unobserved.
-        if missing and not (obs_site is not None and _plates(node) & _plates(obs)):
+        if missing and not (obs_site is not None and plates_of(node) & plates_of(obs)):
             raise ValueError(
                 f"The model's site {name!r} isn't among those that the posterior "
                 f"samples, {sorted(weights)}. Use the model that the posterior was "
@@ -289,45 +290,13 @@ def model_at_draws(
             f"{sorted(nodes)}. Use the model that the posterior was made for."
         )
     # Not those of pyro.deterministic: what it records may have any number of dims.
-    nesting = _plate_nesting([obs, *(n for s, n in nodes.items() if s in weights)])
-    padded = {
-        name: _padded(name, node, obs, weights[name], nesting)
-        for name, node in nodes.items()
-        if name in weights
-    }
+    places = batch_dims([obs], {s: n for s, n in nodes.items() if s in weights})
+    padded = {name: dims.stacked(weights[name]) for name, dims in places.items()}
     batch_first = _num_rows(batch) == tuple(obs["fn"].batch_shape)
     return ModelAtDraws(model, padded, obs["name"], batch_first, draws_at_once, dropout)
-
-
-def _plates(node: Mapping[str, Any]) -> set[str]:
-    return {frame.name for frame in node["cond_indep_stack"]}
 
 
 def _num_rows(batch: Batch) -> tuple[int, ...]:
     """(B,) by the batch's first tensor with dims; () if it has none."""
     tensors = (x for x in batch.values() if isinstance(x, Tensor) and x.ndim > 0)
     return next((tuple(x.shape[:1]) for x in tensors), ())
-
-
-def _plate_nesting(nodes: Sequence[Mapping[str, Any]]) -> int:
-    frames = [f for node in nodes for f in node["cond_indep_stack"] if f.vectorized]
-    dims = [-frame.dim for frame in frames]
-    return max(*dims, *(len(node["fn"].batch_shape) for node in nodes))
-
-
-def _padded(
-    name: str, node: Mapping[str, Any], obs: Mapping[str, Any], value: Tensor, nest: int
-) -> Tensor:
-    shared = _plates(node) & _plates(obs)
-    if shared:
-        raise ValueError(
-            f"Site {name!r} is inside the plate {shared.pop()!r} of the data, so its "
-            "draws for one batch say nothing about another. Only sites outside of the "
-            "data's plate can be predicted from."
-        )
-    # (S, *batch, *event) -> (S, 1, ..., 1, *batch, *event), of as many batch dims as
-    # the model's plates take
-    num_draws, *shape = value.shape
-    event_dim = node["fn"].event_dim
-    missing = nest - (len(shape) - event_dim)
-    return value.reshape(num_draws, *[1] * missing, *shape)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -28,9 +28,11 @@ from pyro_lora.ground.settings import (
 )
 from pyro_lora.ground.summary import FieldsShown
 from pyro_lora.lifting.lifted_network import LiftedNetwork
+from pyro_lora.likelihood.batch import Batch
 from pyro_lora.likelihood.model_trace import evaluating
 from pyro_lora.posteriors.guide_posterior import Guide
 from pyro_lora.posteriors.posterior import Posterior, as_posterior
+from pyro_lora.posteriors.served import served
 from pyro_lora.predict.draws import network_of
 from pyro_lora.predict.sequence_scores import (
     causal_network,
@@ -100,6 +102,7 @@ def generate(
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
     generator: torch.Generator | None = None,
+    batches: Iterable[Batch] | None = None,
     progress_bar: bool | None = None,
 ) -> Generation:
     r"""Continue prompts under S draws of the weights at once, with a key-value cache.
@@ -136,6 +139,9 @@ def generate(
             first that ends a text.
         generator: Randomness of the tokens; None: torch's global state. The draws of
             the weights are always by the global state.
+        batches: Rows with labels, on which a Gaussian over several layers, or a mixture
+            with one, is made narrow, as by its ``for_sampling``; draws of the whole
+            width are about the linearised network. For several calls do it once, there.
         progress_bar: Show one, of the new tokens; None: on a terminal or in a notebook.
 
     Returns:
@@ -146,6 +152,9 @@ def generate(
             search, padding isn't on the left, an argument is out of range, the
             posterior doesn't fit or has no mode, or the network can't take several
             draws in one batch with ``"average"``.
+
+    Warns:
+        UserWarning: If it is such a Gaussian, and there are no batches.
     """
     mask = checked_mask(input_ids, attention_mask)
     texts = {"input_ids": input_ids, "attention_mask": mask}
@@ -175,6 +184,7 @@ def generate(
     eos, pad = _special_tokens(network.generation_config, eos_token_id, pad_token_id)
     _check_padding(input_ids, mask, attention_mask is None, pad)
     warpers = _warpers(do_sample, temperature, top_k, top_p)
+    posterior = served(posterior, batches, "generate")
     draws = lora_draws(lora, posterior, num_samples)
     weights = lora_mode(lora, posterior) if mode == "mode" else draws
     averaged = len(next(iter(weights.values()))) if mode == "average" else 1

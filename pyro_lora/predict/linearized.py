@@ -35,13 +35,14 @@ from pyro_lora.posteriors.laplace_posterior import LaplacePosterior
 from pyro_lora.posteriors.mixture_posterior import MixturePosterior
 from pyro_lora.posteriors.posterior import Posterior, is_gaussian, kind_of
 from pyro_lora.predict.any_prediction import AnyPrediction, NumberPrediction
+from pyro_lora.predict.multi_label_prediction import multi_label_prediction
 from pyro_lora.predict.prediction import Prediction
 from pyro_lora.predict.regression import RegressionPrediction
-from pyro_lora.predict.sampled import is_binary, numbers
+from pyro_lora.predict.sampled import numbers
 from pyro_lora.predict.token_prediction import (
-    WhichTokens,
-    check_tokens,
+    WhichOutcomes,
     chosen_tokens,
+    is_binary,
     token_labels,
     token_prediction,
 )
@@ -73,18 +74,18 @@ def check_linearizable(posterior: Posterior, obs_site: str | None) -> None:
             )
 
 
-def not_linearizable(fn: Any, tokens: WhichTokens | None = None) -> str | None:
+def not_linearizable(fn: Any, which: WhichOutcomes | None = None) -> str | None:
     """Why a network can't be linearised in front of a likelihood; None if it can.
 
     Args:
         fn: The likelihood's distribution.
-        tokens: Which outcomes of a datum.
+        which: Which outcomes of a datum.
 
     Raises:
         TypeError: If nothing is known of it.
     """
     classes = likelihoods.of(single_outcomes(fn).fn).classes
-    if tokens is not None and classes is not None:
+    if which is not None and classes is not None:
         num_classes = classes.logits.shape[-1]
         if num_classes > MOST_EXACT_CLASSES:
             return f"{num_classes} classes take as many backward passes for each token"
@@ -99,14 +100,14 @@ class Linearized:
         gaussians: The posterior's, at the model and site that are predicted.
         pi: Their weights :math:`\pi`, (n,), float64.
         integral: Log probabilities from Gaussian logits.
-        tokens: Which outcomes of a datum.
+        which: Which outcomes of a datum.
         num_draws: How many draws of the logits to keep, joint over the batch.
     """
 
     gaussians: Sequence[LaplacePosterior]
     pi: Tensor
     integral: Integral
-    tokens: WhichTokens | None
+    which: WhichOutcomes | None
     num_draws: int = 0
 
     @property
@@ -126,8 +127,8 @@ class Linearized:
         Raises:
             ValueError: If the likelihood has no such outcomes.
         """
-        if self.tokens is not None:
-            return self._tokens(batch, self.tokens)
+        if self.which is not None:
+            return self._several(batch, self.which)
         joint: list[JointGaussianLogits] = []
         with torch.enable_grad():  # for the Jacobian, wherever predict is called
             if self.num_draws:
@@ -181,7 +182,7 @@ class Linearized:
             weights=self.pi,
         )
 
-    def _tokens(self, batch: Batch, tokens: WhichTokens) -> AnyPrediction:
+    def _several(self, batch: Batch, which: WhichOutcomes) -> AnyPrediction:
         first = self.gaussians[0]
         assert first.model is not None  # linearized_at has set it
         with torch.no_grad(), evaluating_model():
@@ -189,8 +190,7 @@ class Linearized:
         site = likelihood_site(trace, first.obs_site, first.mode())
         single = single_outcomes(site["fn"])
         likelihood = likelihoods.of(single.fn)
-        check_tokens(single, likelihood.classes, tokens, site["name"])
-        assert likelihood.classes is not None  # check_tokens has seen to it
+        assert likelihood.classes is not None  # which_outcomes has seen to it
         logits = likelihood.classes.logits
         if logits.shape[-1] > MOST_EXACT_CLASSES:
             raise ValueError(
@@ -198,9 +198,9 @@ class Linearized:
                 "classes take one backward pass fewer for each token. Use "
                 "method='sample'."
             )
-        chosen = chosen_tokens(single.inside.to(logits.device), tokens, site["name"])
+        chosen = chosen_tokens(single.inside.to(logits.device), which, site["name"])
         with torch.enable_grad():
-            if tokens == "last":  # of all, only these have backward passes
+            if which == "last":  # of all, only these have backward passes
                 outputs = [
                     q.linearized(batch, tokens=chosen.places) for q in self.gaussians
                 ]
@@ -208,8 +208,10 @@ class Linearized:
                 each = [q.linearized(batch, tokens="each") for q in self.gaussians]
                 outputs = [_at_tokens(g, chosen.rows, chosen.places) for g in each]
         log_p, entropy = self._averaged(outputs)
+        if which == "labels":
+            return multi_label_prediction(log_p, entropy, chosen.num_data)
         labels = token_labels(site, chosen)
-        if tokens == "each":
+        if which == "each":
             binary = is_binary(likelihood)
             return token_prediction(log_p, entropy, chosen, labels, None, binary)
         return Prediction(
@@ -225,7 +227,7 @@ def linearized_at(
     model: Model,
     obs_site: str | None,
     integral: Integral,
-    tokens: WhichTokens | None,
+    which: WhichOutcomes | None,
     num_draws: int,
 ) -> Linearized:
     """How a posterior of Gaussians is predicted from.
@@ -235,15 +237,19 @@ def linearized_at(
         model: The Pyro model.
         obs_site: The likelihood's site.
         integral: Log probabilities from Gaussian logits.
-        tokens: Which outcomes of a datum.
+        which: Which outcomes of a datum.
         num_draws: How many draws of the logits to keep.
     """
     pairs = posterior.gaussians()
     return Linearized(
         [replace(gaussian, model=model, obs_site=obs_site) for _, gaussian in pairs],
-        torch.tensor([weight for weight, _ in pairs], dtype=torch.float64),
+        torch.tensor(
+            [weight for weight, _ in pairs],
+            dtype=torch.float64,
+            device=next(iter(pairs[0][1].mode().values())).device,
+        ),
         integral,
-        tokens,
+        which,
         num_draws,
     )
 
@@ -255,4 +261,5 @@ def _at_tokens(each: GaussianLogits, rows: Tensor, places: Tensor) -> GaussianLo
         each.mean[rows, places],
         each.covariance_matrix[rows, places],
         cutpoints=None if cutpoints is None else cutpoints[rows, places],
+        are_all_there=each.are_all_there,
     )

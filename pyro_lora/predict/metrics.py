@@ -116,6 +116,27 @@ def adaptive_ece(confidence: Tensor, correct: Tensor) -> Tensor:
     return torch.stack([x.sum().abs() for x in bins]).sum() / len(gap)
 
 
+def f1_scores(predicted: Tensor, labels: Tensor) -> tuple[float, float]:
+    r"""Harmonic mean of precision and recall: of all labels together, and of each.
+
+    :math:`F_1 = 2 h / (2 h + e)` with h hits and e errors of either kind.
+
+    Args:
+        predicted: Booleans, (N, P).
+        labels: 0 or 1, whatever else doesn't count, (N, P).
+
+    Returns:
+        Micro, and macro: the mean over the labels, 0 of one without hits and errors.
+    """
+    holds, fails = labels == 1, labels == 0
+    hits = (predicted & holds).sum(0).double()  # (P,)
+    errors = ((predicted & fails) | (~predicted & holds)).sum(0).double()
+    h = torch.cat([hits, hits.sum()[None]])
+    e = torch.cat([errors, errors.sum()[None]])
+    f1 = 2 * h / (2 * h + e).clamp_min(1)
+    return float(f1[-1]), float(f1[:-1].mean())
+
+
 def selective_metrics(confidence: Tensor, correct: Tensor) -> dict[str, Tensor]:
     r"""Quality of the answers where the least confident ones are withheld.
 
@@ -150,7 +171,9 @@ def selective_accuracies(confidence: Tensor, correct: Tensor) -> Tensor:
     """
     order = confidence.argsort(descending=True)
     right = _mean_of_ties(confidence, correct)[order].cumsum(0)
-    return right / torch.arange(1, len(right) + 1).to(right)
+    return right / torch.arange(
+        1, len(right) + 1, dtype=right.dtype, device=right.device
+    )
 
 
 def with_standard_errors(
@@ -177,7 +200,7 @@ def with_standard_errors(
     if num_bootstrap == 0:
         return values
     rows = [list(replicate().values()) for _ in range(num_bootstrap)]
-    errors = torch.tensor(rows, dtype=torch.float64).std(0).tolist()
+    errors = torch.tensor(rows, dtype=torch.float64, device="cpu").std(0).tolist()
     return values | {f"{n}_se": e for n, e in zip(values, errors, strict=True)}
 
 

@@ -272,8 +272,17 @@ class MixturePrediction(NumberPrediction):
         whole = values.new_zeros(self._num_rows, *values.shape[1:])
         return whole.index_copy(0, self.rows.to(values.device), values)
 
+    def _own_rows(self) -> Tensor:
+        if self.rows is None:
+            return torch.arange(self._num_rows, device="cpu")
+        return self.rows.cpu()
+
     def _rows(self, rows: Tensor) -> Self:
-        own = torch.arange(self._num_rows) if self.rows is None else self.rows.cpu()
+        own = (
+            torch.arange(self._num_rows, device="cpu")
+            if self.rows is None
+            else self.rows.cpu()
+        )
         chosen = own[rows.cpu()]
         # What is chosen for the n-th time is a row of the components' n-th copy, which
         # takes no memory: rows 2, 0, 2 of 3 data are 2, 0, 5.
@@ -281,11 +290,11 @@ class MixturePrediction(NumberPrediction):
         ascending = chosen[order]
         copy_of = torch.zeros_like(chosen)
         first = torch.searchsorted(ascending, ascending)
-        copy_of[order] = torch.arange(len(chosen)) - first
+        copy_of[order] = torch.arange(len(chosen), device="cpu") - first
         groups = [*self.components] * (int(copy_of.max()) + 1)
         chosen = chosen + copy_of * self._num_rows
         # Groups of which no row is chosen go: what is asked is asked of all rows.
-        sizes = torch.tensor([fns[0].batch_shape[1] for fns in groups])
+        sizes = torch.tensor([fns[0].batch_shape[1] for fns in groups], device="cpu")
         ends = sizes.cumsum(0)
         group = torch.searchsorted(ends, chosen, right=True)
         used, place = group.unique(return_inverse=True)
@@ -311,7 +320,11 @@ class MixturePrediction(NumberPrediction):
         rows: list[Tensor] = []
         start = 0
         for p in predictions:
-            own = torch.arange(p._num_rows) if p.rows is None else p.rows.cpu()
+            own = (
+                torch.arange(p._num_rows, device="cpu")
+                if p.rows is None
+                else p.rows.cpu()
+            )
             rows.append(own + start)
             start += p._num_rows
         whole = all(p.rows is None for p in predictions)

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
 from pyro_lora.curvature.gaussian_logits import GaussianLogits, class_log_probs
 from pyro_lora.ground.interrupts import leaving_no_trace
 from pyro_lora.ground.progress import progress
+from pyro_lora.ground.ranks import ranks_of, sharing_data
 from pyro_lora.ground.settings import check_count, check_function, check_word
+from pyro_lora.ground.synchronisation import gathered
 from pyro_lora.ground.warning import warn
 from pyro_lora.ground.weights import Weights
 from pyro_lora.lifting.lifted_network import LiftedNetwork
@@ -53,12 +55,20 @@ from pyro_lora.predict.linearized import (
     not_linearizable,
 )
 from pyro_lora.predict.sampled import Sampled
-from pyro_lora.predict.token_prediction import WhichTokens
+from pyro_lora.predict.token_prediction import (
+    WhichOutcomes,
+    WhichTokens,
+    which_outcomes,
+)
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 DEFAULT_NUM_SAMPLES = 64  # the Monte-Carlo sd of a probability is then at most .06
 
 
 @leaving_no_trace
+@sharing_data
 def predict(
     posterior: Posterior | Guide,
     batches: Iterable[Batch],
@@ -73,6 +83,7 @@ def predict(
     labels: str | None = None,
     keep_draws: bool = False,
     progress_bar: bool | None = None,
+    mesh: DeviceMesh | None = None,
 ) -> Any:
     r"""Class probabilities, or numbers, averaged over a posterior.
 
@@ -88,18 +99,18 @@ def predict(
     draws it is, with a warning.
 
     Every likelihood of ``pyro_lora.likelihoods`` is predicted, by its outcomes: of
-    classes, ordered or not, the result is a :class:`Prediction`, with ``tokens="each"``
-    a :class:`TokenPrediction`; of real numbers with normal or Student's noise a
-    :class:`RegressionPrediction`; of counts and all other numbers a
-    :class:`MixturePrediction`. Several numbers a datum are one event,
-    ``.to_event(1)``.
+    classes, ordered or not, the result is a :class:`Prediction`; of real numbers with
+    normal or Student's noise a :class:`RegressionPrediction`; of counts and all other
+    numbers a :class:`MixturePrediction`. Several outcomes a datum are one event,
+    ``.to_event(1)``: of classes, the tokens of a text, a :class:`TokenPrediction`; of
+    yes or no (Bernoulli), several labels, a :class:`MultiLabelPrediction`.
 
     Dropout is off, but for :func:`mc_dropout`, and nothing is trained. Batches are
     streamed: only N rows of numbers stay. Labels are kept for the metrics and hidden
-    from the model, unless there are ``tokens``: which of them count is then in the
-    labels. Draws come from torch's generator before the first batch runs, so that a
-    seed decides them whatever the batches' size; but for :func:`mc_dropout`, whose
-    masks are drawn as the batches go by and depend on it and ``chunk_size``.
+    from the model, but for those of tokens: which of them count is in the labels. Draws
+    come from torch's generator before the first batch runs, so that a seed decides them
+    whatever the batches' size; but for :func:`mc_dropout`, whose masks are drawn as the
+    batches go by and depend on it and ``chunk_size``.
 
     Labels of outcomes that don't count, since the likelihood masks them or has a mark
     for missing ones (``NanMaskedNormal``), are -100 in the result, of real outcomes
@@ -122,8 +133,9 @@ def predict(
             ``"linearized"``: ``class_log_probs``, numerical, or the closed form
             ``probit``, which is rough. The aleatoric entropy is numerical in any case.
         tokens: Where a datum has several classes (``.to_event(1)``), one for each
-            token: ``"last"`` predicts the last one that the likelihood doesn't mask,
-            ``"each"`` all of them.
+            token: ``"each"`` predicts all that the likelihood doesn't mask, which None
+            means, too; ``"last"`` the last one of each datum. None of yes or no: a
+            table of labels, which all data have.
         obs_site: The likelihood's site; None is the posterior's, else the model's
             only one.
         labels: The model's argument with that site's outcomes; None follows the
@@ -133,9 +145,12 @@ def predict(
             Gaussian of a batch, so that all data must be one batch. Real outcomes
             keep theirs in any case.
         progress_bar: Show one; None: on a terminal or in a notebook.
+        mesh: A ``DeviceMesh`` whose dim ``"data"`` shares the data; None: all ranks
+            do, where ``torch.distributed`` is initialised, each with batches of its
+            own (:func:`~pyro_lora.share`).
 
     Returns:
-        Predictions and labels of all data, in order.
+        Predictions and labels of all data, in order, that of the ranks; on every rank.
 
     Raises:
         TypeError: If the likelihood isn't of a known type.
@@ -156,10 +171,11 @@ def predict(
     if num_samples is not None:
         check_count("num_samples", num_samples)
     check_batches(batches)
+    ranks = ranks_of(mesh, "data")
     stream = checked_batches(
         progress(batches, title="Predict", unit="batch", shown=progress_bar)
     )
-    first = next_batch(stream, "predict")
+    first = next_batch(stream, "predict", ranks)
     posterior = as_posterior(posterior, model, first)
     model = model_of(posterior, model, "predict")
     check_names(model, obs_site, labels)
@@ -179,29 +195,35 @@ def predict(
     given = GivenLabels(plan.source)
     predictions: list[AnyPrediction] = []
     at_mode: list[AnyPrediction] = []
-    stream = _with([first], stream)
+    stream = ranks.drawing(ranks.in_step(_with([first], stream)))
     del first
-    for index, batch in enumerate(stream):
-        if plan.way.takes_one_batch and predictions:
-            raise ValueError(
-                "keep_draws with the linearised network needs all data in one batch, "
-                "whose joint Gaussian it draws from; found a second batch. Give one "
-                "batch, or say method='sample'."
-            )
-        # Which tokens count is in their labels alone: with these the model is run.
-        shown = batch if tokens else plan.source.hidden(batch)
-        prediction = plan.way.predict(shown)
-        if plan.at_mode is not None:
-            at_mode.append(plan.at_mode.predict(shown))
-        if tokens is None:
-            observed = given.read(batch, prediction.num_classes, index)
-            if observed is not None:
-                prediction = prediction.with_labels(observed, batch.place)
-        predictions.append(prediction)
-        plan.source.forget()  # a batch that has gone by
-    whole = type(predictions[0]).concatenated(predictions)
-    if at_mode:
-        warn_if_worse(whole, type(whole).concatenated(at_mode))
+    with gathered():  # what a batch is asked for is read with the next one's
+        for index, batch in enumerate(stream):
+            if plan.way.takes_one_batch and (predictions or ranks.size > 1):
+                raise ValueError(
+                    "keep_draws with the linearised network needs all data in one "
+                    "batch, whose joint Gaussian it draws from; found a second batch. "
+                    "Give one batch, to a single process, or say method='sample'."
+                )
+            seen = plan.shown(batch)
+            reads_labels = plan.which in (None, "labels")
+            if predictions and reads_labels:
+                given.look(batch, predictions[-1].num_classes)
+            prediction = plan.way.predict(seen)
+            if plan.at_mode is not None:
+                at_mode.append(plan.at_mode.predict(seen))
+            if reads_labels:
+                observed = given.read(batch, prediction.num_classes, index)
+                if observed is not None:
+                    prediction = prediction.with_labels(observed, batch.place)
+            predictions.append(prediction)
+            plan.source.forget()  # a batch that has gone by
+    kind = type(predictions[0])
+    own = [kind.concatenated(x) for x in (predictions, at_mode) if x]
+    shares = [ranks.collected(x) for x in own]
+    whole, *mode = [x[0] if len(x) == 1 else kind.concatenated(x) for x in shares]
+    for prediction in mode:
+        warn_if_worse(whole, prediction)
     return whole.with_names_of(plan.networks)
 
 
@@ -227,15 +249,21 @@ class _Plan:
 
     Attributes:
         way: To the prediction of a batch, its labels hidden but for tokens.
+        which: Which outcomes of a datum.
         source: Of the outcomes.
         networks: Those in the model, which may know the classes' names.
         at_mode: The same at the mode of a Gaussian whose draws are used.
     """
 
     way: _Way
+    which: WhichOutcomes | None
     source: OutcomeSource
     networks: Sequence[LiftedNetwork]
     at_mode: Sampled | None = None
+
+    def shown(self, batch: PlacedBatch) -> PlacedBatch:
+        """What the model sees of a batch."""
+        return shown(self.source, batch, self.which)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -264,14 +292,11 @@ class _Question:
             return self._by_draws(first)
         check_linearizable(self.posterior, self.obs_site)
         source = self._source(_mode(self.posterior))
-        reason = None
-        if self.method is None:
-            site = likelihood_site(
-                source.trace_of(first), self.obs_site, source.latents
-            )
-            reason = not_linearizable(site["fn"], self.tokens)
+        site = likelihood_site(source.trace_of(first), self.obs_site, source.latents)
+        which = which_outcomes(site, self.tokens)
+        reason = None if self.method else not_linearizable(site["fn"], which)
         if reason is None:
-            return self._linearized(source)
+            return self._linearized(source, which)
         warn(
             f"The network can't be linearised here, since {reason}: predictions are by "
             "draws of the weights, which may leave the range where the Gaussian holds. "
@@ -279,44 +304,38 @@ class _Question:
         )
         return self._by_draws(first)
 
-    def _linearized(self, source: OutcomeSource) -> _Plan:
-        self._check_keep_draws(self.tokens is None)
+    def _linearized(self, source: OutcomeSource, which: WhichOutcomes | None) -> _Plan:
+        self._check_keep_draws(which is None)
         num_draws = (self.num_samples or DEFAULT_NUM_SAMPLES) if self.keep_draws else 0
-        return _Plan(
-            linearized_at(
-                self.posterior,
-                self.model,
-                self.obs_site,
-                self.integral,
-                self.tokens,
-                num_draws,
-            ),
-            source,
-            self.posterior.networks,
+        way = linearized_at(
+            self.posterior, self.model, self.obs_site, self.integral, which, num_draws
         )
+        return _Plan(way, which, source, self.posterior.networks)
 
     def _by_draws(self, first: PlacedBatch) -> _Plan:
-        self._check_keep_draws(self.tokens != "each")
         weights = draw_weights(self.posterior, self.num_samples, DEFAULT_NUM_SAMPLES)
         source = self._source({site: x[0] for site, x in weights.items()})
-        shown = first if self.tokens else source.hidden(first)
         trace = source.trace_of(first)
+        site = likelihood_site(trace, self.obs_site, source.latents)
+        which = which_outcomes(site, self.tokens)
+        self._check_keep_draws(which in (None, "last"))
+        seen = shown(source, first, which)
         at_draws = model_at_draws(
             self.model,
             weights,
-            shown,
+            seen,
             self.obs_site,
             self.draws_at_once,
             has_dropout(self.posterior),
             trace,
         )
         at_mode = None
-        if prediction_method(self.posterior) == "linearized" and self.tokens != "each":
+        if prediction_method(self.posterior) == "linearized" and which != "each":
             mode = {site: x[None] for site, x in _mode(self.posterior).items()}
-            one = model_at_draws(self.model, mode, shown, self.obs_site, trace=trace)
-            at_mode = Sampled(one, self.tokens)
-        way = Sampled(at_draws, self.tokens, self.keep_draws)
-        return _Plan(way, source, lifted_networks(trace), at_mode)
+            one = model_at_draws(self.model, mode, seen, self.obs_site, trace=trace)
+            at_mode = Sampled(one, which)
+        way = Sampled(at_draws, which, self.keep_draws)
+        return _Plan(way, which, source, lifted_networks(trace), at_mode)
 
     def _source(self, weights: Weights) -> OutcomeSource:
         return outcome_source(self.model, weights, self.obs_site, self.labels)
@@ -327,6 +346,20 @@ class _Question:
                 "keep_draws is for one class a datum: with tokens, method='sample' and "
                 "tokens='last'."
             )
+
+
+def shown(
+    source: OutcomeSource, batch: PlacedBatch, which: WhichOutcomes | None
+) -> PlacedBatch:
+    """What the model sees of a batch: no labels, but where these are of tokens.
+
+    Args:
+        source: Of the outcomes.
+        batch: The model's keyword arguments.
+        which: Which outcomes of a datum.
+    """
+    # Which tokens count is in their labels alone.
+    return batch if which in ("last", "each") else source.hidden(batch)
 
 
 def _mode(posterior: Posterior) -> Weights:

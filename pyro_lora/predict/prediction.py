@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import nll_loss
 
 from pyro_lora.ground.settings import check_kind, check_positive, check_word
+from pyro_lora.ground.synchronisation import require
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.likelihood.model_trace import IGNORED
 from pyro_lora.predict.any_prediction import (
@@ -46,6 +47,13 @@ _DIMS = {"log_probs": 0, "aleatoric_entropy": 0, "labels": 0, "draw_log_probs": 
 # probabilities promise, where there are no labels. Draws of a posterior over the last
 # layer, which are right, stay below.
 _ACCURACY, _NATS, _EXPECTED_ACCURACY = 0.05, 0.1, 0.15
+
+
+def _not_normalised() -> ValueError:
+    return ValueError(
+        "log_probs has NaN values or rows whose probabilities don't sum to 1. "
+        "Pass logits.log_softmax(-1), and check the network's outputs."
+    )
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
@@ -108,11 +116,8 @@ class Prediction(AnyPrediction):
                 f"draw_log_probs has shape {tuple(draws.shape)}; expected (S, N, C) "
                 f"with log_probs of shape {tuple(shape)}."
             )
-        if not (self.log_probs.double().logsumexp(-1).abs() < 1e-3).all():
-            raise ValueError(
-                "log_probs has NaN values or rows whose probabilities don't sum to 1. "
-                "Pass logits.log_softmax(-1), and check the network's outputs."
-            )
+        sums = self.log_probs.double().logsumexp(-1)
+        require((sums.abs() < 1e-3).all(), _not_normalised)
         if self.labels is not None:
             self._check_labels(self.labels)
         check_class_names(self.class_names, shape[1])
@@ -126,11 +131,14 @@ class Prediction(AnyPrediction):
             )
         wrong = (labels < 0) | (labels >= num_classes) | (labels != labels.long())
         wrong = wrong & (labels != IGNORED)
-        if wrong.any():
-            raise ValueError(
+
+        def error() -> ValueError:
+            return ValueError(
                 f"labels must be classes 0 to {num_classes - 1}, found "
                 f"{labels[wrong][0].item()}. A datum without one has {IGNORED}."
             )
+
+        require(~wrong.any(), error)
 
     @property
     def num_classes(self) -> int:
@@ -269,9 +277,11 @@ class Prediction(AnyPrediction):
         """
         check_labels(labels, tuple(self.log_probs.shape[:1]), place)
         labels = labels.to(self.log_probs.device)
-        whole = labels.long()
-        is_whole = bool((whole == labels).all())
-        return replaced(self, labels=whole if is_whole else labels)
+        # Of what is no whole number the error says so.
+        is_whole = not labels.is_floating_point() or bool(
+            (labels.long() == labels).all()
+        )
+        return replaced(self, labels=labels.long() if is_whole else labels)
 
     def with_names_of(self, networks: Sequence[LiftedNetwork]) -> Self:
         """The same with the names that a network has for its classes, if it has any."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Self
 
 import numpy as np
@@ -26,6 +26,7 @@ from torch import Tensor
 from torch import distributions as td
 
 from pyro_lora.ground.settings import check_number
+from pyro_lora.ground.synchronisation import require
 from pyro_lora.predict.any_prediction import NumberPrediction, joined, rows_of
 from pyro_lora.predict.metrics import resampled, with_standard_errors
 
@@ -38,6 +39,10 @@ _NEGLIGIBLE = 40.0  # nats that leave nothing in float64
 _FAR = 1e8  # its square plus one is its square
 _NODES, _NODE_WEIGHTS = np.polynomial.legendre.leggauss(64)
 
+_LOC_AND_SCALE = (
+    "loc must be finite and noise_scale positive. Check the network's outputs and the "
+    "prior of the noise."
+)
 
 _DIMS = {"loc": 1, "noise_scale": 1, "loc_variance": 1, "df": 1, "labels": 0}
 
@@ -100,13 +105,10 @@ class RegressionPrediction(NumberPrediction):
             if value is None:
                 continue
             wrong = value.isinf() if name == "labels" else ~value.isfinite()
-            if wrong.any():
-                raise ValueError(f"{name} has NaN or infinite values.")
-        if not self.loc.isfinite().all() or not (self.noise_scale > 0).all():
-            raise ValueError(
-                "loc must be finite and noise_scale positive. Check the network's "
-                "outputs and the prior of the noise."
-            )
+            text = f"{name} has NaN or infinite values."
+            require(~wrong.any(), partial(ValueError, text))
+        is_right = self.loc.isfinite().all() & (self.noise_scale > 0).all()
+        require(is_right, partial(ValueError, _LOC_AND_SCALE))
         if self.df is not None and self.loc_variance is not None:
             raise ValueError("df and loc_variance have no closed form together.")
 

@@ -27,13 +27,13 @@ from pyro_lora.likelihood.outcomes import one_class_log_probs, single_outcomes
 from pyro_lora.predict.any_prediction import AnyPrediction, NumberPrediction
 from pyro_lora.predict.draws import ModelAtDraws
 from pyro_lora.predict.mixture_prediction import MixturePrediction
+from pyro_lora.predict.multi_label_prediction import multi_label_prediction
 from pyro_lora.predict.prediction import Prediction
 from pyro_lora.predict.regression import RegressionPrediction
 from pyro_lora.predict.token_prediction import (
-    TokenPrediction,
-    WhichTokens,
-    check_tokens,
+    WhichOutcomes,
     chosen_tokens,
+    is_binary,
     token_labels,
     token_prediction,
 )
@@ -45,12 +45,12 @@ class Sampled:
 
     Attributes:
         at_draws: The model at S draws.
-        tokens: Which outcomes of a datum.
+        which: Which outcomes of a datum.
         keep_draws: Whether each draw's probabilities stay.
     """
 
     at_draws: ModelAtDraws
-    tokens: WhichTokens | None
+    which: WhichOutcomes | None
     keep_draws: bool = False
 
     @property
@@ -76,13 +76,12 @@ class Sampled:
         first = next(stream)
         single = single_outcomes(first["fn"])
         likelihood = likelihoods.of(single.fn)
-        check_tokens(single, likelihood.classes, self.tokens, obs_site)
         nodes = chain([first], stream)
         if likelihood.classes is None:
             return numbers([single_outcomes(node["fn"]).fn for node in nodes])
-        if self.tokens is not None:
+        if self.which is not None:
             mask = single.inside[0].to(likelihood.classes.logits.device)
-            return self._tokens(nodes, mask, likelihood, self.tokens)
+            return self._several(nodes, mask, likelihood, self.which)
         log_probs = (one_class_log_probs(node["fn"]) for node in nodes)
         return self._classes(log_probs, likelihood)
 
@@ -106,24 +105,26 @@ class Sampled:
     def _averaged(self, chunks: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
         """Of (S', B, C): log of the mean probability (B, C), and the mean entropy."""
         log_sum: Tensor | None = None
-        entropy = torch.zeros(())
+        entropy: Tensor | None = None
         for log_p in chunks:
-            entropy = entropy.to(log_p) + torch.special.entr(log_p.exp()).sum((0, -1))
+            of_chunk = torch.special.entr(log_p.exp()).sum((0, -1))
+            entropy = of_chunk if entropy is None else entropy + of_chunk
             # log Σ_s p_s over all draws, from those of one chunk after another
             own = log_p.logsumexp(0)
             log_sum = own if log_sum is None else torch.logaddexp(log_sum, own)
         assert log_sum is not None
+        assert entropy is not None
         num_draws = self.at_draws.num_draws
         return log_sum - math.log(num_draws), entropy / num_draws
 
-    def _tokens(
+    def _several(
         self,
         nodes: Iterable[dict[str, Any]],
         mask: Tensor,
         likelihood: Likelihood,
-        tokens: WhichTokens,
-    ) -> Prediction | TokenPrediction:
-        chosen = chosen_tokens(mask, tokens, self.at_draws.obs_site)
+        which: WhichOutcomes,
+    ) -> AnyPrediction:
+        chosen = chosen_tokens(mask, which, self.at_draws.obs_site)
         labels: Tensor | None = None
         by_text: list[Tensor] = []
 
@@ -131,7 +132,7 @@ class Sampled:
             nonlocal labels
             for node in nodes:
                 classes = likelihoods.of(single_outcomes(node["fn"]).fn).classes
-                assert classes is not None  # check_tokens has seen to it
+                assert classes is not None  # which_outcomes has seen to it
                 log_p = (
                     classes.logits[:, chosen.rows, chosen.places]
                     .double()
@@ -147,9 +148,11 @@ class Sampled:
                     by_text.append(zeros.index_add(1, chosen.rows, of_labels[..., 0]))
                 yield log_p
 
-        if tokens == "last":
+        if which == "last":
             return replace(self._classes(chunks(), likelihood), labels=labels)
         log_p, entropy = self._averaged(chunks())
+        if which == "labels":
+            return multi_label_prediction(log_p, entropy, len(mask))
         texts = None
         if by_text:
             num_draws = self.at_draws.num_draws
@@ -157,17 +160,6 @@ class Sampled:
         return token_prediction(
             log_p, entropy, chosen, labels, texts, is_binary(likelihood)
         )
-
-
-def is_binary(likelihood: Likelihood) -> bool:
-    """Whether an outcome is a yes or no, of one logit, as a Bernoulli's.
-
-    Args:
-        likelihood: Of classes.
-    """
-    assert likelihood.classes is not None
-    is_one = likelihood.predictor.shape[-1] == 1
-    return is_one and likelihood.classes.cutpoints is None
 
 
 def numbers(fns: Sequence[Any], weights: Tensor | None = None) -> NumberPrediction:

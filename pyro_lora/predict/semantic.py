@@ -92,7 +92,9 @@ def semantic_entropy(
     wide = torch.promote_types(log_probs.dtype, torch.float32)
     log_probs = log_probs.detach().to(wide)
     groups = torch.tensor(members, device=log_probs.device)
-    is_new = torch.tensor([text not in texts[:i] for i, text in enumerate(texts)])
+    is_new = torch.tensor(
+        [text not in texts[:i] for i, text in enumerate(texts)], device="cpu"
+    )
     is_new = is_new.to(log_probs.device)
     of_group = torch.arange(max(members) + 1, device=log_probs.device)
     # p(c) sums over different texts: one that was drawn twice is no more probable.

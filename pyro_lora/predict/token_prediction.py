@@ -24,10 +24,10 @@ from torch import Tensor
 from torchmetrics.functional.classification import binary_calibration_error
 
 from pyro_lora.lifting.lifted_network import LiftedNetwork
-from pyro_lora.likelihood.likelihoods import Classes
+from pyro_lora.likelihood import likelihoods
+from pyro_lora.likelihood.likelihoods import Likelihood
 from pyro_lora.likelihood.model_trace import IGNORED
 from pyro_lora.likelihood.outcomes import (
-    SingleOutcomes,
     impossible,
     is_possible,
     outcomes_that_count,
@@ -54,6 +54,7 @@ from pyro_lora.predict.metrics import (
 )
 
 WhichTokens = Literal["last", "each"]
+WhichOutcomes = Literal["last", "each", "labels"]  # "labels": a yes or no for each
 
 _MOST_KEPT = 64  # classes, 512 bytes a token
 _OF_TOKENS = dict.fromkeys(
@@ -310,45 +311,53 @@ class TokenPrediction(AnyPrediction):
         return facts
 
 
-def check_tokens(
-    single: SingleOutcomes,
-    classes: Classes | None,
-    tokens: WhichTokens | None,
-    site: str,
-) -> None:
-    """Check that ``tokens`` is given where a datum has several classes, and only there.
+def which_outcomes(
+    site: Mapping[str, Any], tokens: WhichTokens | None
+) -> WhichOutcomes | None:
+    """Which outcomes of a datum are predicted, as was said or as its likelihood says.
 
     Args:
-        single: The likelihood without masks and event dims.
-        classes: Of its outcomes; None where they are numbers.
-        tokens: What was given.
         site: The likelihood's site.
+        tokens: What was said; None: all, where a datum has several.
+
+    Returns:
+        ``"labels"`` of several yes-or-no outcomes where nobody said anything; None of
+        one class a datum, and of numbers.
 
     Raises:
-        ValueError: If it isn't so.
+        TypeError: If nothing is known of the likelihood.
+        ValueError: If it has no such outcomes.
     """
-    if tokens not in (None, "last", "each"):
-        raise ValueError(f"tokens must be 'last', 'each' or None, found {tokens!r}.")
+    single, name = single_outcomes(site["fn"]), site["name"]
     fn, event_dims = single.fn, single.event_dims
+    likelihood = likelihoods.of(fn)
     # The event of a distribution, such as a multinomial's, is one outcome.
     if event_dims > 1 or (event_dims == 1 and fn.event_shape):
         raise ValueError(
-            f"Site {site!r} has {event_dims + len(fn.event_shape)} event dims; predict "
+            f"Site {name!r} has {event_dims + len(fn.event_shape)} event dims; predict "
             "is for one outcome a datum, or one row of them (.to_event(1))."
         )
-    if tokens is not None and (event_dims == 0 or classes is None):
+    several = event_dims == 1 and likelihood.classes is not None
+    if tokens is not None and not several:
         raise ValueError(
             f"tokens={tokens!r} is for classes with one event dim, those of a text's "
-            f"tokens. Site {site!r} is {type(fn).__name__} with "
+            f"tokens. Site {name!r} is {type(fn).__name__} with "
             f"{event_dims}: leave tokens out."
         )
-    if tokens is None and event_dims == 1 and classes is not None:
-        raise ValueError(
-            f"Site {site!r} has event shape {tuple(fn.batch_shape[-1:])}: "
-            "several outcomes, one for each token perhaps, not one class a datum. Say "
-            "which by tokens='last' or tokens='each', or draw outcomes by "
-            "pyro.infer.Predictive."
-        )
+    if tokens is None and several:
+        return "labels" if is_binary(likelihood) else "each"
+    return tokens
+
+
+def is_binary(likelihood: Likelihood) -> bool:
+    """Whether an outcome is a yes or no, of one logit, as a Bernoulli's.
+
+    Args:
+        likelihood: Of classes.
+    """
+    assert likelihood.classes is not None
+    is_one = likelihood.predictor.shape[-1] == 1
+    return is_one and likelihood.classes.cutpoints is None
 
 
 @dataclass(frozen=True, eq=False)
@@ -366,19 +375,21 @@ class ChosenTokens:
     num_data: int
 
 
-def chosen_tokens(mask: Tensor, tokens: WhichTokens, site: str) -> ChosenTokens:
+def chosen_tokens(mask: Tensor, which: WhichOutcomes, site: str) -> ChosenTokens:
     """The outcomes asked for.
 
     Args:
         mask: Which outcomes count, (B, T).
-        tokens: ``"last"``: the last one of each datum; ``"each"``: all.
+        which: ``"last"``: the last one of each datum; ``"each"``: all; ``"labels"``:
+            those that don't count, too.
         site: The likelihood's site.
 
     Raises:
         ValueError: If a datum has none, with ``"last"``.
     """
-    if tokens == "each":
-        rows, places = mask.nonzero(as_tuple=True)
+    if which != "last":
+        every = torch.ones_like(mask) if which == "labels" else mask
+        rows, places = every.nonzero(as_tuple=True)
         return ChosenTokens(rows, places, len(mask))
     empty = (~mask.any(1)).nonzero()
     if len(empty):

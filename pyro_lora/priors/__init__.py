@@ -14,6 +14,7 @@ from pyro_lora.priors.previous_posterior import from_posterior
 from pyro_lora.priors.rank_ard import rank_ard
 from pyro_lora.priors.site_priors import by_site
 from pyro_lora.priors.spectral import spectral
+from pyro_lora.priors.subspace import subspace
 
 __all__ = [
     "Prior",
@@ -27,4 +28,5 @@ __all__ = [
     "rank_ard",
     "spectral",
     "student_t",
+    "subspace",
 ]

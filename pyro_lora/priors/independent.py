@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyro_lora.ground.settings import check_number, check_positive
 from pyro_lora.ground.summary import FieldsShown
+from pyro_lora.ground.synchronisation import scalar
 from pyro_lora.ground.weights import check_weights
 from pyro_lora.lifting.prior import Network
 
@@ -170,7 +171,7 @@ def _over_site(
     what: str,
 ) -> Tensor:
     value = values[site] if isinstance(values, Mapping) else values
-    tensor = torch.as_tensor(value, dtype=zeros.dtype, device=zeros.device)
+    tensor = scalar(value, zeros)
     try:
         return tensor.expand(zeros.shape)
     except RuntimeError as error:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, Protocol, runtime_checkable
 
 import pyro
@@ -277,14 +278,17 @@ def _components(
         gaussians = posterior.gaussians()
         if sum(weight for weight, _ in gaussians) > 1 - _ROUNDING:
             return [
-                (torch.tensor(weight, dtype=torch.float64).log(), _gaussian(part))
-                for weight, part in gaussians
+                (_number(weight).log(), _gaussian(part)) for weight, part in gaussians
             ]
         if posterior.num_samples is not None:
             particles = posterior.sample(posterior.num_samples)
             return _normals_at({s: x.detach() for s, x in particles.items()}, bandwidth)
     check_function("posterior", posterior, "a posterior with a density, or a guide")
-    return [(torch.zeros(()), _Independent(_distributions(posterior)))]
+    return [(_number(0.0), _Independent(_distributions(posterior)))]
+
+
+def _number(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64, device="cpu")
 
 
 def _gaussian(posterior: Any) -> Component:
@@ -328,7 +332,7 @@ def _normals_at(
                 "give no bandwidth. Give from_posterior(..., bandwidth=)."
             )
 
-    log_weight = torch.tensor(-math.log(num_particles), dtype=torch.float64)
+    log_weight = _number(-math.log(num_particles))
     return [
         (log_weight, _NormalAt({s: x[k] for s, x in particles.items()}, widths))
         for k in range(num_particles)
@@ -383,7 +387,7 @@ class _Dense(FieldsShown):
     def _root(self, sites: tuple[str, ...]) -> Tensor:
         for site in sites:
             _check_there(site, self.loc)
-        ends = torch.tensor([x.numel() for x in self.loc.values()]).cumsum(0).tolist()
+        ends = [*accumulate(x.numel() for x in self.loc.values())]
         places = {
             site: torch.arange(end - x.numel(), end, device=self.covariance.device)
             for (site, x), end in zip(self.loc.items(), ends, strict=True)

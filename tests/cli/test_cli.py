@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -44,6 +45,7 @@ from pyro_lora.cli.saved_classifier import (
     load_with,
     remembered,
     save_with,
+    settings_of,
     text_batches,
 )
 from pyro_lora.cli.text_files import Texts
@@ -148,7 +150,7 @@ def python_side(place: Place, names: tuple[str, ...] = ("0", "1")) -> Any:
 
 
 def texts(texts: list[str], labels: list[str]) -> Texts:
-    return Texts(Path("x"), "text", "label", texts, labels, range(len(texts)))
+    return Texts(Path("x"), "text", "label", texts, labels, "line {}".format)
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -381,7 +383,7 @@ def test_spreadsheets_files_and_ragged_ones(
     for name, text, message in (
         ("short.csv", "text,label\na film,1\na play\n", "line 3: no value for 'label'"),
         ("bad.jsonl", '{"text": "a", "label": 1}\n{"te', "line 2: not JSON"),
-        ("list.jsonl", "[1]\n", "line 1: expected one JSON object in each line"),
+        ("list.jsonl", "[1]\n", "line 1: not JSON as expected (Expected `object`"),
         ("null.jsonl", '{"text": null, "label": 1}', "line 1: no value for 'text'"),
     ):
         file = tmp_path / name
@@ -406,7 +408,7 @@ def test_errors_are_sentences(place: Place, laplace: Path, tmp_path: Path) -> No
     )
     for args, message in (
         ((*fit, empty, out), "has no rows"),
-        ((*fit, other, out), "ends in .csv or .jsonl"),
+        ((*fit, other, out), "ends in .csv, .tsv, .parquet, .json or .jsonl"),
         ((*fit, place.train, out, "--text-column", "t"), "has no column 't'"),
         ((*fit, three, out), "line 2: label '2' isn't one of the classes '0', '1'"),
         (("fit", bert, place.train, out), "knows SEQ_CLS"),
@@ -474,16 +476,17 @@ def test_the_commands_on_the_page_are_understood(
     monkeypatch.chdir(tmp_path)
     for file in ("train.csv", "dev.csv", "test.csv", "reviews.jsonl"):
         Path(file).touch()
-    for folder in ("my_adapter", "posterior", "particles"):
+    for folder in ("my_adapter", "posterior", "particles", "saved"):
         Path(folder).mkdir()
     commands: Any = get_command(app)
     for name, rest in ON_THE_PAGE:
         context = commands.commands[name].make_context(name, shlex.split(rest))
         given = context.params["posterior"]
-        assert Path(given).name in ("posterior", "particles")
+        assert Path(given).name in ("posterior", "particles", "stars", "saved")
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:A Gaussian over several layers describes")
 def test_the_commands_on_the_page_run(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -496,16 +499,16 @@ def test_the_commands_on_the_page_run(
         for text, label in zip(TEXTS, LABELS, strict=True)
     ]
     Path("reviews.jsonl").write_text("\n".join(map(json.dumps, stars)))
+    lora, *_ = python_side(place)
+    pl.save(pl.ensemble(lora, [lora.weights()] * 2), "saved")
     for name, rest in ON_THE_PAGE:
-        if name == "diagnose":  # the last fit was of other columns
-            run("fit", "my_adapter", "train.csv", "posterior")
         run(name, *shlex.split(rest))
     assert {path.name for path in tmp_path.iterdir()} >= {
         *("posterior", "particles", "adapters", "predictions.csv")
     }
 
 
-def settings_of(place: Place, names: tuple[str, str]) -> Settings:
+def settings_for(place: Place, names: tuple[str, str]) -> Settings:
     return Settings(
         adapter=str(place.adapter),
         label_names=names,
@@ -524,7 +527,7 @@ def test_a_posterior_never_meets_another_fit_s_settings(
     """Killed at each operation on files, the two are those of one and the same fit."""
     lora, *_ = python_side(place)
     fits = [
-        (pl.ensemble(lora, [lora.weights()] * n), settings_of(place, names))
+        (pl.ensemble(lora, [lora.weights()] * n), settings_for(place, names))
         for n, names in ((2, ("0", "1")), (3, ("1", "0")))
     ]
     save_with(fits[0][0], tmp_path, fits[0][1])
@@ -546,8 +549,9 @@ def test_a_posterior_never_meets_another_fit_s_settings(
     while killed:
         with child(lambda: save_and_die(len(seen))) as pid:
             killed = os.WIFSIGNALED(os.waitpid(pid, 0)[1])
-        settings = remembered(tmp_path)
-        found: Any = load_with(tmp_path, settings, lora)
+        fitted = remembered(tmp_path)
+        found: Any = load_with(tmp_path, fitted, lora)
+        settings = settings_of(tmp_path, fitted)
         seen.append(settings == fits[1][1])
         assert settings == fits[seen[-1]][1]
         assert found.num_particles == fits[seen[-1]][0].num_particles
@@ -562,11 +566,116 @@ def test_a_posterior_that_is_replaced_while_it_is_read_is_refused(
 ) -> None:
     lora, *_ = python_side(place)
     particles = pl.ensemble(lora, [lora.weights()] * 2)
-    save_with(particles, tmp_path, settings_of(place, ("1", "0")))
+    save_with(particles, tmp_path, settings_for(place, ("1", "0")))
     with pytest.raises(ValueError, match="was written to while it was read"):
-        load_with(tmp_path, settings_of(place, ("0", "1")), lora)
-    pl.save(particles, tmp_path)  # from Python, without settings
-    assert "has no settings" in run("predict", tmp_path, place.test, code=1)
+        load_with(tmp_path, settings_for(place, ("0", "1")), lora)
+
+
+def test_a_posterior_saved_from_python_is_read(place: Place, tmp_path: Path) -> None:
+    lora, model, settings = python_side(place)
+    particles = pl.ensemble(lora, [lora.weights()] * 2)
+    pl.save(particles, tmp_path / "saved")
+    without = run("predict", tmp_path / "saved", place.test, code=1)
+    assert "name it by --adapter" in without.replace("\n", " ")
+    data = tmp_path / "data.tsv"
+    lines = [
+        f"{t}\t{'pos' if y else 'neg'}" for t, y in zip(TEXTS, LABELS, strict=True)
+    ]
+    data.write_text("\n".join(["review\tmood", *lines]))
+    options = ("--text-column", "review", "--label-column", "mood")
+    options = ("--adapter", place.adapter, "--label-names", "neg,pos", *options)
+    out = tmp_path / "p.csv"
+    assert "accuracy" in run(
+        "predict", tmp_path / "saved", data, *options, "--output", out
+    )
+    test = texts(TEXTS, [str(int(y)) for y in LABELS])
+    expected = pl.predict(
+        particles, text_batches(test, settings, 32, lora), model=model
+    )
+    found = [float(row["p_pos"]) for row in rows(out)]
+    assert found == pytest.approx(expected.probs[:, 1].tolist(), abs=1e-5)
+    assert "12 data" in run("diagnose", tmp_path / "saved", data, *options)
+    run("export", tmp_path / "saved", tmp_path / "out", "--adapter", place.adapter)
+    assert len(list((tmp_path / "out").iterdir())) == 2
+
+
+def test_a_posterior_and_its_adapter_move_together(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    shutil.copytree(place.adapter, "adapter")
+    run("fit", "adapter", place.train, "posterior")
+    shutil.move(tmp_path / "here", tmp_path / "there")
+    monkeypatch.chdir(tmp_path)
+    assert "accuracy" in run("predict", "there/posterior", place.test)
+    shutil.move("there/adapter", "adapter")
+    moved = run("predict", "there/posterior", place.test, code=1)
+    assert "Say where it is by --adapter" in moved.replace("\n", " ")
+    found = run("predict", "there/posterior", place.test, "--adapter", "adapter")
+    assert "accuracy" in found
+
+
+def test_nothing_is_replaced_unasked(
+    place: Place, laplace: Path, tmp_path: Path
+) -> None:
+    before = (laplace / "manifest.json").read_bytes()
+    again = run("fit", place.adapter, place.train, laplace, code=1)
+    assert "holds a posterior already" in again
+    assert (laplace / "manifest.json").read_bytes() == before
+    out = tmp_path / "p.csv"
+    out.write_text("of yesterday")
+    predict = ("predict", laplace, place.test, "--output", out)
+    assert "is there already" in run(*predict, code=1)
+    assert out.read_text() == "of yesterday"
+    run(*predict, "--replace")
+    assert len(rows(out)) == len(TEXTS)
+    run("fit", place.adapter, place.train, tmp_path / "p")
+    run("fit", place.adapter, place.train, tmp_path / "p", "--replace", "--epochs", 1)
+
+
+def test_fit_says_how_often_the_adapter_is_right(place: Place, tmp_path: Path) -> None:
+    right = run("fit", place.adapter, place.train, tmp_path / "right")
+    lora, model, settings = python_side(place)
+    train = texts(TEXTS, [str(int(y)) for y in LABELS])
+    at_mode = pl.predict(
+        pl.ensemble(lora, [lora.weights()]),
+        text_batches(train, settings, 32, lora),
+        model=model,
+    )
+    accuracy = at_mode.metrics()["accuracy"]
+    assert re.search(rf"accuracy of the adapter\W+{accuracy:.4g}", right)
+    assert "most frequent class" not in right
+    assert "accuracy after training" not in right
+    turned = write_csv(tmp_path / "turned.csv", {True: "neg", False: "pos"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")  # as in a terminal
+        wrong = run(
+            "fit", place.adapter, turned, tmp_path / "p", "--label-names", "neg,pos"
+        )
+    assert f"{1 - accuracy:.1%} of the texts" in wrong.replace("\n", " ")
+
+
+def test_the_version_is_printed() -> None:
+    assert run("--version") == f"pyro-lora {version('pyro-lora')}\n"
+
+
+@pytest.mark.parametrize(("option", "offline"), [((), "1"), (("--online",), "0")])
+def test_the_hub_is_asked_only_if_that_is_allowed(
+    place: Place,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    option: tuple[str, ...],
+    offline: str,
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "whatever it is")
+    adapter = altered_adapter(
+        place, tmp_path / "adapter", base_model_name_or_path="nobody/nothing"
+    )
+    output = run("fit", adapter, place.train, tmp_path / "p", *option, code=1)
+    assert os.environ["HF_HUB_OFFLINE"] == offline
+    assert "'nobody/nothing' can't be loaded" in output.replace("\n", " ")
+    assert "--online fetches it" in output.replace("\n", " ")
 
 
 def altered_adapter(place: Place, folder: Path, **config: Any) -> Path:
@@ -682,7 +791,7 @@ def test_classes_are_those_of_the_adapter(place: Place, tmp_path: Path) -> None:
         output = run("fit", place.adapter, data, tmp_path / "q", code=1)
         assert f"{data}, line 3: " in output
         assert f"label {label!r} isn't one of the classes '0', '1'" in output
-    options = ("--label-names", "a,b,c")
+    options = ("--label-names", "0,1,2")
     output = run("fit", place.adapter, place.train, tmp_path / "q", *options, code=1)
     assert "--label-names: 3 names, but the network has 2 classes" in output
 

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pandas
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -47,7 +48,10 @@ def test_what_is_written_is_read(
         writer.writerows([("text", "label"), *rows])
     lines = [json.dumps({"text": t, "label": y}, ensure_ascii=mark) for t, y in rows]
     file_of(folder, end.join(lines), "a.jsonl")
-    for name in ("a.csv", "a.jsonl"):
+    frame = pandas.DataFrame(rows, columns=["text", "label"])
+    frame.to_csv(folder / "a.tsv", sep="\t", index=False, quoting=csv.QUOTE_ALL)
+    frame.to_parquet(folder / "a.parquet")
+    for name in ("a.csv", "a.tsv", "a.jsonl", "a.parquet"):
         found = read_texts(folder / name, "text", "label")
         assert list(zip(found.texts, found.labels or (), strict=True)) == rows
 
@@ -59,7 +63,7 @@ def test_what_is_written_is_read(
         st.text().map(lambda text: (HEADER + text).encode("utf-8", "surrogatepass")),
         st.text('{}[]":,\\u0d8 texlab\n').map(str.encode),
     ),
-    name=st.sampled_from(["a.csv", "a.jsonl"]),
+    name=st.sampled_from(["a.csv", "a.tsv", "a.jsonl", "a.parquet"]),
 )
 def test_any_bytes_are_read_or_refused_by_name(
     content: bytes, name: str, tmp_path_factory: pytest.TempPathFactory
@@ -86,20 +90,24 @@ GOOD = '{"text": "a film", "label": 0}\n'
         ("a.csv", HEADER + '"a" film,0\n', "line 2: not CSV"),
         ("a.csv", HEADER + "a film,0\n ,1\n", "line 3: the text is empty"),
         ("a.csv", "text,label,text\na,1,b\n", "line 1: column 'text' is there twice"),
+        ("a.csv", HEADER + '\n"a\nb",0\na,b,1,2\n', "line 5: 4 values for 2 columns"),
+        ("a.csv", HEADER + "a,b,1,2\n", "line 2: 4 values for 2 columns"),
+        ("a.tsv", 'text\tlabel\n"a film\t0\n', "line 2: not TSV"),
         ("a.csv", HEADER + "a\0b,1\n", "line 2: found a NUL byte"),
         ("a.csv", (HEADER + "a,1\ncafé,1").encode("latin-1"), "line 3: .* 0xe9"),
         ("a.csv", (HEADER + "a,1\n").encode("utf-16"), "line 1: .* isn't UTF-8"),
         ("a.jsonl", GOOD + "[" * 100_000, "line 2: not JSON"),
         ("a.jsonl", GOOD + '{"text": "a", "label": ' + "9" * 5000, "line 2: not JSON"),
-        ("a.jsonl", GOOD + r'{"text": "\ud800", "label": 1}', "line 2: .* surrogate"),
+        ("a.jsonl", GOOD + r'{"text": "\ud800", "label": 1}', "line 2: .*surrogate"),
         *(
             ("a.jsonl", GOOD + f'{{"text": {value}, "label": 1}}', "line 2: 'text' is")
-            for value in ("3", "true", "[1]", '{"a": 1}', "NaN")
+            for value in ("3", "true", "[1]", '{"a": 1}')
         ),
         *(
             ("a.jsonl", GOOD + f'{{"text": "a", "label": {value}}}', "line 2: 'label'")
-            for value in ("1.0", "true", "[1]", '{"a": 1}', "NaN", "-Infinity")
+            for value in ("1.0", "true", "[1]", '{"a": 1}')
         ),
+        ("a.jsonl", GOOD + '{"text": NaN}', "line 2: not JSON"),
         ("a.jsonl", '{"text": "a"}\n' + GOOD, "line 1: no value for 'label'"),
     ],
 )
@@ -119,7 +127,20 @@ def test_long_fields_and_lines_of_many_rows(tmp_path: Path) -> None:
     path = file_of(tmp_path, HEADER + f'"{long}",1\n\n"a\nplay",0\n')
     found = read_texts(path, "text", "label")
     assert found.texts == [long, "a\nplay"]
-    assert found.lines == [2, 4]
+    assert [found.where(n) for n in (0, 1)] == [f"{path}, line {n}" for n in (2, 4)]
+
+
+def test_parquet_s_rows_are_counted(tmp_path: Path) -> None:
+    frame = pandas.DataFrame({"text": ["a", None, "b"], "label": [1, 0, None]})
+    path = tmp_path / "a.parquet"
+    frame.to_parquet(path)
+    with pytest.raises(ValueError, match=r"a.parquet, row 2: no value for 'text'"):
+        read_texts(path, "text", "label")
+    frame[["text"]].dropna().to_parquet(path)
+    assert read_texts(path, "text", "label", optional=True).labels is None
+    path.write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match=r"a.parquet: not Parquet"):
+        read_texts(path, "text", "label")
 
 
 def test_labels_are_optional_all_or_none(tmp_path: Path) -> None:
@@ -159,11 +180,15 @@ def test_outputs_are_no_inputs(tmp_path: Path) -> None:
         tmp_path / "posterior" / "new" / "p.csv",
     ):
         with pytest.raises(ValueError, match=r"--output .* would write over"):
-            check_output(output, inputs)
+            check_output(output, inputs, replace=True)
     with pytest.raises(ValueError, match="there is no folder"):
-        check_output(tmp_path / "none" / "p.csv", inputs)
-    check_output(tmp_path / "p.csv", inputs)
-    check_output(Path("/dev/null"), inputs)
+        check_output(tmp_path / "none" / "p.csv", inputs, replace=False)
+    check_output(tmp_path / "p.csv", inputs, replace=False)
+    check_output(Path("/dev/null"), inputs, replace=False)
+    there = file_of(tmp_path, "of yesterday", "p.csv")
+    with pytest.raises(ValueError, match=r"p.csv is there already.*--replace"):
+        check_output(there, inputs, replace=False)
+    check_output(there, inputs, replace=True)
 
 
 def test_targets_are_looked_at_beforehand(tmp_path: Path) -> None:

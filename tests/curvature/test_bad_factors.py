@@ -35,11 +35,11 @@ class Changed(LayerStructure):
     of_gradients: Change
     rank: int | None = None
 
-    def input_factor(self, a: Tensor, counts: Tensor) -> Any:
+    def input_factor(self, a: Tensor, counts: Any) -> Any:
         wide = a.shape[-1] == 16
         return *KFAC(rank=self.rank).input_factor(a, counts), wide
 
-    def gradient_factor(self, inputs: Any, g: Tensor, counts: Tensor) -> Tensor:
+    def gradient_factor(self, inputs: Any, g: Tensor, counts: Any) -> Tensor:
         return KFAC(rank=self.rank).gradient_factor(inputs, g, counts)
 
     def combine(self, inputs: Any, gradients: Tensor) -> KroneckerFactors:
@@ -53,10 +53,10 @@ class Changed(LayerStructure):
 class ChangedDiagonal(LayerStructure):
     change: Change
 
-    def input_factor(self, a: Tensor, counts: Tensor) -> Tensor:
+    def input_factor(self, a: Tensor, counts: Any) -> Tensor:
         return a
 
-    def gradient_factor(self, inputs: Tensor, g: Tensor, counts: Tensor) -> Tensor:
+    def gradient_factor(self, inputs: Tensor, g: Tensor, counts: Any) -> Tensor:
         return Diagonal().gradient_factor(inputs, g, counts)
 
     def combine(self, inputs: Tensor, gradients: Tensor) -> DiagonalFactors:

@@ -1,10 +1,12 @@
 """Digests are equal where values are, in other processes too, and only there."""
 
+import abc
 import functools
 import hashlib
 import importlib
 import subprocess
 import sys
+from collections.abc import Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,3 +115,13 @@ def test_an_expanded_number_is_its_value() -> None:
     one = torch.tensor(2.0)
     assert digest(one.expand(1)) == digest(torch.tensor([2.0]))
     assert digest(one.expand(3, 2)) == digest(torch.full((3, 2), 2.0))
+
+
+def test_classes_that_are_registered_elsewhere_change_nothing() -> None:
+    kinds = functools.singledispatch(lambda value: "any")
+    kinds.register(Sized, lambda value: "sized")
+    before = digest(kinds)
+    abc.ABCMeta("Other", (), {}).register(int)  # as an import may
+    kinds([1])
+    kinds.register(str, lambda value: "text")  # a likelihood of another model, say
+    assert digest(kinds) == before

@@ -13,6 +13,7 @@ from pyro import poutine
 from torch import Tensor
 
 import pyro_lora as pl
+from pyro_lora.curvature import data_sums
 from pyro_lora.curvature.structures import Structure
 from tests.curvature.gauss_newton import split
 from tests.networks import batch, bert
@@ -26,6 +27,8 @@ STRUCTURES = [
     pl.structures.EKFAC(),
     pl.structures.Diagonal(),
     pl.structures.Dense(),
+    pl.structures.Exact(),
+    pl.structures.Exact(num_inducing=4),
 ]
 Batch = dict[str, Tensor]
 
@@ -70,8 +73,7 @@ def test_a_resumed_fit_is_the_uninterrupted_one(
     guide.laplace_approximation(batches)  # sets the guide up
     torch.manual_seed(5)
     expected = guide.laplace_approximation(batches)
-    num_passes = 2 if structure == pl.structures.EKFAC() else 1
-    for after in range(1, 4 * num_passes):
+    for after in range(1, 4 * structure.num_passes):
         torch.manual_seed(5)
         with pytest.raises(PowerCutError):
             guide.laplace_approximation(
@@ -84,6 +86,36 @@ def test_a_resumed_fit_is_the_uninterrupted_one(
         posterior = again.laplace_approximation(batches, checkpoint=tmp_path / "fit")
         assert_identical(posterior, expected)
         assert not list((tmp_path / "fit").iterdir())
+
+
+def test_rows_are_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data_sums, "_REST", 0)  # a write after each batch
+    lora, batches = pl.lift(bert(3)), split(batch(7, num_labels=3), 2)
+    guide = guide_of(lora, structure=pl.structures.Exact())
+    expected = guide.laplace_approximation(batches).refine()
+    with pytest.raises(PowerCutError):
+        guide.laplace_approximation(Interrupted(batches, 2), checkpoint=tmp_path)
+    written = {x: x.stat().st_mtime_ns for x in tmp_path.glob("fisher/rows-*/*.json")}
+    assert {x.parent.name for x in written} == {"rows-0", "rows-1"}
+    with pytest.raises(PowerCutError):
+        guide.laplace_approximation(Interrupted(batches, 3), checkpoint=tmp_path)
+    assert {x.name for x in tmp_path.glob("fisher/rows-*")} == {
+        "rows-0",
+        "rows-1",
+        "rows-2",
+    }
+    assert all(x.stat().st_mtime_ns == then for x, then in written.items())
+    # A crash between the rows and the state that names them leaves rows behind.
+    (tmp_path / "fisher" / "rows-2").rename(tmp_path / "fisher" / "rows-3")
+    (tmp_path / "fisher" / "rows-1").rename(tmp_path / "rows-1")
+    with pytest.raises(ValueError, match=r"rows-1.*start anew"):
+        guide.laplace_approximation(batches, checkpoint=tmp_path)
+    (tmp_path / "rows-1").rename(tmp_path / "fisher" / "rows-1")
+    (tmp_path / "fisher" / "rows-3").rename(tmp_path / "fisher" / "rows-2")
+    posterior = guide.laplace_approximation(batches, checkpoint=tmp_path).refine()
+    assert_identical(posterior, expected)
+    assert torch.equal(posterior.leave_one_out(), expected.leave_one_out())
+    assert not list(tmp_path.iterdir())
 
 
 def test_batches_done_are_not_computed_again(tmp_path: Path) -> None:

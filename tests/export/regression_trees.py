@@ -1,5 +1,7 @@
 """Trees of linear regression by several kinds of posterior, exact or nearly so."""
 
+from functools import cache
+
 import pyro
 import xarray
 from pyro.infer import SVI, Trace_ELBO, autoguide
@@ -11,15 +13,15 @@ from tests.infer.linear_regression import LinearRegression, linear_regression
 Trees = dict[str, xarray.DataTree]
 
 
-def regression_task() -> LinearRegression:
-    """Under a prior so narrow that no datum pulls too hard for importance sampling."""
+@cache
+def regression_trees() -> tuple[LinearRegression, Trees]:
+    """By Laplace, SVGD and an autoguide, once for all files that look at them.
+
+    Under a prior so narrow that no datum pulls too hard for importance sampling.
+    """
     pyro.set_rng_seed(1)
     pyro.clear_param_store()
-    return linear_regression(prior_sd=0.1)
-
-
-def regression_trees(task: LinearRegression) -> Trees:
-    """By Laplace, SVGD and an autoguide."""
+    task = linear_regression(prior_sd=0.1)
     laplace = task.laplace(structure=pl.structures.Dense())
     svgd = pl.SVGD(
         task.model,
@@ -35,10 +37,11 @@ def regression_trees(task: LinearRegression) -> Trees:
     for _ in range(400):
         svi.step(**task.whole)
     model, batches = task.model, task.batches
-    return {
+    trees = {
         "Laplace": pl.to_datatree(laplace, num_samples=1000, batches=batches),
         "SVGD": pl.to_datatree(svgd.posterior(), batches=batches),
         "AutoNormal": pl.to_datatree(
             guide, num_samples=1000, model=model, batches=batches
         ),
     }
+    return task, trees

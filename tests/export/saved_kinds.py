@@ -138,6 +138,12 @@ def numbers_of(posterior: Any, lora: pl.LiftedNetwork) -> Numbers:
         check(0 < posterior.scale <= 1, "scale")
         check(found["log_prob"].isfinite().all(), "log_prob")
         return found | {"scale": torch.tensor(posterior.scale)}
+    if isinstance(posterior, pl.methods.GaussianPosterior):
+        check(found["log_prob"].isfinite().all(), "log_prob")
+        check(posterior.log_prob(draws).isfinite().all(), "log_prob of draws")
+        return (
+            found | posterior.scale | {f"r/{s}": x for s, x in posterior.rows.items()}
+        )
     found["log_evidence"] = posterior.log_evidence()
     for name in ("log_prob", "log_evidence"):
         check(found[name].isfinite().all(), f"{name} isn't finite")
@@ -179,6 +185,19 @@ def refined() -> tuple[Any, pl.LiftedNetwork]:
 def scaled() -> tuple[Any, pl.LiftedNetwork]:
     posterior, lora = laplace(sites="last_layer")
     return posterior.for_sampling(batches(), num_samples=2), lora
+
+
+def normal() -> tuple[Any, pl.LiftedNetwork]:
+    setting = Setting()
+    weights = setting.lora.weights()
+    a, b, *others = weights
+    scale = {site: torch.rand_like(weights[site]) + 0.5 for site in [b, others[0]]}
+    rows = {a: torch.eye(2).double() + 0.1 * torch.randn(1, 2, 2).double()}
+    deviations = {site: torch.randn(3, *x.shape).double() for site, x in scale.items()}
+    posterior = pl.methods.GaussianPosterior(
+        weights, scale, (setting.lora,), setting.model, "y", rows, deviations
+    )
+    return posterior, setting.lora
 
 
 def of_parameters() -> tuple[Any, pl.LiftedNetwork]:
@@ -322,6 +341,7 @@ KINDS: dict[str, Callable[[], Kind]] = {
     ),
     "refined": partial(posterior_kind, refined),
     "scaled": partial(posterior_kind, scaled),
+    "normal": partial(posterior_kind, normal),
     "prior with parameters": partial(posterior_kind, of_parameters),
     "particles": partial(posterior_kind, of_particles),
     "mixture": partial(posterior_kind, of_mixture),

@@ -19,11 +19,7 @@ from pyro.infer import MCMC, NUTS
 from torch.distributions import Normal
 
 import pyro_lora as pl
-from tests.export.regression_trees import (
-    Trees,
-    regression_task,
-    regression_trees,
-)
+from tests.export.regression_trees import Trees, regression_trees
 from tests.infer.linear_regression import NOISE_SD, linear_regression
 from tests.predict import models
 
@@ -47,8 +43,8 @@ def close_figures() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def fits() -> tuple[Any, Trees]:
     """Linear regression by each kind of posterior."""
-    task = regression_task()
-    trees = regression_trees(task)
+    task, trees = regression_trees()
+    trees = dict(trees)
     nuts = NUTS(task.model, max_tree_depth=3)
     mcmc = MCMC(nuts, num_samples=250, warmup_steps=60, disable_progbar=True)
     mcmc.run(**task.whole)

@@ -60,6 +60,7 @@ def which(
     return index
 
 
+@pytest.mark.slow  # the test below kills at every operation, this one anywhere
 def test_killed_at_random(tmp_path: Path) -> None:
     lora, posteriors = old_and_new(tmp_path)
 

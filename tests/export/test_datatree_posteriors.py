@@ -77,7 +77,7 @@ def test_linearised_draws_have_the_moments_of_the_closed_form() -> None:
     lora, model = models.classifier()
     batches = models.two_batches()
     posterior = models.laplace(lora, model, batches)
-    num = 4000
+    num = 1000
     tree = pl.to_datatree(posterior, batches=batches, num_samples=num)
     log_p = tree["log_likelihood"]["y"].values[0]  # (S, N)
     contrast = log_p - np.log1p(-np.exp(log_p))  # of the label's logit

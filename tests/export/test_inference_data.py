@@ -19,7 +19,7 @@ import torch
 import xarray
 
 import pyro_lora as pl
-from tests.export.regression_trees import Trees, regression_task, regression_trees
+from tests.export.regression_trees import Trees, regression_trees
 from tests.infer.linear_regression import linear_regression
 from tests.predict import models
 
@@ -100,7 +100,7 @@ def test_old_arviz_itself(tree: xarray.DataTree, tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def fits() -> Trees:
     old_arviz()
-    return regression_trees(regression_task())
+    return regression_trees()[1]
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -348,7 +348,7 @@ def test_held_out_nll_at_the_grids_end_warns(slope: float, per: Any) -> None:
     loc = {"a": torch.zeros(2, 3), "b": torch.zeros(1)}
 
     def losses(*args: Any) -> Tensor:
-        taus = [[t.log10().mean() for t in prior.values()] for prior in args[-1]]
+        taus = [[t.log10().mean() for t in prior.values()] for prior in args[3]]
         steps = torch.tensor(taus)  # (G, sites)
         by_site = slope * steps if slope else (steps - 1).square()
         return by_site.sum(1)

@@ -90,11 +90,12 @@ def test_draws_are_predicted_from(setting: Setting) -> None:
 
 
 @pytest.mark.parametrize("name", ["fit", "step"])
-def test_batches_made_in_there_are_named(name: str, setting: Setting) -> None:
+def test_classes_made_in_there_are_as_good_as_others(
+    name: str, setting: Setting
+) -> None:
     with torch.inference_mode():
         setting["batches"] = models.two_batches()
-    with pytest.raises(ValueError, match=r"'labels' was made under torch\.inference"):
-        NEED[name](setting)
+    assert NEED[name](setting) is not None
 
 
 def test_a_network_made_in_there_is_named() -> None:

@@ -93,6 +93,8 @@ def test_a_skewed_target() -> None:
     assert ((normal - deciles).abs() > 0.1).any()
 
 
+# What the tests beside it see with closed forms, once more by a long chain.
+@pytest.mark.slow
 def test_a_logistic_model_agrees_with_nuts() -> None:
     # Two sites, an intercept and two slopes; 40 data leave room for skewness.
     x = torch.randn(40, 2).double()

@@ -124,7 +124,13 @@ SPREAD = {
 }
 
 
-@pytest.mark.parametrize("name", list(GUIDES))
+LONG = ("AutoStructured", "AutoIAFNormal", "AutoLowRankMultivariateNormal")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] if n in LONG else []) for n in GUIDES],
+)
 def test_svi_finds_the_exact_posterior(name: str) -> None:
     toy = Regression()
     guide = guide_of(name, toy)
@@ -206,6 +212,8 @@ def test_importance_weights_are_the_exact_evidence() -> None:
     assert_close(log_weights, expected, rtol=1e-10, atol=0)
 
 
+# That it runs is seen by test_conformance_sampling.
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", ["NUTS", "HMC"])
 def test_monte_carlo_finds_the_exact_posterior(kernel: str) -> None:
     toy = Regression()

@@ -1,20 +1,26 @@
 """Draws that keep their promise in the network itself."""
 
 import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from torch import Tensor
+from torch import Tensor, nn
 from torch.testing import assert_close
 
 import pyro_lora as pl
-from pyro_lora.posteriors.scaled_posterior import ScaledPosterior
+from pyro_lora.ground.ranks import ALONE
+from pyro_lora.posteriors.scaled_posterior import LossOfDraws, ScaledPosterior
 from tests.curvature.gauss_newton import assert_same, flatten, laplace, split
 from tests.infer.linear_regression import linear_regression
-from tests.networks import batch, bert, inputs
+from tests.networks import batch, bert, inputs, llama
+from tests.predict.language import language_model
+from tests.predict.language import texts as rows
 
 pytestmark = [
     pytest.mark.untrained,
@@ -140,6 +146,159 @@ def test_fixed_sites_and_other_latents_are_as_they_were(
     draws = found.sample(3)
     for site, value in posterior.fixed.items():
         assert_same(draws[site], value.expand(3, *value.shape))
+
+
+def test_all_draws_go_through_the_network_at_once(
+    lora: pl.LiftedNetwork, texts: dict[str, Tensor]
+) -> None:
+    posterior, seen = laplace(lora, texts, 3), []
+    layer = lora.network.base_model.model.bert.encoder.layer[0]
+    layer.register_forward_hook(lambda *_: seen.append(1))
+    posterior.for_sampling(split(texts, 3), num_samples=8)
+    # A trace, two draws and their stack; the center and up to 16 scales, three batches.
+    assert (len(seen) - 4) % 3 == 0
+    assert len(seen) <= 4 + 3 * (1 + 16)
+
+
+def double_loop(posterior: Any, weights: dict[str, Tensor], batches: Any) -> float:
+    """Nats a datum with an outcome, by one draw and one batch at a time."""
+    total, number = 0.0, 0
+    draws = len(next(iter(weights.values())))
+    for one in batches:
+        for s in range(draws):
+            at = {k: x[s] for k, x in weights.items()}
+            model = poutine.condition(posterior.model, at)
+            trace: Any = poutine.trace(model).get_trace(**one)
+            plates = {"y", "real"} & trace.nodes.keys()
+            for name in plates:
+                node = trace.nodes[name]
+                scale = node["scale"] / (5 / len(one["x"]))
+                log_prob = node["fn"].log_prob(node["value"])
+                total -= float((scale * log_prob).sum()) / draws
+        number += len(one["x"])
+    return total / number
+
+
+@pytest.mark.parametrize("num_draws", [1, 3, 11])
+def test_the_loss_of_draws_at_once_is_that_of_each(num_draws: int) -> None:
+    # Two sites, one of tokens behind masks, a gap in the other, and a latent scale.
+    network = nn.Linear(3, 4).double()
+    lora = pl.lift(network, prior=pl.priors.normal(scale=0.7))
+    x = torch.randn(5, 2, 3).double()
+    mask = torch.tensor([[1, 1], [1, 0], [1, 1], [1, 0], [1, 1]]).bool()
+    y, real = torch.randint(3, (5, 2)), torch.randn(5).double()
+    real[2] = torch.nan
+
+    def model(x: Tensor, mask: Tensor, y: Any = None, real: Any = None) -> None:
+        noise = pyro.sample("noise", dist.LogNormal(torch.tensor(0.0).double(), 1.0))
+        f = lora()(x)
+        with pyro.plate("data", 5, subsample=x), poutine.scale(scale=0.3):
+            tokens = dist.Categorical(logits=f[..., :3]).mask(mask).to_event(1)
+            pyro.sample("y", tokens, obs=y)
+            pyro.sample("real", dist.NanMaskedNormal(f[..., 0, 3], noise), obs=real)
+
+    whole = {"x": x, "mask": mask, "y": y, "real": real}
+    batches = [{k: v[i : i + 2] for k, v in whole.items()} for i in (0, 2, 4)]
+    start = {**lora.weights(), "noise": torch.tensor(0.5).double()}
+    guide = pl.AutoLaplace(
+        model, init_loc_fn=lora.init_to(start), obs_site=("y", "real")
+    )
+    posterior = guide.laplace_approximation(batches)
+    scaled = replace(posterior.scaled(), obs_site=("y", "real"))
+    draws = posterior.sample(num_draws)
+    one = {s: v[None] for s, v in posterior.mode().items()}
+    loss = LossOfDraws(
+        model, scaled.networks, scaled.obs_site, one, batches, ALONE, "for_sampling"
+    )
+    found = loss.at(draws)
+    assert abs(found - double_loop(posterior, draws, batches)) < 1e-12
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 12])
+def test_a_model_that_takes_no_stack_runs_draw_by_draw(size: int) -> None:
+    # Indexed from the left, or a latent scale that isn't put beside the classes' dim: a
+    # stack of as many draws as there are data would be mixed with them.
+    task = linear_regression()
+    batches = [
+        {"x": task.x[i : i + size], "y": task.y[i : i + size]}
+        for i in range(0, 12, size)
+    ]
+
+    def model_of(loc: Any) -> Any:
+        def model(x: Tensor, y: Tensor | None = None) -> None:
+            scale = pyro.sample("scale", dist.LogNormal(torch.zeros(()).double(), 1.0))
+            f = task.lora()(x)
+            with pyro.plate("data", len(task.x), subsample=x):
+                pyro.sample("y", dist.Normal(loc(f, scale), 0.5), obs=y)
+
+        return model
+
+    start = {**task.lora.weights(), "scale": torch.tensor(0.8).double()}
+    scales = []
+    for loc in (
+        lambda f, scale: (f * scale[..., None])[..., 0],
+        lambda f, scale: (f * scale)[..., 0],
+        lambda f, scale: f[:, 0] * scale,
+    ):
+        guide = pl.AutoLaplace(model_of(loc), init_loc_fn=task.lora.init_to(start))
+        posterior = guide.laplace_approximation(batches)
+        pyro.set_rng_seed(2)
+        found = posterior.for_sampling(batches, tolerance=0.02, num_samples=4)
+        scales.append(found.scale)
+    assert 0 < scales[0] < 1
+    assert scales[1:] == [scales[0]] * 2
+
+
+def test_each_gaussian_of_a_mixture_is_made_narrow(
+    lora: pl.LiftedNetwork, texts: dict[str, Tensor]
+) -> None:
+    gaussian = laplace(lora, texts, 3)
+    draws = [{s: x[0] for s, x in gaussian.sample(1).items()} for _ in range(2)]
+    particles = pl.ensemble(lora, draws)
+    mixture = pl.MixturePosterior([gaussian, particles], [0.25, 0.75])
+    pyro.set_rng_seed(1)
+    found = mixture.for_sampling(split(texts, 3), tolerance=0.1, num_samples=2)
+    pyro.set_rng_seed(1)
+    expected = gaussian.for_sampling(split(texts, 3), tolerance=0.1, num_samples=2)
+    first, second = found.components
+    assert isinstance(first, ScaledPosterior)
+    assert first.scale == expected.scale
+    assert second is particles
+    assert_same(found.weights, torch.tensor([0.25, 0.75]).double())
+    assert not found.gaussians()
+
+
+def test_adapters_are_of_the_narrow_one_where_rows_are_given(
+    lora: pl.LiftedNetwork, texts: dict[str, Tensor], tmp_path: Path
+) -> None:
+    posterior, rows = laplace(lora, texts, 3), split(texts, 3)
+    pyro.set_rng_seed(1)
+    pl.export_adapters(posterior, tmp_path / "found", 2, batches=iter(rows))
+    pyro.set_rng_seed(1)
+    narrow = posterior.for_sampling(rows)
+    pl.export_adapters(narrow, tmp_path / "expected", 2)
+    for index in range(2):
+        file = Path(f"draw_{index:03d}") / "adapter_model.safetensors"
+        found = (tmp_path / "found" / file).read_bytes()
+        assert found == (tmp_path / "expected" / file).read_bytes()
+    card = (tmp_path / "found" / "draw_000" / "README.md").read_text(encoding="utf-8")
+    assert "at chance" not in card
+
+
+def test_texts_are_of_the_narrow_one_where_rows_are_given() -> None:
+    lora = pl.lift(llama(None), prior=pl.priors.normal(scale=0.7))
+    guide = pl.AutoLaplace(
+        language_model(lora), init_loc_fn=lora.init_to_adapter(), fisher="mc"
+    )
+    posterior = guide.laplace_approximation([rows()])
+    prompt, settings = torch.tensor([[5, 23, 42]]), {"max_new_tokens": 3}
+    pyro.set_rng_seed(1)
+    found = pl.generate(posterior, prompt, 3, batches=[rows()], **settings)
+    pyro.set_rng_seed(1)
+    expected = pl.generate(posterior.for_sampling([rows()]), prompt, 3, **settings)
+    assert_same(found.log_probs, expected.log_probs)
+    with pytest.warns(UserWarning, match=r"generate\(..., batches=...\)"):
+        pl.generate(posterior, prompt, 3, **settings)
 
 
 def test_bad_arguments(lora: pl.LiftedNetwork, texts: dict[str, Tensor]) -> None:

@@ -190,6 +190,7 @@ PRIORS = {
     "rank_ard": pl.priors.rank_ard(other_scale=2.0),
     "orthogonal": pl.priors.orthogonal(2.0),
     "spectral": pl.priors.spectral(frobenius_scale=2.0),
+    "subspace": pl.priors.subspace(0.5, center=0.0),
     "by_site": pl.priors.by_site(
         {"head.*": pl.priors.normal(9.0), "*": pl.priors.normal()}
     ),

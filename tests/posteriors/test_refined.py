@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import pyro_lora as pl
+from pyro_lora.curvature import linear_model
+from pyro_lora.posteriors import prior_tuning
 from tests.curvature.gauss_newton import (
     assert_same,
     flatten,
@@ -470,6 +472,53 @@ def test_choosing_the_prior_of_a_refined_posterior(objective: Any, per: Any) -> 
             assert score(best) >= score(best.with_prior_precision(tau)) - 1e-2
 
 
+@pytest.mark.parametrize("num_inducing", [None, 5])
+@every_case
+def test_the_evidences_gradient_follows_the_mode(
+    case: Case, num_inducing: int | None
+) -> None:
+    task = Linear(case)
+    fit = task.fit(moved(task.lora), pl.structures.Exact(num_inducing=num_inducing))
+    refined = fit.refine("prior")
+    gaussian: Any = refined.gaussian
+    evidence = linear_model.FollowedEvidence(gaussian, refined.prior_mean)
+    log_tau = torch.tensor([0.4, 1.1]).double().requires_grad_()  # weight, bias
+
+    def value(log_tau: Tensor) -> Tensor:
+        tau = {s: log_tau[i].exp() for i, s in enumerate(task.lora.sites)}
+        return evidence(gaussian.rows.kernel(tau))
+
+    def through_the_posterior(log_tau: Tensor) -> Tensor:
+        tau = {s: log_tau[i].exp() for i, s in enumerate(task.lora.sites)}
+        return refined.with_prior_precision(tau).log_evidence()
+
+    found = value(log_tau)
+    assert_close(found, through_the_posterior(log_tau.detach()), rtol=1e-8, atol=1e-8)
+    (gradient,) = torch.autograd.grad(found, log_tau)
+    # Where the Fisher information isn't the Hessian modes are found to fewer digits.
+    step = 2e-3 * torch.eye(2).double()
+    differences = torch.stack(
+        [(value(log_tau + s) - value(log_tau - s)) / 4e-3 for s in step]
+    )
+    assert_close(gradient, differences.detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("per", ["all", "site", "layer"])
+def test_the_gradient_of_the_determinant_at_equal_precisions(per: str) -> None:
+    # Equal values, but each layer's own: their gradients aren't one and the same.
+    lora = pl.lift(bert(2), prior=pl.priors.normal(scale=0.7))
+    texts = batch(6, num_labels=2)
+    gradients = []
+    for structure in (pl.structures.Exact(), pl.structures.Dense()):
+        gaussian = laplace(lora, texts, structure=structure).gaussian
+        size = prior_tuning._num_precisions(gaussian.loc, per)
+        tau = torch.full((size,), 2.0).double().requires_grad_()
+        by_site = prior_tuning._spread(tau, gaussian.loc, per)
+        (gradient,) = torch.autograd.grad(gaussian.log_det(by_site), tau)
+        gradients.append(gradient)
+    assert_same(*gradients)
+
+
 @every_case
 def test_saved_and_loaded_it_can_be_refined_and_leaves_out(
     case: Case, tmp_path: Path
@@ -491,15 +540,28 @@ def test_saved_and_loaded_it_can_be_refined_and_leaves_out(
         assert_same_posterior(*again, 1e-9)
 
 
-def test_a_fit_by_rows_cannot_be_resumed(tmp_path: Path) -> None:
-    task = Linear(CASES["bernoulli"])
+@every_case
+def test_a_resumed_fit_is_refined_as_the_uninterrupted_one(
+    case: Case, tmp_path: Path
+) -> None:
+    task = Linear(case)
     guide = pl.AutoLaplace(
         task.model,
         init_loc_fn=task.lora.init_to_adapter(),
         structure=pl.structures.Exact(),
     )
-    with pytest.raises(ValueError, match="can't be resumed"):
-        guide.laplace_approximation([task.batch], checkpoint=tmp_path)
+    expected = guide.laplace_approximation([task.batch]).refine()
+
+    class EndsBadly(list[Any]):
+        def __iter__(self) -> Any:
+            yield task.batch
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        guide.laplace_approximation(EndsBadly(), checkpoint=tmp_path)
+    found = guide.laplace_approximation([task.batch], checkpoint=tmp_path).refine()
+    assert_same_posterior(found, expected, 0.0)
+    assert torch.equal(found.leave_one_out(), expected.leave_one_out())
 
 
 def test_rounding_of_float32_rows_is_no_variance() -> None:

@@ -26,6 +26,8 @@ from tests.predict.language import (
 )
 from tests.predict.models import guide_over
 
+pytestmark = pytest.mark.filterwarnings("ignore:A Gaussian over several layers")
+
 NEW, NUM_DRAWS, END = 4, 3, 2
 
 

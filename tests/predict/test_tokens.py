@@ -86,6 +86,15 @@ def test_each_token_equals_a_loop(lora: pl.LiftedNetwork, chunk_size: int) -> No
     assert_close(found.text_log_probs[has_tokens], torch.stack(together).log())
 
 
+def test_each_token_is_meant_where_nobody_says(lora: pl.LiftedNetwork) -> None:
+    model, batches = pl.models.language_model(lora, models.NUM_DATA), text_batches()
+    posterior = models.particles(lora, model)
+    found = pl.predict(posterior, batches)
+    expected = pl.predict(posterior, batches, tokens="each")
+    assert torch.equal(found.label_log_probs, expected.label_log_probs)
+    assert torch.equal(found.data, expected.data)
+
+
 def test_metrics_of_tokens(lora: pl.LiftedNetwork) -> None:
     model, batches = pl.models.language_model(lora, models.NUM_DATA), text_batches()
     found = pl.predict(
@@ -225,8 +234,6 @@ def test_the_last_tokens_take_one_backward_pass_for_all(
 def test_bad_requests_are_named(lora: pl.LiftedNetwork) -> None:
     model, batches = pl.models.language_model(lora, models.NUM_DATA), text_batches()
     posterior = models.particles(lora, model)
-    with pytest.raises(ValueError, match=r"tokens='last' or tokens='each'"):
-        pl.predict(posterior, batches, model=model)
     with pytest.raises(ValueError, match="tokens must be 'last', 'each' or None"):
         pl.predict(posterior, batches, model=model, tokens="first")
     batches[0]["labels"][2] = -100

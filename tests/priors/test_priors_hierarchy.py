@@ -190,7 +190,9 @@ def test_layer_scales_have_scipys_densities(centered_scales: bool) -> None:
     assert_close(log_prob, total, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["hierarchical", "student_t"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("hierarchical", marks=pytest.mark.slow), "student_t"]
+)
 def test_nuts_on_the_non_centred_form_finds_the_posterior(name: str) -> None:
     x = torch.tensor([0.5, -1.0, 1.5]).double()
     y = torch.tensor([0.9, -1.2, 2.6]).double()

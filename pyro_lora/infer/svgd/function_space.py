@@ -39,7 +39,11 @@ from pyro_lora.infer.svgd.weight_space import (
 )
 from pyro_lora.likelihood import likelihoods
 from pyro_lora.likelihood.data_plate import data_plate
-from pyro_lora.likelihood.outcomes import outcomes_that_count, single_outcomes
+from pyro_lora.likelihood.outcomes import (
+    may_not_count,
+    outcomes_that_count,
+    single_outcomes,
+)
 
 # Measured on MiniLM with 500 to 1,000 sentences: a strength of .4 N while particles
 # fit a minibatch better than .3 nats per datum keeps most of what repulsion gains in
@@ -47,12 +51,13 @@ from pyro_lora.likelihood.outcomes import outcomes_that_count, single_outcomes
 REPULSION, LOSS_LEVEL = 0.4, 0.3
 
 
-def gated_repulsion(loss: float, num_data: int) -> float:
+def gated_repulsion(loss: Tensor, num_data: int) -> Tensor:
     """0.4 N times the share by which the loss lies below 0.3 nats per datum.
 
     A loss that is negative, since a density exceeds 1, counts as 0.
     """
-    return REPULSION * num_data * max(0.0, 1 - max(loss, 0.0) / LOSS_LEVEL)
+    below = 1 - loss.double().clamp_min(0) / LOSS_LEVEL
+    return REPULSION * num_data * below.clamp_min(0)
 
 
 @dataclass(frozen=True)
@@ -60,19 +65,45 @@ class Predictions:
     """What K particles predict on a minibatch of B data.
 
     Attributes:
-        outputs: Predictors of all outcomes that count, (K, M), differentiable.
+        outputs: Predictors of all outcomes, (K, M), differentiable; 0 where one doesn't
+            count.
         loss: Negative log likelihood in nats per datum, (K,).
-        size: Data that count: those of which an outcome isn't masked.
+        size: Data that count, those of which an outcome isn't masked.
         score_norm: Norm of the full-data log likelihood's gradient in the outputs,
             (K,).
         num_data: N.
+        batch_size: B.
     """
 
     outputs: Tensor
     loss: Tensor
-    size: int
+    size: Tensor | int
     score_norm: Tensor
     num_data: int
+    batch_size: int
+
+    def over_ranks(self, at: ParticlePass) -> Predictions:
+        """Those of all particles on the whole batch, of this rank's on its share.
+
+        Args:
+            at: The model at the particles, on the batch.
+        """
+        data = at.data_over
+        if data.size == at.rows_over.size == 1:
+            return self
+        # Squares of a gradient's norm add up, but for each share's N / B.
+        square = at.mean_over_data(
+            self.score_norm.square() * self.batch_size, self.batch_size
+        )
+        batch_size = data.total(self.batch_size)
+        return Predictions(
+            at.whole(data.gathered(self.outputs.detach(), 1)),
+            at.whole(at.mean_over_data(self.loss, self.size)),
+            data.total(int(self.size)),
+            at.whole((square / batch_size).sqrt()),
+            self.num_data,
+            batch_size,
+        )
 
 
 def predictions(site: dict[str, Any], num_particles: int) -> Predictions:
@@ -97,21 +128,26 @@ def predictions(site: dict[str, Any], num_particles: int) -> Predictions:
         size,
         score.flatten(1).norm(dim=1) * plate.full_size / plate.size,
         plate.full_size,
+        plate.size,
     )
 
 
 def _outputs_and_score(site: dict[str, Any], num_particles: int) -> tuple[Tensor, ...]:
-    """Of the E outcomes that count, both (K, E, P); the score is a constant.
+    """Of E outcomes, both (K, E, P), 0 where one doesn't count; the score is constant.
 
     Raises:
         TypeError: If the type of the distribution isn't known.
     """
-    fn, counts = single_outcomes(site["fn"]).fn, outcomes_that_count(site)
-    counts = counts.reshape(num_particles, -1)[0]
+    fn = single_outcomes(site["fn"]).fn
+    counts = None
+    if may_not_count(site):  # the same for all particles
+        counts = outcomes_that_count(site).reshape(num_particles, -1, 1)[:1]
 
     def counted(x: Tensor) -> Tensor:
-        x = x.expand(*fn.batch_shape, x.shape[-1])
-        return x.reshape(num_particles, counts.numel(), -1)[:, counts]
+        x = x.expand(*fn.batch_shape, x.shape[-1]).reshape(
+            num_particles, fn.batch_shape.numel() // num_particles, -1
+        )
+        return x if counts is None else x.where(counts, torch.zeros_like(x))
 
     likelihood = likelihoods.of(fn)
     outputs = at_least_float32(counted(likelihood.predictor))
@@ -164,16 +200,20 @@ class FunctionSpace:
         particles' outputs must be known before the gradient of any.
         """
         pushes: list[Push] = []
-        if at.chunk_size < at.num_particles:
-            pushes.append(self._push(predictions_ahead(at), repulsion))
+        if not at.is_one_chunk:
+            ahead = predictions_ahead(at).over_ranks(at)
+            pushes.append(self._push(ahead, repulsion))
+        columns: list[slice] = []
 
         def objective(rows: slice, trace: Any, log_joint: Tensor) -> Tensor:
             at.target.check_observed(trace)
             site = likelihood_at_particles(trace, at.target.obs_site)
             own = predictions(site, log_joint.shape[0])
             if not pushes:  # these are all particles
-                pushes.append(self._push(own, repulsion))
-            push = pushes[0].by_output[rows]
+                pushes.append(self._push(own.over_ranks(at), repulsion))
+            if not columns:
+                columns.append(at.data_over.place(own.outputs.shape[1]))
+            push = pushes[0].by_output[rows, columns[0]]
             # d/dw of v^T f(w) is J^T v: both terms in one backward pass.
             return log_joint.sum() / temperature + (push * own.outputs).sum()
 
@@ -189,12 +229,13 @@ class FunctionSpace:
 
     def _push(self, own: Predictions, repulsion: Repulsion) -> Push:
         """The outputs' repulsion, by distances averaged over the data that count."""
-        f, num_data = own.outputs.detach(), max(1, own.size)
+        f, size = own.outputs.detach(), own.size
+        num_data = size.clamp_min(1) if isinstance(size, Tensor) else max(1, size)
         sq_dists = weight_space.squared_distances(f) / num_data
         gram, slope = weight_space.gram_and_slope(self.kernel, sq_dists)
         _, push = self.transport.weights(gram, slope, 1.0)
         if callable(repulsion):
-            repulsion = repulsion(float(own.loss.mean()), own.num_data)
+            repulsion = repulsion(own.loss.mean(), own.num_data)
         return Push(
             weight_space.repel(f, push) / num_data * repulsion,
             gram,
@@ -235,4 +276,5 @@ def predictions_ahead(at: ParticlePass) -> Predictions:
         chunks[0].size,
         torch.cat([p.score_norm for p in chunks]),
         chunks[0].num_data,
+        chunks[0].batch_size,
     )

@@ -9,12 +9,16 @@ its support. One run of the model under one more plate, on the left of all other
 (K,) in nats of the full data. A site of shape (2, 3) in the model's plate of 4 has
 particles (K, 4, 2, 3); where other sites are in two plates, the model sees them as
 (K, 1, 4, 2, 3).
+
+Of several ranks each runs the model for its own rows of the particles, on its own share
+of the batch; all K particles are on every rank, and so is all that is made of the runs.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
@@ -28,8 +32,10 @@ from torch import Tensor
 from torch.distributions import biject_to
 from torch.distributions.transforms import Transform
 
-from pyro_lora.ground.interrupts import unvalidated
+from pyro_lora.ground.interrupts import undone, unvalidated
+from pyro_lora.ground.ranks import ALONE, Ranks
 from pyro_lora.ground.settings import check_gradients
+from pyro_lora.ground.synchronisation import require, validated
 from pyro_lora.ground.weights import Weights, check_weights
 from pyro_lora.lifting.initialization import check_number_of_starts, check_start
 from pyro_lora.lifting.lifted_network import LiftedNetwork
@@ -47,7 +53,11 @@ from pyro_lora.likelihood.model_trace import (
     trace_on,
     unobserved_names,
 )
-from pyro_lora.likelihood.outcomes import outcomes_that_count
+from pyro_lora.likelihood.outcomes import (
+    may_not_count,
+    outcomes_that_count,
+    values_in_range,
+)
 
 InitFn = Callable[[dict[str, Any]], Tensor]
 
@@ -143,7 +153,10 @@ class ParticlePass:
         chunk_size: Particles in one forward and backward pass.
         plates: Plate -> its indices, where the model draws them itself: at the first
             run, for all others, so that all chunks see the same data.
-        losses: What :meth:`gradients` has seen of :func:`data_loss`, chunk by chunk.
+        losses: What :meth:`gradients` has seen of :func:`data_loss`, of all particles.
+        rows_over: The ranks that the particles are shared over.
+        data_over: The ranks that each batch is shared over.
+        shares: What is known of this rank's share of the batch, from its first run.
     """
 
     target: ParticleModel
@@ -153,17 +166,96 @@ class ParticlePass:
     chunk_size: int
     plates: dict[str, Tensor] = field(default_factory=dict)
     losses: list[Tensor] = field(default_factory=list)
+    rows_over: Ranks = ALONE
+    data_over: Ranks = ALONE
+    shares: list[float] = field(default_factory=list)
 
     @property
     def num_particles(self) -> int:
         """K."""
         return next(iter(self.particles.values())).shape[0]
 
+    @property
+    def is_one_chunk(self) -> bool:
+        """Whether all particles that are run here are in memory together."""
+        return self.chunk_size >= len(self.rows_over.owned(self.num_particles))
+
     def chunks(self) -> Iterator[tuple[slice, Weights]]:
-        """Rows of the particles that go through the model together, and these."""
-        for start in range(0, self.num_particles, self.chunk_size):
-            rows = slice(start, min(start + self.chunk_size, self.num_particles))
+        """Rows of the particles that go through the model here together, and these."""
+        own = self.rows_over.owned(self.num_particles)
+        for start in own[:: self.chunk_size]:
+            rows = slice(start, min(start + self.chunk_size, own.stop))
             yield rows, {s: x.detach()[rows] for s, x in self.particles.items()}
+
+    def mean_over_data(self, values: Tensor, size: Tensor | int) -> Tensor:
+        """Means over this rank's data as those over the data of all ranks' shares.
+
+        Args:
+            values: Of any shape.
+            size: How many data they are the mean over.
+        """
+        ranks = self.data_over
+        if ranks.size == 1:
+            return values
+        number = int(size)
+        return ranks.sum(values * number) / max(1, ranks.total(number))
+
+    def share(self, trace: Any) -> float:
+        """This rank's share of the batch that all ranks have together.
+
+        Args:
+            trace: Of the model.
+
+        Raises:
+            ValueError: If the model's sites have different numbers of data, or its
+                plate fewer than the ranks.
+        """
+        if self.data_over.size > 1 and not self.shares:
+            self.shares.append(self._share(trace))
+        return self.shares[0] if self.shares else 1.0
+
+    def _share(self, trace: Any) -> float:
+        sites = [site for site in trace.nodes.values() if site["type"] == "sample"]
+        plates = [data_plate(of_one_particle(x)) for x in sites if is_data(x)]
+        if len({plate.size for plate in plates}) != 1:
+            names = [x["name"] for x in sites if is_data(x)]
+            raise ValueError(
+                f"The batch has different numbers of data at the sites {names}, so "
+                "it's no share of another. Use a mesh without the dim 'data'."
+            )
+        size, full_size = plates[0].size, plates[0].full_size
+        total = self.data_over.total(size)
+        if total > full_size:
+            raise ValueError(
+                f"The ranks' batches have {total} data together, the model's plate "
+                f"{full_size}: it must say how many there are in all, as in "
+                "pyro.plate('data', num_data, subsample=input_ids)."
+            )
+        return size / total
+
+    def over_ranks(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """Parts that add up over the data, as sums of all particles' on all ranks.
+
+        Args:
+            values: Of this rank's particles, (K', ...) each.
+
+        Returns:
+            (K, ...) each, by one sum and one gather.
+        """
+        if self.rows_over.size == self.data_over.size == 1:
+            return list(values)
+        like = values[0]
+        flat = torch.cat([x.reshape(len(x), -1).to(like.device) for x in values], 1)
+        whole = self.rows_over.gathered(self.data_over.sum(flat))
+        parts = whole.split([x[0].numel() for x in values], 1)
+        return [
+            part.reshape(-1, *x.shape[1:]).to(x)
+            for part, x in zip(parts, values, strict=True)
+        ]
+
+    def whole(self, values: Tensor) -> Tensor:
+        """What was found for this rank's particles, (K', ...), for all (K, ...)."""
+        return self.rows_over.gathered(values)
 
     def trace(self, chunk: Weights) -> tuple[Any, dict[str, Tensor]]:
         """Run the model at a chunk of particles.
@@ -200,7 +292,11 @@ class ParticlePass:
             )
         vectorized.__wrapped__ = partial(target.model, *self.args)  # type: ignore[attr-defined]
         trace = trace_at(vectorized, {**values, **self.plates}, kwargs)
-        with explaining(kwargs, nodes=trace.nodes):
+        for site in trace.nodes.values():
+            if site["type"] == "sample" and is_data(site):
+                site["value"] = values_in_range(site)
+        # Pyro would look for NaN at each site, and so do we, at all of them together.
+        with explaining(kwargs, nodes=trace.nodes), _without_looking():
             trace.compute_log_prob(lambda name, site: not site_is_subsample(site))
         for name, site in trace.nodes.items():
             if site["type"] != "sample":
@@ -232,7 +328,9 @@ class ParticlePass:
             ValueError: If a log density is NaN or infinite, naming its particles.
         """
         for rows, chunk in self.chunks():
-            yield rows, *self._finite_trace(chunk, rows.start)
+            trace, log_joint = self._finite_trace(chunk, rows.start)
+            self.share(trace)
+            yield rows, trace, log_joint
 
     @torch.enable_grad()
     def gradients(
@@ -241,7 +339,8 @@ class ParticlePass:
         """Gradients of an objective that is a sum over particles.
 
         Args:
-            objective: Of a chunk's rows, trace and log joint: a scalar.
+            objective: Of a chunk's rows, trace and log joint (this rank's share of it):
+                a scalar.
 
         Returns:
             Site -> gradient (K, ...), and the log joint (K,), nats, full data.
@@ -251,11 +350,14 @@ class ParticlePass:
         """
         check_gradients()
         gradients: dict[str, list[Tensor]] = {site: [] for site in self.particles}
-        log_joints = []
+        log_joints, losses = [], list[Tensor]()
         for rows, chunk in self.chunks():
             # A chunk's graph is gone before the next one's is built.
             leaves = {s: x.requires_grad_() for s, x in chunk.items()}
             trace, log_joint = self._finite_trace(leaves, rows.start)
+            # A share's log joint stands for all data: shares of it add up to the whole.
+            share = self.share(trace)
+            log_joint = log_joint if share == 1 else share * log_joint
             of_chunk = torch.autograd.grad(
                 objective(rows, trace, log_joint),
                 list(leaves.values()),
@@ -267,12 +369,24 @@ class ParticlePass:
                 gradients[site].append(gradient)
             log_joints.append(log_joint.detach())
             loss = data_loss(trace, log_joint.shape[0])
-            self.losses.extend([] if loss is None else [loss])
-        return {s: torch.cat(g) for s, g in gradients.items()}, torch.cat(log_joints)
+            losses.extend([] if loss is None else [share * loss])
+        self.rows_over.check_batch(self.plates)
+        found = [torch.cat(log_joints), *map(torch.cat, gradients.values())]
+        found += [torch.cat(losses)] if losses else []
+        log_joint, *whole = self.over_ranks(found)
+        self.losses.extend(whole[len(gradients) :])
+        return dict(zip(gradients, whole[: len(gradients)], strict=True)), log_joint
 
     def _finite_trace(self, chunk: Weights, first: int) -> tuple[Any, Tensor]:
+        trace, log_density = validated(partial(self._explained_trace, chunk, first))
+        check_finite(log_density, "log density", first)
+        return trace, torch.stack(list(log_density.values())).sum(0)
+
+    def _explained_trace(
+        self, chunk: Weights, first: int
+    ) -> tuple[Any, dict[str, Tensor]]:
         try:
-            trace, log_density = self.trace(chunk)
+            return self.trace(chunk)
         except ValueError:
             # Pyro's validation of arguments and values says nothing of particles.
             again = replace(self, plates=dict(self.plates))
@@ -280,8 +394,6 @@ class ParticlePass:
                 _, log_density = again.trace(chunk)
             check_finite(log_density, "log density", first)
             raise
-        check_finite(log_density, "log density", first)
-        return trace, torch.stack(list(log_density.values())).sum(0)
 
 
 def particle_model(
@@ -478,7 +590,7 @@ def initial_particles(
     return {s: x.detach().clone().requires_grad_() for s, x in particles.items()}
 
 
-def check_finite(values: Mapping[str, Tensor], what: str, first: int = 0) -> None:
+def check_finite(values: Mapping[str, Tensor], what: str, first: int = 0) -> Tensor:
     """Refuse particles with values that are NaN or infinite.
 
     Args:
@@ -486,20 +598,38 @@ def check_finite(values: Mapping[str, Tensor], what: str, first: int = 0) -> Non
         what: What the values are.
         first: Number of the first particle.
 
+    Returns:
+        Their largest magnitudes, (sites, K).
+
     Raises:
         ValueError: Naming the first such site and its particles.
     """
-    finite = torch.isfinite(largest(values))
-    if finite.all():
-        return
-    for site, row in zip(values, finite, strict=True):
-        if not row.all():
-            bad = [first + k for k in (~row).nonzero().flatten().tolist()]
-            raise ValueError(
-                f"Site {site!r}: the {what} of particle(s) {bad} is NaN or infinite. "
-                "No particle was moved. Check the batch and the model, or go back to "
-                "an earlier state with a lower learning rate."
-            )
+    sizes = largest(values)
+    finite = sizes.isfinite()
+    require(finite.all(), partial(_not_finite, [*values], finite, what, first))
+    return sizes
+
+
+def _not_finite(
+    sites: Sequence[str], finite: Tensor, what: str, first: int
+) -> ValueError:
+    rows = finite.tolist()
+    site, row = next(x for x in zip(sites, rows, strict=True) if not all(x[1]))
+    bad = [first + k for k, is_finite in enumerate(row) if not is_finite]
+    return ValueError(
+        f"Site {site!r}: the {what} of particle(s) {bad} is NaN or infinite. "
+        "No particle was moved. Check the batch and the model, or go back to "
+        "an earlier state with a lower learning rate."
+    )
+
+
+@contextmanager
+def _without_looking() -> Iterator[None]:
+    """A block in which Pyro warns of no log densities."""
+    before = pyro.settings.get("validate_poutine")
+    with undone(partial(pyro.settings.set, validate_poutine=before)):
+        pyro.settings.set(validate_poutine=False)
+        yield
 
 
 def largest(values: Mapping[str, Tensor]) -> Tensor:
@@ -583,7 +713,7 @@ def data_loss(trace: Any, num_particles: int) -> Tensor | None:
     return torch.stack([x.to(losses[0]) for x in losses]).sum(0) if losses else None
 
 
-def datum_loss(site: dict[str, Any], num_particles: int) -> tuple[Tensor, int]:
+def datum_loss(site: dict[str, Any], num_particles: int) -> tuple[Tensor, Tensor | int]:
     """Negative log likelihood in nats per datum, of the data that count.
 
     Args:
@@ -595,10 +725,13 @@ def datum_loss(site: dict[str, Any], num_particles: int) -> tuple[Tensor, int]:
         outcome of it does.
     """
     log_prob = site["unscaled_log_prob"].detach().reshape(num_particles, -1)  # (K, B)
+    wide = torch.promote_types(log_prob.dtype, torch.float32)
+    if not may_not_count(site):
+        size = log_prob.shape[1]
+        return -log_prob.sum(1, dtype=wide) / max(1, size), size
     counts = outcomes_that_count(site)
     data = counts.reshape(*log_prob.shape, -1).any(-1)
     # Pyro's "unscaled" is unmasked, too: a masked label may be anything.
     seen = log_prob.where(data, torch.zeros_like(log_prob))
-    size = int(data[0].sum())
-    wide = torch.promote_types(seen.dtype, torch.float32)
-    return -seen.sum(1, dtype=wide) / max(1, size), size
+    number = data[0].sum()
+    return -seen.sum(1, dtype=wide) / number.clamp_min(1), number

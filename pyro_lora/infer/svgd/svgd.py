@@ -3,7 +3,8 @@ r"""Stein variational gradient descent over adapters.
 A step asks the kernel's space for a direction (``weight_space``, or its neighbours for
 updates and predictions; the kernels are in ``kernels``). The space runs the model once
 at all particles (``particle_model``). What comes back goes to a ``pyro.optim``
-optimiser, as minus a gradient would.
+optimiser, as minus a gradient would. Of several ranks each runs it for its own rows of
+the particles; what comes back is of all of them, and the update is the same on each.
 """
 
 from __future__ import annotations
@@ -15,14 +16,23 @@ from contextlib import contextmanager
 from functools import partial
 from operator import length_hint
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pyro.optim import PyroOptim
 from pyro.poutine.messenger import Messenger
+from torch import Tensor
 
 from pyro_lora.ground.interrupts import leaving_no_trace, undone
 from pyro_lora.ground.progress import progress
+from pyro_lora.ground.ranks import (
+    ALONE,
+    SAME_START,
+    Ranks,
+    all_ranks,
+    is_agreed,
+    ranks_of,
+)
 from pyro_lora.ground.settings import (
     check_count,
     check_function,
@@ -34,6 +44,7 @@ from pyro_lora.ground.settings import (
     check_word,
 )
 from pyro_lora.ground.summary import Summarised, brief, weights_facts
+from pyro_lora.ground.synchronisation import Gathering, ask, gathered
 from pyro_lora.ground.tensor_folder import MANIFEST
 from pyro_lora.ground.warning import warn
 from pyro_lora.ground.weights import Weights
@@ -48,7 +59,6 @@ from pyro_lora.infer.svgd.particle_model import (
     check_finite,
     initial_particles,
     is_data,
-    largest,
     of_one_particle,
     particle_model,
 )
@@ -93,6 +103,9 @@ from pyro_lora.likelihood.batch import (
 from pyro_lora.likelihood.data_plate import data_plate
 from pyro_lora.likelihood.model_trace import Model, check_model
 from pyro_lora.posteriors.particle_posterior import ParticlePosterior
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 # What a kernel's `space` and SVGD's `transport` say.
 SPACES: dict[str, Callable[..., Space]] = {
@@ -149,6 +162,10 @@ class SVGD(Summarised):
             ``lora.init_to_adapter(jitter="auto")`` or ``lora.init_to_fresh()``.
         obs_site: The likelihood's site, which every batch must then observe; None is
             the only one.
+        mesh: A ``DeviceMesh`` with the dims ``"particles"``, whose ranks have K / W of
+            the particles each, and ``"data"``, whose ranks have shares of each batch;
+            None: all ranks share the particles, where ``torch.distributed`` is
+            initialised, and each is given the same batches.
 
     Attributes:
         diagnostics: Series with one value a step: ``loss`` (nats, full data), ``nll``
@@ -179,6 +196,7 @@ class SVGD(Summarised):
         chunk_size: int | None = None,
         init_loc_fn: InitFn,
         obs_site: str | None = None,
+        mesh: DeviceMesh | None = None,
     ) -> None:
         check_count("num_particles", num_particles)
         chunk_size = num_particles if chunk_size is None else chunk_size
@@ -214,6 +232,7 @@ class SVGD(Summarised):
         self._repels = not isinstance(kernel, NoRepulsion) and num_particles > 1
         self._max_plate_nesting = max_plate_nesting
         self._init_loc_fn, self._obs_site = init_loc_fn, obs_site
+        self._mesh = mesh
         self._particles: Weights | None = None
         self._loaded_values: Weights = {}
         self._loaded_networks: list[Fingerprint] | None = None
@@ -256,21 +275,40 @@ class SVGD(Summarised):
             ValueError: If the model can't be run by particles, or a log density or
                 direction is NaN or infinite; no particle is changed then.
         """
-        return self._step(args, checked_batch(kwargs))
+        with all_ranks().together():
+            return self._step(args, checked_batch(kwargs))
 
     @torch.enable_grad()
     def _step(self, args: Any, kwargs: PlacedBatch) -> float:
         check_gradients()
+        rows_over = ranks_of(self._mesh, "particles", default="particles")
+        if rows_over.size > self._num_particles:
+            raise ValueError(
+                f"num_particles={self._num_particles} can't be shared over "
+                f"{rows_over.size} ranks. Use a mesh with a dim 'data', or more "
+                "particles."
+            )
+        all_ranks().draw_alike()
         with self._naming_batch():
             # What wasn't in a batch before may be left out again, a weight perhaps.
             kwargs.check_given((self._given or set()) | kwargs.given)
-        target, particles = self._set_up(args, kwargs)
+            rows_over.check_batch([args, dict(kwargs)])
+        target, particles = self._set_up(args, kwargs, rows_over)
         self._given = (self._given or kwargs.given) & kwargs.given
-        check_finite(particles, "value")
-        at = ParticlePass(target, particles, args, kwargs, self._chunk_size)
-        with self._naming_batch():
+        at = ParticlePass(
+            target,
+            particles,
+            args,
+            kwargs,
+            self._chunk_size,
+            rows_over=rows_over,
+            data_over=ranks_of(self._mesh, "data", default="particles"),
+        )
+        with self._naming_batch(), gathered() as gathering:
+            check_finite(particles, "value")
             temperature, repulsion = self._settings()
-            self._move(self._space.direction(at, temperature, repulsion), at)
+            direction = self._space.direction(at, temperature, repulsion)
+            self._move(direction, at, gathering)
         self._num_batches += 1
         return self.diagnostics["loss"][-1]
 
@@ -279,6 +317,8 @@ class SVGD(Summarised):
         try:
             yield
         except ValueError as error:
+            if is_agreed(error):  # the rank that it comes from has named the batch
+                raise
             number = self._num_batches
             raise ValueError(f"SVGD's batch {number} (from 0): {error}") from error
 
@@ -290,15 +330,17 @@ class SVGD(Summarised):
             check_positive("temperature", temperature)
         given = self._repulsion
         if callable(given):
-            return temperature, lambda loss, num_data: given(fraction, loss)
+            return temperature, lambda loss, num_data: given(fraction, ask(loss).value)
         if given is None:
             given_by_space = self._space.default_repulsion
             return temperature, 1.0 if given_by_space is None else given_by_space
         return temperature, given
 
-    def _move(self, direction: Direction, at: ParticlePass) -> None:
+    def _move(
+        self, direction: Direction, at: ParticlePass, gathering: Gathering
+    ) -> None:
         """Take a step and a line of the diagnostics, or neither."""
-        check_finite(direction.by_site, "direction")
+        sizes = check_finite(direction.by_site, "direction")
         particles, networks = at.particles, at.target.networks
         line = {
             "loss": -direction.log_joint.mean(),
@@ -312,18 +354,20 @@ class SVGD(Summarised):
             line["nll"] = torch.cat(at.losses).to(line["loss"].device).mean()
         if at.target.factor_sites:
             line["delta_spread"] = delta_space.spread(networks, particles)
+        numbers = {name: ask(x) for name, x in line.items()}
+        is_stuck = ask((sizes.amax(0) == 0).any())
+        gathering.read()  # one transfer from the GPU for all of a step
         with undone(partial(_drop_gradients, particles)):
             for site, particle in particles.items():
                 particle.grad = direction.by_site[site].neg_()  # optimisers descend
             self._optim(list(particles.values()))
-        # One transfer from the GPU for the whole line.
-        values = torch.stack([x.double() for x in line.values()]).tolist()
-        for name, value in zip(line, values, strict=True):
-            self.diagnostics.setdefault(name, []).append(value)
+        for name, number in numbers.items():
+            self.diagnostics.setdefault(name, []).append(number.value)
         if self._repels and "collapsed" not in self._warned:
             if warn_if_collapsed(self.diagnostics["mean_kernel"][-1]):
                 self._warned.add("collapsed")
-        if "stuck" not in self._warned and warn_if_stuck(direction.by_site):
+        if is_stuck and "stuck" not in self._warned:
+            warn_of_stuck(sizes)
             self._warned.add("stuck")
 
     @leaving_no_trace
@@ -361,7 +405,11 @@ class SVGD(Summarised):
         check_batches(batches)
         length = length_hint(batches)  # 0 where it isn't known
         steps = num_epochs * length or None
-        with undone(partial(setattr, self, "_fraction", 1.0)):
+        data_over = ranks_of(self._mesh, "data", default="particles")
+        with (
+            all_ranks().together(),
+            undone(partial(setattr, self, "_fraction", 1.0)),
+        ):
             with progress(
                 title="SVGD", unit="batch", total=steps, shown=progress_bar
             ) as bar:
@@ -391,7 +439,7 @@ class SVGD(Summarised):
                     self._num_epochs += 1
                     if epoch == first and "num_data" not in self._warned:
                         drop_last = getattr(batches, "drop_last", False)
-                        if count.warn_if_not_covered(drop_last):
+                        if count.warn_if_not_covered(drop_last, data_over):
                             self._warned.add("num_data")
 
     def get_named_particles(self) -> Weights:
@@ -569,7 +617,10 @@ class SVGD(Summarised):
         vars(self).update(state)
         restore_optimizer(self._optim, states, replaced=())
 
-    def _set_up(self, args: Any, kwargs: Any) -> tuple[ParticleModel, Weights]:
+    def _set_up(
+        self, args: Any, kwargs: Any, ranks: Ranks
+    ) -> tuple[ParticleModel, Weights]:
+        is_new = self._target is None
         if self._target is None:
             loaded = self._particles or {}  # whose generators go on as they were
             devices = {x.device for x in loaded.values() if x.is_cuda}
@@ -593,6 +644,8 @@ class SVGD(Summarised):
                 self._target, self._init_loc_fn, self._num_particles, args, kwargs
             )
             warn_if_together(self._particles)
+        if is_new:
+            ranks.check_same(self._particles, "the particles", SAME_START)
         return self._target, self._particles
 
     def _progress(self) -> dict[str, str]:
@@ -644,24 +697,18 @@ def warn_if_collapsed(mean_kernel: float) -> bool:
     return True
 
 
-def warn_if_stuck(direction: Weights) -> bool:
+def warn_of_stuck(sizes: Tensor) -> None:
     """Warn, to the caller of SVGD's step, of particles that nothing moves.
 
     Args:
-        direction: Site -> (K, ...).
-
-    Returns:
-        Whether it warned.
+        sizes: Largest magnitudes of their direction, (sites, K), 0 for one at least.
     """
-    stuck = (largest(direction).amax(0) == 0).nonzero().flatten().tolist()
-    if not stuck:
-        return False
+    stuck = [k for k, size in enumerate(sizes.amax(0).tolist()) if size == 0]
     warn(
         f"Particle(s) {stuck} are stuck: their direction is exactly 0 at all sites. "
         "The log joint is flat there, or its gradient underflows. Start elsewhere, or "
         "use float32.",
     )
-    return True
 
 
 class DataCount(Messenger):
@@ -695,11 +742,12 @@ class DataCount(Messenger):
                 plate.full_size,
             )
 
-    def warn_if_not_covered(self, drop_last: bool) -> bool:
+    def warn_if_not_covered(self, drop_last: bool, ranks: Ranks = ALONE) -> bool:
         """Warn, to the caller of SVGD's run, if the model's number of data is another.
 
         Args:
             drop_last: Whether the batches may leave out less than one.
+            ranks: Who has shares of the batches.
 
         Returns:
             Whether it warned.
@@ -707,7 +755,8 @@ class DataCount(Messenger):
         # A plate that no batch is a part of need not be one of data, beside others.
         minibatched = {s: x for s, x in self.counts.items() if x[1] < x[2]}
         counts = minibatched or (self.counts if len(self.counts) == 1 else {})
-        for name, (size, most, full_size) in counts.items():
+        for name, (own, most, full_size) in counts.items():
+            size = ranks.total(own)
             left_out = full_size - size
             if left_out == 0 or (drop_last and 0 < left_out < most):
                 continue

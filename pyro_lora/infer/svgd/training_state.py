@@ -556,7 +556,7 @@ def _encoded(value: Any, path: str, tensors: Tensors) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, list) and value and all(type(x) is float for x in value):
-        tensors[path] = torch.tensor(value, dtype=torch.float64)
+        tensors[path] = torch.tensor(value, dtype=torch.float64, device="cpu")
         return {"kind": "floats", "name": path}
     if isinstance(value, Tensor):
         tensors[path] = value

@@ -41,8 +41,8 @@ from pyro_lora.infer.svgd.particle_model import (
 from pyro_lora.likelihood.data_plate import data_plate
 
 # Strength of the repulsion: a number, or a function of (minibatch loss in nats per
-# datum, mean over particles; N).
-Repulsion = float | Callable[[float, int], float]
+# datum, mean over particles, a scalar; N), whose value may stay on the device.
+Repulsion = float | Tensor | Callable[[Tensor, int], float | Tensor]
 
 # Numbers that are worked on at once: 1 MiB in float32 stays in a core's cache. A GPU
 # has no use for small blocks.
@@ -111,7 +111,7 @@ class Transport(Protocol):
         ...
 
     def weights(
-        self, gram: Tensor, slope: Tensor, repulsion: float
+        self, gram: Tensor, slope: Tensor, repulsion: float | Tensor
     ) -> tuple[Tensor, Tensor]:
         """The matrices a and c of the module's first lines, both (K, K).
 
@@ -126,7 +126,7 @@ class Transport(Protocol):
         self,
         gram: Tensor,
         slope: Tensor,
-        repulsion: float,
+        repulsion: float | Tensor,
         gradients: Callable[[Tensor, slice], tuple[Tensor, ...]],
     ) -> list[Tensor]:
         r"""The second term where distances aren't those of the weights themselves.
@@ -156,7 +156,7 @@ class Stein:
     default_repulsion: None = None
 
     def weights(
-        self, gram: Tensor, slope: Tensor, repulsion: float
+        self, gram: Tensor, slope: Tensor, repulsion: float | Tensor
     ) -> tuple[Tensor, Tensor]:
         """The matrices a and c, both (K, K)."""
         num_particles = gram.shape[0]
@@ -166,7 +166,7 @@ class Stein:
         self,
         gram: Tensor,
         slope: Tensor,
-        repulsion: float,
+        repulsion: float | Tensor,
         gradients: Callable[[Tensor, slice], tuple[Tensor, ...]],
     ) -> list[Tensor]:
         """The second term, in each of its K gradients one particle held fixed."""
@@ -189,18 +189,20 @@ class Repulsive:
     default_repulsion: float = 1.0
 
     def weights(
-        self, gram: Tensor, slope: Tensor, repulsion: float
+        self, gram: Tensor, slope: Tensor, repulsion: float | Tensor
     ) -> tuple[Tensor, Tensor]:
         """The matrices a and c, both (K, K)."""
         density = gram.sum(1, keepdim=True)  # sum_j k_ij, (K, 1)
         push = _differences(slope) / density
-        return torch.eye(len(gram)).to(gram), repulsion * push
+        return torch.eye(
+            len(gram), dtype=gram.dtype, device=gram.device
+        ), repulsion * push
 
     def repulsions(
         self,
         gram: Tensor,
         slope: Tensor,
-        repulsion: float,
+        repulsion: float | Tensor,
         gradients: Callable[[Tensor, slice], tuple[Tensor, ...]],
     ) -> list[Tensor]:
         """The second term, in one gradient."""
@@ -223,7 +225,7 @@ class Scores:
 
     by_site: Weights
     log_joint: Tensor
-    repulsion: float
+    repulsion: float | Tensor
 
 
 def scores_at(at: ParticlePass, repulsion: Repulsion) -> Scores:
@@ -239,19 +241,22 @@ def scores_at(at: ParticlePass, repulsion: Repulsion) -> Scores:
     """
     losses: list[Tensor] = []
     num_data = 0
+    size: Tensor | int = 0
 
     def objective(rows: slice, trace: Any, log_joint: Tensor) -> Tensor:
-        nonlocal num_data
+        nonlocal num_data, size
         at.target.check_observed(trace)
         if callable(repulsion):
             site = likelihood_at_particles(trace, at.target.obs_site)
-            losses.append(datum_loss(site, log_joint.shape[0])[0])
+            loss, size = datum_loss(site, log_joint.shape[0])
+            losses.append(loss)
             num_data = data_plate(site).full_size
         return log_joint.sum()
 
     by_site, log_joint = at.gradients(objective)
     if callable(repulsion):
-        repulsion = repulsion(float(torch.cat(losses).mean()), num_data)
+        loss = at.whole(at.mean_over_data(torch.cat(losses), size))
+        repulsion = repulsion(loss.mean(), num_data)
     return Scores(by_site, log_joint, repulsion)
 
 

@@ -1,0 +1,218 @@
+r"""When may a refined posterior be widened? Rules that need no held-out label.
+
+Usage: ``python -m benchmarks.refined_widening --data FOLDER [--seeds 2] [--runs
+.cache/refined_widening] [--sets agnews sst2] [--epochs 2 4 8 25] [--out
+benchmarks/results]``; ``--report`` writes the table of what there is.
+
+Network, rows and training are those of ``benchmarks.refined``. All rules share the mean
+that ``refine()`` finds. Beside the evidence's width there are
+
+- the same prior with the Fisher information expected under the Gaussian itself,
+  :math:`E[W]`, in place of that at its mean: the covariance with the least
+  Kullback-Leibler divergence to the linearised network's posterior (Opper & Archambeau
+  2009, "The variational Gaussian approximation revisited");
+- a choice between step 1 alone and each of these by leave-one-out. The weights knew
+  each datum, so that leaving its likelihood out must also move the mean: as under the
+  prior around the untrained adapter (A as trained, all else 0) at whose mode the data
+  are as likely as at these weights. Early stopping is taken to be that prior.
+"""
+
+import argparse
+import json
+import math
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.quasirandom import SobolEngine
+
+import pyro_lora as pl
+from benchmarks.curvature_quality import over_seeds, write
+from benchmarks.refined import at_weights, corpus, predicted, setting
+from benchmarks.seed_runs import Setting
+from benchmarks.tables import header, provenance
+from pyro_lora.curvature import linear_model
+from pyro_lora.curvature.dual_gaussian import DualGaussian, Roots
+from pyro_lora.ground.weights import Weights
+
+SETS, EPOCHS = ("agnews", "boolq_closed", "sst2", "vader"), (2, 4, 8, 25)
+NUM_POINTS, NUM_ROUNDS = 128, 12  # of the expectations
+NUM_BISECTIONS = 7
+TITLES = {
+    "map": "MAP",
+    "step 1": "step 1 alone",
+    "both": "both steps, evidence",
+    "expected": "both steps, expected Fisher information",
+    "loo": "step 1 or both, by leave-one-out",
+    "loo expected": "step 1 or expected, by leave-one-out",
+}
+Result = dict[str, Any]
+
+
+def expected_roots(gaussian: DualGaussian) -> Roots:
+    r"""Roots of :math:`E_q[W]`, q the Gaussian with these roots: a fixed point."""
+    kernel = gaussian.rows.kernel(gaussian.prior_precision)
+    z = linear_model.contrasts_at(gaussian, gaussian.loc)
+    (part,) = gaussian.observations
+    num, width = part.at_fit.shape
+    points = _normal_points(width)
+    each = torch.arange(num).repeat(len(points))
+    roots = gaussian.roots
+    for _ in range(NUM_ROUNDS):
+        inside = torch.linalg.solve_triangular(
+            linear_model.cholesky_of(kernel, roots), roots.right(kernel), upper=False
+        ).mT.reshape(num, width, -1)
+        own = kernel.reshape(num, width, num, width).diagonal(dim1=0, dim2=2)
+        sigma = own.movedim(-1, 0) - inside @ inside.mT
+        root = torch.linalg.cholesky(sigma + 1e-9 * torch.eye(width).double())
+        at = z.reshape(num, width) + torch.einsum("nij,qj->qni", root, points)
+        of_points = part.where(each).at(at.flatten(0, 1)).root
+        w = (of_points @ of_points.mT).unflatten(0, (len(points), num)).mean(0)
+        values, vectors = torch.linalg.eigh(w)
+        roots = Roots((vectors * values.clamp_min(0).sqrt()[:, None, :],))
+    return roots
+
+
+def _normal_points(width: int) -> Tensor:
+    """Of a standard normal, quasi-random, with its first two moments, (Q, M)."""
+    u = SobolEngine(width, scramble=True, seed=0).draw(NUM_POINTS // 2).double()
+    x = math.sqrt(2) * torch.erfinv(2 * u - 1)
+    x = torch.cat([x, -x])
+    root = torch.linalg.cholesky(x.mT @ x / len(x))
+    return torch.linalg.solve_triangular(root, x.mT, upper=False).mT
+
+
+def matched_precision(gaussian: DualGaussian, around: Weights, like: float) -> float:
+    """The tau of N(around, 1/tau) at whose mode the data have this log likelihood."""
+    ones = {site: x.new_ones(()) for site, x in gaussian.loc.items()}
+    gram = gaussian.rows.kernel(ones)
+    offset = linear_model.contrasts_at(gaussian, around)
+    first = math.log10(float(gram.diagonal().mean()))
+    low, high = first - 4.5, first + 2
+    start = None
+    for _ in range(NUM_BISECTIONS):
+        middle = (low + high) / 2
+        mode = linear_model.find_mode(
+            gram / 10**middle, offset, gaussian.observations, start, 1e-5
+        )
+        start = mode.score
+        weak = float(mode.log_likelihood) > like
+        low, high = (middle, high) if weak else (low, middle)
+    return float(10 ** ((low + high) / 2))
+
+
+def left_out(gaussian: DualGaussian, matched: float) -> float:
+    """Mean leave-one-out log density, the mean moved as under the matched prior."""
+    tau = {site: x.new_tensor(matched) for site, x in gaussian.loc.items()}
+    as_mode = replace(gaussian, mode_precision=gaussian.rows.by_matrix(tau))
+    return float(linear_model.log_leave_one_out(as_mode).mean())
+
+
+def run_one(job: Setting) -> Result:
+    """All rules on one data set, number of epochs and seed."""
+    rows, labels = job.train.by_length(), job.test.labels
+    mode = job.fit_map(job.train)
+    near = job.laplace(rows, mode, pl.structures.Exact()).refine()
+    step_1 = linear_model.checked(near.gaussian)
+    assert step_1.mode_precision is not None
+    step_1 = step_1.with_prior_precision(step_1.mode_precision)
+    both = linear_model.checked(near.optimize_prior().gaussian)
+    gaussians = {
+        "step 1": step_1,
+        "both": both,
+        "expected": replace(both, roots=expected_roots(both)),
+    }
+    untrained = {s: x if s[-2:] == ".A" else 0 * x for s, x in mode.items()}
+    matched = matched_precision(step_1, untrained, float(near.log_likelihood))
+    loo = {name: left_out(g, matched) for name, g in gaussians.items()}
+    log_probs = predicted(job, gaussians) | {"map": at_weights(job, job.test, mode)}
+    nll = {
+        name: -float(log_p.gather(1, labels[:, None]).mean())
+        for name, log_p in log_probs.items()
+    }
+    return {"nll": nll, "loo": loo}
+
+
+def run(args: argparse.Namespace) -> None:
+    """Every result that isn't there yet."""
+    args.runs.mkdir(parents=True, exist_ok=True)
+    warnings.filterwarnings("ignore", "The weights aren't a mode")
+    for seed in range(args.seeds):
+        for name in args.sets:
+            paths = {
+                epochs: args.runs / f"{name}-{args.rows}-{epochs}-{seed}.json"
+                for epochs in args.epochs
+            }
+            if all(path.exists() for path in paths.values()):
+                continue
+            job = setting(corpus(args.data / name), args.rows, seed)
+            for epochs, path in paths.items():
+                if not path.exists():
+                    write(path, run_one(replace(job, epochs=epochs)))
+
+
+def with_choices(result: Result) -> dict[str, float]:
+    """NLL of each rule, those that choose among others with them."""
+    nll, loo = dict(result["nll"]), result["loo"]
+    for name, wide in (("loo", "both"), ("loo expected", "expected")):
+        nll[name] = nll[max(("step 1", wide), key=loo.__getitem__)]
+    return nll
+
+
+def report(runs: Path) -> list[str]:
+    """All tables, in Markdown."""
+    results: dict[tuple[str, int], list[dict[str, float]]] = {}
+    for path in sorted(runs.glob("*.json")):
+        name, _, epochs, _ = path.stem.split("-")
+        result = with_choices(json.loads(path.read_text()))
+        results.setdefault((name, int(epochs)), []).append(result)
+    keys = sorted(results)
+    every = [r for of_key in results.values() for r in of_key]
+    lines = [
+        "# When to widen",
+        "",
+        "Test NLL of rules that need no held-out label, in the settings of "
+        "`refined.md`, 500 rows. Mean ± standard error over the seeds, where there are "
+        f"several; worst and mean are over all {len(every)} fits.",
+        "",
+        provenance(),
+        "",
+        *header("data, epochs", "seeds", *TITLES.values()),
+    ]
+    for name, epochs in keys:
+        own = results[name, epochs]
+        cells = [over_seeds((r[rule] for r in own), 3) for rule in TITLES]
+        lines.append(f"| {name}, {epochs} | {len(own)} | {' | '.join(cells)} |")
+    means = [f"{fmean(r[rule] for r in every):.3f}" for rule in TITLES]
+    lines.append(f"| mean | | {' | '.join(means)} |")
+    worst = [f"{max(r[rule] - r['map'] for r in every):+.3f}" for rule in TITLES]
+    lines.append(f"| worst, less MAP's | | {' | '.join(worst)} |")
+    counts = [str(sum(r[rule] > r["map"] + 0.005 for r in every)) for rule in TITLES]
+    lines.append(f"| worse than MAP by .005 | | {' | '.join(counts)} |")
+    return [*lines, ""]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--sets", nargs="+", default=list(SETS))
+    parser.add_argument("--epochs", nargs="+", type=int, default=list(EPOCHS))
+    parser.add_argument("--rows", type=int, default=500)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--runs", type=Path, default=Path(".cache/refined_widening"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--report", action="store_true")
+    args = parser.parse_args()
+    if not args.report:
+        run(args)
+        return
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "refined_widening.md").write_text("\n".join(report(args.runs)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,251 @@
+"""Questions about tensors' values, which are answered together.
+
+A program runs ahead of its GPU until it needs to know a value; then it waits until all
+that it has asked for is done. So what a batch has to be asked, "are these gradients
+finite", "which tokens count", is gathered on the device and read at once::
+
+    with gathered():
+        require(x.isfinite().all(), lambda: ValueError("x isn't finite"))
+        whole = ask(mask.all())
+        ...
+        if whole:  # here both are read, in one transfer, and the error is raised
+
+The first answer that is needed reads all that were asked for before it, and the end of
+the block what is left. Outside of such a block each is read by itself, at once.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from pyro_lora.ground.interrupts import undone
+
+T = TypeVar("T")
+
+_ALL_TRUE: Any = torch._is_all_true
+
+
+class Answer:
+    """A number, or a yes or no, on its way from a device.
+
+    Args:
+        asked: A tensor with one element.
+        gathering: With what it's read.
+    """
+
+    def __init__(self, asked: Tensor, gathering: Gathering) -> None:
+        self._asked: Tensor | None = asked.detach()
+        self._gathering = gathering
+        self._value = 0.0
+
+    def __bool__(self) -> bool:
+        return bool(self.value)
+
+    def __int__(self) -> int:
+        return int(self.value)
+
+    @property
+    def value(self) -> float:
+        """The number, which is read with all others that are on their way."""
+        if self._asked is not None:
+            self._gathering.read()
+        return self._value
+
+
+class Gathering:
+    """What is asked for until it's read."""
+
+    def __init__(self) -> None:
+        self._answers: list[Answer] = []
+        self._checks: list[tuple[Answer, Callable[[], Exception]]] = []
+        self.again: Callable[[], object] | None = None  # says what is invalid
+
+    def ask(self, asked: Tensor) -> Answer:
+        """See :func:`ask`."""
+        self._answers.append(Answer(asked, self))
+        return self._answers[-1]
+
+    def require(self, holds: Tensor, error: Callable[[], Exception]) -> None:
+        """See :func:`require`."""
+        self._checks.append((self.ask(holds), error))
+
+    def read(self) -> None:
+        """Read all that was asked for: one transfer from each device.
+
+        Raises:
+            Exception: The error of the first check that doesn't hold.
+        """
+        answers, self._answers = self._answers, []
+        checks, self._checks = self._checks, []
+        values = _transferred([a._asked for a in answers if a._asked is not None])
+        for answer, value in zip(answers, values, strict=True):
+            answer._asked, answer._value = None, value
+        for answer, error in checks:
+            if not answer:
+                with _instead(None):  # what it asks is answered at once
+                    raise error()
+
+    @contextmanager
+    def validating(self, again: Callable[[], object]) -> Iterator[None]:
+        """Let PyTorch's validation of distributions be among the checks, for a block.
+
+        Args:
+            again: Says what is wrong, by doing the same once more.
+        """
+        # PyTorch asks by this function, and by nothing else, since version 2.9.
+        before = len(self._answers), len(self._checks)
+        is_done = False
+
+        def put_back() -> None:
+            torch._is_all_true = _ALL_TRUE
+            self.again = None
+            if not is_done:  # it's said again, in other words
+                del self._answers[before[0] :], self._checks[before[1] :]
+
+        with undone(put_back):
+            self.again = again
+            torch._is_all_true = _taken_for_true  # type: ignore[assignment]
+            yield
+            is_done = True
+
+
+class _Present(threading.local):
+    gathering: Gathering | None = None
+
+
+_PRESENT = _Present()
+
+
+@contextmanager
+def _instead(gathering: Gathering | None) -> Iterator[None]:
+    before = _PRESENT.gathering
+    with undone(partial(setattr, _PRESENT, "gathering", before)):
+        _PRESENT.gathering = gathering
+        yield
+
+
+@contextmanager
+def gathered() -> Iterator[Gathering]:
+    """Gather in a block what is asked for; inside of another one, in that.
+
+    Where the block fails, what was asked before may tell why, and that is raised.
+    """
+    if _PRESENT.gathering is not None:
+        yield _PRESENT.gathering
+        return
+    own = Gathering()
+    with _instead(own):
+        with _saying_why(own):
+            yield own
+        own.read()
+
+
+@contextmanager
+def _saying_why(gathering: Gathering) -> Iterator[None]:
+    is_done = False
+
+    def say() -> None:
+        if not is_done and isinstance(sys.exception(), Exception):
+            with suppress(RuntimeError):  # of a GPU that an assert has stopped
+                gathering.read()
+
+    try:
+        yield
+        is_done = True
+    finally:
+        say()
+
+
+def ask(asked: Tensor) -> Answer:
+    """Ask for a number, or a yes or no, that is needed later.
+
+    Args:
+        asked: A tensor with one element.
+    """
+    return (_PRESENT.gathering or Gathering()).ask(asked)
+
+
+def require(holds: Tensor, error: Callable[[], Exception]) -> None:
+    """Raise an error, now or when answers are next read, unless something holds.
+
+    Args:
+        holds: A boolean tensor with one element.
+        error: Makes the error. It may hold on to little, since it lives until then.
+    """
+    gathering = _PRESENT.gathering or Gathering()
+    gathering.require(holds, error)
+    if gathering is not _PRESENT.gathering:
+        gathering.read()
+
+
+def scalar(value: float | Tensor, like: Tensor) -> Tensor:
+    """A number as a tensor of another's type and device.
+
+    It's filled there: a number that is copied to a GPU waits for it.
+
+    Args:
+        value: A number, or a tensor of any shape.
+        like: The other tensor.
+    """
+    return value.to(like) if isinstance(value, Tensor) else like.new_full((), value)
+
+
+def validated(run: Callable[[], T]) -> T:
+    """What a function gives, PyTorch's validation of distributions gathered, too.
+
+    Args:
+        run: Does the same each time. It's run once more, validated as ever, where it
+            fails or a distribution turns out to be invalid, to say so in PyTorch's
+            words.
+    """
+    here = _PRESENT.gathering
+    if here is None or here.again is not None:
+        return run()
+    try:
+        with here.validating(run):
+            return run()
+    except ValueError:
+        with _instead(None):
+            return run()
+
+
+def _taken_for_true(valid: Tensor) -> Any:
+    here = _PRESENT.gathering
+    if here is None or here.again is None or torch.compiler.is_compiling():
+        return _ALL_TRUE(valid)
+    here.require(_ALL_TRUE(valid), partial(_invalid, here.again))
+    return True
+
+
+def _invalid(again: Callable[[], object]) -> Exception:
+    again()  # which raises, if it does the same as before
+    return ValueError(
+        "A distribution's parameters, or a value, aren't what it allows, though they "
+        "were when the model ran once more. Give the model the same each time."
+    )
+
+
+def _transferred(tensors: Sequence[Tensor]) -> list[float]:
+    """The values of tensors with one element, by one transfer from each device."""
+    values = [0.0] * len(tensors)
+    by_device: dict[torch.device, dict[torch.dtype, list[int]]] = {}
+    for i, x in enumerate(tensors):
+        by_device.setdefault(x.device, {}).setdefault(x.dtype, []).append(i)
+    for by_dtype in by_device.values():
+        stacks = [
+            torch.stack([tensors[i].reshape(()) for i in places]).double()
+            for places in by_dtype.values()
+        ]
+        numbers = torch.cat(stacks).tolist()
+        places = [i for of_dtype in by_dtype.values() for i in of_dtype]
+        for i, number in zip(places, numbers, strict=True):
+            values[i] = number
+    return values

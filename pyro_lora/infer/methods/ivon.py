@@ -1,0 +1,256 @@
+r"""IVON: an optimiser whose estimate of the curvature is a Gaussian's.
+
+:math:`q(w) = N(m, \sigma^2)` with :math:`\sigma^{-2} = N h + \tau`, where h is the
+diagonal of the Hessian of the mean loss :math:`\ell` and :math:`N(0, 1 / \tau)` the
+prior. With a gradient g at a draw :math:`w = m + \sigma \epsilon`, Stein's identity
+:math:`E[g (w - m) / \sigma^2] = E[\ell''(w)]` gives an estimate of h without second
+derivatives (Shen et al. 2024, algorithm 1, https://arxiv.org/abs/2402.17641; there N is
+:math:`\lambda`, and :math:`\tau = \lambda \delta`). A step is one gradient, as Adam's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyro_lora.ground.interrupts import undone
+from pyro_lora.ground.settings import check_count, check_number, check_positive
+from pyro_lora.lifting.lifted_network import LiftedNetwork, check_lora
+from pyro_lora.likelihood.model_trace import Model
+from pyro_lora.posteriors.gaussian_posterior import GaussianPosterior
+
+
+class IVON(torch.optim.Optimizer):
+    r"""Improved variational online Newton, for any training loop of the network's own.
+
+    Gradients are taken at a draw of the weights, so a backward pass belongs into a
+    block of :meth:`sampled`, after which the weights are their mean again::
+
+        optimizer = pl.methods.IVON(peft_model.parameters(), lr=0.1, num_data=500)
+        for batch in loader:
+            optimizer.zero_grad()
+            with optimizer.sampled():
+                peft_model(**batch).loss.backward()  # the mean loss of the batch
+            optimizer.step()
+        posterior = optimizer.posterior(lora, model=model)
+
+    or a closure does all of that, ``optimizer.step(closure)``. Several blocks before a
+    step add up, as gradients do: divide each loss by their number. With
+    ``transformers.Trainer``, put the block around ``training_step``.
+
+    Args:
+        params: Parameters, or groups of them. Frozen ones stay as they are.
+        lr: Learning rate, of about the size that SGD takes: of the first step, in the
+            direction of the gradient, as in the paper.
+        num_data: N, data that the mean loss is a mean over.
+        prior_precision: :math:`\tau` of the prior N(0, 1 / tau), nats, full data: that
+            of ``priors.normal(scale)`` is 1 / scale ** 2. The loss must not have it.
+        betas: Of the averages of gradients and curvature, each in [0, 1). The second
+            forgets after 1 / (1 - beta) steps: for fewer of them, take a smaller one.
+        init_hessian: h at first, of the mean loss. Too small a value starts from
+            draws that are far away.
+
+    Raises:
+        TypeError: If an argument is of a wrong kind.
+        ValueError: If a number is out of its range.
+    """
+
+    # In a block of `sampled`, what the gradients are after it; None outside.
+    _gradients: dict[nn.Parameter, Tensor | None] | None = None
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        *,
+        num_data: int,
+        prior_precision: float = 1.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        init_hessian: float = 1.0,
+    ) -> None:
+        check_positive("lr", lr)
+        check_count("num_data", num_data)
+        check_positive("prior_precision", prior_precision)
+        check_positive("init_hessian", init_hessian)
+        if not isinstance(betas, Sequence) or len(betas) != 2:
+            raise TypeError(f"betas must be two numbers, found {betas!r}.")
+        for beta in betas:
+            check_number("Each of betas", beta, 0, 1)
+            if beta == 1:
+                raise ValueError("Each of betas must be less than 1, found 1.")
+        defaults = {
+            "lr": lr,
+            "num_data": num_data,
+            "prior_precision": prior_precision,
+            "betas": tuple(betas),
+            "init_hessian": init_hessian,
+        }
+        super().__init__(params, defaults)
+
+    @contextmanager
+    def sampled(self) -> Iterator[None]:
+        """A block in which the parameters are a draw; a backward pass belongs there.
+
+        Yields:
+            Nothing.
+
+        Raises:
+            RuntimeError: Inside of another such block.
+        """
+        if self._gradients is not None:
+            raise RuntimeError("The weights are a draw already. Leave that block.")
+        means: dict[nn.Parameter, Tensor] = {}
+        gradients: dict[nn.Parameter, Tensor | None] = {}  # as they are afterwards
+
+        @torch.no_grad()
+        def put_back() -> None:
+            for p, mean in means.items():
+                p.copy_(mean)
+                p.grad = gradients[p]
+            self._gradients = None
+
+        with undone(put_back):
+            self._gradients = gradients
+            noises: dict[nn.Parameter, tuple[Tensor, Tensor]] = {}
+            with torch.no_grad():
+                for p, group in self._parameters():
+                    sd = self._sd(p, group)
+                    noises[p] = torch.randn_like(p) * sd, sd
+                    # Those of earlier blocks stay, and have noise of their own.
+                    gradients[p], p.grad = p.grad, None
+                    means[p] = p.clone()
+                    p.add_(noises[p][0])
+            yield
+            with torch.no_grad():
+                for p, (noise, sd) in noises.items():
+                    if p.grad is None:
+                        continue
+                    # g (w - m) / sigma^2, whose mean is the Hessian's diagonal
+                    estimate = p.grad * noise / sd.square()
+                    state, earlier = self.state[p], gradients[p]
+                    state["estimate"] = state.get("estimate", 0) + estimate
+                    gradients[p] = p.grad if earlier is None else earlier + p.grad
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients, in a block of :meth:`sampled` those before it, too.
+
+        Args:
+            set_to_none: As in every optimiser.
+        """
+        super().zero_grad(set_to_none)
+        for p, _ in self._parameters():
+            self.state[p].pop("estimate", None)
+            if self._gradients is not None:
+                self._gradients[p] = None
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Move the mean, and the curvature.
+
+        Args:
+            closure: Zeroes the gradients, computes the loss, and its gradient.
+
+        Returns:
+            What the closure returns.
+
+        Raises:
+            RuntimeError: If a gradient wasn't taken in a block of :meth:`sampled`, or
+                a step in one.
+        """
+        loss = None
+        if self._gradients is not None:
+            raise RuntimeError("step is taken after the block of sampled, not in it.")
+        if closure is not None:
+            with self.sampled(), torch.enable_grad():
+                loss = closure()
+        for p, group in self._parameters():
+            if p.grad is None:
+                continue
+            state = self.state[p]
+            estimate = state.pop("estimate", None)
+            if estimate is None:
+                raise RuntimeError(
+                    "IVON takes gradients at a draw of the weights. Put the backward "
+                    "pass into `with optimizer.sampled():`."
+                )
+            state.setdefault("step", 0)
+            state.setdefault("momentum", torch.zeros_like(p))
+            beta1, beta2 = group["betas"]
+            h = self._hessian(p, group)
+            delta = group["prior_precision"] / group["num_data"]
+            state["step"] += 1
+            state["momentum"].lerp_(p.grad, 1 - beta1)
+            # The last term keeps h + delta positive, a step along its own geometry.
+            change = (1 - beta2) * (estimate - h)
+            state["hessian"] = h + change + change.square() / (2 * (h + delta))
+            gradient = state["momentum"] / (1 - beta1 ** state["step"])
+            lr = group["lr"] * (group["init_hessian"] + delta)
+            p.sub_(lr * (gradient + delta * p) / (state["hessian"] + delta))
+        return loss
+
+    def posterior(
+        self,
+        lora: LiftedNetwork,
+        *,
+        model: Model | None = None,
+        obs_site: str | None = None,
+    ) -> GaussianPosterior:
+        """The Gaussian that it has come to.
+
+        Args:
+            lora: The lifted network whose parameters it trains.
+            model: The Pyro model, where something needs it.
+            obs_site: The likelihood's site, None for the only one.
+
+        Returns:
+            The posterior; sites that it doesn't train are points.
+
+        Raises:
+            RuntimeError: Inside of a block of :meth:`sampled`.
+            TypeError: If ``lora`` is something else.
+            ValueError: If it trains none of the network's parameters, or some layers of
+                a site and others not.
+        """
+        check_lora(lora)
+        if self._gradients is not None:
+            raise RuntimeError("The weights are a draw: leave the block of sampled.")
+        groups = {p: group for p, group in self._parameters() if p in self.state}
+        scale = {}
+        for site, like in lora.weights().items():
+            own = [member.parameter for member in lora.parameters[site]]
+            trained = [p for p in own if p in groups]
+            if not trained:
+                continue
+            if len(trained) < len(own):
+                raise ValueError(
+                    f"Site {site!r}: IVON trains {len(trained)} of its {len(own)} "
+                    "parameters. Give it all of them, or none."
+                )
+            sds = [self._sd(p, groups[p]).to(like) for p in own]
+            scale[site] = torch.stack(sds)
+        if not scale:
+            raise ValueError(
+                "This IVON has trained none of the network's parameters. Give it "
+                "lora.network.parameters(), and take a step."
+            )
+        return GaussianPosterior(lora.weights(), scale, (lora,), model, obs_site)
+
+    def _parameters(self) -> Iterator[tuple[nn.Parameter, dict[str, Any]]]:
+        for group in self.param_groups:
+            yield from ((p, group) for p in group["params"] if p.requires_grad)
+
+    def _hessian(self, p: nn.Parameter, group: dict[str, Any]) -> Tensor:
+        state = self.state[p]
+        if "hessian" not in state:
+            state["hessian"] = torch.full_like(p, group["init_hessian"])
+        h: Tensor = state["hessian"]
+        return h
+
+    def _sd(self, p: nn.Parameter, group: dict[str, Any]) -> Tensor:
+        precision = group["num_data"] * self._hessian(p, group)
+        sd: Tensor = (precision + group["prior_precision"]).rsqrt()
+        return sd

@@ -1,0 +1,539 @@
+"""What one process and several do alike: a job is a function of a folder.
+
+Each makes its network by the same seed and gives what the functions of the library
+return; where there are several ranks ``pl.share`` leaves each its own part.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+import torch.distributed
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+import pyro_lora as pl
+from tests.networks import batch, bert, classifier, llama
+
+Batch = dict[str, Tensor]
+NUM_DATA = 7  # which neither 2 nor 3 ranks divide
+
+
+class PowerCutError(Exception):
+    pass
+
+
+def rank() -> int:
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def size() -> int:
+    there = torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if there else 1
+
+
+def lifted(num_labels: int = 3, **options: Any) -> tuple[pl.LiftedNetwork, Any]:
+    lora = pl.lift(bert(num_labels, num_layers=1, hidden_size=8, **options))
+    return lora, classifier(lora, NUM_DATA)
+
+
+def data(num_labels: int = 3, by: int = 2, number: int = NUM_DATA) -> list[Batch]:
+    whole = batch(number, 6, num_labels=num_labels)
+    return [
+        {name: x[i : i + by] for name, x in whole.items()} for i in range(0, number, by)
+    ]
+
+
+def guide_of(lora: pl.LiftedNetwork, model: Any, **options: Any) -> pl.AutoLaplace:
+    return pl.AutoLaplace(model, init_loc_fn=lora.init_to_adapter(), **options)
+
+
+def posterior(**options: Any) -> tuple[pl.LaplacePosterior, list[Batch]]:
+    lora, model = lifted()
+    batches = data()
+    guide = guide_of(lora, model, **options)
+    return guide.laplace_approximation(pl.share(batches)), batches
+
+
+def numbers_of(fitted: pl.LaplacePosterior) -> dict[str, Any]:
+    return {
+        "mode": fitted.mode(),
+        "variance": fitted.variance(),
+        "log_evidence": fitted.log_evidence(),
+        "log_likelihood": fitted.log_likelihood,
+        "effective": fitted.gaussian.effective_parameters(),
+    }
+
+
+def fit(structure: Any, folder: Path) -> Any:
+    fitted, _ = posterior(structure=structure)
+    return numbers_of(fitted)
+
+
+def fit_exact(folder: Path) -> Any:
+    fitted, _ = posterior(structure=pl.structures.Exact())
+    return {
+        **numbers_of(fitted),
+        "loo": fitted.log_loo() if hasattr(fitted, "log_loo") else 0.0,
+        "refined": numbers_of(fitted.refine().optimize_prior()),
+    }
+
+
+def fit_in_chunks(folder: Path) -> Any:
+    lora, model = lifted()
+    return numbers_of(
+        guide_of(lora, model).laplace_approximation(
+            pl.share(data()), max_memory_gb=1e-6
+        )
+    )
+
+
+def regression(lora: pl.LiftedNetwork) -> Any:
+    def model(
+        input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None
+    ) -> Any:
+        noise = pyro.sample("noise", dist.LogNormal(0.0, 1.0))
+        out = lora()(input_ids=input_ids, attention_mask=attention_mask).logits
+        with pyro.plate("data", NUM_DATA, subsample=input_ids):
+            return pyro.sample("y", dist.Normal(out[..., 0], noise), obs=labels)
+
+    return model
+
+
+def fit_latents(folder: Path) -> Any:
+    lora, _ = lifted(1)
+    batches = data(2)
+    for one in batches:
+        one["labels"] = one["labels"].double()
+    fitted = guide_of(lora, regression(lora)).laplace_approximation(pl.share(batches))
+    return {**numbers_of(fitted), "noise": fitted.latents.precision}
+
+
+def predict(folder: Path) -> Any:
+    # KFAC's draws hang on a sum's last digit, where eigenvalues are equal.
+    fitted, batches = posterior(structure=pl.structures.Diagonal())
+    linear = pl.predict(fitted, pl.share(batches))
+    torch.manual_seed(5 + rank())  # draws are the first rank's
+    drawn = pl.predict(
+        fitted, pl.share(batches), method="sample", num_samples=3, keep_draws=True
+    )
+    return {
+        "probs": linear.probs,
+        "labels": linear.labels,
+        "metrics": linear.metrics(),
+        "sampled": drawn.probs,
+        "draws": drawn.draw_log_probs,
+    }
+
+
+def predict_tokens(folder: Path) -> Any:
+    lora = pl.lift(llama(None, num_layers=1, hidden_size=8))
+
+    def model(input_ids: Tensor, attention_mask: Tensor) -> None:
+        logits = lora()(input_ids=input_ids, attention_mask=attention_mask).logits
+        seen = attention_mask[:, 1:].bool()
+        with pyro.plate("data", NUM_DATA, subsample=input_ids):
+            fn = dist.Categorical(logits=logits[..., :-1, :]).mask(seen).to_event(1)
+            pyro.sample("y", fn, obs=input_ids[:, 1:])
+
+    batches = [{k: x for k, x in b.items() if k != "labels"} for b in data()]
+    particles = pl.ensemble(lora, [lora.weights() for _ in range(2)], model=model)
+    found = pl.predict(particles, pl.share(batches), tokens="each")
+    return {"log_probs": found.log_probs, "labels": found.labels}
+
+
+def tune(folder: Path) -> Any:
+    fitted, batches = posterior()
+    by_nll = fitted.optimize_prior(objective="nll", batches=pl.share(batches))
+    torch.manual_seed(5 + rank())
+    narrow = fitted.for_sampling(pl.share(batches), num_samples=2)
+    return {"tau": by_nll.prior_precision, "scale": narrow.scale}
+
+
+def trees(folder: Path) -> Any:
+    fitted, batches = posterior(structure=pl.structures.Diagonal())
+    found: dict[str, Any] = {}
+    for name, options in {
+        "memory": {"num_samples": 4},
+        "file": {"num_samples": 4, "path": folder / "tree.zarr"},
+        "raw": {"num_samples": 2, "weights": "raw", "method": "sample"},
+    }.items():
+        torch.manual_seed(5 + rank())
+        tree = pl.to_datatree(fitted, pl.share(batches), **options)
+        for group in ("posterior", "log_likelihood", "sample_stats", "observed_data"):
+            for variable, values in tree[group].data_vars.items():
+                found[f"{name} {group} {variable}"] = torch.as_tensor(values.values)
+        drawn = tree["posterior_predictive"]["y"]
+        found[f"{name} drawn"] = list(drawn.shape)
+        found[f"{name} inputs"] = torch.as_tensor(
+            tree["constant_data"]["input_ids"].values
+        )
+    return found
+
+
+def diagnose(folder: Path) -> Any:
+    fitted, batches = posterior(structure=pl.structures.Diagonal())
+    torch.manual_seed(5 + rank())
+    found = pl.diagnose(fitted, pl.share(batches), num_samples=25, num_directions=1)
+    particles = pl.ensemble(
+        fitted.networks[0],
+        [{s: x + k * 0.1 for s, x in fitted.mode().items()} for k in range(3)],
+        model=fitted.model,
+    )
+    diverse = pl.diagnose(particles, pl.share(batches)).diversity
+    assert found.stationarity is not None
+    return {
+        "newton": found.stationarity.newton_decrement,
+        "lines": found.gaussian.log_joint,
+        "k_hat": found.gaussian.k_hat,
+        "draws": found.gaussian.draws_log_likelihood,
+        "overconfidence": found.confidence.overconfidence,
+        "num_data": found.num_data,
+        "disagreement": diverse.disagreement,
+        "error": diverse.error,
+        "epistemic": diverse.epistemic_share,
+    }
+
+
+def discrepancy(folder: Path) -> Any:
+    lora, model = lifted()
+    weights = {
+        s: x + 0.1 * torch.randn(3, *x.shape, dtype=x.dtype)
+        for s, x in lora.weights().items()
+    }
+    batches = data()
+    found = pl.kernelized_stein_discrepancy(
+        model, weights, pl.share(batches), num_bootstrap=20
+    )
+    effective = pl.effective_num_predictions(model, weights, pl.share(batches))
+    return [found.u_statistic, found.v_statistic, found.p_value, effective]
+
+
+def engine(
+    lora: pl.LiftedNetwork, model: Any, kernel: Any, num: int = 5, **options: Any
+) -> pl.SVGD:
+    # Momentum, since Adam's first steps are as long whatever the gradient.
+    optim = pyro.optim.SGD({"lr": 1e-2, "momentum": 0.5})
+    init = lora.init_to_adapter(jitter=0.1)
+    return pl.SVGD(model, kernel, optim, num, init_loc_fn=init, **options)
+
+
+def svgd(kernel: Any, options: dict[str, Any], folder: Path) -> Any:
+    lora, model = lifted()
+    batches = data()
+    torch.manual_seed(5 + rank())
+    made = engine(lora, model, kernel, **options)
+    made.run(batches, num_epochs=1, progress_bar=False)
+    return {"particles": made.get_named_particles(), **made.diagnostics}
+
+
+def svgd_on_shares(kernel: Any, folder: Path) -> Any:
+    """Each batch shared out, by rows; the particles on every rank."""
+    lora, model = lifted()
+    mesh = None
+    if size() > 1:
+        mesh = init_device_mesh("cpu", (size(), 1), mesh_dim_names=DIMS)
+    made = engine(lora, model, kernel, 2, mesh=mesh)
+    whole = data(by=NUM_DATA)[0]
+    rows = torch.tensor(list(pl.share(range(NUM_DATA), mesh=mesh)))
+    for _ in range(2):
+        made.step(**{name: x[rows] for name, x in whole.items()})
+    return {"particles": made.get_named_particles(), **made.diagnostics}
+
+
+DIMS = ("data", "particles")
+
+
+def shard(network: Any, **options: Any) -> Any:
+    """FSDP2 over all ranks; nothing in one process."""
+    if size() > 1:
+        encoder = network.base_model.model.bert
+        mesh = init_device_mesh("cpu", (size(),))
+        for module in (*encoder.encoder.layer, encoder):
+            fully_shard(module, mesh=mesh, **options)
+    return network
+
+
+def sharded_base(folder: Path) -> Any:
+    """A frozen base whose weights are spread over the ranks, the adapter whole."""
+    network = bert(3, num_layers=2, hidden_size=8)
+    trained = {p for p in network.parameters() if p.requires_grad}
+    lora = pl.lift(shard(network, ignored_params=trained))
+    model = classifier(lora, 8)
+    batches = data(number=8)  # as many for each rank: its forward passes are shared
+    fitted = guide_of(lora, model).laplace_approximation(pl.share(batches))
+    made = engine(lora, model, RBF(space="function"), 4)
+    made.run(batches, num_epochs=1, progress_bar=False)
+    weights = network.base_model.model.bert.encoder.layer[0].output.dense.weight
+    assert isinstance(weights, DTensor) == (size() > 1)
+    return {
+        **numbers_of(fitted),
+        "probs": pl.predict(fitted, pl.share(batches)).probs,
+        "particles": made.get_named_particles(),
+        "drawn": pl.predict(made.posterior(), pl.share(batches)).probs,
+    }
+
+
+def sharded_adapter(folder: Path) -> Any:
+    lora = pl.lift(shard(bert(3, num_layers=1, hidden_size=8)))
+    guide = guide_of(lora, classifier(lora, NUM_DATA))
+    return guide.laplace_approximation(pl.share(data()))
+
+
+def repeated(mesh: bool, folder: Path) -> Any:
+    """All data on each rank: with a mesh that says so it's as in one process."""
+    lora, model = lifted()
+    several = mesh and size() > 1
+    fitted = guide_of(lora, model).laplace_approximation(
+        data(),
+        mesh=init_device_mesh("cpu", (1, size()), mesh_dim_names=DIMS)
+        if several
+        else None,
+    )
+    return numbers_of(fitted)
+
+
+def broken(index: int) -> list[Batch]:
+    """Batches of which one has a label that is none, on the last rank alone."""
+    batches = data()
+    if rank() == size() - 1:
+        batches[index]["labels"] = batches[index]["labels"] + 9
+    return batches
+
+
+def broken_fit(folder: Path) -> Any:
+    lora, model = lifted()
+    return guide_of(lora, model).laplace_approximation(pl.share(broken(-1)))
+
+
+def broken_prediction(folder: Path) -> Any:
+    lora, model = lifted()
+    particles = pl.ensemble(lora, [lora.weights()], model=model)
+    return pl.predict(particles, pl.share(broken(-1)))
+
+
+def broken_step(folder: Path) -> Any:
+    lora, model = lifted()
+    made = engine(lora, model, pl.kernels.RBF())
+    made.run(broken(1), num_epochs=1, progress_bar=False)
+
+
+def other_weights(folder: Path) -> Any:
+    torch.manual_seed(rank())
+    lora, model = lifted()
+    return guide_of(lora, model).laplace_approximation(pl.share(data()))
+
+
+def other_particles(folder: Path) -> Any:
+    batches = data()
+    torch.manual_seed(rank())
+    lora, model = lifted()
+    engine(lora, model, pl.kernels.RBF()).run(batches, num_epochs=1)
+
+
+def padded_sampler(folder: Path) -> Any:
+    """What torch's own sampler does where data don't divide."""
+    lora, model = lifted()
+    rows = torch.utils.data.DistributedSampler(
+        list(range(NUM_DATA)), num_replicas=size(), rank=rank(), shuffle=False
+    )
+    whole = data(by=NUM_DATA)[0]
+    mine = torch.tensor(list(rows))
+    batches = [{name: x[mine] for name, x in whole.items()}]
+    return guide_of(lora, model).laplace_approximation(batches)
+
+
+def one_batch(folder: Path) -> Any:
+    lora, model = lifted()
+    return guide_of(lora, model).laplace_approximation(pl.share(data(by=NUM_DATA)))
+
+
+def other_lengths(folder: Path) -> Any:
+    lora, model = lifted()
+    made = engine(lora, model, pl.kernels.RBF())
+    made.run(data()[: 3 - (rank() == 1)], num_epochs=1, progress_bar=False)
+
+
+def other_batches(folder: Path) -> Any:
+    lora, model = lifted()
+    made = engine(lora, model, pl.kernels.RBF())
+    made.run(data()[rank() :], num_epochs=1, progress_bar=False)
+
+
+def few_particles(folder: Path) -> Any:
+    lora, model = lifted()
+    engine(lora, model, pl.kernels.RBF(), 1).run(data(), num_epochs=1)
+
+
+def no_mesh(folder: Path) -> Any:
+    fitted, batches = posterior()
+    return pl.predict(fitted, pl.share(batches), mesh=(2, 1))  # type: ignore[arg-type]
+
+
+def mesh_of_others(folder: Path) -> Any:
+    fitted, batches = posterior()
+    mesh = init_device_mesh("cpu", (size(),), mesh_dim_names=("rows",))
+    return pl.predict(fitted, pl.share(batches), mesh=mesh)
+
+
+class Interrupted:
+    """Batches whose reading fails after so many, on the last rank."""
+
+    def __init__(self, batches: Any, after: int) -> None:
+        self.batches, self.after = batches, after
+
+    def __iter__(self) -> Iterator[Batch]:
+        for index, one in enumerate(self.batches):
+            if index == self.after and rank() == size() - 1:
+                raise PowerCutError(f"after {index} batches")
+            yield one
+
+
+def interrupted_fit(name: str, folder: Path) -> Any:
+    lora, model = lifted()
+    guide = guide_of(lora, model, structure=STRUCTURES[name])
+    batches = Interrupted(pl.share(data(by=1)), 2)
+    return guide.laplace_approximation(batches, checkpoint=folder / "fits" / name)
+
+
+def resumed_fit(name: str, folder: Path) -> Any:
+    lora, model = lifted()
+    guide = guide_of(lora, model, structure=STRUCTURES[name])
+    calls: list[int] = []
+    lora.network.register_forward_hook(lambda *_: calls.append(1))
+    batches, checkpoint = pl.share(data(by=1)), folder / "fits" / name
+    fitted = guide.laplace_approximation(batches, checkpoint=checkpoint)
+    assert not checkpoint.exists() or not any(checkpoint.iterdir())
+    return {**numbers_of(fitted), "calls": calls}
+
+
+def saved_svgd(folder: Path) -> Any:
+    lora, model = lifted()
+    made = engine(lora, model, pl.kernels.RBF())
+    made.run(data(), num_epochs=1, progress_bar=False)
+    if rank() == 0:
+        made.save(folder / "svgd")
+
+
+def resumed_svgd(folder: Path) -> Any:
+    lora, model = lifted()
+    made = engine(lora, model, pl.kernels.RBF())
+    if (folder / "svgd").exists():
+        made.load(folder / "svgd")
+    else:
+        made.run(data(), num_epochs=1, progress_bar=False)
+    made.run(data(), num_epochs=1, progress_bar=False)
+    return {"particles": made.get_named_particles(), **made.diagnostics}
+
+
+def slow_fit(name: str, folder: Path) -> Any:
+    """A fit to be killed in, of batches that take a moment."""
+    lora, model = lifted()
+    lora.network.register_forward_hook(lambda *_: time.sleep(0.1))
+    guide = guide_of(lora, model, structure=STRUCTURES[name])
+    batches, checkpoint = pl.share(data(by=1)), folder / "fits" / name
+    return numbers_of(guide.laplace_approximation(batches, checkpoint=checkpoint))
+
+
+def slow_svgd(folder: Path) -> Any:
+    """Four epochs, saved after each, from where they were saved."""
+    lora, model = lifted()
+    lora.network.register_forward_hook(lambda *_: time.sleep(0.05))
+    batches = data()
+    made = engine(lora, model, RBF())
+    path, num_done = folder / "svgd", 0
+    if (path / "manifest.json").exists():
+        made.load(path)
+        num_done = made.state_dict()["num_epochs"]
+    for _ in range(num_done, 4):
+        made.run(batches, num_epochs=1, progress_bar=False)
+        if rank() == 0:
+            made.save(path)
+    return {"particles": made.get_named_particles(), **made.diagnostics}
+
+
+RBF = pl.kernels.RBF  # the jobs, by name
+STRUCTURES = {
+    "KFAC": pl.structures.KFAC(),
+    "reduced KFAC": pl.structures.KFAC(reduce=True),
+    "thin KFAC": pl.structures.KFAC(rank=2),
+    "EKFAC": pl.structures.EKFAC(),
+    "Diagonal": pl.structures.Diagonal(),
+    "Dense": pl.structures.Dense(),
+}
+SAME: dict[str, Callable[[Path], Any]] = {
+    **{name: partial(fit, x) for name, x in STRUCTURES.items()},
+    "Exact": fit_exact,
+    "chunks of terms": fit_in_chunks,
+    "latent noise": fit_latents,
+    "all data on each": partial(repeated, True),
+    "sharded base": sharded_base,
+    "predict": predict,
+    "tokens": predict_tokens,
+    "tune": tune,
+    "trees": trees,
+    "diagnose": diagnose,
+    "discrepancy": discrepancy,
+    "joint": partial(svgd, RBF(), {}),
+    "site": partial(svgd, RBF(space="site"), {"chunk_size": 1}),
+    "delta": partial(svgd, RBF(space="delta"), {}),
+    "function": partial(svgd, RBF(space="function"), {"repulsion": 3.0}),
+    "function in chunks": partial(
+        svgd, RBF(space="function"), {"repulsion": 3.0, "chunk_size": 2}
+    ),
+    "gated": partial(
+        svgd,
+        RBF(),
+        {"transport": "repulsive", "repulsion": lambda done, loss: 1 + loss},
+    ),
+    "ensemble": partial(svgd, pl.kernels.NoRepulsion(), {}),
+    "shares, joint": partial(svgd_on_shares, RBF()),
+    "shares, function": partial(svgd_on_shares, RBF(space="function")),
+}
+REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "a broken batch of a fit": (broken_fit, r"Batch \d.*'y'"),
+    "a broken batch of predict": (broken_prediction, r"Batch \d.*label"),
+    "a broken batch of SVGD": (broken_step, r"^SVGD's batch 1 \(from 0\): (?!SVGD)"),
+    "other weights": (other_weights, r"Site '.*': the weights of rank 1 are others"),
+    "other particles": (other_particles, r"Site '.*': the particles of rank 1"),
+    "a padded sampler": (
+        padded_sampler,
+        r"of all \d ranks together hold \d data.*share",
+    ),
+    "all data on each rank": (
+        partial(repeated, False),
+        r"of all \d ranks together hold \d+ data.*pl\.share",
+    ),
+    "one batch": (one_batch, r"Rank \d of \d has no batches"),
+    "other numbers of batches": (
+        other_lengths,
+        "The ranks do different things: rank 0",
+    ),
+    "other batches": (other_batches, r"batch 0.*The batch of rank 1 is another"),
+    "fewer particles than ranks": (few_particles, "num_particles=1 can't be shared"),
+    "a sharded adapter": (sharded_adapter, r"sharded over processes.*ignored_params"),
+    "a mesh that is none": (no_mesh, "mesh must be a torch.distributed"),
+    "a mesh of other dims": (mesh_of_others, r"mesh has the dims \('rows',\)"),
+}
+INTERRUPTED = {
+    f"interrupted {name}": partial(interrupted_fit, name) for name in ("KFAC", "EKFAC")
+}
+RESUMED = {f"resumed {name}": partial(resumed_fit, name) for name in ("KFAC", "EKFAC")}
+JOBS: dict[str, Callable[[Path], Any]] = {
+    **SAME,
+    **{name: job for name, (job, _) in REFUSED.items()},
+    **INTERRUPTED,
+    **RESUMED,
+    "slow KFAC": partial(slow_fit, "KFAC"),
+    "slow EKFAC": partial(slow_fit, "EKFAC"),
+    "slow SVGD": slow_svgd,
+    "save SVGD": saved_svgd,
+    "resume SVGD": resumed_svgd,
+}

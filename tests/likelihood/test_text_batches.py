@@ -1,0 +1,112 @@
+"""Texts as batches: the same numbers as tokenising them all at once."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import pyro_lora as pl
+from tests.words import WORDS, tokenizer
+
+TEXTS = ["good film", "bad", "a good good play", "the film", "bad play"]
+texts = st.lists(
+    st.lists(st.sampled_from(WORDS[2:]), min_size=1, max_size=9).map(" ".join),
+    min_size=1,
+    max_size=12,
+)
+
+
+@settings(max_examples=50, deadline=None)
+@given(texts, st.integers(1, 5), st.booleans())
+def test_batches_are_the_texts_in_order(
+    some: list[str], batch_size: int, shuffle: bool
+) -> None:
+    labels = torch.arange(len(some))
+    words = tokenizer()
+    loader = pl.text_batches(
+        words, some, labels, batch_size=batch_size, shuffle=shuffle
+    )
+    assert len(loader) == -(-len(some) // batch_size)
+    for _ in range(2):  # as often as needed
+        seen: list[int] = []
+        for batch in loader:
+            chosen = batch["labels"].tolist()
+            expected = words(
+                [some[i] for i in chosen], padding=True, return_tensors="pt"
+            )
+            assert batch.keys() == {*expected, "labels"}
+            for name, value in expected.items():
+                assert torch.equal(batch[name], value)
+            seen += chosen
+        assert (sorted(seen) if shuffle else seen) == labels.tolist()
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        ([1, 0, 1, 1, 0], torch.int64),
+        ((True, False, True, True, False), torch.int64),
+        (np.array([1, 0, 1, 1, 0], dtype=np.int32), torch.int64),
+        (np.arange(5) / 2, torch.float32),
+        ([[0.0, 1.0]] * 5, torch.float32),
+        (torch.arange(10).reshape(5, 2), torch.int64),
+    ],
+)
+def test_labels_of_any_numbers(labels: Any, expected: torch.dtype) -> None:
+    (batch,) = pl.text_batches(tokenizer(), TEXTS, labels)
+    given_ = labels if isinstance(labels, torch.Tensor) else torch.tensor(labels)
+    assert batch["labels"].dtype == expected
+    assert torch.equal(batch["labels"].double(), given_.double())
+    (without,) = pl.text_batches(tokenizer(), iter(TEXTS))
+    assert "labels" not in without
+
+
+def test_long_texts_are_cut() -> None:
+    long = ["good " * 40]
+    (batch,) = pl.text_batches(tokenizer(), long, max_length=7)
+    assert batch["input_ids"].shape == (1, 7)
+    words = tokenizer()
+    words.model_max_length = 16
+    (batch,) = pl.text_batches(words, long)
+    assert batch["input_ids"].shape == (1, 16)
+    words.model_max_length = int(1e30)  # as where nobody has said
+    (batch,) = pl.text_batches(words, long)
+    assert batch["input_ids"].shape == (1, 40)
+
+
+def test_pairs_of_texts() -> None:
+    (batch,) = pl.text_batches(tokenizer(), [("good film", "bad"), ("a", "the play")])
+    expected = tokenizer()(
+        ["good film", "a"], ["bad", "the play"], padding=True, return_tensors="pt"
+    )
+    assert torch.equal(batch["input_ids"], expected["input_ids"])
+
+
+def test_bad_arguments_are_named() -> None:
+    words = tokenizer()
+
+    def batches(*args: Any, **options: Any) -> Any:
+        return pl.text_batches(words, *args, **options)
+
+    with pytest.raises(TypeError, match="tokenizer must be a tokenizer of transform"):
+        pl.text_batches("bert-base-uncased", TEXTS)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="a single string; put it into a list"):
+        batches("good film")
+    with pytest.raises(ValueError, match="texts is empty"):
+        batches([])
+    with pytest.raises(TypeError, match=r"texts\[1\] is nan; expected a string"):
+        batches(["good", float("nan")])
+    with pytest.raises(ValueError, match=r"texts\[1\] is '', in which the tokenizer"):
+        batches(["good", ""])
+    with pytest.raises(ValueError, match=r"shape \(2,\), but there are 5 texts"):
+        batches(TEXTS, [0, 1])
+    with pytest.raises(ValueError, match=r"found \['good', 'bad', 'good'\].*label2id"):
+        batches(TEXTS, ["good", "bad", "good", "good", "bad"])
+    with pytest.raises(ValueError, match="batch_size must be"):
+        batches(TEXTS, batch_size=0)
+    words.pad_token = None
+    with pytest.raises(ValueError, match=r"tokenizer.pad_token = tokenizer.eos_token"):
+        batches(TEXTS)
