@@ -13,26 +13,18 @@ isn't computed again, so that an interrupted run goes on where it was.
 
 import argparse
 import json
-import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from statistics import fmean, stdev
-from typing import Any
 
 import torch
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    BertForSequenceClassification,
-    PreTrainedTokenizerBase,
-)
-from transformers.utils import logging
+from transformers import BertForSequenceClassification, PreTrainedTokenizerBase
 
 import pyro_lora as pl
-from benchmarks.encoder_top import MAX_LENGTH, CachedRows, adapted, cache
+from benchmarks.encoder_top import MAX_LENGTH, CachedRows, adapted, cache, minilm
+from benchmarks.runs import write
 from benchmarks.seed_runs import (
     PRIOR_PRECISION,
     RANKS,
@@ -42,10 +34,9 @@ from benchmarks.seed_runs import (
     run_ensemble,
     run_seed,
 )
-from benchmarks.tables import header, provenance
+from benchmarks.tables import header, over_seeds, provenance
 from examples import vader
 from examples.rows import Corpus, read_corpus
-from examples.text import default_model
 
 RANK, NUM_TEST, NUM_RANKED_SEEDS = 2, 500, 2
 POOL = 3000  # rows that a seed's training rows are drawn from
@@ -115,15 +106,9 @@ def study(sst2: Path | None, quick: bool) -> Study:
             if not file.exists():
                 raise SystemExit(f"{file} isn't there. {__doc__}")
         corpora = {"sst2": read_corpus(*files), **corpora}
-    logging.set_verbosity_error()  # a new head is meant to be untrained
-    logging.disable_progress_bar()
-    torch.manual_seed(0)
-    bert = AutoModelForSequenceClassification.from_pretrained(
-        default_model(), num_labels=2, dtype=torch.float32
-    ).eval()
+    bert, tokenizer = minilm(num_labels=2)
     prior = pl.priors.normal(scale=PRIOR_PRECISION**-0.5)
     lora = pl.lift(adapted(bert, RANK), prior=prior)
-    tokenizer = AutoTokenizer.from_pretrained(default_model())
     return Study(corpora, bert, tokenizer, lora, quick)
 
 
@@ -164,23 +149,6 @@ def collected(runs: Path) -> Results:
         else:
             results[key] = found
     return results
-
-
-def write(path: Path, result: Result) -> None:
-    """Whole or not at all."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(result, indent=1))
-    os.replace(part, path)
-    print(path.stem, flush=True)
-
-
-def over_seeds(values: Iterable[Any], digits: int) -> str:
-    """Mean and standard error."""
-    found = [float(x) for x in values]
-    if not found:
-        return ""
-    error = f" ± {stdev(found) / len(found) ** 0.5:.{digits}f}" if found[1:] else ""
-    return f"{fmean(found):.{digits}f}{error}"
 
 
 def error_rows(results: Sequence[Result], prior: str) -> list[str]:

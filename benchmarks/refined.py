@@ -14,24 +14,20 @@ computed again.
 import argparse
 import json
 import time
-import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
-from transformers.utils import logging
 
 import pyro_lora as pl
-from benchmarks.curvature_quality import over_seeds, write
-from benchmarks.encoder_top import CachedRows, adapted, cache
+from benchmarks.encoder_top import CachedRows, adapted, cache, minilm
+from benchmarks.runs import arguments, run_or_report, shard, write
 from benchmarks.seed_runs import NUM_MEMBERS, PRIOR_PRECISION, Setting
-from benchmarks.tables import header, provenance
+from benchmarks.tables import header, over_seeds, provenance, row
 from examples.rows import Corpus, Row, read_corpus
-from examples.text import default_model
 from pyro_lora.curvature.linearize import LinearizedNetwork
 from pyro_lora.ground.weights import Weights
 
@@ -80,15 +76,9 @@ def chosen(rows: Sequence[Row], number: int, seed: int) -> list[Row]:
 
 def setting(rows: Corpus, number: int, seed: int) -> Setting:
     """A network with a new head, and its rows on cached states."""
-    logging.set_verbosity_error()  # a new head is meant to be untrained
-    logging.disable_progress_bar()
-    torch.manual_seed(0)
-    bert = AutoModelForSequenceClassification.from_pretrained(
-        default_model(), num_labels=len(rows.classes), dtype=torch.float32
-    ).eval()
+    bert, tokenizer = minilm(num_labels=len(rows.classes))
     prior = pl.priors.normal(scale=PRIOR_PRECISION**-0.5)
     lora = pl.lift(adapted(bert, RANK), prior=prior)
-    tokenizer = AutoTokenizer.from_pretrained(default_model())
     train = cache(bert, tokenizer, chosen(rows.train, number, seed))
     test = cache(bert, tokenizer, rows.test[:NUM_TEST]).by_length()
     return Setting(lora=lora, train=train, test=test, epochs=1, seed=seed)
@@ -212,13 +202,12 @@ def run_one(job: Setting) -> Result:
     return {"metrics": metrics, "seconds": clock.seconds}
 
 
-def run(args: argparse.Namespace) -> None:
+def run(
+    args: argparse.Namespace, run_one: Callable[[Setting], Result] = run_one
+) -> None:
     """Every result that isn't there yet."""
-    args.runs.mkdir(parents=True, exist_ok=True)
-    shard, number = map(int, args.shard.split("/"))
-    warnings.filterwarnings("ignore", "The weights aren't a mode")
     jobs = [(s, name) for s in range(args.seeds) for name in args.sets]
-    for seed, name in jobs[shard::number]:
+    for seed, name in shard(jobs, args):
         paths = {
             epochs: args.runs / f"{name}-{args.rows}-{epochs}-{seed}.json"
             for epochs in args.epochs
@@ -263,7 +252,7 @@ def report(runs: Path) -> list[str]:
                     own = [m[method][metric] for m in found if method in m]
                     cells.append(over_seeds(own, digits))
                 if any(cells):
-                    lines.append(f"| {title} | {' | '.join(cells)} |")
+                    lines.append(row(title, *cells))
             lines.append("")
         lines += ["Seconds:", "", *header("what", *columns)]
         for what in results[name, rows, epochs[0]][0]["seconds"]:
@@ -271,28 +260,16 @@ def report(runs: Path) -> list[str]:
                 over_seeds((r["seconds"][what] for r in results[name, rows, e]), 1)
                 for e in epochs
             ]
-            lines.append(f"| {what} | {' | '.join(cells)} |")
+            lines.append(row(what, *cells))
         lines.append("")
     return lines
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--sets", nargs="+", default=list(SETS))
+    parser = arguments(__doc__, "refined", SETS, rows=500)
     parser.add_argument("--epochs", nargs="+", type=int, default=list(EPOCHS))
-    parser.add_argument("--rows", type=int, default=500)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--shard", default="0/1", help="I/N: every Nth job, from I on")
-    parser.add_argument("--runs", type=Path, default=Path(".cache/refined"))
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--report", action="store_true")
-    args = parser.parse_args()
-    if not args.report:
-        run(args)
-        return
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "refined.md").write_text("\n".join(report(args.runs)))
+    run_or_report(parser.parse_args(), run, report)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 r"""When may a refined posterior be widened? Rules that need no held-out label.
 
 Usage: ``python -m benchmarks.refined_widening --data FOLDER [--seeds 2] [--runs
-.cache/refined_widening] [--sets agnews sst2] [--epochs 2 4 8 25] [--out
-benchmarks/results]``; ``--report`` writes the table of what there is.
+.cache/refined_widening] [--sets agnews sst2] [--epochs 2 4 8 25] [--shard 0/2]
+[--out benchmarks/results]``; ``--report`` writes the table of what there is.
 
 Network, rows and training are those of ``benchmarks.refined``. All rules share the mean
 that ``refine()`` finds. Beside the evidence's width there are
@@ -17,11 +17,10 @@ that ``refine()`` finds. Beside the evidence's width there are
   are as likely as at these weights. Early stopping is taken to be that prior.
 """
 
-import argparse
 import json
 import math
-import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -31,10 +30,10 @@ from torch import Tensor
 from torch.quasirandom import SobolEngine
 
 import pyro_lora as pl
-from benchmarks.curvature_quality import over_seeds, write
-from benchmarks.refined import at_weights, corpus, predicted, setting
+from benchmarks.refined import at_weights, predicted, run
+from benchmarks.runs import arguments, run_or_report
 from benchmarks.seed_runs import Setting
-from benchmarks.tables import header, provenance
+from benchmarks.tables import header, over_seeds, provenance, row
 from pyro_lora.curvature import linear_model
 from pyro_lora.curvature.dual_gaussian import DualGaussian, Roots
 from pyro_lora.ground.weights import Weights
@@ -137,24 +136,6 @@ def run_one(job: Setting) -> Result:
     return {"nll": nll, "loo": loo}
 
 
-def run(args: argparse.Namespace) -> None:
-    """Every result that isn't there yet."""
-    args.runs.mkdir(parents=True, exist_ok=True)
-    warnings.filterwarnings("ignore", "The weights aren't a mode")
-    for seed in range(args.seeds):
-        for name in args.sets:
-            paths = {
-                epochs: args.runs / f"{name}-{args.rows}-{epochs}-{seed}.json"
-                for epochs in args.epochs
-            }
-            if all(path.exists() for path in paths.values()):
-                continue
-            job = setting(corpus(args.data / name), args.rows, seed)
-            for epochs, path in paths.items():
-                if not path.exists():
-                    write(path, run_one(replace(job, epochs=epochs)))
-
-
 def with_choices(result: Result) -> dict[str, float]:
     """NLL of each rule, those that choose among others with them."""
     nll, loo = dict(result["nll"]), result["loo"]
@@ -186,32 +167,21 @@ def report(runs: Path) -> list[str]:
     for name, epochs in keys:
         own = results[name, epochs]
         cells = [over_seeds((r[rule] for r in own), 3) for rule in TITLES]
-        lines.append(f"| {name}, {epochs} | {len(own)} | {' | '.join(cells)} |")
+        lines.append(row(f"{name}, {epochs}", str(len(own)), *cells))
     means = [f"{fmean(r[rule] for r in every):.3f}" for rule in TITLES]
-    lines.append(f"| mean | | {' | '.join(means)} |")
+    lines.append(row("mean", "", *means))
     worst = [f"{max(r[rule] - r['map'] for r in every):+.3f}" for rule in TITLES]
-    lines.append(f"| worst, less MAP's | | {' | '.join(worst)} |")
+    lines.append(row("worst, less MAP's", "", *worst))
     counts = [str(sum(r[rule] > r["map"] + 0.005 for r in every)) for rule in TITLES]
-    lines.append(f"| worse than MAP by .005 | | {' | '.join(counts)} |")
+    lines.append(row("worse than MAP by .005", "", *counts))
     return [*lines, ""]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--sets", nargs="+", default=list(SETS))
+    parser = arguments(__doc__, "refined_widening", SETS, rows=500)
     parser.add_argument("--epochs", nargs="+", type=int, default=list(EPOCHS))
-    parser.add_argument("--rows", type=int, default=500)
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--runs", type=Path, default=Path(".cache/refined_widening"))
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--report", action="store_true")
-    args = parser.parse_args()
-    if not args.report:
-        run(args)
-        return
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "refined_widening.md").write_text("\n".join(report(args.runs)))
+    run_or_report(parser.parse_args(), partial(run, run_one=run_one), report)
 
 
 if __name__ == "__main__":

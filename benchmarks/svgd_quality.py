@@ -12,20 +12,20 @@ import json
 import math
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
 import pyro
 import torch
 
 import pyro_lora as pl
-from benchmarks.curvature_quality import EPOCHS, NUM_TRAIN, RANK, Study, study, write
+from benchmarks.curvature_quality import EPOCHS, NUM_TRAIN, RANK, Study, study
 from benchmarks.encoder_top import MAX_LENGTH, CachedRows, cache
+from benchmarks.runs import write
 from benchmarks.seed_runs import PRIOR_PRECISION, Setting, decaying_adam
-from benchmarks.tables import header, provenance
+from benchmarks.tables import header, over_seeds, provenance
 
 NUM_PARTICLES, NUM_MORE = 5, 8
 NUM_TEST, NUM_OTHER = 500, 250
@@ -223,14 +223,6 @@ def collected(runs: Path) -> dict[tuple[str, str], dict[str, list[Result]]]:
     return found
 
 
-def cell(values: Sequence[float]) -> str:
-    """Mean and standard error."""
-    error = ""
-    if len(values) > 1:
-        error = f" ± {stdev(values) / math.sqrt(len(values)):.3f}"
-    return f"{fmean(values):.3f}{error}"
-
-
 def report(runs: Path) -> list[str]:
     """All tables, in Markdown."""
     lines = [
@@ -267,8 +259,8 @@ def report(runs: Path) -> list[str]:
             gains = [
                 r["nll"] - base for r, base in zip(results, ensemble, strict=False)
             ]
-            columns = [cell([r["nll"] for r in results]), cell(gains)] + [
-                cell([r[key] for r in results])
+            columns = [over_seeds([r["nll"] for r in results]), over_seeds(gains)] + [
+                over_seeds([r[key] for r in results])
                 for key in ("ece", "accuracy", "auroc", "diversity")
             ]
             lines.append(f"| {method} | {len(results)} | {' | '.join(columns)} |")

@@ -2,16 +2,33 @@
 
 import os
 import platform
+from collections.abc import Iterable
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
 
 import torch
 
 
+def row(*cells: str) -> str:
+    """A line of a table in Markdown."""
+    return f"| {' | '.join(cells)} |"
+
+
 def header(*columns: str) -> list[str]:
     """The first two lines of a table in Markdown."""
-    return [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    return [row(*columns), "|---" * len(columns) + "|"]
+
+
+def over_seeds(values: Iterable[Any], digits: int = 3) -> str:
+    """Mean ± standard error; no error of a single one, nothing of none."""
+    found = [float(x) for x in values]
+    if not found:
+        return ""
+    error = f" ± {stdev(found) / len(found) ** 0.5:.{digits}f}" if found[1:] else ""
+    return f"{fmean(found):.{digits}f}{error}"
 
 
 def machine(device: str) -> str:

@@ -41,7 +41,7 @@ class classification(FieldsShown):
     num_data: int
 
     def __post_init__(self) -> None:
-        _check_data(self.lora, self.num_data)
+        _check_data(self)
 
     def __call__(self, labels: Tensor | None = None, **inputs: Any) -> Tensor:
         """Sample the weights and the labels of a batch."""
@@ -72,7 +72,7 @@ class multi_label(FieldsShown):
     num_data: int
 
     def __post_init__(self) -> None:
-        _check_data(self.lora, self.num_data)
+        _check_data(self)
 
     def __call__(self, labels: Tensor | None = None, **inputs: Any) -> Tensor:
         """Sample the weights and the labels of a batch."""
@@ -105,25 +105,24 @@ class token_classification(FieldsShown):
 
     The model's keyword arguments are the network's inputs, (B, T), and ``labels``,
     (B, T) or None: classes with -100 where a token doesn't count, as transformers'
-    ``DataCollatorForTokenClassification`` pads them. Without labels all tokens of the
-    ``attention_mask`` count.
+    ``DataCollatorForTokenClassification`` pads them. Padding, where ``attention_mask``
+    is 0, never does, whatever its labels; without labels all other tokens count.
     """
 
     lora: LiftedNetwork
     num_data: int
 
     def __post_init__(self) -> None:
-        _check_data(self.lora, self.num_data)
+        _check_data(self)
 
     def __call__(self, labels: Tensor | None = None, **inputs: Any) -> Tensor:
         """Sample the weights and the labels of a batch."""
         net = self.lora()  # the pyro.sample statements
         logits = net(**inputs).logits
         first = next(iter(inputs.values()))
-        if labels is None:
-            counts = inputs.get("attention_mask", torch.ones_like(first)) > 0
-        else:
-            counts = labels != IGNORED
+        counts = inputs.get("attention_mask", first.new_ones(first.shape[:2])) > 0
+        if labels is not None:
+            counts = counts & (labels != IGNORED)
             labels = labels.where(counts, torch.zeros_like(labels))
         likelihood = dist.Categorical(logits=logits).mask(counts).to_event(1)
         with pyro.plate("data", self.num_data, subsample=first):
@@ -154,9 +153,10 @@ class regression(FieldsShown):
     scale: float | TorchDistributionMixin | None = None
 
     def __post_init__(self) -> None:
-        _check_data(self.lora, self.num_data)
+        _check_data(self)
         if not isinstance(self.scale, TorchDistributionMixin | None):
             check_positive("The noise's scale", self.scale)
+            object.__setattr__(self, "scale", float(self.scale))
 
     def __call__(self, labels: Tensor | None = None, **inputs: Any) -> Tensor:
         """Sample the weights and the labels of a batch."""
@@ -164,7 +164,7 @@ class regression(FieldsShown):
         logits = net(**inputs).logits
         _check_single(logits)
         noise: Any = self.scale
-        if not isinstance(noise, int | float):
+        if not isinstance(noise, float):
             prior = dist.LogNormal(logits.new_zeros(()), 1.0)
             noise = pyro.sample("noise", prior if noise is None else noise)
         first = next(iter(inputs.values()))
@@ -199,7 +199,7 @@ class multiple_choice(FieldsShown):
     choice_ids: Sequence[int]
 
     def __post_init__(self) -> None:
-        _check_data(self.lora, self.num_data)
+        _check_data(self)
         kinds: Any = Sequence | Tensor
         check_kind("choice_ids", self.choice_ids, kinds, "a list of token ids")
         for token in self.choice_ids:
@@ -266,7 +266,7 @@ class answer_likelihood(FieldsShown):
     per_token: bool = False
 
     def __post_init__(self) -> None:
-        _check_data(self.lora, self.num_data)
+        _check_data(self)
         check_kind("per_token", self.per_token, bool, "True or False")
 
     def __call__(
@@ -322,15 +322,16 @@ class language_model(FieldsShown):
 
     The model's keyword arguments are the network's inputs, (B, T), and ``labels``,
     (B, T) or None: the input ids with -100 where a token doesn't count, not shifted, as
-    in transformers. Without labels all tokens of the ``attention_mask`` count. A text's
-    first token never does, on whichever side the padding is: nothing comes before it.
+    in transformers. Padding, where ``attention_mask`` is 0, never does, whatever its
+    labels; without labels all other tokens count. A text's first token never does, on
+    whichever side the padding is: nothing comes before it.
     """
 
     lora: LiftedNetwork
     num_data: int
 
     def __post_init__(self) -> None:
-        _check_data(self.lora, self.num_data)
+        _check_data(self)
 
     def __call__(self, labels: Tensor | None = None, **inputs: Any) -> Tensor:
         """Sample the weights and the labels of a batch."""
@@ -338,9 +339,11 @@ class language_model(FieldsShown):
         logits = net(**inputs).logits[..., :-1, :]  # the last token's has no label
         tokens = inputs["input_ids"] if labels is None else labels
         real = inputs.get("attention_mask", torch.ones_like(tokens)) > 0
-        counts = (real if labels is None else labels != IGNORED)[:, 1:] & real[:, :-1]
+        counts = real[:, 1:] & real[:, :-1]
         if labels is not None:
-            labels = labels[:, 1:].where(counts, torch.zeros_like(labels[:, 1:]))
+            labels = labels[:, 1:]
+            counts = counts & (labels != IGNORED)
+            labels = labels.where(counts, torch.zeros_like(labels))
         likelihood = dist.Categorical(logits=logits).mask(counts).to_event(1)
         with pyro.plate("data", self.num_data, subsample=tokens):
             return pyro.sample("y", likelihood, obs=labels)
@@ -376,7 +379,7 @@ class preference(FieldsShown):
     num_data: int
 
     def __post_init__(self) -> None:
-        _check_data(self.lora, self.num_data)
+        _check_data(self)
 
     @property
     def advantages(self) -> "_advantages":
@@ -446,9 +449,11 @@ class _advantages(FieldsShown):
             return pyro.sample("y", dist.Normal(score, _NO_NOISE), obs=labels)
 
 
-def _check_data(lora: LiftedNetwork, num_data: int) -> None:
-    check_lora(lora)
-    check_count("num_data", num_data)
+def _check_data(model: Any) -> None:
+    check_lora(model.lora)
+    check_count("num_data", model.num_data)
+    # A count of NumPy's, or a tensor, would be in no file.
+    object.__setattr__(model, "num_data", int(model.num_data))
 
 
 def _takes(lora: LiftedNetwork, name: str) -> bool:

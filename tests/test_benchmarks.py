@@ -1,3 +1,6 @@
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -6,9 +9,28 @@ from transformers import BertConfig, BertForSequenceClassification
 import pyro_lora as pl
 from benchmarks.dense_ggn import dense_ggn, layers_of, logit_jacobian
 from benchmarks.encoder_top import CachedRows, EncoderTop, adapted
+from benchmarks.runs import arguments, shard, write
 from benchmarks.seed_runs import PRIOR_PRECISION, Setting
+from benchmarks.tables import over_seeds
 
 NUM_ROWS = 6
+
+
+def test_mean_and_standard_error_over_seeds() -> None:
+    assert over_seeds([]) == ""
+    assert over_seeds([0.25]) == "0.250"
+    assert over_seeds([1, 2, 3, 6], digits=2) == "3.00 ± 1.08"  # sqrt(14 / 3 / 4)
+
+
+def test_results_are_whole_and_shared_out(tmp_path: Path) -> None:
+    write(tmp_path / "one.json", {"nll": 0.5})
+    assert [path.name for path in tmp_path.iterdir()] == ["one.json"]
+    assert json.loads((tmp_path / "one.json").read_text()) == {"nll": 0.5}
+    parser = arguments(None, "study", sets=["sst2"], rows=5)
+    shares = [
+        shard(range(7), parser.parse_args(["--shard", f"{i}/3"])) for i in range(3)
+    ]
+    assert sorted(job for share in shares for job in share) == [*range(7)]
 
 
 @pytest.fixture

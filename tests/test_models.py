@@ -3,8 +3,10 @@
 import math
 import warnings
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -152,6 +154,15 @@ def test_regression_is_a_normal_around_the_output() -> None:
     assert_close(found, expected, rtol=0, atol=1e-8)
 
 
+@pytest.mark.parametrize("number", [np.float32, np.float64, torch.tensor, Fraction])
+def test_numbers_of_other_libraries_are_numbers(number: Any) -> None:
+    lora, expected, (batch, *_) = regression(0.5)
+    found = pl.models.regression(lora, np.int64(NUM_DATA), number(0.5))
+    assert repr(found) == repr(expected)
+    of_both = (likelihood(model, lora, batch) for model in (found, expected))
+    assert_close(*(site["unscaled_log_prob"] for site in of_both), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("prior", [None, dist.HalfNormal(torch.tensor(2.0).double())])
 def test_the_noise_of_a_regression_has_a_prior(prior: Any) -> None:
     _, model, batches = regression(prior)
@@ -236,6 +247,26 @@ def test_token_classification_is_the_loss_of_transformers() -> None:
                 for row, n in zip(rows, counts, strict=True)
             ]
         assert_close(found.tolist(), [-x for x in losses], rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("ready", [token_classification, language_model])
+@pytest.mark.parametrize("on_padding", [0, 1, 2])
+def test_labels_of_padding_never_count(
+    ready: Callable[[], Ready], on_padding: int
+) -> None:
+    lora, model, batches = ready()
+    for batch in batches:
+        padding = batch["attention_mask"] == 0
+        assert bool(padding.any())
+        expected, found = (
+            likelihood(
+                model,
+                lora,
+                {**batch, "labels": batch["labels"].masked_fill(padding, label)},
+            )["unscaled_log_prob"]
+            for label in (-100, on_padding)
+        )
+        assert torch.equal(found, expected)
 
 
 def test_without_labels_a_token_classifier_counts_the_mask() -> None:

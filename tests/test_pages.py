@@ -218,19 +218,65 @@ def test_preferences() -> None:
     assert (prediction.probs[:, 1] > 0.5).all()
 
 
+def both_ways_agree(names: dict[str, Any]) -> None:
+    # "Every number of a Laplace approximation computed twice"
+    dense, variance = names["dense"], names["variance"]
+    torch.testing.assert_close(dense.gaussian.fisher, names["F"], rtol=0, atol=1e-9)
+    torch.testing.assert_close(dense.log_evidence(), names["evidence"])
+    assert names["difference"] < 1e-9  # of KFAC's variances
+    torch.testing.assert_close(names["of_difference"], variance)
+
+
+def widths_take_back_confidence(names: dict[str, Any]) -> None:
+    # "SVGD in function space had lost most of its overconfidence already, and here the
+    # widths take back more than is due"
+    sure = {name: row["overconfidence"] for name, row in names["rows"].items()}
+    assert sure["SVGD, function space"] < sure["ensemble"] / 2
+    assert sure["SVGD + Laplace"] < 0
+    assert names["rows"]["ensemble + Laplace"]["nll"] < names["rows"]["ensemble"]["nll"]
+
+
+def few_ranks_are_in_use(names: dict[str, Any]) -> None:
+    # "The count is near the truth", and "under a normal prior all eight share the work"
+    assert names["TRUE_RANK"] <= names["used"] <= names["TRUE_RANK"] + 1
+    sizes = names["sizes"]["normal"]
+    assert (sizes > 0.05 * sizes[0]).all()
+
+
+def together_is_not_one_by_one(names: dict[str, Any]) -> None:
+    # "bald's first round asks sixteen times for little more than two; batch_bald asks
+    # for different texts"
+    found = {name: [x[1] for x in rounds] for name, rounds in names["results"].items()}
+    asked = {name: x[1] - x[0] for name, x in found.items()}
+    assert asked["bald"] < 8 < asked["batch_bald"]
+    assert found["batch_bald"][-1] > found["at random"][-1]
+
+
+def a_prior_remembers(names: dict[str, Any]) -> None:
+    # "Training on forgets some of the first task. With Monday's posterior for the prior
+    # less is forgotten"; "at a tenth of it the two are as good as with all data"
+    rows, first = names["rows"], "first task, nll"
+    assert rows["posterior as prior"][first] < rows["trained on"][first]
+    for key in (first, "second task, nll"):
+        both = rows["both data sets kept"][key]
+        assert names["found"][0.1][key] == pytest.approx(both, abs=0.03)
+
+
+TUTORIALS = {
+    "step_by_step": both_ways_agree,
+    "svgd_against_an_ensemble": widths_take_back_confidence,
+    "rank_ard": few_ranks_are_in_use,
+    "active_learning": together_is_not_one_by_one,
+    "continual": a_prior_remembers,
+}
+
+
 # What make docs runs, too; there, the sentences of the first tutorial are at hand.
 @pytest.mark.slow
 @pytest.mark.untrained
-@pytest.mark.parametrize(
-    "tutorial",
-    [
-        "step_by_step",
-        "svgd_against_an_ensemble",
-        "rank_ard",
-        "active_learning",
-        "continual",
-    ],
-)
-def test_a_tutorial_runs(tutorial: str) -> None:
-    exec(cells(tutorial), {})
+@pytest.mark.parametrize("tutorial", TUTORIALS)
+def test_a_tutorial_shows_what_it_says(tutorial: str) -> None:
+    names: dict[str, Any] = {}
+    exec(cells(tutorial), names)
     plt.close("all")
+    TUTORIALS[tutorial](names)

@@ -1,5 +1,6 @@
 """How often a program waits for a GPU, counted by operations on the CPU."""
 
+import math
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ import pyro_lora as pl
 from benchmarks.synchronisations import counted
 from pyro_lora.ground import synchronisation
 from pyro_lora.ground.synchronisation import ask, gathered, require, validated
+from pyro_lora.likelihood.model_trace import trace_at
 from tests.networks import batch, bert, classifier, llama
 
 STRUCTURES = {
@@ -296,6 +298,77 @@ def test_pytorchs_validation_is_gathered_and_says_the_same() -> None:
         block(lambda: validated(lambda: normal(-1.0)))
     assert str(found.value) == str(expected.value)
     assert came_through == ["there"]
+
+
+def test_what_an_invalid_distribution_breaks_says_so() -> None:
+    def factored() -> object:
+        return dist.MultivariateNormal(torch.zeros(2), -torch.eye(2))
+
+    def drawn() -> object:
+        return dist.Categorical(probs=torch.tensor([math.nan, 1.0])).sample()
+
+    def read() -> object:
+        dist.Normal(torch.zeros(2), torch.tensor([1.0, -1.0]))
+        return {}["of a user"]
+
+    def block(function: Callable[[], object]) -> None:
+        with gathered():
+            validated(function)
+
+    for function in (factored, drawn, read):
+        with pytest.raises(ValueError, match="Expected parameter") as expected:
+            function()
+        with pytest.raises(ValueError, match="Expected parameter") as found:
+            block(function)
+        assert str(found.value) == str(expected.value)
+
+
+def test_other_errors_of_a_model_stay_and_it_runs_once() -> None:
+    runs: list[int] = []
+
+    def failing_model() -> None:
+        runs.append(1)
+        dist.Normal(0.0, 1.0)
+        raise RuntimeError("of a user")
+
+    def block() -> None:
+        with gathered():
+            validated(failing_model)
+
+    with pytest.raises(RuntimeError, match="of a user"):
+        block()
+    assert len(runs) == 1
+
+
+def test_a_model_at_weights_is_run_once_more_at_them() -> None:
+    def model(x: Tensor) -> None:
+        scale = pyro.sample("scale", dist.Uniform(1.0, 2.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(0.0, scale - 1.5), obs=x)
+
+    def block(scale: float) -> None:
+        with gathered():
+            trace_at(model, {"scale": torch.tensor(scale)}, {"x": torch.zeros(2)})
+
+    block(1.9)
+    for _ in range(8):  # a draw would have a scale above 0 every other time
+        with pytest.raises(ValueError, match="Expected parameter scale"):
+            block(1.1)
+
+
+def test_an_interrupted_transfer_loses_no_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupted(tensors: Sequence[Tensor]) -> list[float]:
+        raise KeyboardInterrupt
+
+    with gathered():
+        answer = ask(torch.tensor(3))
+        with monkeypatch.context() as patch:
+            patch.setattr(synchronisation, "_transferred", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                int(answer)
+        assert int(answer) == 3
 
 
 def test_other_threads_are_validated_as_ever() -> None:

@@ -532,7 +532,7 @@ class PassCheckpoint:
         A crash leaves the old state or the new one.
 
         Args:
-            ranks: All of which come here; the first decides, and writes.
+            ranks: All of which come here; the first process decides, and writes.
             own: Over this rank's batches done, None if there are none yet.
             batches: Digests of these.
             ready: Whether there is something new.
@@ -562,7 +562,7 @@ class PassCheckpoint:
         tensors = {f"random/{device}": state for device, state in random.items()}
         tensors["log_likelihood"] = sums.log_likelihood
         # Before the state that says so: a crash leaves rows that nobody asks for.
-        if new:
+        if any(x.batches for x in new.values()):  # else all were done before
             self._write_rows(new)
         shared: dict[str, str] = {}
         names: dict[Tensor, str] = {}

@@ -85,7 +85,12 @@ class Rows(FieldsShown):
             if tau.shape[1 - x.ndim :].numel() > 1:
                 tau = tau.expand(x.shape)
                 first = tau.flatten(1)[:, :1]
-                if bool((tau.flatten(1) == first).all()):
+                # Equal ones may have a gradient each, but where they are one number.
+                if tau.requires_grad:
+                    same = not any(_moving_strides(tau[0]))
+                else:
+                    same = bool((tau.flatten(1) == first).all())
+                if same:
                     tau = first
             if tau.numel() <= x.shape[0]:
                 tau = tau.reshape(-1, *[1] * (x.ndim - 1))
@@ -290,17 +295,17 @@ class InSubspace(FieldsShown):
         matrix: :math:`\Phi`, (n, k), float64.
         residual: Diagonal of :math:`(J - \Phi U) T^{-1} (J - \Phi U)^T` at the prior of
             the fit, (n,): what of the prior variance of each contrast lies outside.
-        lost: Its share of the prior variance of all.
     """
 
     matrix: Tensor
     residual: Tensor
-    lost: float = field(init=False)
 
-    def __post_init__(self) -> None:
+    @property
+    def lost(self) -> float:
+        """The share of the prior variance of all contrasts that lies outside."""
         outside = float(self.residual.sum())
         total = float(self.matrix.square().sum()) + outside
-        object.__setattr__(self, "lost", outside / total if total else 0.0)
+        return outside / total if total else 0.0
 
     def of_data(self, x: Tensor) -> Tensor:
         """See :class:`EachRow`."""

@@ -450,6 +450,7 @@ class FisherPasses:
             raise ValueError(ranks.none_here(NO_BATCHES))
         if trace is None:  # for the prior, where all batches were done before
             trace = trace_batch(self.model, {**held, **leaves}, last[1], last[0])
+        _check_rows(ranks.total(num_rows), summed.max_rows)
         device = next(iter(leaves.values())).device
         sums = over_ranks(ranks, sums, device)
         sites = observed_sites(trace, self.obs_site)
@@ -482,6 +483,11 @@ def _checked_rows(
     total = before + number
     if max_rows is not None and not before and each is not None:
         total = each * plate.full_size
+    _check_rows(total, max_rows)
+    return number
+
+
+def _check_rows(total: int, max_rows: int | None) -> None:
     if max_rows is not None and total > max_rows:
         raise ValueError(
             "structures.Exact() works on matrices of as many rows as there are "
@@ -489,7 +495,6 @@ def _checked_rows(
             "at most. Use structures.Exact(num_inducing=m), which projects them on the "
             "span of m and takes 400,000,000 / m of them, or structures.KFAC()."
         )
-    return number
 
 
 def _names(sites: Sequence[dict[str, Any]]) -> str:

@@ -89,9 +89,9 @@ def span_of(
     tau = sample.by_matrix(prior_precision)
     eigenvalues, vectors = torch.linalg.eigh(sample.kernel(tau))
     # Rows that say what others say are no further direction.
-    least = len(drawn) * torch.finfo(torch.float64).eps * eigenvalues.amax()
+    least = len(drawn) * torch.finfo(torch.float64).eps * eigenvalues[-1:]
     kept = eigenvalues > least
-    kept[-1] = True  # one at least, also where the network has no gradient
+    kept[-1:] = True  # one at least, also where the network has no gradient
     weights = (vectors * eigenvalues.clamp_min(least + 1e-300).rsqrt())[:, kept]
     basis = {
         site: torch.stack([(weights.mT @ x.double()).to(x) for x in matrices])

@@ -180,12 +180,16 @@ class LinearMode:
         """Z at the mode, (n,)."""
         return self.data.contrasts(self.kernel @ self.alpha)
 
+    @cached_property
+    def root(self) -> Tensor:
+        r"""The Cholesky factor of :math:`I + R^T K R`."""
+        return cholesky_of(self.kernel, self.at.roots)
+
     @property
     def log_evidence(self) -> Tensor:
         """Laplace's, of the Gaussian process, nats (eq. 3.32)."""
-        root = cholesky_of(self.kernel, self.at.roots)
         prior = 0.5 * self.alpha @ self.kernel @ self.alpha
-        return self.at.log_likelihood - prior - root.diagonal().log().sum()
+        return self.at.log_likelihood - prior - self.root.diagonal().log().sum()
 
 
 def find_mode(
@@ -301,15 +305,13 @@ class _Evidence(torch.autograd.Function):
         mode: LinearMode = ctx.mode
         kernel, alpha, data = mode.kernel, mode.alpha, mode.data
         h = kernel @ alpha
-        half = _half(kernel, mode.at.roots)
-        score = -0.5 * data.log_det_score(kernel, half, h)
         eye = torch.eye(len(kernel), dtype=kernel.dtype, device=kernel.device)
+        inverse = torch.linalg.solve_triangular(
+            mode.root, mode.at.roots.right(eye), upper=False
+        )
+        score = -0.5 * data.log_det_score(kernel, inverse @ kernel, h)
         # (I - H K)^-1 of the score, as the transpose of what moves h
         u = torch.linalg.solve(eye - data.hessian_times(h, kernel), score)
-        root = cholesky_of(kernel, mode.at.roots)
-        inverse = torch.linalg.solve_triangular(
-            root, mode.at.roots.right(eye), upper=False
-        )
         moved = torch.outer(u, alpha)
         of_kernel = 0.5 * (torch.outer(alpha, alpha) - inverse.mT @ inverse)
         return gradients[0] * (of_kernel + 0.5 * (moved + moved.mT)), None
@@ -331,6 +333,9 @@ def leave_one_out(mode: LinearMode, kernel: Tensor) -> Tensor:
     rows_of = torch.cat(
         [part.datum.repeat_interleave(part.at_fit.shape[1]) for part in observations]
     )
+    result = mode.contrasts.new_zeros(observations[0].num_data)
+    if not len(rows_of):  # no outcome counts
+        return result
     counts = rows_of.bincount()
     by_datum = rows_of.argsort(stable=True)
     starts = counts.cumsum(0) - counts
@@ -340,8 +345,9 @@ def leave_one_out(mode: LinearMode, kernel: Tensor) -> Tensor:
     contrasts, at = mode.contrasts, mode.at
     mean = torch.empty_like(contrasts)
     covariance = mean.new_zeros(len(mean), int(counts.max()))
-    of_width = _half(kernel, at.roots)
-    of_mean = of_width if kernel is mode.kernel else _half(mode.kernel, at.roots)
+    of_mean = of_width = _half(mode.kernel, mode.root, at.roots)
+    if kernel is not mode.kernel:
+        of_width = _half(kernel, cholesky_of(kernel, at.roots), at.roots)
     for count in counts[counts > 0].unique().tolist():
         data = (counts == count).nonzero()[:, 0]
         rows = by_datum[starts[data][:, None] + torch.arange(count, device=data.device)]
@@ -351,7 +357,6 @@ def leave_one_out(mode: LinearMode, kernel: Tensor) -> Tensor:
         if of_mean is not of_width:
             c = _without_own(coordinates.covariance(mode.kernel, of_mean, rows), w)
         mean[rows] = contrasts[rows] - (c @ at.score[rows][..., None])[..., 0]
-    result = mean.new_zeros(observations[0].num_data)
     first = 0
     for part in observations:
         size, width = part.at_fit.shape
@@ -363,9 +368,8 @@ def leave_one_out(mode: LinearMode, kernel: Tensor) -> Tensor:
     return result
 
 
-def _half(kernel: Tensor, roots: Roots) -> Tensor:
+def _half(kernel: Tensor, root: Tensor, roots: Roots) -> Tensor:
     r"""V with :math:`\Sigma = K - V^T V`, (k, n)."""
-    root = cholesky_of(kernel, roots)
     return torch.linalg.solve_triangular(root, roots.right(kernel), upper=False)
 
 
@@ -492,7 +496,8 @@ def near_weights(
     ones = {site: x.new_ones(()) for site, x in gaussian.loc.items()}
     gram = gaussian.rows.kernel(ones)
     data = data_under(gaussian, gaussian.origin)
-    scale = float(gaussian.coordinates.variance(gram).mean())
+    variance = gaussian.coordinates.variance(gram)
+    scale = float(variance.sum()) / max(len(variance), 1)
     first = math.log10(max(scale, _TINY))
     last: Tensor | None = None
 

@@ -82,7 +82,10 @@ def prior_moments(fn: Any, value: Tensor) -> tuple[Tensor, Tensor]:
 
 @prior_moments.register
 def _normal(fn: td.Normal, value: Tensor) -> tuple[Tensor, Tensor]:
-    return fn.loc.expand(value.shape), fn.scale.expand(value.shape) ** -2
+    # One number for all weights stays one, which has one gradient.
+    repeated = [slice(1) if step == 0 else slice(None) for step in fn.scale.stride()]
+    precision = fn.scale[tuple(repeated)] ** -2
+    return fn.loc.expand(value.shape), precision.expand(value.shape)
 
 
 @prior_moments.register

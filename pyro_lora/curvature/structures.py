@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -99,13 +99,16 @@ class Structure(ABC):
     """A form of the Fisher information: what its passes sum, and its Gaussian.
 
     Attributes:
-        num_passes: Passes over the data.
         linear: Whether it takes the exact Fisher information as a function of what the
             linearised network outputs, not a root of it at the mode.
     """
 
-    num_passes: int
     linear: ClassVar[bool] = False
+
+    @property
+    @abstractmethod
+    def num_passes(self) -> int:
+        """Passes over the data; a class variable will do."""
 
     @property
     @abstractmethod
@@ -472,7 +475,6 @@ class Exact(Structure):
     """
 
     num_inducing: int | None = None
-    num_passes: int = field(init=False, repr=False, default=1)
     linear: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -483,7 +485,11 @@ class Exact(Structure):
                 f"num_inducing is {self.num_inducing}; it must be from 1 to "
                 f"{MAX_ROWS:,}, or None for all rows."
             )
-        object.__setattr__(self, "num_passes", 2)
+
+    @property
+    def num_passes(self) -> int:
+        """One for all rows; two for some of them, and what all are in their span."""
+        return 1 if self.num_inducing is None else 2
 
     @property
     def first_pass(self) -> BatchStructure:

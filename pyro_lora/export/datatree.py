@@ -37,7 +37,7 @@ from pyro_lora.export.weight_variables import (
 )
 from pyro_lora.ground.interrupts import leaving_no_trace
 from pyro_lora.ground.progress import Counted, progress
-from pyro_lora.ground.ranks import ALONE, Ranks, is_first, ranks_of, sharing_data
+from pyro_lora.ground.ranks import Ranks, all_ranks, is_first, ranks_of, sharing_data
 from pyro_lora.ground.settings import check_count, check_word
 from pyro_lora.ground.unfinished import aside
 from pyro_lora.ground.warning import warn
@@ -270,7 +270,7 @@ def to_datatree(
         )
         if path is None:
             return joined(chunks)
-        return written(chunks, Path(path), ranks)
+        return written(chunks, Path(path))
 
 
 def _first_batch(
@@ -896,7 +896,7 @@ def joined(chunks: Iterable[Groups]) -> DataTree:
     )
 
 
-def written(chunks: Iterable[Groups], path: Path, ranks: Ranks = ALONE) -> DataTree:
+def written(chunks: Iterable[Groups], path: Path) -> DataTree:
     """All chunks in a zarr store, one in memory at a time.
 
     The store has another name until it is whole.
@@ -904,7 +904,6 @@ def written(chunks: Iterable[Groups], path: Path, ranks: Ranks = ALONE) -> DataT
     Args:
         chunks: Groups of some draws each, in order.
         path: The store to make.
-        ranks: All of which come here, with the same groups; the first process writes.
 
     Returns:
         The tree, which reads from the store.
@@ -914,13 +913,19 @@ def written(chunks: Iterable[Groups], path: Path, ranks: Ranks = ALONE) -> DataT
     """
     from xarray import open_datatree
 
+    # Whoever reads it, of whatever mesh, waits until the first process has written it.
+    with all_ranks().together():
+        if is_first():
+            _write(chunks, path)
+        else:
+            for _ in chunks:  # whose data they may share
+                pass
+    return open_datatree(path, engine="zarr", consolidated=False)
+
+
+def _write(chunks: Iterable[Groups], path: Path) -> None:
     if path.exists():
         raise ValueError(f"{path} exists. Name a store that doesn't, or delete it.")
-    if not is_first():
-        for _ in chunks:  # whose data they share
-            pass
-        ranks.wait()
-        return open_datatree(path, engine="zarr", consolidated=False)
     with aside(path.parent) as unfinished:
         store = unfinished / path.name
         for index, groups in enumerate(chunks):
@@ -932,5 +937,3 @@ def written(chunks: Iterable[Groups], path: Path, ranks: Ranks = ALONE) -> DataT
                         store, group=name, append_dim="draw", consolidated=False
                     )
         store.rename(path)
-    ranks.wait()
-    return open_datatree(path, engine="zarr", consolidated=False)

@@ -854,7 +854,7 @@ def _restore_dual(
     for site, x in loc.items():
         j = tensors.under("jacobian/").real(site, None, WIDE)
         expected = (x.shape[0], j.shape[1] if j.ndim == 3 else 0, x[0].numel())
-        if tuple(j.shape) != expected or expected[1] == 0:
+        if tuple(j.shape) != expected:
             raise ValueError(
                 f"tensor {tensors.prefix}jacobian/{site} has shape "
                 f"{tuple(j.shape)}, expected ({expected[0]}, n, {expected[2]})"

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import fields, is_dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 import msgspec
+import torch
 import transformers
 from huggingface_hub import HfApi, snapshot_download
 from peft import PeftConfig, PeftModel
@@ -61,7 +63,9 @@ _WITH_CLASSES = ("SEQ_CLS", "TOKEN_CLS")
 _READY: dict[str, Any] = {
     name: kind
     for name, kind in vars(models).items()
-    if is_dataclass(kind) and kind.__module__ == models.__name__
+    if not name.startswith("_")
+    and is_dataclass(kind)
+    and kind.__module__ == models.__name__
 }
 
 
@@ -99,8 +103,8 @@ def save_pretrained(
         metadata: Words of the user's own.
 
     Raises:
-        ValueError: If there isn't one adapter that PEFT saves, or the metadata have the
-            name that is kept for this.
+        ValueError: If there isn't one adapter that PEFT saves, the prior would make
+            other weights of it, or the metadata have the name that is kept for this.
     """
     words = dict(metadata or {})
     if _METADATA in words:
@@ -109,6 +113,8 @@ def save_pretrained(
             "own. Give yours another name."
         )
     lora, network, adapter = one_adapter(posterior, "save_pretrained")
+    point = _point(posterior, lora)
+    _check_made_again(posterior, lora, point)
     folder = Path(path)
     about = _Pretrained(_class_names(network), _described(posterior.model))
     words[_METADATA] = msgspec.json.encode(about).decode()
@@ -117,7 +123,7 @@ def save_pretrained(
         before = lora.weights()
         # PEFT writes what is in the network, so the mode is put there, for that long.
         with undone(partial(lora.load, before)):
-            lora.load(_point(posterior, lora))
+            lora.load(point)
             meaning = _MEANING.format(point=_named(posterior))
             written = write_adapter(
                 network, adapter, unfinished / "adapter", _TITLE, meaning
@@ -252,6 +258,7 @@ def _base(
     """The network under the adapter, by transformers.
 
     Raises:
+        OSError: If it isn't there.
         ValueError: If the adapter doesn't say which it is.
     """
     config = PeftConfig.from_pretrained(str(folder))
@@ -265,9 +272,21 @@ def _base(
     classes: dict[str, Any] = {}
     if task in _WITH_CLASSES and class_names is not None:
         names = dict(enumerate(class_names))
-        classes = {"id2label": names, "label2id": {x: c for c, x in names.items()}}
+        classes = {
+            "id2label": names,
+            "label2id": {x: c for c, x in names.items()},
+            "ignore_mismatched_sizes": True,  # of the head, which the adapter brings
+        }
     kind = getattr(transformers, _CLASSES[task])
-    return kind.from_pretrained(base, revision=config.revision, token=token, **classes)
+    try:
+        return kind.from_pretrained(
+            base, revision=config.revision, token=token, **classes
+        )
+    except OSError as error:
+        raise OSError(
+            f"{folder}: its base network {base!r} can't be loaded ({error}). If it was "
+            "moved, load it yourself and give it as network=."
+        ) from error
 
 
 def _class_names(network: PeftModel) -> tuple[str, ...] | None:
@@ -319,7 +338,8 @@ def _point(posterior: _WithMode, lora: LiftedNetwork) -> Weights:
         ValueError: If it has neither.
     """
     if posterior.num_samples is not None:
-        draws = posterior.sample(posterior.num_samples)
+        every = posterior.sample(posterior.num_samples)
+        draws = {site: x[:1] for site, x in every.items()}
     else:
         # Of a mixture the mode of its largest Gaussian.
         parts: list[tuple[float, Any]] = [*posterior.gaussians()]
@@ -328,6 +348,24 @@ def _point(posterior: _WithMode, lora: LiftedNetwork) -> Weights:
     # Under a prior that isn't centred, these are of a site's noise, not of the site.
     weights = with_scaled_sites(posterior.prior, (lora,), draws)
     return {site: weights[site][0] for site in lora.sites}
+
+
+def _check_made_again(posterior: _WithMode, lora: LiftedNetwork, at: Weights) -> None:
+    """The prior makes the same weights of an adapter that is lifted where it's written.
+
+    Raises:
+        ValueError: If it starts from those that the adapter had when it was lifted.
+    """
+    lifted = copy(lora)
+    lifted.initial_weights = at
+    for site, x in _point(posterior, lifted).items():
+        if not torch.equal(x, at[site]):
+            raise ValueError(
+                f"Site {site!r}: the prior makes it of the weights that the adapter "
+                "had when it was lifted, and the saved adapter has others. Give the "
+                "prior its own, as priors.subspace(factors=lora.weights()), or keep "
+                "the adapter and write the posterior by pyro_lora.save."
+            )
 
 
 def _named(posterior: Posterior) -> str:

@@ -88,12 +88,10 @@ class Ranks:
         return [self._summed(x) for x in values]
 
     def first_says(self, flag: bool) -> bool:
-        """What the first rank says."""
-        return bool(self._meet("a decision", number=flag)[0])
-
-    def wait(self) -> None:
-        """Wait until all have come here."""
-        self._meet("a wait")
+        """What the first process says, to all that work at the same time."""
+        if self.size == 1:
+            return flag
+        return bool(self._said("a decision", _READY, number=flag)[0][1])
 
     def total(self, number: int) -> int:
         """The sum of a count over all ranks."""

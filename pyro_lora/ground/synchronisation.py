@@ -66,7 +66,7 @@ class Gathering:
     def __init__(self) -> None:
         self._answers: list[Answer] = []
         self._checks: list[tuple[Answer, Callable[[], Exception]]] = []
-        self.again: Callable[[], object] | None = None  # says what is invalid
+        self.invalid: Callable[[], Exception] | None = None  # while validating
 
     def ask(self, asked: Tensor) -> Answer:
         """See :func:`ask`."""
@@ -83,9 +83,9 @@ class Gathering:
         Raises:
             Exception: The error of the first check that doesn't hold.
         """
-        answers, self._answers = self._answers, []
-        checks, self._checks = self._checks, []
+        answers, checks = self._answers, self._checks
         values = _transferred([a._asked for a in answers if a._asked is not None])
+        self._answers, self._checks = [], []  # now: a transfer may be interrupted
         for answer, value in zip(answers, values, strict=True):
             answer._asked, answer._value = None, value
         for answer, error in checks:
@@ -94,27 +94,26 @@ class Gathering:
                     raise error()
 
     @contextmanager
-    def validating(self, again: Callable[[], object]) -> Iterator[None]:
+    def validating(self, invalid: Callable[[], Exception]) -> Iterator[None]:
         """Let PyTorch's validation of distributions be among the checks, for a block.
 
         Args:
-            again: Says what is wrong, by doing the same once more.
+            invalid: Makes the error.
         """
-        # PyTorch asks by this function, and by nothing else, since version 2.9.
-        before = len(self._answers), len(self._checks)
-        is_done = False
+        # PyTorch asks by this function, and by nothing else (seen with 2.13).
 
         def put_back() -> None:
             torch._is_all_true = _ALL_TRUE
-            self.again = None
-            if not is_done:  # it's said again, in other words
-                del self._answers[before[0] :], self._checks[before[1] :]
+            self.invalid = None
 
         with undone(put_back):
-            self.again = again
+            self.invalid = invalid
             torch._is_all_true = _taken_for_true  # type: ignore[assignment]
             yield
-            is_done = True
+
+    def forget(self, error: Callable[[], Exception]) -> None:
+        """Leave out the checks that would raise this error."""
+        self._checks = [check for check in self._checks if check[1] is not error]
 
 
 class _Present(threading.local):
@@ -204,24 +203,26 @@ def validated(run: Callable[[], T]) -> T:
     Args:
         run: Does the same each time. It's run once more, validated as ever, where it
             fails or a distribution turns out to be invalid, to say so in PyTorch's
-            words.
+            words: a list that it appends to has what it appends twice then.
     """
     here = _PRESENT.gathering
-    if here is None or here.again is not None:
+    if here is None or here.invalid is not None:
         return run()
+    invalid = partial(_invalid, run)
     try:
-        with here.validating(run):
+        with here.validating(invalid):
             return run()
-    except ValueError:
+    except ValueError:  # of another error the end of the block tells why
+        here.forget(invalid)
         with _instead(None):
             return run()
 
 
 def _taken_for_true(valid: Tensor) -> Any:
     here = _PRESENT.gathering
-    if here is None or here.again is None or torch.compiler.is_compiling():
+    if here is None or here.invalid is None or torch.compiler.is_compiling():
         return _ALL_TRUE(valid)
-    here.require(_ALL_TRUE(valid), partial(_invalid, here.again))
+    here.require(_ALL_TRUE(valid), here.invalid)
     return True
 
 

@@ -262,6 +262,8 @@ class Host:
             misspelled one is refused, since transformers' networks take any.
         checked: The forms of call, see ``_run``, that are known to take particles.
         unfoldable: Those that need one particle at a time.
+        steps: The steps from the network down to what holds lifted parameters: parent,
+            name and child.
         layouts: Form of call -> how its layers lay out the rows of its outputs, as far
             as the curvature has seen.
         lifted_anew: A parameter that a later lift has taken over, if one has.
@@ -280,6 +282,7 @@ class Host:
     argument_names: frozenset[str] = field(init=False)
     checked: set[tuple[Any, ...]] = field(default_factory=set)
     unfoldable: set[tuple[Any, ...]] = field(default_factory=set)
+    steps: tuple[tuple[nn.Module, str, nn.Module], ...] = field(init=False)
     layouts: dict[tuple[Any, ...], Any] = field(default_factory=dict)
     lifted_anew: str | None = None
 
@@ -294,6 +297,7 @@ class Host:
             for path, module in self.network.named_modules()
             if isinstance(module, nn.modules.batchnorm._BatchNorm)
         }
+        self.steps = self._steps_down()
         # torch.compile takes a partial, but no bound method.
         self.context_fn = functools.partial(checkpoint_contexts, self.bindings)
         owners = [p.owner for ps in self.members.values() for p in ps]
@@ -311,6 +315,44 @@ class Host:
             for p in parameters
             if p.name != "self" and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
         )
+
+    def check_in_place(self) -> None:
+        """Check that what holds the lifted parameters is still a part of the network.
+
+        Raises:
+            ValueError: If it isn't, so that weights bound to it would change nothing.
+        """
+        if all(
+            parent._modules.get(name) is child for parent, name, child in self.steps
+        ):
+            return
+        self.steps = self._steps_down()  # a module between may have got a wrapper
+
+    def _steps_down(self) -> tuple[tuple[nn.Module, str, nn.Module], ...]:
+        """See ``steps``.
+
+        Raises:
+            ValueError: If something that holds a lifted parameter isn't reached.
+        """
+        above: dict[nn.Module, tuple[nn.Module, str]] = {}
+        for parent in self.network.modules():
+            for name, child in parent.named_children():
+                above.setdefault(child, (parent, name))
+        steps = {}
+        for p in (p for ps in self.members.values() for p in ps):
+            module, _ = p.locations[0]
+            while module is not self.network and module not in steps:
+                if module not in above:
+                    raise ValueError(
+                        f"Site {p.site!r}: what holds {p.name!r} was taken out of the "
+                        "network, by unload() or a second get_peft_model on the same "
+                        "base, perhaps, so that it would change nothing. Lift the "
+                        "network that you call, again if need be; for several adapters "
+                        "wrap a base of its own for each, copy.deepcopy(base)."
+                    )
+                steps[module] = above[module]
+                module, _ = above[module]
+        return tuple((parent, name, child) for child, (parent, name) in steps.items())
 
     def check_names(self, names: Set[str]) -> None:
         """Check that no argument is misspelled, a mask that wouldn't count, say.

@@ -69,7 +69,7 @@ class LiftedNetwork(Summarised):
         check_network(model)
         self.adapter = adapter_name(model, adapter)
         self._adapter_modules = adapter_modules(model, self.adapter)
-        check_in_use(model, self._adapter_modules, self.adapter)
+        check_in_use(self._adapter_modules, self.adapter)
         self.network = model
         self._prior = prior
         by_site: dict[str, list[LiftedParameter]] = {}
@@ -206,7 +206,8 @@ class LiftedNetwork(Summarised):
     def _bound_network(self, weights: Mapping[str, Tensor]) -> BoundNetwork:
         self._check_current()
         self._check_shapes(weights)
-        check_in_use(self.network, self._adapter_modules, self.adapter)
+        self._host.check_in_place()
+        check_in_use(self._adapter_modules, self.adapter)
         return BoundNetwork(self._host, self._masked(weights))
 
     def _masked(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -267,6 +268,7 @@ class LiftedNetwork(Summarised):
             RuntimeError: If the network has been lifted again.
         """
         self._check_current()
+        self._host.check_in_place()
         self._check_shapes(weights)
         self._check_values(weights)
         for site, zeros in self.zeros().items():

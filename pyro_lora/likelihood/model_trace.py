@@ -97,8 +97,12 @@ def trace_at(
     Raises:
         ValueError: As :func:`trace_on`.
     """
-    with _AtWeights(weights, undrawn):
-        return trace_on(model, (), batch)
+
+    def run() -> Any:
+        with _AtWeights(weights, undrawn):
+            return trace_on(model, (), batch)
+
+    return validated(run)  # with the weights also where it's run once more
 
 
 def trace_on(model: Model, args: tuple[Any, ...], batch: Batch) -> Any:

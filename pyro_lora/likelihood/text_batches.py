@@ -10,7 +10,7 @@ Of two texts and their classes, for instance, with the tokenizer of a BERT,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,7 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 from pyro_lora.ground.settings import check_count, check_kind
 
 Text = str | tuple[str, str]
-Labels = Sequence[Any] | np.ndarray | Tensor
+Labels = Iterable[Any] | np.ndarray | Tensor
 
 _NO_LIMIT = 10**9  # what tokenizers say whose network reads any length is far above
 
@@ -59,7 +59,8 @@ def text_batches(
         tokenizer gives, and ``labels``, (B,) or (B, P), if there are any.
 
     Raises:
-        TypeError: If the tokenizer is something else, or a text no string.
+        TypeError: If the tokenizer is something else, a text no string, or the texts or
+            labels are a table, or in no order.
         ValueError: If there are no texts, one has no tokens, there are more or fewer
             labels, they aren't numbers, or the tokenizer has no token to pad with.
     """
@@ -91,6 +92,9 @@ def _checked(texts: Iterable[Text]) -> list[Text]:
     """
     if isinstance(texts, str):
         raise TypeError("texts is a single string; put it into a list.")
+    _check_order("texts", texts)
+    if getattr(texts, "ndim", 1) != 1:  # a table of pandas is its columns' names
+        raise TypeError("texts is a table; give the column that has them.")
     listed = list(texts)
     if not listed:
         raise ValueError("texts is empty; give one at least.")
@@ -102,6 +106,19 @@ def _checked(texts: Iterable[Text]) -> list[Text]:
                 "Leave out rows that have no text."
             )
     return listed
+
+
+def _check_order(name: str, values: Iterable[Any]) -> None:
+    """Refuse what would be read as names of columns, or in any order.
+
+    Raises:
+        TypeError: If it is such.
+    """
+    if isinstance(values, Mapping | Set):
+        raise TypeError(
+            f"{name} is a {type(values).__name__}; expected them one after another, as "
+            "in a list. Of a table, give the column."
+        )
 
 
 def _tokenized(
@@ -135,7 +152,11 @@ def _numbers(labels: Labels, num_texts: int) -> Tensor:
     Raises:
         ValueError: If they aren't numbers, or not as many as texts.
     """
-    given = labels if isinstance(labels, Tensor) else np.asarray(labels)
+    _check_order("labels", labels)
+    if isinstance(labels, Iterator):
+        labels = list(labels)
+    # A copy: a column of pandas may not be written to, which torch warns of.
+    given = labels if isinstance(labels, Tensor) else np.array(labels)
     if isinstance(given, np.ndarray) and given.dtype.kind not in "biuf":
         raise ValueError(
             f"labels must be numbers, found {list(labels)[:3]!r} ... Give names their "

@@ -23,7 +23,7 @@ from torch import distributions as td
 
 from pyro_lora.curvature.joint_distribution import sample_jointly
 from pyro_lora.ground.settings import check_count, check_function
-from pyro_lora.ground.summary import Summarised, brief, extent, weights_facts
+from pyro_lora.ground.summary import brief, extent, weights_facts
 from pyro_lora.ground.weights import Weights, check_weights
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.likelihood.model_trace import Model
@@ -31,11 +31,12 @@ from pyro_lora.posteriors import marginals
 from pyro_lora.posteriors.guide_posterior import Guide, GuidePosterior
 from pyro_lora.posteriors.marginals import Levels
 from pyro_lora.posteriors.prior import latent_nodes, networks_prior
+from pyro_lora.posteriors.shared import Shared
 from pyro_lora.priors import Prior
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class GaussianPosterior(Summarised):
+class GaussianPosterior(Shared):
     r"""A Gaussian over some sites, the others points. A Pyro guide.
 
     It is about the network itself, not a linearised one, and so predicted from by

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -37,6 +37,17 @@ from pyro_lora.posteriors.posterior import (
 from pyro_lora.posteriors.prior import networks_prior
 from pyro_lora.posteriors.shared import Shared
 from pyro_lora.priors import Prior
+
+
+@runtime_checkable
+class _HasMarginals(Protocol):
+    """One of which more than draws is known."""
+
+    def mean(self) -> Weights: ...
+
+    def variance(self) -> Weights: ...
+
+    def marginals(self) -> dict[str, marginals.Marginals]: ...
 
 
 class MixturePosterior(Shared):
@@ -311,9 +322,8 @@ def _moments(component: Posterior) -> tuple[Weights, Weights]:
     Raises:
         ValueError: If they aren't known.
     """
-    gaussian = only_gaussian(component)
-    if gaussian is not None:
-        return gaussian.mean(), gaussian.variance()
+    if isinstance(component, _HasMarginals):
+        return component.mean(), component.variance()
     if component.num_samples is None:
         raise ValueError(
             f"The moments of a {kind_of(component)} aren't known. Take those of draws."
@@ -331,9 +341,8 @@ def _marginals(component: Posterior) -> dict[str, marginals.Marginals]:
     Raises:
         ValueError: If they aren't known.
     """
-    gaussian = only_gaussian(component)
-    if gaussian is not None:
-        return gaussian.marginals()
+    if isinstance(component, _HasMarginals):
+        return component.marginals()
     if component.num_samples is None:
         raise ValueError(
             f"The quantiles of a {kind_of(component)} aren't known. Take those of "

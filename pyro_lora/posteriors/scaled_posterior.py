@@ -44,6 +44,7 @@ from pyro_lora.likelihood.model_trace import (
     trace_batch,
 )
 from pyro_lora.likelihood.outcomes import data_that_count, values_to_score
+from pyro_lora.posteriors import marginals
 from pyro_lora.posteriors.marginals import Levels
 from pyro_lora.posteriors.shared import Shared
 from pyro_lora.priors import Prior
@@ -56,10 +57,10 @@ _SAME = 1e-3  # of two log likelihoods, summed in another order
 
 
 class _Base(WeightDistribution, Protocol):
-    """What is scaled: a Gaussian's quantiles are, too."""
+    """What is scaled: a Gaussian's marginals are, too."""
 
-    def quantiles(self, quantiles: Levels) -> Weights:
-        """Site -> quantiles."""
+    def marginals(self) -> dict[str, marginals.Marginals]:
+        """Site -> of each weight by itself."""
         ...
 
     def variance(self) -> Weights:
@@ -173,7 +174,19 @@ class ScaledPosterior(Shared):
             TypeError: If they are no numbers.
             ValueError: If one isn't between 0 and 1.
         """
-        return self.scaled(self.base.quantiles(quantiles))
+        return marginals.quantiles(self.marginals(), quantiles)
+
+    def marginals(self) -> dict[str, marginals.Marginals]:
+        """Of each site's weights, each by itself."""
+        of_base = self.base.marginals()
+        return of_base | {
+            site: marginals.Marginals(
+                of_base[site].weights,
+                center + self.scale * (of_base[site].loc - self.base_mean[site]),
+                self.scale * of_base[site].sd,
+            )
+            for site, center in self.center.items()
+        }
 
     def gaussians(self) -> list[tuple[float, Any]]:
         """None: it is about the network itself, not a linearised one."""

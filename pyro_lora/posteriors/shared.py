@@ -33,8 +33,9 @@ class Shared(Summarised):
 
         Raises:
             ValueError: If the posterior isn't of one PEFT model, a lifted parameter
-                isn't part of what PEFT saves, the metadata aren't strings, or the
-                folder ``posterior`` is something else's.
+                isn't part of what PEFT saves, the prior starts from the weights that
+                the adapter had before, the metadata aren't strings, or the folder
+                ``posterior`` is something else's.
         """
         _files().save_pretrained(self, path, metadata)
 

@@ -20,17 +20,12 @@ from typing import Any
 import pyro
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
 from torch.testing import assert_close
 from transformers import (
     AutoModelForSequenceClassification,
-    BertConfig,
-    PreTrainedTokenizerFast,
 )
 from typer.main import get_command
 from typer.testing import CliRunner
@@ -49,17 +44,11 @@ from pyro_lora.cli.saved_classifier import (
     text_batches,
 )
 from pyro_lora.cli.text_files import Texts
+from tests import words
 from tests.export.test_checkpoint_killed import child
+from tests.words import LABELS, TEXTS
 
 pytestmark = pytest.mark.untrained
-WORDS = ["[PAD]", "[UNK]", "good", "bad", "film", "play", "a", "the"]
-TEXTS = [
-    f"{article} {word} {noun}"
-    for word in ("good", "bad")
-    for article in ("a", "the")
-    for noun in ("film", "play", "film film")
-]
-LABELS = ["good" in text for text in TEXTS]
 
 
 @dataclass(frozen=True)
@@ -78,40 +67,11 @@ def write_csv(path: Path, label: dict[bool, str], name: str = "label") -> Path:
     return path
 
 
-def saved_adapter(folder: Path, task_type: str = "SEQ_CLS") -> Path:
+def saved_adapter(folder: Path) -> Path:
     """A base network with its tokenizer, and a trained adapter, in two folders."""
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(WORDS),
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        max_position_embeddings=16,
-        initializer_range=0.3,
-    )
-    base = AutoModelForSequenceClassification.from_config(config)
-    base.save_pretrained(folder / "base")
-    words = Tokenizer(WordLevel({w: i for i, w in enumerate(WORDS)}, "[UNK]"))
-    words.pre_tokenizer = Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]"
-    )
-    tokenizer.save_pretrained(folder / "base")
-    base = AutoModelForSequenceClassification.from_pretrained(folder / "base")
-    peft_model: Any = get_peft_model(
-        base, LoraConfig(task_type=task_type, r=2, target_modules=["query", "value"])
-    )
-    optimizer = torch.optim.Adam(peft_model.parameters(), 0.02)
-    batch = tokenizer(TEXTS, padding=True, return_tensors="pt")
-    batch = {k: batch[k] for k in ("input_ids", "attention_mask")}
-    for _ in range(20):
-        optimizer.zero_grad()
-        logits = peft_model(**batch).logits
-        labels = torch.tensor(LABELS).long()
-        torch.nn.functional.cross_entropy(logits, labels).backward()
-        optimizer.step()
-    peft_model.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
+    network = words.adapted(words.saved_base(folder / "base"))
+    words.tokenizer().save_pretrained(folder / "base")
+    network.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
     return folder / "adapter"
 
 

@@ -1,6 +1,7 @@
 """A fit that is interrupted resumes from its checkpoint, bit for bit."""
 
 import copy
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,27 @@ def test_rows_are_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert_identical(posterior, expected)
     assert torch.equal(posterior.leave_one_out(), expected.leave_one_out())
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "structure", [pl.structures.KFAC(), pl.structures.Exact()], ids=repr
+)
+def test_batches_done_may_come_between_others(
+    structure: Structure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those do that several processes did, each a stretch of the data."""
+    monkeypatch.setattr(data_sums, "_REST", 0)
+    lora, batches = pl.lift(bert(3)), split(batch(7, num_labels=3), 2)
+    guide = guide_of(lora, structure=structure)
+    expected = guide.laplace_approximation(batches).log_evidence()
+    first, *rest = batches
+    for order in itertools.permutations(rest):
+        with pytest.raises(PowerCutError):
+            guide.laplace_approximation(
+                Interrupted([first, *order], 2), checkpoint=tmp_path
+            )
+        found = guide.laplace_approximation(batches, checkpoint=tmp_path)
+        torch.testing.assert_close(found.log_evidence(), expected, atol=0, rtol=1e-10)
 
 
 def test_batches_done_are_not_computed_again(tmp_path: Path) -> None:

@@ -6,9 +6,11 @@ return; where there are several ranks ``pl.share`` leaves each its own part.
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pyro
 import pyro.distributions as dist
@@ -20,6 +22,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import pyro_lora as pl
+from pyro_lora.curvature import data_sums, structures
 from tests.networks import batch, bert, classifier, llama
 
 Batch = dict[str, Tensor]
@@ -300,6 +303,35 @@ def repeated(mesh: bool, folder: Path) -> Any:
     return numbers_of(fitted)
 
 
+def two_dims(folder: Path) -> Any:
+    """Data over the pairs of ranks, of which each has the same; particles in a pair."""
+    mesh = None
+    if size() > 1:
+        mesh = init_device_mesh("cpu", (size() // 2, 2), mesh_dim_names=DIMS)
+    lora, model = lifted()
+    guide = guide_of(lora, model, structure=pl.structures.Diagonal())
+    batches = pl.share(data(by=1), mesh=mesh)
+    with writing_each_batch(), suppress(PowerCutError):
+        guide.laplace_approximation(
+            Interrupted(batches, 1), checkpoint=folder / "pairs", mesh=mesh
+        )
+    fitted = guide.laplace_approximation(
+        batches, checkpoint=folder / "pairs", mesh=mesh
+    )
+    tree = pl.to_datatree(
+        fitted, batches, num_samples=2, path=folder / "pairs.zarr", mesh=mesh
+    )
+    torch.manual_seed(5)  # each has drawn outcomes for its own data
+    made = engine(lora, model, RBF(space="function"), 4, mesh=mesh)
+    rows = torch.tensor(list(pl.share(range(NUM_DATA), mesh=mesh)))
+    made.step(**{name: x[rows] for name, x in data(by=NUM_DATA)[0].items()})
+    return {
+        **numbers_of(fitted),
+        "log likelihood": torch.as_tensor(tree["log_likelihood"]["y"].values),
+        "particles": made.get_named_particles(),
+    }
+
+
 def broken(index: int) -> list[Batch]:
     """Batches of which one has a label that is none, on the last rank alone."""
     batches = data()
@@ -323,6 +355,24 @@ def broken_step(folder: Path) -> Any:
     lora, model = lifted()
     made = engine(lora, model, pl.kernels.RBF())
     made.run(broken(1), num_epochs=1, progress_bar=False)
+
+
+def too_many_rows(folder: Path) -> Any:
+    """Of all ranks together: no first batch tells, and no rank has them alone."""
+    lora, _ = lifted()
+
+    def model(input_ids: Tensor, attention_mask: Tensor, labels: Any = None) -> None:
+        logits = lora()(input_ids=input_ids, attention_mask=attention_mask).logits
+        with pyro.plate("data", NUM_DATA, subsample=input_ids):
+            fn = dist.Categorical(logits=logits).mask(labels != 0)
+            pyro.sample("y", fn, obs=labels)
+
+    batches = data()
+    for one, labels in zip(batches, ([0, 1], [1, 2], [0, 2], [1]), strict=True):
+        one["labels"] = torch.tensor(labels)
+    guide = guide_of(lora, model, structure=pl.structures.Exact())
+    with mock.patch.object(structures, "MAX_ROWS", 8):  # of two ranks' 6 and 4
+        return guide.laplace_approximation(pl.share(batches))
 
 
 def other_weights(folder: Path) -> Any:
@@ -396,11 +446,16 @@ class Interrupted:
             yield one
 
 
+def writing_each_batch() -> Any:
+    return mock.patch.object(data_sums, "_REST", 0)
+
+
 def interrupted_fit(name: str, folder: Path) -> Any:
     lora, model = lifted()
     guide = guide_of(lora, model, structure=STRUCTURES[name])
     batches = Interrupted(pl.share(data(by=1)), 2)
-    return guide.laplace_approximation(batches, checkpoint=folder / "fits" / name)
+    with writing_each_batch():
+        return guide.laplace_approximation(batches, checkpoint=folder / "fits" / name)
 
 
 def resumed_fit(name: str, folder: Path) -> Any:
@@ -409,7 +464,8 @@ def resumed_fit(name: str, folder: Path) -> Any:
     calls: list[int] = []
     lora.network.register_forward_hook(lambda *_: calls.append(1))
     batches, checkpoint = pl.share(data(by=1)), folder / "fits" / name
-    fitted = guide.laplace_approximation(batches, checkpoint=checkpoint)
+    with writing_each_batch():
+        fitted = guide.laplace_approximation(batches, checkpoint=checkpoint)
     assert not checkpoint.exists() or not any(checkpoint.iterdir())
     return {**numbers_of(fitted), "calls": calls}
 
@@ -467,6 +523,7 @@ STRUCTURES = {
     "EKFAC": pl.structures.EKFAC(),
     "Diagonal": pl.structures.Diagonal(),
     "Dense": pl.structures.Dense(),
+    "Exact": pl.structures.Exact(),
 }
 SAME: dict[str, Callable[[Path], Any]] = {
     **{name: partial(fit, x) for name, x in STRUCTURES.items()},
@@ -474,6 +531,7 @@ SAME: dict[str, Callable[[Path], Any]] = {
     "chunks of terms": fit_in_chunks,
     "latent noise": fit_latents,
     "all data on each": partial(repeated, True),
+    "two dims": two_dims,
     "sharded base": sharded_base,
     "predict": predict,
     "tokens": predict_tokens,
@@ -501,6 +559,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a broken batch of a fit": (broken_fit, r"Batch \d.*'y'"),
     "a broken batch of predict": (broken_prediction, r"Batch \d.*label"),
     "a broken batch of SVGD": (broken_step, r"^SVGD's batch 1 \(from 0\): (?!SVGD)"),
+    "too many rows": (too_many_rows, r"contrasts, here 10 or more, and takes 8"),
     "other weights": (other_weights, r"Site '.*': the weights of rank 1 are others"),
     "other particles": (other_particles, r"Site '.*': the particles of rank 1"),
     "a padded sampler": (
@@ -522,10 +581,9 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a mesh that is none": (no_mesh, "mesh must be a torch.distributed"),
     "a mesh of other dims": (mesh_of_others, r"mesh has the dims \('rows',\)"),
 }
-INTERRUPTED = {
-    f"interrupted {name}": partial(interrupted_fit, name) for name in ("KFAC", "EKFAC")
-}
-RESUMED = {f"resumed {name}": partial(resumed_fit, name) for name in ("KFAC", "EKFAC")}
+CUT = ("KFAC", "EKFAC", "Exact")  # sums, sums of two passes, and rows
+INTERRUPTED = {f"interrupted {name}": partial(interrupted_fit, name) for name in CUT}
+RESUMED = {f"resumed {name}": partial(resumed_fit, name) for name in CUT}
 JOBS: dict[str, Callable[[Path], Any]] = {
     **SAME,
     **{name: job for name, (job, _) in REFUSED.items()},

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -59,7 +60,16 @@ def scaled(lora: pl.LiftedNetwork) -> Any:
     return laplace(lora).for_sampling(batches())
 
 
-KINDS = [laplace, particles, mixture, scaled]
+def swag(lora: pl.LiftedNetwork) -> Any:
+    model = pl.models.classification(lora, len(words.TEXTS))
+    iterates = [
+        {s: x + 0.1 * torch.randn_like(x) for s, x in lora.weights().items()}
+        for _ in range(3)
+    ]
+    return pl.methods.swag(lora, iterates, model=model)
+
+
+KINDS = [laplace, particles, mixture, scaled, swag]
 
 
 def point(posterior: Any) -> dict[str, Tensor]:
@@ -157,7 +167,8 @@ def test_a_network_and_a_model_of_ones_own(tmp_path: Path) -> None:
         lambda lora: pl.models.regression(lora, 5, 0.3),
         lambda lora: pl.models.regression(lora, 5),
         lambda lora: pl.models.multiple_choice(lora, 5, [3, 4]),
-        lambda lora: pl.models.language_model(lora, 5),
+        lambda lora: pl.models.answer_likelihood(lora, 5, per_token=True),
+        lambda lora: pl.models.language_model(lora, np.int64(5)),  # type: ignore[arg-type]
         lambda lora: pl.models.preference(lora, 5),
         lambda lora: pl.models.multi_label(lora, 5),
         lambda lora: pl.models.token_classification(lora, 5),
@@ -173,6 +184,52 @@ def test_ready_models_come_back(model: Any, tmp_path: Path) -> None:
     assert type(again.model) is type(expected)
     settings = {n: x for n, x in vars(again.model).items() if n != "lora"}
     assert settings == {n: x for n, x in vars(expected).items() if n != "lora"}
+
+
+def test_a_head_of_other_classes_than_the_base_s(tmp_path: Path) -> None:
+    words.saved_base(tmp_path / "base", num_labels=2)
+    base = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "base", num_labels=3, ignore_mismatched_sizes=True
+    )
+    posterior = laplace(pl.lift(words.adapted(base, num_steps=5)))
+    posterior.save_pretrained(tmp_path / "saved")
+    again = pl.from_pretrained(tmp_path / "saved")
+    expected = pl.predict(posterior, batches()).probs
+    assert_close(pl.predict(again, batches()).probs, expected, rtol=0, atol=1e-6)
+
+
+def test_a_model_within_another_isn_t_a_ready_one(tmp_path: Path) -> None:
+    lora = pl.lift(network(tmp_path))
+    advantages = pl.models.preference(lora, 5).advantages
+    stacked = {s: x[None] for s, x in lora.weights().items()}
+    posterior = pl.ParticlePosterior(stacked, (lora,), advantages, "y")
+    posterior.save_pretrained(tmp_path / "saved")
+    assert pl.from_pretrained(tmp_path / "saved").model is None
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_prior_that_starts_from_the_adapter(own: bool, tmp_path: Path) -> None:
+    lora = pl.lift(network(tmp_path))
+    factors = lora.weights() if own else None
+    prior = pl.priors.subspace(0.3, factors=factors)
+    lora = lora.with_prior(prior)
+    latents = {
+        f"prior.subspace.{site}": torch.full((3, *x.shape[:2]), 1.5)
+        for site, x in lora.weights().items()
+        if site.endswith(".A")
+    }
+    model = pl.models.classification(lora, len(words.TEXTS))
+    posterior = pl.ParticlePosterior(latents, (lora,), model, "y")
+    expected = pl.predict(posterior, batches()).probs
+    folder = tmp_path / "saved"
+    if not own:
+        with pytest.raises(ValueError, match=r"saved adapter has others.*factors="):
+            posterior.save_pretrained(folder)
+        assert not folder.exists()
+        return
+    posterior.save_pretrained(folder)
+    again = pl.from_pretrained(folder, prior=prior)
+    assert_close(pl.predict(again, batches()).probs, expected, rtol=0, atol=1e-6)
 
 
 def test_errors_name_the_folder_and_the_remedy(tmp_path: Path) -> None:
@@ -193,6 +250,9 @@ def test_errors_name_the_folder_and_the_remedy(tmp_path: Path) -> None:
     config.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"don't say which network.*network="):
         pl.from_pretrained(tmp_path / "nameless")
+    (tmp_path / "base").rename(tmp_path / "moved")
+    with pytest.raises(OSError, match=r"saved: its base network .*give it as network="):
+        pl.from_pretrained(folder)
     shutil.rmtree(folder / "posterior")
     with pytest.raises(ValueError, match=r"holds no folder 'posterior'"):
         pl.from_pretrained(folder)

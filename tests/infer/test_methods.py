@@ -682,6 +682,14 @@ def test_ivon_says_what_is_wrong() -> None:
     lora = pl.lift(bert(2))
     with pytest.raises(ValueError, match="none of the network's parameters"):
         optimizer.posterior(lora)
+    untrained = pl.methods.IVON(lora.network.parameters(), 0.1, num_data=5)
+    untrained.zero_grad()
+    with untrained.sampled():
+        lora.network(**batch()).loss.backward()
+    with pytest.raises(ValueError, match="take a step"):
+        untrained.posterior(lora)
+    untrained.step()
+    untrained.posterior(lora)
     first = next(n for n in lora.sites if len(lora.sites[n]) > 1)
     part = [lora.parameters[first][0].parameter]
     optimizer = pl.methods.IVON(part, 0.1, num_data=5)

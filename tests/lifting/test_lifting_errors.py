@@ -1,5 +1,7 @@
 """Bad input: an error that names the site and the remedy, and a network unharmed."""
 
+import copy
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.testing import assert_close
 
 import pyro_lora as pl
 from pyro_lora.lifting.slots import LinearSlot
@@ -113,14 +116,64 @@ def test_a_merged_adapter_before_and_after_lifting() -> None:
         lora()
 
 
-def test_an_adapter_that_is_unloaded_after_lifting() -> None:
-    network = bert()
+def unloaded(network: Any) -> None:
+    network.unload()
+
+
+def adapted_again(network: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft's, of a second adapter
+        get_peft_model(network.get_base_model(), network.peft_config["default"])
+
+
+def with_another(path: str) -> Callable[[nn.Module], None]:
+    def replace(network: nn.Module) -> None:
+        other = copy.deepcopy(network.get_submodule(path))
+        network.set_submodule(path, other)
+
+    return replace
+
+
+REPLACED: list[tuple[Callable[[], nn.Module], Callable[[Any], None]]] = [
+    (llama, unloaded),
+    (llama, adapted_again),
+    (llama, with_another("base_model.model.model.layers.1")),
+    (bert, with_another("base_model.model.classifier")),
+    (lambda: without_peft(bert()), with_another("classifier")),
+]
+
+
+@pytest.mark.parametrize(("build", "replace"), REPLACED)
+def test_what_was_lifted_is_replaced_after_lifting(build: Any, replace: Any) -> None:
+    network = build()
     lora = pl.lift(network)
     weights = particles(lora)
-    network.unload()
-    message = rf"{LAYER}.*taken out of the network.*unload\(\).*Lift a network"
-    with pytest.raises(ValueError, match=message), lora.bind(weights):
-        pass
+    replace(network)
+    for use in (lora, lambda: lora.bind(weights).__enter__(), lambda: lora.load({})):
+        with pytest.raises(ValueError, match=r"taken out of the network.*Lift.*base"):
+            use()
+
+
+def test_what_was_lifted_is_put_into_another_module_after_lifting() -> None:
+    network, texts = bert(), inputs(batch())
+    lora = pl.lift(network)
+    weights = particles(lora, 2)
+    with lora.bind(weights) as net:
+        expected = net(**texts).logits
+    path = "base_model.model.bert.encoder"
+    network.set_submodule(path, Wrapper(network.get_submodule(path)))
+    for _ in range(2):  # it's looked for once
+        with lora.bind(weights) as net:
+            assert_close(net(**texts).logits, expected, rtol=0, atol=1e-12)
+
+
+class Wrapper(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner(*args, **kwargs)
 
 
 def test_a_disabled_adapter_before_and_after_lifting() -> None:

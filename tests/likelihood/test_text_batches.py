@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -62,6 +63,34 @@ def test_labels_of_any_numbers(labels: Any, expected: torch.dtype) -> None:
     assert torch.equal(batch["labels"].double(), given_.double())
     (without,) = pl.text_batches(tokenizer(), iter(TEXTS))
     assert "labels" not in without
+
+
+@pytest.mark.parametrize(
+    "form",
+    [list, tuple, iter, np.array, pd.Series, lambda x: pd.Series(x, range(9, 4, -1))],
+)
+def test_columns_of_any_form(form: Any) -> None:
+    labels = [1, 0, 1, 1, 0]
+    (expected,) = pl.text_batches(tokenizer(), TEXTS, labels)
+    (found,) = pl.text_batches(tokenizer(), form(TEXTS), form(labels))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(x, expected[name]) for name, x in found.items())
+
+
+def test_what_has_no_order_or_is_a_table_is_refused() -> None:
+    numbers = dict.fromkeys(TEXTS, 1)
+    for texts, labels, name in (
+        (numbers, None, "texts is a dict"),
+        ({*TEXTS}, None, "texts is a set"),
+        (pd.DataFrame({"text": TEXTS}), None, "texts is a table"),
+        (TEXTS, numbers, "labels is a dict"),
+        (TEXTS, {*range(5)}, "labels is a set"),
+    ):
+        with pytest.raises(TypeError, match=name):
+            pl.text_batches(tokenizer(), texts, labels)
+    two = pd.DataFrame({"toxic": [1, 0, 1, 0, 0], "rude": [0, 0, 1, 1, 0]})
+    (batch,) = pl.text_batches(tokenizer(), TEXTS, two)  # of models.multi_label
+    assert batch["labels"].tolist() == two.to_numpy().tolist()
 
 
 def test_long_texts_are_cut() -> None:

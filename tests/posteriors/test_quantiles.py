@@ -17,6 +17,7 @@ from torch.testing import assert_close
 
 import pyro_lora as pl
 from pyro_lora.posteriors import marginals
+from pyro_lora.posteriors.gaussian_posterior import GaussianPosterior
 from pyro_lora.posteriors.guide_posterior import GuidePosterior
 from tests.networks import batch, bert
 
@@ -63,6 +64,15 @@ def mixture() -> pl.MixturePosterior:
     return pl.MixturePosterior([first, other, particles(first)], [0.5, 0.3, 0.2])
 
 
+def mixture_of_others() -> pl.MixturePosterior:
+    """Of Gaussians that aren't about a linearised network."""
+    first = laplace()
+    narrow = dataclasses.replace(first.scaled(), scale=0.3)
+    scale = {s: torch.full_like(first.mode()[s], 0.1) for s in first.networks[0].sites}
+    normal = GaussianPosterior(first.mode(), scale, first.networks, first.model, "y")
+    return pl.MixturePosterior([narrow, normal], [0.7, 0.3])
+
+
 KINDS: dict[str, Callable[[], Any]] = {
     "kfac": laplace,
     "dense, last layer": lambda: laplace(
@@ -70,6 +80,7 @@ KINDS: dict[str, Callable[[], Any]] = {
     ),
     "exact": lambda: laplace(structure=pl.structures.Exact()),
     "mixture": mixture,
+    "mixture of others": mixture_of_others,
     "scaled": lambda: dataclasses.replace(laplace().for_sampling([batch()]), scale=0.3),
 }
 
@@ -90,6 +101,19 @@ def test_quantiles_are_those_of_draws(make: Callable[[], Any]) -> None:
             error = 5.5 * (q * (1 - q) / num) ** 0.5
             assert (share >= q - error).all(), site
             assert (below <= q + error).all(), site
+
+
+def test_moments_of_a_mixture_are_those_of_its_parts() -> None:
+    mixture = mixture_of_others()
+    components: Any = mixture.components
+    mean, variance = mixture.mean(), mixture.variance()
+    for site, x in mean.items():
+        parts = [(p.mean()[site], p.variance()[site]) for p in components]
+        expected = 0.7 * parts[0][0] + 0.3 * parts[1][0]
+        assert_close(x, expected)
+        squares = [v + m.square() for m, v in parts]
+        second_moment = 0.7 * squares[0] + 0.3 * squares[1]
+        assert_close(variance[site], second_moment - expected.square())
 
 
 @pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)

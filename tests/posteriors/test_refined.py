@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import pyro_lora as pl
-from pyro_lora.curvature import linear_model
+from pyro_lora.curvature import dual_gaussian, linear_model
 from pyro_lora.posteriors import prior_tuning
 from tests.curvature.gauss_newton import (
     assert_same,
@@ -503,7 +503,7 @@ def test_the_evidences_gradient_follows_the_mode(
     assert_close(gradient, differences.detach(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("per", ["all", "site", "layer"])
+@pytest.mark.parametrize("per", ["all", "site", "layer", "weight"])
 def test_the_gradient_of_the_determinant_at_equal_precisions(per: str) -> None:
     # Equal values, but each layer's own: their gradients aren't one and the same.
     lora = pl.lift(bert(2), prior=pl.priors.normal(scale=0.7))
@@ -511,12 +511,38 @@ def test_the_gradient_of_the_determinant_at_equal_precisions(per: str) -> None:
     gradients = []
     for structure in (pl.structures.Exact(), pl.structures.Dense()):
         gaussian = laplace(lora, texts, structure=structure).gaussian
-        size = prior_tuning._num_precisions(gaussian.loc, per)
+        if per == "weight":
+            size = len(flatten(gaussian.loc))
+        else:
+            size = prior_tuning._num_precisions(gaussian.loc, per)
         tau = torch.full((size,), 2.0).double().requires_grad_()
-        by_site = prior_tuning._spread(tau, gaussian.loc, per)
+        if per == "weight":
+            by_site = unflatten(tau, gaussian.loc)
+        else:
+            by_site = prior_tuning._spread(tau, gaussian.loc, per)
         (gradient,) = torch.autograd.grad(gaussian.log_det(by_site), tau)
         gradients.append(gradient)
     assert_same(*gradients)
+
+
+def test_one_scale_of_all_weights_takes_no_product_of_rows_each(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    task = Linear(CASES["categorical"])
+
+    def prior(lora: pl.LiftedNetwork) -> dict[str, Tensor]:
+        start = torch.tensor(0.7).double()
+        scale = pyro.param("scale", start, dist.constraints.interval(0.1, 10.0))
+        return pl.priors.normal(scale=scale)(lora)
+
+    task.lora = task.lora.with_prior(prior)
+    exact, dense = (
+        task.fit(moved(task.lora, 0.0), structure).optimize_prior(per="prior")
+        for structure in (pl.structures.Exact(), pl.structures.Dense())
+    )
+    assert_close(exact.log_evidence(), dense.log_evidence())
+    monkeypatch.delattr(dual_gaussian.Rows, "_weighted_kernel")
+    task.fit(task.lora.weights(), pl.structures.Exact()).optimize_prior(per="prior")
 
 
 @every_case
@@ -681,12 +707,22 @@ def test_identical_data_have_directions_and_none_has_one() -> None:
     assert all(bool(x.isfinite().all()) for x in steps.values())
 
 
-def test_all_data_masked_leave_the_prior() -> None:
+@pytest.mark.parametrize("num_inducing", [None, 2])
+def test_all_data_masked_leave_the_prior(
+    num_inducing: int | None, tmp_path: Path
+) -> None:
     task = Linear(Case(lambda f: dist.Bernoulli(logits=f[..., 0]).mask(False)))
-    exact = task.fit(task.lora.weights(), pl.structures.Exact())
+    structure = pl.structures.Exact(num_inducing=num_inducing)
+    exact = task.fit(task.lora.weights(), structure)
     dense = task.fit(task.lora.weights(), pl.structures.Dense())
-    assert_same(exact.log_evidence(), dense.log_evidence())
-    assert_same(flatten(exact.variance()), flatten(dense.variance()))
+    assert_same_posterior(exact, dense, 1e-9)
+    assert_same_posterior(exact.refine(), dense, 1e-9)
+    at_center = task.fit(zeros(task.lora), pl.structures.Dense())
+    assert_same_posterior(exact.refine("prior"), at_center, 1e-9)
+    assert_same(exact.leave_one_out(), torch.zeros(NUM_DATA).double())
+    pl.save(exact, tmp_path / "exact")
+    loaded: Any = pl.load(tmp_path / "exact", task.lora, model=task.model)
+    assert_same_posterior(loaded, exact, 0.0)
 
 
 def test_a_distribution_that_cannot_be_made_again_is_refused() -> None:

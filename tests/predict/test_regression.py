@@ -148,7 +148,11 @@ def student_cdf(z: float, df: float) -> float:
     if abs(z) < df**0.5:
         inner = special.betainc(0.5, df / 2, z**2 / (df + z**2)) / 2
         return float(0.5 + math.copysign(inner, z))
-    tail = special.betainc(df / 2, 0.5, 1 / (1 + (z / df**0.5) ** 2)) / 2
+    ratio = abs(z) / df**0.5
+    if ratio < 1e150:
+        tail = special.betainc(df / 2, 0.5, 1 / (1 + ratio**2)) / 2
+    else:  # whose square is beyond the largest number: the first term of the series
+        tail = ratio**-df / (df * special.beta(df / 2, 0.5))
     return float(tail if z < 0 else 1 - tail)
 
 

@@ -218,7 +218,12 @@ class IVON(torch.optim.Optimizer):
         check_lora(lora)
         if self._gradients is not None:
             raise RuntimeError("The weights are a draw: leave the block of sampled.")
-        groups = {p: group for p, group in self._parameters() if p in self.state}
+        # Whoever zeroes gradients has a state, a step alone makes a curvature of it.
+        groups = {
+            p: group
+            for p, group in self._parameters()
+            if "step" in self.state.get(p, {})
+        }
         scale = {}
         for site, like in lora.weights().items():
             own = [member.parameter for member in lora.parameters[site]]

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from pyro_lora.curvature.factors import at_least_float32
+from pyro_lora.ground.synchronisation import scalar
 from pyro_lora.infer.svgd import weight_space
 from pyro_lora.infer.svgd.kernels import Kernel
 from pyro_lora.infer.svgd.particle_model import (
@@ -229,8 +230,8 @@ class FunctionSpace:
 
     def _push(self, own: Predictions, repulsion: Repulsion) -> Push:
         """The outputs' repulsion, by distances averaged over the data that count."""
-        f, size = own.outputs.detach(), own.size
-        num_data = size.clamp_min(1) if isinstance(size, Tensor) else max(1, size)
+        f = own.outputs.detach()
+        num_data = scalar(own.size, f).clamp_min(1)
         sq_dists = weight_space.squared_distances(f) / num_data
         gram, slope = weight_space.gram_and_slope(self.kernel, sq_dists)
         _, push = self.transport.weights(gram, slope, 1.0)
