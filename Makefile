@@ -46,7 +46,7 @@ $(TEST_STAMP): $(STAMP)
 	@touch $@
 
 test: lint $(TEST_STAMP)
-	$(BIN)/python -m pytest --numprocesses auto
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 # The least versions that pyproject.toml allows, in an environment of their own. They
 # warn of what later versions of one another deprecate.

@@ -1,6 +1,7 @@
 """The top of a causal language model on cached states, as a classifier of prompts.
 
-What is not adapted is run once. Used by
+What is not adapted is run once, and of the last layer only what the answer depends on.
+Used by
 ``python -m benchmarks.language_model_quality``.
 """
 
@@ -12,18 +13,23 @@ from importlib.util import find_spec
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaForCausalLM,
     PreTrainedTokenizerBase,
 )
+from transformers.models.llama.modeling_llama import (
+    LlamaDecoderLayer,
+    apply_rotary_pos_emb,
+)
 
 from benchmarks.encoder_top import BATCH_SIZE, CachedRows, chunks
 from examples.rows import Row
 
-NUM_LAYERS, RANK, ALPHA = 4, 8, 16
-MAX_LENGTH = 48  # tokens of a text, the prompt's beside
+NUM_LAYERS, RANK, ALPHA = 2, 8, 16
+MAX_LENGTH = 32  # tokens of a text, the prompt's beside
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 TARGETS = ["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -69,14 +75,18 @@ def language_model() -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
 
 
 class LanguageTop(nn.Module):
-    """The last layers, and the scores of some tokens after a prompt's last one."""
+    """The last layers, and the scores of some tokens after a prompt's last one.
+
+    Of the very last layer only that token's output is read, and so computed.
+    """
 
     def __init__(self, network: LlamaForCausalLM, tokens: Sequence[int]) -> None:
         super().__init__()
         lower = network.model
         # Its own, since PEFT changes layers in place, and there are several adapters.
-        self.layers = deepcopy(lower.layers[-NUM_LAYERS:])
-        self.norm, self.rotary = lower.norm, lower.rotary_emb
+        *lower_layers, last = deepcopy(lower.layers[-NUM_LAYERS:])
+        self.layers, self.last = nn.ModuleList(lower_layers), last
+        self.norm, self.rotary = deepcopy(lower.norm), lower.rotary_emb
         weight = network.lm_head.weight[list(tokens)].detach().clone()
         self.register_buffer("scores", weight)
 
@@ -89,9 +99,36 @@ class LanguageTop(nn.Module):
         rotation = self.rotary(hidden, places)
         for layer in self.layers:
             hidden = layer(hidden, position_embeddings=rotation)
-        rows = torch.arange(len(hidden), device=hidden.device)
-        last: Tensor = self.norm(hidden[rows, attention_mask.sum(1) - 1])
+        last: Tensor = self.norm(_at_end(self.last, hidden, attention_mask, rotation))
         return last @ self.scores.mT
+
+
+def _at_end(
+    layer: LlamaDecoderLayer, hidden: Tensor, mask: Tensor, rotation: tuple[Tensor, ...]
+) -> Tensor:
+    """A layer's output at each row's last token, (B, I)."""
+    attention = layer.self_attn
+    rows, ends = torch.arange(len(hidden), device=hidden.device), mask.sum(1) - 1
+    normed, residual = layer.input_layernorm(hidden), hidden[rows, ends]
+
+    def heads(x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+
+    query = heads(attention.q_proj(normed[rows, ends])[:, None])  # (B, heads, 1, I)
+    cos, sin = rotation
+    at_ends = cos[0, ends][:, None], sin[0, ends][:, None]  # (B, 1, I)
+    query, _ = apply_rotary_pos_emb(query, query, *at_ends)
+    key = heads(attention.k_proj(normed))
+    _, key = apply_rotary_pos_emb(key, key, cos, sin)
+    mixed = scaled_dot_product_attention(
+        query,
+        key,
+        heads(attention.v_proj(normed)),
+        attn_mask=mask[:, None, None].bool(),
+        enable_gqa=True,
+    )
+    residual = residual + attention.o_proj(mixed.flatten(1))
+    return residual + layer.mlp(layer.post_attention_layernorm(residual))
 
 
 def adapted(top: LanguageTop, dropout: float = 0.0) -> PeftModel:
@@ -107,21 +144,35 @@ def answer_tokens(tokenizer: PreTrainedTokenizerBase, task: Task) -> list[int]:
     return [tokenizer(x, add_special_tokens=False).input_ids[0] for x in task.answers]
 
 
+@dataclass(frozen=True)
+class Read:
+    """Rows that the whole network has read.
+
+    Attributes:
+        rows: Their states below the adapted layers.
+        surprise: Mean negative log likelihood of a text's tokens after its prompt's
+            beginning, (N,), nats: the logarithm of its perplexity.
+    """
+
+    rows: CachedRows
+    surprise: Tensor
+
+
 @torch.no_grad()
-def cache(
+def read(
     network: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
     rows: Sequence[Row],
-) -> CachedRows:
-    """Run the layers below the adapted ones, once for each row."""
+) -> Read:
+    """Run the network without an adapter, once for each row."""
 
     def tokens(text: str) -> list[int]:
         found: list[int] = tokenizer(text, add_special_tokens=False).input_ids
         return found
 
     before, after = tokens(task.before), tokens(task.after)
-    hidden = []
+    hidden, surprise = [], []
     for chunk in chunks(rows, BATCH_SIZE):
         texts = [tokens(" " + row.text)[:MAX_LENGTH] for row in chunk]
         prompts = [torch.tensor([*before, *text, *after]) for text in texts]
@@ -129,4 +180,9 @@ def cache(
         states = network.model(padded, output_hidden_states=True, use_cache=False)
         below = states.hidden_states[-1 - NUM_LAYERS]
         hidden += [x[: len(p)].clone() for x, p in zip(below, prompts, strict=True)]
-    return CachedRows(hidden, torch.tensor([row.label for row in rows]))
+        for x, text in zip(states.last_hidden_state, texts, strict=True):
+            start = len(before) - 1  # the state there predicts the text's first token
+            logits = network.lm_head(x[start : start + len(text)])
+            surprise.append(cross_entropy(logits, torch.tensor(text)))
+    labels = torch.tensor([row.label for row in rows])
+    return Read(CachedRows(hidden, labels), torch.stack(surprise))

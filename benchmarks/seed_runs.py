@@ -91,7 +91,9 @@ class Setting:
         return guide.laplace_approximation(rows.ordered())
 
 
-def decaying_adam(num_steps: int) -> pyro.optim.PyroLRScheduler:
+def decaying_adam(
+    num_steps: int, rate: float = LEARNING_RATE
+) -> pyro.optim.PyroLRScheduler:
     """Adam with a warm-up and a linear decay to zero."""
 
     def factor(step: int) -> float:
@@ -100,7 +102,7 @@ def decaying_adam(num_steps: int) -> pyro.optim.PyroLRScheduler:
     return pyro.optim.LambdaLR(
         {
             "optimizer": torch.optim.Adam,
-            "optim_args": {"lr": LEARNING_RATE},
+            "optim_args": {"lr": rate},
             "lr_lambda": factor,
         }
     )

@@ -2,23 +2,26 @@
 
 import os
 import sys
-from importlib.metadata import version as installed_version
 from importlib.resources import files
 from pathlib import Path
 
 from sphinx.application import Sphinx
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # this checkout, its tests' table
+
+import pyro_lora
+
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 RESULTS = ROOT / "benchmarks" / "results"
-sys.path.insert(0, str(ROOT))  # for the tests' table
 # What the tutorials' kernels inherit: the examples' toys, and no progress bars.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
 os.environ["TQDM_DISABLE"] = "1"
 
 project = "pyro_lora"
 copyright = "the pyro_lora contributors"
-version = release = installed_version("pyro-lora")
+# Not an editable installation's metadata, which are as old as the installation.
+version = release = pyro_lora.__version__
 
 extensions = [
     "myst_nb",  # pages in Markdown, and notebooks that are run
@@ -30,7 +33,7 @@ extensions = [
 ]
 exclude_patterns = ["_build"]
 html_theme = "furo"
-html_title = "pyro_lora"
+html_title = f"pyro_lora {release}"  # at the head of each page
 
 # Without a network a page can't ask MathJax's host: MathJax itself, which sets formulas
 # with outlines of its own and so needs no fonts, is one file of the site.

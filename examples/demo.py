@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from examples.recipe import PRIOR_PRECISION
 
     try:
+        report.make_folder(args.out)
         if args.train is None:
             corpus = vader.load()
         else:
@@ -86,7 +87,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", default="cpu", help="where to compute (default: %(default)s)")
     add("--epochs", type=_positive, default=EPOCHS, help="default: %(default)s")
     add("--seed", type=int, default=0, help="default: %(default)s")
-    add("--out", type=Path, default=Path("demo-out"), help="default: %(default)s")
+    add(
+        "--out",
+        type=Path,
+        default=Path("demo-out"),
+        help="folder; what an earlier demo wrote there is replaced "
+        "(default: %(default)s)",
+    )
     add(
         "--layers",
         choices=("last2", "all"),

@@ -26,6 +26,10 @@ COMPARED = (
     "Laplace (evidence)",
     "mixture of Laplace at these particles",
 )
+NAMES = (
+    *("reliability", "rejection", "evidence", "effective_parameters", "delta_norms"),
+    *("forces", "entropy", "norms", "khat", "pava"),
+)
 NUM_COLORS = 128  # enough for lines and letters, and a third of the bytes
 
 

@@ -1,6 +1,7 @@
 """The demo's table and files."""
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,14 @@ from examples.methods import Outcome, Study, Task
 from examples.rows import Corpus
 
 COLUMNS = ("accuracy", "nll", "ece", "brier", "auroc", "spearman", "seconds")
+
+# What a demo writes: an earlier one's is replaced. The first is written first, so that
+# a folder that holds any of the others holds it, too.
+MARK = "table.json"
+WRITTEN = (
+    *("table.txt", "laplace", "laplace.nc", "svgd", "svgd.nc", "mixture", "adapters"),
+    *(f"{name}.png" for name in pictures.NAMES),
+)
 
 NUM_DRAWS = 400  # in Laplace's ArviZ file: one linearised pass, however many
 
@@ -94,6 +103,42 @@ def heading(task: Task, model: str) -> str:
     )
 
 
+def make_folder(out: Path) -> None:
+    """Make the folder to write into, before the work that it is for.
+
+    Args:
+        out: The folder; an earlier demo's will do.
+
+    Raises:
+        ValueError: If it holds files of others under the names that a demo writes.
+        OSError: If it can't be made.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    others = [name for name in WRITTEN if (out / name).exists()]
+    if others and not _is_a_demos(out / MARK):
+        raise ValueError(
+            f"{out} holds {others[0]}, which isn't an earlier demo's. Name another "
+            "folder by --out."
+        )
+
+
+def _is_a_demos(mark: Path) -> bool:
+    try:
+        record = json.loads(mark.read_text("utf-8"))
+    except (FileNotFoundError, ValueError):
+        return False
+    return isinstance(record, dict) and {"rows", "num_particles"} <= record.keys()
+
+
+def _clear(out: Path) -> None:
+    """Delete what an earlier demo wrote, which may have had other methods."""
+    for path in (out / name for name in WRITTEN):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
 def write(study: Study, task: Task, model: str, out: Path) -> str:
     """Write the table, pictures, ArviZ files, posteriors and adapters.
 
@@ -101,15 +146,13 @@ def write(study: Study, task: Task, model: str, out: Path) -> str:
         study: The fitted methods.
         task: The task.
         model: What to call the encoder.
-        out: Folder to write into; made when it is absent.
+        out: Folder to write into, of :func:`make_folder`.
 
     Returns:
         The text of the table, and what the files are called.
     """
-    out.mkdir(parents=True, exist_ok=True)
     rows = {o.name: measure(o, task.corpus) for o in study.outcomes}
     text = "\n\n".join([heading(task, model), table(rows), NOTE])
-    (out / "table.txt").write_text(text + "\n", encoding="utf-8")
     record = {
         "model": model,
         "epochs": task.epochs,
@@ -117,7 +160,9 @@ def write(study: Study, task: Task, model: str, out: Path) -> str:
         "seed": task.seed,
         "rows": rows,
     }
-    (out / "table.json").write_text(json.dumps(record, indent=2) + "\n")
+    _clear(out)
+    (out / MARK).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    (out / "table.txt").write_text(text + "\n", encoding="utf-8")
     posteriors: dict[str, Any] = {
         "laplace": study.laplace,
         "svgd": study.svgd and study.svgd.posterior(),

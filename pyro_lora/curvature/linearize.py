@@ -29,6 +29,7 @@ from pyro_lora.curvature.capture import (
     check_recorded,
     jacobians,
     recording,
+    score_gradient,
 )
 from pyro_lora.curvature.factors import at_least_float32
 from pyro_lora.curvature.gaussian_logits import GaussianLogits, JointGaussianLogits
@@ -40,7 +41,7 @@ from pyro_lora.likelihood import likelihoods
 from pyro_lora.likelihood.batch import Batch
 from pyro_lora.likelihood.likelihoods import Likelihood
 from pyro_lora.likelihood.model_trace import Model, likelihood_site, trace_at
-from pyro_lora.likelihood.outcomes import single_outcomes
+from pyro_lora.likelihood.outcomes import around, single_outcomes
 
 Tokens = Literal["last", "each"] | Tensor
 
@@ -208,8 +209,13 @@ class LinearizedBatch:
     @property
     def mean(self) -> Tensor:
         """Of the logits, (B, ..., C); -inf of a choice that isn't there."""
-        mean = (self.basis @ self.values[..., None])[..., 0]
-        return mean if self.present is None else mean.where(self.present, -math.inf)
+        return self._logits_of(self.values)
+
+    def _logits_of(self, contrasts: Tensor) -> Tensor:
+        logits = (self.basis @ contrasts[..., None])[..., 0]
+        if self.present is None:
+            return logits
+        return logits.where(self.present, -math.inf)
 
     def jacobians(self) -> Iterator[tuple[str, Tensor]]:
         """Site and Jacobian of the contrasts in one layer, layers in order.
@@ -299,12 +305,46 @@ class LinearizedBatch:
         Returns:
             (S, B, C), with T tokens (S, B, T, C), the mean over classes removed.
         """
-        step = _Step(self.mode, weights)
+        steps = {site: weights[site] - x for site, x in self.mode.items()}
+        return self.mean + self.logits_along(steps)
+
+    def logits_along(self, steps: Weights) -> Tensor:
+        r"""How far the logits move with the weights, :math:`J v`.
+
+        Args:
+            steps: Site -> v, (S, ...).
+
+        Returns:
+            (S, B, C), with T tokens (S, B, T, C), the mean over classes removed.
+        """
+        step = _Step({s: torch.zeros_like(v[0]) for s, v in steps.items()}, steps)
         for _ in step.along(self.jacobians()):
             pass
         assert step.moved is not None
         moved = (self._row_basis @ step.moved[..., None])[..., 0]
-        return self.mean + moved.reshape(-1, *self.mean.shape)
+        return moved.reshape(-1, *self.mean.shape)
+
+    def gradient(self, function: Callable[[Tensor], Tensor]) -> Weights:
+        r"""Gradient at the mode of a function of the logits, without a backward pass.
+
+        Args:
+            function: Of the logits (B, C), with T tokens (B, T, C); a scalar.
+
+        Returns:
+            Site -> value of its shape.
+        """
+        contrasts = self.values.detach().requires_grad_()
+        with torch.enable_grad():
+            value = function(self._logits_of(contrasts))
+            (alpha,) = torch.autograd.grad(value, contrasts)
+        by_layer: dict[str, list[Tensor]] = {site: [] for site in self.mode}
+        for capture in self.captures:
+            g = score_gradient(capture, alpha.flatten(1).mT)
+            by_layer[capture.site].append(g)
+        return {
+            site: torch.stack(layers).reshape(self.mode[site].shape)
+            for site, layers in by_layer.items()
+        }
 
     def _step_to(self, gaussian: WeightGaussian) -> _Step:
         """To the Gaussian's mean, which a refined one has elsewhere."""
@@ -356,6 +396,30 @@ class _Step:
                 new = torch.einsum("si,bmi->sbm", step, j.flatten(2))
                 self.moved = new if self.moved is None else self.moved + new
             yield site, j
+
+
+def likelihood_at(fn: Any, logits: Tensor) -> Any:
+    """A likelihood with other logits, or whatever its predictor is.
+
+    Args:
+        fn: Its distribution, of batch shape (B,).
+        logits: As of :class:`LinearizedBatch`, (..., B, C), the mean over classes
+            removed; of T classes a datum (..., B, T, C), of numbers (..., B, P).
+    """
+
+    def single(inside: Any) -> Any:
+        likelihood = likelihoods.of(inside)
+        events = len(inside.batch_shape) - len(fn.batch_shape)
+        if events and likelihood.classes is None:  # numbers, a predictor each
+            return likelihood.at(logits[..., None])
+        size = likelihood.predictor.shape[-1]
+        if size == logits.shape[-1]:
+            return likelihood.at(logits)
+        # Contrasts z = E f, of which f = pinv(E) z up to a shift.
+        basis = contrasts(likelihood)[1]
+        return likelihood.at(logits @ torch.linalg.pinv(basis).mT)
+
+    return around(fn, single)
 
 
 def _of_several(at: Callable[[Tensor], Any], values: Tensor) -> Any:

@@ -8,10 +8,13 @@ and :math:`\Omega = e_1` it is :math:`4 e_1 \cdot 4^{-1} \cdot 4 e_1^T`.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from pyro_lora.ground.memory import constant
+from pyro_lora.ground.synchronisation import require
 
 _NUM_BLOCKS, _LEAST_BLOCKED = 4, 320  # 5/8 of the products, from a width on that pays
 
@@ -87,29 +90,46 @@ def eigh_psd(matrix: Tensor, what: str = "It") -> tuple[Tensor, Tensor]:
     kept = values > size * torch.finfo(matrix.dtype).eps * values[-1]
     roots = torch.where(kept, values.clamp_min(0).rsqrt(), 0.0)
     u, s, _ = torch.linalg.svd(matrix @ (vectors * roots), full_matrices=False)
-    k = (size - 1) // 2
+    k = num_eigenvalues((width, size))
     return s[:k].square(), u[:, :k]
+
+
+def num_eigenvalues(shape: Sequence[int]) -> int:
+    """How many :func:`eigh_psd` finds of a matrix, or of the sketch of one.
+
+    Args:
+        shape: (I, I), or (I, 2 k + 1).
+    """
+    width, size = shape
+    return width if size == width else (size - 1) // 2
 
 
 def _eigh(matrix: Tensor, tolerance: float, what: str) -> tuple[Tensor, Tensor]:
     remedy = "A sum of outer products has none: check the structure."
-    if not matrix.isfinite().all():
-        raise ValueError(f"{what} has NaN or infinite entries. {remedy}")
-    atol = tolerance * float(matrix.abs().max())
-    if not torch.allclose(matrix, matrix.mT, rtol=0, atol=atol):
-        raise ValueError(
+
+    def not_finite() -> ValueError:
+        return ValueError(f"{what} has NaN or infinite entries. {remedy}")
+
+    def not_symmetric() -> ValueError:
+        return ValueError(
             f"{what} isn't symmetric. A sum of outer products is: check the structure."
         )
-    values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
-    if values[0] < -tolerance * values.abs().max():
-        raise ValueError(
+
+    def negative() -> ValueError:
+        return ValueError(
             f"{what} has eigenvalues from {float(values[0]):.3g} to "
             f"{float(values[-1]):.3g}, negative ones, too. {remedy}"
         )
+
+    require(matrix.isfinite().all(), not_finite)
+    atol = tolerance * matrix.abs().max()
+    require(((matrix - matrix.mT).abs_() <= atol).all(), not_symmetric)
+    values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
+    require(values[0] >= -tolerance * values.abs().max(), negative)
     return values, vectors
 
 
-@lru_cache(maxsize=16)
+@constant
 def _test_matrix(width: int, size: int) -> Tensor:
     """Omega, orthonormal columns with a uniformly distributed range, (width, size)."""
     generator = torch.Generator().manual_seed(width)

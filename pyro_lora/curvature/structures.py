@@ -31,6 +31,7 @@ from pyro_lora.curvature.block_gaussian import (
     BlockGaussian,
     Spectra,
     eigenblocks,
+    shared_out,
     with_values,
 )
 from pyro_lora.curvature.capture import CountedTokens, LayerCapture
@@ -49,6 +50,7 @@ from pyro_lora.curvature.factors import (
 from pyro_lora.curvature.inducing import Span, projected_gaussian, span_of
 from pyro_lora.curvature.nystrom import gram
 from pyro_lora.curvature.weight_gaussian import WeightGaussian
+from pyro_lora.ground.ranks import ALONE, Ranks
 from pyro_lora.ground.weights import Weights
 
 __all__ = [
@@ -122,6 +124,7 @@ class Structure(ABC):
         prior_precision: Weights,
         factors: Factors,
         next_pass: Callable[[BatchStructure], Factors],
+        ranks: Ranks = ALONE,
     ) -> WeightGaussian:
         """The Gaussian with this Fisher information.
 
@@ -130,6 +133,7 @@ class Structure(ABC):
             prior_precision: Site -> tau.
             factors: What the first pass summed; used up.
             next_pass: Sums over the data once more.
+            ranks: Who comes here with the same factors, and shares what is to be done.
 
         Raises:
             ValueError: If a factor is no sum of squares or outer products.
@@ -236,9 +240,10 @@ class LayerStructure(Structure, BatchStructure):
         prior_precision: Weights,
         factors: Factors,
         next_pass: Callable[[BatchStructure], Factors],
+        ranks: Ranks = ALONE,
     ) -> WeightGaussian:
         """See the base class."""
-        return _blocks(loc, prior_precision, factors)
+        return _blocks(loc, prior_precision, factors, ranks)
 
 
 @dataclass(frozen=True)
@@ -349,9 +354,10 @@ class EKFAC(Structure):
         prior_precision: Weights,
         factors: Factors,
         next_pass: Callable[[BatchStructure], Factors],
+        ranks: Ranks = ALONE,
     ) -> WeightGaussian:
         """See the base class."""
-        kfac = _blocks(loc, prior_precision, factors)
+        kfac = _blocks(loc, prior_precision, factors, ranks)
         bases = [basis for block in kfac.blocks.values() for basis in block.bases()]
         # Of all diagonals L, |F - U L U^T| is least at that of U^T F U.
         moments = _blocks(loc, prior_precision, next_pass(_InBases(tuple(bases))))
@@ -434,6 +440,7 @@ class JointStructure(Structure, BatchStructure):
         prior_precision: Weights,
         factors: Factors,
         next_pass: Callable[[BatchStructure], Factors],
+        ranks: Ranks = ALONE,
     ) -> WeightGaussian:
         """See the base class."""
         return DenseGaussian(loc, prior_precision, factors[0].matrix.double())
@@ -504,6 +511,7 @@ class Exact(Structure):
         prior_precision: Weights,
         factors: Factors,
         next_pass: Callable[[BatchStructure], Factors],
+        ranks: Ranks = ALONE,
     ) -> WeightGaussian:
         """See the base class."""
         observed = factors.pop(OBSERVED, ObservedFactors(())).batches
@@ -587,12 +595,12 @@ def _by_input(captures: Captures) -> list[tuple[Tensor, list[int]]]:
     return list(places.items())
 
 
-def _blocks(loc: Weights, prior_precision: Weights, factors: Factors) -> BlockGaussian:
+def _blocks(
+    loc: Weights, prior_precision: Weights, factors: Factors, ranks: Ranks = ALONE
+) -> BlockGaussian:
     """A block for each layer; the factors are used up."""
-    spectra: Spectra = {}
     places = iter(range(len(factors)))
-    blocks = {
-        site: eigenblocks([factors.pop(next(places)) for _ in layers], spectra, site)
-        for site, layers in loc.items()
-    }
+    by_site = {s: [factors.pop(next(places)) for _ in x] for s, x in loc.items()}
+    decompose, spectra = shared_out(by_site, ranks), Spectra()
+    blocks = {s: eigenblocks(x, spectra, s, decompose) for s, x in by_site.items()}
     return BlockGaussian(loc, prior_precision, blocks)

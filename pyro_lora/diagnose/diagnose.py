@@ -15,14 +15,15 @@ A whole draw loses half the effective parameters, tr(F P⁻¹) / 2, on average.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_lora.curvature.prior_moments import model_scales
 from pyro_lora.diagnose.diagnosis import (
     Charge,
     Confidence,
@@ -34,59 +35,44 @@ from pyro_lora.diagnose.diagnosis import (
     LeftOut,
     Stationarity,
 )
+from pyro_lora.diagnose.log_joint import (
+    Linearised,
+    LogJoint,
+    WeightSets,
+    constant_pass,
+    exact,
+    linear_pass,
+    rows_within,
+    why_not_linear,
+)
 from pyro_lora.ground.interrupts import leaving_no_trace
 from pyro_lora.ground.progress import Counted, progress
-from pyro_lora.ground.ranks import ALONE, Ranks, ranks_of, sharing_data
-from pyro_lora.ground.settings import check_count, check_gradients
+from pyro_lora.ground.ranks import ranks_of, sharing_data
+from pyro_lora.ground.settings import check_count, check_positive
 from pyro_lora.ground.weights import Weights
 from pyro_lora.likelihood import likelihoods
 from pyro_lora.likelihood.batch import (
     Batch,
     check_batches,
     checked_batches,
-    explaining,
     next_batch,
 )
-from pyro_lora.likelihood.data_plate import data_plate
-from pyro_lora.likelihood.model_trace import (
-    IGNORED,
-    Model,
-    evaluating,
-    lifted_networks,
-    trace_at,
-)
-from pyro_lora.likelihood.outcome_source import GivenLabels
-from pyro_lora.likelihood.outcomes import (
-    SingleOutcomes,
-    one_class_log_probs,
-    single_outcomes,
-)
+from pyro_lora.likelihood.model_trace import IGNORED, Model
+from pyro_lora.likelihood.outcomes import SingleOutcomes, single_outcomes
 from pyro_lora.posteriors.guide_posterior import Guide, GuidePosterior
 from pyro_lora.posteriors.laplace_posterior import LaplacePosterior
+from pyro_lora.posteriors.particle_posterior import ParticlePosterior
 from pyro_lora.posteriors.posterior import (
     Posterior,
     as_posterior,
     is_gaussian,
     kind_of,
-    one_weight_set,
     only_gaussian,
-    tempered_prior,
 )
-from pyro_lora.posteriors.prior import log_prior_by_site
-from pyro_lora.predict.data_pass import (
-    datum_log_probs,
-    latent_log_probs,
-    observes_only,
-    why_no_log_joint,
-)
-from pyro_lora.predict.draws import (
-    DRAWS_AT_ONCE,
-    check_names,
-    model_at_draws,
-    model_of,
-    outcome_source,
-)
+from pyro_lora.predict.any_prediction import AnyPrediction
+from pyro_lora.predict.draws import check_names, check_same_inputs, model_of
 from pyro_lora.predict.predict import predict
+from pyro_lora.predict.prediction import Prediction
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -106,6 +92,7 @@ def diagnose(
     held_out: Iterable[Batch] | None = None,
     num_directions: int = 4,
     num_samples: int = 50,
+    max_passes: float | None = 3.0,
     obs_site: str | None = None,
     labels: str | None = None,
     progress_bar: bool | None = None,
@@ -128,8 +115,17 @@ def diagnose(
       how many are inside their central 90% intervals.
 
     What can't be said of a posterior, or without labels, is left out, with the reason.
-    A Laplace posterior takes about ``4 * num_directions + num_samples + 12`` forward
-    passes over the data, a stock guide ``num_samples``.
+
+    Of a Laplace posterior the log joint is asked for at S = 4 ``num_directions`` +
+    ``num_samples`` + 11 weight sets. The network linearised at the mode tells it at all
+    of them in one pass (C - 1 backward passes a batch, as a fit), which also has the
+    gradient and the predictions; what the network itself says other than that is seen
+    on as many random rows as ``max_passes`` allow, 16 at least, and stands for all
+    rows, with a standard error. That is some three fits' time for two classes. Of few
+    rows, or with ``max_passes=None``, all go through the network, S times.
+
+    Particles take one pass for each. A stock guide takes ``num_samples`` passes, and as
+    many for its predictions.
 
     Args:
         posterior: A posterior, or any Pyro guide for the model.
@@ -139,6 +135,8 @@ def diagnose(
         held_out: The same of other data, for diversity and confidence.
         num_directions: Main directions of a Gaussian.
         num_samples: Draws for :math:`\hat k`, at least 25.
+        max_passes: Forward passes over the data that a Laplace posterior's weight sets
+            may take together; None is no limit.
         obs_site: The likelihood's site; None is the posterior's, else the model's only
             one.
         labels: The model's argument with that site's outcomes; None follows the
@@ -165,6 +163,8 @@ def diagnose(
         ) from error
     check_count("num_samples", num_samples)
     check_count("num_directions", num_directions)
+    if max_passes is not None:
+        check_positive("max_passes", max_passes)
     if num_samples < 25:
         raise ValueError(
             f"diagnose got num_samples={num_samples}, num_directions={num_directions}; "
@@ -189,12 +189,15 @@ def diagnose(
     with progress(title="Diagnose", unit="batch", shown=progress_bar) as bar:
         joint = LogJoint(posterior, model, Counted(batches, bar), obs_site, ranks, mesh)
         others = None if held_out is None else Counted(held_out, bar)
+        evidence = _Evidence(
+            joint, others, num_directions, num_samples, max_passes, labels
+        )
         for field, answer in {
-            "stationarity": lambda: _stationarity(joint),
-            "gaussian": lambda: _density(joint, num_directions, num_samples),
-            "diversity": lambda: _diversity(joint, others, labels),
+            "stationarity": evidence.stationarity,
+            "gaussian": evidence.density,
+            "diversity": evidence.diversity,
             "charge": lambda: charge_of(posterior),
-            "confidence": lambda: _confidence(joint, others, labels),
+            "confidence": evidence.confidence,
         }.items():
             try:
                 answers[field] = answer()
@@ -206,160 +209,6 @@ def diagnose(
         left_out=left_out,
         **answers,
     )
-
-
-class LogJoint:
-    """Log likelihood and log prior of all data, as a function of the weights.
-
-    Args:
-        posterior: The posterior, whose prior is used.
-        model: The Pyro model.
-        batches: Re-iterable of mappings of model keyword arguments.
-        obs_site: The likelihood's site, or None.
-        ranks: Who shares the data.
-        mesh: Whose ranks these are.
-
-    Raises:
-        ValueError: If there are no batches, or the posterior doesn't fit the model.
-    """
-
-    def __init__(
-        self,
-        posterior: Posterior,
-        model: Model,
-        batches: Iterable[Batch],
-        obs_site: str | None,
-        ranks: Ranks = ALONE,
-        mesh: DeviceMesh | None = None,
-    ) -> None:
-        self.ranks, self.mesh = ranks, mesh
-        first = next_batch(checked_batches(batches), "diagnose", ranks)
-        self.posterior, self.model, self.batches = posterior, model, batches
-        self.first = first
-        one = {site: x[None] for site, x in one_weight_set(posterior).items()}
-        at = model_at_draws(model, one, first, obs_site)
-        (trace,) = at.traces(first)
-        self.obs_site, self.site = at.obs_site, trace.nodes[at.obs_site]
-        self.networks = lifted_networks(trace)
-        self.prior = tempered_prior(posterior, model_scales(trace, self.networks))
-        self.observes_only = observes_only(trace, at.obs_site)
-        num_data = 0
-        for batch in ranks.in_step(checked_batches(batches)):
-            (trace,) = at.traces(batch)
-            num_data += data_plate(trace.nodes[at.obs_site]).size
-        self.num_data = ranks.total(num_data)
-
-    def check(self) -> None:
-        """Check that there is a log joint.
-
-        Raises:
-            LeftOut: If labels or data are missing, or another site is observed, too.
-        """
-        reason = why_no_log_joint(self.site, self.num_data, self.observes_only)
-        if reason is not None:
-            raise LeftOut(reason)
-
-    @torch.no_grad()
-    def at(self, weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Log likelihood and log prior, (S,) each, nats, float64.
-
-        Args:
-            weights: Site -> (S, ...).
-        """
-        at = model_at_draws(self.model, weights, self.first, self.obs_site)
-        totals: list[Tensor] = []
-        latents: list[dict[str, Tensor]] = []
-        in_step = self.ranks.in_step(checked_batches(self.batches))
-        for index, batch in enumerate(in_step):
-            of_batch = []
-            for trace in at.traces(batch):
-                site = trace.nodes[self.obs_site]
-                with explaining(batch, nodes=trace.nodes):
-                    log_prob = datum_log_probs(site)
-                of_batch.append((log_prob * data_plate(site).scale).sum(-1))
-                if index == 0:
-                    latents.append(latent_log_probs(trace, self.networks))
-            totals.append(torch.cat(of_batch))
-        others = {s: torch.cat([chunk[s] for chunk in latents]) for s in latents[0]}
-        log_prior = others | log_prior_by_site(self.prior, self.networks, weights)
-        return (
-            self.ranks.sum(torch.stack(totals).sum(0)),
-            torch.stack(list(log_prior.values())).sum(0),
-        )
-
-    def gradient(self, mode: Weights) -> Weights:
-        """Gradient in the lifted sites, nats.
-
-        Args:
-            mode: Site -> value, all latent sites of the model.
-        """
-        check_gradients()
-        leaves = {
-            site: mode[site].clone().requires_grad_()
-            for lora in self.networks
-            for site in lora.sites
-        }
-        with torch.enable_grad(), evaluating(self.networks):
-            for batch in self.ranks.in_step(checked_batches(self.batches)):
-                trace = trace_at(self.model, {**mode, **leaves}, batch)
-                site = trace.nodes[self.obs_site]
-                with explaining(batch, nodes=trace.nodes):
-                    log_prob = datum_log_probs(site) * data_plate(site).scale
-                log_prob.sum().backward()
-            of_data = self.ranks.sums(
-                [
-                    torch.zeros_like(x) if x.grad is None else x.grad
-                    for x in leaves.values()
-                ]
-            )
-            prior = log_prior_by_site(
-                self.prior, self.networks, {s: x[None] for s, x in leaves.items()}
-            )
-            of_prior = torch.autograd.grad(
-                torch.stack(list(prior.values())).sum(),
-                list(leaves.values()),
-                materialize_grads=True,
-            )
-        return {
-            site: a + b for site, a, b in zip(leaves, of_data, of_prior, strict=True)
-        }
-
-
-def _stationarity(joint: LogJoint) -> Stationarity:
-    posterior = only_gaussian(joint.posterior)
-    if posterior is None:
-        raise LeftOut(f"{kind_of(joint.posterior)} has no mode and curvature")
-    if posterior.gaussian.is_refined:
-        raise LeftOut("its mean is a mode of the linearised network")
-    joint.check()
-    # At a mode g = 0. How far it is off counts in units of the curvature there: a step
-    # of P⁻¹ g would gain half of gᵀ P⁻¹ g nats.
-    gradient = joint.gradient(posterior.mode())
-    gaussian, latents = posterior.gaussian, posterior.latents
-    newton = float(gaussian.newton_decrement(gradient)) + latents.newton_decrement()
-    effective = float(gaussian.effective_parameters()) + len(latents.gradient)
-    return Stationarity(newton_decrement=newton, effective_parameters=effective)
-
-
-def _density(
-    joint: LogJoint, num_directions: int, num_samples: int
-) -> Directions | Importance:
-    posterior = joint.posterior
-    if posterior.num_samples is not None:
-        raise LeftOut("particles have no density")
-    gaussian = only_gaussian(posterior)
-    if gaussian is None and posterior.gaussians():
-        raise LeftOut("diagnose each of .components")
-    joint.check()
-    if gaussian is not None:
-        return _directions(joint, gaussian, num_directions, num_samples)
-    weights, log_q = _draws(posterior, num_samples)
-    if all(bool((x == x[:1]).all()) for x in weights.values()):
-        raise LeftOut(f"{kind_of(posterior)} is a point")
-    # log p(y, w) - log q(w): of a q that is the posterior, log p(y) for every draw.
-    log_joint = torch.stack(joint.at(weights)).sum(0)
-    log_ratios = log_joint - log_q.to(log_joint)
-    return Importance(k_hat=_k_hat(log_ratios), num_samples=num_samples)
 
 
 @torch.no_grad()
@@ -378,44 +227,329 @@ def _draws(posterior: Posterior, num_samples: int) -> tuple[Weights, Tensor]:
         raise LeftOut(str(error)) from error
 
 
-def _directions(
-    joint: LogJoint, posterior: LaplacePosterior, num_directions: int, num: int
-) -> Directions:
+@dataclass(frozen=True, eq=False)
+class _Evidence:
+    """What the questions are answered by, each found once.
+
+    Attributes:
+        joint: The log joint.
+        held_out: Batches of other data, or None.
+        num_directions: Of a Gaussian.
+        num_samples: Draws for k-hat.
+        max_passes: Over the data, of all weight sets.
+        labels: The argument with the outcomes, where it is known.
+    """
+
+    joint: LogJoint
+    held_out: Iterable[Batch] | None
+    num_directions: int
+    num_samples: int
+    max_passes: float | None
+    labels: str | None
+
+    @property
+    def posterior(self) -> Posterior:
+        """Whose log joint it is."""
+        return self.joint.posterior
+
+    @property
+    def to_predict(self) -> Iterable[Batch]:
+        """Held-out data where there are some."""
+        return self.joint.batches if self.held_out is None else self.held_out
+
+    @cached_property
+    def gaussian(self) -> LaplacePosterior | None:
+        """What the posterior is, if it is one Gaussian."""
+        return only_gaussian(self.posterior)
+
+    @cached_property
+    def points(self) -> _Points:
+        """Where a Gaussian's log joint is asked for."""
+        assert self.gaussian is not None  # who asks has seen to it
+        return _points(self.gaussian, self.num_directions, self.num_samples)
+
+    @cached_property
+    def num_rows(self) -> int | None:
+        """On how many the network runs at these points; None is all."""
+        num_sets = sum(self.points.sets.sizes)
+        return rows_within(self.max_passes, self.joint.num_data, num_sets)
+
+    @cached_property
+    def linearised(self) -> Linearised | None:
+        """A Gaussian's pass over the data; None where there is none."""
+        if self.gaussian is None or why_not_linear(self.joint) is not None:
+            return None
+        check_same_inputs(self.posterior, self.joint.first)
+        has_joint = self.joint.why_not is None
+        num_rows = self.num_rows if has_joint else None
+        return linear_pass(
+            self.joint,
+            self.gaussian,
+            None if num_rows is None else self.points.sets,
+            num_rows or 0,
+            has_joint=has_joint,
+            predicts=self.held_out is None,
+            labels=self.labels,
+        )
+
+    def stationarity(self) -> Stationarity:
+        """Is the mode stationary?
+
+        Raises:
+            LeftOut: If that has no answer here.
+        """
+        posterior = self.gaussian
+        if posterior is None:
+            raise LeftOut(f"{kind_of(self.posterior)} has no mode and curvature")
+        if posterior.gaussian.is_refined:
+            raise LeftOut("its mean is a mode of the linearised network")
+        self.joint.check()
+        found = None if self.linearised is None else self.linearised.gradient
+        # At a mode g = 0. How far it is off counts in units of the curvature there: a
+        # step of P⁻¹ g would gain half of gᵀ P⁻¹ g nats.
+        gradient = self.joint.gradient(posterior.mode()) if found is None else found
+        gaussian, latents = posterior.gaussian, posterior.latents
+        newton = float(gaussian.newton_decrement(gradient)) + latents.newton_decrement()
+        effective = float(gaussian.effective_parameters()) + len(latents.gradient)
+        return Stationarity(newton_decrement=newton, effective_parameters=effective)
+
+    def density(self) -> Directions | Importance:
+        """Is the density believable?
+
+        Raises:
+            LeftOut: If that has no answer here.
+        """
+        posterior = self.posterior
+        if posterior.num_samples is not None:
+            raise LeftOut("particles have no density")
+        if self.gaussian is None and posterior.gaussians():
+            raise LeftOut("diagnose each of .components")
+        self.joint.check()
+        if self.gaussian is not None:
+            return self._directions(self.gaussian)
+        weights, log_q = _draws(posterior, self.num_samples)
+        if all(bool((x == x[:1]).all()) for x in weights.values()):
+            raise LeftOut(f"{kind_of(posterior)} is a point")
+        # log p(y, w) - log q(w): of a q that is the posterior, log p(y) for every draw.
+        log_joint = torch.stack(self.joint.at(weights)).sum(0)
+        log_ratios = log_joint - log_q.to(log_joint)
+        return Importance(k_hat=_k_hat(log_ratios), num_samples=self.num_samples)
+
+    def _directions(self, posterior: LaplacePosterior) -> Directions:
+        points, joint = self.points, self.joint
+        if self.num_rows is None:
+            found = exact(joint, points.sets)
+        elif self.linearised is not None:
+            assert self.linearised.log_likelihoods is not None  # it was asked for them
+            found = self.linearised.log_likelihoods
+        else:
+            found = constant_pass(joint, points.sets, self.num_rows)
+        log_prior = torch.cat([joint.log_prior(w) for w in points.sets.near()])
+        lines, z, whole = points.places
+
+        def on_lines(log_likelihood: Tensor) -> Tensor:
+            log_joint = log_likelihood[: len(log_prior)] + log_prior
+            return log_joint[lines] - log_joint[0]
+
+        def k_hat(log_likelihood: Tensor) -> Tensor:
+            # q of these directions alone is standard normal, up to a constant.
+            log_joint = log_likelihood[z] + log_prior[z]
+            return torch.tensor(_k_hat(log_joint + 0.5 * points.z.square().sum(-1)))
+
+        # In all directions at once; of the log likelihood alone, as it's what F is of.
+        def lost(log_likelihood: Tensor) -> Tensor:
+            return log_likelihood[whole] - log_likelihood[0]
+
+        log_joint, line_errors = found.of(on_lines)
+        k, k_error = found.of(k_hat)
+        draws, _ = found.of(lost)
+        mean, mean_error = found.of(lambda x: lost(x).mean())
+        shape = len(points.names), -1
+        of_draws = float(draws.std()) / len(draws) ** 0.5
+        return Directions(
+            names=points.names,
+            shares=points.shares,
+            offsets=points.offsets,
+            log_joint=log_joint.reshape(shape),
+            log_joint_errors=line_errors.reshape(shape),
+            k_hat=float(k),
+            k_hat_error=float(k_error),
+            num_samples=self.num_samples,
+            draws_log_likelihood=float(mean),
+            draws_standard_error=math.hypot(of_draws, float(mean_error)),
+            draws_expected=-0.5 * float(posterior.gaussian.effective_parameters()),
+            num_rows=found.num_data,
+            num_data=joint.num_data,
+        )
+
+    @cached_property
+    def prediction(self) -> AnyPrediction:
+        """Of the held-out data, else of those that the posterior is of.
+
+        Raises:
+            LeftOut: If it would take dozens of passes that nobody asked for.
+        """
+        found = self.linearised if self.held_out is None else None
+        if found is not None and found.prediction is not None:
+            return found.prediction
+        posterior, num_samples = self.posterior, None
+        if self.gaussian is not None:
+            reason = why_not_linear(self.joint)
+            if reason is not None and self.max_passes is not None:
+                raise LeftOut(
+                    f"the network can't be linearised here, since {reason}: by draws "
+                    "of the weights it takes a pass for each, as max_passes=None allows"
+                )
+        elif isinstance(posterior, GuidePosterior):
+            num_samples = 1 if _is_point(posterior) else self.num_samples
+        return predict(
+            posterior,
+            self.to_predict,
+            model=self.joint.model,
+            num_samples=num_samples,
+            obs_site=self.joint.obs_site,
+            labels=self.labels,
+            keep_draws=self._has_particles and _has_one_class(self.joint),
+            progress_bar=False,  # these batches are counted already
+            mesh=self.joint.mesh,
+        )
+
+    @property
+    def _has_particles(self) -> bool:
+        return (self.posterior.num_samples or 1) > 1
+
+    def diversity(self) -> Diversity:
+        """Are particles diverse?
+
+        Raises:
+            LeftOut: If that has no answer here.
+        """
+        modes = [part.mode() for _, part in self.posterior.gaussians()]
+        if self.posterior.num_samples is None and len(modes) < 2:
+            raise LeftOut(f"{kind_of(self.posterior)} has none")
+        if self.posterior.num_samples == 1:
+            raise LeftOut("there is only one")
+        _check_classes(self.joint)
+        of = self.prediction if self._has_particles else self._at_modes(modes)
+        assert isinstance(of, Prediction)  # of one class a datum
+        assert of.draw_log_probs is not None
+        log_p = of.draw_log_probs  # (K, N, C)
+        num, predicted = len(log_p), log_p.argmax(-1)
+        # Of all pairs of particles; a particle and itself agree, and add nothing.
+        differ = (predicted[:, None] != predicted).double().mean(-1)  # (K, K)
+        total = torch.special.entr(log_p.exp().mean(0)).sum()
+        aleatoric = torch.special.entr(log_p.exp()).sum((1, 2)).mean()
+        error = None
+        if of.labels is not None:
+            true = of.labels.to(predicted)
+            wrong = (predicted != true)[:, true != IGNORED]
+            error = float(wrong.double().mean()) if wrong.numel() else None
+        return Diversity(
+            num_particles=num,
+            disagreement=float(differ.sum()) / (num * (num - 1)),
+            error=error,
+            epistemic_share=float(1 - aleatoric / total),
+        )
+
+    def _at_modes(self, modes: Sequence[Weights]) -> AnyPrediction:
+        """The modes of a mixture's Gaussians, predicted from as particles."""
+        weights = {s: torch.stack([mode[s] for mode in modes]) for s in modes[0]}
+        joint = self.joint
+        return predict(
+            ParticlePosterior(weights, joint.networks, joint.model, joint.obs_site),
+            self.to_predict,
+            labels=self.labels,
+            keep_draws=True,
+            progress_bar=False,
+            mesh=joint.mesh,
+        )
+
+    def confidence(self) -> Confidence | Coverage:
+        """Is it over- or under-confident?
+
+        Raises:
+            LeftOut: If that has no answer here.
+        """
+        single = _known(self.joint)
+        classes = likelihoods.of(single.fn).classes
+        if classes is not None:
+            _check_classes(self.joint)
+        elif single.event_dims > 1:
+            raise LeftOut("the likelihood has several rows of outcomes a datum")
+        prediction = self.prediction
+        if prediction.labels is None:
+            raise LeftOut(
+                f"needs labels, and the batches have no {self.labels or 'labels'!r}: "
+                "labels= says what they are called"
+            )
+        try:
+            prediction = prediction.labelled("diagnose")
+        except ValueError as error:
+            raise LeftOut(str(error)) from error
+        metrics = prediction.metrics()
+        if classes is None:
+            if "coverage" not in metrics:
+                name = type(single.fn).__name__
+                raise LeftOut(f"{name} has no distribution function")
+            return Coverage(
+                coverage=metrics["coverage"],
+                num_data=len(prediction),
+                held_out=self.held_out is not None,
+            )
+        assert isinstance(prediction, Prediction)  # of one class a datum
+        assert prediction.labels is not None  # .labelled has seen to it
+        confidence, predicted = prediction.probs.double().max(-1)
+        # Its mean is the overconfidence, its standard error that of the mean over data.
+        gap = confidence - predicted.eq(prediction.labels).double()
+        return Confidence(
+            overconfidence=metrics["overconfidence"],
+            standard_error=float(gap.std(correction=0)) / len(gap) ** 0.5,
+            ece=metrics["ece"],
+            num_data=len(gap),
+            held_out=self.held_out is not None,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Points:
+    """Where a Gaussian's log joint is asked for.
+
+    Attributes:
+        sets: The weight sets: the mode, points on lines, random points, whole draws.
+        names: Of the directions, (Q).
+        shares: The data's share of the precision, (Q,).
+        offsets: On each line, (T,).
+        z: The random points' coordinates, (S, Q).
+    """
+
+    sets: WeightSets
+    names: tuple[str, ...]
+    shares: Tensor
+    offsets: Tensor
+    z: Tensor
+
+    @property
+    def places(self) -> tuple[slice, slice, slice]:
+        """Of the lines, the random points and the whole draws among the sets."""
+        first = 1 + len(self.names) * len(self.offsets)
+        last = first + len(self.z)
+        return slice(1, first), slice(first, last), slice(last, None)
+
+
+def _points(
+    posterior: LaplacePosterior, num_directions: int, num_samples: int
+) -> _Points:
     steps, shares = posterior.gaussian.informed_directions(num_directions)
     num_directions = len(shares)
     eye = torch.eye(num_directions, dtype=torch.float64, device=shares.device)
     offsets = torch.tensor(_OFFSETS, dtype=torch.float64, device=shares.device)
     on_lines = (eye[:, None] * offsets[:, None]).flatten(0, 1)  # (Q T, Q)
-    z = torch.randn(num, num_directions, dtype=torch.float64, device="cpu").to(eye)
-    mode = posterior.mode()
-
-    def log_joint(coordinates: Tensor) -> Tensor:
-        values = []
-        for z in coordinates.split(DRAWS_AT_ONCE):  # weight sets in memory
-            weights = {s: x.expand(len(z), *x.shape) for s, x in mode.items()}
-            for site, step in steps.items():  # w = ŵ + Σ_q z_q step_q
-                moved = torch.tensordot(z.to(step), step, 1)
-                weights[site] = weights[site] + moved
-            values.append(torch.stack(joint.at(weights)).sum(0))
-        return torch.cat(values)
-
-    at_mode, prior_at_mode = joint.at({s: x[None] for s, x in mode.items()})
-    lines = log_joint(on_lines) - at_mode - prior_at_mode
-    # q of these directions alone is standard normal, up to a constant.
-    k_hat = _k_hat(log_joint(z) + 0.5 * z.square().sum(-1))
-    # In all directions at once; of the log likelihood alone, as it's what F is of.
-    whole, _ = joint.at(posterior.sample(_NUM_WHOLE_DRAWS))
-    return Directions(
-        names=tuple(_name(steps, q) for q in range(num_directions)),
-        shares=shares,
-        offsets=offsets,
-        log_joint=lines.reshape(num_directions, -1),
-        k_hat=k_hat,
-        num_samples=num,
-        draws_log_likelihood=float(whole.mean() - at_mode),
-        draws_standard_error=float(whole.std()) / _NUM_WHOLE_DRAWS**0.5,
-        draws_expected=-0.5 * float(posterior.gaussian.effective_parameters()),
-    )
+    z = torch.randn(num_samples, num_directions, dtype=torch.float64, device="cpu")
+    z = z.to(eye)
+    draws = posterior.sample(_NUM_WHOLE_DRAWS)
+    sets = WeightSets(posterior.mode(), steps, torch.cat([on_lines, z]), draws)
+    names = tuple(_name(steps, q) for q in range(num_directions))
+    return _Points(sets, names, shares, offsets, z)
 
 
 def _name(steps: Weights, index: int) -> str:
@@ -466,8 +600,8 @@ def charge_of(posterior: Posterior) -> Charge:
 
 
 def _check_classes(joint: LogJoint) -> None:
-    single = _known(joint)
-    if single.event_dims or likelihoods.of(single.fn).classes is None:
+    _known(joint)
+    if not _has_one_class(joint):
         raise LeftOut("the likelihood isn't one class a datum")
 
 
@@ -478,100 +612,18 @@ def _known(joint: LogJoint) -> SingleOutcomes:
     return single
 
 
-@torch.no_grad()
-def _diversity(
-    joint: LogJoint, held_out: Iterable[Batch] | None, labels: str | None
-) -> Diversity:
-    posterior = joint.posterior
-    modes = [part.mode() for _, part in posterior.gaussians()]
-    if posterior.num_samples is not None:
-        weights = posterior.sample(posterior.num_samples)
-    elif len(modes) > 1:
-        weights = {s: torch.stack([mode[s] for mode in modes]) for s in modes[0]}
-    else:
-        raise LeftOut(f"{kind_of(posterior)} has none")
-    num = next(iter(weights.values())).shape[0]
-    if num == 1:
-        raise LeftOut("there is only one")
-    _check_classes(joint)
-    one = {site: x[0] for site, x in weights.items()}
-    source = outcome_source(joint.model, one, joint.obs_site, labels)
-    at = model_at_draws(
-        joint.model, weights, source.hidden(joint.first), joint.obs_site
-    )
-    log_probs: list[Tensor] = []
-    observed: list[Tensor | None] = []
-    given = GivenLabels(source)
-    batches = joint.batches if held_out is None else held_out
-    for index, batch in enumerate(joint.ranks.in_step(batches)):
-        traces = at.traces(source.hidden(batch))
-        by_draws = [one_class_log_probs(t.nodes[at.obs_site]["fn"]) for t in traces]
-        log_probs.append(torch.cat(by_draws))
-        observed.append(given.read(batch, log_probs[-1].shape[-1], index))
-    log_p = joint.ranks.gathered(torch.cat(log_probs, 1), 1)  # (K, N, C)
-    predicted = log_p.argmax(-1)
-    # Of all pairs of particles; a particle and itself agree, and add nothing.
-    differ = (predicted[:, None] != predicted).double().mean(-1)  # (K, K)
-    total = torch.special.entr(log_p.exp().mean(0)).sum()
-    aleatoric = torch.special.entr(log_p.exp()).sum((1, 2)).mean()
-    error = None
-    observed = [x for own in joint.ranks.collected(observed) for x in own]
-    labels_of_all = [x for x in observed if x is not None]
-    if len(labels_of_all) == len(observed):
-        true = torch.cat(labels_of_all).to(predicted)
-        wrong = (predicted != true)[:, true != IGNORED]
-        error = float(wrong.double().mean()) if wrong.numel() else None
-    return Diversity(
-        num_particles=num,
-        disagreement=float(differ.sum()) / (num * (num - 1)),
-        error=error,
-        epistemic_share=float(1 - aleatoric / total),
+def _has_one_class(joint: LogJoint) -> bool:
+    single = single_outcomes(joint.site["fn"])
+    likelihood = likelihoods.known(single.fn)
+    return (
+        likelihood is not None
+        and likelihood.classes is not None
+        and not (single.event_dims)
     )
 
 
-def _confidence(
-    joint: LogJoint, held_out: Iterable[Batch] | None, labels: str | None
-) -> Confidence | Coverage:
-    single = _known(joint)
-    classes = likelihoods.of(single.fn).classes
-    if classes is not None:
-        _check_classes(joint)
-    elif single.event_dims > 1:
-        raise LeftOut("the likelihood has several rows of outcomes a datum")
-    prediction = predict(
-        joint.posterior,
-        joint.batches if held_out is None else held_out,
-        model=joint.model,
-        obs_site=joint.obs_site,
-        labels=labels,
-        progress_bar=False,  # these batches are counted already
-        mesh=joint.mesh,
-    )
-    if prediction.labels is None:
-        raise LeftOut(
-            f"needs labels, and the batches have no {labels or 'labels'!r}: labels= "
-            "says what they are called"
-        )
-    try:
-        prediction = prediction.labelled("diagnose")
-    except ValueError as error:
-        raise LeftOut(str(error)) from error
-    metrics = prediction.metrics()
-    if classes is None:
-        if "coverage" not in metrics:
-            raise LeftOut(f"{type(single.fn).__name__} has no distribution function")
-        return Coverage(
-            coverage=metrics["coverage"],
-            num_data=len(prediction),
-            held_out=held_out is not None,
-        )
-    confidence, predicted = prediction.probs.double().max(-1)
-    # Its mean is the overconfidence, its standard error that of the mean over data.
-    gap = confidence - (predicted == prediction.labels).double()
-    return Confidence(
-        overconfidence=metrics["overconfidence"],
-        standard_error=float(gap.std(correction=0)) / len(gap) ** 0.5,
-        ece=metrics["ece"],
-        num_data=len(gap),
-        held_out=held_out is not None,
-    )
+def _is_point(posterior: Posterior) -> bool:
+    """Whether all draws are the same."""
+    with torch.random.fork_rng():  # looking at a posterior draws nothing
+        draws = posterior.sample(2)
+    return all(torch.equal(x[0], x[1]) for x in draws.values())

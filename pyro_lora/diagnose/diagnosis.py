@@ -68,22 +68,32 @@ class Directions(FieldsShown):
         offsets: In standard deviations, (T,).
         log_joint: Less that of the mode, (Q, T), nats; the Gaussian's is
             :math:`-t^2 / 2`.
+        log_joint_errors: Their standard errors for the rows that were drawn, (Q, T); 0
+            where the network itself was run on all.
         k_hat: Pareto shape of the weights p / q for draws of these directions.
+        k_hat_error: Its standard error for the rows; NaN where k-hat isn't finite.
         num_samples: Draws that k-hat is from.
         draws_log_likelihood: Mean over whole draws less that of the mode, nats.
-        draws_standard_error: Of that mean.
+        draws_standard_error: Of that mean, for draws and rows.
         draws_expected: What the Gaussian says, minus half the effective parameters.
+        num_rows: Data that the network itself was run on; of all others it was
+            linearised.
+        num_data: N.
     """
 
     names: tuple[str, ...]
     shares: Tensor
     offsets: Tensor
     log_joint: Tensor
+    log_joint_errors: Tensor
     k_hat: float
+    k_hat_error: float
     num_samples: int
     draws_log_likelihood: float
     draws_standard_error: float
     draws_expected: float
+    num_rows: int
+    num_data: int
 
     @property
     def lines_fit(self) -> bool:
@@ -108,8 +118,10 @@ class Directions(FieldsShown):
 
     def lines(self) -> list[str]:
         """The numbers in words."""
+        in_part = self.num_rows < self.num_data
+        error = f" +- {self.k_hat_error:.2f}" if in_part else ""
         result = [
-            f"k-hat {self.k_hat:.2f} in the {len(self.names)} main directions "
+            f"k-hat {self.k_hat:.2f}{error} in the {len(self.names)} main directions "
             f"(good below {good_k(self.num_samples):.2f})"
         ]
         at = " ".join(f"{t:+.0f}" for t in self.offsets.tolist())
@@ -120,6 +132,11 @@ class Directions(FieldsShown):
         ):
             fall = " ".join(f"{x:.1f}" for x in row)
             result.append(f"  {fall}  {name} ({share:.0%} data)")
+        if in_part:
+            result.append(
+                f"  by {self.num_rows} rows of {self.num_data}, the others linearised: "
+                f"+- {float(self.log_joint_errors.max()):.2g} at most"
+            )
         result.append(
             f"a whole draw loses {-self.draws_log_likelihood:.3g} +- "
             f"{self.draws_standard_error:.2g} nats of log likelihood, where the "

@@ -28,7 +28,7 @@ from pyro import poutine
 from pyro.infer import MCMC
 from torch import Tensor
 
-from pyro_lora.curvature.linearize import LinearizedNetwork, contrasts
+from pyro_lora.curvature.linearize import LinearizedNetwork, likelihood_at
 from pyro_lora.export.weight_variables import (
     Variables,
     check_raw_size,
@@ -57,7 +57,7 @@ from pyro_lora.likelihood.model_trace import (
     trace_at,
 )
 from pyro_lora.likelihood.outcome_source import OutcomeSource
-from pyro_lora.likelihood.outcomes import around, single_outcomes
+from pyro_lora.likelihood.outcomes import single_outcomes
 from pyro_lora.posteriors.dropout import check_no_dropout
 from pyro_lora.posteriors.guide_posterior import Guide
 from pyro_lora.posteriors.laplace_posterior import LaplacePosterior
@@ -548,30 +548,8 @@ class LinearizedAtDraws:
         assert values is not None
         # All but the likelihood (plates, observed values) is the same under every draw.
         site = trace.nodes[self.obs_site]
-        trace.nodes[self.obs_site] = {**site, "fn": _at_values(site["fn"], values)}
+        trace.nodes[self.obs_site] = {**site, "fn": likelihood_at(site["fn"], values)}
         yield trace
-
-
-def _at_values(fn: Any, values: Tensor) -> Any:
-    """A likelihood of batch shape (B,) with other logits, or whatever its predictor is.
-
-    Args:
-        fn: Its distribution.
-        values: (S, B, C), or (S, B, C - 1) contrasts z = E f, of which f = pinv(E) z up
-            to a shift; of T classes a datum (S, B, T, C).
-    """
-
-    def single(inside: Any) -> Any:
-        likelihood = likelihoods.of(inside)
-        basis = contrasts(likelihood)[1]
-        if values.ndim == len(inside.batch_shape) + 1:  # numbers, a predictor each
-            return likelihood.at(values[..., None])
-        size = likelihood.predictor.shape[-1]
-        if size == values.shape[-1]:
-            return likelihood.at(values)
-        return likelihood.at(values @ torch.linalg.pinv(basis).mT)
-
-    return around(fn, single)
 
 
 def _draws_at(weights: Weights, index: Tensor) -> Weights:

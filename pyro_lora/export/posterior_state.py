@@ -54,7 +54,7 @@ from pyro_lora.ground.checked_tensors import (
     check_definite,
 )
 from pyro_lora.ground.tensor_folder import Real, Schema
-from pyro_lora.ground.weights import Weights
+from pyro_lora.ground.weights import Weights, drawing_nothing
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.lifting.prior import NOISE
 from pyro_lora.likelihood.model_trace import Model, trace_at
@@ -676,7 +676,7 @@ def _prior_nodes(
     prior: Prior, networks: Sequence[LiftedNetwork], mode: Weights
 ) -> list[dict[str, Any]]:
     """Trace nodes of the prior at the mode; the generators stay where they are."""
-    with torch.random.fork_rng():
+    with drawing_nothing(mode):
         traces = [trace_at(partial(prior, lora), mode, {}) for lora in networks]
     return [node for trace in traces for node in trace.nodes.values()]
 

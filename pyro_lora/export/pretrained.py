@@ -278,10 +278,14 @@ def _base(
             "ignore_mismatched_sizes": True,  # of the head, which the adapter brings
         }
     kind = getattr(transformers, _CLASSES[task])
+    # transformers reports a head that the base lacks, and which the adapter brings.
+    logging = transformers.utils.logging
     try:
-        return kind.from_pretrained(
-            base, revision=config.revision, token=token, **classes
-        )
+        with undone(partial(logging.set_verbosity, logging.get_verbosity())):
+            logging.set_verbosity_error()
+            return kind.from_pretrained(
+                base, revision=config.revision, token=token, **classes
+            )
     except OSError as error:
         raise OSError(
             f"{folder}: its base network {base!r} can't be loaded ({error}). If it was "

@@ -87,6 +87,18 @@ class Ranks:
         self._meet(f"a sum of {[(x.ndim, _summable(x.dtype)) for x in values]}")
         return [self._summed(x) for x in values]
 
+    def sent(self, owner: int, values: Sequence[Tensor]) -> list[Tensor]:
+        """What one rank has, on all of them.
+
+        Args:
+            owner: Whose it is.
+            values: Of the same shapes and dtypes on all ranks; they may be overwritten.
+        """
+        if self.size == 1:
+            return list(values)
+        self._meet(f"what rank {owner} has, {[(x.ndim, x.dtype) for x in values]}")
+        return [self._from(owner, x) for x in values]
+
     def first_says(self, flag: bool) -> bool:
         """What the first process says, to all that work at the same time."""
         if self.size == 1:
@@ -328,6 +340,12 @@ class Ranks:
         with self._answered():
             dist.all_reduce(wide, group=self.group)
         return wide.to(x)
+
+    def _from(self, owner: int, x: Tensor) -> Tensor:
+        own = self._placed(x.contiguous())
+        with self._answered():
+            dist.broadcast(own, group=self.group, group_src=owner)
+        return own.to(x.device)
 
     def _placed(self, x: Tensor) -> Tensor:
         """Where the group can send it from."""

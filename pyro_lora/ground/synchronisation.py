@@ -12,6 +12,10 @@ finite", "which tokens count", is gathered on the device and read at once::
 
 The first answer that is needed reads all that were asked for before it, and the end of
 the block what is left. Outside of such a block each is read by itself, at once.
+
+Where tensors have shapes but no values, as when the memory of a run is planned, nothing
+can be read. So each question is asked together with its usual answer, and where a
+smaller run has been through the same questions, its answers are taken.
 """
 
 from __future__ import annotations
@@ -39,11 +43,13 @@ class Answer:
     Args:
         asked: A tensor with one element.
         gathering: With what it's read.
+        usual: What it is where nothing can be read.
     """
 
-    def __init__(self, asked: Tensor, gathering: Gathering) -> None:
+    def __init__(self, asked: Tensor, gathering: Gathering, usual: float) -> None:
         self._asked: Tensor | None = asked.detach()
         self._gathering = gathering
+        self.usual = usual
         self._value = 0.0
 
     def __bool__(self) -> bool:
@@ -68,9 +74,9 @@ class Gathering:
         self._checks: list[tuple[Answer, Callable[[], Exception]]] = []
         self.invalid: Callable[[], Exception] | None = None  # while validating
 
-    def ask(self, asked: Tensor) -> Answer:
+    def ask(self, asked: Tensor, usual: float = True) -> Answer:
         """See :func:`ask`."""
-        self._answers.append(Answer(asked, self))
+        self._answers.append(Answer(asked, self, usual))
         return self._answers[-1]
 
     def require(self, holds: Tensor, error: Callable[[], Exception]) -> None:
@@ -84,7 +90,7 @@ class Gathering:
             Exception: The error of the first check that doesn't hold.
         """
         answers, checks = self._answers, self._checks
-        values = _transferred([a._asked for a in answers if a._asked is not None])
+        values = _values(answers)
         self._answers, self._checks = [], []  # now: a transfer may be interrupted
         for answer, value in zip(answers, values, strict=True):
             answer._asked, answer._value = None, value
@@ -118,6 +124,8 @@ class Gathering:
 
 class _Present(threading.local):
     gathering: Gathering | None = None
+    kept: list[float] | None = None  # every answer, for a run of the same form
+    given: Iterator[float] | None = None  # in place of all that would be read
 
 
 _PRESENT = _Present()
@@ -163,13 +171,46 @@ def _saying_why(gathering: Gathering) -> Iterator[None]:
         say()
 
 
-def ask(asked: Tensor) -> Answer:
+@contextmanager
+def answers_kept() -> Iterator[list[float]]:
+    """Keep every answer of a block, in order."""
+    with undone(partial(setattr, _PRESENT, "kept", _PRESENT.kept)):
+        _PRESENT.kept = []
+        yield _PRESENT.kept
+
+
+@contextmanager
+def without_reading(answers: Sequence[float] = ()) -> Iterator[None]:
+    """Read nothing in a block, whose tensors have no values.
+
+    Args:
+        answers: Those of a block that asks the same; where there are none, the usual
+            ones. Checks hold.
+    """
+    with undone(partial(setattr, _PRESENT, "given", _PRESENT.given)):
+        _PRESENT.given = iter(answers)
+        yield
+
+
+def values_are_known() -> bool:
+    """Whether tensors have values: not within :func:`without_reading`."""
+    return _PRESENT.given is None
+
+
+def lacks_values(x: Tensor) -> bool:
+    """Whether a tensor has no values where it should have some."""
+    return x.is_meta and values_are_known()
+
+
+def ask(asked: Tensor, usual: float = True) -> Answer:
     """Ask for a number, or a yes or no, that is needed later.
 
     Args:
         asked: A tensor with one element.
+        usual: What it is of usual data: in batches, batch first, with some padding,
+            where all goes well.
     """
-    return (_PRESENT.gathering or Gathering()).ask(asked)
+    return (_PRESENT.gathering or Gathering()).ask(asked, usual)
 
 
 def require(holds: Tensor, error: Callable[[], Exception]) -> None:
@@ -232,6 +273,15 @@ def _invalid(again: Callable[[], object]) -> Exception:
         "A distribution's parameters, or a value, aren't what it allows, though they "
         "were when the model ran once more. Give the model the same each time."
     )
+
+
+def _values(answers: Sequence[Answer]) -> list[float]:
+    if _PRESENT.given is not None:
+        return [next(_PRESENT.given, a.usual) for a in answers]
+    values = _transferred([a._asked for a in answers if a._asked is not None])
+    if _PRESENT.kept is not None:
+        _PRESENT.kept += values
+    return values
 
 
 def _transferred(tensors: Sequence[Tensor]) -> list[float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import Cache
 
 from pyro_lora.ground.interrupts import eagerly, leaving_no_trace
+from pyro_lora.ground.weights import drawing_nothing
 from pyro_lora.lifting.binding import (
     Binding,
     Host,
@@ -24,7 +26,6 @@ from pyro_lora.lifting.folding import (
     StatisticsOfBatch,
     batch_size,
     check_batch_norm,
-    check_no_cache,
     check_zero_elsewhere,
     fold_input,
     is_ambiguous,
@@ -40,6 +41,7 @@ from pyro_lora.lifting.folding import (
 )
 from pyro_lora.lifting.sites import LiftedParameter
 from pyro_lora.lifting.slots import Fold, LinearSlot, NotFoldable, swapped
+from pyro_lora.lifting.text_trunk import TextTrunk, check_caches
 from pyro_lora.lifting.trunk import Trunk
 
 _logger = logging.getLogger(__name__)
@@ -67,16 +69,21 @@ class BoundNetwork:
         All particles run at once, folded into the batch. Where a network can't take
         that, they run one at a time, and a message in the log says why.
 
+        With ``use_cache=True`` the output has a key-value cache, in a form of its own,
+        to be given to this bound network again.
+
         Raises:
             RuntimeError: After the ``with lora.bind(...)`` block has ended, or while
                 other weights are bound.
-            ValueError: If a key-value cache is given to several particles, batch norm
-                would mix them, or gradient checkpointing would recompute with other
-                weights.
+            ValueError: If a key-value cache is given to several particles that isn't
+                theirs, batch norm would mix them, or gradient checkpointing would
+                recompute with other weights.
         """
         host = self._host
         host.check_names(kwargs.keys())
-        return self._run(host.network, args, kwargs, host.trunk, ())
+        fills = kwargs.get("use_cache") or _caches_in([*args, *kwargs.values()])
+        trunk = self._text_trunk() if fills else host.trunk
+        return self._run(host.network, args, kwargs, trunk, ())
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The network's ``generate`` under every particle at once: ``(*lead, B, T)``.
@@ -90,8 +97,13 @@ class BoundNetwork:
             ValueError: As for a call.
         """
         generate: Any = self._host.network.generate
-        beams = range(1, sys.maxsize)  # and nothing is shared
-        return self._run(generate, args, kwargs, Trunk([]), beams)
+        beams = range(1, sys.maxsize)
+        return self._run(generate, args, kwargs, self._text_trunk(), beams)
+
+    def _text_trunk(self) -> TextTrunk:
+        trunk = self._host.trunk
+        layers = [] if is_compiled(self._host.network) else trunk.layers
+        return TextTrunk(layers, trunk.tables)
 
     @contextmanager
     def bound_for_block(self) -> Iterator[None]:
@@ -125,7 +137,7 @@ class BoundNetwork:
         function: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        trunk: Trunk,
+        trunk: Trunk | TextTrunk,
         repeats: Sequence[int],
     ) -> Any:
         host, lead = self._host, self._lead
@@ -141,9 +153,9 @@ class BoundNetwork:
             return self._one(function, args, kwargs, 0, trunk)
         num_particles = lead.numel()
         if num_particles > 1:  # what particles would share or mix is refused
-            check_no_cache([*enumerate(args), *kwargs.items()], num_particles)
+            check_caches([*enumerate(args), *kwargs.items()], num_particles)
             check_batch_norm(host.batch_norms)
-            if trunk.caches:  # of no use to the caller: a cache can't be given back
+            if trunk.caches:  # which the caller hasn't asked for
                 kwargs.setdefault("use_cache", False)
         # A call's form: what of it may decide whether the network mixes its batch.
         given = [(name, x is None) for name, x in [*enumerate(args), *kwargs.items()]]
@@ -153,6 +165,8 @@ class BoundNetwork:
             try:
                 return self._folded(function, args, kwargs, trunk, repeats, form)
             except NotFoldable as error:
+                if _caches_in([*args, *kwargs.values()]):
+                    raise  # it is all particles'
                 reason = error
         outputs = [
             self._one(function, args, kwargs, s, trunk) for s in range(num_particles)
@@ -172,7 +186,7 @@ class BoundNetwork:
         args: Any,
         kwargs: Any,
         particle: int,
-        trunk: Trunk | None = None,
+        trunk: Trunk | TextTrunk | None = None,
     ) -> Any:
         values = {
             p: v if v.ndim == p.parameter.ndim else v[particle]
@@ -191,7 +205,7 @@ class BoundNetwork:
         function: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        trunk: Trunk,
+        trunk: Trunk | TextTrunk,
         repeats: Sequence[int],
         form: tuple[Any, ...],
     ) -> Any:
@@ -208,7 +222,9 @@ class BoundNetwork:
         if repeats and host.has_tables and is_ambiguous(given, fold):
             # Of T5's relative positions, say, which have a (T, T) and no batch.
             raise NotFoldable("a sequence is as long as the batches of all particles")
-        if form in host.checked or repeats or torch.compiler.is_compiling():
+        # What has filled a cache was checked then.
+        checked = form in host.checked or bool(_caches_in(given))
+        if checked or repeats or torch.compiler.is_compiling():
             return self._call_folded(self._values, function, args, kwargs, trunk, fold)
         if not host.is_pretrained:
             self._check_independent(function, args, kwargs, fold)
@@ -219,7 +235,7 @@ class BoundNetwork:
         if is_compiled(host.network):
             # What dynamo meets under a dispatch mode, it leaves alone from then on.
             with unchanged_buffers(host.network), eagerly(), statistics:
-                with torch.no_grad(), torch.random.fork_rng(self._devices()):
+                with torch.no_grad(), drawing_nothing(self._values):
                     call(Trunk([]), fold)
             output = call(trunk, fold)
         else:
@@ -241,7 +257,7 @@ class BoundNetwork:
         function: Callable[..., Any],
         args: Any,
         kwargs: Any,
-        trunk: Trunk,
+        trunk: Trunk | TextTrunk,
         fold: Fold,
     ) -> Any:
         args = tuple(fold_input(v, f"{i}", fold) for i, v in enumerate(args))
@@ -268,9 +284,6 @@ class BoundNetwork:
         with Binding(self._host.bindings, one, 1, alone).bound():
             function(*args, **kwargs)
 
-    def _devices(self) -> list[torch.device]:
-        return sorted({x.device for x in self._values.values() if x.is_cuda}, key=str)
-
     @torch.no_grad()
     def _is_alone(
         self, function: Callable[..., Any], args: Any, kwargs: Any, fold: Fold
@@ -281,13 +294,12 @@ class BoundNetwork:
         Gradients don't tell of what is detached. In training mode dropout must draw the
         same, which it doesn't for one alone; the generators are put back.
         """
-        devices = self._devices()
         for particle in (0, fold.num_particles - 1):
             outputs = []
             with unchanged_buffers(self._host.network):
                 for seed in (None, *range(_NUM_OTHERS)):
                     values = _beside_others(self._values, particle, seed)
-                    with torch.random.fork_rng(devices):
+                    with drawing_nothing(self._values):
                         output = self._call_folded(
                             values, function, args, kwargs, Trunk([]), fold
                         )
@@ -354,6 +366,10 @@ class BoundNetwork:
                     raise NotFoldable(
                         "a linear layer's parameter is read past the layer's forward"
                     )
+
+
+def _caches_in(values: Iterable[Any]) -> list[Cache]:
+    return [x for x in values if isinstance(x, Cache)]
 
 
 def _beside_others(values: Values, particle: int, seed: int | None) -> Values:

@@ -233,8 +233,8 @@ class LiftedNetwork(Summarised):
     def weights(self) -> dict[str, Tensor]:
         """The adapter's present values, stacked as sites, copied.
 
-        Values in half precision come as float32, as sites are. A site whose layers are
-        on several devices is on the first one's.
+        Values in half precision come as float32, as sites are. Those of a network on
+        several devices come on the first one's, all of them.
         """
         return {
             site: torch.stack(
@@ -249,11 +249,14 @@ class LiftedNetwork(Summarised):
         What a prior needs: ``dist.Normal(zeros, 1 + zeros).to_event(zeros.ndim)``.
         """
         result = {}
+        # One device for all sites, where inputs go in and outputs mostly come back.
+        present = (p.device for p in self.network.parameters() if not p.is_meta)
+        device = next(present, torch.device("meta"))
         for site, members in self.parameters.items():
             first = self._own(site)[0]
             half = first.dtype in (torch.float16, torch.bfloat16)
             dtype = torch.float32 if half else first.dtype
-            zero = torch.zeros((), dtype=dtype, device=first.device)  # strides of 0
+            zero = torch.zeros((), dtype=dtype, device=device)  # strides of 0
             result[site] = zero.expand(len(members), *first.shape)
         return result
 
@@ -337,7 +340,9 @@ class LiftedNetwork(Summarised):
     def init_to_fresh(self) -> initialization.InitFn:
         """``init_loc_fn``: PEFT's random init and the head's, anew at each call.
 
-        One call for each particle gives the starting points of a deep ensemble.
+        One call for each particle gives the starting points of a deep ensemble. The
+        base's own parameters, where they are lifted, start as they are: if there is
+        nothing else, tell particles apart by ``init_to_adapter(jitter="auto")``.
         """
         return initialization.init_to_fresh(self)
 

@@ -22,6 +22,7 @@ from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from pyro_lora.ground.synchronisation import lacks_values
 from pyro_lora.lifting.slots import LinearSlot, Location
 
 Wrapper = ModulesToSaveWrapper | TrainableTokensWrapper
@@ -206,7 +207,7 @@ def check_parameter(
 
     Raises:
         ValueError: If it belongs to another adapter or to a recurrent layer, has no
-            values or is sharded over processes.
+            values, or it or its layer is split over processes.
     """
     holder = modules[name.rpartition(".")[0]]
     if kind == "other adapter":
@@ -219,7 +220,7 @@ def check_parameter(
             f"Parameter {name!r} can't be lifted: {type(holder).__name__} keeps "
             "references of its own to its weights. Freeze it (requires_grad_(False))."
         )
-    if parameter.is_meta:
+    if lacks_values(parameter):
         raise ValueError(
             f"Parameter {name!r} can't be lifted: it is on the meta device and has no "
             "values (offloaded, perhaps). Load the network whole, or freeze it "
@@ -231,6 +232,32 @@ def check_parameter(
             "what is trained whole: fully_shard(module, ignored_params={p for p in "
             "network.parameters() if p.requires_grad})."
         )
+    if _is_tensor_parallel(name, modules):
+        raise ValueError(
+            f"Parameter {name!r} can't be lifted: its layer is split over processes by "
+            "tensor parallelism, so that each has another part of the output. Leave "
+            "the layers with adapters whole, and split others."
+        )
+
+
+def _is_tensor_parallel(name: str, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether each process computes a part of a parameter's layer.
+
+    FSDP's layers are split over processes between their calls only.
+    """
+    holder = name.rpartition(".")[0]
+    path = name.partition(".lora_")[0]
+    layer = modules.get(f"{path}.base_layer", modules[holder])
+    if getattr(layer, "_hf_tp_plan", None) is not None:  # transformers' own
+        return True
+    weight = getattr(layer, "weight", None)
+    if getattr(weight, "device_mesh", None) is None:
+        return False
+    from torch.distributed.fsdp import FSDPModule  # loaded by who made the DTensor
+
+    parts = name.split(".")
+    above = (modules.get(".".join(parts[:i])) for i in range(len(parts)))
+    return not any(isinstance(module, FSDPModule) for module in above)
 
 
 # These read the values of their children's parameters, past the children's forward.

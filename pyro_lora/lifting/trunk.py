@@ -13,6 +13,7 @@ import hashlib
 import inspect
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,82 @@ def _trunk_layers(
     return []
 
 
+@dataclass(frozen=True)
+class Copies:
+    """The copies of a batch in folded tensors, for layers that need one of them.
+
+    Attributes:
+        fold: How particles are folded into the batch.
+        ambiguous: Whether a tensor may have as many rows for another reason; then
+            copies are told by being copies.
+    """
+
+    fold: Fold
+    ambiguous: bool
+
+    def are_folded(self, x: Tensor) -> bool:
+        """Whether a tensor's rows are those of all particles."""
+        return x.ndim > 1 and x.shape[0] == self.fold.folded_size
+
+    def are_equal(self, x: Tensor) -> bool:
+        """Whether a folded tensor is the same for all particles."""
+        copies = x.unflatten(0, (self.fold.num_particles, -1))
+        return torch.equal(copies[1:], copies[:1].expand_as(copies[1:]))
+
+    def one(self, x: Tensor) -> Tensor:
+        """The first copy; a tensor without copies as it is."""
+        if self.are_folded(x) and not self.ambiguous:
+            return x[: self.fold.batch_size]
+        maybe = self.are_folded(x) or self._may_have_rows_of_data(x)
+        if maybe and self.are_equal(x):
+            return x[: len(x) // self.fold.num_particles]
+        return x
+
+    def _may_have_rows_of_data(self, x: Tensor) -> bool:
+        """Whether a datum may have several rows: one for each head with ALiBi."""
+        if torch.compiler.is_compiling() or x.ndim < 2 or not self.fold.folded_size:
+            return False
+        return len(x) > 0 and len(x) % self.fold.folded_size == 0
+
+    def are_given(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether a layer is given the same for all particles, hidden states first."""
+        if not tensors or not self.are_folded(tensors[0]):
+            return False
+        folded = filter(self.are_folded, tensors[:1] if self.ambiguous else tensors)
+        return all(map(self.are_equal, folded))
+
+    def all(self, x: Tensor) -> Tensor:
+        """A copy for each particle, of a tensor that has the batch's rows."""
+        if x.ndim < 2 or x.shape[0] != self.fold.batch_size:
+            return x
+        return x.repeat(self.fold.num_particles, *[1] * (x.ndim - 1))
+
+
+@contextmanager
+def replaced_forwards(
+    layers: Sequence[nn.Module],
+    replacement: Callable[[Callable[..., Any], int], Callable[..., Any]],
+) -> Iterator[None]:
+    """Give layers other forwards while a block runs.
+
+    Args:
+        layers: The layers.
+        replacement: Makes a layer's from its own one and its place.
+    """
+    before = [layer.__dict__.get("forward") for layer in layers]
+
+    def put_back() -> None:
+        for layer, forward in zip(layers, before, strict=True):
+            layer.__dict__.pop("forward", None)
+            if forward is not None:
+                layer.__dict__["forward"] = forward
+
+    with undone(put_back):
+        for i, layer in enumerate(layers):
+            layer.forward = replacement(layer.forward, i)
+        yield
+
+
 class Trunk:
     """Runs the trunk on one copy of the batch while particles are folded into it.
 
@@ -100,11 +177,11 @@ class Trunk:
         below: Mapping[str, nn.Module] | None = None,
         tables: Container[int] = (),
     ) -> None:
-        self._layers = layers
+        self.layers = layers
         self.caches = caches
         self.cache: TrunkCache | None = None  # of what the last layer gives
         self._below = below or {}
-        self._tables = tables
+        self.tables = tables
         self._checked = False  # that particles really are the same there
         # Layer -> what a call returns around its hidden states.
         self._wrapped: dict[int, Callable[[Tensor], Any]] = {}
@@ -125,7 +202,7 @@ class Trunk:
                     "training mode, where dropout may draw anew at each step. Call "
                     ".eval() on the network, or leave the cache out."
                 )
-        if not self._layers:
+        if not self.layers:
             raise ValueError(
                 "There is no trunk to cache: no stack of layers begins below the first "
                 "adapted one. Adapt the upper layers only (layers_to_transform in "
@@ -189,31 +266,23 @@ class Trunk:
         safe = fold.num_particles == 1 or fold.folded_size not in sizes
         safe = safe and not any(inputs.get(name) for name in asks)
         safe = safe and not inputs.get("use_cache", self.caches)
-        safe = safe and not any(layer.training for layer in self._layers)
-        if not (self._layers and safe):
+        safe = safe and not any(layer.training for layer in self.layers)
+        if not (self.layers and safe):
             yield  # each particle runs them
             return
-        layers = self._layers
+        layers = self.layers
         keys = self._cached(inputs, fold)
         hidden = None
         if keys is not None and self.cache is not None:
             hidden = self.cache.get(keys)
-        before = [layer.__dict__.get("forward") for layer in layers]
 
-        def put_back() -> None:
-            for layer, forward in zip(layers, before, strict=True):
-                layer.__dict__.pop("forward", None)
-                if forward is not None:
-                    layer.__dict__["forward"] = forward
+        def replacement(forward: Callable[..., Any], i: int) -> Callable[..., Any]:
+            last = i == len(layers) - 1
+            if hidden is None:
+                return self._sharing(forward, fold, i, last, keys)
+            return self._recalling(hidden, fold, i, last)
 
-        with undone(put_back):
-            for i, layer in enumerate(layers):
-                last = i == len(layers) - 1
-                layer.forward = (
-                    self._sharing(layer.forward, fold, i, last, keys)
-                    if hidden is None
-                    else self._recalling(hidden, fold, i, last)
-                )
+        with replaced_forwards(layers, replacement):
             yield
 
     def _recalling(
@@ -256,45 +325,29 @@ class Trunk:
     ) -> Callable[..., Any]:
         alone = fold.num_particles == 1
         # Of as many rows as a table has, copies are told by being copies.
-        ambiguous = fold.folded_size in self._tables
-
-        def one_copy(x: Tensor) -> Tensor:
-            folded = x.ndim > 1 and x.shape[0] == fold.folded_size
-            if folded and ambiguous:
-                copies = x.unflatten(0, (fold.num_particles, fold.batch_size))
-                folded = torch.equal(copies[1:], copies[:1].expand_as(copies[1:]))
-            return x[: fold.batch_size] if folded else x
-
-        def differs(x: Tensor) -> bool:
-            if x.ndim < 2 or x.shape[0] != fold.folded_size:
-                return False
-            first, second = x.split(fold.batch_size)[:2]
-            return not torch.equal(first, second)
-
-        def all_copies(x: Tensor) -> Tensor:
-            if x.ndim < 2 or x.shape[0] != fold.batch_size:
-                return x
-            return x.repeat(fold.num_particles, *[1] * (x.ndim - 1))
+        ambiguous = fold.folded_size in self.tables
+        copies = Copies(fold, ambiguous)
 
         def shared_forward(*args: Any, **kwargs: Any) -> Any:
             if alone and any(x.requires_grad for x in tensors_in((args, kwargs))):
                 # An adapted layer runs before, or checkpointing asks for gradients.
                 return forward(*args, **kwargs)
             if not self._checked:
-                tensors = tensors_in((args, kwargs))
-                # The hidden states come first.
-                first = tensors[:1] if ambiguous else tensors
-                if not alone and any(differs(x) for x in first):
-                    self._layers = []  # an adapted layer runs before: never share
+                given = [*args, *kwargs.values()]
+                plain = all(map(is_plain, given))
+                if not (plain and (alone or copies.are_given(tensors_in(given)))):
+                    # Never share: an adapted layer runs before, or what layers give
+                    # each other isn't all in their outputs.
+                    self.layers = []
                     if keys is not None:
                         self.check_cacheable()
                 self._checked = True
-            if not self._layers:
+            if not self.layers:
                 return forward(*args, **kwargs)
-            args, kwargs = _map((args, kwargs), one_copy)
+            args, kwargs = mapped((args, kwargs), copies.one)
             output = forward(*args, **kwargs)
             self._remember(output, layer, last, keys)
-            return _map(output, all_copies) if last else output
+            return mapped(output, copies.all) if last else output
 
         return shared_forward
 
@@ -305,13 +358,21 @@ def _own_tensors(module: nn.Module) -> Iterator[Tensor]:
     yield from module.buffers(recurse=False)
 
 
-def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+def is_plain(value: Any) -> bool:
+    """Whether an argument is for a layer to read, not to leave something there."""
+    if isinstance(value, tuple):
+        return all(map(is_plain, value))
+    return isinstance(value, Tensor | bool | int | float | str | None)
+
+
+def mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """What a function makes of every tensor in nested tuples and dicts."""
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, tuple):
-        return tuple(_map(v, function) for v in value)
+        return tuple(mapped(v, function) for v in value)
     if isinstance(value, dict):
-        return {k: _map(v, function) for k, v in value.items()}
+        return {k: mapped(v, function) for k, v in value.items()}
     return value
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pyro_lora.ground.ranks import ALONE, Ranks
-from pyro_lora.ground.synchronisation import require
+from pyro_lora.ground.synchronisation import lacks_values, require
 from pyro_lora.lifting.lifted_network import LORA_IN_PLATE, LiftedNetwork
 from pyro_lora.likelihood.outcomes import (
     impossible,
@@ -227,7 +227,7 @@ def _check_form(batch: PlacedBatch) -> None:
     if sizes and not any(sizes):
         raise ValueError(f"{batch.place} is empty, of 0 data. Leave it out.")
     for name, value in batch.items():
-        if isinstance(value, Tensor) and value.is_meta:
+        if isinstance(value, Tensor) and lacks_values(value):
             raise ValueError(
                 f"{batch.place}, argument {name!r} is on the meta device, where "
                 "tensors have no values. Give it on the network's device."

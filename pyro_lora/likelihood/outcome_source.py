@@ -317,7 +317,8 @@ class GivenLabels:
         if given is None:
             return None
         labels = _as_tensor(given)
-        return _Looked(batch, labels, ask(_are_none(labels, num_classes).any()))
+        are_none = ask(_are_none(labels, num_classes).any(), usual=False)
+        return _Looked(batch, labels, are_none)
 
     def _counted(
         self, batch: Batch, labels: Tensor, wrong: Tensor

@@ -510,13 +510,14 @@ class LaplacePosterior(Shared):
         chance in the network itself, where servers of adapters, ``export_adapters``,
         ``generate`` and ``predict(method="sample")`` use them. Here they are
         :math:`c + s (w - \hat w)`, with the largest s in (0, 1] under which one draw
-        loses no more than a tolerance on some rows: forward passes, and bisection.
+        loses no more than a tolerance on some rows: five to eight forward passes.
 
         Args:
             batches: Rows with labels to measure the loss on. Of a posterior that was
                 refined, rows that weren't trained on: its center c is then the point
                 between the trained weights and the refined mode with the least loss.
-            tolerance: Nats a datum that a draw may lose, on average over draws.
+            tolerance: Nats a datum that a draw may lose, on average over draws; what
+                their mean probability loses is less.
             num_samples: Draws, the same at every s.
             progress_bar: Show one; None: on a terminal or in a notebook.
             mesh: A ``DeviceMesh`` whose dim ``"data"`` shares the batches; None: all

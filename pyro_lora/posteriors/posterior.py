@@ -11,11 +11,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
-import torch
 from torch import Tensor
 
 from pyro_lora.ground.settings import check_function
-from pyro_lora.ground.weights import Weights
+from pyro_lora.ground.weights import Weights, drawing_nothing
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.likelihood.model_trace import Model
 from pyro_lora.posteriors.guide_posterior import Guide, GuidePosterior
@@ -139,7 +138,8 @@ def one_weight_set(posterior: Posterior) -> Weights:
     """A weight set in the posterior's range: a mode where it has one, else a draw."""
     for _, gaussian in posterior.gaussians():
         return gaussian.mode()
-    with torch.random.fork_rng():  # looking at a posterior draws nothing
+    sites = [lora.zeros() for lora in posterior.networks]
+    with drawing_nothing(sites):
         draws = posterior.sample(posterior.num_samples or 1)
     return {site: value[0] for site, value in draws.items()}
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pyro_lora.curvature.prior_moments import counted_scale
 from pyro_lora.ground.summary import FieldsShown
-from pyro_lora.ground.weights import Weights
+from pyro_lora.ground.weights import Weights, drawing_nothing
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.lifting.prior import NOISE
 from pyro_lora.likelihood.model_trace import Model, trace_at
@@ -267,7 +267,7 @@ def made_of_latents(
     """
     made: set[str] = set()
     for lora in networks:
-        with torch.no_grad(), torch.random.fork_rng():  # looking at it draws nothing
+        with torch.no_grad(), drawing_nothing(lora.zeros()):
             trace = trace_at(partial(lora.prior, lora), {}, {})
         latents = latent_nodes(trace).keys()
         if all(site in sites for site in latents):

@@ -50,7 +50,8 @@ from pyro_lora.posteriors.shared import Shared
 from pyro_lora.priors import Prior
 
 _STEPS = (1.0, 0.5, 0.25, 0.1, 0.0)  # from where a network is linearised to its mode
-_NUM_HALVINGS = 7  # of the interval from a scale that will do to twice that
+_PER_OCTAVE = 88  # scales that are told apart, each by one part in 127
+_FARTHEST = 3 * _PER_OCTAVE  # to go on from a scale at once
 _LEAST = 2.0**-8  # of a scale: below it draws are the center
 _DRAWS_AT_ONCE = 8  # in one forward pass
 _SAME = 1e-3  # of two log likelihoods, summed in another order
@@ -261,11 +262,10 @@ def _largest_scale(
     posterior = replace(posterior, center=centers[losses.index(least)])
     draws = posterior.base.sample(num_samples)
 
-    def is_close(scale: float) -> bool:
-        at_scale = replace(posterior, scale=scale).scaled(draws)
-        return loss.at(at_scale) <= least + tolerance
+    def increase(scale: float) -> float:
+        return loss.at(replace(posterior, scale=scale).scaled(draws)) - least
 
-    scale, is_found = largest_scale(is_close, 1.0, most=1.0, least=_LEAST)
+    scale, is_found = largest_scale(increase, tolerance, 1.0, most=1.0, least=_LEAST)
     if not is_found:
         warn(
             f"Even at a scale of {scale:.3g} a draw loses more than {tolerance:g} nats "
@@ -276,41 +276,76 @@ def _largest_scale(
 
 
 def largest_scale(
-    is_close: Callable[[float], bool], start: float, *, most: float, least: float
+    increase: Callable[[float], float],
+    tolerance: float,
+    start: float,
+    *,
+    most: float,
+    least: float,
 ) -> tuple[float, bool]:
-    """The largest scale at which something is still close, to one part in 128.
+    r"""The largest scale at which a loss grows by no more than a tolerance.
 
-    Doubles or halves until one scale is close and twice it isn't, then bisects.
+    Around a mode the growth is about :math:`a s^2`, so that one value of it says where
+    to look next; between a scale that is small enough and one that isn't, it is taken
+    for a power of s. Where two steps haven't halved what is left, the next does. Five
+    to eight values are enough where halving alone takes ten.
 
     Args:
-        is_close: Whether it is, at a scale; true of small ones.
+        increase: Of the loss, at a scale; may be infinite.
+        tolerance: How much it may be.
         start: Where to begin.
         most: The largest scale that is looked at.
         least: The smallest.
 
     Returns:
-        The scale, and whether it is close there; where it isn't at the smallest, that
-        one.
+        The scale, one of 88 in each octave from the start, whatever the rounding of
+        losses; and whether the loss grows by no more there: where it grows by more even
+        at the smallest, that one.
     """
-    low = high = start
-    if is_close(start):
-        while high < most:
-            low, high = high, min(2 * high, most)
-            if not is_close(high):
-                break
+    first, last = (round(_PER_OCTAVE * math.log2(x / start)) for x in (least, most))
+    low = high = None  # places among the scales, and the increases there
+    at, num_steps, widths = 0, 0, [last - first]
+    while True:
+        found = at, increase(start * 2 ** (at / _PER_OCTAVE))
+        if found[1] <= tolerance:
+            low = found
         else:
-            return high, True
-    else:
-        while low > least:
-            low, high = max(low / 2, least), low
-            if is_close(low):
-                break
+            high = found
+        if low is None or high is None:
+            if at == (first if low is None else last):
+                return start * 2 ** (at / _PER_OCTAVE), low is not None
+            # Farther with each step from the third on: the loss isn't like a s^2 then.
+            num_steps += 1
+            at += _step(found[1], tolerance) * max(num_steps - 1, 1)
+            at = min(max(at, first), last)
+        elif high[0] - low[0] == 1:
+            return start * 2 ** (low[0] / _PER_OCTAVE), True
         else:
-            return low, False
-    for _ in range(_NUM_HALVINGS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if is_close(middle) else (low, middle)
-    return low, True
+            widths.append(high[0] - low[0])
+            share = 0.5
+            if 2 * widths[-1] <= widths[-3:][0]:
+                share = _share(low[1], high[1], tolerance)
+            # On the middle's side of it, so that the farther of the two is replaced.
+            on = share * widths[-1]
+            on = math.ceil(on) if share < 0.5 else math.floor(on)
+            at = low[0] + min(max(on, 1), widths[-1] - 1)
+
+
+def _step(increase: float, tolerance: float) -> int:
+    """By how many places to go on, just beyond where a s^2 is the tolerance."""
+    if increase <= 0 or math.isinf(increase):
+        return _FARTHEST if increase <= 0 else -_FARTHEST
+    step = _PER_OCTAVE * math.log2(tolerance / increase) / 2
+    if increase <= tolerance:
+        return min(math.floor(step) + 1, _FARTHEST)
+    return max(math.ceil(step) - 1, -_FARTHEST)
+
+
+def _share(low: float, high: float, tolerance: float) -> float:
+    """Where between two scales a power law has grown to the tolerance, in logs."""
+    if low <= 0 or math.isinf(high):
+        return 0.5
+    return math.log(tolerance / low) / math.log(high / low)
 
 
 @dataclass(frozen=True, eq=False)

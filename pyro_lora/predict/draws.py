@@ -12,7 +12,7 @@ and the likelihood's distribution then has batch shape (S, B).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from pyro_lora.ground.weights import Weights
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.likelihood.batch import Batch, PlacedBatch
 from pyro_lora.likelihood.batch_dims import batch_dims, plates_of
+from pyro_lora.likelihood.data_plate import data_plate
 from pyro_lora.likelihood.model_trace import (
     Model,
     check_model,
@@ -197,6 +198,14 @@ class ModelAtDraws:
     def num_draws(self) -> int:
         """S."""
         return next(iter(self.weights.values())).shape[0]
+
+    def num_rows(self, batch: Batch) -> int:
+        """B; where the batch's tensors don't tell, by a run at the first draw."""
+        if self.batch_first:
+            return _num_rows(batch)[0]
+        one = {site: x[:1] for site, x in self.weights.items()}
+        (trace,) = replace(self, weights=one).traces(batch)
+        return data_plate(trace.nodes[self.obs_site]).size
 
     def traces(self, batch: Batch) -> Iterator[Any]:
         """Traces of the model, a few draws at a time.

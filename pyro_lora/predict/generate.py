@@ -116,9 +116,11 @@ def generate(
     The network's own ``generate`` does the work, so that with one draw the tokens are
     those of PEFT's. Processors, also those of the network's generation config, act on
     each draw's logits; temperature, top-k and top-p on the average. Beam search is
-    refused: its beams are ranked by one network's scores. Memory grows with S B. The
-    split of the entropy is that of Malinin & Gales (2021),
-    https://arxiv.org/abs/2002.07650, for the token-wise case.
+    refused: its beams are ranked by one network's scores. Layers below the first
+    adapted one run once for all draws, and keep one cache, over the prompts and for as
+    long as the draws' tokens are the same; above, memory grows with S B. The split of
+    the entropy is that of Malinin & Gales (2021), https://arxiv.org/abs/2002.07650, for
+    the token-wise case.
 
     Args:
         posterior: A posterior, or any Pyro guide, over the weights of a causal language
@@ -207,14 +209,13 @@ def generate(
             top_p=1.0,
             return_dict_in_generate=False,
         )  # (S, B, T + T'), one block in mode "mode"
-    texts = sequences if mode == "draws" else sequences[:1]  # all copies are the same
-    results = [_scored(lora, draws, text, mask, eos) for text in texts]
-    lead = torch.stack if mode == "draws" else torch.cat
-    total, aleatoric, log_probs, finished = (
-        lead(values) for values in zip(*results, strict=True)
+    written = sequences if mode == "draws" else sequences[:1]  # copies are the same
+    each = (written, *_scored(lora, draws, written, mask, eos))
+    written, total, aleatoric, log_probs, finished = (
+        values if mode == "draws" else values[0] for values in each
     )
     return Generation(
-        sequences=lead(list(texts)),
+        sequences=written,
         prompt_length=input_ids.shape[1],
         total_entropy=total,
         aleatoric_entropy=aleatoric,
@@ -281,29 +282,35 @@ class _NextToken(LogitsProcessor):
 def _scored(
     lora: LiftedNetwork,
     draws: Mapping[str, Tensor],
-    text: Tensor,
+    texts: Tensor,
     prompt_mask: Tensor,
     eos: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Total and aleatoric entropy, log-probability, (B, T'), and finished, (B,)."""
-    length = prompt_mask.shape[1]
-    new = text[:, length:]  # (B, T')
+    """Of n texts of each prompt, (n, B, T + T'), what the draws think.
+
+    Total and aleatoric entropy, log-probability, (n, B, T'), and finished, (n, B).
+    """
+    new = texts[..., prompt_mask.shape[1] :]  # (n, B, T')
     ends = torch.isin(new, new.new_tensor(eos))
     # No end before the token: of (5, 3, E, 0, 0) the first three are alive.
     alive = ends.cumsum(-1) - ends.long() == 0
-    mask = torch.cat([prompt_mask, alive.to(prompt_mask)], 1)
-    of_rows = []
-    for rows, each in next_token_log_probs(lora, draws, text, mask, new.shape[1]):
+    prompt_masks = prompt_mask.expand(len(texts), *prompt_mask.shape)
+    masks = torch.cat([prompt_masks, alive.to(prompt_mask)], -1)
+    scores: list[list[tuple[Tensor, ...]]] = [[] for _ in texts]
+    for text, rows, each in next_token_log_probs(
+        lora, draws, texts, masks, new.shape[-1]
+    ):
         averaged = log_mean_exp(each)  # (b, T', V)
-        of_rows.append(
+        scores[text].append(
             (
                 torch.special.entr(averaged.exp()).sum(-1),
                 torch.special.entr(each.exp()).sum(-1).mean(0),
-                averaged.gather(-1, new[rows, :, None])[..., 0],
+                averaged.gather(-1, new[text, rows, :, None])[..., 0],
             )
         )
+    by_text = [[torch.cat(x) for x in zip(*parts, strict=True)] for parts in scores]
     total, aleatoric, log_probs = (
-        torch.cat(values).where(alive, 0) for values in zip(*of_rows, strict=True)
+        torch.stack(x).where(alive, 0) for x in zip(*by_text, strict=True)
     )
     return total, aleatoric, log_probs, ends.any(-1)
 

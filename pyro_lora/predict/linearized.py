@@ -40,6 +40,7 @@ from pyro_lora.predict.prediction import Prediction
 from pyro_lora.predict.regression import RegressionPrediction
 from pyro_lora.predict.sampled import numbers
 from pyro_lora.predict.token_prediction import (
+    ChosenTokens,
     WhichOutcomes,
     chosen_tokens,
     is_binary,
@@ -136,6 +137,27 @@ class Linearized:
                 outputs = [g.marginals() for g in joint]
             else:
                 outputs = [q.linearized(batch) for q in self.gaussians]
+        return self._single(outputs, joint)
+
+    def predicted(
+        self, site: dict[str, Any], outputs: Sequence[GaussianLogits]
+    ) -> AnyPrediction:
+        """The same of Gaussians that are known already.
+
+        Args:
+            site: The likelihood's, in a trace of the batch.
+            outputs: By Gaussian; where a datum has several outcomes, of each of them.
+        """
+        if self.which is None:
+            return self._single(outputs, [])
+        inside = single_outcomes(site["fn"]).inside.to(outputs[0].mean.device)
+        chosen = chosen_tokens(inside, self.which, site["name"])
+        each = [_at_tokens(g, chosen.rows, chosen.places) for g in outputs]
+        return self._of_tokens(site, chosen, each, self.which)
+
+    def _single(
+        self, outputs: Sequence[GaussianLogits], joint: Sequence[JointGaussianLogits]
+    ) -> AnyPrediction:
         if outputs[0].numbers is not None:
             return self._numbers(outputs)
         log_p, entropy = self._averaged(outputs)
@@ -207,18 +229,28 @@ class Linearized:
             else:
                 each = [q.linearized(batch, tokens="each") for q in self.gaussians]
                 outputs = [_at_tokens(g, chosen.rows, chosen.places) for g in each]
+        return self._of_tokens(site, chosen, outputs, which)
+
+    def _of_tokens(
+        self,
+        site: dict[str, Any],
+        chosen: ChosenTokens,
+        outputs: Sequence[GaussianLogits],
+        which: WhichOutcomes,
+    ) -> AnyPrediction:
+        """Of the tokens that were chosen, or labels."""
         log_p, entropy = self._averaged(outputs)
         if which == "labels":
             return multi_label_prediction(log_p, entropy, chosen.num_data)
         labels = token_labels(site, chosen)
         if which == "each":
-            binary = is_binary(likelihood)
+            binary = is_binary(likelihoods.of(single_outcomes(site["fn"]).fn))
             return token_prediction(log_p, entropy, chosen, labels, None, binary)
         return Prediction(
             log_probs=log_p,
             aleatoric_entropy=entropy,
             labels=labels,
-            ordered=likelihood.classes.cutpoints is not None,
+            ordered=outputs[0].cutpoints is not None,
         )
 
 

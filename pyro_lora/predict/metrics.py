@@ -8,10 +8,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.nn.functional import nll_loss, one_hot
-from torchmetrics.functional.classification import (
-    binary_auroc,
-    multiclass_calibration_error,
-)
 
 from pyro_lora.ground.settings import check_count
 
@@ -30,6 +26,9 @@ def class_metrics(probs: Tensor, log_probs: Tensor, labels: Tensor) -> dict[str,
     Returns:
         Name -> value.
     """
+    # Where it is used: it loads matplotlib and all its metrics, for seconds.
+    from torchmetrics.functional.classification import multiclass_calibration_error
+
     num_classes = probs.shape[1]
     confidence, predicted = probs.max(-1)
     correct = (predicted == labels).to(probs)
@@ -219,6 +218,8 @@ def auroc_of_scores(inside: Tensor, outside: Tensor) -> float:
     Returns:
         From 0 to 1.
     """
+    from torchmetrics.functional.classification import binary_auroc
+
     scores = torch.cat([inside, outside.to(inside)])
     outside_mark = torch.arange(len(scores), device=scores.device) >= len(inside)
     # torchmetrics takes scores above 1 for logits, and its sigmoid would tie small

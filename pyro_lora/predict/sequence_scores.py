@@ -12,6 +12,7 @@ since the second lets another draw explain each token.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from collections.abc import Iterator, Mapping
@@ -28,6 +29,7 @@ from pyro_lora.ground.settings import check_kind
 from pyro_lora.ground.summary import FieldsShown
 from pyro_lora.ground.weights import Weights
 from pyro_lora.lifting.lifted_network import LiftedNetwork, check_lora
+from pyro_lora.lifting.text_trunk import holds_rows
 from pyro_lora.likelihood.model_trace import IGNORED, evaluating, trace_at
 from pyro_lora.posteriors.dropout import check_no_dropout
 from pyro_lora.posteriors.guide_posterior import Guide, GuidePosterior
@@ -116,8 +118,8 @@ def sequence_log_prob(
     num_new = input_ids.shape[1] - int(scored.any(0).nonzero()[0])
     tokens, scored = input_ids[:, -num_new:], scored[:, -num_new:]
     by_draw, by_token = [], []
-    for rows, log_probs in next_token_log_probs(
-        lora, weights, input_ids, mask, num_new
+    for _, rows, log_probs in next_token_log_probs(
+        lora, weights, input_ids[None], mask[None], num_new
     ):
         index = tokens[rows].expand(len(log_probs), -1, -1)[..., None]
         chosen = log_probs.gather(-1, index)[..., 0]  # (S, b, T')
@@ -294,46 +296,63 @@ def _sites_at(lora: LiftedNetwork, latents: Weights) -> Mapping[str, Tensor]:
 def next_token_log_probs(
     lora: LiftedNetwork,
     weights: Mapping[str, Tensor],
-    input_ids: Tensor,
-    attention_mask: Tensor,
+    texts: Tensor,
+    masks: Tensor,
     num_new: int,
-) -> Iterator[tuple[slice, Tensor]]:
+) -> Iterator[tuple[int, slice, Tensor]]:
     """Log-probabilities that each draw gives, at the last ``num_new`` positions.
+
+    Several texts of one prompt each, which goes through the network once for all.
 
     Args:
         lora: A lifted causal language model.
         weights: Site -> (S, ...).
-        input_ids: Texts, (B, T).
-        attention_mask: 0 for padding, (B, T).
+        texts: n texts of each of B prompts, (n, B, T).
+        masks: 0 for padding, (n, B, T).
         num_new: T', the last tokens that are predicted, each from those before it.
 
     Yields:
-        Rows, and their log-probabilities (S, b, T', V), float32 or wider.
+        Which text, rows, and their log-probabilities (S, b, T', V), float32 or wider.
     """
     network = causal_network(lora)
     taken = inspect.signature(network.forward).parameters
-    num_draws, (batch_size, length) = len(next(iter(weights.values()))), input_ids.shape
+    num_texts, batch_size, length = texts.shape
+    num_draws = len(next(iter(weights.values())))
     vocabulary = network.get_output_embeddings().weight.shape[0]
     step = max(1, MAX_LOG_PROBS // (num_draws * num_new * vocabulary))
-    inputs = {
-        "input_ids": input_ids,
-        "attention_mask": attention_mask,
-        # As generate counts them: padding on the left moves nothing.
-        "position_ids": (attention_mask.cumsum(-1) - 1).clamp(min=0),
-    }
-    inputs = {name: value for name, value in inputs.items() if name in taken}
-    kept: dict[str, Any] = {"logits_to_keep": min(num_new + 1, length)}
-    if "logits_to_keep" not in taken:
-        kept = {}
+    # As generate counts them: padding on the left moves nothing.
+    positions = (masks.cumsum(-1) - 1).clamp(min=0)
+
+    def inputs(text: int, rows: slice, places: slice, kept: int) -> dict[str, Any]:
+        named = {
+            "input_ids": texts[text, rows, places],
+            "attention_mask": masks[text, rows, : places.stop],
+            "position_ids": positions[text, rows, places],
+            "logits_to_keep": kept,
+        }
+        return {name: value for name, value in named.items() if name in taken}
+
     with evaluating((lora,)), lora.bind(weights) as net:
-        for start in range(0, batch_size, step):
-            rows = slice(start, start + step)
-            texts = {name: value[rows] for name, value in inputs.items()}
-            logits = net(**texts, **kept, use_cache=False).logits
-            # Those at place t are of token t + 1.
-            logits = logits[..., -num_new - 1 : -1, :]
-            wide = torch.promote_types(logits.dtype, torch.float32)
-            yield rows, logits.to(wide).log_softmax(-1)
+        for place in range(0, batch_size, step):
+            rows, first = slice(place, place + step), 0
+            cache: dict[str, Any] = {}
+            before = length - num_new - 1  # all but the last token of a prompt
+            if num_texts > 1 and before > 0:
+                output = net(**inputs(0, rows, slice(0, before), 1), use_cache=True)
+                num_rows = num_draws * len(texts[0, rows])
+                cache = {k: x for k, x in output.items() if holds_rows(x, num_rows)}
+                first = before if cache else 0
+            kept = min(num_new + 1, length)
+            for text in range(num_texts):
+                logits = net(
+                    **inputs(text, rows, slice(first, length), kept),
+                    use_cache=bool(cache),
+                    **copy.deepcopy(cache),
+                ).logits
+                # Those at place t are of token t + 1.
+                logits = logits[..., -num_new - 1 : -1, :]
+                wide = torch.promote_types(logits.dtype, torch.float32)
+                yield text, rows, logits.to(wide).log_softmax(-1)
 
 
 def log_mean_exp(x: Tensor) -> Tensor:

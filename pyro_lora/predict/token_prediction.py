@@ -21,8 +21,8 @@ from typing import Any, ClassVar, Literal, NoReturn, Self
 import numpy as np
 import torch
 from torch import Tensor
-from torchmetrics.functional.classification import binary_calibration_error
 
+from pyro_lora.ground.synchronisation import require
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.likelihood import likelihoods
 from pyro_lora.likelihood.likelihoods import Likelihood
@@ -190,6 +190,9 @@ class TokenPrediction(AnyPrediction):
         correct = (self.predicted == self.labels).to(self.confidence)[tokens]
         confidence = self.confidence.clamp_max(1)[tokens]
         nll = -self.label_log_probs[tokens].mean()
+        # Where it is used: it loads matplotlib and all its metrics, for seconds.
+        from torchmetrics.functional.classification import binary_calibration_error
+
         values = {
             "accuracy": correct.mean(),
             "nll": nll,
@@ -391,12 +394,16 @@ def chosen_tokens(mask: Tensor, which: WhichOutcomes, site: str) -> ChosenTokens
         every = torch.ones_like(mask) if which == "labels" else mask
         rows, places = every.nonzero(as_tuple=True)
         return ChosenTokens(rows, places, len(mask))
-    empty = (~mask.any(1)).nonzero()
-    if len(empty):
-        raise ValueError(
-            f"Site {site!r}: datum {int(empty[0])} of a batch has no token that "
-            "counts, so no last one. Leave it out, or check its labels and mask."
+    counted = mask.any(1)
+
+    def error() -> ValueError:
+        return ValueError(
+            f"Site {site!r}: datum {int((~counted).nonzero()[0])} of a batch has no "
+            "token that counts, so no last one. Leave it out, or check its labels and "
+            "mask."
         )
+
+    require(counted.all(), error)
     # The largest place that counts: of (1, 1, 0, 1, 0), max(0, 1, 0, 3, 0) = 3.
     last = (torch.arange(mask.shape[1], device=mask.device) * mask).amax(1)
     return ChosenTokens(torch.arange(len(mask), device=mask.device), last, len(mask))
@@ -424,11 +431,15 @@ def token_labels(site: Mapping[str, Any], chosen: ChosenTokens) -> Tensor | None
     counts = of_tokens(outcomes_that_count(site))
     fits = is_possible(fn, value) & (value == value.round())  # no soft labels here
     wrong = counts & ~of_tokens(fits)
-    if bool(wrong.any()):
-        raise ValueError(
-            f"Site {site['name']!r}: {impossible(fn, labels[wrong][0].item())} Mask "
-            "tokens by .mask(...) before .to_event(1)."
+    name = site["name"]
+
+    def error() -> ValueError:
+        return ValueError(
+            f"Site {name!r}: {impossible(fn, labels[wrong][0].item())} Mask tokens by "
+            ".mask(...) before .to_event(1)."
         )
+
+    require(~wrong.any(), error)
     return labels.masked_fill(~counts, IGNORED).long()
 
 

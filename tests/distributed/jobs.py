@@ -7,6 +7,7 @@ return; where there are several ranks ``pl.share`` leaves each its own part.
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,16 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 
 import pyro_lora as pl
 from pyro_lora.curvature import data_sums, structures
+from pyro_lora.diagnose.log_joint import LogJoint, WeightSets, exact, linear_pass
+from pyro_lora.ground.ranks import ranks_of
 from tests.networks import batch, bert, classifier, llama
 
 Batch = dict[str, Tensor]
@@ -110,6 +118,53 @@ def regression(lora: pl.LiftedNetwork) -> Any:
     return model
 
 
+def decompositions(folder: Path) -> Any:
+    """How wide the factors are that are decomposed, on all ranks together."""
+    own: list[int] = []
+
+    def counting(matrix: Tensor) -> Any:
+        own.append(len(matrix))
+        return eigh(matrix)
+
+    eigh = torch.linalg.eigh
+    found = {}
+    for name in ("KFAC", "thin KFAC", "EKFAC"):
+        own.clear()
+        with mock.patch.object(torch.linalg, "eigh", counting):
+            posterior(structure=STRUCTURES[name])
+        by_rank = [list(own)]
+        if size() > 1:
+            by_rank = [[] for _ in range(size())]
+            torch.distributed.all_gather_object(by_rank, own)
+        found[name] = sorted(n for of_rank in by_rank for n in of_rank)
+        costs = [sum(n**3 for n in of_rank) for of_rank in by_rank]
+        # The largest first, each to whoever has the least to do: then nobody has more
+        # than an even share by as much as one of them.
+        most = sum(costs) / size() + max(found[name]) ** 3
+        found[f"{name}, balanced"] = max(costs) < most
+    return found
+
+
+def broken_factors(folder: Path) -> Any:
+    """A factor that is no sum of outer products, which one rank alone looks at."""
+    return posterior(structure=Broken())
+
+
+@dataclass(frozen=True)
+class Broken(pl.structures.LayerStructure):
+    """KFAC, with inputs that have a negative eigenvalue."""
+
+    def input_factor(self, a: Tensor, counts: Any) -> Any:
+        total, count = pl.structures.KFAC().input_factor(a, counts)
+        return total - 2 * total.trace() * torch.eye(len(total)).to(total), count
+
+    def gradient_factor(self, inputs: Any, g: Tensor, counts: Any) -> Tensor:
+        return pl.structures.KFAC().gradient_factor(inputs, g, counts)
+
+    def combine(self, inputs: Any, gradients: Tensor) -> Any:
+        return pl.structures.KFAC().combine(inputs, gradients)
+
+
 def fit_latents(folder: Path) -> Any:
     lora, _ = lifted(1)
     batches = data(2)
@@ -157,7 +212,12 @@ def tune(folder: Path) -> Any:
     by_nll = fitted.optimize_prior(objective="nll", batches=pl.share(batches))
     torch.manual_seed(5 + rank())
     narrow = fitted.for_sampling(pl.share(batches), num_samples=2)
-    return {"tau": by_nll.prior_precision, "scale": narrow.scale}
+    by_evidence = fitted.optimize_prior(per="layer")
+    return {
+        "tau": by_nll.prior_precision,
+        "scale": narrow.scale,
+        "by evidence": [by_evidence.prior_precision, by_evidence.log_evidence()],
+    }
 
 
 def trees(folder: Path) -> Any:
@@ -202,6 +262,31 @@ def diagnose(folder: Path) -> Any:
         "disagreement": diverse.disagreement,
         "error": diverse.error,
         "epistemic": diverse.epistemic_share,
+    }
+
+
+def rows_of_a_log_joint(folder: Path) -> Any:
+    """With every row of each rank: those of a few are other ones on other ranks."""
+    fitted, batches = posterior(structure=pl.structures.Diagonal())
+    mine = pl.share(batches)
+    joint = LogJoint(
+        fitted, fitted.model, mine, fitted.obs_site, ranks_of(None, "data")
+    )
+    steps, _ = fitted.gaussian.informed_directions(1)
+    points = torch.linspace(-1.0, 1.0, 3, dtype=torch.float64)[:, None]
+    sets = WeightSets(fitted.mode(), steps, points, fitted.sample(2))
+    found = linear_pass(
+        joint, fitted, sets, 1000, has_joint=True, predicts=True, labels=None
+    )
+    value, error = found.log_likelihoods.of(lambda x: x)
+    return {
+        "value": value,
+        "error": error,
+        "exact": exact(joint, sets).known,
+        "num_rows": found.log_likelihoods.num_data,
+        "gradient": found.gradient,
+        "log_probs": found.prediction.log_probs,
+        "labels": found.prediction.labels,
     }
 
 
@@ -288,6 +373,56 @@ def sharded_adapter(folder: Path) -> Any:
     lora = pl.lift(shard(bert(3, num_layers=1, hidden_size=8)))
     guide = guide_of(lora, classifier(lora, NUM_DATA))
     return guide.laplace_approximation(pl.share(data()))
+
+
+def tensor_parallel(network: Any, **styles: Any) -> Any:
+    """Linear layers of the encoder split over all ranks; nothing in one process."""
+    if size() > 1:
+        mesh = init_device_mesh("cpu", (size(),))
+        for layer in network.base_model.model.bert.encoder.layer:
+            plan = {name.replace("__", "."): style for name, style in styles.items()}
+            parallelize_module(layer, mesh, plan)
+    return network
+
+
+def split_base(folder: Path) -> Any:
+    """Layers without an adapter are split; each rank has all data and particles."""
+    network = bert(3, num_layers=2, hidden_size=8)
+    lora = pl.lift(
+        tensor_parallel(
+            network,
+            intermediate__dense=ColwiseParallel(),
+            output__dense=RowwiseParallel(),
+        )
+    )
+    mesh = None
+    if size() > 1:
+        dims = (*DIMS, "tensor")
+        mesh = init_device_mesh("cpu", (1, 1, size()), mesh_dim_names=dims)
+        weight = network.base_model.model.bert.encoder.layer[0].output.dense.weight
+        assert weight.to_local().numel() == weight.numel() / size()
+    model, batches = classifier(lora, NUM_DATA), data()
+    fitted = guide_of(lora, model).laplace_approximation(batches, mesh=mesh)
+    made = engine(lora, model, RBF(space="function"), 4, mesh=mesh)
+    made.run(batches, num_epochs=1, progress_bar=False)
+    return {
+        **numbers_of(fitted),
+        "probs": pl.predict(fitted, batches, mesh=mesh).probs,
+        "particles": made.get_named_particles(),
+    }
+
+
+def refitted(folder: Path) -> Any:
+    lora, model = lifted()
+    batches = pl.share(data())
+    guide = guide_of(lora, model)
+    fitted = guide.laplace_approximation(batches)
+    return guide.refit(fitted, batches, pyro.optim.SGD({"lr": 1e-3}))
+
+
+def split_adapter(folder: Path) -> Any:
+    split = {"attention__self__query__base_layer": ColwiseParallel()}
+    return pl.lift(tensor_parallel(bert(3, num_layers=1, hidden_size=8), **split))
 
 
 def repeated(mesh: bool, folder: Path) -> Any:
@@ -529,15 +664,18 @@ SAME: dict[str, Callable[[Path], Any]] = {
     **{name: partial(fit, x) for name, x in STRUCTURES.items()},
     "Exact": fit_exact,
     "chunks of terms": fit_in_chunks,
+    "decompositions": decompositions,
     "latent noise": fit_latents,
     "all data on each": partial(repeated, True),
     "two dims": two_dims,
     "sharded base": sharded_base,
+    "split base": split_base,
     "predict": predict,
     "tokens": predict_tokens,
     "tune": tune,
     "trees": trees,
     "diagnose": diagnose,
+    "rows of a log joint": rows_of_a_log_joint,
     "discrepancy": discrepancy,
     "joint": partial(svgd, RBF(), {}),
     "site": partial(svgd, RBF(space="site"), {"chunk_size": 1}),
@@ -559,6 +697,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a broken batch of a fit": (broken_fit, r"Batch \d.*'y'"),
     "a broken batch of predict": (broken_prediction, r"Batch \d.*label"),
     "a broken batch of SVGD": (broken_step, r"^SVGD's batch 1 \(from 0\): (?!SVGD)"),
+    "broken factors": (broken_factors, r"Site '.*', layer 0: the factor of its inp"),
     "too many rows": (too_many_rows, r"contrasts, here 10 or more, and takes 8"),
     "other weights": (other_weights, r"Site '.*': the weights of rank 1 are others"),
     "other particles": (other_particles, r"Site '.*': the particles of rank 1"),
@@ -578,6 +717,8 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "other batches": (other_batches, r"batch 0.*The batch of rank 1 is another"),
     "fewer particles than ranks": (few_particles, "num_particles=1 can't be shared"),
     "a sharded adapter": (sharded_adapter, r"sharded over processes.*ignored_params"),
+    "a split adapter": (split_adapter, "split over processes by tensor parallelism"),
+    "a refit": (refitted, "refit trains in one process"),
     "a mesh that is none": (no_mesh, "mesh must be a torch.distributed"),
     "a mesh of other dims": (mesh_of_others, r"mesh has the dims \('rows',\)"),
 }

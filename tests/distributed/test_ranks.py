@@ -14,7 +14,8 @@ from tests.distributed import jobs, launch
 EXACT = 1e-10
 # What differs in kind; each spawned rank runs all, so three of them run these.
 OF_THREE = [
-    *("KFAC", "EKFAC", "Exact", "latent noise", "predict", "diagnose"),
+    *("KFAC", "thin KFAC", "EKFAC", "decompositions", "Exact", "latent noise"),
+    *("predict", "diagnose", "rows of a log joint"),
     *("joint", "function in chunks", "shares, function"),
 ]
 RESUMED = [*jobs.RESUMED, "resume SVGD"]

@@ -17,8 +17,8 @@ from pyro.infer import autoguide
 from torch import Tensor
 
 import pyro_lora as pl
-from pyro_lora.diagnose.diagnose import LogJoint
 from pyro_lora.diagnose.diagnosis import LeftOut
+from pyro_lora.diagnose.log_joint import LogJoint
 from pyro_lora.export import weight_variables
 from tests import networks
 from tests.export.arrays import assert_allclose

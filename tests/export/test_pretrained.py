@@ -1,9 +1,11 @@
 """A posterior beside its adapter's files, from a folder and from the hub's API."""
 
 import json
+import logging
 import shutil
 import warnings
 from collections.abc import Iterator
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from peft import AutoPeftModelForSequenceClassification, PeftModel
 from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoModelForSequenceClassification
+from transformers.utils import logging as transformers_logging
 
 import pyro_lora as pl
 from tests import words
@@ -193,7 +196,17 @@ def test_a_head_of_other_classes_than_the_base_s(tmp_path: Path) -> None:
     )
     posterior = laplace(pl.lift(words.adapted(base, num_steps=5)))
     posterior.save_pretrained(tmp_path / "saved")
-    again = pl.from_pretrained(tmp_path / "saved")
+    # Nothing is said of a new head: the adapter brings a trained one.
+    said = StringIO()
+    handler = logging.StreamHandler(said)
+    transformers_logging.add_handler(handler)
+    try:
+        level = transformers_logging.get_verbosity()
+        again = pl.from_pretrained(tmp_path / "saved")
+        assert transformers_logging.get_verbosity() == level
+    finally:
+        transformers_logging.remove_handler(handler)
+    assert "MISMATCH" not in said.getvalue()
     expected = pl.predict(posterior, batches()).probs
     assert_close(pl.predict(again, batches()).probs, expected, rtol=0, atol=1e-6)
 

@@ -15,7 +15,7 @@ from pyro.optim import Adam
 from torch import Tensor
 
 import pyro_lora as pl
-from pyro_lora.diagnose.diagnose import LogJoint
+from pyro_lora.diagnose.log_joint import LogJoint
 from pyro_lora.posteriors.posterior import as_posterior
 from tests.curvature.gauss_newton import flatten
 from tests.infer.linear_regression import NOISE_SD, NUM_DATA, linear_regression

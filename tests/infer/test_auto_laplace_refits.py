@@ -133,7 +133,8 @@ def test_parameters_that_changed_since_the_fit() -> None:
 # A mode that follows its prior.
 
 
-@pytest.mark.parametrize("per", ["all", pytest.param("prior", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("per", ["all", "prior"])
 def test_alternation_finds_the_best_evidence_of_a_linear_model(per: Any) -> None:
     pyro.clear_param_store()
     regression = linear_regression()

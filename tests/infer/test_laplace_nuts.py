@@ -170,15 +170,16 @@ def draws(regression: LogisticRegression) -> Tensor:
 
 
 def test_the_models_log_joint_is_the_one_that_nuts_gets(
-    regression: LogisticRegression, draws: Tensor
+    regression: LogisticRegression,
 ) -> None:
     like = regression.lora.weights()
-    for w in draws[:3]:
+    for w in torch.randn(3, NUM_FEATURES + 1).double():
         at = poutine.condition(regression.model, unflatten(w, like))
         trace: Any = poutine.trace(at).get_trace(regression.x, regression.y)
         assert_same(trace.log_prob_sum(), regression.log_joint(w))
 
 
+@pytest.mark.slow
 def test_evidence_is_that_of_bridge_sampling(
     regression: LogisticRegression, draws: Tensor
 ) -> None:
@@ -195,6 +196,7 @@ def test_evidence_is_that_of_bridge_sampling(
     assert abs(laplace + missing - log_evidence) < missing**2 + 4 * error
 
 
+@pytest.mark.slow
 def test_variances_are_those_of_nuts(
     regression: LogisticRegression, draws: Tensor
 ) -> None:

@@ -54,6 +54,19 @@ def test_nothing_trainable_and_no_adapter() -> None:
         pl.lift(network)
 
 
+def test_an_adapter_on_a_layer_that_transformers_has_split() -> None:
+    network = bert()
+    layer = network.base_model.model.bert.encoder.layer[0].attention.self.query
+    layer.base_layer._hf_tp_plan = "colwise"  # as tp_plan="auto" leaves it
+    with assert_refused(network, f"{LAYER}.lora_A.*split over.*tensor parallelism"):
+        pl.lift(network)
+    del layer.base_layer._hf_tp_plan
+    network.base_model.model.classifier._hf_tp_plan = "colwise"  # PEFT's wrapper
+    network.base_model.model.classifier.modules_to_save.default._hf_tp_plan = "colwise"
+    with assert_refused(network, "classifier.*tensor parallelism"):
+        pl.lift(network)
+
+
 def test_no_adapter_but_one_was_named() -> None:
     network = without_peft(bert())
     with assert_refused(network, "adapter='default'.*the model has none"):
@@ -357,14 +370,22 @@ def test_the_original_network_while_particles_are_bound() -> None:
         network(**texts)
 
 
+@pytest.mark.filterwarnings("ignore:.*past_key_values.*deprecated:FutureWarning")
 def test_a_cache_that_particles_would_share() -> None:
     network, texts = llama(None), inputs(batch(padding="left"))
     lora = pl.lift(network)
+    (ids, mask), num_first = texts.values(), 6
+    first = {"input_ids": ids[:, :num_first], "attention_mask": mask[:, :num_first]}
+    last = {"input_ids": ids[:, num_first:], "attention_mask": mask}
+    others = network(**first, use_cache=True).past_key_values
     with lora.bind(particles(lora, 3)) as net:
-        cache = net(**texts, use_cache=True).past_key_values
         with pytest.raises(ValueError, match=r"'past_key_values'.*one particle"):
-            net(input_ids=texts["input_ids"][:, -1:], past_key_values=cache)
-        assert net(**texts).logits.shape == (3, 5, 7, 50)
+            net(**last, past_key_values=others)
+        own = net(**first, use_cache=True).past_key_values
+        found = net(**last, past_key_values=own).logits
+        expected = net(**texts).logits[..., num_first:, :]
+        assert expected.shape == (3, 5, 1, 50)
+        assert_close(found, expected, rtol=0, atol=1e-10)
 
 
 def test_batch_norm_in_training_mode() -> None:

@@ -86,12 +86,38 @@ def test_gradients_are_those_of_the_loop() -> None:
     assert_close(gradients, expected, rtol=1e-10, atol=1e-12)
 
 
-def test_a_key_value_cache_holds_every_particle() -> None:
+def test_a_key_value_cache_goes_on_with_every_particle() -> None:
     network = llama(None, num_layers=3, layers_to_transform=[2])
     lora = pl.lift(network)
-    with lora.bind(particles(lora, 3)) as net:
-        cache = net(**inputs(batch()), use_cache=True).past_key_values
-    assert [len(layer.keys) for layer in cache.layers] == [15, 15, 15]
+    weights, texts = particles(lora, 3), inputs(batch(padding="left"))
+    ids, mask = texts["input_ids"], texts["attention_mask"]
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+
+    def in_two_parts(net: Any) -> Tensor:
+        first = net(
+            ids[:, :4],
+            attention_mask=mask[:, :4],
+            position_ids=places[:, :4],
+            use_cache=True,
+        )
+        [(name, cache)] = [
+            (k, x) for k, x in first.items() if not isinstance(x, Tensor)
+        ]
+        rows.append([len(layer.keys) for layer in cache.layers])
+        logits: Tensor = net(
+            ids[:, 4:],
+            attention_mask=mask,
+            position_ids=places[:, 4:],
+            **{name: cache},
+        ).logits
+        return logits
+
+    rows: list[list[int]] = []
+    with lora.bind(weights) as net:
+        together = in_two_parts(net)
+        whole = net(ids, attention_mask=mask, position_ids=places).logits
+    assert rows == [[5, 5, 15]]
+    assert_close(together, whole[:, :, 4:], rtol=0, atol=1e-10)
 
 
 def test_every_layers_states_are_there_when_asked_for() -> None:

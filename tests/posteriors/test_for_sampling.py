@@ -9,13 +9,19 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from pyro import poutine
 from torch import Tensor, nn
 from torch.testing import assert_close
 
 import pyro_lora as pl
 from pyro_lora.ground.ranks import ALONE
-from pyro_lora.posteriors.scaled_posterior import LossOfDraws, ScaledPosterior
+from pyro_lora.posteriors.scaled_posterior import (
+    LossOfDraws,
+    ScaledPosterior,
+    largest_scale,
+)
 from tests.curvature.gauss_newton import assert_same, flatten, laplace, split
 from tests.infer.linear_regression import linear_regression
 from tests.networks import batch, bert, inputs, llama
@@ -72,7 +78,7 @@ def test_the_scale_is_the_largest_within_the_tolerance(
 
     assert 0 < found.scale < 1
     assert at(found.scale) <= least + tolerance
-    assert at(found.scale + 2**-8) > least + tolerance
+    assert at(found.scale * (1 + 1 / 126)) > least + tolerance
     for site, x in lora.weights().items():
         assert torch.equal(x, before[site])
     assert_same(flatten(found.mode()), flatten(mode))
@@ -155,9 +161,59 @@ def test_all_draws_go_through_the_network_at_once(
     layer = lora.network.base_model.model.bert.encoder.layer[0]
     layer.register_forward_hook(lambda *_: seen.append(1))
     posterior.for_sampling(split(texts, 3), num_samples=8)
-    # A trace, two draws and their stack; the center and up to 16 scales, three batches.
+    # A trace, two draws and their stack; the center and up to 8 scales, three batches.
     assert (len(seen) - 4) % 3 == 0
-    assert len(seen) <= 4 + 3 * (1 + 16)
+    assert len(seen) <= 4 + 3 * (1 + 8)
+
+
+@given(
+    log_edge=st.floats(-15, 15),
+    power=st.floats(0.5, 8),
+    flat=st.floats(0, 1),
+    wall=st.floats(1, 8),
+    tolerance=st.floats(1e-3, 1),
+)
+def test_the_largest_scale_is_found_whatever_the_loss_is_like(
+    log_edge: float, power: float, flat: float, wall: float, tolerance: float
+) -> None:
+    edge, seen = 2.0**log_edge, []
+
+    def increase(scale: float) -> float:
+        # Less than nothing at first, then a power, then no number.
+        seen.append(scale)
+        ratio = scale / edge
+        if ratio > wall:
+            return math.inf
+        return tolerance * ratio**power if ratio > flat else -0.01
+
+    found = largest_scale(increase, tolerance, 1.0, most=2.0**16, least=2.0**-16)
+    scale, is_found = found
+    assert is_found
+    assert increase(scale) <= tolerance < increase(scale * (1 + 1 / 126) * (1 + 1e-9))
+    assert len(seen) <= 40
+
+
+@pytest.mark.parametrize("power", [2, 3, 4])
+@pytest.mark.parametrize("edge", [0.02, 0.2, 0.5, 3.0])
+def test_few_scales_are_looked_at_where_the_loss_is_that_around_a_mode(
+    power: int, edge: float
+) -> None:
+    seen = []
+
+    def increase(scale: float) -> float:
+        seen.append(scale)
+        return 0.05 * (scale / edge) ** power
+
+    scale, is_found = largest_scale(increase, 0.05, 1.0, most=2.0**16, least=2.0**-8)
+    assert is_found
+    assert edge / (1 + 1 / 126) <= scale * (1 + 1e-12) <= edge * (1 + 2e-12)
+    assert len(seen) <= 7
+
+
+def test_the_ends_of_the_range_are_kept_to() -> None:
+    at = {"start": 1.0, "most": 4.0, "least": 0.5}
+    assert largest_scale(lambda _: 0.0, 0.1, **at) == (4.0, True)
+    assert largest_scale(lambda _: math.inf, 0.1, **at) == (0.5, False)
 
 
 def double_loop(posterior: Any, weights: dict[str, Tensor], batches: Any) -> float:

@@ -8,7 +8,7 @@ With the singular value decomposition :math:`s B_l = U D V^T`,
 noise of one width in all directions that the adapter can move its layer in (Shi et al.
 2024, https://arxiv.org/abs/2412.05723). That is :math:`\sigma (s^2 B_l^T B_l)^{-1/2}`
 for the rows of A. :math:`\sigma` is the largest at which a draw's loss on some rows is
-a stated number of nats above the adapter's own: forward passes, and bisection.
+a stated number of nats above the adapter's own: forward passes alone.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pyro_lora.ground.progress import Counted, progress
 from pyro_lora.ground.ranks import ranks_of, sharing_data
 from pyro_lora.ground.settings import check_count, check_positive
 from pyro_lora.ground.warning import warn
-from pyro_lora.ground.weights import Weights, check_weights
+from pyro_lora.ground.weights import Weights, check_weights, drawing_nothing
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.likelihood import likelihoods
 from pyro_lora.likelihood.batch import (
@@ -117,8 +117,7 @@ def tfb(
     first = rows[0]
     if weights is not None:
         check_weights(weights)
-    # Looking draws nothing from the generator.
-    with torch.no_grad(), torch.random.fork_rng(), evaluating_model():
+    with torch.no_grad(), drawing_nothing(dict(first)), evaluating_model():
         trace = trace_batch(model, weights or {}, first, 0)
     networks = lifted_networks(trace)
     at = {site: x for lora in networks for site, x in lora.weights().items()}
@@ -162,7 +161,8 @@ def tfb(
             )
         size = _mean_size(networks, at)
         sigma, is_found = largest_scale(
-            lambda sigma: loss.at(at_width(sigma)) <= least + tolerance,
+            lambda sigma: loss.at(at_width(sigma)) - least,
+            tolerance,
             size,
             most=size * _RANGE,
             least=size / _RANGE,
@@ -203,7 +203,7 @@ class _OwnLabels:
         Raises:
             ValueError: If the likelihood has no classes.
         """
-        with torch.random.fork_rng(), evaluating_model():
+        with drawing_nothing(at), evaluating_model():
             site = trace_batch(self.model, at, batch, index).nodes[self.obs_site]
         fn = single_outcomes(site["fn"]).fn
         classes = likelihoods.of(fn).classes

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from operator import length_hint
 from pathlib import Path
@@ -47,7 +47,7 @@ from pyro_lora.ground.summary import Summarised, brief, weights_facts
 from pyro_lora.ground.synchronisation import Gathering, ask, gathered
 from pyro_lora.ground.tensor_folder import MANIFEST
 from pyro_lora.ground.warning import warn
-from pyro_lora.ground.weights import Weights
+from pyro_lora.ground.weights import Weights, drawing_nothing
 from pyro_lora.infer.svgd import delta_space
 from pyro_lora.infer.svgd.delta_space import DeltaSpace
 from pyro_lora.infer.svgd.function_space import FunctionSpace
@@ -355,7 +355,7 @@ class SVGD(Summarised):
         if at.target.factor_sites:
             line["delta_spread"] = delta_space.spread(networks, particles)
         numbers = {name: ask(x) for name, x in line.items()}
-        is_stuck = ask((sizes.amax(0) == 0).any())
+        is_stuck = ask((sizes.amax(0) == 0).any(), usual=False)
         gathering.read()  # one transfer from the GPU for all of a step
         with undone(partial(_drop_gradients, particles)):
             for site, particle in particles.items():
@@ -623,8 +623,7 @@ class SVGD(Summarised):
         is_new = self._target is None
         if self._target is None:
             loaded = self._particles or {}  # whose generators go on as they were
-            devices = {x.device for x in loaded.values() if x.is_cuda}
-            with torch.random.fork_rng(devices, enabled=bool(loaded)):
+            with drawing_nothing(loaded) if loaded else nullcontext():
                 target = particle_model(
                     self._model,
                     self._init_loc_fn,
@@ -674,7 +673,8 @@ def warn_if_together(particles: Weights) -> None:
     if num_particles > 1 and all((x == x[:1]).all() for x in particles.values()):
         warn(
             f"All {num_particles} particles start at one point, where nothing drives "
-            "them apart. Use init_to_adapter(jitter='auto') or init_to_fresh().",
+            "them apart. Use init_to_adapter(jitter='auto'), or, where there is LoRA "
+            "or a head of PEFT's, init_to_fresh().",
         )
 
 

@@ -42,6 +42,7 @@ from pyro_lora.ground.tensor_folder import (
     read_folder,
     write_folder,
 )
+from pyro_lora.ground.weights import drawing_nothing
 from pyro_lora.infer.svgd.particle_model import ParticleModel
 from pyro_lora.lifting.fingerprint import NetworkDescription
 
@@ -260,8 +261,7 @@ def _checked_optimizer(
         raise ValueError(f"optimizer: expected the fields {list(fresh)}.")
     groups = _as(fresh["param_groups"], saved["param_groups"], "param_groups")
     like.load_state_dict({**fresh, "param_groups": copy.deepcopy(groups)})
-    devices = [probe.device] if probe.is_cuda else []
-    with torch.random.fork_rng(devices):  # some optimisers draw noise
+    with drawing_nothing(probe):  # some optimisers draw noise
         probe.grad = torch.zeros_like(probe)
         try:
             like.step()

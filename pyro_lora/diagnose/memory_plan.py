@@ -1,0 +1,741 @@
+r"""Network and settings -> how much memory each phase takes, before anything runs.
+
+The phases themselves are run, on tensors that have a shape and a dtype but no values:
+an SVGD step, a Laplace fit, a prediction, each with the network's weights, what
+autograd keeps for the backward pass, and all else that is in use at the same time. So
+the counts are those of the code, whatever the network. For a Llama of two layers::
+
+    MAP step       99 kB (weights 25, particles 1, optimizer 3, activations 54)
+    Laplace fit   139 kB (weights 25, factors 8, activations 61)
+    ...
+
+What depends on values is taken from a run of a twin: a network of the same layers, 8
+wide, with values. Of it is known at which tokens each layer has gradients, so which
+layers share a factor.
+"""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from pyro import optim
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from transformers import PretrainedConfig
+
+from pyro_lora.curvature.structures import (
+    EKFAC,
+    KFAC,
+    BatchStructure,
+    Factors,
+    Structure,
+)
+from pyro_lora.curvature.weight_gaussian import WeightGaussian
+from pyro_lora.ground.memory import FusedAttention, MemoryInUse, WithoutValues, address
+from pyro_lora.ground.ranks import ALONE, Ranks
+from pyro_lora.ground.settings import (
+    check_count,
+    check_kind,
+    check_positive,
+    check_word,
+)
+from pyro_lora.ground.summary import Summarised, brief
+from pyro_lora.ground.synchronisation import answers_kept, without_reading
+from pyro_lora.ground.weights import Weights
+from pyro_lora.infer.auto_laplace import AutoLaplace
+from pyro_lora.infer.svgd.kernels import RBF, Kernel, NoRepulsion
+from pyro_lora.infer.svgd.svgd import SVGD
+from pyro_lora.lift import lift
+from pyro_lora.lifting.described_network import (
+    AdapterConfig,
+    base_of,
+    described_network,
+    narrow_twin,
+    without_values,
+)
+from pyro_lora.lifting.lifted_network import LiftedNetwork
+from pyro_lora.likelihood.batch import Batch
+from pyro_lora.likelihood.model_trace import Model
+from pyro_lora.models import (
+    classification,
+    language_model,
+    regression,
+    token_classification,
+)
+from pyro_lora.posteriors.posterior import Posterior, PredictionMethod
+from pyro_lora.predict.predict import predict
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+GB = 1e9
+OneBatch = tuple[int, int] | Batch
+MakeModel = Callable[[LiftedNetwork, int], Model]
+
+# PEFT's task -> our model.
+_MODELS: dict[str, MakeModel] = {
+    "SEQ_CLS": classification,
+    "TOKEN_CLS": token_classification,
+    "CAUSAL_LM": language_model,
+}
+# The end of a class's name in transformers -> PEFT's task.
+_HEADS = {
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+}
+_BY_TOKEN = (token_classification, language_model)
+_TRAINING = ("MAP step", "SVGD step", "predict by particles")
+_RANK = 64  # of what is advised: see the docs page on large networks
+_JITTER = 0.01  # any: particles apart, B not zero, so that A has gradients
+
+
+@dataclass(frozen=True)
+class Phase:
+    """The memory of one phase, in bytes.
+
+    Attributes:
+        name: Which.
+        weights: The network's, adapter included.
+        particles: All of them, or the mode that is trained.
+        optimizer: Its state, after a step.
+        factors: What the passes over the data sum.
+        posterior: What stays after a fit: eigenbases, eigenvalues, the mode.
+        activations: What a forward pass leaves for the backward pass.
+        peak: All that is in use at a time, at most.
+    """
+
+    name: str
+    weights: int
+    particles: int = 0
+    optimizer: int = 0
+    factors: int = 0
+    posterior: int = 0
+    activations: int = 0
+    peak: int = 0
+
+
+# What a phase is made of; the peak has what is used for a moment, too.
+_PARTS = [f.name for f in fields(Phase) if f.name not in ("name", "peak")]
+
+
+@dataclass(frozen=True, repr=False)
+class MemoryPlan(Summarised):
+    """How much memory each phase takes, made by :func:`plan_memory`.
+
+    Attributes:
+        network: The network's class.
+        batch: What a batch is.
+        phases: In order.
+        device_gb: What there is, in GB; None is unknown.
+        changes: Name of a phase that takes more -> settings that make it smaller, and
+            the phase with them.
+    """
+
+    network: str
+    batch: str
+    phases: tuple[Phase, ...]
+    device_gb: float | None = None
+    changes: Mapping[str, tuple[tuple[str, Phase], ...]] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> Phase:
+        """A phase by its name.
+
+        Raises:
+            KeyError: If there is none of that name.
+        """
+        for phase in self.phases:
+            if phase.name == name:
+                return phase
+        raise KeyError(f"{name!r} isn't one of {[p.name for p in self.phases]}")
+
+    @property
+    def too_large(self) -> tuple[Phase, ...]:
+        """The phases that take more than there is."""
+        most = float("inf") if self.device_gb is None else GB * self.device_gb
+        return tuple(phase for phase in self.phases if phase.peak > most)
+
+    def check(self) -> None:
+        """Check that every phase fits.
+
+        Raises:
+            ValueError: If one doesn't, naming what it takes and what would fit.
+        """
+        if self.too_large:
+            raise ValueError(
+                f"{self.network}, {self.batch}: of {self.device_gb:g} GB "
+                + "; ".join(self._advice(phase) for phase in self.too_large)
+                + "."
+            )
+
+    def _advice(self, phase: Phase) -> str:
+        takes = f"the {phase.name} takes {_amount(phase.peak)}"
+        assert self.device_gb is not None
+        ways = self.changes.get(phase.name, ())
+        fit = [way for way in ways if way[1].peak <= GB * self.device_gb]
+        if fit:
+            said = [f"{_amount(p.peak)} with {name}" for name, p in fit]
+            return f"{takes}, {' or '.join(said)}"
+        if phase.weights > GB * self.device_gb:
+            most = "the network alone is larger: load it in bfloat16 or quantised"
+        else:
+            most = "nothing tried is enough: give shorter texts, turn gradient "
+            most += "checkpointing on, adapt fewer layers"
+        return f"{takes}, and {most}, or share it out over devices by fully_shard"
+
+    def to_dict(self) -> dict[str, dict[str, int]]:
+        """Phase -> its parts and its peak, in bytes."""
+        return {
+            phase.name: {k: x for k, x in asdict(phase).items() if k != "name"}
+            for phase in self.phases
+        }
+
+    def to_pandas(self) -> DataFrame:
+        """A row for each phase, in bytes.
+
+        Returns:
+            A ``pandas.DataFrame``, its index called ``phase``.
+
+        Raises:
+            ImportError: If pandas isn't installed.
+        """
+        try:
+            import pandas as pd
+        except ImportError as error:
+            raise ImportError(
+                "to_pandas needs pandas: pip install 'pyro-lora[arviz]'"
+            ) from error
+        return pd.DataFrame.from_dict(self.to_dict(), orient="index").rename_axis(
+            index="phase"
+        )
+
+    def _facts(self) -> dict[str, str]:
+        facts = {"network": self.network, "batch": self.batch}
+        for phase in self.phases:
+            parts = {part: getattr(phase, part) for part in _PARTS}
+            said = [f"{k} {_amount(x)}" for k, x in parts.items() if x]
+            facts[phase.name] = f"{_amount(phase.peak)} ({', '.join(said)})"
+        if self.device_gb is not None:
+            facts["device_gb"] = f"{self.device_gb:g}"
+            large = {phase.name: self._advice(phase) for phase in self.too_large}
+            facts |= {f"{name}, too large": says for name, says in large.items()}
+        return facts
+
+
+def plan_memory(
+    network: nn.Module | LiftedNetwork | PretrainedConfig,
+    *,
+    peft_config: AdapterConfig | None = None,
+    structure: Structure | None = KFAC(),
+    num_particles: int | None = None,
+    batch: OneBatch = (8, 128),
+    world_size: int = 1,
+    model: MakeModel | None = None,
+    kernel: Kernel | NoRepulsion | None = None,
+    chunk_size: int | None = None,
+    fisher: Literal["exact", "mc", "empirical"] | None = None,
+    num_data: int | None = None,
+    max_memory_gb: float | None = None,
+    device_gb: float | None = None,
+    dtype: torch.dtype | None = None,
+) -> MemoryPlan:
+    """How much memory training, a Laplace fit and predictions will take.
+
+    Nothing is computed: the network may be on the meta device, or a configuration. Each
+    phase runs on tensors without values, and what is in use at a time is counted, so
+    that this is the memory of PyTorch's tensors; what PyTorch, a GPU's driver and the
+    program take themselves comes on top. Kernels are taken to work as on a CPU:
+    attention by ``sdpa`` keeps no weight for each pair of tokens.
+
+    Phases are the steps of training one set of weights, by Adam, and of SVGD; a Laplace
+    fit's passes over the data, and what it does with the sums; and predictions of one
+    batch, by linearising (where it can be done) and by draws.
+
+    Args:
+        network: With an adapter, or lifted; or a configuration of transformers.
+        peft_config: Of the adapter, for a network without one or a configuration; its
+            ``task_type`` says which head a configuration gets.
+        structure: Of ``AutoLaplace``; None plans no Laplace.
+        num_particles: K of SVGD; None plans none.
+        batch: Rows and tokens; or a batch, of which only shapes count (labels
+            included). Of several ranks one rank's.
+        world_size: Ranks, which share the particles: each has K / W of them at a time,
+            but the adapter of all. Of data each has batches of its own.
+        model: From the lifted network and the number of data to the Pyro model, such as
+            those of ``models``; None is the one for the network's head.
+        kernel: Of SVGD; None is ``kernels.RBF()``.
+        chunk_size: Of SVGD.
+        fisher: Of ``AutoLaplace``; None is ``"mc"`` for language models, else
+            ``"exact"``.
+        num_data: N, which counts for ``structures.Exact`` alone; None is two batches.
+        max_memory_gb: Of ``laplace_approximation``.
+        device_gb: What there is, in GB: the plan then says what to change where a
+            phase takes more.
+        dtype: Of a configuration's weights; None is the configuration's own.
+
+    Returns:
+        The plan, whose repr is a table.
+
+    Raises:
+        TypeError: If an argument is of a wrong kind.
+        ValueError: If a configuration has no ``peft_config``, or it can't be told what
+            the network is for.
+
+    Example, of a network on the meta device::
+
+        plan = pl.plan_memory(
+            LlamaConfig(),
+            peft_config=LoraConfig(task_type="CAUSAL_LM"),
+            num_particles=4,
+        )
+        plan["SVGD step"].peak
+    """
+    kinds: Any = (nn.Module, LiftedNetwork, PretrainedConfig)
+    check_kind("network", network, kinds, "a network, or a configuration")
+    if structure is not None:
+        check_kind("structure", structure, Structure, "such as structures.KFAC()")
+    counts = {"num_particles": num_particles, "world_size": world_size}
+    counts |= {"chunk_size": chunk_size, "num_data": num_data}
+    for name, count in counts.items():
+        if count is not None:
+            check_count(name, count)
+    for name, size in {"max_memory_gb": max_memory_gb, "device_gb": device_gb}.items():
+        if size is not None:
+            check_positive(name, size)
+    check_word("fisher", fisher, ("exact", "mc", "empirical", None))
+    _check_batch(batch)
+    whole = described_network(network, peft_config, dtype)
+    make_model = _model_for(whole) if model is None else model
+    if fisher is None:
+        fisher = "mc" if make_model is language_model else "exact"
+    at_once = chunk_size or num_particles or 1
+    if num_particles is not None:  # W ranks, or as many as there are particles
+        at_once = min(at_once, -(-num_particles // world_size))
+    job = _Job(
+        network=whole,
+        make_model=make_model,
+        structure=structure,
+        num_particles=num_particles,
+        batch=batch,
+        kernel=RBF() if kernel is None else kernel,
+        chunk_size=at_once,
+        fisher=fisher,
+        num_data=num_data,
+        max_memory_gb=max_memory_gb,
+    )
+    with _quick_collections():
+        phases = tuple(job.phases())
+        plan = MemoryPlan(
+            type(base_of(whole)).__name__, job.batch_words, phases, device_gb
+        )
+        if device_gb is None:
+            return plan
+        changes = {p.name: tuple(job.smaller(p, device_gb)) for p in plan.too_large}
+        return replace(plan, changes=changes)
+
+
+@contextmanager
+def _quick_collections() -> Iterator[None]:
+    """A block in which garbage is looked for among what is made in it alone."""
+    is_ours = gc.get_freeze_count() == 0
+    if is_ours:
+        gc.freeze()
+    try:
+        yield
+    finally:
+        if is_ours:
+            gc.unfreeze()
+
+
+def _check_batch(batch: OneBatch) -> None:
+    if isinstance(batch, Mapping):
+        return
+    check_kind("batch", batch, Sequence, "(rows, tokens), or a mapping of tensors")
+    if len(batch) != 2:
+        raise ValueError(f"batch must be (rows, tokens), found {tuple(batch)}.")
+    for name, size in zip(("rows", "tokens"), batch, strict=True):
+        check_count(f"The {name} of batch", size)
+
+
+def _model_for(network: nn.Module) -> MakeModel:
+    """Our model for a head of transformers.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    base = base_of(network)
+    name = type(base).__name__
+    tasks = [task for end, task in _HEADS.items() if name.endswith(end)]
+    if not tasks:
+        raise ValueError(
+            f"A {name} may be for anything. Say by model= what it is: "
+            "model=pl.models.classification, or a function of the lifted network and "
+            "the number of data."
+        )
+    if tasks == ["SEQ_CLS"] and base.config.num_labels == 1:
+        return regression
+    return _MODELS[tasks[0]]
+
+
+def _said(setting: object) -> str:
+    return f"{setting:.3g}" if isinstance(setting, float) else repr(setting)
+
+
+def _amount(num_bytes: int) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= 0.9995 * size:
+            return f"{num_bytes / size:.3g} {unit}"
+    return f"{num_bytes} B"
+
+
+@dataclass(eq=False)
+class _Run:
+    """Phases that run one after another on one network without values.
+
+    Attributes:
+        lora: The network.
+        memory: What is in use.
+        shapes: What operations give.
+        weights: The network's bytes.
+        activations: What a forward pass has left at most, since the last phase.
+    """
+
+    lora: LiftedNetwork
+    memory: MemoryInUse
+    shapes: WithoutValues
+    weights: int
+    activations: int = 0
+
+    def begin(self) -> None:
+        """Count from here."""
+        gc.collect()
+        self.memory.most = self.memory.now
+        self.activations = 0
+
+    def phase(self, name: str, peak: int | None = None, **parts: int) -> Phase:
+        """What has run since the beginning, as a phase."""
+        peak = self.memory.most if peak is None else peak
+        return Phase(
+            name, self.weights, activations=self.activations, peak=peak, **parts
+        )
+
+    def watch_forward(self, network: nn.Module) -> None:
+        """Look at what the network's calls leave, for a backward pass."""
+        before: list[int] = []
+
+        def starts(*_: object) -> None:
+            before.append(self.memory.now)
+
+        def ends(*_: object) -> None:
+            left = self.memory.now - before.pop()
+            if torch.is_grad_enabled():
+                self.activations = max(self.activations, left)
+
+        network.register_forward_pre_hook(starts)
+        network.register_forward_hook(ends)
+
+
+@contextmanager
+def _planned(network: nn.Module, answers: Sequence[float] = ()) -> Iterator[_Run]:
+    """A block in which a copy of the network, without values, is lifted.
+
+    Args:
+        network: With values or on the meta device; it isn't touched.
+        answers: What is known of a run in the block.
+    """
+    memory = MemoryInUse()
+    copied = without_values(network)
+    with (
+        warnings.catch_warnings(),
+        without_reading(answers),
+        memory,
+        WithoutValues() as shapes,
+        FusedAttention(),
+    ):
+        warnings.simplefilter("ignore")  # of values that are none
+        for x in (*copied.parameters(), *copied.buffers()):
+            memory.add(x)
+        run = _Run(lift(copied), memory, shapes, memory.now)
+        run.watch_forward(copied)
+        run.begin()
+        yield run
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Job:
+    """What is planned; the fields are :func:`plan_memory`'s arguments."""
+
+    network: nn.Module
+    make_model: MakeModel
+    structure: Structure | None
+    num_particles: int | None
+    batch: OneBatch
+    kernel: Kernel | NoRepulsion
+    chunk_size: int
+    fisher: Literal["exact", "mc", "empirical"]
+    num_data: int | None
+    max_memory_gb: float | None
+
+    @property
+    def batch_words(self) -> str:
+        """What a batch is."""
+        if isinstance(self.batch, Mapping):
+            return brief(dict(self.batch))
+        return f"{self.batch[0]:,} texts of {self.batch[1]:,} tokens"
+
+    def phases(self) -> Iterator[Phase]:
+        """Each of them."""
+        yield from self.training()
+        if self.structure is not None:
+            yield from self.laplace(self.structure)
+
+    def training(self) -> Iterator[Phase]:
+        """A step of one weight set, of SVGD, and predictions by particles."""
+        with _planned(self.network) as run:
+            # Of one particle, which nothing repels, SVGD is training.
+            yield self._step(run, "MAP step", NoRepulsion(), 1)[0]
+        if self.num_particles is None:
+            return
+        with _planned(self.network) as run:
+            name, number = "SVGD step", self.num_particles
+            phase, posterior = self._step(run, name, self.kernel, number)
+            yield phase
+            name, stays = "predict by particles", {"particles": phase.particles}
+            yield self._predicting(run, posterior, name, "sample", stays)
+
+    def laplace(self, structure: Structure) -> Iterator[Phase]:
+        """A fit in its two parts, and predictions by it."""
+        with _planned(self.network, self._answers_of_twin()) as run:
+            before = run.memory.now
+            noting = _Noting(structure, run.memory)
+            posterior = self._fitted(run.lora, noting, run.shapes)
+            gc.collect()
+            stays = {"posterior": run.memory.now - before}
+            finish = max(noting.finish, run.memory.most)
+            yield run.phase("Laplace fit", noting.passes, factors=noting.factors)
+            yield replace(run.phase("Laplace finish", finish, **stays), activations=0)
+            if self.make_model not in _BY_TOKEN:
+                name = "predict linearized"
+                yield self._predicting(run, posterior, name, "linearized", stays)
+            name = "predict by draws"
+            yield self._predicting(run, posterior, name, "sample", stays)
+
+    def _step(
+        self, run: _Run, name: str, kernel: Kernel | NoRepulsion, num_particles: int
+    ) -> tuple[Phase, Posterior]:
+        num_data, (batch, *_) = self._batches(run.lora, run.shapes)
+        adam = optim.Adam({"lr": 1e-3})  # type: ignore[attr-defined]
+        svgd = SVGD(
+            self.make_model(run.lora, num_data),
+            kernel,
+            adam,
+            num_particles,
+            chunk_size=min(self.chunk_size, num_particles),
+            init_loc_fn=run.lora.init_to_adapter(jitter=_JITTER),
+        )
+        for _ in range(2):  # the optimiser has a state then
+            svgd.step(**batch)
+        states = [x.state_dict()["state"] for x in adam.optim_objs.values()]
+        phase = run.phase(
+            name,
+            particles=tensor_bytes(svgd.get_named_particles()),
+            optimizer=tensor_bytes(states),
+        )
+        return phase, svgd.posterior()
+
+    def _fitted(
+        self,
+        lora: LiftedNetwork,
+        structure: Structure,
+        shapes: WithoutValues | None = None,
+    ) -> Posterior:
+        num_data, batches = self._batches(lora, shapes)
+        guide = AutoLaplace(
+            self.make_model(lora, num_data),
+            init_loc_fn=lora.init_to_adapter(jitter=_JITTER),
+            structure=structure,
+            fisher=self.fisher,
+        )
+        return guide.laplace_approximation(
+            batches, max_memory_gb=self.max_memory_gb, progress_bar=False
+        )
+
+    def _predicting(
+        self,
+        run: _Run,
+        posterior: Posterior,
+        name: str,
+        method: PredictionMethod,
+        stays: Mapping[str, int],
+    ) -> Phase:
+        batch = self._example(run.lora, run.shapes)
+        batch.pop("labels", None)
+        tokens: Any = "last" if self.make_model in _BY_TOKEN else None
+        run.begin()
+        predict(posterior, [batch], method=method, tokens=tokens, progress_bar=False)
+        return run.phase(name, **stays)
+
+    def _batches(
+        self, lora: LiftedNetwork, shapes: WithoutValues | None
+    ) -> tuple[int, list[Batch]]:
+        """The number of data, and batches that have them all: two, if they'll do."""
+        first = self._example(lora, shapes)
+        rows = len(next(iter(first.values())))
+        number = 2
+        # Rows of the Jacobian are kept, where all other structures only add to sums.
+        if self.num_data is not None and self.structure and self.structure.linear:
+            number = max(2, -(-self.num_data // rows))
+        rest = [self._example(lora, shapes) for _ in range(number - 1)]
+        return number * rows, [first, *rest]
+
+    def _example(
+        self, lora: LiftedNetwork, shapes: WithoutValues | None
+    ) -> dict[str, Any]:
+        """A batch, with some padding.
+
+        Args:
+            lora: The network.
+            shapes: What runs it, if it has no values.
+        """
+        batch = self._made(lora)
+        for name, x in batch.items():
+            if shapes is not None and "mask" in name:
+                shapes.mask(x)
+        return batch
+
+    def _made(self, lora: LiftedNetwork) -> dict[str, Any]:
+        if isinstance(self.batch, Mapping):
+            return {
+                name: x.to("meta") if isinstance(x, Tensor) else x
+                for name, x in self.batch.items()
+            }
+        device = next(iter(lora.zeros().values())).device
+        ids = torch.ones(*self.batch, dtype=torch.long, device=device)
+        mask = torch.ones_like(ids)
+        if ids.shape[1] > 1:
+            mask[0, -1] = 0
+        labels = ids if self.make_model in _BY_TOKEN else ids.new_zeros(len(ids))
+        if self.make_model is regression:
+            labels = labels.float()
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+    def smaller(self, phase: Phase, device_gb: float) -> Iterator[tuple[str, Phase]]:
+        """Settings under which a phase takes less, until it fits, and what it takes.
+
+        Args:
+            phase: Which.
+            device_gb: What there is, in GB.
+        """
+        ways: list[dict[str, Any]] = [{"chunk_size": 1}]
+        if phase.name not in _TRAINING:
+            least: dict[str, Any] = {"max_memory_gb": device_gb / 20}
+            ways = [least]
+            if self.structure in (KFAC(), KFAC(reduce=True), EKFAC()):
+                reduce = self.structure == KFAC(reduce=True)
+                narrow = KFAC(reduce=reduce, rank=_RANK)
+                ways += [{"structure": narrow}, {**least, "structure": narrow}]
+        if not isinstance(self.batch, Mapping):
+            rows, tokens = self.batch
+            ways += [
+                {**ways[-1], "batch": (size, tokens)}
+                for size in (rows // 2**k for k in range(1, rows.bit_length()))
+            ]
+        for way in ways:
+            job = replace(self, **way)
+            phases = (
+                job.training()
+                if phase.name in _TRAINING or job.structure is None
+                else job.laplace(job.structure)
+            )
+            (found,) = (x for x in phases if x.name == phase.name)
+            if found.peak < phase.peak:
+                yield ", ".join(f"{k}={_said(x)}" for k, x in way.items()), found
+            if found.peak <= GB * device_gb:
+                return
+
+    def _answers_of_twin(self) -> Sequence[float]:
+        """What a fit asks of values, answered by a network that has some."""
+        if isinstance(self.batch, Mapping) or self.structure is None:
+            return ()
+        with (
+            torch.random.fork_rng(),
+            warnings.catch_warnings(),
+            answers_kept() as answers,
+        ):
+            warnings.simplefilter("ignore")  # of weights that are at random
+            torch.manual_seed(0)
+            twin = narrow_twin(self.network)
+            if twin is not None:
+                self._fitted(lift(twin), self.structure)
+        return answers
+
+
+class _Noting(Structure):
+    """A structure that notes how much memory its passes and its end take.
+
+    Args:
+        structure: The structure.
+        memory: What is in use.
+
+    Attributes:
+        factors: Bytes of what the first pass sums.
+        passes: Most bytes in use in passes over the data.
+        finish: Most bytes in use between them and after them.
+    """
+
+    def __init__(self, structure: Structure, memory: MemoryInUse) -> None:
+        self._structure, self._memory = structure, memory
+        self.linear = structure.linear  # type: ignore[misc]
+        self.factors = self.passes = self.finish = 0
+
+    @property
+    def num_passes(self) -> int:
+        """See the base class."""
+        return self._structure.num_passes
+
+    @property
+    def first_pass(self) -> BatchStructure:
+        """See the base class."""
+        return self._structure.first_pass
+
+    def gaussian(
+        self,
+        loc: Weights,
+        prior_precision: Weights,
+        factors: Factors,
+        next_pass: Callable[[BatchStructure], Factors],
+        ranks: Ranks = ALONE,
+    ) -> WeightGaussian:
+        """See the base class."""
+        self.factors = tensor_bytes([vars(x) for x in factors.values()])
+        self.passes = self._since()
+
+        def noted(summed: BatchStructure) -> Factors:
+            self.finish = max(self.finish, self._since())
+            sums = next_pass(summed)
+            self.passes = max(self.passes, self._since())
+            return sums
+
+        return self._structure.gaussian(loc, prior_precision, factors, noted, ranks)
+
+    def _since(self) -> int:
+        """Most bytes in use since this was last asked."""
+        most, self._memory.most = self._memory.most, self._memory.now
+        return most
+
+
+def tensor_bytes(values: Any) -> int:
+    """Bytes of tensors, those that are there twice once.
+
+    Args:
+        values: In mappings and lists, which may be in one another.
+    """
+    tensors = [x for x in tree_leaves(values) if isinstance(x, Tensor)]
+    return sum({address(x): x.nbytes for x in tensors}.values())

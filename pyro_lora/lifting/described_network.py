@@ -1,0 +1,127 @@
+"""Networks that are only described: by a configuration, or on the meta device.
+
+A copy without values has every parameter of a network, and takes no memory. A *twin*
+has the same layers, with values, but is 8 wide: what a run asks of values, and not of
+widths, such as which tokens a layer's gradients are zero at, it can answer.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import torch
+from peft import PeftConfig, get_peft_model
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from pyro_lora.lifting.lifted_network import LiftedNetwork
+
+AdapterConfig = PeftConfig
+
+# PEFT's task -> the head of transformers.
+_HEADS: dict[str, Any] = {
+    "SEQ_CLS": AutoModelForSequenceClassification,
+    "TOKEN_CLS": AutoModelForTokenClassification,
+    "CAUSAL_LM": AutoModelForCausalLM,
+}
+# Of transformers' configurations what makes a network wide -> a twin's.
+_NARROW = {
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_attention_heads": 2,
+    "head_dim": 4,
+    "vocab_size": 16,
+}
+_NEEDED = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
+
+
+def described_network(
+    network: nn.Module | LiftedNetwork | PretrainedConfig,
+    peft_config: AdapterConfig | None,
+    dtype: torch.dtype | None,
+) -> nn.Module:
+    """The network with its adapter, on the meta device where it's only described.
+
+    Args:
+        network: Or a configuration of transformers.
+        peft_config: Of the adapter, unless the network has one.
+        dtype: Of a configuration's weights; None is the configuration's own.
+
+    Raises:
+        ValueError: If there isn't enough to make it from.
+    """
+    if isinstance(network, LiftedNetwork):
+        return network.network
+    if isinstance(network, nn.Module) and peft_config is None:
+        return network
+    adapter: Any = copy.deepcopy(peft_config)  # PEFT writes into it
+    if isinstance(network, nn.Module):
+        base: Any = without_values(network)
+    else:
+        task = None if adapter is None else adapter.task_type
+        if task not in _HEADS:
+            raise ValueError(
+                "A configuration is of a network without an adapter, and doesn't say "
+                "what it's for. Give peft_config=LoraConfig(task_type=..., ...), one "
+                f"of {sorted(_HEADS)}; found {task}."
+            )
+        kwargs = {} if dtype is None else {"dtype": dtype}
+        with torch.device("meta"):
+            base = _HEADS[task].from_config(copy.deepcopy(network), **kwargs)
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of weights that PEFT can't initialise there
+        return get_peft_model(base, adapter)
+
+
+def base_of(network: Any) -> Any:
+    """The network under PEFT's wrapper.
+
+    Args:
+        network: Wrapped or not.
+    """
+    get_base = getattr(network, "get_base_model", None)
+    return network if get_base is None else get_base()
+
+
+def without_values(network: nn.Module) -> nn.Module:
+    """A copy whose parameters and buffers are on the meta device.
+
+    Args:
+        network: Which isn't touched, nor copied first.
+    """
+    tensors: dict[int, Any] = {}
+    for x in [*network.parameters(), *network.buffers()]:
+        new = torch.empty_like(x, device="meta", requires_grad=False)
+        is_trained = isinstance(x, nn.Parameter)
+        tensors[id(x)] = nn.Parameter(new, x.requires_grad) if is_trained else new
+    return copy.deepcopy(network, tensors)  # what is in the memo isn't copied
+
+
+def narrow_twin(network: Any) -> nn.Module | None:
+    """A network of the same layers, narrow and with values, where it's known how.
+
+    Args:
+        network: With an adapter.
+    """
+    base = base_of(network)
+    config: Any = copy.deepcopy(getattr(base, "config", None))
+    known = isinstance(base, PreTrainedModel) and hasattr(network, "peft_config")
+    if not known or not all(hasattr(config, name) for name in _NEEDED):
+        return None
+    own_keys = getattr(config, "num_key_value_heads", None)
+    num_keys = 2 if own_keys == config.num_attention_heads else 1
+    for name, size in {**_NARROW, "num_key_value_heads": num_keys}.items():
+        if hasattr(config, name):
+            setattr(config, name, size)
+    config.pad_token_id = 0
+    twin: Any = type(base)._from_config(config, dtype=torch.float64)
+    adapter = copy.deepcopy(network.peft_config[network.active_adapter])
+    return get_peft_model(twin.to(torch.float64), adapter)

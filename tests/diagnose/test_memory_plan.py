@@ -1,0 +1,307 @@
+"""Planned memory: that of a run on real tensors, counted by PyTorch's own allocator."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from pyro.optim import Adam
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, LlamaConfig
+
+import pyro_lora as pl
+from pyro_lora.curvature.structures import Factors
+from pyro_lora.diagnose.memory_plan import tensor_bytes
+from pyro_lora.ground.ranks import ALONE
+from tests.networks import VOCABULARY, bert, llama
+
+ROWS, TOKENS = 4, 8
+# glibc hands what is freed back to the system, at once.
+GIVING_BACK = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "65536",
+}
+# Of weights at random, which aren't a mode.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The weights aren't a mode"),
+    pytest.mark.filterwarnings("ignore:Averaged over draws"),
+]
+STRUCTURES = [
+    pl.structures.KFAC(),
+    pl.structures.KFAC(reduce=True),
+    pl.structures.KFAC(rank=3),
+    pl.structures.Diagonal(),
+    pl.structures.EKFAC(),
+    pl.structures.Dense(),
+    pl.structures.Exact(),
+]
+
+
+class Summed(pl.structures.Structure):
+    """A structure that keeps the bytes of what its first pass summed."""
+
+    def __init__(self, structure: Any) -> None:
+        self._structure = structure
+        self.linear = structure.linear
+        self.num_bytes = 0
+
+    @property
+    def num_passes(self) -> int:
+        return self._structure.num_passes
+
+    @property
+    def first_pass(self) -> Any:
+        return self._structure.first_pass
+
+    def gaussian(
+        self,
+        loc: Any,
+        prior_precision: Any,
+        factors: Factors,
+        next_pass: Any,
+        ranks: Any = ALONE,
+    ) -> Any:
+        tensors = [x for f in factors.values() for x in vars(f).values()]
+        storages = {}
+        for x in tensors:
+            for one in x if isinstance(x, tuple) else [x]:
+                if isinstance(one, Tensor):
+                    storages[one.data_ptr()] = one.nbytes
+        self.num_bytes = sum(storages.values())
+        return self._structure.gaussian(loc, prior_precision, factors, next_pass, ranks)
+
+
+def batch(rows: int, tokens: int, labels: bool = True) -> dict[str, Tensor]:
+    """Texts, the first of them padded by one token."""
+    ids = torch.randint(1, VOCABULARY, (rows, tokens))
+    mask = torch.ones_like(ids)
+    mask[0, -1] = 0
+    given = {"labels": torch.zeros(rows, dtype=torch.long)} if labels else {}
+    return {"input_ids": ids, "attention_mask": mask, **given}
+
+
+def allocated(run: Callable[[], object]) -> int:
+    """Bytes that a run has in use at most, beside those before it."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        run()
+    events: Any = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+    now = most = 0
+    for _, change in sorted(changes, key=lambda x: x[0]):
+        now += change
+        most = max(most, now)
+    return most
+
+
+@pytest.mark.parametrize("structure", STRUCTURES, ids=repr)
+def test_factors_are_those_of_a_fit(structure: Any) -> None:
+    # Queries share their inputs with keys and values, but have no gradient at the
+    # first token, which looks at itself alone, so that their factors are apart.
+    network = llama(num_layers=1, target_modules=["q_proj", "k_proj", "v_proj"])
+    plan = pl.plan_memory(network, structure=structure, batch=(ROWS, TOKENS))
+    lora = pl.lift(network)
+    guide = pl.AutoLaplace(
+        pl.models.classification(lora, 2 * ROWS),
+        init_loc_fn=lora.init_to_adapter(),
+        structure=(summed := Summed(structure)),
+    )
+    guide.laplace_approximation([batch(ROWS, TOKENS) for _ in range(2)])
+    assert summed.num_bytes > 0
+    assert plan["Laplace fit"].factors == summed.num_bytes
+
+
+def test_peaks_are_those_of_runs() -> None:
+    rows, tokens, num_particles = 8, 16, 3
+    network = bert(3, num_layers=1, hidden_size=64)
+    plan = pl.plan_memory(network, num_particles=num_particles, batch=(rows, tokens))
+    lora = pl.lift(network)
+    model = pl.models.classification(lora, 2 * rows)
+    first, second = batch(rows, tokens), batch(rows, tokens)
+    texts = batch(rows, tokens, labels=False)
+
+    def steps(kernel: Any, number: int) -> Callable[[], object]:
+        init = lora.init_to_adapter(jitter=0.01)
+        svgd = pl.SVGD(model, kernel, Adam({"lr": 1e-3}), number, init_loc_fn=init)
+        return lambda: [svgd.step(**first) for _ in range(2)]
+
+    guide = pl.AutoLaplace(model, init_loc_fn=lora.init_to_adapter(jitter=0.01))
+    found: list[Any] = []
+    runs: dict[str, Callable[[], object]] = {
+        "MAP step": steps(pl.kernels.NoRepulsion(), 1),
+        "SVGD step": steps(pl.kernels.RBF(), num_particles),
+        "Laplace fit": lambda: found.append(
+            guide.laplace_approximation([first, second])
+        ),
+        "predict linearized": lambda: pl.predict(found[0], [texts]),
+        "predict by draws": lambda: pl.predict(found[0], [texts], method="sample"),
+    }
+    for name, run in runs.items():
+        phase = plan[name]
+        measured = phase.weights + phase.posterior + allocated(run)
+        planned = phase.peak
+        if name == "Laplace fit":
+            planned = max(planned, plan["Laplace finish"].peak)
+        assert planned == pytest.approx(measured, rel=0.05), name
+
+
+def test_a_network_without_values_and_its_configuration_have_the_same_plan() -> None:
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        pad_token_id=0,
+        num_labels=2,
+    )
+    adapter = LoraConfig(task_type="SEQ_CLS", r=3, target_modules=["q_proj"])
+    base = AutoModelForSequenceClassification.from_config(config)
+    network = get_peft_model(base, LoraConfig(**adapter.to_dict()))
+    kwargs: Any = {"structure": None, "batch": (ROWS, TOKENS)}
+    plan = pl.plan_memory(config, peft_config=adapter, **kwargs)
+    assert plan["MAP step"].particles == 4 * (3 * 16 + 3 * 16 + 2 * 16)
+    assert pl.plan_memory(network, **kwargs) == plan
+    assert pl.plan_memory(network.to("meta"), **kwargs) == plan
+    assert adapter.target_modules == {"q_proj"}
+
+
+def test_a_plan_leaves_everything_as_it_was() -> None:
+    network = llama(num_layers=1, hidden_size=16)
+    before = {k: x.clone() for k, x in network.state_dict().items()}
+    state = torch.get_rng_state()
+    structure = pl.structures.KFAC(rank=3)
+    first = pl.plan_memory(network, structure=structure, batch=(ROWS, TOKENS))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert len(pyro.get_param_store()) == 0
+    after = network.state_dict()
+    assert all(torch.equal(after[k], x) for k, x in before.items())
+    lora = pl.lift(network)
+    guide = pl.AutoLaplace(
+        pl.models.classification(lora, ROWS),
+        init_loc_fn=lora.init_to_adapter(),
+        structure=structure,  # whose test matrices are kept for all fits
+    )
+    posterior = guide.laplace_approximation([batch(ROWS, TOKENS)])
+    assert posterior.log_evidence().isfinite()
+    again = pl.plan_memory(lora, structure=structure, batch=(ROWS, TOKENS))
+    assert again == first
+
+
+def test_it_says_what_to_change() -> None:
+    network = llama(num_layers=1, dtype=torch.float32)
+    kwargs: Any = {"structure": None, "num_particles": 4, "batch": (ROWS, TOKENS)}
+    plan = pl.plan_memory(network, **kwargs)
+    plan.check()
+    assert plan.too_large == ()
+    between = (plan["MAP step"].peak + plan["SVGD step"].peak) / 2e9
+    small = pl.plan_memory(network, **kwargs, device_gb=between)
+    assert [phase.name for phase in small.too_large] == ["SVGD step"]
+    with pytest.raises(ValueError, match=r"SVGD step takes .* with chunk_size=1"):
+        small.check()
+    ((way, one),) = small.changes["SVGD step"]
+    assert way == "chunk_size=1"
+    assert one.peak < 1e9 * between
+    assert "chunk_size=1" in repr(small)
+    # Four ranks with a particle each have all of the adapters, but one's activations.
+    assert pl.plan_memory(network, **kwargs, world_size=4)["SVGD step"] == one
+
+
+def test_what_is_larger_than_its_weights_alone_is_told_so() -> None:
+    network = llama(num_layers=1, dtype=torch.float32)
+    plan = pl.plan_memory(network, structure=None, batch=(1, 2), device_gb=1e-6)
+    with pytest.raises(ValueError, match="the network alone is larger"):
+        plan.check()
+
+
+def test_a_plan_is_a_table() -> None:
+    network = llama(None, num_layers=1, dtype=torch.float32)
+    plan = pl.plan_memory(network, batch=(2, 4), structure=pl.structures.Diagonal())
+    table = plan.to_pandas()
+    assert list(table.index) == [phase.name for phase in plan.phases]
+    assert "predict linearized" not in table.index  # of a vocabulary
+    assert table.loc["Laplace fit", "peak"] == plan["Laplace fit"].peak
+    assert plan.to_dict()["MAP step"]["weights"] == plan["MAP step"].weights
+    assert "<table>" in plan._repr_html_()
+    with pytest.raises(KeyError, match="MAP step"):
+        plan["MAP"]
+
+
+def test_errors_say_what_to_do() -> None:
+    with pytest.raises(ValueError, match=r"peft_config=LoraConfig\(task_type="):
+        pl.plan_memory(LlamaConfig())
+    with pytest.raises(ValueError, match=r"model=pl\.models\.classification"):
+        pl.plan_memory(nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="network"):
+        pl.plan_memory("llama")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="rows, tokens"):
+        pl.plan_memory(llama(), batch=(1, 2, 3))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="device_gb"):
+        pl.plan_memory(llama(), device_gb=-1.0)
+
+
+def test_tensors_that_are_there_twice_count_once() -> None:
+    x = torch.zeros(3, 4)
+    assert tensor_bytes({"a": x, "b": [x, torch.zeros(2, dtype=torch.float64)]}) == 64
+
+
+@pytest.mark.slow
+def test_a_fit_under_a_cap_succeeds_or_is_refused() -> None:
+    code = """
+import resource, sys, torch, pyro_lora as pl
+from tests.diagnose.test_memory_plan import batch
+from tests.networks import llama
+
+torch.set_num_threads(1)
+# 31 backward passes, whose gradients are most of what a fit takes.
+network = llama(32, hidden_size=128, dtype=torch.float32, target_modules="all-linear")
+size = (32, 32)
+
+def guide(num_data):
+    lora = pl.lift(network)
+    model = pl.models.classification(lora, num_data)
+    return pl.AutoLaplace(model, init_loc_fn=lora.init_to_adapter(jitter=0.01))
+
+guide(2).laplace_approximation([batch(2, 32)])  # what is loaded once, is
+batches = [batch(*size), batch(*size)]
+little = {"max_memory_gb": 0.02}
+
+def peak(**settings):
+    plan = pl.plan_memory(network, batch=size, **settings)
+    return max(plan[name].peak for name in ("Laplace fit", "Laplace finish"))
+
+whole, least = peak(), peak(**little)
+cap = {"above": 1.2 * whole, "between": (whole + least) / 2}[sys.argv[1]]
+weights = sum(x.nbytes for x in network.parameters())
+status = open("/proc/self/status").read()
+used = 1024 * int(status.split("VmData:")[1].split()[0])
+limit = int(used + cap - weights)
+resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+print(whole, least, cap)
+if whole <= cap:
+    guide(2 * size[0]).laplace_approximation(batches)
+else:
+    posterior = guide(2 * size[0]).laplace_approximation(batches, **little)
+    assert posterior.log_evidence().isfinite()
+    del posterior
+    try:
+        pl.plan_memory(network, batch=size, device_gb=cap / 1e9).check()
+    except ValueError as error:  # before anything runs
+        assert "max_memory_gb" in str(error)
+        print("refused")
+"""
+    for cap in ("above", "between"):
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", code, cap],
+            capture_output=True,
+            text=True,
+            env={**os.environ, **GIVING_BACK},
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert ("refused" in done.stdout) == (cap == "between")
