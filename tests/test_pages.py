@@ -1,5 +1,6 @@
 """Every page of the docs with code runs as it stands."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -218,7 +219,22 @@ def test_preferences() -> None:
     assert (prediction.probs[:, 1] > 0.5).all()
 
 
-def both_ways_agree(names: dict[str, Any]) -> None:
+def shown(name: str) -> dict[str, Any]:
+    """What a tutorial's code leaves."""
+    names: dict[str, Any] = {}
+    exec(cells(name), names)
+    plt.close("all")
+    return names
+
+
+def tutorial(test: Callable[[], None]) -> Callable[[], None]:
+    """Marks of a test of what a tutorial's text says."""
+    return pytest.mark.slow(pytest.mark.untrained(test))
+
+
+@tutorial
+def test_step_by_step() -> None:
+    names = shown("step_by_step")
     # "Every number of a Laplace approximation computed twice"
     dense, variance = names["dense"], names["variance"]
     torch.testing.assert_close(dense.gaussian.fisher, names["F"], rtol=0, atol=1e-9)
@@ -227,7 +243,9 @@ def both_ways_agree(names: dict[str, Any]) -> None:
     torch.testing.assert_close(names["of_difference"], variance)
 
 
-def widths_take_back_confidence(names: dict[str, Any]) -> None:
+@tutorial
+def test_svgd_against_an_ensemble() -> None:
+    names = shown("svgd_against_an_ensemble")
     # "SVGD in function space had lost most of its overconfidence already, and here the
     # widths take back more than is due"
     sure = {name: row["overconfidence"] for name, row in names["rows"].items()}
@@ -236,14 +254,18 @@ def widths_take_back_confidence(names: dict[str, Any]) -> None:
     assert names["rows"]["ensemble + Laplace"]["nll"] < names["rows"]["ensemble"]["nll"]
 
 
-def few_ranks_are_in_use(names: dict[str, Any]) -> None:
+@tutorial
+def test_rank_ard() -> None:
+    names = shown("rank_ard")
     # "The count is near the truth", and "under a normal prior all eight share the work"
     assert names["TRUE_RANK"] <= names["used"] <= names["TRUE_RANK"] + 1
     sizes = names["sizes"]["normal"]
     assert (sizes > 0.05 * sizes[0]).all()
 
 
-def together_is_not_one_by_one(names: dict[str, Any]) -> None:
+@tutorial
+def test_active_learning() -> None:
+    names = shown("active_learning")
     # "bald's first round asks sixteen times for little more than two; batch_bald asks
     # for different texts"
     found = {name: [x[1] for x in rounds] for name, rounds in names["results"].items()}
@@ -252,7 +274,9 @@ def together_is_not_one_by_one(names: dict[str, Any]) -> None:
     assert found["batch_bald"][-1] > found["at random"][-1]
 
 
-def a_prior_remembers(names: dict[str, Any]) -> None:
+@tutorial
+def test_continual() -> None:
+    names = shown("continual")
     # "Training on forgets some of the first task. With Monday's posterior for the prior
     # less is forgotten"; "at a tenth of it the two are as good as with all data"
     rows, first = names["rows"], "first task, nll"
@@ -262,7 +286,9 @@ def a_prior_remembers(names: dict[str, Any]) -> None:
         assert names["found"][0.1][key] == pytest.approx(both, abs=0.03)
 
 
-def every_method_is_lifted(names: dict[str, Any]) -> None:
+@tutorial
+def test_map_of_methods() -> None:
+    names = shown("map_of_methods")
     # "the same Pyro model, engines and prediction serve every method of fine-tuning";
     # "Laplace is below the mode for each method that has it"
     table, methods = names["table"], names["methods"]
@@ -272,39 +298,20 @@ def every_method_is_lifted(names: dict[str, Any]) -> None:
     assert (both["NLL, Laplace"] < both["NLL, MAP"]).all()
 
 
-def it_says_when_it_doesnt_know(names: dict[str, Any]) -> None:
+@tutorial
+def test_language_model() -> None:
+    names = shown("language_model")
     # "The particles' epistemic entropy tells these from all others"
     assert names["doesn_t_know"] == {"told": 0, "in two cities": 0, "untold": 1}
     one = names["scores"]["one network", "total"]
     assert one["untold against two cities"] < 0.8
 
 
-def averages_help_and_doubts_hardly_grow(names: dict[str, Any]) -> None:
+@tutorial
+def test_reward_model() -> None:
+    names = shown("reward_model")
     # "averages of five networks gain more than that"; "larger by a tenth"
     nll = {name: row["nll"] for name, row in names["metrics"].items()}
     assert nll["ensemble"] < nll["Laplace"] < nll["one network"]
     sd = names["table"]["sd"].unstack()
     assert ((sd[4] > sd[0]) & (sd[4] < 1.2 * sd[0])).all()
-
-
-TUTORIALS = {
-    "step_by_step": both_ways_agree,
-    "svgd_against_an_ensemble": widths_take_back_confidence,
-    "rank_ard": few_ranks_are_in_use,
-    "active_learning": together_is_not_one_by_one,
-    "continual": a_prior_remembers,
-    "map_of_methods": every_method_is_lifted,
-    "language_model": it_says_when_it_doesnt_know,
-    "reward_model": averages_help_and_doubts_hardly_grow,
-}
-
-
-# What make docs runs, too; there, the sentences of the first tutorial are at hand.
-@pytest.mark.slow
-@pytest.mark.untrained
-@pytest.mark.parametrize("tutorial", TUTORIALS)
-def test_a_tutorial_shows_what_it_says(tutorial: str) -> None:
-    names: dict[str, Any] = {}
-    exec(cells(tutorial), names)
-    plt.close("all")
-    TUTORIALS[tutorial](names)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, LlamaConfig
 
 import pyro_lora as pl
+from benchmarks.memory import allocated
 from pyro_lora.curvature.structures import Factors
 from pyro_lora.diagnose.memory_plan import tensor_bytes
 from pyro_lora.ground.ranks import ALONE
@@ -84,20 +85,6 @@ def batch(rows: int, tokens: int, labels: bool = True) -> dict[str, Tensor]:
     mask[0, -1] = 0
     given = {"labels": torch.zeros(rows, dtype=torch.long)} if labels else {}
     return {"input_ids": ids, "attention_mask": mask, **given}
-
-
-def allocated(run: Callable[[], object]) -> int:
-    """Bytes that a run has in use at most, beside those before it."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        run()
-    events: Any = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
-    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
-    now = most = 0
-    for _, change in sorted(changes, key=lambda x: x[0]):
-        now += change
-        most = max(most, now)
-    return most
 
 
 @pytest.mark.parametrize("structure", STRUCTURES, ids=repr)
