@@ -29,14 +29,13 @@ from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.likelihood.model_trace import Model
 from pyro_lora.posteriors import marginals
 from pyro_lora.posteriors.guide_posterior import Guide, GuidePosterior
-from pyro_lora.posteriors.marginals import Levels
 from pyro_lora.posteriors.prior import latent_nodes, networks_prior
 from pyro_lora.posteriors.shared import Shared
 from pyro_lora.priors import Prior
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class GaussianPosterior(Shared):
+class GaussianPosterior(marginals.ByMarginals, Shared):
     r"""A Gaussian over some sites, the others points. A Pyro guide.
 
     It is about the network itself, not a linearised one, and so predicted from by
@@ -180,21 +179,6 @@ class GaussianPosterior(Shared):
                 of_site = of_site + self.deviations[site].square().sum(0)
             variance[site] = of_site
         return variance
-
-    def quantiles(self, quantiles: Levels) -> Weights:
-        r"""Quantiles of each weight by itself, :math:`\mu + \sigma \Phi^{-1}(q)`.
-
-        Args:
-            quantiles: Between 0 and 1: one, or Q of them.
-
-        Returns:
-            Site -> value of the site's shape, for several with a leading (Q,).
-
-        Raises:
-            TypeError: If they are no numbers.
-            ValueError: If one isn't between 0 and 1.
-        """
-        return marginals.quantiles(self.marginals(), quantiles)
 
     def marginals(self) -> dict[str, marginals.Marginals]:
         """Of each site's weights, each by itself."""

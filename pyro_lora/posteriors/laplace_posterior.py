@@ -39,7 +39,6 @@ from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.likelihood.batch import Batch, checked_batch
 from pyro_lora.likelihood.model_trace import Model, evaluating
 from pyro_lora.posteriors import marginals, prior_tuning
-from pyro_lora.posteriors.marginals import Levels
 from pyro_lora.posteriors.prior import normal_prior
 from pyro_lora.posteriors.scaled_posterior import ScaledPosterior, scaled_to
 from pyro_lora.posteriors.shared import Shared
@@ -57,7 +56,7 @@ _SAME_GRADIENT = 1e-3  # of a prior, relative
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class LaplacePosterior(Shared):
+class LaplacePosterior(marginals.ByMarginals, Shared):
     r"""Gaussian :math:`N(\hat w, (F + \mathrm{diag}\,\tau)^{-1})` over lifted sites.
 
     A Pyro guide: called with the model's arguments, it samples the sites. Made by
@@ -171,21 +170,6 @@ class LaplacePosterior(Shared):
     def median(self) -> Weights:
         """The median of each weight, which is the mode."""
         return self.mode()
-
-    def quantiles(self, quantiles: Levels) -> Weights:
-        r"""Quantiles of each weight by itself, :math:`\hat w + \sigma \Phi^{-1}(q)`.
-
-        Args:
-            quantiles: Between 0 and 1: one, or Q of them.
-
-        Returns:
-            Site -> value of the site's shape, for several with a leading (Q,).
-
-        Raises:
-            TypeError: If they are no numbers.
-            ValueError: If one isn't between 0 and 1.
-        """
-        return marginals.quantiles(self.marginals(), quantiles)
 
     def marginals(self) -> dict[str, marginals.Marginals]:
         """Of each site's weights, each by itself."""

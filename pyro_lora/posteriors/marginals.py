@@ -13,6 +13,7 @@ bisection finds it. Of two at 0 and 10 with s = 1 and equal weights, say, the me
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -128,7 +129,7 @@ def mixed(weights: Tensor, parts: Sequence[Marginals]) -> Marginals:
     )
 
 
-def quantiles(marginals: Mapping[str, Marginals], levels: Levels) -> Weights:
+def quantiles_of(marginals: Mapping[str, Marginals], levels: Levels) -> Weights:
     """Site -> quantiles.
 
     Args:
@@ -180,3 +181,36 @@ def _is_one(levels: Levels) -> bool:
     if isinstance(levels, Tensor | np.ndarray):
         return levels.ndim == 0
     return isinstance(levels, int | float)
+
+
+class ByMarginals(ABC):
+    """A posterior whose weights are each known by themselves."""
+
+    @abstractmethod
+    def mean(self) -> Weights:
+        """Site -> the mean of each weight, of the site's shape."""
+
+    @abstractmethod
+    def variance(self) -> Weights:
+        """Site -> the variance of each weight, of the site's shape."""
+
+    @abstractmethod
+    def marginals(self) -> dict[str, Marginals]:
+        """Of each site's weights, each by itself."""
+
+    def quantiles(self, quantiles: Levels) -> Weights:
+        r"""Quantiles of each weight by itself, of a normal :math:`m + s \Phi^{-1}(q)`.
+
+        Args:
+            quantiles: Between 0 and 1: one, or Q of them.
+
+        Returns:
+            Site -> value of the site's shape, for several with a leading (Q,). A
+            particle's share is a step: the least value that as much lies below.
+
+        Raises:
+            TypeError: If they are no numbers.
+            ValueError: If one isn't between 0 and 1, or a component's marginals aren't
+                known.
+        """
+        return quantiles_of(self.marginals(), quantiles)

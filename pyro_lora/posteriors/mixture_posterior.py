@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -25,7 +25,6 @@ from pyro_lora.likelihood.model_trace import Model
 from pyro_lora.posteriors import marginals
 from pyro_lora.posteriors.guide_posterior import Guide
 from pyro_lora.posteriors.laplace_posterior import LaplacePosterior
-from pyro_lora.posteriors.marginals import Levels
 from pyro_lora.posteriors.posterior import (
     Posterior,
     as_posterior,
@@ -39,18 +38,7 @@ from pyro_lora.posteriors.shared import Shared
 from pyro_lora.priors import Prior
 
 
-@runtime_checkable
-class _HasMarginals(Protocol):
-    """One of which more than draws is known."""
-
-    def mean(self) -> Weights: ...
-
-    def variance(self) -> Weights: ...
-
-    def marginals(self) -> dict[str, marginals.Marginals]: ...
-
-
-class MixturePosterior(Shared):
+class MixturePosterior(marginals.ByMarginals, Shared):
     r"""Mixture :math:`q(w) = \sum_n \pi_n q_n(w)`, as a Pyro guide.
 
     Args:
@@ -200,27 +188,17 @@ class MixturePosterior(Shared):
         """
         return self.quantiles(0.5)
 
-    def quantiles(self, quantiles: Levels) -> Weights:
-        """Quantiles of each weight by itself, by bisection.
-
-        Args:
-            quantiles: Between 0 and 1: one, or Q of them.
-
-        Returns:
-            Site -> value of the site's shape, for several with a leading (Q,). A
-            particle's share is a step: the least value that as much lies below.
+    def marginals(self) -> dict[str, marginals.Marginals]:
+        """Of each site's weights, each by itself.
 
         Raises:
-            TypeError: If they are no numbers.
-            ValueError: If one isn't between 0 and 1, or a component's marginals aren't
-                known.
+            ValueError: If a component's aren't known.
         """
         parts = [_marginals(component) for component in self.components]
-        mixed = {
+        return {
             site: marginals.mixed(self.weights, [part[site] for part in parts])
             for site in self._like
         }
-        return marginals.quantiles(mixed, quantiles)
 
     def for_sampling(
         self,
@@ -322,7 +300,7 @@ def _moments(component: Posterior) -> tuple[Weights, Weights]:
     Raises:
         ValueError: If they aren't known.
     """
-    if isinstance(component, _HasMarginals):
+    if isinstance(component, marginals.ByMarginals):
         return component.mean(), component.variance()
     if component.num_samples is None:
         raise ValueError(
@@ -341,7 +319,7 @@ def _marginals(component: Posterior) -> dict[str, marginals.Marginals]:
     Raises:
         ValueError: If they aren't known.
     """
-    if isinstance(component, _HasMarginals):
+    if isinstance(component, marginals.ByMarginals):
         return component.marginals()
     if component.num_samples is None:
         raise ValueError(

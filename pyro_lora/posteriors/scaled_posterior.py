@@ -45,7 +45,6 @@ from pyro_lora.likelihood.model_trace import (
 )
 from pyro_lora.likelihood.outcomes import data_that_count, values_to_score
 from pyro_lora.posteriors import marginals
-from pyro_lora.posteriors.marginals import Levels
 from pyro_lora.posteriors.shared import Shared
 from pyro_lora.priors import Prior
 
@@ -70,7 +69,7 @@ class _Base(WeightDistribution, Protocol):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class ScaledPosterior(Shared):
+class ScaledPosterior(marginals.ByMarginals, Shared):
     r"""Draws :math:`c + s (w - \mu)` of a posterior's :math:`w`, with mean :math:`\mu`.
 
     A Pyro guide. Predicted from by draws, exported and served as it is. Made by
@@ -161,21 +160,6 @@ class ScaledPosterior(Shared):
     def median(self) -> Weights:
         """The median of each weight, which is the mode."""
         return self.mode()
-
-    def quantiles(self, quantiles: Levels) -> Weights:
-        """Quantiles of each weight by itself.
-
-        Args:
-            quantiles: Between 0 and 1: one, or Q of them.
-
-        Returns:
-            Site -> value of the site's shape, for several with a leading (Q,).
-
-        Raises:
-            TypeError: If they are no numbers.
-            ValueError: If one isn't between 0 and 1.
-        """
-        return marginals.quantiles(self.marginals(), quantiles)
 
     def marginals(self) -> dict[str, marginals.Marginals]:
         """Of each site's weights, each by itself."""

@@ -156,14 +156,14 @@ def test_on_a_support_they_are_those_of_what_is_there(support: Any) -> None:
     transform = biject_to(support)
     one = marginals.normals(loc, sd.square(), transform)
     points = transform(loc + sd * torch.randn(200_001, 2).double())
-    found = marginals.quantiles({"w": one}, LEVELS)["w"]
+    found = marginals.quantiles_of({"w": one}, LEVELS)["w"]
     expected = points.quantile(torch.tensor(LEVELS).double(), 0)
     assert_close(found, expected, rtol=0.02, atol=0.02)
     # A mixture of the normals with points that were drawn from them is as they are.
     other = marginals.points(points[:2000])
     both = marginals.mixed(torch.tensor([0.5, 0.5]).double(), [one, other])
     assert_close(
-        marginals.quantiles({"w": both}, LEVELS)["w"], expected, rtol=0.1, atol=0.1
+        marginals.quantiles_of({"w": both}, LEVELS)["w"], expected, rtol=0.1, atol=0.1
     )
 
 
@@ -197,7 +197,7 @@ def test_the_example_of_the_first_lines() -> None:
     means = torch.tensor([[0.0], [10.0]]).double()
     two = [marginals.normals(mean, torch.ones(1)) for mean in means]
     mixed = {"w": marginals.mixed(torch.tensor([0.5, 0.5]).double(), two)}
-    found = marginals.quantiles(mixed, [0.25, 0.5])["w"]
+    found = marginals.quantiles_of(mixed, [0.25, 0.5])["w"]
     assert_close(found, torch.tensor([[0.0], [5.0]]).double(), rtol=0, atol=1e-7)
 
 
