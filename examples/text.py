@@ -3,15 +3,16 @@
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BertForSequenceClassification,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging
@@ -79,6 +80,49 @@ def load_network(
     )
     # No dropout while training either: the posterior is that of a fixed function.
     return get_peft_model(base, config).eval().to(device), tokenizer
+
+
+def skip_unread(network: PeftModel) -> None:
+    """Leave out a BERT's work on states that nobody reads: its outputs are the same.
+
+    Attention leaves padding out, and the head reads the first token alone. What follows
+    a layer's attention, three quarters of its work, goes token by token: a hook before
+    it drops the others, and one behind it puts zeros in their places::
+
+        (B, T, d) -> attention -> (B, T, d) -> (tokens, d) -> the rest -> (B, T, d)
+
+    Args:
+        network: Gets the hooks; another architecture than BERT's stays as it is.
+    """
+    base = network.get_base_model()
+    if not isinstance(base, BertForSequenceClassification):
+        return
+    mask = read = torch.tensor([])  # (B, T): of the network's batch, and of a layer's
+
+    def look(module: nn.Module, args: Any, kwargs: dict[str, Tensor]) -> None:
+        nonlocal mask
+        mask = kwargs["attention_mask"].bool()
+
+    def drop(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        nonlocal read
+        # Particles read the same texts: the layers below the adapter run on one copy.
+        read = mask[: len(inputs[0])]
+        return tuple(x[read] for x in inputs)
+
+    def fill(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        states = output.new_zeros(*read.shape, output.shape[-1])
+        states[read] = output
+        return states
+
+    def first(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(x[:, :1] for x in inputs)
+
+    *lower, last = base.bert.encoder.layer
+    base.bert.register_forward_pre_hook(look, with_kwargs=True)
+    for layer in lower:
+        layer.attention.output.register_forward_pre_hook(drop)
+        layer.output.register_forward_hook(fill)
+    last.attention.output.register_forward_pre_hook(first)
 
 
 def batches(

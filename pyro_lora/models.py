@@ -34,7 +34,9 @@ class classification(FieldsShown):
         num_data: N, data in all, for which each batch stands.
 
     The model's keyword arguments are the network's inputs, (B, ...), and ``labels``,
-    (B,) or None.
+    (B,) or None. What is predicted calls the classes by the network's
+    ``config.id2label``, where it is set: PEFT doesn't save it, so that it's an argument
+    of the ``from_pretrained`` that loads an adapter.
     """
 
     lora: LiftedNetwork

@@ -5,16 +5,19 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import pytest
+import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
+from torch import Tensor
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
     PreTrainedTokenizerFast,
 )
 
-from examples import demo, methods, report, vader
+import pyro_lora as pl
+from examples import demo, methods, report, text, vader
 from examples.rows import Corpus, Row, read_corpus
 
 GOOD = ["fine", "good", "great", "lovely"]
@@ -128,7 +131,7 @@ def test_demo_prints_every_method_and_writes_its_files(
     }
     # Once more, with fewer methods: nothing of the first run is left among its files.
     (out / "notes.txt").write_text("mine")
-    again = run_demo(model, rows, out, "--quick")
+    again = run_demo(model, rows, out, "--quick", "--layers=all")
     assert list(again) == ["MAP", "MAP + temperature scaling", "Laplace (evidence)"]
     assert (out / "notes.txt").exists()
     assert not {"svgd", "svgd.nc", "mixture", "forces.png"} & {
@@ -189,12 +192,44 @@ def test_other_domains_and_ratings_are_measured_and_drawn(
     assert plt.imread(out / "entropy.png").std() > 0
 
 
-@pytest.mark.untrained
-def test_quick_demo_is_map_temperature_scaling_and_laplace(
-    model: Path, rows: Path, tmp_path: Path
-) -> None:
-    found = run_demo(model, rows, tmp_path / "out", "--quick", "--layers=all")
-    assert list(found) == ["MAP", "MAP + temperature scaling", "Laplace (evidence)"]
+@pytest.mark.parametrize("layers", ["last2", "all"])
+def test_what_nobody_reads_is_skipped(layers: Any, model: Path) -> None:
+    config = BertConfig.from_pretrained(model, num_hidden_layers=3)
+    BertForSequenceClassification(config).save_pretrained(model)
+    network, tokenizer = text.load_network(
+        str(model), num_classes=2, layers=layers, device="cpu"
+    )
+    network.double()
+    texts = ["film", "film bad awful dull", "film fine", "great great"]
+    (batch,) = text.batches([Row(x, 0) for x in texts], tokenizer, device="cpu")
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    lora = pl.lift(network)
+    torch.manual_seed(0)
+    weights = {
+        site: torch.randn(3, *x.shape, dtype=x.dtype, requires_grad=True)
+        for site, x in lora.weights().items()
+    }
+
+    def logits_and_gradients(particle: Any) -> list[Tensor]:
+        with lora.bind({site: x[particle] for site, x in weights.items()}) as net:
+            logits = net(input_ids=ids, attention_mask=mask).logits
+        loss = logits.square().sum()
+        return [logits, *torch.autograd.grad(loss, list(weights.values()))]
+
+    particles = [slice(None), 1]  # in one pass, and one alone
+    expected = [logits_and_gradients(particle) for particle in particles]
+    text.skip_unread(network)
+    seen = []
+    for layer in network.get_base_model().bert.encoder.layer:
+        layer.output.dense.register_forward_hook(
+            lambda _, inputs, output: seen.append(output.shape[:-1].numel())
+        )
+    found = [logits_and_gradients(particle) for particle in particles]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    num_tokens, num_texts = int(mask.sum()), len(texts)
+    assert num_tokens < mask.numel()
+    assert seen[-3:] == [num_tokens, num_tokens, num_texts]
+    assert seen[-4] == 3 * num_texts
 
 
 def test_demo_says_what_is_wrong_without_a_traceback(model: Path, rows: Path) -> None:

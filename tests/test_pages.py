@@ -58,15 +58,16 @@ def save_adapter(folder: Path) -> None:
             num_attention_heads=2,
             intermediate_size=16,
             pad_token_id=0,
-            id2label={0: "negative", 1: "positive"},
         )
     )
     base.save_pretrained(folder / "base")
     adapter = bert_adapter(folder / "base")
     adapter.save_pretrained(folder / "my_adapter")
-    PreTrainedTokenizerFast(
+    fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]"
-    ).save_pretrained(folder / "my_adapter")
+    )
+    fast.save_pretrained(folder / "base")
+    fast.save_pretrained(folder / "my_adapter")
 
 
 def bert_adapter(base: Path) -> PeftModel:
@@ -99,6 +100,25 @@ def test_adapter(
     assert names["again"].log_evidence() == pytest.approx(0, abs=100)
 
 
+# Eight texts, and a base that reads few of their words.
+@pytest.mark.untrained
+@pytest.mark.filterwarnings("ignore:The weights aren't a mode")
+def test_from_texts_to_a_posterior(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_adapter(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    hub = Path("sentence-transformers")  # a folder stands for a name on the hub
+    hub.mkdir()
+    Path("base").rename(hub / "all-MiniLM-L6-v2")
+    whole, *_ = blocks("docs/training.md")
+    names: dict[str, Any] = {}
+    exec(whole.replace("report_to", "use_cpu=True, report_to"), names)
+    assert names["posterior"].gaussian.is_refined
+    assert "p_positive" in capsys.readouterr().out
+    assert Path("my_posterior", "posterior").is_dir()
+
+
 # Pages that train for a step.
 @pytest.mark.untrained
 def test_pyro_and_extending(quickstart: dict[str, Any]) -> None:
@@ -110,7 +130,7 @@ def test_pyro_and_extending(quickstart: dict[str, Any]) -> None:
 
 # A page that trains for seconds only.
 @pytest.mark.untrained
-@pytest.mark.filterwarnings("ignore:The held-out loss is least at the grid's end")
+@pytest.mark.filterwarnings("ignore:The best prior precision")
 def test_laplace(quickstart: dict[str, Any]) -> None:
     names = names_after("laplace", quickstart)
     assert names["prediction"].probs.shape == (200, 2)
@@ -160,6 +180,7 @@ def test_prediction(
     assert names["table"].shape[0] == 200
     assert len(names["rows"]) == 8
     assert "Laplace + temperature" in capsys.readouterr().out
+    assert names["rated"].probs.shape == (64, 4)
     assert len(names["chosen"].indices) == 10
 
 
@@ -178,7 +199,7 @@ def test_arviz(quickstart: dict[str, Any], capsys: pytest.CaptureFixture[str]) -
     printed = capsys.readouterr().out
     assert "Is the mode stationary?" in printed
     assert "AutoNormal" in printed
-    assert len(plt.get_fignums()) == 7
+    assert len(plt.get_fignums()) == 8
     names["again"].close()
     names["large"].close()
     plt.close("all")

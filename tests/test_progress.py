@@ -16,7 +16,7 @@ from tests.networks import batch, bert, inputs, llama
 
 pytestmark = [
     pytest.mark.untrained,
-    pytest.mark.filterwarnings("ignore:The held-out loss is least"),
+    pytest.mark.filterwarnings("ignore:The best prior precision"),
 ]
 
 

@@ -66,7 +66,7 @@ def guide() -> GuidePosterior:
     return GuidePosterior(own, model)
 
 
-def svgd(steps: int = 0) -> pl.SVGD:
+def svgd(steps: int = 0, **options: Any) -> pl.SVGD:
     lora = lifted()
     engine = pl.SVGD(
         pl.models.classification(lora, NUM_DATA),
@@ -74,6 +74,7 @@ def svgd(steps: int = 0) -> pl.SVGD:
         pyro.optim.Adam({"lr": 1e-3}),
         3,
         init_loc_fn=lora.init_to_adapter(jitter=0.1),
+        **options,
     )
     for _ in range(steps):
         engine.step(**batch())
@@ -221,9 +222,15 @@ def test_svgd_says_how_far_it_is() -> None:
     assert said["kernel"] == "RBF(space='function', bandwidth=None)"
     assert (said["optim"], said["num_particles"], said["steps"]) == ("Adam", "3", "2")
     assert said["nll"] == f"{engine.diagnostics['nll'][-1]:.3f}"
+    # The loss is above .3 nats, from which on the default doesn't repel.
+    assert said["repulsion"] == "0, gate closed"
     posterior = engine.posterior()
     assert facts(posterior)["sites"] == said["sites"]
     assert facts(posterior)["weights"] == said["weights"]
+
+
+def test_a_repulsion_of_0_that_was_asked_for_is_no_gate() -> None:
+    assert facts(svgd(1, repulsion=0.0))["repulsion"] == "0"
 
 
 def test_a_diagnosis_has_its_verdicts_and_what_they_rest_on() -> None:
@@ -239,6 +246,9 @@ def test_exact_posteriors_know_their_data() -> None:
     posterior = laplace(structure=pl.structures.Exact())
     assert facts(posterior)["structure"] == f"exact, in {NUM_DATA} rows of 5 data"
     assert "log_evidence" not in facts(posterior)  # it takes a decomposition
+    assert "mode" not in facts(posterior)
+    assert facts(posterior.refine())["mode"].endswith("a prior around the weights")
+    assert facts(posterior.refine("prior"))["mode"].endswith("under the prior")
 
 
 def test_an_exact_posterior_can_be_pickled_when_it_has_been_asked() -> None:

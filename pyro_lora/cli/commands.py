@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import pyro_lora as pl
 from pyro_lora.cli.text_files import (
+    Texts,
     check_folder,
     check_is_free,
     check_output,
@@ -38,6 +39,8 @@ except ImportError as error:
 if TYPE_CHECKING:
     from pyro.optim import PyroOptim
     from torch import Tensor
+
+_AT_START, _AFTER_TRAINING = "accuracy of the adapter", "accuracy after training"
 
 # What a command needs is imported when it runs: help and completion don't wait for
 # torch, nor does the news that a file can't be read.
@@ -84,8 +87,8 @@ def _positive(value: float) -> float:
     return value
 
 
-def _up_to_one(value: float) -> float:
-    if not 0 <= value <= 1:
+def _up_to_one(value: float | None) -> float | None:
+    if value is not None and not 0 <= value <= 1:
         raise typer.BadParameter(f"{value} is not a number from 0 to 1.")
     return value
 
@@ -121,7 +124,8 @@ Data = Annotated[
 PosteriorFolder = Annotated[
     Path,
     typer.Argument(
-        help="Folder that `pyro-lora fit`, or `pyro_lora.save`, wrote.",
+        help="Folder that `pyro-lora fit`, `pyro_lora.save` or `save_pretrained` "
+        "wrote.",
         exists=True,
         file_okay=False,
     ),
@@ -208,15 +212,20 @@ def fit(
         ),
     ] = None,
     learning_rate: Annotated[
-        float, typer.Option(callback=_up_to_one, help="Adam's.")
-    ] = 1e-3,
+        float | None,
+        typer.Option(
+            callback=_up_to_one, help="Adam's, in training.  [default: 0.001]"
+        ),
+    ] = None,
     prior_scale: Annotated[
         float,
         typer.Option(
             callback=_positive, help="Standard deviation of every weight beforehand."
         ),
     ] = 1.0,
-    num_particles: Annotated[int, typer.Option(min=2, max=1000, help="For svgd.")] = 5,
+    num_particles: Annotated[
+        int | None, typer.Option(min=2, max=1000, help="For svgd.  [default: 5]")
+    ] = None,
     max_length: Annotated[
         int, typer.Option(min=1, max=10**6, help="Tokens of a text.")
     ] = 128,
@@ -233,6 +242,17 @@ def fit(
     as much as training `--num-particles` adapters.
     """
     with _errors_in_words():
+        if epochs is None:
+            epochs = 3 if method is Method.svgd else 0
+        _refuse(
+            method is not Method.svgd and num_particles is not None,
+            "--num-particles is for --method svgd.",
+        )
+        _refuse(
+            not epochs and learning_rate is not None,
+            "--learning-rate is for training: say how long by --epochs.",
+        )
+        learning_rate = 1e-3 if learning_rate is None else learning_rate
         names = given_names(label_names)
         check_folder(posterior, "POSTERIOR", adapter)
         check_is_free(posterior, replace)
@@ -258,31 +278,28 @@ def fit(
         model = pl.models.classification(lora, len(texts))
         batches = saved.text_batches(texts, settings, batch_size, lora)
         shuffled = saved.text_batches(texts, settings, batch_size, lora, shuffle=True)
-        before = _accuracy(pl.ensemble(lora, [lora.weights()]), model, batches)
-        most = max(Counter(texts.labels or ()).values()) / len(texts)
-        if before < most:
-            warnings.warn(
-                f"The adapter is right about {before:.1%} of the texts, and always to "
-                f"say the most frequent class would be about {most:.1%}. Are these its "
-                "classes, in the order of its outputs (--label-names), and its texts?",
-                stacklevel=2,
-            )
-        numbers = {"accuracy of the adapter": before}
+        laplace = method is Method.laplace
+        epochs = (0 if laplace else 3) if epochs is None else epochs
+        numbers: dict[str, float] = {}
+        if epochs or not laplace:  # else the fit's own pass says it
+            at_start = pl.ensemble(lora, [lora.weights()])
+            numbers[_AT_START] = _accuracy(at_start, model, batches)
+            _compare_with_chance(numbers[_AT_START], texts)
         fitted: pl.LaplacePosterior | pl.ParticlePosterior
-        if method is Method.laplace:
-            epochs = epochs or 0
-            fitted, of_fit = _laplace(
-                model, lora, batches, shuffled, epochs, learning_rate
-            )
-            trained = pl.ensemble(lora, [fitted.mode()])
+        if laplace:
+            with saved.RightAnswers(len(texts)) as right:
+                fitted, of_fit = _laplace(
+                    model, lora, batches, shuffled, epochs, learning_rate
+                )
+            numbers[_AFTER_TRAINING if epochs else _AT_START] = right.accuracy()
+            if not epochs:
+                _compare_with_chance(numbers[_AT_START], texts)
         else:
-            epochs = 3 if epochs is None else epochs
             fitted, of_fit = _svgd(
-                model, lora, shuffled, epochs, learning_rate, num_particles
+                model, lora, shuffled, epochs, learning_rate, num_particles or 5
             )
-            trained = fitted
-        if epochs:
-            numbers["accuracy after training"] = _accuracy(trained, model, batches)
+            if epochs:
+                numbers[_AFTER_TRAINING] = _accuracy(fitted, model, batches)
         saved.save_with(fitted, posterior, settings)
     counts = {
         "texts": len(texts),
@@ -338,26 +355,17 @@ def predict(
     """
     with _errors_in_words():
         _refuse(
-            method is Predictive.linearized and num_samples is not None,
+            method is not Predictive.sample and num_samples is not None,
             "--num-samples is for --method sample: linearized predictions are exact.",
         )
         if output is not None:
             check_output(output, [data, posterior], replace)
-        names = given_names(label_names)
+        told = _told(adapter, label_names, text_column, label_column, max_length)
         _prepare(seed, online)
 
         from pyro_lora.cli import saved_classifier as saved
 
-        fitted = saved.remembered(posterior)
-        settings = saved.settings_of(
-            posterior,
-            fitted,
-            adapter=adapter,
-            label_names=names,
-            text_column=text_column,
-            label_column=label_column,
-            max_length=max_length,
-        )
+        folder, fitted, settings = saved.opened(posterior, told)
         if output is not None:
             check_output(output, saved.files_of(settings), replace)
         texts = read_texts(
@@ -365,16 +373,13 @@ def predict(
         )
         if settings.label_names:
             label_numbers(texts, settings.label_names)
-        lora, settings = saved.restored(posterior, settings, device, texts)
+        lora, settings = saved.restored(folder, settings, device, texts)
         saved.check_tokens(texts, settings, lora)
         model = pl.models.classification(lora, len(texts))
-        loaded = saved.load_with(posterior, fitted, lora, model)
-        own = "linearized" if loaded.gaussians() else "sample"
-        method = method or Predictive(own)
         prediction: pl.Prediction = pl.predict(
-            loaded,
+            saved.load_with(folder, fitted, lora, model),
             saved.text_batches(texts, settings, batch_size, lora),
-            method=method.value,
+            method=method.value if method else None,
             num_samples=num_samples,
         )
         if output is not None:
@@ -386,7 +391,8 @@ def predict(
     else:
         numbers |= _with_standard_errors(prediction)
     numbers["mean epistemic entropy"] = float(prediction.epistemic_entropy.mean())
-    _show(f"{method.value} prediction of {data}", numbers)
+    way = f"{method.value} prediction" if method else "prediction"
+    _show(f"{way} of {data}", numbers)
 
 
 @app.command()
@@ -416,34 +422,25 @@ def diagnose(
     it over- or under-confident? Of laplace it takes up to three times as long as fit.
     """
     with _errors_in_words():
-        names = given_names(label_names)
+        told = _told(adapter, label_names, text_column, label_column, max_length)
         _prepare(seed, online)
 
         from pyro_lora.cli import saved_classifier as saved
 
-        fitted = saved.remembered(posterior)
-        settings = saved.settings_of(
-            posterior,
-            fitted,
-            adapter=adapter,
-            label_names=names,
-            text_column=text_column,
-            label_column=label_column,
-            max_length=max_length,
-        )
+        folder, fitted, settings = saved.opened(posterior, told)
         columns = settings.text_column, settings.label_column
         texts = read_texts(data, *columns)
         files = [texts]
         if held_out is not None:
             files.append(read_texts(held_out, *columns))
-        lora, settings = saved.restored(posterior, settings, device, texts)
+        lora, settings = saved.restored(folder, settings, device, texts)
         batches = []
         for file in files:
             saved.check_tokens(file, settings, lora)
             batches.append(saved.text_batches(file, settings, batch_size, lora))
         model = pl.models.classification(lora, len(texts))
         diagnosis = pl.diagnose(
-            saved.load_with(posterior, fitted, lora, model),
+            saved.load_with(folder, fitted, lora, model),
             batches[0],
             held_out=batches[1] if held_out is not None else None,
         )
@@ -488,23 +485,50 @@ def export(
 
         from pyro_lora.cli import saved_classifier as saved
 
-        fitted = saved.remembered(posterior)
-        settings = saved.settings_of(posterior, fitted, adapter=adapter)
-        check_folder(output, "OUTPUT", *saved.folders_of(settings))
-        lora, _ = saved.restored(posterior, settings, "cpu")
-        loaded = saved.load_with(posterior, fitted, lora)
+        folder, fitted, settings = saved.opened(posterior, {"adapter": adapter})
+        check_folder(output, "OUTPUT", folder, *saved.folders_of(settings))
+        lora, _ = saved.restored(folder, settings, "cpu")
+        loaded = saved.load_with(folder, fitted, lora)
         if mode:
             loaded = pl.ensemble(lora, [loaded.mode()])
         if num_samples is None:
             num_samples = loaded.num_samples or 8
         pl.export_adapters(loaded, output, num_samples)
-    names = sorted(folder.name for folder in output.glob("draw_*"))
+    names = sorted(draw.name for draw in output.glob("draw_*"))
     _show(f"adapters in {output}", {"from": names[0], "to": names[-1]})
+
+
+def _told(
+    adapter: Path | None,
+    label_names: str,
+    text_column: str | None,
+    label_column: str | None,
+    max_length: int | None,
+) -> dict[str, Any]:
+    """What the command line says in place of the fit's settings, by their names."""
+    return {
+        "adapter": adapter,
+        "label_names": given_names(label_names),
+        "text_column": text_column,
+        "label_column": label_column,
+        "max_length": max_length,
+    }
 
 
 def _refuse(condition: bool, words: str) -> None:
     if condition:
         raise ValueError(words)
+
+
+def _compare_with_chance(accuracy: float, texts: Texts) -> None:
+    most = max(Counter(texts.labels or ()).values()) / len(texts)
+    if accuracy < most:
+        warnings.warn(
+            f"The adapter is right about {accuracy:.1%} of the texts, and always to "
+            f"say the most frequent class would be about {most:.1%}. Are these its "
+            "classes, in the order of its outputs (--label-names), and its texts?",
+            stacklevel=2,
+        )
 
 
 def _laplace(
@@ -555,7 +579,10 @@ def _svgd(
     lora.network.train()
     engine.run(shuffled, num_epochs=epochs)
     lora.network.eval()
-    last = {name: series[-1] for name, series in engine.diagnostics.items() if series}
+    series = engine.diagnostics.items()
+    last: dict[str, Any] = {name: values[-1] for name, values in series if values}
+    if last.get("repulsion") == 0:
+        last |= dict.fromkeys(("repulsion", "ratio"), "0, gate closed")
     return engine.posterior(), {"particles": num_particles, **last}
 
 
@@ -622,8 +649,17 @@ def _prepare(seed: int, online: bool) -> None:
     set_verbosity_error()
 
 
+# What a command has in place of what the library advises.
+_REMEDIES = {
+    "The weights aren't a mode": "Here: by (more) --epochs, as in "
+    "--epochs 1 --learning-rate 1e-4."
+}
+
+
 def _warn(message: Warning | str, *_: Any) -> None:
-    typer.secho(f"Warning: {message}", fg="yellow", err=True)
+    words = [str(message)]
+    words += [own for start, own in _REMEDIES.items() if words[0].startswith(start)]
+    typer.secho(f"Warning: {' '.join(words)}", fg="yellow", err=True)
 
 
 def _with_standard_errors(prediction: pl.Prediction) -> dict[str, str]:

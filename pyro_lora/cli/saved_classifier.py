@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import msgspec
 import torch
 from peft import PeftConfig, PeftModel, load_peft_weights
+from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
@@ -22,6 +23,9 @@ import pyro_lora as pl
 from pyro_lora.cli.text_files import Texts, label_numbers
 
 SETTINGS = "command_line"  # their name in the posterior's metadata
+# What save_pretrained calls its words there, and the posterior's folder in that of the
+# adapter.
+_PRETRAINED, _BESIDE_ADAPTER = "pretrained", "posterior"
 _UNLIKELY = 7919  # a number of classes that no other size of a network is
 
 
@@ -55,18 +59,39 @@ def save_with(posterior: Any, folder: Path, settings: Settings) -> None:
     pl.save(posterior, folder, metadata={SETTINGS: json.dumps(asdict(here))})
 
 
+def opened(
+    folder: Path, told: Mapping[str, Any]
+) -> tuple[Path, Settings | None, Settings]:
+    """Where a posterior is, the settings of its fit, and those that hold now.
+
+    Args:
+        folder: As ``pyro-lora fit`` wrote it, or ``save_pretrained``, whose adapter has
+            the posterior in a folder of its own.
+        told: What the command line says instead; None where it doesn't.
+
+    Raises:
+        ValueError: If there is no posterior, or its adapter is gone or never named.
+    """
+    inner = folder / _BESIDE_ADAPTER
+    if not (folder / "manifest.json").is_file() and (inner / "manifest.json").is_file():
+        folder = inner
+    fitted = remembered(folder)
+    return folder, fitted, settings_of(folder, fitted, **told)
+
+
 def remembered(folder: Path) -> Settings | None:
-    """The settings of a fit; None of a posterior that was saved from Python.
+    """The settings of a fit; None of a posterior that ``pyro_lora.save`` wrote.
 
     Raises:
         ValueError: If the folder holds no posterior or is damaged.
     """
-    remedy = "Make it by `pyro-lora fit`."
+    remedy = "Make it by `pyro-lora fit`, or by save_pretrained."
     if not (folder / "manifest.json").is_file():
         raise ValueError(f"{folder} holds no manifest.json. {remedy}")
-    text = pl.load_metadata(folder).get(SETTINGS)
+    metadata = pl.load_metadata(folder)
+    text = metadata.get(SETTINGS)
     if text is None:
-        return None
+        return Settings(adapter="..") if _PRETRAINED in metadata else None
     try:
         return msgspec.json.decode(text, type=Settings)
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
@@ -136,6 +161,7 @@ def restored(
     """
     adapter, names = Path(settings.adapter), settings.label_names
     network = network_of(adapter)
+    _name_classes(network, posterior)
     if names and network.config.num_labels != len(names):
         raise ValueError(
             f"{adapter} has {network.config.num_labels} classes, but {posterior} or "
@@ -145,6 +171,38 @@ def restored(
     if not names:
         settings = replace(settings, label_names=class_names(network, texts))
     return lifted(network, settings, device), settings
+
+
+class _Model(msgspec.Struct):
+    kind: str
+
+
+class _Pretrained(msgspec.Struct):
+    """What is read of the words that ``save_pretrained`` leaves."""
+
+    class_names: tuple[str, ...] | None = None
+    model: _Model | None = None
+
+
+def _name_classes(network: PeftModel, posterior: Path) -> None:
+    """Give the network the names that it had when ``save_pretrained`` wrote it.
+
+    Raises:
+        ValueError: If that was no classifier, or its words can't be read.
+    """
+    text = pl.load_metadata(posterior).get(_PRETRAINED)
+    if text is None:
+        return
+    with _reading(f"{posterior}: what is said of its network can't be read."):
+        about = msgspec.json.decode(text, type=_Pretrained)
+    if about.model is not None and about.model.kind != "classification":
+        raise ValueError(
+            f"{posterior} is of models.{about.model.kind}; the command line knows "
+            "models.classification. Load others by pyro_lora.from_pretrained."
+        )
+    names = about.class_names or ()
+    if len(names) == network.config.num_labels:
+        network.config.id2label = dict(enumerate(names))
 
 
 def load_with(
@@ -298,6 +356,28 @@ def _num_classes(name: str, weights: dict[str, Tensor]) -> int:
         if _UNLIKELY in value.shape and saved is not None:
             return saved.shape[value.shape.index(_UNLIKELY)]
     return count
+
+
+class RightAnswers(Messenger):
+    """How often a model is right in passes over the texts that are made anyway.
+
+    Args:
+        num_texts: N, in one pass.
+    """
+
+    def __init__(self, num_texts: int) -> None:
+        super().__init__()
+        self._num_texts = num_texts
+        self._right: list[Tensor] = []  # (B,) each
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if msg["name"] == "y":
+            self._right.append(msg["fn"].logits.argmax(-1) == msg["value"])
+
+    def accuracy(self) -> float:
+        """Of the last pass: before it guides run a model on the first batch."""
+        last = torch.cat(self._right)[-self._num_texts :]
+        return last.double().mean().item()
 
 
 def class_names(

@@ -11,6 +11,7 @@ import io
 import json
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -226,14 +227,30 @@ def _json_lines(path: Path) -> tuple[DataFrame, Place]:
         if not line.strip():
             continue
         try:
-            rows.append(msgspec.json.decode(line, type=dict[str, Any]))
+            row = msgspec.json.decode(line, type=dict[str, Any])
+            # Of a key that is there twice both readers keep the last value in silence.
+            keys = [key for key, _ in _pairs(line)]
         except (msgspec.MsgspecError, RecursionError) as error:
             raise ValueError(
                 f"{path}, line {number}: not JSON as expected ({error}). Write one "
                 'object in each line, as {"text": "...", "label": "..."}.'
             ) from error
+        twice = next((key for key, times in Counter(keys).items() if times > 1), None)
+        if twice is not None:
+            raise ValueError(
+                f"{path}, line {number}: the key {twice!r} is there twice. Rename one."
+            )
+        rows.append(row)
         lines.append(number)
     return pandas.DataFrame(rows, dtype=object), lambda index: f"line {lines[index]}"
+
+
+def _pairs(line: str) -> list[tuple[str, Any]]:
+    """A JSON object's keys and values as they stand there; numbers are left alone."""
+    pairs: list[tuple[str, Any]] = json.loads(
+        line, object_pairs_hook=list, parse_int=str, parse_float=str
+    )
+    return pairs
 
 
 def _parquet(path: Path) -> tuple[DataFrame, Place]:

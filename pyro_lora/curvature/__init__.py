@@ -10,5 +10,6 @@ Gaussian (``block_gaussian``, ``dense_gaussian``, ``dual_gaussian``, of which
 and ``integrals`` to probabilities.
 
 One more structure: a frozen value, of a subclass of ``LayerStructure`` or
-``JointStructure`` in ``structures``; yours may live in a file of your own.
+``JointStructure`` in ``structures``, and factors of its own, if it has some, of
+``SummedFactors`` in ``factors``; yours may live in a file of your own.
 """

@@ -16,7 +16,7 @@ The diagonal structures are the same with the identity for both bases.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
@@ -27,8 +27,9 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 from torch.distributions.transforms import ReshapeTransform
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from pyro_lora.curvature.factors import DiagonalFactors, KroneckerFactors
+from pyro_lora.curvature.factors import EigenFactors
 from pyro_lora.curvature.kronecker_normal import KroneckerNormal
 from pyro_lora.curvature.nystrom import eigh_psd, num_eigenvalues
 from pyro_lora.curvature.weight_gaussian import WeightGaussian
@@ -60,14 +61,17 @@ class Eigenblocks(FieldsShown):
         return list(zip(self.rows, self.columns, strict=True))
 
 
-# By identity of an input factor: its eigenvalues, and where its vectors are, a stack
-# over layers and the place there.
-Spectra = dict[int, tuple[Tensor, Tensor, int]]
+# By identity of a matrix that is still there: its eigenvalues, and where its vectors
+# are, a stack over layers and the place there.
+Spectra = MutableMapping[Tensor, tuple[Tensor, Tensor, int]]
 # Eigenvalues and vectors of a factor, and what it is, for messages.
 Decompose = Callable[[Tensor, str], tuple[Tensor, Tensor]]
+_WHOSE = {"columns": "inputs", "rows": "gradients"}
 
 
-def shared_out(by_site: Mapping[str, Sequence[Any]], ranks: Ranks) -> Decompose:
+def shared_out(
+    by_site: Mapping[str, Sequence[EigenFactors]], ranks: Ranks
+) -> Decompose:
     """A function that decomposes factors, each of which one rank has decomposed.
 
     Args:
@@ -86,9 +90,8 @@ def shared_out(by_site: Mapping[str, Sequence[Any]], ranks: Ranks) -> Decompose:
     names: dict[int, tuple[Tensor, str]] = {}  # by identity: layers share inputs
     for site, factors in by_site.items():
         for i, f in enumerate(factors):
-            if isinstance(f, KroneckerFactors):
-                names.setdefault(id(f.a), (f.a, _input_factor(site, i)))
-                names.setdefault(id(f.g), (f.g, _gradient_factor(site, i)))
+            for name, x in f.matrices.items():
+                names.setdefault(id(x), (x, _factor(site, i, name)))
     owners = _owners([x.shape for x, _ in names.values()], ranks.size)
     owner = dict(zip(names, owners, strict=True))
     own: dict[int, Tensor] = {}
@@ -117,16 +120,16 @@ def _owners(shapes: Sequence[torch.Size], num_ranks: int) -> list[int]:
     return owners
 
 
-def _input_factor(site: str, layer: int) -> str:
-    return f"Site {site!r}, layer {layer}: the factor of its inputs"
+def _layer(site: str, layer: int) -> str:
+    return f"Site {site!r}, layer {layer}"
 
 
-def _gradient_factor(site: str, layer: int) -> str:
-    return f"Site {site!r}, layer {layer}: the factor of its gradients"
+def _factor(site: str, layer: int, name: str) -> str:
+    return f"{_layer(site, layer)}: the factor of its {_WHOSE[name]}"
 
 
 def eigenblocks(
-    factors: list[KroneckerFactors] | list[DiagonalFactors],
+    factors: list[EigenFactors],
     spectra: Spectra | None = None,
     site: str = "",
     decompose: Decompose = eigh_psd,
@@ -136,11 +139,11 @@ def eigenblocks(
     Args:
         factors: One for each layer, summed over all data. The list is emptied, so that
             eigenvectors take the place of the factors that nobody else holds.
-        spectra: Input factors that were diagonalised; those that weren't are added.
-            Layers that share an input factor need one decomposition, and sites whose
-            layers all do have one stack of vectors.
+        spectra: Matrices that were diagonalised; those that weren't are added. Layers
+            that share a matrix need one decomposition, and sites whose layers all do
+            have one stack of vectors.
         site: The site's name, for messages.
-        decompose: Eigenvalues and vectors of a factor, float64.
+        decompose: Eigenvalues and vectors of a matrix, float64.
 
     Returns:
         The eigenvalues and bases; eigendecompositions run in float64.
@@ -148,19 +151,9 @@ def eigenblocks(
     Raises:
         ValueError: If a factor is no sum of squares or outer products.
     """
-    spectra = {} if spectra is None else spectra
-    diagonals = [f.diagonal for f in factors if isinstance(f, DiagonalFactors)]
-    for i, x in enumerate(diagonals):
-        if not (x.isfinite() & (x >= 0)).all():
-            raise ValueError(
-                f"Site {site!r}, layer {i}: the diagonal has values from "
-                f"{float(x.min()):.3g} to {float(x.max()):.3g}. Sums of squares are "
-                "finite and not negative: check the structure."
-            )
-    if diagonals:
-        return Eigenblocks(torch.stack(diagonals).double(), None, None)
+    spectra = WeakTensorKeyDictionary() if spectra is None else spectra
     # Vectors are written into their stack at once: no second copy of all layers'.
-    num_layers, stacks = len(factors), _shared_columns(factors, spectra)
+    num_layers, stacks = len(factors), _shared_stacks(factors, spectra)
 
     def put(name: str, layer: int, x: Tensor) -> None:
         if name not in stacks:
@@ -169,20 +162,17 @@ def eigenblocks(
 
     for i in range(num_layers):
         f = factors.pop(0)
-        assert isinstance(f, KroneckerFactors)
-        if id(f.a) not in spectra:
-            values, vectors = decompose(f.a, _input_factor(site, i))
-            # n is 0 where no token counted, and then so is A.
-            a_values = values / f.count.clamp_min(1)
-            put("columns", i, vectors.to(f.a))
-            spectra[id(f.a)] = a_values, stacks["columns"], i
-        a_values, stack, place = spectra[id(f.a)]
-        if stack is not stacks.get("columns") or place != i:
-            put("columns", i, stack[place])
-        g_values, vectors = decompose(f.g, _gradient_factor(site, i))
-        put("rows", i, vectors.to(f.g))
-        put("values", i, g_values[:, None] * a_values)  # (O, I), of G ⊗ A / n
-    return Eigenblocks(stacks["values"], stacks["rows"], stacks["columns"])
+        values: dict[str, Tensor] = {}
+        for name, x in f.matrices.items():
+            if x not in spectra:
+                found, vectors = decompose(x, _factor(site, i, name))
+                put(name, i, vectors.to(x))
+                spectra[x] = found, stacks[name], i
+            values[name], stack, place = spectra[x]
+            if stack is not stacks.get(name) or place != i:
+                put(name, i, stack[place])
+        put("values", i, f.eigenvalues(values, _layer(site, i)).double())
+    return Eigenblocks(stacks["values"], stacks.get("rows"), stacks.get("columns"))
 
 
 def with_values(gaussian: BlockGaussian, values: BlockGaussian) -> BlockGaussian:
@@ -194,15 +184,21 @@ def with_values(gaussian: BlockGaussian, values: BlockGaussian) -> BlockGaussian
     return replace(gaussian, blocks=blocks)
 
 
-def _shared_columns(factors: Sequence[Any], spectra: Spectra) -> dict[str, Tensor]:
-    """The stack of another site whose layers all have the same input factors."""
-    bases = [spectra.get(id(f.a)) for f in factors]
-    if bases[0] is None or len(bases[0][1]) != len(bases):
-        return {}
-    # In the same order, too: then the vectors are stored once for both sites.
-    stack = bases[0][1]
-    places = [k[2] for k in bases if k is not None and k[1] is stack]
-    return {"columns": stack} if places == list(range(len(bases))) else {}
+def _shared_stacks(
+    factors: Sequence[EigenFactors], spectra: Spectra
+) -> dict[str, Tensor]:
+    """Stacks of another site whose layers all have the same matrices, by name."""
+    stacks: dict[str, Tensor] = {}
+    for name in factors[0].matrices:
+        known = [spectra.get(f.matrices[name]) for f in factors]
+        if known[0] is None or len(known[0][1]) != len(known):
+            continue
+        # In the same order, too: then the vectors are stored once for both sites.
+        stack = known[0][1]
+        places = [k[2] for k in known if k is not None and k[1] is stack]
+        if places == list(range(len(known))):
+            stacks[name] = stack
+    return stacks
 
 
 @dataclass(frozen=True, eq=False, repr=False)

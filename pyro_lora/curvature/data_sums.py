@@ -4,51 +4,37 @@ The folder's tensors are named by what they are: ``factors/0/a``, ``factors/0/g`
 ``factors/0/count`` of the first layer, ``score/<site>/0`` its gradient,
 ``log_likelihood``, and ``random/cpu``, the generator's state. Query and value have the
 same inputs, so that ``factors/1/a`` is only said to be ``factors/0/a``. Rows of a
-Jacobian, which aren't summed, are written as they come, each once, into folders of
-their own: ``rows-5`` has those of the sixth batch and of some after it. What is read
-must be sums that this fit could have come to, and the batches that were done are known
-by their digests, so that going on gives what one run would have, bit for bit. Of
-several ranks the first writes the sums over all; it goes on from them, and each rank,
-of however many, with the batches that nobody has done.
+Jacobian, which grow, are written as they come, each once, into folders of their own:
+in ``rows-5`` are those of the sixth batch and of some after it, ``factors/0/0`` and so
+on. What is read must be sums that this fit could have come to, as their kinds say
+(``factors``), and the batches that were done are known by their digests, so that going
+on gives what one run would have, bit for bit. Of several ranks the first writes the
+sums over all; it goes on from them, and each rank, of however many, with the batches
+that nobody has done.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import math
 import operator
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import msgspec
 import torch
 from torch import Tensor
 
 from pyro_lora.curvature.digests import update
-from pyro_lora.curvature.factors import (
-    DenseFactors,
-    DiagonalFactors,
-    KroneckerFactors,
-    ObservedFactors,
-    RowFactors,
-    RowSample,
-)
-from pyro_lora.curvature.saved_observations import (
-    ObservationsDescription,
-    describe_observations,
-    restore_observations,
-)
-from pyro_lora.ground.checked_tensors import (
-    DOUBLE,
-    FLOAT32,
-    CheckedTensors,
-    check_definite,
-)
+from pyro_lora.curvature.factors import AnyFactors, kind_named, name_of
+from pyro_lora.ground.checked_tensors import CheckedTensors
 from pyro_lora.ground.ranks import Ranks, is_first
 from pyro_lora.ground.tensor_folder import (
     MANIFEST,
@@ -63,10 +49,7 @@ from pyro_lora.ground.tensor_folder import (
 from pyro_lora.lifting.fingerprint import Fingerprint
 from pyro_lora.likelihood.model_trace import Model
 
-_FACTORS = (KroneckerFactors, DiagonalFactors, DenseFactors, RowSample, RowFactors)
-_FIELDS = {kind.__name__: kind.__annotations__.keys() for kind in _FACTORS}
 _Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{16}$")]
-_WIDE = (torch.float32, torch.float64)
 OBSERVED = -1  # the place of what was observed, not of a layer
 
 
@@ -76,34 +59,22 @@ class SavedSums(Schema):
     fit: str
     batches: Annotated[tuple[_Digest, ...], msgspec.Meta(min_length=1)]
     num_data: Annotated[int, msgspec.Meta(ge=1, le=2**53)]
+    num_rows: Count
     random: tuple[str, ...]
-    factors: Literal[
-        "KroneckerFactors", "DiagonalFactors", "DenseFactors", "RowSample", "RowFactors"
-    ]
-    fields: tuple[str, ...]
-    num_factors: Count
+    factors: dict[str, str]  # place -> kind
     shared: dict[str, str]
     layers: dict[str, Count]
     rows: tuple[Count, ...] = ()  # the batches with which their folders start
-
-
-class SavedBatch(Schema):
-    """What isn't summed of a batch."""
-
-    num_rows: Count
-    observed: tuple[ObservationsDescription, ...]
 
 
 class SavedRows(Schema):
     """The fields of the manifest of some batches' rows."""
 
     fit: str
-    batches: tuple[SavedBatch, ...]
 
 
-FORMAT = Format("pyro_lora fit", 3, "Start anew.", SavedSums)
-ROWS = Format("pyro_lora rows of a fit", 1, "Start anew.", SavedRows)
-_GROWING = (RowFactors, ObservedFactors)
+FORMAT = Format("pyro_lora fit", 4, "Start anew.", SavedSums)
+ROWS = Format("pyro_lora rows of a fit", 2, "Start anew.", SavedRows)
 _REST = 20  # so long, in units of the last write, that writing costs 5 % at most
 
 
@@ -112,23 +83,19 @@ class DataSums:
     """What adds up over batches.
 
     Attributes:
-        factors: One for each layer of each site, or one for all (dense). Layers with
-            the same inputs may share the tensor of their input factor.
+        factors: By place: one for each layer of each site, or one for all (dense).
+            Layers may share a tensor, such as the product of inputs that they share.
         score: Site -> gradient of the log likelihood, (O, I) for each layer.
         log_likelihood: Nats, float64.
         num_data: Data seen.
+        num_rows: Rows of the Jacobian of these.
     """
 
     factors: dict[int, Any]
     score: dict[str, list[Tensor]]
     log_likelihood: Tensor
     num_data: int
-
-    @property
-    def num_rows(self) -> int:
-        """Rows of the Jacobian that are kept."""
-        rows = self.factors.get(0)
-        return sum(map(len, rows.batches)) if isinstance(rows, RowFactors) else 0
+    num_rows: int = 0
 
     def plus_rest(self, other: DataSums) -> DataSums:
         """The sums of all but the factors, which stay."""
@@ -140,31 +107,44 @@ class DataSums:
             },
             self.log_likelihood + other.log_likelihood,
             self.num_data + other.num_data,
+            self.num_rows + other.num_rows,
         )
 
-    def add_factors(self, layers: Mapping[int, Any]) -> None:
+    def add_factors(self, layers: Mapping[int, AnyFactors]) -> None:
         """Add a batch's factors of some layers, in place: there is one copy of each.
 
         Args:
-            layers: Place -> factors. An input factor that layers share here and in the
-                sums stays shared.
+            layers: Place -> factors. Tensors that layers share here and in the sums
+                stay shared.
         """
-        shared: dict[tuple[Tensor, Tensor], Tensor] = {}
+        # By identity: what is added here was all there before, so that no id is that of
+        # another that has gone meanwhile.
+        sums: dict[tuple[int, int], Tensor] = {}
+
+        def add(x: Tensor, y: Tensor) -> Tensor:
+            key = id(x), id(y)
+            if key not in sums:
+                sums[key] = x + y
+            return sums[key]
+
         for i, new in layers.items():
             old = self.factors.get(i)
-            if old is None:
-                self.factors[i] = new
-            elif isinstance(old, KroneckerFactors):
-                a = shared.get(
-                    (old.a, new.a)
-                )  # by identity: one sum for all that share
-                if a is None:
-                    a = shared[old.a, new.a] = old.a + new.a
-                self.factors[i] = KroneckerFactors(
-                    a, old.g + new.g, old.count + new.count
-                )
-            else:
-                self.factors[i] = old + new
+            self.factors[i] = new if old is None else old.plus(new, add)
+
+    def named(self) -> dict[str, Tensor]:
+        """Its tensors, but those that grow, by what they are."""
+        factors = {
+            f"factors/{i}/{name}": x
+            for i, kept in self.factors.items()
+            if not kept.grows
+            for name, x in kept.tensors.items()
+        }
+        score = {
+            f"score/{site}/{i}": x
+            for site, layers in self.score.items()
+            for i, x in enumerate(layers)
+        }
+        return {**factors, **score, "log_likelihood": self.log_likelihood}
 
 
 def over_ranks(
@@ -184,98 +164,74 @@ def over_ranks(
     if ranks.size == 1:
         assert own is not None
         return own
-    forms = ranks.collected(None if own is None else _form(own))
+    forms = ranks.collected(None if own is None else _Form.of(own))
     given = [form for form in forms if form is not None]
-    like, _ = given[0]
-    places = _Places(ranks, device, keep)
-    factors = {}
-    for i, (kind, fields) in like["factors"].items():
-        factor = None if own is None else own.factors.get(i)
-        if fields is None:  # rows, and what was observed at them
-            of_each = [x for x in ranks.collected(factor) if x is not None]
-            factors[i] = functools.reduce(operator.add, of_each)
-            continue
-        # Layers share a sum of inputs where they do so on all ranks.
-        key = tuple(of_rank.get(i) for _, of_rank in given)
-        factors[i] = kind(
-            **{
-                name: places.summed((key, name) if name == "a" else None, x, form)
-                for name, form in fields.items()
-                for x in [None if factor is None else getattr(factor, name)]
-            }
-        )
-    score = {
-        site: [
-            places.summed(None, None if own is None else own.score[site][i], form)
-            for i, form in enumerate(layers)
-        ]
-        for site, layers in like["score"].items()
-    }
-    log_p = None if own is None else own.log_likelihood
+    like = given[0]
+    named = {} if own is None else own.named()
+    # Tensors that are one on all ranks have one sum.
+    keys = {name: tuple(x.first.get(name) for x in given) for name in like.tensors}
+    names = {key: name for name, key in keys.items()}  # of each key any
+    # What is one here, but not on another rank, goes into several sums.
+    times = Counter(named.get(name) for name in names.values())
+    by_key: dict[tuple[str | None, ...], Tensor] = {}
+    for key, name in names.items():
+        x = named.get(name)
+        if x is None:
+            shape, dtype = like.tensors[name]
+            x = torch.zeros(shape, dtype=dtype, device=device)
+        elif keep or times[x] > 1:
+            x = x.clone()
+        by_key[key] = ranks.sum(x)
+    sums = {name: by_key[key] for name, key in keys.items()}
+    factors: dict[int, Any] = {}
+    for i, (kind, fields) in like.factors.items():
+        if kind.by_tensor:
+            values = {name: sums[f"factors/{i}/{name}"] for name in fields}
+            factors[i] = kind(**values)
+        else:
+            of_ranks = ranks.collected(None if own is None else own.factors.get(i))
+            there = [factor for factor in of_ranks if factor is not None]
+            factors[i] = functools.reduce(operator.add, there)
     return DataSums(
         factors,
-        score,
-        places.summed(None, log_p, like["log_likelihood"]),
+        {
+            site: [sums[f"score/{site}/{i}"] for i in range(num_layers)]
+            for site, num_layers in like.score.items()
+        },
+        sums["log_likelihood"],
         ranks.total(0 if own is None else own.num_data),
+        ranks.total(0 if own is None else own.num_rows),
     )
 
 
-@dataclass(eq=False)
-class _Places:
-    """Sums over ranks of tensors that layers may share."""
+@dataclass(frozen=True)
+class _Form:
+    """What sums are like, for a rank that has none.
 
-    ranks: Ranks
-    device: torch.device
-    keep: bool
-    shared: dict[Any, Tensor] = field(default_factory=dict)
-    used: set[Tensor] = field(default_factory=set)
+    Attributes:
+        factors: Place -> kind, and its fields.
+        score: Site -> number of layers.
+        tensors: Name -> shape and dtype, of those that add up one by one.
+        first: Name -> the first that is the same tensor.
+    """
 
-    def summed(self, key: Any, x: Tensor | None, form: Tensor) -> Tensor:
-        """The sum; that of a key only once.
+    factors: dict[int, tuple[type[AnyFactors], tuple[str, ...]]]
+    score: dict[str, int]
+    tensors: dict[str, tuple[torch.Size, torch.dtype]]
+    first: dict[str, str]
 
-        Args:
-            key: What layers share it by; None is nothing.
-            x: This rank's part, None if it has none.
-            form: An empty one like it, on the meta device.
-        """
-        if key is not None and key in self.shared:
-            return self.shared[key]
-        if x is None:
-            x = torch.zeros_like(form, device=self.device)
-        elif self.keep or x in self.used:  # shared here, but not on another rank
-            x = x.clone()
-        if key is not None:
-            self.used.add(x)
-        total = self.ranks.sum(x)
-        if key is not None:
-            self.shared[key] = total
-        return total
-
-
-def _form(sums: DataSums) -> tuple[dict[str, Any], dict[int, int]]:
-    """Kinds and shapes of sums; and place -> the first that has the same inputs."""
-    first: dict[Tensor, int] = {}
-    same = {
-        i: first.setdefault(factor.a, i)
-        for i, factor in sums.factors.items()
-        if isinstance(factor, KroneckerFactors)
-    }
-    factors = {
-        i: (
-            type(factor),
-            None
-            if isinstance(factor, RowFactors | RowSample | ObservedFactors)
-            else {name: x.to("meta") for name, x in vars(factor).items()},
+    @classmethod
+    def of(cls, sums: DataSums) -> _Form:
+        """That of some sums."""
+        kept = {i: x for i, x in sums.factors.items() if x.by_tensor}
+        named = replace(sums, factors=kept).named()
+        first: dict[Tensor, str] = {}
+        return cls(
+            {i: (type(x), tuple(vars(x))) for i, x in sums.factors.items()},
+            {site: len(layers) for site, layers in sums.score.items()},
+            {name: (x.shape, x.dtype) for name, x in named.items()},
+            {name: first.setdefault(x, name) for name, x in named.items()},
         )
-        for i, factor in sums.factors.items()
-    }
-    score = {s: [x.to("meta") for x in layers] for s, layers in sums.score.items()}
-    like = {
-        "factors": factors,
-        "score": score,
-        "log_likelihood": sums.log_likelihood.to("meta"),
-    }
-    return like, same
 
 
 @dataclass(frozen=True, eq=False)
@@ -333,7 +289,12 @@ class PassState:
                         "anew."
                     )
 
-    def check_factors(self, layers: Mapping[int, Any]) -> None:
+    @cached_property
+    def _forms(self) -> dict[int, Any]:
+        """Of what was read, not of what is added to it."""
+        return {i: _form(x) for i, x in self.sums.factors.items()}
+
+    def check_factors(self, layers: Mapping[int, AnyFactors]) -> None:
         """Check that a batch's factors add to those that were read.
 
         Args:
@@ -343,12 +304,11 @@ class PassState:
             ValueError: If they're of another structure.
         """
         for i, new in layers.items():
-            old = self.sums.factors.get(i)
-            forms = [_kind(f) for f in (old, new) if f is not None]
-            if len(forms) != 2 or forms[0] != forms[1]:
+            old, form = self._forms.get(i), _form(new)
+            if old != form:
                 raise ValueError(
-                    f"{self.folder} has other factors than this fit: {forms}. Delete "
-                    "it to start anew."
+                    f"{self.folder} has other factors than this fit: {old}, not "
+                    f"{form}. Delete it to start anew."
                 )
 
     def restore_random_state(self) -> None:
@@ -377,7 +337,7 @@ class PassCheckpoint:
     shapes: Mapping[str, tuple[int, ...]]
     _resting_until: float = field(default=0.0, init=False)
     _rows: list[int] = field(default_factory=list, init=False)  # as SavedSums has them
-    _num_saved: int = field(default=0, init=False)  # batches whose rows are there
+    _num_saved: int = field(default=0, init=False)  # batches that are there
     _num_own: int = field(default=0, init=False)  # this rank's among them
 
     def read(self) -> PassState | None:
@@ -430,27 +390,31 @@ class PassCheckpoint:
                 raise ValueError(f"shared: {name!r:.80} can't share {first!r:.80}")
             tensors[name] = tensors[first]
         checked = CheckedTensors(tensors)
-        layers = [shape[1:] for shape in self.shapes.values() for _ in range(shape[0])]
         expected = {site: shape[0] for site, shape in self.shapes.items()}
         if saved.layers != expected:
             raise ValueError(f"layers are {saved.layers}, expected {expected}")
-        joint = saved.factors == "DenseFactors"
-        # Of rows that are projected there are two, whatever the layers.
-        rows = saved.factors == "RowFactors"
-        num_factors = saved.num_factors if rows else 1 if joint else len(layers)
-        kind: Any = next(kind for kind in _FACTORS if kind.__name__ == saved.factors)
-        if saved.num_factors != num_factors or {*saved.fields} != {
-            *_FIELDS[saved.factors]
-        }:
-            raise ValueError(f"{saved.num_factors} {saved.factors} of {saved.fields}")
-        size = sum(shape.numel() for shape in map(torch.Size, layers))
-        factors: dict[int, Any] = {}
-        if not rows:
-            for i, shape in enumerate([(size, size)] if joint else layers):
-                inner = checked.under(f"factors/{i}/")
-                factors[i] = kind(**_factor(inner, saved.factors, shape))
-        if saved.rows:
-            factors |= self._read_rows(saved, saved.num_factors if rows else 0)
+        kinds = {int(i): _known(name) for i, name in saved.factors.items()}
+        growing = {i: kind for i, kind in kinds.items() if kind.grows}
+        number = len(kinds.keys() - {OBSERVED})
+        if kinds.keys() - {OBSERVED} != {*range(number)}:
+            raise ValueError(f"factors are at {[*kinds]!r:.80}")
+        # One for each layer, or each is of all weights.
+        layers = [shape[1:] for shape in self.shapes.values() for _ in range(shape[0])]
+        if number != len(layers):
+            layers = [(sum(map(math.prod, layers)),)] * number
+        factors = {
+            i: kind.restored(checked.under(f"factors/{i}/"), layers[i])
+            for i, kind in kinds.items()
+            if not kind.grows
+        }
+        ends = (*saved.rows[1:], len(saved.batches))
+        for start, stop in zip(saved.rows, ends, strict=False):
+            for i, new in self._read_rows(start, stop, growing).items():
+                factors[i] = factors[i] + new if i in factors else new
+        if factors.keys() != kinds.keys():
+            raise ValueError("the folders of rows are missing")
+        self._rows = list(saved.rows)
+        self._num_saved = self._num_own = len(saved.batches)
         score = {
             site: [
                 _score(checked, f"score/{site}/{i}", shape[1:]) for i in range(shape[0])
@@ -458,68 +422,32 @@ class PassCheckpoint:
             for site, shape in self.shapes.items()
         }
         log_likelihood = checked.real("log_likelihood", (), (torch.float64,))
-        sums = DataSums(factors, score, log_likelihood, saved.num_data)
+        sums = DataSums(factors, score, log_likelihood, saved.num_data, saved.num_rows)
         return PassState(sums, saved.batches, random, self.folder)
 
-    def _read_rows(self, saved: SavedSums, num_places: int) -> dict[int, Any]:
-        """What isn't summed, of all batches done.
+    def _read_rows(
+        self, first: int, stop: int, kinds: Mapping[int, type[AnyFactors]]
+    ) -> dict[int, Any]:
+        """What has grown by some batches.
 
         Raises:
             ValueError: If it isn't there as the state has it.
         """
-        rows: dict[int, list[Tensor]] = {i: [] for i in range(num_places)}
-        observed: list[Any] = []
-        for first, stop in zip(
-            saved.rows, (*saved.rows[1:], len(saved.batches)), strict=True
-        ):
-            folder = self._rows_folder(first)
-            manifest, tensors = read_folder(folder, ROWS, torch.device("cpu"))
-            own = manifest.content
-            if own.fit != self.fit or len(own.batches) != stop - first:
-                raise ValueError(
-                    f"{folder} doesn't hold the rows of batches {first} to {stop - 1}"
-                )
-            checked = CheckedTensors({k: x.to(self.device) for k, x in tensors.items()})
-            sizes = [batch.num_rows for batch in own.batches]
-            for i in rows:
-                x = checked.real(f"rows/{i}", None, _WIDE)
-                if x.ndim != 2 or len(x) != sum(sizes):
-                    raise ValueError(
-                        f"tensor rows/{i} in {folder} has shape {tuple(x.shape)}, "
-                        f"expected ({sum(sizes)}, ...)"
-                    )
-                rows[i] += x.split(sizes)
-            observed += [
-                restore_observations(batch.observed, checked.under(f"observed/{n}/"))
-                for n, batch in enumerate(own.batches)
-                if batch.observed
-            ]
-        self._rows = list(saved.rows)
-        self._num_saved = self._num_own = len(saved.batches)
-        found: dict[int, Any] = {i: RowFactors(tuple(x)) for i, x in rows.items()}
-        if observed:
-            found[OBSERVED] = ObservedFactors(tuple(observed))
-        return found
-
-    def _write_rows(self, new: Mapping[int, Any]) -> None:
-        """Write what isn't summed of the batches since the last write."""
-        rows = [x.batches for i, x in new.items() if i != OBSERVED]
-        tensors = {
-            f"rows/{i}": torch.cat(x.batches) for i, x in new.items() if i != OBSERVED
+        folder = self._rows_folder(first)
+        manifest, tensors = read_folder(folder, ROWS, torch.device("cpu"))
+        checked = CheckedTensors({k: x.to(self.device) for k, x in tensors.items()})
+        rows: dict[int, Any] = {
+            i: kind.restored(checked.under(f"factors/{i}/"), ())
+            for i, kind in kinds.items()
         }
-        num_batches = len(next(iter(new.values())).batches)
-        batches: list[dict[str, Any]] = [
-            {"num_rows": len(rows[0][n]) if rows else 0, "observed": []}
-            for n in range(num_batches)
-        ]
-        for n, outcomes in enumerate(new[OBSERVED].batches if OBSERVED in new else ()):
-            described = describe_observations(outcomes, f"observed/{n}/")
-            batches[n]["observed"] = described[0]
-            tensors |= described[1]
-        folder = self._rows_folder(self._num_saved)
-        write_folder(folder, ROWS, {"fit": self.fit, "batches": batches}, tensors)
-        self._rows.append(self._num_saved)
-        self._num_saved += num_batches
+        numbers = {len(x.batches) for x in rows.values()}
+        sizes = {tuple(map(len, x.batches)) for i, x in rows.items() if i != OBSERVED}
+        is_ours = manifest.content.fit == self.fit and len(sizes) < 2
+        if not is_ours or numbers != {stop - first}:
+            raise ValueError(
+                f"{folder} doesn't hold the rows of batches {first} to {stop - 1}"
+            )
+        return rows
 
     def _rows_folder(self, first: int) -> Path:
         return self.folder / f"rows-{first}"
@@ -540,50 +468,47 @@ class PassCheckpoint:
         started = time.monotonic()
         if not ranks.first_says(ready and started >= self._resting_until):
             return
-        new: dict[int, Any] = {}  # since the last write, of what isn't summed
         if own is not None:
-            rest = {i: x for i, x in own.factors.items() if not isinstance(x, _GROWING)}
-            new = {
-                i: type(x)(x.batches[self._num_own :])
+            new = {  # since the last write, of what grows
+                i: replace(x, batches=x.batches[self._num_own :]) if x.grows else x
                 for i, x in own.factors.items()
-                if isinstance(x, _GROWING)
             }
-            own = replace(own, factors=rest)
+            own = replace(own, factors=new)
             self._num_own = len(batches)
         sums = over_ranks(ranks, own, self.device, keep=True)
-        of_all = ranks.collected(list(batches))
-        for of_rank in ranks.collected(new)[1:]:
-            new = {i: new[i] + x if i in new else x for i, x in of_rank.items()} or new
+        of_all = [digest for x in ranks.collected(list(batches)) for digest in x]
         if not is_first():
             return
         random = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             random[str(self.device)] = torch.cuda.get_rng_state(self.device)
         tensors = {f"random/{device}": state for device, state in random.items()}
-        tensors["log_likelihood"] = sums.log_likelihood
-        # Before the state that says so: a crash leaves rows that nobody asks for.
-        if any(x.batches for x in new.values()):  # else all were done before
-            self._write_rows(new)
         shared: dict[str, str] = {}
         names: dict[Tensor, str] = {}
-        for i, factor in sums.factors.items():
-            for field_name, x in vars(factor).items():
-                name = f"factors/{i}/{field_name}"
-                if x in names:
-                    shared[name] = names[x]
-                else:
-                    names[x], tensors[name] = name, x
-        for site, layers in sums.score.items():
-            tensors |= {f"score/{site}/{i}": x for i, x in enumerate(layers)}
-        places = {**sums.factors, **new}
+        for name, x in sums.named().items():
+            if x in names:
+                shared[name] = names[x]
+            else:
+                names[x], tensors[name] = name, x
+        rows = {  # new ones
+            f"factors/{i}/{name}": x
+            for i, kept in sums.factors.items()
+            if kept.grows
+            for name, x in kept.tensors.items()
+        }
+        # Before the state that says so: a crash leaves rows that nobody asks for.
+        if rows:  # else all were done before
+            folder = self._rows_folder(self._num_saved)
+            write_folder(folder, ROWS, {"fit": self.fit}, rows)
+            self._rows.append(self._num_saved)
+        self._num_saved = len(of_all)
         header = {
             "fit": self.fit,
-            "batches": [digest for of_rank in of_all for digest in of_rank],
+            "batches": of_all,
             "num_data": sums.num_data,
+            "num_rows": sums.num_rows,
             "random": list(random),
-            "factors": type(places[0]).__name__,
-            "fields": list(vars(places[0])),
-            "num_factors": sum(place != OBSERVED for place in places),
+            "factors": {str(i): name_of(type(x)) for i, x in sums.factors.items()},
             "shared": shared,
             "layers": {site: len(layers) for site, layers in sums.score.items()},
             "rows": self._rows,
@@ -668,16 +593,26 @@ class PassLog:
             self.before.check(num_found)
 
 
-def _kind(factor: Any) -> Any:
-    """What factors that add up have in common."""
-    if isinstance(factor, ObservedFactors):
-        return ObservedFactors
-    if isinstance(factor, RowFactors):
-        return RowFactors, factor.batches[-1].shape[1:], factor.batches[-1].dtype
-    shapes = {name: (x.shape, x.dtype) for name, x in vars(factor).items()}
-    if isinstance(factor, RowSample):  # some rows or more
-        shapes = {name: (shape[1:], dtype) for name, (shape, dtype) in shapes.items()}
-    return type(factor), list(shapes.items())
+def _form(factors: AnyFactors) -> Any:
+    """What factors that add up have in common, shapes and dtypes but of rows."""
+    kind = type(factors).__name__
+    if factors.by_tensor:
+        return kind, {name: (x.shape, x.dtype) for name, x in factors.tensors.items()}
+    return kind, {(x.shape[1:], x.dtype) for x in factors.tensors.values()}
+
+
+def _known(name: str) -> type[AnyFactors]:
+    """The kind of factors of that name.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    kind = kind_named(name)
+    if kind is None:
+        raise ValueError(
+            f"nothing is known of factors called {name!r:.80}; import what defines them"
+        )
+    return kind
 
 
 def _generator(state: Tensor | None, device: str, sums: torch.device) -> Tensor:
@@ -694,59 +629,6 @@ def _generator(state: Tensor | None, device: str, sums: torch.device) -> Tensor:
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"the generator's state of {device!r}: {error}") from error
     return state
-
-
-def _factor(
-    tensors: CheckedTensors, kind: str, shape: tuple[int, ...]
-) -> dict[str, Tensor]:
-    """The fields of one layer's factors, or of all layers'.
-
-    Raises:
-        ValueError: If they aren't sums of squares or outer products of its size.
-    """
-    dtypes = (torch.float32, torch.float64)
-    out, width = (*shape, 1)[:2]  # a bias is a matrix of one column
-    if kind == "DiagonalFactors":
-        return {"diagonal": tensors.not_negative("diagonal", (out, width), dtypes)}
-    if kind == "DenseFactors":
-        return {"matrix": _gram(tensors, "matrix", out)}
-    if kind == "RowSample":
-        keys = tensors.not_negative("keys", None, DOUBLE)
-        if keys.ndim != 1:
-            raise ValueError(f"tensor {tensors.prefix}keys has shape {keys.shape}")
-        values = tensors.real("values", (len(keys), out * width), dtypes)
-        return {"values": values, "keys": keys, "size": tensors.any("size")}
-    count = tensors.not_negative("count", (), dtypes)
-    return {
-        "a": _gram(tensors, "a", width),
-        "g": _gram(tensors, "g", out),
-        "count": count,
-    }
-
-
-def _gram(tensors: CheckedTensors, name: str, width: int) -> Tensor:
-    """A Gram matrix (n, n), or the sketch (n, 2 k + 1) of one.
-
-    Raises:
-        ValueError: If it's neither.
-    """
-    x = tensors.real(name, None, (torch.float32, torch.float64))
-    if x.shape == (width, width):
-        check_definite(x, f"tensor {tensors.prefix}{name}", FLOAT32)
-        # As the eigenvalues' own check, which doesn't know of the file.
-        if not (
-            (x - x.mT).abs() <= torch.finfo(x.dtype).eps ** 0.5 * x.abs().max()
-        ).all():
-            raise ValueError(f"tensor {tensors.prefix}{name} isn't symmetric")
-        return x
-    # An odd number of columns, fewer than rows: see nystrom.
-    sketch = x.ndim == 2 and x.shape[0] == width and x.shape[1] < width
-    if not sketch or x.shape[1] % 2 == 0:
-        raise ValueError(
-            f"tensor {tensors.prefix}{name} has shape {tuple(x.shape)}, expected "
-            f"({width}, {width}) or ({width}, 2 k + 1)"
-        )
-    return x
 
 
 def _score(tensors: CheckedTensors, name: str, shape: tuple[int, ...]) -> Tensor:

@@ -13,53 +13,17 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from pyro_lora.curvature.joint_distribution import (
+    flatten_weights,
+    sample_parts,
+    unflatten_weights,
+)
 from pyro_lora.curvature.weight_gaussian import WeightGaussian
 from pyro_lora.ground.weights import Weights
-
-
-def flatten_weights(
-    weights: Mapping[str, Tensor], like: Mapping[str, Tensor]
-) -> Tensor:
-    """Weight sets as vectors: sites in the order of ``like``, each row-major.
-
-    Args:
-        weights: Site -> value with any leading dims.
-        like: Site -> one value without leading dims.
-
-    Returns:
-        (..., D).
-    """
-    return torch.cat(
-        [
-            weights[site].reshape(
-                *weights[site].shape[: weights[site].ndim - x.ndim], x.numel()
-            )
-            for site, x in like.items()
-        ],
-        -1,
-    )
-
-
-def unflatten_weights(flat: Tensor, like: Mapping[str, Tensor]) -> Weights:
-    """The inverse of :func:`flatten_weights`.
-
-    Args:
-        flat: (..., D).
-        like: Site -> one value without leading dims.
-
-    Returns:
-        Site -> (..., *event shape).
-    """
-    by_site = flat.split([x.numel() for x in like.values()], -1)
-    return {
-        site: part.reshape(flat.shape[:-1] + x.shape)
-        for (site, x), part in zip(like.items(), by_site, strict=True)
-    }
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -152,15 +116,7 @@ class DenseGaussian(WeightGaussian):
 
     def pyro_sample(self, infer: Mapping[str, Any]) -> Weights:
         """See the base class; one auxiliary joint variable, the sites Deltas of it."""
-        flat = pyro.sample("lora_joint", self._normal, infer={"is_auxiliary": True})
-        return {
-            site: pyro.sample(
-                site,
-                dist.Delta(value, event_dim=self.loc[site].ndim),
-                infer=infer.get(site, {}),
-            )
-            for site, value in unflatten_weights(flat, self.loc).items()
-        }
+        return sample_parts(self._normal, self.loc, infer)
 
     def _cholesky(self, tau: Mapping[str, Tensor]) -> Tensor:
         return _cholesky(self._precision(tau))

@@ -23,14 +23,11 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-import pyro
-import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_lora.curvature.dense_gaussian import unflatten_weights
 from pyro_lora.curvature.factors import RowFactors
-from pyro_lora.curvature.joint_distribution import JointDistribution
+from pyro_lora.curvature.joint_distribution import JointDistribution, sample_parts
 from pyro_lora.curvature.observations import Observations, joined
 from pyro_lora.curvature.weight_gaussian import WeightGaussian
 from pyro_lora.ground.summary import FieldsShown
@@ -427,7 +424,7 @@ class DualGaussian(WeightGaussian):
         image = image + torch.randn(image.shape, dtype=image.dtype, device=image.device)
         alpha = self.roots.left(torch.cholesky_solve(image, self._cholesky)).mT
         return {
-            site: x + noise[site] - step / self.prior_precision[site].to(x)
+            site: x + noise[site] - step.to(x) / self.prior_precision[site].to(x)
             for (site, x), step in zip(
                 self.loc.items(), self.rows.spread(alpha).values(), strict=True
             )
@@ -504,7 +501,7 @@ class DualGaussian(WeightGaussian):
         scale = (values * (1 + values)).rsqrt()
         alpha = (self.roots.left(vectors) * scale).mT
         steps = {
-            site: x / self.prior_precision[site].to(x)
+            site: (x / self.prior_precision[site].to(x)).to(self.loc[site])
             for site, x in self.rows.spread(alpha).items()
         }
         return steps, values / (1 + values)
@@ -557,19 +554,7 @@ class DualGaussian(WeightGaussian):
 
     def pyro_sample(self, infer: Mapping[str, Any]) -> Weights:
         """See the base class; one auxiliary joint variable, the sites Deltas of it."""
-        flat = pyro.sample(
-            "lora_joint",
-            JointDistribution(self, self.loc),
-            infer={"is_auxiliary": True},
-        )
-        return {
-            site: pyro.sample(
-                site,
-                dist.Delta(value, event_dim=self.loc[site].ndim),
-                infer=infer.get(site, {}),
-            )
-            for site, value in unflatten_weights(flat, self.loc).items()
-        }
+        return sample_parts(JointDistribution(self, self.loc), self.loc, infer)
 
     def _under_uniform(
         self, own: Tensor, inside: Tensor, uniform: Sequence[Tensor | None]

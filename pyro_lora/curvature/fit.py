@@ -52,7 +52,6 @@ from pyro_lora.curvature.data_sums import (
     fit_digest,
     over_ranks,
 )
-from pyro_lora.curvature.factors import ObservedFactors
 from pyro_lora.curvature.fisher import (
     FisherTerms,
     Site,
@@ -65,6 +64,7 @@ from pyro_lora.curvature.fisher import (
 )
 from pyro_lora.curvature.observations import Observed
 from pyro_lora.curvature.prior_moments import model_scales, prior_at_mode
+from pyro_lora.curvature.saved_observations import ObservedFactors
 from pyro_lora.curvature.structures import (
     BatchStructure,
     Captures,
@@ -237,7 +237,7 @@ class FisherFit:
         obs_site: The likelihood's name, None where there are several.
         prior_scales: Site -> scale of its log density, where the model says it, as
             :func:`~pyro_lora.curvature.prior_moments.model_scales`.
-        arguments: The arguments that the batches gave to the model.
+        arguments: The arguments that the last batch gave to the model.
     """
 
     gaussian: WeightGaussian
@@ -396,10 +396,9 @@ class FisherPasses:
         trace: Any = None
         sums: DataSums | None = None
         log = PassLog(checkpoint, ranks)
-        before, num_rows = log.before, 0
+        before = log.before
         if before is not None:
             sums = before.sums
-            num_rows = sums.num_rows
         last: tuple[int, Batch] | None = None
 
         def to_do() -> Iterator[tuple[int, Batch]]:
@@ -429,13 +428,15 @@ class FisherPasses:
                     if several_plates(site) and record.mixes_data(terms.terms):
                         raise ValueError(wrong_plate(site))
                 plate = data_plate(sites[0])
-                num_rows += _checked_rows(terms, plate, num_rows, summed.max_rows)
+                rows_before = 0 if sums is None else sums.num_rows
+                num_rows = _checked_rows(terms, plate, rows_before, summed.max_rows)
                 score, factors = batch_factors(
                     terms, log_p, leaves, record, summed, 1e9 * max_memory_gb
                 )
                 _check_finite(log_p, score, index, name)
             del record  # or its tensors would live through the next forward pass
-            of_batch = DataSums({}, score, log_p.detach(), terms.terms.shape[1])
+            num_data = terms.terms.shape[1]
+            of_batch = DataSums({}, score, log_p.detach(), num_data, num_rows)
             if terms.observed is not None:
                 factors = _of_outcomes(factors, terms.observed)
             if before is not None:
@@ -451,7 +452,7 @@ class FisherPasses:
             raise ValueError(ranks.none_here(NO_BATCHES))
         if trace is None:  # for the prior, where all batches were done before
             trace = trace_batch(self.model, {**held, **leaves}, last[1], last[0])
-        _check_rows(ranks.total(num_rows), summed.max_rows)
+        _check_rows(ranks.total(0 if sums is None else sums.num_rows), summed.max_rows)
         device = next(iter(leaves.values())).device
         sums = over_ranks(ranks, sums, device)
         sites = observed_sites(trace, self.obs_site)

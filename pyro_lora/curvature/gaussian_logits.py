@@ -280,11 +280,14 @@ def probit(logits: GaussianLogits) -> Tensor:
 
     Two classes (MacKay 1992, "The evidence framework applied to classification
     networks"): :math:`\sigma(m / \sqrt{1 + \pi v / 8})` for the logit
-    :math:`f_1 - f_0 \sim N(m, v)`. More classes: :math:`1 / p_k = 1 + \sum_{i \ne k}
-    \exp(-m_{ki} / \sqrt{1 + \pi v_{ki} / 8})` over the differences
-    :math:`f_k - f_i \sim N(m_{ki}, v_{ki})`, normalised, the pairwise mean field of Lu,
-    Ie & Sha (2020), https://arxiv.org/abs/2006.07584. Unlike a softmax of rescaled
-    logits it doesn't depend on how the logits' common shift is fixed.
+    :math:`f_1 - f_0 \sim N(m, v)`. More classes:
+
+    .. math:: 1 / p_k = 1 + \sum_{i \ne k} \exp(-m_{ki} / \sqrt{1 + \pi v_{ki} / 8})
+
+    over the differences :math:`f_k - f_i \sim N(m_{ki}, v_{ki})`, normalised, the
+    pairwise mean field of Lu, Ie & Sha (2020), https://arxiv.org/abs/2006.07584. Unlike
+    a softmax of rescaled logits it doesn't depend on how the logits' common shift is
+    fixed.
 
     Its absolute error is below .02 for two classes. For up to ten it is about .01 on
     average and at most .15 where logits have an sd of 1, and at most .3 where it is 5.

@@ -19,9 +19,48 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_lora.curvature.dense_gaussian import flatten_weights, unflatten_weights
 from pyro_lora.ground.weights import Weights
 from pyro_lora.lifting.lifted_network import LiftedNetwork
+
+
+def flatten_weights(
+    weights: Mapping[str, Tensor], like: Mapping[str, Tensor]
+) -> Tensor:
+    """Weight sets as vectors: sites in the order of ``like``, each row-major.
+
+    Args:
+        weights: Site -> value with any leading dims.
+        like: Site -> one value without leading dims.
+
+    Returns:
+        (..., D).
+    """
+    return torch.cat(
+        [
+            weights[site].reshape(
+                *weights[site].shape[: weights[site].ndim - x.ndim], x.numel()
+            )
+            for site, x in like.items()
+        ],
+        -1,
+    )
+
+
+def unflatten_weights(flat: Tensor, like: Mapping[str, Tensor]) -> Weights:
+    """The inverse of :func:`flatten_weights`.
+
+    Args:
+        flat: (..., D).
+        like: Site -> one value without leading dims.
+
+    Returns:
+        Site -> (..., *event shape).
+    """
+    by_site = flat.split([x.numel() for x in like.values()], -1)
+    return {
+        site: part.reshape(flat.shape[:-1] + x.shape)
+        for (site, x), part in zip(like.items(), by_site, strict=True)
+    }
 
 
 class WeightDistribution(Protocol):
@@ -88,12 +127,22 @@ def sample_jointly(
     Returns:
         Site -> the value sampled.
     """
-    flat = pyro.sample(
-        "lora_joint",
-        JointDistribution(weights, like),
-        infer={"is_auxiliary": True},
-    )
-    return sample_deltas(unflatten_weights(flat, like), like, networks)
+    return sample_parts(JointDistribution(weights, like), like, infer_of(networks))
+
+
+def sample_parts(fn: Any, like: Weights, infer: Mapping[str, Any]) -> Weights:
+    """Likewise of a distribution over vectors.
+
+    Args:
+        fn: Over vectors (D,), whose parts are the sites, in order.
+        like: Site -> one value of the site's shape.
+        infer: Site -> the ``infer`` dict of its sample statement.
+
+    Returns:
+        Site -> the value sampled.
+    """
+    flat = pyro.sample("lora_joint", fn, infer={"is_auxiliary": True})
+    return _deltas(unflatten_weights(flat, like), like, infer)
 
 
 def infer_of(networks: tuple[LiftedNetwork, ...]) -> dict[str, Any]:
@@ -114,7 +163,10 @@ def sample_deltas(
     Returns:
         Site -> the value.
     """
-    infer = infer_of(networks)
+    return _deltas(weights, like, infer_of(networks))
+
+
+def _deltas(weights: Weights, like: Weights, infer: Mapping[str, Any]) -> Weights:
     return {
         site: pyro.sample(
             site,

@@ -24,7 +24,7 @@ from torch.distributions import biject_to
 
 from pyro_lora.ground.ranks import ALONE, Ranks
 from pyro_lora.ground.summary import FieldsShown
-from pyro_lora.ground.weights import Weights
+from pyro_lora.ground.weights import Weights, handing_out_copies
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.likelihood.batch import NO_BATCHES, Batch, checked_batches, explaining
 from pyro_lora.likelihood.data_plate import data_plate
@@ -41,6 +41,7 @@ MAX_LATENTS = 1000  # one forward and as many small backward passes a batch
 _zeros = partial(torch.zeros, dtype=torch.float64, device="cpu")
 
 
+@handing_out_copies("values", "precision", "log_prior", "gradient")
 @dataclass(frozen=True, eq=False, repr=False)
 class LatentBlock(FieldsShown):
     r"""Gaussian over latent sites in unconstrained space, :math:`N(u, H^{-1})`.

@@ -566,8 +566,9 @@ def _moved(
     gaussian: DualGaussian, center: Weights, tau: Weights, mode: LinearMode
 ) -> DualGaussian:
     step = gaussian.rows.spread(mode.alpha[None])
+    # The rows may be wider than the network, of a file for one, which has the weights'.
     loc = {
-        site: center[site] + step[site][0] / tau[site].to(step[site])
-        for site in gaussian.loc
+        site: (center[site] + step[site][0] / tau[site].to(step[site])).to(x)
+        for site, x in gaussian.origin.items()
     }
     return replace(gaussian, loc=loc, roots=mode.at.roots, mode_precision=tau)

@@ -10,11 +10,14 @@ Of two outcomes of a Bernoulli, for example:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor
 
+from pyro_lora.curvature.factors import GrowingFactors
 from pyro_lora.curvature.observations import Observations
 from pyro_lora.ground.checked_tensors import DOUBLE, CheckedTensors
 from pyro_lora.ground.tensor_folder import Count, Real, Schema
@@ -130,3 +133,42 @@ def restore_observations(
             )
         found.append(part)
     return tuple(found)
+
+
+@dataclass(frozen=True)
+class ObservedFactors(GrowingFactors):
+    """What each batch observed at the rows of its Jacobian."""
+
+    batches: tuple[tuple[Observations, ...], ...]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """See the base class; a description is bytes of JSON."""
+        found: dict[str, Tensor] = {}
+        for n, outcomes in enumerate(self.batches):
+            description, tensors = describe_observations(outcomes, f"{n}/")
+            as_bytes = list(msgspec.json.encode(description))
+            found |= tensors | {f"{n}/json": torch.tensor(as_bytes, dtype=torch.uint8)}
+        return found
+
+    @classmethod
+    def restored(cls, tensors: CheckedTensors, shape: Sequence[int]) -> ObservedFactors:
+        """See the base class.
+
+        Raises:
+            ValueError: If there can't be such outcomes.
+        """
+        batches: list[tuple[Observations, ...]] = []
+        while (name := f"{len(batches)}/json") in tensors:
+            as_bytes = tensors.any(name)
+            if as_bytes.dtype != torch.uint8 or as_bytes.ndim != 1:
+                raise ValueError(f"tensor {tensors.prefix}{name} isn't JSON")
+            try:
+                description = msgspec.json.decode(
+                    bytes(as_bytes.tolist()), type=tuple[ObservationsDescription, ...]
+                )
+            except msgspec.DecodeError as error:
+                raise ValueError(f"tensor {tensors.prefix}{name}: {error}") from error
+            inner = tensors.under(f"{len(batches)}/")
+            batches.append(restore_observations(description, inner))
+        return cls(tuple(batches))

@@ -14,7 +14,8 @@ half, and Fisher terms may come some at a time::
     factors = structure.combine(inputs, terms)  # adds up over batches
 
 A structure of your own is one more subclass of :class:`LayerStructure`, or of
-:class:`JointStructure` for one matrix over all layers.
+:class:`JointStructure` for one matrix over all layers. Its factors are some of those
+here, or of your own: one more subclass of :class:`SummedFactors`.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from pyro_lora.curvature.block_gaussian import (
     BlockGaussian,
-    Spectra,
     eigenblocks,
     shared_out,
     with_values,
@@ -39,16 +40,19 @@ from pyro_lora.curvature.data_sums import OBSERVED
 from pyro_lora.curvature.dense_gaussian import DenseGaussian
 from pyro_lora.curvature.dual_gaussian import dual_gaussian
 from pyro_lora.curvature.factors import (
+    AnyFactors,
     DenseFactors,
     DiagonalFactors,
+    EigenFactors,
     KroneckerFactors,
-    ObservedFactors,
     RowFactors,
     RowSample,
+    SummedFactors,
     at_least_float32,
 )
 from pyro_lora.curvature.inducing import Span, projected_gaussian, span_of
 from pyro_lora.curvature.nystrom import gram
+from pyro_lora.curvature.saved_observations import ObservedFactors
 from pyro_lora.curvature.weight_gaussian import WeightGaussian
 from pyro_lora.ground.ranks import ALONE, Ranks
 from pyro_lora.ground.weights import Weights
@@ -60,11 +64,13 @@ __all__ = [
     "DenseFactors",
     "Diagonal",
     "DiagonalFactors",
+    "EigenFactors",
     "Exact",
     "JointStructure",
     "KroneckerFactors",
     "LayerStructure",
     "Structure",
+    "SummedFactors",
 ]
 
 Captures = Mapping[int, LayerCapture]  # by place among the layers
@@ -168,10 +174,11 @@ class LayerStructure(Structure, BatchStructure):
         """
 
     @abstractmethod
-    def combine(
-        self, inputs: Any, gradients: Tensor
-    ) -> KroneckerFactors | DiagonalFactors:
+    def combine(self, inputs: Any, gradients: Tensor) -> AnyFactors:
         """The layer's factors, which add up over batches.
+
+        With those that are no :class:`EigenFactors` goes a :meth:`gaussian` of your
+        own.
 
         Args:
             inputs: What :meth:`input_factor` gave.
@@ -180,7 +187,7 @@ class LayerStructure(Structure, BatchStructure):
 
     def __call__(
         self, a: Tensor, g: Tensor, counts: Tensor | CountedTokens | None = None
-    ) -> KroneckerFactors | DiagonalFactors:
+    ) -> Any:
         """The factors of one layer and batch.
 
         Args:
@@ -218,7 +225,17 @@ class LayerStructure(Structure, BatchStructure):
                     new = self.gradient_factor(inputs[i], g, counts[i])
                     sums[i] = sums[i] + new if i in sums else new
                 if chunk is chunks[-1]:  # their terms are all there
-                    yield {i: self.combine(inputs.pop(i), sums.pop(i)) for i in places}
+                    yield {i: self._factors(inputs.pop(i), sums.pop(i)) for i in places}
+
+    def _factors(self, inputs: Any, gradients: Tensor) -> AnyFactors:
+        factors = self.combine(inputs, gradients)
+        if not isinstance(factors, AnyFactors):
+            raise ValueError(
+                f"{type(self).__name__}.combine returned {type(factors).__name__}, "
+                "expected factors: KroneckerFactors, DiagonalFactors, DenseFactors, or "
+                "a frozen dataclass that subclasses structures.SummedFactors."
+            )
+        return factors
 
     def _input_factor(
         self,
@@ -242,7 +259,18 @@ class LayerStructure(Structure, BatchStructure):
         next_pass: Callable[[BatchStructure], Factors],
         ranks: Ranks = ALONE,
     ) -> WeightGaussian:
-        """See the base class."""
+        """See the base class; of :class:`EigenFactors`.
+
+        Raises:
+            ValueError: If they're others.
+        """
+        for x in factors.values():
+            if not isinstance(x, EigenFactors):
+                raise ValueError(
+                    f"{type(x).__name__} have no eigenvalues of a layer. Let them "
+                    f"subclass structures.EigenFactors, or give {type(self).__name__} "
+                    "a method gaussian."
+                )
         return _blocks(loc, prior_precision, factors, ranks)
 
 
@@ -601,6 +629,6 @@ def _blocks(
     """A block for each layer; the factors are used up."""
     places = iter(range(len(factors)))
     by_site = {s: [factors.pop(next(places)) for _ in x] for s, x in loc.items()}
-    decompose, spectra = shared_out(by_site, ranks), Spectra()
+    decompose, spectra = shared_out(by_site, ranks), WeakTensorKeyDictionary()
     blocks = {s: eigenblocks(x, spectra, s, decompose) for s, x in by_site.items()}
     return BlockGaussian(loc, prior_precision, blocks)

@@ -151,6 +151,36 @@ class LogJoint:
         with explaining(batch, nodes=trace.nodes):
             return datum_log_probs(site) * data_plate(site).scale
 
+    @torch.no_grad()
+    def is_by_row(self, mode: Weights) -> bool:
+        """Whether data of the first batch are the same in other places and among fewer.
+
+        They aren't where a tensor only happens to be as long as the batch (a weight for
+        each of B classes), or where data of a batch depend on each other.
+
+        Args:
+            mode: Site -> value, all latent sites.
+        """
+        at = self.at_draws({site: x[None] for site, x in mode.items()})
+
+        def log_probs(batch: Batch) -> Tensor:
+            (trace,) = at.traces(batch)
+            return self.log_probs(trace, batch)[0]
+
+        each = log_probs(self.first)
+        if not _has_rows(self.first, len(each)):
+            return False
+        moved = torch.arange(len(each), device=each.device).roll(1)
+        # Far above what is rounded, as padding and batch size do it.
+        dtype = max((x.dtype for x in mode.values()), key=lambda x: torch.finfo(x).eps)
+        same = torch.finfo(dtype).eps ** 0.5
+        return all(
+            torch.allclose(
+                log_probs(_rows_of(self.first, rows)), each[rows], same, same
+            )
+            for rows in (moved, moved[: math.ceil(len(each) / 2)])
+        )
+
     def log_prior(self, weights: Mapping[str, Tensor]) -> Tensor:
         """That of the lifted networks, (S,), nats, float64."""
         by_site = log_prior_by_site(self.prior, self.networks, weights)
@@ -369,11 +399,13 @@ class _Sample:
     Attributes:
         num_rows: How many; of whole batches as many as have that many rows, two at
             least.
+        by_row: Whether batches with rows can be taken apart.
         seen: Units that went by.
         kept: Random numbers and units, in order.
     """
 
     num_rows: int
+    by_row: bool
     seen: int = 0
     kept: list[tuple[float, _Unit]] = field(default_factory=list)
 
@@ -390,18 +422,15 @@ class _Sample:
             known: What is known of each datum at each weight set, (S, B).
         """
         size = known.shape[1]
-        by_row = _has_rows(batch, size)
+        by_row = self.by_row and _has_rows(batch, size)
         number = self.num_rows if by_row else max(2, math.ceil(self.num_rows / size))
         for i, key in enumerate(torch.rand(size if by_row else 1, device="cpu")):
             self.seen += 1
             if len(self.kept) == number and key > self.kept[-1][0]:
                 continue
             if by_row:
-                rows = {
-                    name: x[i : i + 1] if isinstance(x, Tensor) else x
-                    for name, x in batch.items()
-                }
-                unit = _Unit(batch.replaced(**rows), known[:, i], 1, size)
+                row = _rows_of(batch, torch.tensor([i], device=known.device))
+                unit = _Unit(row, known[:, i], 1, size)
             else:
                 unit = _Unit(batch, known.sum(1), size, size)
             insort(self.kept, (float(key), unit), key=itemgetter(0))
@@ -426,6 +455,13 @@ def _has_rows(batch: Batch, size: int) -> bool:
         if isinstance(x, Tensor)
         else isinstance(x, bool | int | float | str | None)
         for x in batch.values()
+    )
+
+
+def _rows_of(batch: PlacedBatch, rows: Tensor) -> PlacedBatch:
+    """Some of a batch's data, of which every tensor has a row for each."""
+    return batch.replaced(
+        **{s: x[rows.to(x.device)] for s, x in batch.items() if isinstance(x, Tensor)}
     )
 
 
@@ -517,7 +553,9 @@ def linear_pass(
     predictions: list[AnyPrediction] = []
     is_all = has_joint  # there is in the gradient
     known: Tensor | float = 0.0
-    sample = _Sample(math.ceil(num_rows / joint.ranks.size))
+    sample = None
+    if has_joint and sets is not None:
+        sample = _Sample(math.ceil(num_rows / joint.ranks.size), joint.is_by_row(mode))
     in_step = joint.ranks.in_step(checked_batches(joint.batches))
     for index, batch in enumerate(joint.ranks.drawing(in_step)):
         with evaluating(gaussian.networks):
@@ -530,7 +568,7 @@ def linear_pass(
             if is_all:
                 for site, g in at.gradient(terms.total).items():
                     gradient[site] += g.to(gradient[site])
-            if sets is not None:
+            if sets is not None and sample is not None:
                 logits = sets.logits(at)
                 each = torch.cat([terms.at(f) for f in logits.split(DRAWS_AT_ONCE)])
                 known = known + each.sum(1)
@@ -551,7 +589,7 @@ def linear_pass(
         shares = joint.ranks.collected(kind.concatenated(predictions))
         prediction = shares[0] if len(shares) == 1 else kind.concatenated(shares)
     found = None
-    if has_joint and sets is not None:
+    if sets is not None and sample is not None:
         assert isinstance(known, Tensor)  # each rank has a batch
         found = _estimated(joint, sets, known, sample)
     return Linearised(
@@ -587,7 +625,8 @@ def constant_pass(joint: LogJoint, sets: WeightSets, num_rows: int) -> LogLikeli
         num_rows: On how many rows the network itself is run there.
     """
     at = joint.at_draws({site: x[None] for site, x in sets.mode.items()})
-    sample = _Sample(math.ceil(num_rows / joint.ranks.size))
+    by_row = joint.is_by_row(sets.mode)
+    sample = _Sample(math.ceil(num_rows / joint.ranks.size), by_row)
     known: Tensor | float = 0.0
     in_step = joint.ranks.in_step(checked_batches(joint.batches))
     for batch in joint.ranks.drawing(in_step):

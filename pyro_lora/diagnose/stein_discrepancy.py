@@ -73,14 +73,17 @@ def kernelized_stein_discrepancy(
     r"""Squared kernelised Stein discrepancy between particles and the posterior.
 
     With :math:`s = \nabla \log p / T`, D weights, and a kernel :math:`k =
-    \kappa(d^2)` the Stein kernel is :math:`u(x, y) = \kappa\, s(x)^T s(y) + 2 \kappa'
-    (s(y) - s(x))^T (x - y) - 2 D \kappa' - 4 d^2 \kappa''` (Liu, Lee & Jordan 2016,
-    https://arxiv.org/abs/1602.03253, eq. 14; Chwialkowski, Strathmann & Gretton 2016,
-    https://arxiv.org/abs/1602.02964). Under the posterior its mean is 0. ``IMQ``, the
-    default, also notices mass that is missing (Gorham & Mackey 2017,
-    https://arxiv.org/abs/1703.01717); a kernel over ``"site"`` adds one discrepancy a
-    site. Weights are compared in unconstrained space, and the density has the
-    transform's Jacobian there.
+    \kappa(d^2)` the Stein kernel is
+
+    .. math:: u(x, y) = \kappa\, s(x)^T s(y) + 2 \kappa' (s(y) - s(x))^T (x - y)
+              - 2 D \kappa' - 4 d^2 \kappa''
+
+    (Liu, Lee & Jordan 2016, https://arxiv.org/abs/1602.03253, eq. 14; Chwialkowski,
+    Strathmann & Gretton 2016, https://arxiv.org/abs/1602.02964). Under the posterior
+    its mean is 0. ``IMQ``, the default, also notices mass that is missing (Gorham &
+    Mackey 2017, https://arxiv.org/abs/1703.01717); a kernel over ``"site"`` adds one
+    discrepancy a site. Weights are compared in unconstrained space, and the density has
+    the transform's Jacobian there.
 
     The p-value multiplies pairs by random signs, :math:`\frac{1}{S (S-1)} \sum_{i \ne
     j} \epsilon_i \epsilon_j u_{ij}`, and counts those that reach the statistic

@@ -190,7 +190,8 @@ def to_datatree(
     Raises:
         ImportError: If ArviZ isn't installed.
         ValueError: If the model is missing or doesn't fit the posterior, ``batches``
-            is empty or can't be read again for more draws or the prior's, only some
+            is empty, can't be read again for more draws or the prior's or is missing
+            where ``method`` or ``prior_predictive`` needs it, only some
             batches have labels, raw weights are too many, ``"linearized"`` doesn't
             fit, the posterior is ``mc_dropout``'s, or ``path`` exists.
 
@@ -209,6 +210,13 @@ def to_datatree(
     check_word("method", method, ("linearized", "sample", None))
     if num_samples is not None:
         check_count("num_samples", num_samples)
+    of_data = {"method": method is not None, "prior_predictive": prior_predictive}
+    for name in (name for name, is_said in of_data.items() if is_said):
+        if batches is None:
+            raise ValueError(
+                f"{name}= is about groups that depend on data, and there are no "
+                "batches. Pass batches=, or leave it out."
+            )
     ranks = ranks_of(mesh, "data")
     first, batches = _first_batch(batches, ranks)
     own: Posterior | None = None

@@ -15,7 +15,8 @@ classes), and which of the ready models the posterior is of:
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import fields, is_dataclass
 from functools import partial
@@ -27,6 +28,7 @@ import msgspec
 import torch
 import transformers
 from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftConfig, PeftModel
 from torch import nn
 
@@ -45,6 +47,9 @@ from pyro_lora.likelihood.model_trace import Model
 from pyro_lora.posteriors.posterior import Posterior, kind_of
 from pyro_lora.posteriors.prior import with_scaled_sites
 from pyro_lora.priors import Prior
+
+# What the client of HTTP raises that the hub's is built on: httpx, or one like it.
+_OF_HTTP: Any = HfHubHTTPError.__bases__[0]
 
 _FOLDER = "posterior"
 _METADATA = "pretrained"  # its name among the manifest's metadata
@@ -167,7 +172,7 @@ def push_to_hub(
             "base_model_name_or_path = 'owner/name'."
         )
     api = HfApi(token=token)
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder, _reaching_the_hub():
         save_pretrained(posterior, folder, metadata)
         repo = api.create_repo(repo_id, private=private, exist_ok=True)
         commit = api.upload_folder(
@@ -217,7 +222,9 @@ def from_pretrained(
     """
     folder = Path(name)
     if not folder.is_dir():
-        folder = Path(snapshot_download(str(name), revision=revision, token=token))
+        with _reaching_the_hub():
+            found = snapshot_download(str(name), revision=revision, token=token)
+        folder = Path(found)
     about = _about(folder)
     if network is None:
         network = _base(folder, about.class_names, token)
@@ -227,6 +234,25 @@ def from_pretrained(
     lora = lift(network.eval(), prior=prior)
     built = model(lora) if model is not None else _built(folder, about.model, lora)
     return load(folder / _FOLDER, lora, model=built)
+
+
+@contextmanager
+def _reaching_the_hub() -> Iterator[None]:
+    """Where there is no connection, the hub's client raises what its own client does.
+
+    Raises:
+        OSError: In place of that.
+    """
+    try:
+        yield
+    except _OF_HTTP as error:
+        if isinstance(error, OSError):  # the hub's refusals, and words on the cache
+            raise
+        raise OSError(
+            f"The hub can't be reached ({type(error).__name__}: {error}). Try again "
+            "with a network connection; posterior.save_pretrained writes the same "
+            "folder without one, and pl.from_pretrained reads it."
+        ) from error
 
 
 def _about(folder: Path) -> _Pretrained:

@@ -14,6 +14,7 @@ together leave no place for it:
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -34,6 +35,10 @@ _VALIDATION = (
     "validate_infer",
     "validate_poutine",
 )
+
+
+# Pyro has one stack of handlers for all threads, and a network one set of weights.
+_ONE_THREAD = threading.RLock()
 
 
 @contextmanager
@@ -58,11 +63,16 @@ def leaving_no_trace(function: Callable[P, R]) -> Callable[P, R]:
 
     Their context managers have one ``finally`` each, if any. An interrupt may leave
     gradients off, a handler on Pyro's stack that answers every later ``sample``, or a
-    plate that Pyro takes for one that is still open.
+    plate that Pyro takes for one that is still open. Another thread that calls such a
+    function waits for its turn.
     """
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        with _ONE_THREAD:
+            return alone(*args, **kwargs)
+
+    def alone(*args: P.args, **kwargs: P.kwargs) -> R:
         depth, gradients = len(_PYRO_STACK), torch.is_grad_enabled()
         plates = list(_DIM_ALLOCATOR._stack)
 

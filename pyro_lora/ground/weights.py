@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,63 @@ from pyro_lora.ground.settings import shown
 
 # Site name -> value, any leading dims (S,) before the site's own (L, ...).
 Weights = dict[str, Tensor]
+
+_Class = TypeVar("_Class", bound=type)
+
+
+def handing_out_copies(*names: str) -> Callable[[_Class], _Class]:
+    """A decorator of dataclasses that hand out copies of some fields.
+
+    A value doesn't change: what others write in place to a tensor that they got of it
+    is to a tensor of their own. Of large fields, and in loops, the class's own methods
+    read :func:`itself`.
+
+    Args:
+        names: Of fields that are tensors, or weights.
+    """
+
+    def decorate(kind: _Class) -> _Class:
+        for name in names:
+            setattr(kind, name, _Copied(name))
+        return kind
+
+    return decorate
+
+
+def itself(name: str) -> Any:
+    """A property that is a field which :func:`handing_out_copies` hides.
+
+    Args:
+        name: Of the field.
+    """
+    return property(lambda owner: vars(owner)[name])
+
+
+class _Copied:
+    """A field of which every reader gets a copy."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, owner: Any, kind: type) -> Any:
+        if owner is None:
+            return self
+        if self.name not in vars(owner):  # as of one that is being unpickled
+            raise AttributeError(self.name)
+        value = vars(owner)[self.name]
+        return value.clone() if isinstance(value, Tensor) else copied(value)
+
+    def __set__(self, owner: Any, value: Any) -> None:
+        vars(owner)[self.name] = value
+
+
+def copied(weights: Mapping[str, Tensor]) -> Weights:
+    """Weights whose tensors are their own.
+
+    Args:
+        weights: Site -> value.
+    """
+    return {site: x.clone() for site, x in weights.items()}
 
 
 def check_weights(weights: Any, name: str = "weights") -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from operator import attrgetter
@@ -45,7 +46,14 @@ from pyro_lora.infer.svgd.svgd import SVGD
 from pyro_lora.infer.svgd.training_state import check_optimizer
 from pyro_lora.lifting.initialization import check_start
 from pyro_lora.lifting.lifted_network import LiftedNetwork
-from pyro_lora.likelihood.batch import READ_ONCE, Batch, check_batches, first_batch
+from pyro_lora.likelihood.batch import (
+    FAILURES,
+    READ_ONCE,
+    Batch,
+    check_batches,
+    explaining,
+    first_batch,
+)
 from pyro_lora.likelihood.model_trace import (
     Model,
     check_model,
@@ -87,7 +95,8 @@ class AutoLaplace(AutoDelta):
         init_loc_fn: Where to start, for example ``lora.init_to_adapter()``.
         structure: The form of the Fisher information: ``structures.KFAC()``,
             ``KFAC(reduce=True)``, ``EKFAC()`` (two passes over the data),
-            ``Diagonal()``, ``Dense()``, or your own; for wide networks
+            ``Diagonal()``, ``Dense()``, ``Exact()`` (the dual, N (C - 1) dimensions, in
+            which the mode can be refined), or your own; for wide networks
             ``KFAC(rank=64)``.
         fisher: ``"exact"``: closed form, C - 1 backward passes for C classes.
             ``"mc"``: labels sampled from the model, any likelihood.
@@ -174,7 +183,10 @@ class AutoLaplace(AutoDelta):
         return text("AutoLaplace", facts)
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
-        super()._setup_prototype(*args, **kwargs)
+        # By SVI's first step, which knows nothing of arguments: they are named here.
+        called = self.model if not args else partial(self.model, *args)
+        with explaining(kwargs, called, partial(_nodes_so_far, called, kwargs)):
+            super()._setup_prototype(*args, **kwargs)
         trace: Any = self.prototype_trace
         try:
             check_start(
@@ -416,6 +428,15 @@ def _without_gaps(model: Model) -> Model:
     return without
 
 
+def _nodes_so_far(model: Model, batch: Batch) -> Mapping[str, Any]:
+    """Those of the trace of a model that fails."""
+    handler: Any = poutine.trace(model)
+    with suppress(*FAILURES):
+        handler.get_trace(**batch)
+    nodes: Mapping[str, Any] = handler.msngr.trace.nodes
+    return nodes
+
+
 def _may_be_missing_outcome(site: Any) -> bool:
     name: str = site["name"]
     return site["type"] == "sample" and name.endswith("_unobserved")
@@ -482,8 +503,9 @@ def _warn_if_not_stationary(fit: FisherFit, latents: LatentBlock) -> None:
         warn(
             "The weights aren't a mode of the log joint: its gradient has norm "
             f"{norm:.3g}, most of it at site {largest!r}, and g' P^-1 g = {newton:.3g} "
-            f"exceeds the effective number of parameters, {effective:.3g}. Train "
-            "longer, or check that the training used the same prior and data."
+            f"exceeds the effective number of parameters, {effective:.3g}. Move "
+            "them there: by refine() of a fit with structure=structures.Exact(), of "
+            "which this is expected; or by training on under the same prior and data."
         )
 
 

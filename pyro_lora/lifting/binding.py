@@ -363,7 +363,7 @@ class Host:
         Raises:
             ValueError: If one is nearly the name of another that isn't there.
         """
-        for name in names - self.argument_names:
+        for name in {*names} - self.argument_names:
             others = [x for x in self.argument_names if x not in names]
             meant = difflib.get_close_matches(name, others, n=1, cutoff=0.85)
             if meant:

@@ -5,12 +5,19 @@ the first layer's forward is given one copy, and the last one's output is repeat
 l of L layers below the adapter, S particles cost S (L - l) + l layers in place of S L.
 What the last one gives can be kept from epoch to epoch, by a digest of a datum's
 inputs; then the layers aren't run at all.
+
+The first adapted layer reads these copies by frozen parts of its own, a norm or the
+projections that LoRA adds to. These are given one copy, too:
+
+    trunk -> S copies of h -> W_q h + B_s A_s h,  W_k h + 0,  W_v h + B_s A_s h
+                              '-- once           '-- once    '-- once
 """
 
 from __future__ import annotations
 
 import hashlib
 import inspect
+import weakref
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -55,23 +62,32 @@ def find_trunk(network: nn.Module, adapted: Iterable[nn.Module]) -> Trunk:
         for path, module in network.named_modules()
         if order[module] < first_slot
     ]
-    layers = _trunk_layers(network, adapted, order, first_slot)
+    layers = _layers_to(network, adapted, order, first_slot)
+    readers = [
+        module
+        for layer in layers[-1:]
+        for module in layer.modules()
+        # Activations have no weights, and cost no more than a copy does.
+        if module not in adapted
+        and not any(module.children())
+        and any(True for _ in _own_tensors(module))
+    ]
     # What a layer is given may be such a table: of relative positions, say.
     tables = {
         module.num_embeddings
         for module in network.modules()
         if isinstance(module, nn.Embedding)
     }
-    return Trunk(layers, _caches(network), dict(below), tables)
+    return Trunk(layers[:-1], _caches(network), dict(below), tables, readers)
 
 
-def _trunk_layers(
+def _layers_to(
     network: nn.Module,
     adapted: set[nn.Module],
     order: Mapping[nn.Module, int],
     first_slot: int,
 ) -> list[nn.Module]:
-    """The layers of a stack that come before its first adapted layer."""
+    """The layers of a stack down to its first adapted one, which comes last."""
     for stack in network.modules():
         if not isinstance(stack, nn.ModuleList):
             continue
@@ -80,7 +96,7 @@ def _trunk_layers(
         # Modules are registered in the order in which they run: this stack must hold
         # the first slot of all.
         if first is not None and any(order[m] == first_slot for m in contents[first]):
-            return list(stack)[:first]
+            return list(stack)[: first + 1]
     return []
 
 
@@ -135,6 +151,48 @@ class Copies:
         return x.repeat(self.fold.num_particles, *[1] * (x.ndim - 1))
 
 
+class KnownCopies:
+    """Tensors that are known to hold one copy of the batch for each particle.
+
+    They are told by being the same objects, not written into since.
+
+    Args:
+        fold: How particles are folded into the batch.
+    """
+
+    def __init__(self, fold: Fold) -> None:
+        self._fold = fold
+        self._known: list[tuple[weakref.ref[Tensor], int]] = []
+
+    def repeated(self, x: Tensor) -> Tensor:
+        """A copy for each particle, known from now on; see :meth:`Copies.all`."""
+        copies = Copies(self._fold, ambiguous=False).all(x)
+        # Tensors of inference mode have no version. And checkpointing, which asks for
+        # gradients, recomputes with as many rows as there were.
+        if not (copies is x or copies.is_inference() or copies.requires_grad):
+            self._known.append((weakref.ref(copies), copies._version))
+        return copies
+
+    def read_once(self, forward: Callable[..., Any], _: int) -> Callable[..., Any]:
+        """A frozen layer's forward that runs on one copy where it's given several."""
+
+        def reading_forward(*args: Any, **kwargs: Any) -> Any:
+            if len(args) == 1 and not kwargs and self._are_known(args[0]):
+                output = forward(args[0][: self._fold.batch_size])
+                if isinstance(output, Tensor):
+                    copies = self.repeated(output)
+                    if copies is not output:
+                        return copies
+            return forward(*args, **kwargs)
+
+        return reading_forward
+
+    def _are_known(self, x: Any) -> bool:
+        return isinstance(x, Tensor) and any(
+            x is copies() and x._version == version for copies, version in self._known
+        )
+
+
 @contextmanager
 def replaced_forwards(
     layers: Sequence[nn.Module],
@@ -168,6 +226,8 @@ class Trunk:
         caches: Whether the network fills a key-value cache unless told not to.
         below: All modules before the first adapted one, by path.
         tables: How many rows the network's embeddings have.
+        readers: The frozen parts of the first adapted layer, some of which read what
+            the trunk gives.
     """
 
     def __init__(
@@ -176,12 +236,14 @@ class Trunk:
         caches: bool = False,
         below: Mapping[str, nn.Module] | None = None,
         tables: Container[int] = (),
+        readers: Sequence[nn.Module] = (),
     ) -> None:
         self.layers = layers
         self.caches = caches
         self.cache: TrunkCache | None = None  # of what the last layer gives
         self._below = below or {}
         self.tables = tables
+        self._readers = readers
         self._checked = False  # that particles really are the same there
         # Layer -> what a call returns around its hidden states.
         self._wrapped: dict[int, Callable[[Tensor], Any]] = {}
@@ -275,21 +337,38 @@ class Trunk:
         hidden = None
         if keys is not None and self.cache is not None:
             hidden = self.cache.get(keys)
+        known = KnownCopies(fold)
 
         def replacement(forward: Callable[..., Any], i: int) -> Callable[..., Any]:
             last = i == len(layers) - 1
             if hidden is None:
-                return self._sharing(forward, fold, i, last, keys)
-            return self._recalling(hidden, fold, i, last)
+                return self._sharing(forward, fold, i, last, keys, known)
+            return self._recalling(hidden, i, last, known)
 
-        with replaced_forwards(layers, replacement):
+        with (
+            replaced_forwards(layers, replacement),
+            replaced_forwards(self._constant(fold), known.read_once),
+        ):
             yield
 
+    def _constant(self, fold: Fold) -> list[nn.Module]:
+        """The readers that give copies if they're given copies."""
+        if fold.num_particles == 1 or torch.compiler.is_compiling():
+            return []
+        return [
+            module
+            for module in self._readers
+            # Dropout may draw for each particle; weights trained beside the lifted ones
+            # have gradients, too.
+            if not module.training
+            and not any(x.requires_grad for x in _own_tensors(module))
+        ]
+
     def _recalling(
-        self, hidden: Tensor, fold: Fold, layer: int, last: bool
+        self, hidden: Tensor, layer: int, last: bool, known: KnownCopies
     ) -> Callable[..., Any]:
         if last:
-            hidden = hidden.repeat(fold.num_particles, *[1] * (hidden.ndim - 1))
+            hidden = known.repeated(hidden)
         return lambda *args, **kwargs: self._wrapped[layer](hidden)
 
     def _remember(
@@ -322,6 +401,7 @@ class Trunk:
         layer: int,
         last: bool,
         keys: list[bytes] | None,
+        known: KnownCopies,
     ) -> Callable[..., Any]:
         alone = fold.num_particles == 1
         # Of as many rows as a table has, copies are told by being copies.
@@ -347,7 +427,7 @@ class Trunk:
             args, kwargs = mapped((args, kwargs), copies.one)
             output = forward(*args, **kwargs)
             self._remember(output, layer, last, keys)
-            return mapped(output, copies.all) if last else output
+            return mapped(output, known.repeated) if last else output
 
         return shared_forward
 

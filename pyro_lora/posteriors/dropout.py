@@ -13,12 +13,14 @@ from torch.nn.modules.dropout import _DropoutNd
 from pyro_lora.curvature.joint_distribution import sample_deltas
 from pyro_lora.ground.settings import check_count
 from pyro_lora.ground.summary import Summarised, brief, weights_facts
+from pyro_lora.ground.weights import handing_out_copies
 from pyro_lora.lifting.lifted_network import LiftedNetwork, check_lora
 from pyro_lora.likelihood.model_trace import Model
 from pyro_lora.posteriors.prior import networks_prior
 from pyro_lora.priors import Prior
 
 
+@handing_out_copies("weights")
 @dataclass(frozen=True, eq=False, repr=False)
 class DropoutPosterior(Summarised):
     """One weight set, whose draws differ by what dropout drops. A Pyro guide.
@@ -62,7 +64,10 @@ class DropoutPosterior(Summarised):
     def sample(self, num_samples: int) -> dict[str, Tensor]:
         """The weights, site -> value with a leading (S,)."""
         check_count("num_samples", num_samples)
-        return {s: x.expand(num_samples, *x.shape) for s, x in self.weights.items()}
+        return {
+            site: x.expand(num_samples, *x.shape).clone()
+            for site, x in self.weights.items()
+        }
 
     def log_prob(self, weights: Mapping[str, Tensor]) -> Tensor:
         """Not defined.

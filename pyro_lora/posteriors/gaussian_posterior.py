@@ -24,7 +24,7 @@ from torch import distributions as td
 from pyro_lora.curvature.joint_distribution import sample_jointly
 from pyro_lora.ground.settings import check_count, check_function
 from pyro_lora.ground.summary import brief, extent, weights_facts
-from pyro_lora.ground.weights import Weights, check_weights
+from pyro_lora.ground.weights import Weights, check_weights, handing_out_copies, itself
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.likelihood.model_trace import Model
 from pyro_lora.posteriors import marginals
@@ -34,6 +34,7 @@ from pyro_lora.posteriors.shared import Shared
 from pyro_lora.priors import Prior
 
 
+@handing_out_copies("loc", "scale", "rows", "deviations")
 @dataclass(frozen=True, eq=False, repr=False)
 class GaussianPosterior(marginals.ByMarginals, Shared):
     r"""A Gaussian over some sites, the others points. A Pyro guide.
@@ -60,16 +61,18 @@ class GaussianPosterior(marginals.ByMarginals, Shared):
     deviations: Weights = field(default_factory=dict)
 
     num_samples: ClassVar[int | None] = None
+    _loc, _scale = itself("loc"), itself("scale")
+    _rows, _deviations = itself("rows"), itself("deviations")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Weights:
         """Sample the sites: the guide's statements, whatever the model's arguments."""
-        return sample_jointly(self, self.loc, self.networks)
+        return sample_jointly(self, self._loc, self.networks)
 
     def _facts(self) -> dict[str, str]:
-        facts = weights_facts(self.loc)
+        facts = weights_facts(self._loc)
         facts["gaussian"] = weights_facts(self._random)["sites"] or "none"
-        if self.scale:
-            facts["scale"] = extent(self.scale.values())
+        if self._scale:
+            facts["scale"] = extent(self._scale.values())
         if self._rank:
             facts["rank"] = str(self._rank)
         return facts | {
@@ -85,12 +88,14 @@ class GaussianPosterior(marginals.ByMarginals, Shared):
 
     @property
     def _random(self) -> Weights:
-        return {s: x for s, x in self.loc.items() if s in self.scale or s in self.rows}
+        return {
+            s: x for s, x in self._loc.items() if s in self._scale or s in self._rows
+        }
 
     @property
     def _rank(self) -> int:
         """K."""
-        return len(next(iter(self.deviations.values()), ()))
+        return len(next(iter(self._deviations.values()), ()))
 
     def gaussians(self) -> list[tuple[float, Any]]:
         """None: it is about the network itself, not a linearised one."""
@@ -98,22 +103,22 @@ class GaussianPosterior(marginals.ByMarginals, Shared):
 
     def mode(self) -> Weights:
         """The mean, site -> value of the site's shape."""
-        return {site: x.clone() for site, x in self.loc.items()}
+        return {site: x.clone() for site, x in self._loc.items()}
 
     mean = median = mode
 
     def sample(self, num_samples: int) -> Weights:
         """Draws, site -> value with a leading (S,)."""
         check_count("num_samples", num_samples)
-        like = next(iter(self.deviations.values()), torch.empty(0))
+        like = next(iter(self._deviations.values()), torch.empty(0))
         u = torch.randn(num_samples, self._rank, dtype=like.dtype, device=like.device)
         draws = {}
-        for site, loc in self.loc.items():
+        for site, loc in self._loc.items():
             value = loc.expand(num_samples, *loc.shape)
             if site in self._random:
                 value = value + self._spread(site, torch.randn_like(value))
-            if site in self.deviations:
-                value = value + torch.tensordot(u, self.deviations[site], 1).to(value)
+            if site in self._deviations:
+                value = value + torch.tensordot(u, self._deviations[site], 1).to(value)
             draws[site] = value.clone()
         return draws
 
@@ -127,11 +132,11 @@ class GaussianPosterior(marginals.ByMarginals, Shared):
             ValueError: If a site is missing, or isn't one of this posterior's.
         """
         check_weights(weights)
-        if weights.keys() != self.loc.keys():
+        if weights.keys() != self._loc.keys():
             raise ValueError(
                 "log_prob needs a value of each of the posterior's sites and of no "
-                f"others: missing {sorted(self.loc.keys() - weights.keys())}, unknown "
-                f"{sorted(weights.keys() - self.loc.keys())}."
+                f"others: missing {sorted(self._loc.keys() - weights.keys())}, unknown "
+                f"{sorted(weights.keys() - self._loc.keys())}."
             )
         # With L and D = (d_1, ..., d_K), V = L^-1 D and e = L^-1 (w - mu), the
         # covariance is L (I + V V^T) L^T; Woodbury leaves the K x K matrix I + V^T V,
@@ -139,7 +144,7 @@ class GaussianPosterior(marginals.ByMarginals, Shared):
         random = self._random
         log_prob: Any = 0.0
         errors, whitened = [], []
-        for site, loc in self.loc.items():
+        for site, loc in self._loc.items():
             if site not in random:
                 fn = dist.Delta(loc, event_dim=loc.ndim)
                 log_prob = log_prob + fn.log_prob(weights[site])  # log 1, or log 0
@@ -147,7 +152,7 @@ class GaussianPosterior(marginals.ByMarginals, Shared):
             error = weights[site].double() - loc.double()
             errors.append(self._whitened(site, error).flatten(-loc.ndim))
             log_prob = log_prob - self._log_det(site)
-            deviations = self.deviations.get(
+            deviations = self._deviations.get(
                 site, loc.new_zeros(self._rank, *loc.shape)
             )
             whitened.append(self._whitened(site, deviations.double()).flatten(1))
@@ -168,35 +173,35 @@ class GaussianPosterior(marginals.ByMarginals, Shared):
     def variance(self) -> Weights:
         """Marginal variances, each of its site's shape."""
         variance = {}
-        for site, loc in self.loc.items():
+        for site, loc in self._loc.items():
             of_site = torch.zeros_like(loc)
-            if site in self.scale:
-                of_site = of_site + self.scale[site].square()
-            if site in self.rows:
-                by_row = self.rows[site].square().sum(-1)  # (L, R)
+            if site in self._scale:
+                of_site = of_site + self._scale[site].square()
+            if site in self._rows:
+                by_row = self._rows[site].square().sum(-1)  # (L, R)
                 of_site = of_site + by_row.reshape(*by_row.shape, *[1] * (loc.ndim - 2))
-            if site in self.deviations:
-                of_site = of_site + self.deviations[site].square().sum(0)
+            if site in self._deviations:
+                of_site = of_site + self._deviations[site].square().sum(0)
             variance[site] = of_site
         return variance
 
     def marginals(self) -> dict[str, marginals.Marginals]:
         """Of each site's weights, each by itself."""
         return {
-            site: marginals.normals(self.loc[site], variance)
+            site: marginals.normals(self._loc[site], variance)
             for site, variance in self.variance().items()
         }
 
     def _spread(self, site: str, z: Tensor) -> Tensor:
         """L z of a site, any leading dims."""
-        if site in self.scale:
-            return self.scale[site] * z
+        if site in self._scale:
+            return self._scale[site] * z
         return self._by_row(site, z, lambda rows, x: rows @ x)
 
     def _whitened(self, site: str, x: Tensor) -> Tensor:
         """Its inverse, in float64."""
-        if site in self.scale:
-            return x / self.scale[site].double()
+        if site in self._scale:
+            return x / self._scale[site].double()
         return self._by_row(
             site, x, lambda rows, x: torch.linalg.solve(rows.double(), x)
         )
@@ -205,15 +210,15 @@ class GaussianPosterior(marginals.ByMarginals, Shared):
         self, site: str, x: Tensor, product: Callable[[Tensor, Tensor], Tensor]
     ) -> Tensor:
         # A convolution's kernel dims are columns, too.
-        start = x.ndim - self.loc[site].ndim + 2
-        return product(self.rows[site], x.flatten(start)).reshape(x.shape)
+        start = x.ndim - self._loc[site].ndim + 2
+        return product(self._rows[site], x.flatten(start)).reshape(x.shape)
 
     def _log_det(self, site: str) -> Tensor:
         """Logarithm of det L of a site."""
-        if site in self.scale:
-            return self.scale[site].double().log().sum()
-        num_columns = self.loc[site][0, 0].numel()
-        return torch.linalg.slogdet(self.rows[site].double())[1].sum() * num_columns
+        if site in self._scale:
+            return self._scale[site].double().log().sum()
+        num_columns = self._loc[site][0, 0].numel()
+        return torch.linalg.slogdet(self._rows[site].double())[1].sum() * num_columns
 
 
 def mean_field(guide: Guide, *, model: Model | None = None) -> GaussianPosterior:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyro_lora.ground.settings import check_count
 from pyro_lora.ground.summary import Summarised, brief
-from pyro_lora.ground.weights import Weights
+from pyro_lora.ground.weights import Weights, copied
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.likelihood.model_trace import (
     Model,
@@ -128,7 +128,7 @@ class GuidePosterior(Summarised):
     def median(self) -> Weights | None:
         """An autoguide's median, site -> value; None where the guide has none."""
         median = getattr(self.guide, "median", None)
-        return None if median is None else median()
+        return None if median is None else copied(median())  # of points the parameters
 
     def quantiles(self, quantiles: Levels) -> Weights:
         """An autoguide's quantiles of each weight by itself.

@@ -34,7 +34,12 @@ from pyro_lora.ground.settings import (
 )
 from pyro_lora.ground.summary import brief, extent, weights_facts
 from pyro_lora.ground.warning import warn
-from pyro_lora.ground.weights import Weights, check_weights
+from pyro_lora.ground.weights import (
+    Weights,
+    check_weights,
+    copied,
+    handing_out_copies,
+)
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.likelihood.batch import Batch, checked_batch
 from pyro_lora.likelihood.model_trace import Model, evaluating
@@ -55,6 +60,7 @@ _MAX_REWEIGHTED, _SAME_WEIGHT = 100, 1e-6
 _SAME_GRADIENT = 1e-3  # of a prior, relative
 
 
+@handing_out_copies("prior_mean", "log_likelihood", "log_prior", "fixed")
 @dataclass(frozen=True, eq=False, repr=False)
 class LaplacePosterior(marginals.ByMarginals, Shared):
     r"""Gaussian :math:`N(\hat w, (F + \mathrm{diag}\,\tau)^{-1})` over lifted sites.
@@ -76,8 +82,8 @@ class LaplacePosterior(marginals.ByMarginals, Shared):
             modes, draws and densities, too.
         fixed: Lifted sites that are fixed at their mode -> values. They are part of
             modes and draws, too, with variance 0, and no part of the evidence's D.
-        fit_arguments: Those that the fit's batches gave to the model; None where the
-            posterior was loaded.
+        fit_arguments: Those that the last of the fit's batches gave to the model; None
+            where the posterior was loaded.
         follows_prior: Whether the mode is that of the linearised network under the
             prior, and moves with it.
     """
@@ -108,13 +114,15 @@ class LaplacePosterior(marginals.ByMarginals, Shared):
         facts = self.gaussian._facts()
         others = {"latents": self.latents.values, "fixed": self.fixed}
         facts |= {name: weights_facts(x)["sites"] for name, x in others.items() if x}
+        if self.gaussian.is_refined:
+            under = "the prior" if self.follows_prior else "a prior around the weights"
+            facts["mode"] = f"refined, the linearised network's under {under}"
         facts |= {
             "prior": brief(self.prior),
             "log_likelihood": extent([self.log_likelihood]),
         }
         num_weights = sum(x.numel() for x in self.gaussian.loc.values())
-        is_free = self.gaussian.has_eigenvalues and not self.latents.values
-        if is_free and num_weights <= _FREE:
+        if self.gaussian.has_eigenvalues and num_weights <= _FREE:
             facts["log_evidence"] = extent([self.log_evidence()])
         return facts | {"obs_site": brief(self.obs_site), "model": brief(self.model)}
 
@@ -124,8 +132,7 @@ class LaplacePosterior(marginals.ByMarginals, Shared):
 
     def mode(self) -> Weights:
         """The mode, site -> value of the site's shape."""
-        mode = {**self.gaussian.loc, **self.fixed, **self.latents.values}
-        return {site: value.clone() for site, value in mode.items()}
+        return copied(self.gaussian.loc) | self.fixed | self.latents.values
 
     def sample(self, num_samples: int) -> Weights:
         """Draws, site -> value with a leading (S,)."""
@@ -186,13 +193,15 @@ class LaplacePosterior(marginals.ByMarginals, Shared):
     @property
     def prior_precision(self) -> Weights:
         r"""Site -> :math:`\tau`, broadcasting over the site."""
-        return self.gaussian.prior_precision
+        return copied(self.gaussian.prior_precision)
 
     def log_evidence(self) -> Tensor:
         r"""Laplace's log marginal likelihood of all data.
 
-        :math:`\log p(y, \hat w) - \log q(\hat w) = \log p(y | \hat w) + \log p(\hat w)
-        + \frac{D}{2} \log 2 \pi - \frac12 \log \det P` (MacKay 1992, eq. 6).
+        .. math:: \log p(y, \hat w) - \log q(\hat w) = \log p(y | \hat w)
+                  + \log p(\hat w) + \frac{D}{2} \log 2 \pi - \frac12 \log \det P
+
+        (MacKay 1992, eq. 6).
 
         Under a prior that isn't normal :math:`p(\hat w)` is still its own density, and
         P has its scale-mixture weight (see
@@ -207,7 +216,7 @@ class LaplacePosterior(marginals.ByMarginals, Shared):
         """
         num_weights = sum(x.numel() for x in self.gaussian.loc.values())
         # log q at its own mode: the Gaussian's normaliser alone is left.
-        log_det = self.gaussian.log_det(self.prior_precision)
+        log_det = self.gaussian.log_det(self.gaussian.prior_precision)
         log_q = 0.5 * log_det - 0.5 * num_weights * math.log(2 * math.pi)
         evidence = self.log_likelihood + self.log_prior - log_q
         return evidence + self.latents.log_evidence()
@@ -240,9 +249,9 @@ class LaplacePosterior(marginals.ByMarginals, Shared):
                 linear_model.checked(gaussian), self.prior_mean, tau
             )
         # Kronecker structures average it: the prior is the one that they then have.
-        tau = gaussian.prior_precision
+        tau, mean = gaussian.prior_precision, self.prior_mean
         log_prior = sum(
-            dist.Normal(self.prior_mean[s].double(), tau[s].double().rsqrt())
+            dist.Normal(mean[s].double(), tau[s].double().rsqrt())
             .log_prob(x.double())
             .sum()
             for s, x in gaussian.loc.items()
@@ -252,7 +261,7 @@ class LaplacePosterior(marginals.ByMarginals, Shared):
             gaussian=gaussian,
             log_likelihood=log_likelihood,
             log_prior=log_prior,
-            prior=normal_prior(self.prior_mean, tau, self.fixed),
+            prior=normal_prior(mean, tau, self.fixed),
         )
 
     @leaving_no_trace
@@ -260,7 +269,7 @@ class LaplacePosterior(marginals.ByMarginals, Shared):
         self,
         around: Literal["weights", "prior"] = "weights",
         *,
-        objective: Literal["evidence", "loo"] = "evidence",
+        objective: Literal["evidence", "loo"] | None = None,
     ) -> LaplacePosterior:
         r"""The posterior at the mode of the linearised network, a convex problem.
 
@@ -278,15 +287,17 @@ class LaplacePosterior(marginals.ByMarginals, Shared):
                 (:math:`\tau_0 \to \infty`). ``"prior"``: under the posterior's own
                 prior; from then on the mode follows where
                 :meth:`with_prior_precision` and :meth:`optimize_prior` change it.
-            objective: What chooses :math:`\tau_0`: the evidence of this prior, or the
-                exact leave-one-out log density of the data. Nothing is held out.
+            objective: With ``"weights"``: what chooses :math:`\tau_0`, the evidence of
+                this prior (None or ``"evidence"``), or ``"loo"``, the exact
+                leave-one-out log density of the data. Nothing is held out.
 
         Returns:
             A new posterior under the same prior; the network is as before.
 
         Raises:
             ValueError: If this posterior isn't of ``structures.Exact()`` with
-                ``fisher="exact"``, or the prior's parameters changed since the fit.
+                ``fisher="exact"``, the prior's parameters changed since the fit, or
+                there is an objective around the prior, which sets no precision.
 
         Warns:
             UserWarning: If the mode isn't found, there are latent sites besides the
@@ -294,7 +305,13 @@ class LaplacePosterior(marginals.ByMarginals, Shared):
                 only its diagonal stands for.
         """
         check_word("around", around, ("weights", "prior"))
-        check_word("objective", objective, ("evidence", "loo"))
+        check_word("objective", objective, ("evidence", "loo", None))
+        if around == "prior" and objective is not None:
+            raise ValueError(
+                f"refine(around='prior') keeps the prior's own precision, and has no "
+                f"use for objective={objective!r}. Leave it out, and tune the prior by "
+                "optimize_prior(objective=...)."
+            )
         gaussian = linear_model.checked(self.gaussian)
         present = prior_tuning.moments_at(self.prior, self.networks, gaussian.loc)
         prior_tuning.check_as_fitted(float(present.log_prob), self.log_prior)
@@ -305,11 +322,13 @@ class LaplacePosterior(marginals.ByMarginals, Shared):
                 "Where that is far from their mode, train them first."
             )
         if around == "weights":
-            moved = self._moved(*linear_model.near_weights(gaussian, objective))
+            moved = self._moved(
+                *linear_model.near_weights(gaussian, objective or "evidence")
+            )
             return replace(moved, follows_prior=False)
         posterior = replace(self, follows_prior=True)
         for _ in range(_MAX_REWEIGHTED):
-            before = posterior.prior_precision
+            before = posterior.gaussian.prior_precision
             gaussian, log_likelihood = linear_model.at_mode_under(
                 gaussian, posterior.prior_mean, before
             )
@@ -317,7 +336,7 @@ class LaplacePosterior(marginals.ByMarginals, Shared):
             # A normal prior is the same everywhere.
             if all(
                 torch.allclose(tau, before[site], rtol=_SAME_WEIGHT, atol=0.0)
-                for site, tau in posterior.prior_precision.items()
+                for site, tau in posterior.gaussian.prior_precision.items()
             ):
                 break
         posterior._warn_if_correlated()
@@ -325,18 +344,24 @@ class LaplacePosterior(marginals.ByMarginals, Shared):
 
     def _warn_if_correlated(self) -> None:
         """A prior's gradient is that of its moments, but where it has correlations."""
-        prior = prior_tuning.moments_at(self.prior, self.networks, self.gaussian.loc)
-        differs, number = 0, 0
-        for site, x in self.gaussian.loc.items():
+        # And at a kink in its centre: so weights are looked at where they are one prior
+        # standard deviation away from it.
+        away, mean = {}, self.prior_mean
+        for site, tau in self.gaussian.prior_precision.items():
+            offset = self.gaussian.loc[site] - mean[site]
+            away[site] = mean[site] + offset.abs().maximum(tau.rsqrt()).copysign(offset)
+        prior = prior_tuning.moments_at(self.prior, self.networks, away)
+        correlated = []
+        for site, x in away.items():
             own = -prior.precision[site] * (x - prior.mean[site])
             error = (prior.gradient[site] - own).abs()
-            differs += int((error > _SAME_GRADIENT * own.abs()).sum())
-            number += x.numel()
-        if differs > number / 2:  # where weights are at a kink, it differs at a few
+            if int((error > _SAME_GRADIENT * own.abs()).sum()) > x.numel() / 2:
+                correlated.append(site)
+        if correlated:
             warn(
-                "The prior has correlations between weights, of which only the "
-                "diagonal of its precision counts: the mode isn't its own. Use a prior "
-                "of independent weights, or refine(around='weights')."
+                f"The prior of {correlated} has correlations between weights, of which "
+                "only the diagonal of its precision counts: the mode isn't its own. "
+                "Use a prior of independent weights, or refine(around='weights')."
             )
 
     def _moved(
@@ -381,9 +406,8 @@ class LaplacePosterior(marginals.ByMarginals, Shared):
                 linearised predictive on held-out ``batches``, over a grid in one pass
                 over them; with several precisions one after the other, twice, each in
                 a pass of its own. For any likelihood in the table.
-                It warns where the least is at the grid's end, 1e-4 or 1e6. ``"loo"``:
-                maximise the leave-one-out log density of the data of the fit, of
-                ``structures.Exact()`` alone, exact for the Gaussian.
+                ``"loo"``: maximise the leave-one-out log density of the data of the
+                fit, of ``structures.Exact()`` alone, exact for the Gaussian.
             batches: With ``"nll"``: held-out batches with labels.
             obs_site: With ``"nll"``: the likelihood's site; None is the posterior's.
             progress_bar: With ``"nll"``: show one; None: on a terminal or in a
@@ -398,10 +422,23 @@ class LaplacePosterior(marginals.ByMarginals, Shared):
         Raises:
             ValueError: If the arguments don't fit, held-out labels are missing, or the
                 prior has no parameters.
+
+        Warns:
+            UserWarning: If the best precision is at an end of those tried: 1e-4 or
+                1e6 with ``"nll"``; with ``"loo"``, and after
+                ``refine(around="prior")``, 1e-6 or 1e7.
         """
         check_word("objective", objective, ("evidence", "loo", "nll"))
         check_word("per", per, ("all", "site", "layer", "prior"))
         check_name("obs_site", obs_site)
+        of_batches = {"obs_site": obs_site, "mesh": mesh}
+        given = [name for name, value in of_batches.items() if value is not None]
+        if given and objective != "nll":
+            raise ValueError(
+                f"optimize_prior(objective={objective!r}) makes no pass over batches, "
+                f"and has no use for {' and '.join(given)}. Leave out what it has no "
+                "use for, or use objective='nll' with held-out batches."
+            )
         held_out = objective == "nll"
         if held_out != (batches is not None) or (held_out and per == "prior"):
             raise ValueError(
@@ -474,7 +511,10 @@ class LaplacePosterior(marginals.ByMarginals, Shared):
         def score(tau: Weights) -> float:
             return float(self.with_prior_precision(tau).leave_one_out().sum())
 
-        tau = prior_tuning.search_precision(score, gaussian.loc, per)
+        remedy = "Use objective='evidence'"
+        if not gaussian.is_refined:
+            remedy += ", refine first if the weights aren't a mode"
+        tau = prior_tuning.search_precision(score, gaussian.loc, per, remedy)
         return self.with_prior_precision(tau)
 
     @leaving_no_trace

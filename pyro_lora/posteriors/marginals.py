@@ -95,7 +95,9 @@ def normals(loc: Tensor, variance: Tensor, transform: Any = None) -> Marginals:
         variance: Of that shape.
         transform: As in :class:`Marginals`.
     """
-    return Marginals(loc.new_ones(1), loc[None], variance.sqrt()[None], transform)
+    return Marginals(
+        loc.new_ones(1), loc[None].clone(), variance.sqrt()[None], transform
+    )
 
 
 def points(values: Tensor) -> Marginals:
@@ -105,7 +107,9 @@ def points(values: Tensor) -> Marginals:
         values: (K, ...).
     """
     num = len(values)
-    return Marginals(values.new_full((num,), 1 / num), values, torch.zeros_like(values))
+    return Marginals(
+        values.new_full((num,), 1 / num), values.clone(), torch.zeros_like(values)
+    )
 
 
 def mixed(weights: Tensor, parts: Sequence[Marginals]) -> Marginals:
@@ -200,6 +204,12 @@ class ByMarginals(ABC):
 
     def quantiles(self, quantiles: Levels) -> Weights:
         r"""Quantiles of each weight by itself, of a normal :math:`m + s \Phi^{-1}(q)`.
+
+        Of a latent on another support they are those of its unconstrained coordinates,
+        taken there. Where coordinates depend on each other there, as on a simplex, that
+        is a point on the support for each level, as of Pyro's autoguides: not the
+        quantiles of each entry by itself, and not always in order. For these take
+        draws: ``posterior.sample(1000)[site].quantile(q, 0)``.
 
         Args:
             quantiles: Between 0 and 1: one, or Q of them.

@@ -37,6 +37,8 @@ from pyro_lora.posteriors.prior import networks_prior
 from pyro_lora.posteriors.shared import Shared
 from pyro_lora.priors import Prior
 
+_ROUNDING = 1e-12  # of weights that add up to one
+
 
 class MixturePosterior(marginals.ByMarginals, Shared):
     r"""Mixture :math:`q(w) = \sum_n \pi_n q_n(w)`, as a Pyro guide.
@@ -49,7 +51,6 @@ class MixturePosterior(marginals.ByMarginals, Shared):
 
     Attributes:
         components: The posteriors that are mixed, none of them a mixture.
-        weights: Of each, (n,), float64, they add up to one.
         prior: The components' own, where it is one; else that of the networks.
 
     Raises:
@@ -82,7 +83,7 @@ class MixturePosterior(marginals.ByMarginals, Shared):
             for pair in _taken_apart(weight, component)
         ]
         self.components = tuple(component for _, component in weighted)
-        self.weights = torch.stack([weight for weight, _ in weighted])
+        self._weights = torch.stack([weight for weight, _ in weighted])
         self.networks: tuple[LiftedNetwork, ...] = given[0].networks
         self.model: Model | None = given[0].model
         self.obs_site: str | None = given[0].obs_site
@@ -93,9 +94,14 @@ class MixturePosterior(marginals.ByMarginals, Shared):
         """Sample the sites, whatever the model's arguments."""
         return sample_jointly(self, self._like, self.networks)
 
+    @property
+    def weights(self) -> Tensor:
+        """Of each component, (n,), float64, they add up to one."""
+        return self._weights.clone()
+
     def _facts(self) -> dict[str, str]:
         kinds = Counter(map(kind_of, self.components))
-        largest = self.weights.topk(min(3, len(self.weights))).values
+        largest = self._weights.topk(min(3, len(self._weights))).values
         weights = [f"{x:.3g}" for x in largest.tolist()]
         return {
             "components": ", ".join(f"{n} {kind}" for kind, n in kinds.items()),
@@ -111,7 +117,7 @@ class MixturePosterior(marginals.ByMarginals, Shared):
         return [
             (weight * inner, gaussian)
             for weight, component in zip(
-                self.weights.tolist(), self.components, strict=True
+                self._weights.tolist(), self.components, strict=True
             )
             for inner, gaussian in component.gaussians()
         ]
@@ -131,7 +137,7 @@ class MixturePosterior(marginals.ByMarginals, Shared):
             ValueError: If S isn't positive.
         """
         check_count("num_samples", num_samples)
-        drawn = torch.multinomial(self.weights, num_samples, replacement=True)
+        drawn = torch.multinomial(self._weights, num_samples, replacement=True)
         # Each component draws all of its own at once.
         counts = torch.bincount(drawn, minlength=len(self.components)).tolist()
         draws = [
@@ -154,7 +160,7 @@ class MixturePosterior(marginals.ByMarginals, Shared):
         """
         log_probs = torch.stack([c.log_prob(weights) for c in self.components], -1)
         # log sum_n pi_n q_n(w), where each q_n alone may underflow
-        return (log_probs + self.weights.log().to(log_probs)).logsumexp(-1)
+        return (log_probs + self._weights.log().to(log_probs)).logsumexp(-1)
 
     def mean(self) -> Weights:
         """The mean, each of its site's shape.
@@ -196,7 +202,7 @@ class MixturePosterior(marginals.ByMarginals, Shared):
         """
         parts = [_marginals(component) for component in self.components]
         return {
-            site: marginals.mixed(self.weights, [part[site] for part in parts])
+            site: marginals.mixed(self._weights, [part[site] for part in parts])
             for site in self._like
         }
 
@@ -244,7 +250,7 @@ class MixturePosterior(marginals.ByMarginals, Shared):
     def _averaged(self, values: Sequence[Weights]) -> Weights:
         return {
             site: torch.tensordot(
-                self.weights.to(like), torch.stack([x[site] for x in values]), 1
+                self._weights.to(like), torch.stack([x[site] for x in values]), 1
             )
             for site, like in self._like.items()
         }
@@ -356,7 +362,10 @@ def _normalised(
             f"Mixture weights must be {len(components)} non-negative numbers, one for "
             f"each component, not all zero; found {pi.tolist()}."
         )
-    return pi / pi.sum()
+    # Those that add up to one but for rounding stay as they are, and so those of a
+    # mixture's file, or of its components mixed again.
+    total = pi.sum()
+    return pi if abs(float(total) - 1) <= _ROUNDING else pi / total
 
 
 def _log_evidences(weights: str, components: Sequence[Posterior]) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from pyro_lora.curvature.joint_distribution import sample_jointly
 from pyro_lora.ground.settings import check_count, check_kind
 from pyro_lora.ground.summary import brief, weights_facts
-from pyro_lora.ground.weights import Weights, check_weights
+from pyro_lora.ground.weights import Weights, check_weights, handing_out_copies, itself
 from pyro_lora.lifting.lifted_network import LiftedNetwork, check_lora
 from pyro_lora.lifting.saved_adapter import read_adapter
 from pyro_lora.likelihood.model_trace import Model
@@ -26,6 +26,7 @@ from pyro_lora.priors import Prior
 Member = Mapping[str, Tensor] | str | os.PathLike[str]
 
 
+@handing_out_copies("particles")
 @dataclass(frozen=True, eq=False, repr=False)
 class ParticlePosterior(Shared):
     """Equally weighted weight sets; a Pyro guide that draws one of them.
@@ -34,7 +35,7 @@ class ParticlePosterior(Shared):
     guide in ``Predictive``, not in an ELBO.
 
     Attributes:
-        particles: Site -> (K, ...).
+        particles: Site -> (K, ...), a copy each time it is read.
         networks: The lifted networks in the model.
         model: The Pyro model; None where the posterior was loaded without one.
         obs_site: The likelihood's site, None for the only one.
@@ -47,15 +48,17 @@ class ParticlePosterior(Shared):
     obs_site: str | None
     fit_arguments: frozenset[str] | None = None
 
+    _particles = itself("particles")  # a copy of all is K times the adapter
+
     def __call__(self, *args: Any, **kwargs: Any) -> Weights:
         """Sample the sites: one particle, whatever the model's arguments."""
-        like = {site: value[0] for site, value in self.particles.items()}
+        like = {site: value[0] for site, value in self._particles.items()}
         return sample_jointly(self, like, self.networks)
 
     def _facts(self) -> dict[str, str]:
         return {
             "num_particles": str(self.num_particles),
-            **weights_facts(self.particles, lead=1),
+            **weights_facts(self._particles, lead=1),
             "prior": brief(self.prior),
             "obs_site": brief(self.obs_site),
             "model": brief(self.model),
@@ -69,7 +72,7 @@ class ParticlePosterior(Shared):
     @property
     def num_particles(self) -> int:
         """K."""
-        return next(iter(self.particles.values())).shape[0]
+        return len(next(iter(self._particles.values())))
 
     @property
     def num_samples(self) -> int:
@@ -90,22 +93,22 @@ class ParticlePosterior(Shared):
             ValueError: If S isn't positive.
         """
         check_count("num_samples", num_samples)
-        device = next(iter(self.particles.values())).device
+        device = next(iter(self._particles.values())).device
         if num_samples == self.num_particles:
             index = torch.arange(num_samples, device=device)
         elif num_samples < self.num_particles:  # a repeated one would say nothing new
             index = torch.randperm(self.num_particles, device=device)[:num_samples]
         else:
             index = torch.randint(self.num_particles, (num_samples,), device=device)
-        return {site: value[index] for site, value in self.particles.items()}
+        return {site: value[index] for site, value in self._particles.items()}
 
     def mean(self) -> Weights:
         """The particles' mean, each of its site's shape."""
-        return {site: value.mean(0) for site, value in self.particles.items()}
+        return {site: value.mean(0) for site, value in self._particles.items()}
 
     def variance(self) -> Weights:
         """Marginal variances over the particles, each of its site's shape."""
-        return {s: x.var(0, correction=0) for s, x in self.particles.items()}
+        return {s: x.var(0, correction=0) for s, x in self._particles.items()}
 
     def median(self) -> Weights:
         """The particles' median, each of its site's shape."""
@@ -126,7 +129,7 @@ class ParticlePosterior(Shared):
         """
         levels = checked_levels(quantiles)
         values: Weights = {}
-        for site, particles in self.particles.items():
+        for site, particles in self._particles.items():
             x = particles.sort(0).values  # torch.quantile takes 16 million numbers
             places = [q * (self.num_particles - 1) for q in levels]
             values[site] = torch.stack(

@@ -19,7 +19,7 @@ from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.likelihood.model_trace import Model
 from pyro_lora.posteriors.guide_posterior import Guide, GuidePosterior
 from pyro_lora.posteriors.laplace_posterior import LaplacePosterior
-from pyro_lora.posteriors.prior import scaled
+from pyro_lora.posteriors.prior import is_networks_own, scaled
 from pyro_lora.priors import Prior
 
 # How a posterior is predicted from where nobody says.
@@ -148,12 +148,15 @@ def tempered_prior(posterior: Posterior, scales: Mapping[str, float | Tensor]) -
     """The posterior's prior, as a model tempers it.
 
     Args:
-        posterior: A posterior. A Gaussian's prior holds the scales of its fit already.
+        posterior: A posterior.
         scales: Site -> scale of its log density in the model, where it's another than
-            the prior's own.
+            the networks' own prior says.
     """
+    # The networks' own prior doesn't know of the model; any other comes of a fit, which
+    # has tempered it, or of tuning, which has found it as it counts.
     prior = posterior.prior
-    return scaled(prior, scales) if only_gaussian(posterior) is None else prior
+    is_own = is_networks_own(prior, posterior.networks)
+    return scaled(prior, scales) if is_own else prior
 
 
 def prediction_method(posterior: Posterior) -> PredictionMethod:

@@ -42,6 +42,19 @@ def networks_prior(networks: Sequence[LiftedNetwork]) -> Prior:
     return _PriorOfEach({frozenset(lora.sites): lora.prior for lora in networks})
 
 
+def is_networks_own(prior: Prior, networks: Sequence[LiftedNetwork]) -> bool:
+    """Whether it is the one that networks were lifted with, as it is there.
+
+    Args:
+        prior: A posterior's.
+        networks: The posterior's lifted networks.
+    """
+    of_each = prior.priors if isinstance(prior, _PriorOfEach) else {}
+    return all(
+        of_each.get(frozenset(lora.sites), prior) is lora.prior for lora in networks
+    )
+
+
 def _own_prior(lora: LiftedNetwork) -> Weights:
     return lora.prior(lora)
 
@@ -62,18 +75,24 @@ def normal_prior(mean: Weights, precision: Weights, fixed: Weights) -> Prior:
         site: dist.Normal(x, precision[site].rsqrt().expand(x.shape)).to_event(x.ndim)
         for site, x in mean.items()
     }
-    fns |= {site: dist.Delta(x, event_dim=x.ndim) for site, x in fixed.items()}
-    return _SitePriors(fns)
+    return _SitePriors(fns, fixed)
+
+
+def _points(values: Weights) -> dict[str, dist.TorchDistribution]:
+    """Deltas, whose draws are copies: a Delta's own are its value."""
+    return {s: dist.Delta(x.clone(), event_dim=x.ndim) for s, x in values.items()}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class _SitePriors(FieldsShown):
-    """A distribution for each site."""
+    """A distribution for each site, or the value where it is fixed."""
 
     fns: Mapping[str, dist.TorchDistribution]
+    fixed: Weights
 
     def __call__(self, lora: LiftedNetwork) -> Weights:
-        return {site: pyro.sample(site, self.fns[site]) for site in lora.sites}
+        fns = {**self.fns, **_points(self.fixed)}
+        return {site: pyro.sample(site, fns[site]) for site in lora.sites}
 
 
 def scaled(prior: Prior, scales: Mapping[str, float | Tensor]) -> Prior:
@@ -112,8 +131,7 @@ class _Fixing(FieldsShown):
     fixed: Weights
 
     def __call__(self, lora: LiftedNetwork) -> Weights:
-        fns = {s: dist.Delta(x, event_dim=x.ndim) for s, x in self.fixed.items()}
-        with _UnderPrior(fns):
+        with _UnderPrior(_points(self.fixed)):
             return self.prior(lora)
 
 

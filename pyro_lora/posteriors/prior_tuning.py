@@ -55,6 +55,7 @@ from pyro_lora.priors import Prior
 MIN_PRECISION, MAX_PRECISION = 1e-8, 1e8  # prior scales from 1e4 to 1e-4
 _NUM_STEPS = 500  # of L-BFGS at most; concave in log tau, a few dozen are usual
 _NUM_PARAMETER_STEPS = 200  # likewise, of the prior's own parameters
+_ROUNDING = 1e-6  # relative, of a precision at an end
 _SAME = 1e-4  # relative difference of two log densities, in float32
 _NUM_SWEEPS = 2  # over the groups, of the search on held-out data
 _UNRESOLVED = 1e30  # nats, where float64 can't tell an evidence
@@ -127,7 +128,8 @@ def maximize_evidence(
         per: ``"all"``, ``"site"`` or ``"layer"``: what shares one precision.
 
     Returns:
-        Site -> precision, () or (L, 1, 1), within 1e-8 to 1e8.
+        Site -> precision, one for each of L matrices, (L, 1, 1), or (L, 1) of a bias;
+        within 1e-8 to 1e8.
 
     Raises:
         ValueError: If ``per`` is something else.
@@ -164,7 +166,8 @@ def maximize_followed_evidence(
     """Likewise where the mode is the linearised network's and follows the prior.
 
     One precision for all is looked for over decades first, and all go on from there by
-    the gradient.
+    the gradient. Several are looked for from the present ones, too: the best one for
+    all may be so strong that no gradient leads away from it.
 
     Args:
         gaussian: One that knows what was observed.
@@ -176,6 +179,9 @@ def maximize_followed_evidence(
 
     Raises:
         ValueError: If ``per`` is something else.
+
+    Warns:
+        UserWarning: If one is at an end of the decades, or beyond.
     """
     check_gradients()
     loc = gaussian.loc
@@ -195,9 +201,13 @@ def maximize_followed_evidence(
     def at_decade(x: float) -> float:
         return float(log_evidence(x * math.log(10) * ones))
 
-    theta = largest(at_decade, _DECADES) * math.log(10) * ones
-    found = _climbed(log_evidence, theta, loc, per, 1e-5, 1e-7)
-    _warn_at_ends(torch.cat([x.flatten() for x in found.values()]).log10())
+    starts = [largest(at_decade, _DECADES) * math.log(10) * ones]
+    if size > 1:
+        starts.append(_log_means(gaussian.prior_precision, per))
+    each = [_climbed(log_evidence, x, loc, per, 1e-5, 1e-7) for x in starts]
+    found = max(each, key=lambda x: float(log_evidence(_log_means(x, per))))
+    low, high = 10 ** _DECADES[-1], 10 ** _DECADES[0]
+    _warn_at_ends(found, low, high, "Use objective='loo'")
     return found
 
 
@@ -265,13 +275,22 @@ def _by_site(matrices: Tensor, loc: Weights) -> Weights:
     }
 
 
+def _log_means(precisions: Weights, per: str) -> Tensor:
+    """The logarithm of precisions, on average over each group, (G,)."""
+    by_site = [tau.double().log().flatten(1).mean(1) for tau in precisions.values()]
+    if per == "layer":
+        return torch.cat(by_site)
+    means = torch.stack([x.mean() for x in by_site])
+    return means if per == "site" else means.mean()[None]
+
+
 def _spread(values: Tensor, loc: Weights, per: str) -> Weights:
     """Precisions (G,), one for each group, as site -> (L, 1, 1)."""
     return _by_site(_by_matrix(values, loc, per), loc)
 
 
 def search_precision(
-    score: Callable[[Weights], float], loc: Weights, per: str
+    score: Callable[[Weights], float], loc: Weights, per: str, remedy: str
 ) -> Weights:
     """The prior precisions with the largest score, by values of it alone.
 
@@ -282,6 +301,7 @@ def search_precision(
         score: A function of site -> precision, (L, 1, 1).
         loc: Site -> a value of the site's shape.
         per: ``"all"``, ``"site"`` or ``"layer"``: what shares one precision.
+        remedy: What to do where one is at an end.
 
     Returns:
         Site -> precision, (L, 1, 1).
@@ -313,20 +333,31 @@ def search_precision(
             log_tau[group] = largest(of_group, inside)
         if bool((log_tau - before).abs().max() < _SAME_DECADE):
             break
-    _warn_at_ends(log_tau)
-    return spread(log_tau)
+    found = spread(log_tau)
+    _warn_at_ends(found, 10 ** _DECADES[-1], 10 ** _DECADES[0], remedy)
+    return found
 
 
-def _warn_at_ends(log_tau: Tensor) -> None:
-    """Warn of precisions at the ends of the decades that are searched, or beyond."""
-    ends = {"strongest": log_tau >= _DECADES[0], "weakest": log_tau <= _DECADES[-1]}
-    for of_prior, at_end in ends.items():
-        if bool(at_end.any()):
-            end = _DECADES[0 if of_prior == "strongest" else -1]
+def _warn_at_ends(precisions: Weights, low: float, high: float, remedy: str) -> None:
+    """Warn of precisions at the ends of those tried: the best lie beyond, or nowhere.
+
+    Args:
+        precisions: Site -> tau.
+        low: The least that was tried.
+        high: The largest.
+        remedy: What to do, other than what has just been done.
+    """
+    for end, sign, of_prior in ((high, 1, "strongest"), (low, -1, "weakest")):
+        sites = [
+            site
+            for site, tau in precisions.items()
+            if bool((sign * (tau / end).log() >= -_ROUNDING).any())
+        ]
+        if sites:
             warn(
-                f"The best prior precision is 10^{end:g}, the {of_prior} prior tried: "
-                "the data don't set it. Use objective='evidence', or choose one by "
-                "with_prior_precision; if the weights aren't a mode, refine first."
+                f"The best prior precision is {end:g}, the {of_prior} prior tried, at "
+                f"{sites}: the data given don't set it. {remedy}, or choose one "
+                "yourself by with_prior_precision."
             )
 
 
@@ -389,22 +420,12 @@ def minimize_nll(
                 candidates[:, group] = grid
                 tau = best_of(candidates)
     precisions = _spread(tau, gaussian.loc, per)
-    _warn_at_end(precisions)
+    remedy = (
+        "Give more held-out data, which the weights weren't trained on; use "
+        "objective='evidence'"
+    )
+    _warn_at_ends(precisions, float(_GRID[0]), float(_GRID[-1]), remedy)
     return precisions
-
-
-def _warn_at_end(precisions: Weights) -> None:
-    """Warn of precisions at the grid's ends: the best may lie beyond, or be none."""
-    for end, of_prior in ((_GRID[0], "weakest"), (_GRID[-1], "strongest")):
-        sites = [s for s, tau in precisions.items() if bool((tau == end.to(tau)).any())]
-        if sites:
-            warn(
-                "The held-out loss is least at the grid's end, prior precision "
-                f"{float(end):g}, the {of_prior} prior tried, at {sites}: the data "
-                "given don't set it. Give more held-out data, which the weights "
-                "weren't trained on; or use objective='evidence', or choose one "
-                "yourself by with_prior_precision."
-            )
 
 
 def _nll(

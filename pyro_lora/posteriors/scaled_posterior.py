@@ -26,7 +26,7 @@ from pyro_lora.ground.ranks import ALONE, Ranks
 from pyro_lora.ground.settings import check_count
 from pyro_lora.ground.summary import brief, weights_facts
 from pyro_lora.ground.warning import warn
-from pyro_lora.ground.weights import Weights
+from pyro_lora.ground.weights import Weights, handing_out_copies
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.likelihood.batch import (
     NO_BATCHES,
@@ -68,6 +68,7 @@ class _Base(WeightDistribution, Protocol):
         ...
 
 
+@handing_out_copies("base_mean", "center", "others")
 @dataclass(frozen=True, eq=False, repr=False)
 class ScaledPosterior(marginals.ByMarginals, Shared):
     r"""Draws :math:`c + s (w - \mu)` of a posterior's :math:`w`, with mean :math:`\mu`.
@@ -115,7 +116,7 @@ class ScaledPosterior(marginals.ByMarginals, Shared):
 
     def mode(self) -> Weights:
         """The center, site -> value."""
-        return {site: x.clone() for site, x in {**self.center, **self.others}.items()}
+        return self.center | self.others
 
     def sample(self, num_samples: int) -> Weights:
         """Draws, site -> value with a leading (S,)."""
@@ -124,10 +125,9 @@ class ScaledPosterior(marginals.ByMarginals, Shared):
 
     def scaled(self, draws: Weights) -> Weights:
         """Draws of the base, (S, ...), as those of this posterior."""
+        center, mean = self.center, self.base_mean
         return {
-            site: self.center[site] + self.scale * (x - self.base_mean[site])
-            if site in self.center
-            else x
+            site: center[site] + self.scale * (x - mean[site]) if site in center else x
             for site, x in draws.items()
         }
 
@@ -137,13 +137,12 @@ class ScaledPosterior(marginals.ByMarginals, Shared):
         Raises:
             ValueError: If a site is missing, or isn't one of this posterior's.
         """
+        center, mean = self.center, self.base_mean
         unscaled = {
-            site: self.base_mean[site] + (x - self.center[site]) / self.scale
-            if site in self.center
-            else x
+            site: mean[site] + (x - center[site]) / self.scale if site in center else x
             for site, x in weights.items()
         }
-        size = sum(x.numel() for x in self.center.values())
+        size = sum(x.numel() for x in center.values())
         return self.base.log_prob(unscaled) - size * math.log(self.scale)
 
     def mean(self) -> Weights:
@@ -152,8 +151,9 @@ class ScaledPosterior(marginals.ByMarginals, Shared):
 
     def variance(self) -> Weights:
         """Marginal variances, each of its site's shape."""
+        center = self.center
         return {
-            site: self.scale**2 * x if site in self.center else x
+            site: self.scale**2 * x if site in center else x
             for site, x in self.base.variance().items()
         }
 
@@ -163,11 +163,11 @@ class ScaledPosterior(marginals.ByMarginals, Shared):
 
     def marginals(self) -> dict[str, marginals.Marginals]:
         """Of each site's weights, each by itself."""
-        of_base = self.base.marginals()
+        of_base, mean = self.base.marginals(), self.base_mean
         return of_base | {
             site: marginals.Marginals(
                 of_base[site].weights,
-                center + self.scale * (of_base[site].loc - self.base_mean[site]),
+                center + self.scale * (of_base[site].loc - mean[site]),
                 self.scale * of_base[site].sd,
             )
             for site, center in self.center.items()
@@ -232,7 +232,8 @@ def _largest_scale(
         posterior.model, networks, site, one, rows, ranks, "for_sampling"
     )
 
-    steps = _STEPS if mean is not origin else _STEPS[:1]
+    is_origin = all(torch.equal(mean[s], x) for s, x in origin.items())
+    steps = _STEPS[:1] if is_origin else _STEPS
     centers = [
         {s: x + step * (mean[s] - x) for s, x in origin.items()} for step in steps
     ]

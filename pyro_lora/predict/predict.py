@@ -37,6 +37,7 @@ from pyro_lora.posteriors.posterior import (
     Posterior,
     PredictionMethod,
     as_posterior,
+    kind_of,
     prediction_method,
 )
 from pyro_lora.predict.any_prediction import AnyPrediction
@@ -156,7 +157,8 @@ def predict(
         TypeError: If the likelihood isn't of a known type.
         ValueError: If there are no batches, or other things than mappings in them, some
             batches have labels and others none, it can't be told which argument they
-            are, or the posterior doesn't fit the model or the method.
+            are, the posterior doesn't fit the model or the method, or ``integral`` is
+            given where predictions are by draws.
 
     Warns:
         UserWarning: If a Gaussian posterior is sampled since linearising takes too
@@ -313,6 +315,12 @@ class _Question:
         return _Plan(way, which, source, self.posterior.networks)
 
     def _by_draws(self, first: PlacedBatch) -> _Plan:
+        if self.integral is not class_log_probs:
+            raise ValueError(
+                "integral= is of the linearised network's Gaussian logits, and "
+                f"predictions of this {kind_of(self.posterior)} are by draws. Leave it "
+                "out."
+            )
         weights = draw_weights(self.posterior, self.num_samples, DEFAULT_NUM_SAMPLES)
         source = self._source({site: x[0] for site, x in weights.items()})
         trace = source.trace_of(first)

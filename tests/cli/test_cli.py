@@ -202,7 +202,7 @@ def test_predictions_are_those_of_predict(
             assert float(row[column]) == pytest.approx(float(value), abs=1e-5)
         assert row["predicted"] == str(int(p.argmax()))
     assert "100%" not in output
-    assert "linearized prediction" in output
+    assert f"prediction of {place.test}" in output.replace("\n", "")
     for name in ("accuracy", "nll", "ece", "brier"):
         assert f"{expected.metrics()[name]:.3g}"[:4] in output
     assert expected.metrics()["accuracy"] > 0.7  # the adapter is a trained one
@@ -211,8 +211,7 @@ def test_predictions_are_those_of_predict(
 def test_particles_predict_by_sampling(
     place: Place, svgd: Path, tmp_path: Path
 ) -> None:
-    output = run("predict", svgd, place.train, "--output", tmp_path / "p.csv")
-    assert "sample prediction" in output
+    run("predict", svgd, place.train, "--output", tmp_path / "p.csv")
     lora, model, settings = python_side(place)
     particles = pl.load(svgd, lora, model=model)
     assert isinstance(particles, pl.ParticlePosterior)
@@ -329,6 +328,7 @@ def test_warnings_are_sentences(place: Place, tmp_path: Path) -> None:
         warnings.simplefilter("always")  # as in a terminal
         output = run("fit", place.adapter, place.train, tmp_path / "p")
     assert "Warning: The weights aren't a mode of the log joint" in output
+    assert "by (more) --epochs, as in --epochs 1" in output
     assert "UserWarning" not in output
     assert "FutureWarning" not in output
 
@@ -559,6 +559,82 @@ def test_a_posterior_saved_from_python_is_read(place: Place, tmp_path: Path) -> 
     assert len(list((tmp_path / "out").iterdir())) == 2
 
 
+def named(lora: pl.LiftedNetwork) -> Any:
+    """The same network, its classes called bad and good."""
+    network: Any = lora.network
+    network.config.id2label = {0: "bad", 1: "good"}
+    return network
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_folder_of_save_pretrained_is_read(
+    place: Place, tmp_path: Path, inside: bool
+) -> None:
+    lora, model, settings = python_side(place)
+    named(lora)
+    particles = pl.ensemble(lora, [lora.weights()] * 2, model=model)
+    particles.save_pretrained(tmp_path / "saved")
+    folder = tmp_path / "saved" / "posterior" if inside else tmp_path / "saved"
+    data = write_csv(tmp_path / "data.csv", {True: "good", False: "bad"})
+    out = tmp_path / "p.csv"
+    assert "accuracy" in run("predict", folder, data, "--output", out)
+    test = texts(TEXTS, [str(int(y)) for y in LABELS])
+    expected = pl.predict(particles, text_batches(test, settings, 32, lora))
+    found = [float(row["p_good"]) for row in rows(out)]
+    assert found == pytest.approx(expected.probs[:, 1].tolist(), abs=1e-5)
+    # Numbers will do for labels where they are the file's, as in a fit.
+    run("predict", folder, place.test, "--output", out, "--replace")
+    assert {"p_0", "p_1"} <= rows(out)[0].keys()
+    assert "12 data" in run("diagnose", folder, data)
+    run("export", folder, tmp_path / "out")
+    assert len(list((tmp_path / "out").iterdir())) == 2
+
+
+def test_a_folder_of_save_pretrained_that_is_no_classifier_s(
+    place: Place, tmp_path: Path
+) -> None:
+    lora, *_ = python_side(place)
+    model = pl.models.multi_label(lora, len(TEXTS))
+    particles = pl.ensemble(lora, [lora.weights()] * 2, model=model)
+    particles.save_pretrained(tmp_path / "saved")
+    output = run("predict", tmp_path / "saved", place.test, code=1)
+    assert "is of models.multi_label; the command line knows" in output.replace(
+        "\n", " "
+    )
+
+
+def test_a_mixture_of_a_gaussian_and_a_particle_goes_by_draws(
+    place: Place, laplace: Path, tmp_path: Path
+) -> None:
+    """The library's own rule holds, which isn't whether there is a Gaussian in it."""
+    lora, model, settings = python_side(place)
+    gaussian: Any = pl.load(laplace, lora, model=model)
+    particle = pl.ensemble(lora, [lora.weights()], model=model)
+    save_with(pl.MixturePosterior([gaussian, particle]), tmp_path / "mixture", settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert "accuracy" in run("predict", tmp_path / "mixture", place.test)
+
+
+def test_an_option_of_another_method_is_refused(
+    place: Place, laplace: Path, tmp_path: Path
+) -> None:
+    fit = ("fit", place.adapter, place.train, tmp_path / "p")
+    predict = ("predict", laplace, place.test)
+    for args, message in (
+        ((*fit, "--num-particles", 3), "--num-particles is for --method svgd"),
+        ((*fit, "--learning-rate", 0.1), "--learning-rate is for training"),
+        ((*fit, "--epochs", 0, "--learning-rate", 0.1), "--learning-rate is for"),
+        ((*predict, "--num-samples", 3), "--num-samples is for --method sample"),
+        (
+            (*predict, "--method", "linearized", "--num-samples", 3),
+            "--num-samples is for --method sample",
+        ),
+    ):
+        assert message in run(*args, code=1)
+        assert not (tmp_path / "p").exists()
+
+
 def test_a_posterior_and_its_adapter_move_together(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -594,6 +670,16 @@ def test_nothing_is_replaced_unasked(
     run("fit", place.adapter, place.train, tmp_path / "p", "--replace", "--epochs", 1)
 
 
+def test_a_gate_that_is_closed_is_said(place: Place, tmp_path: Path) -> None:
+    turned = write_csv(tmp_path / "turned.csv", {True: "neg", False: "pos"})
+    options = ("--method", "svgd", "--epochs", 1, "--label-names", "neg,pos")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of an adapter that is wrong
+        output = run("fit", place.adapter, turned, tmp_path / "p", *options)
+    for name in ("repulsion", "ratio"):
+        assert re.search(rf"{name}\W+0, gate closed", output)
+
+
 def test_fit_says_how_often_the_adapter_is_right(place: Place, tmp_path: Path) -> None:
     right = run("fit", place.adapter, place.train, tmp_path / "right")
     lora, model, settings = python_side(place)
@@ -614,6 +700,35 @@ def test_fit_says_how_often_the_adapter_is_right(place: Place, tmp_path: Path) -
             "fit", place.adapter, turned, tmp_path / "p", "--label-names", "neg,pos"
         )
     assert f"{1 - accuracy:.1%} of the texts" in wrong.replace("\n", " ")
+
+
+@pytest.mark.parametrize("epochs", [0, 1])
+def test_the_accuracy_at_the_mode_takes_no_pass_of_its_own(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, epochs: int
+) -> None:
+    asked = []
+    predict = pl.predict
+
+    def counted(*args: Any, **options: Any) -> Any:
+        asked.append(args)
+        return predict(*args, **options)
+
+    monkeypatch.setattr(pl, "predict", counted)
+    folder, file = tmp_path / "p", tmp_path / "first_wrong.csv"
+    labels = [str(int(y) if i else 1 - int(y)) for i, y in enumerate(LABELS)]
+    lines = [f"{t},{y}" for t, y in zip(TEXTS, labels, strict=True)]
+    file.write_text("\n".join(["text,label", *lines]))
+    of_fit = ("--epochs", epochs, "--batch-size", 5)  # the last batch is a smaller one
+    output = run("fit", place.adapter, file, folder, *of_fit)
+    assert len(asked) == epochs  # before training, which may be in vain
+    monkeypatch.undo()
+    lora, model, settings = python_side(place)
+    mode = load_with(folder, remembered(folder), lora, model).mode()
+    train = text_batches(texts(TEXTS, labels), settings, 5, lora)
+    at_mode = pl.predict(pl.ensemble(lora, [mode]), train, model=model)
+    accuracy = at_mode.metrics()["accuracy"]
+    name = "accuracy after training" if epochs else "accuracy of the adapter"
+    assert re.search(rf"{name}\W+{accuracy:.4g}\W", output)
 
 
 def test_the_version_is_printed() -> None:

@@ -97,6 +97,11 @@ GOOD = '{"text": "a film", "label": 0}\n'
         ("a.csv", (HEADER + "a,1\ncafé,1").encode("latin-1"), "line 3: .* 0xe9"),
         ("a.csv", (HEADER + "a,1\n").encode("utf-16"), "line 1: .* isn't UTF-8"),
         ("a.jsonl", GOOD + "[" * 100_000, "line 2: not JSON"),
+        (
+            "a.jsonl",
+            f'{GOOD}{{"text": "a", "label": 1, "label": 0}}',
+            "line 2: the key 'label' is there twice",
+        ),
         ("a.jsonl", GOOD + '{"text": "a", "label": ' + "9" * 5000, "line 2: not JSON"),
         ("a.jsonl", GOOD + r'{"text": "\ud800", "label": 1}', "line 2: .*surrogate"),
         *(

@@ -183,7 +183,7 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-@pytest.mark.filterwarnings("ignore:The held-out loss is least at the grid's end")
+@pytest.mark.filterwarnings("ignore:The best prior precision")
 @pytest.mark.parametrize(
     "structure",
     [

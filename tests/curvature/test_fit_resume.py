@@ -17,6 +17,7 @@ import pyro_lora as pl
 from pyro_lora.curvature import data_sums
 from pyro_lora.curvature.structures import Structure
 from tests.curvature.gauss_newton import split
+from tests.curvature.own_structures import LayerDense, OwnFactors
 from tests.networks import batch, bert
 
 pytestmark = pytest.mark.untrained
@@ -30,6 +31,8 @@ STRUCTURES = [
     pl.structures.Dense(),
     pl.structures.Exact(),
     pl.structures.Exact(num_inducing=4),
+    LayerDense(),
+    OwnFactors(),
 ]
 Batch = dict[str, Tensor]
 

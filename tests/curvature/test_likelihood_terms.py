@@ -194,7 +194,7 @@ def test_a_posterior_of_several_sites_predicts_the_one_that_is_named() -> None:
     assert prediction.probs.shape == (7, 3)
 
 
-@pytest.mark.filterwarnings("ignore:The held-out loss is least at the grid's end")
+@pytest.mark.filterwarnings("ignore:The best prior precision")
 @pytest.mark.parametrize("structure", [pl.structures.Dense(), pl.structures.KFAC()])
 def test_a_posterior_of_several_sites_is_linearised_for_each(structure: Any) -> None:
     exact = TwoOutcomes()

@@ -140,7 +140,7 @@ def test_rows_are_drawn_evenly_and_whole_batches_where_they_have_no_rows() -> No
     pyro.set_rng_seed(2)
     counts = torch.zeros(10)
     for _ in range(300):
-        sample = log_joint._Sample(4)
+        sample = log_joint._Sample(4, by_row=True)
         for first in (0, 6):
             x = torch.arange(first, min(first + 6, 10))
             sample.offer(PlacedBatch({"x": x}), x[None].double())
@@ -166,6 +166,45 @@ def test_what_cannot_be_taken_apart_is_run_in_whole_batches() -> None:
     assert len(two.rest) == 2
     three = passed(joint, posterior, sets, N).log_likelihoods
     torch.testing.assert_close(three.of(lambda x: x)[0], whole, rtol=0, atol=1e-9)
+
+
+def test_a_tensor_that_is_only_as_long_as_the_batch_keeps_batches_whole() -> None:
+    lora, _, batches = wide_classifier(3)
+    batches = [
+        {k: x[i : i + 3] for k, x in batch.items()}
+        for batch in batches
+        for i in range(0, len(batch["x"]), 3)
+    ]
+
+    def weighted(x: Tensor, labels: Tensor | None = None, of_class: Any = None) -> None:
+        logits = lora()(x) + of_class
+        with pyro.plate("data", N, subsample=x):
+            pyro.sample("y", dist.Categorical(logits=logits), obs=labels)
+
+    of_class = torch.tensor([1.0, 0.0, -1.0]).double()
+    batches = [{**b, "of_class": of_class} for b in batches]
+    posterior = models.laplace(lora, weighted, batches)
+    joint, sets = LogJoint(posterior, weighted, batches, "y"), sets_of(posterior)
+    assert not joint.is_by_row(sets.mode)
+    found = passed(joint, posterior, sets, N).log_likelihoods
+    assert len(found.rest) == len(batches)
+    whole = log_joint.exact(joint, sets).known
+    torch.testing.assert_close(found.of(lambda x: x)[0], whole, rtol=0, atol=1e-9)
+
+
+def test_data_that_depend_on_their_batch_keep_it_whole() -> None:
+    lora, model, batches = wide_classifier()
+
+    def centred(x: Tensor, labels: Tensor | None = None) -> None:
+        model(x - x.mean(0), labels)
+
+    posterior = models.laplace(lora, centred, batches)
+    joint, sets = LogJoint(posterior, centred, batches, "y"), sets_of(posterior)
+    assert not joint.is_by_row(sets.mode)
+    assert LogJoint(posterior, model, batches, "y").is_by_row(sets.mode)
+    found = passed(joint, posterior, sets, N).log_likelihoods
+    whole = log_joint.exact(joint, sets).known
+    torch.testing.assert_close(found.of(lambda x: x)[0], whole, rtol=0, atol=1e-9)
 
 
 def test_shorter_batches_and_settings_stay_what_they_are() -> None:
@@ -268,7 +307,7 @@ def test_a_diagnosis_takes_three_passes_and_one_with_gradients(
     seen = Rows(monkeypatch, lora.network)
     found = pl.diagnose(posterior, batches, num_samples=25)
     # One pass, three more by the rows, and a few runs of the first batch.
-    assert 4 * total <= seen.rows <= 4 * total + 4 * 30 + 52
+    assert 4 * total <= seen.rows <= 4 * total + 7 * 30 + 52
     assert seen.backwards == num + 1  # of two classes one a batch, and the prior's
     assert isinstance(found.gaussian, diagnosis.Directions)
     assert found.gaussian.num_rows == math.ceil(3 * total / (16 + 25 + 11))

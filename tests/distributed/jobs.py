@@ -31,6 +31,7 @@ import pyro_lora as pl
 from pyro_lora.curvature import data_sums, structures
 from pyro_lora.diagnose.log_joint import LogJoint, WeightSets, exact, linear_pass
 from pyro_lora.ground.ranks import ranks_of
+from tests.curvature.own_structures import LayerDense, OwnFactors
 from tests.networks import batch, bert, classifier, llama
 
 Batch = dict[str, Tensor]
@@ -95,6 +96,12 @@ def fit_exact(folder: Path) -> Any:
         "loo": fitted.log_loo() if hasattr(fitted, "log_loo") else 0.0,
         "refined": numbers_of(fitted.refine().optimize_prior()),
     }
+
+
+def fit_of_few_batches(folder: Path) -> Any:
+    """One for each of two ranks: what layers share is not yet a sum of any."""
+    lora, model = lifted()
+    return numbers_of(guide_of(lora, model).laplace_approximation(pl.share(data(by=4))))
 
 
 def fit_in_chunks(folder: Path) -> Any:
@@ -659,10 +666,13 @@ STRUCTURES = {
     "Diagonal": pl.structures.Diagonal(),
     "Dense": pl.structures.Dense(),
     "Exact": pl.structures.Exact(),
+    "own factors": OwnFactors(),
+    "dense layers": LayerDense(),
 }
 SAME: dict[str, Callable[[Path], Any]] = {
     **{name: partial(fit, x) for name, x in STRUCTURES.items()},
     "Exact": fit_exact,
+    "few batches": fit_of_few_batches,
     "chunks of terms": fit_in_chunks,
     "decompositions": decompositions,
     "latent noise": fit_latents,
@@ -722,7 +732,8 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a mesh that is none": (no_mesh, "mesh must be a torch.distributed"),
     "a mesh of other dims": (mesh_of_others, r"mesh has the dims \('rows',\)"),
 }
-CUT = ("KFAC", "EKFAC", "Exact")  # sums, sums of two passes, and rows
+# Sums, sums of two passes, rows, and sums of a user's own
+CUT = ("KFAC", "EKFAC", "Exact", "own factors")
 INTERRUPTED = {f"interrupted {name}": partial(interrupted_fit, name) for name in CUT}
 RESUMED = {f"resumed {name}": partial(resumed_fit, name) for name in CUT}
 JOBS: dict[str, Callable[[Path], Any]] = {

@@ -1,8 +1,12 @@
 """Jobs run in one process, and in several by gloo: what each gives, by rank."""
 
 import datetime
+import os
+import runpy
+import socket
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +36,26 @@ def spawned(size: int, names: list[str], folder: Path) -> list[Found]:
     return [
         torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(size)
     ]
+
+
+def launched(size: int, module: str, folder: Path) -> list[str]:
+    """What a program prints on each rank, where it's told of them as by torchrun."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    preload()
+    mp.start_processes(
+        _program, (size, port, module, folder), nprocs=size, start_method="forkserver"
+    )
+    return [(folder / f"{rank}.txt").read_text("utf-8") for rank in range(size)]
+
+
+def _program(rank: int, size: int, port: int, module: str, folder: Path) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
+    printed = folder / f"{rank}.txt"
+    with printed.open("w", encoding="utf-8") as file, redirect_stdout(file):
+        runpy.run_module(module, run_name="__main__")
 
 
 def preload() -> None:

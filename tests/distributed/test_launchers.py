@@ -37,15 +37,16 @@ def lines(done: subprocess.CompletedProcess[str]) -> list[str]:
     return done.stdout.splitlines()[-3:]
 
 
-def test_the_example_under_torchrun() -> None:
-    two = run("torchrun", "--nproc-per-node", "2", "-m", "examples.distributed")
-    first, *_ = found = lines(two)
-    assert first.startswith("log evidence")
-    assert all("of 250 reviews" in line for line in found[1:])
+def test_the_example_runs_where_a_launcher_says_who_is_who(tmp_path: Path) -> None:
+    first, second = launch.launched(2, "examples.distributed", tmp_path)
+    evidence, *metrics = first.splitlines()[-3:]
+    assert evidence.startswith("log evidence")
+    assert all("of 250 reviews" in line for line in metrics)
+    assert "evidence" not in second  # one rank speaks for all
 
 
 @pytest.mark.slow
-def test_accelerate_and_one_process_give_the_same() -> None:
+def test_torchrun_accelerate_and_one_process_give_the_same() -> None:
     accelerate = run(
         *("accelerate", "launch", "--cpu", "--num_processes", "2"),
         *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"),

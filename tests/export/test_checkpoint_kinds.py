@@ -1,6 +1,7 @@
 """Checkpoints of latents beside the weights, other priors, and other dtypes."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ STRUCTURES = [
     pl.structures.EKFAC(),
     pl.structures.Diagonal(),
     pl.structures.Dense(),
+    pl.structures.Exact(),
 ]
 
 
@@ -253,6 +255,59 @@ def test_another_dtype(
     torch.testing.assert_close(
         linearized.probs, expected.probs, rtol=0, atol=tolerance, check_dtype=False
     )
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "nothing": lambda posterior: posterior,
+    "precision": lambda posterior: posterior.with_prior_precision(2.0),
+    "tuned": lambda posterior: posterior.optimize_prior(),
+    "refined": lambda posterior: posterior.refine(),
+    "around the prior": lambda posterior: posterior.refine("prior"),
+}
+
+
+@pytest.fixture(scope="module")
+def wide() -> dict[str, pl.LaplacePosterior]:
+    lora, model = models.classifier()
+    batches = models.two_batches()
+    exact = models.laplace(lora, model, batches, pl.structures.Exact())
+    saved = ("nothing", "refined", "around the prior")
+    return {name: CHANGES[name](exact) for name in saved}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("saved", ["nothing", "refined", "around the prior"])
+def test_what_is_refined_in_another_dtype(
+    wide: Any, saved: str, change: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    original = wide[saved]
+    pl.save(original, tmp_path)
+    (lora,) = original.networks
+    network = copy.deepcopy(lora.network).to(dtype)
+    narrow, model = models.classifier(network=network)
+    loaded: Any = pl.load(tmp_path, narrow, model=model)
+    found, expected = CHANGES[change](loaded), CHANGES[change](original)
+    gaussian, batches = found.gaussian, models.two_batches()
+    for weights in (
+        found.mode(),
+        found.variance(),
+        found.sample(2),
+        found.prior_mean,
+        found.prior(narrow),
+        gaussian.origin,
+        gaussian.informed_directions(2)[0],
+    ):
+        assert {x.dtype for x in weights.values()} == {torch.float32}
+    for site, value in expected.mode().items():
+        moved = found.mode()[site].double()
+        torch.testing.assert_close(moved, value, rtol=1e-3, atol=1e-3)
+    assert float(found.log_evidence()) == pytest.approx(
+        float(expected.log_evidence()), rel=1e-4
+    )
+    log_probs = [pl.predict(p, batches).probs for p in (found, expected)]
+    tolerance = 1e-3 if dtype is torch.float32 else 0.05
+    torch.testing.assert_close(*log_probs, rtol=0, atol=tolerance, check_dtype=False)
 
 
 def test_latents_take_the_weights_dtype(tmp_path: Path) -> None:

@@ -136,6 +136,9 @@ def test_arguments_are_checked(tmp_path: Path) -> None:
         pl.to_datatree(dropout, model=model, batches=batches)
     with pytest.raises(ValueError, match="prior_predictive=True takes a pass"):
         pl.to_datatree(posterior, batches=iter(batches), prior_predictive=True)
+    for options in ({"prior_predictive": True}, {"method": "sample"}):
+        with pytest.raises(ValueError, match=f"{next(iter(options))}= is about groups"):
+            pl.to_datatree(posterior, **options)
     once = pl.to_datatree(posterior, batches=iter(batches), chunk_size=4)
     assert once["log_likelihood"].sizes["datum"] == 10
     with pytest.raises(ValueError, match="exists"):

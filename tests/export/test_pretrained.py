@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from io import StringIO
 from pathlib import Path
+from socket import socket
 from typing import Any
 
 import numpy as np
@@ -324,3 +325,19 @@ def test_another_one_takes_its_place(hub: Hub, tmp_path: Path) -> None:
 def test_what_is_not_on_the_hub(hub: Hub) -> None:
     with pytest.raises(OSError, match="me/nothing"):
         pl.from_pretrained("me/nothing")
+
+
+@pytest.mark.filterwarnings("ignore:The adapter's base network is")
+def test_a_hub_that_cannot_be_reached(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    posterior = particles(pl.lift(network(tmp_path)))
+    with socket() as free:
+        free.bind(("127.0.0.1", 0))
+        nobody = f"http://127.0.0.1:{free.getsockname()[1]}"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", nobody)
+    with pytest.raises(OSError, match=r"can't be reached.*save_pretrained") as caught:
+        posterior.push_to_hub("me/my-posterior", token="secret")
+    assert caught.value.__cause__ is not None
+    with pytest.raises(OSError, match="Hub"):
+        pl.from_pretrained("me/my-posterior")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from pyro_lora.posteriors.posterior import as_posterior
 from tests.curvature.gauss_newton import flatten
 from tests.infer.linear_regression import NOISE_SD, NUM_DATA, linear_regression
 from tests.infer.test_auto_laplace_refits import normal_prior, student_prior
+from tests.networks import bert
 from tests.predict import models
 
 Model = Callable[..., Any]
@@ -121,6 +123,91 @@ def test_diagnose_has_the_gradient_of_the_models_log_joint(
     found = LogJoint(posterior, model, batches, "y").gradient(posterior.mode())
     for (site, g), e in zip(found.items(), expected, strict=True):
         torch.testing.assert_close(g, e, rtol=1e-9, atol=1e-9, msg=site)
+
+
+def tuned(posterior: pl.LaplacePosterior) -> Any:
+    return posterior.with_prior_precision(4.0)
+
+
+def narrow(posterior: pl.LaplacePosterior) -> Any:
+    return tuned(posterior).for_sampling(models.two_batches(), num_samples=2)
+
+
+def narrow_as_fitted(posterior: pl.LaplacePosterior) -> Any:
+    return posterior.for_sampling(models.two_batches(), num_samples=2)
+
+
+def mixed(posterior: pl.LaplacePosterior) -> Any:
+    return pl.MixturePosterior([tuned(posterior), tuned(posterior)])
+
+
+def mixed_with_narrow(posterior: pl.LaplacePosterior) -> Any:
+    return pl.MixturePosterior([tuned(posterior), narrow(posterior)])
+
+
+def mixed_as_fitted(posterior: pl.LaplacePosterior) -> Any:
+    return pl.MixturePosterior([posterior, narrow_as_fitted(posterior)])
+
+
+# Each posterior, and the scale and the standard deviation of its normal prior where the
+# model says 0.25 N(0, 1).
+OF_A_GAUSSIAN = {
+    tuned: (1.0, 0.5),
+    narrow: (1.0, 0.5),
+    mixed: (1.0, 0.5),
+    mixed_with_narrow: (1.0, 0.5),
+    narrow_as_fitted: (0.25, 1.0),
+    mixed_as_fitted: (0.25, 1.0),
+}
+
+
+@ignore_mode
+@pytest.mark.parametrize(("make", "found"), OF_A_GAUSSIAN.items())
+@pytest.mark.parametrize("several", [False, True])
+def test_a_prior_that_counts_as_it_should_is_not_tempered_again(
+    make: Callable[..., Any], found: tuple[float, float], several: bool
+) -> None:
+    lora, _ = models.classifier()
+    lora = lora.with_prior(pl.priors.normal(scale=1.0))
+    loras = [lora, pl.lift(bert(2), name="second")] if several else [lora]
+
+    def model(labels: Tensor | None = None, **inputs: Tensor) -> None:
+        with poutine.scale(scale=0.25):
+            nets = [each() for each in loras]
+        logits = sum(net(**inputs).logits for net in nets)
+        with pyro.plate("data", models.NUM_DATA, subsample=inputs["input_ids"]):
+            pyro.sample("y", dist.Categorical(logits=logits), obs=labels)
+
+    batches = models.two_batches()
+    at = {site: x for each in loras for site, x in each.weights().items()}
+    guide = pl.AutoLaplace(model, init_loc_fn=lora.init_to(at))
+    posterior = make(guide.laplace_approximation(batches))
+    options: Any = {"num_samples": 3, "weights": "raw", "method": "sample"}
+    tree = pl.to_datatree(posterior, batches, **options)
+    draws = {
+        site: torch.as_tensor(tree["posterior"][site].values[0]).reshape(3, *x.shape)
+        for site, x in at.items()
+    }
+    scale, sd = found
+    zero = torch.zeros((), dtype=torch.float64)
+    expected = {
+        site: scale * dist.Normal(zero, sd).log_prob(x).flatten(1).sum(1)
+        for site, x in draws.items()
+    }
+    total = torch.stack(list(expected.values())).sum(0)
+    close = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-9)
+    for site, of_site in expected.items():
+        close(torch.as_tensor(tree["log_prior"][site].values[0]), of_site)
+    log_likelihood = torch.as_tensor(tree["log_likelihood"]["y"].values[0]).sum(-1)
+    lp = torch.as_tensor(tree["sample_stats"]["lp"].values[0])
+    close(lp, log_likelihood + total)
+    joint = LogJoint(posterior, model, batches, "y")
+    close(torch.stack(joint.at(draws)), torch.stack([log_likelihood, total]))
+    close(joint.log_prior(draws), total)
+    mode = {site: x[0] for site, x in draws.items()}
+    no_data = {site: torch.zeros_like(x) for site, x in mode.items()}
+    for site, gradient in joint.with_prior(mode, no_data).items():
+        close(gradient, -scale * mode[site] / sd**2)
 
 
 @pytest.mark.parametrize("place", PLACES)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import pyro_lora as pl
 from tests.curvature.gauss_newton import laplace, split
-from tests.networks import batch, bert, inputs
+from tests.networks import batch, bert, classifier, inputs
 
 pytestmark = pytest.mark.untrained
 
@@ -62,6 +62,45 @@ def test_missing_labels(
     message = later if missing == "in a later batch" else nothing
     with pytest.raises(ValueError, match=message):
         start.laplace_approximation(batches)
+
+
+FAULTS: dict[str, Callable[[dict[str, Tensor]], Any]] = {
+    r"arguments \['token_type_ids'\]: the model takes": lambda texts: {
+        **texts,
+        "token_type_ids": torch.zeros_like(texts["input_ids"]),
+    },
+    r"arguments \['attention_mask'\] are missing": lambda texts: {
+        name: x for name, x in texts.items() if name != "attention_mask"
+    },
+    "token 50 is outside of": lambda texts: {
+        **texts,
+        "input_ids": torch.full_like(texts["input_ids"], 50),
+    },
+    "are more than the network's 32 positions": lambda texts: {
+        **texts,
+        "input_ids": texts["input_ids"][:, :1].expand(-1, 33),
+        "attention_mask": texts["attention_mask"][:, :1].expand(-1, 33),
+    },
+}
+
+
+@pytest.mark.parametrize("words", FAULTS)
+def test_the_first_step_of_svi_names_the_fault_as_the_fit_does(
+    lora: pl.LiftedNetwork, texts: dict[str, Tensor], words: str
+) -> None:
+    model, bad = classifier(lora, 7), FAULTS[words](texts)
+    said = []
+    svi = SVI(model, guide(lora, model), Adam({"lr": 1e-3}), Trace_ELBO())
+    calls: list[tuple[str, Callable[[], Any]]] = [
+        ("The batch, ", lambda: svi.step(**bad)),
+        ("Batch 0, ", lambda: guide(lora, model).laplace_approximation([bad])),
+    ]
+    for place, call in calls:
+        with pytest.raises(ValueError, match=words) as caught:
+            call()
+        first, *_ = str(caught.value).split("Trace Shapes:")  # which Pyro adds
+        said.append(first.strip().removeprefix(place))
+    assert said[0] == said[1]
 
 
 @pytest.mark.parametrize("after_svi", [False, True])

@@ -57,7 +57,7 @@ NEED: dict[str, Callable[[Setting], Any]] = {
 }
 ignored = [
     pytest.mark.filterwarnings("ignore:The weights aren't a mode"),
-    pytest.mark.filterwarnings("ignore:The held-out loss is least at the grid's end"),
+    pytest.mark.filterwarnings("ignore:The best prior precision"),
 ]
 pytestmark = ignored
 

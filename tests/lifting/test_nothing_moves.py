@@ -100,7 +100,7 @@ def test_fits_are_equal_and_move_nothing(make: Any, structure: Any) -> None:
     assert_close(state(lora.network), before, rtol=0, atol=0)
 
 
-@pytest.mark.filterwarnings("ignore:The held-out loss is least at the grid's end")
+@pytest.mark.filterwarnings("ignore:The best prior precision")
 @pytest.mark.parametrize("method", ["linearized", "sample"])
 def test_predictions_move_nothing(method: Any) -> None:
     lora, model, data = build(without_latent)

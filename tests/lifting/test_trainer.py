@@ -103,7 +103,7 @@ def test_the_page_about_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    train, lift = blocks("docs/training.md")[:2]
+    _, train, lift = blocks("docs/training.md")[:3]
     network = bert(dtype=torch.float32)
     names: dict[str, Any] = {"pl": pl, "peft_model": network, "rows": rows()}
     exec(train.replace("report_to", "use_cpu=True, report_to"), names)

@@ -1,13 +1,15 @@
 """Layers below the first adapted one run once for all particles, and change nothing."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.testing import assert_close
 from transformers import AutoModelForSequenceClassification, DebertaV2Config
 
@@ -72,6 +74,112 @@ def test_particles_are_a_loop_over_one_particle(
     assert seen == ([5, 5, 5, 15, 15, 15] if length == 15 else [5, 5, 15])
     expected = loop(lora, weights, lambda net: net(**texts).logits)
     assert_close(together, torch.stack(expected), rtol=0, atol=1e-12)
+
+
+class Products(TorchFunctionMode):
+    """Rows of each product with one of the weights in question."""
+
+    def __init__(self, weights: Iterable[Tensor]) -> None:
+        super().__init__()
+        self._weights = [*weights]
+        self.rows: list[int] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func is F.linear and any(args[1] is w for w in self._weights):
+            self.rows.append(len(args[0]))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", [bert_on_top, llama_on_top])
+@pytest.mark.parametrize("cached", [False, True])
+def test_frozen_parts_of_the_first_adapted_layer_read_one_copy(
+    kind: Callable[[], PeftModel], cached: bool
+) -> None:
+    network = kind()
+    lora = pl.lift(network)
+    names = ("query.base", "key", "value.base", "q_proj.base", "k_proj", "v_proj.base")
+    frozen = {
+        name: p
+        for name, p in layers(network)[2].named_parameters()
+        if "lora" not in name
+    }
+    read = [p for name, p in frozen.items() if any(n in name for n in names)]
+    dense = [p for n, p in frozen.items() if "output.dense" in n or "down_proj" in n]
+    calls = [(num, inputs(batch(size, 6))) for num, size in [(3, 5), (2, 1), (4, 2)]]
+    for num, texts in calls * 2:
+        weights = {s: x.requires_grad_() for s, x in particles(lora, num).items()}
+        size = len(texts["input_ids"])
+
+        def gradients(logits: Tensor, weights: Any = weights) -> Any:
+            return torch.autograd.grad(logits.square().sum(), list(weights.values()))
+
+        one_by_one = torch.stack(
+            loop(lora, weights, lambda net, x=texts: net(**x).logits)
+        )
+        with (
+            pl.cached_trunk(lora) if cached else nullcontext(),
+            lora.bind(weights) as net,
+            Products([w for w in read if w.ndim == 2]) as seen,
+            Products([w for w in dense if w.ndim == 2]) as above,
+        ):
+            together = net(**texts).logits
+        assert seen.rows == [size] * 3
+        assert set(above.rows) == {num * size}
+        assert_close(together, one_by_one, rtol=0, atol=1e-12)
+        assert_close(gradients(together), gradients(one_by_one), rtol=1e-10, atol=1e-12)
+
+
+class Written(nn.Module):
+    """A layer that adds what its adapter makes to its input, in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.adapter, self.frozen = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        before = self.frozen(x)
+        x += self.adapter(x.clone())
+        return before * self.frozen(x)
+
+
+def test_copies_that_were_written_into_are_read_by_each_particle() -> None:
+    class Stack(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(4, 4), Written()])
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = layer(x)
+            return x
+
+    network = Stack().double().eval().requires_grad_(False)
+    network.layers[1].adapter.requires_grad_()
+    lora = pl.lift(network)
+    x = torch.randn(5, 4, dtype=torch.float64)
+    weights = particles(lora, 3)
+    expected = loop(lora, weights, lambda net: net(x))
+    frozen = network.layers[1].frozen.weight
+    for _ in range(2):  # the first call of its form is looked at more closely
+        with lora.bind(weights) as net, Products([frozen]) as seen:
+            together = net(x)
+        assert seen.rows[-2:] == [5, 15]
+        assert_close(together, torch.stack(expected), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("change", ["training", "requires_grad"])
+def test_parts_that_may_differ_between_particles_are_read_by_each(change: str) -> None:
+    network, texts = bert_on_top(), inputs(batch())
+    lora = pl.lift(network)
+    weights = particles(lora, 3)
+    key = layers(network)[2].attention.self.key
+    with lora.bind(weights) as net, Products([key.weight]) as seen:
+        net(**texts)
+        key.train() if change == "training" else key.requires_grad_()
+        net(**texts)
+    assert seen.rows == [5, 15]
 
 
 def test_gradients_are_those_of_the_loop() -> None:

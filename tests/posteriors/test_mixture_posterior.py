@@ -7,6 +7,8 @@ from typing import Any
 import pyro
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pyro import poutine
 from pyro.infer import SVI, Importance, Predictive, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
@@ -169,6 +171,37 @@ def test_nested_mixtures(laplaces: list[pl.LaplacePosterior]) -> None:
     assert_close(nested.log_prob(draws), plain.log_prob(draws))
     assert_close(nested.mean(), plain.mean())
     assert_close(nested.variance(), plain.variance())
+
+
+@given(numbers=st.lists(st.floats(1e-6, 1e6), min_size=2, max_size=6), data=st.data())
+@settings(max_examples=50, deadline=None)
+def test_weights_of_a_mixture_stay_when_it_is_mixed_again(
+    particles: pl.ParticlePosterior, numbers: list[float], data: st.DataObject
+) -> None:
+    mixture = pl.MixturePosterior([particles] * len(numbers), numbers)
+    shares = data.draw(st.lists(st.floats(1e-3, 1e3), min_size=2, max_size=2))
+    nested = pl.MixturePosterior([mixture, particles], shares)
+    for one in (mixture, nested):
+        again = pl.MixturePosterior(one.components, one.weights)
+        assert torch.equal(again.weights, one.weights)
+        assert float(again.weights.sum()) == pytest.approx(1, abs=1e-12)
+
+
+def test_a_file_keeps_the_weights_to_the_last_bit(
+    particles: pl.ParticlePosterior, tmp_path: Path
+) -> None:
+    (lora,) = particles.networks
+    for index, numbers in enumerate(([1, 1, 1], [3, 7, 11], [0.1, 0.2, 0.7], [1, 9])):
+        mixture = pl.MixturePosterior([particles] * len(numbers), numbers)
+        nested = pl.MixturePosterior([mixture, particles], [0.3, 0.4])
+        for name, one in (("one", mixture), ("nested", nested)):
+            folder = tmp_path / f"{name}{index}"
+            pl.save(one, folder)
+            again: Any = pl.load(folder, lora)
+            assert torch.equal(again.weights, one.weights)
+            pl.save(again, folder)
+            third: Any = pl.load(folder, lora)
+            assert torch.equal(third.weights, one.weights)
 
 
 def test_particles_among_the_components(

@@ -32,7 +32,7 @@ from tests.predict.test_likelihoods import CASES, Case
 
 pytestmark = [
     pytest.mark.untrained,
-    pytest.mark.filterwarnings("ignore:The held-out loss is least"),
+    pytest.mark.filterwarnings("ignore:The best prior precision"),
     pytest.mark.filterwarnings("ignore:The weights aren't a mode"),
 ]
 
@@ -689,6 +689,32 @@ def test_latents_that_stay_and_correlated_priors_are_said() -> None:
         exact.refine("prior")
 
 
+@pytest.mark.parametrize("scale", [0.01, 0.3, 3.0])
+@pytest.mark.parametrize("kind", ["laplace", "student_t", "normal", "symmetric"])
+@pytest.mark.parametrize("center", [0.0, 0.5])
+def test_independent_weights_have_no_correlations_wherever_they_are(
+    kind: str, scale: float, center: float
+) -> None:
+    # Under a narrow Laplace prior almost all weights end at its kink.
+    def symmetric(lora: pl.LiftedNetwork) -> Any:
+        return {
+            site: pyro.sample(
+                site, dist.SoftLaplace(center + 0 * x, scale + 0 * x).to_event(x.ndim)
+            )
+            for site, x in lora.zeros().items()
+        }
+
+    priors: dict[str, Any] = {
+        "laplace": pl.priors.laplace(scale, center=center),
+        "student_t": pl.priors.student_t(3.0, scale, center=center),
+        "normal": pl.priors.normal(scale, center=center),
+        "symmetric": symmetric,
+    }
+    task = Linear(CASES["categorical"])
+    task.lora = task.lora.with_prior(priors[kind])
+    task.fit(task.lora.weights(), pl.structures.Exact()).refine("prior")
+
+
 def test_held_out_rows_do_not_choose_a_prior_that_the_mode_follows() -> None:
     task = Linear(CASES["bernoulli"])
     refined = task.fit(moved(task.lora), pl.structures.Exact()).refine("prior")
@@ -755,3 +781,77 @@ def test_a_prior_precision_stays_when_the_users_tensor_changes() -> None:
     for x in tau.values():
         x.mul_(5)
     assert_same(changed.log_evidence(), before)
+
+
+def ends_of(posterior: pl.LaplacePosterior, **options: Any) -> str:
+    """What is said where the best prior is at an end."""
+    with pytest.warns(UserWarning, match="The best prior precision is") as record:
+        posterior.optimize_prior(**options)
+    (message,) = {str(x.message) for x in record}
+    return message
+
+
+def test_what_to_do_at_an_end_is_not_what_was_done() -> None:
+    # Nothing is known, so that all priors are as good as the first.
+    masked = Linear(Case(lambda f: dist.Bernoulli(logits=f[..., 0]).mask(False)))
+    exact = masked.fit(masked.lora.weights(), pl.structures.Exact())
+    refined = exact.refine("prior")
+    # Each outcome is as predicted: the narrower the better.
+    task = Linear(CASES["bernoulli"])
+    task.batch = {"x": task.batch["x"].abs(), "y": torch.ones(NUM_DATA).double()}
+    ones = {site: torch.ones_like(x) for site, x in task.lora.weights().items()}
+    sure = task.fit(ones, pl.structures.Exact())
+    said = {
+        "loo": ends_of(exact, objective="loo"),
+        "refined, loo": ends_of(refined, objective="loo"),
+        "refined, evidence": ends_of(refined.with_prior_precision(1.0)),
+        "nll": ends_of(sure, objective="nll", batches=[task.batch]),
+    }
+    assert "objective='evidence'" in said["loo"]
+    assert "refine first" in said["loo"]
+    assert "objective='evidence'" in said["refined, loo"]
+    assert "refine first" not in said["refined, loo"]
+    assert "objective='loo'" in said["refined, evidence"]
+    assert "evidence" not in said["refined, evidence"]
+    assert "objective='evidence'" in said["nll"]
+    assert "held-out" in said["nll"]
+    assert all("with_prior_precision" in message for message in said.values())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"obs_site": "nonsense"}, {"mesh": 3}, {"obs_site": "y", "mesh": 3}],
+)
+@pytest.mark.parametrize("objective", ["evidence", "loo"])
+def test_arguments_of_batches_are_refused_without_them(
+    options: dict[str, Any], objective: Any
+) -> None:
+    task = Linear(CASES["bernoulli"])
+    exact = task.fit(task.lora.weights(), pl.structures.Exact())
+    refused = rf"objective='{objective}'.* no use for {' and '.join(options)}\."
+    for posterior in (exact, exact.refine("prior")):
+        with pytest.raises(ValueError, match=refused):
+            posterior.optimize_prior(objective=objective, **options)
+
+
+@pytest.mark.parametrize("objective", ["evidence", "loo"])
+def test_an_objective_is_refused_where_no_precision_is_chosen(objective: Any) -> None:
+    task = Linear(CASES["bernoulli"])
+    exact = task.fit(task.lora.weights(), pl.structures.Exact())
+    with pytest.raises(ValueError, match=rf"no use for objective='{objective}'"):
+        exact.refine("prior", objective=objective)
+
+
+@pytest.mark.parametrize("per", ["site", "layer"])
+def test_several_precisions_are_never_worse_than_the_present_ones(
+    per: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = Linear(CASES["bernoulli"])
+    task.batch["y"] = torch.ones(NUM_DATA).double()
+    refined = task.fit(task.lora.weights(), pl.structures.Exact()).refine("prior")
+    weight, bias = sorted(task.lora.sites, key=lambda site: "bias" in site)
+    present = refined.with_prior_precision({weight: 1e6, bias: 0.1})
+    # The best one for all may be so strong that no gradient leads away from it.
+    monkeypatch.setattr(prior_tuning, "largest", lambda score, points: max(points))
+    best = present.optimize_prior(per=per)
+    assert float(best.log_evidence()) >= float(present.log_evidence())

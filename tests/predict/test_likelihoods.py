@@ -19,7 +19,7 @@ import pyro_lora as pl
 from pyro_lora.likelihood.outcomes import one_class_log_probs
 from tests.predict import models
 
-pytestmark = pytest.mark.filterwarnings("ignore:The held-out loss is least")
+pytestmark = pytest.mark.filterwarnings("ignore:The best prior precision")
 
 NUM_DATA, NUM_INPUTS = 6, 3
 CUTPOINTS = torch.tensor([-0.7, 0.2, 1.1]).double()

@@ -164,7 +164,7 @@ def test_a_label_that_counts_must_be_one(observe: Observe) -> None:
         posterior.optimize_prior(objective="nll", batches=counted)
 
 
-@pytest.mark.filterwarnings("ignore:The held-out loss is least at the grid's end")
+@pytest.mark.filterwarnings("ignore:The best prior precision")
 @pytest.mark.parametrize("observe", [classes_by_obs_mask, reals_by_nan, several_reals])
 def test_the_prior_is_tuned_on_the_data_that_count(observe: Observe) -> None:
     lora, model, batches, rows = problem(observe)

@@ -394,6 +394,21 @@ def test_linearized_integrates_over_gaussian_logits() -> None:
     assert found.labels is not None
 
 
+def test_an_integral_without_a_use_for_it_is_refused() -> None:
+    lora, model = models.classifier()
+    posterior = models.laplace(lora, model, models.two_batches())
+    points = pl.ensemble(lora, [lora.weights()])
+    for given, method in ((posterior, "sample"), (points, None)):
+        with pytest.raises(ValueError, match="integral= is of the linearised"):
+            pl.predict(
+                given,
+                models.two_batches(),
+                model=model,
+                method=method,
+                integral=pl.integrals.probit,
+            )
+
+
 @pytest.mark.parametrize(
     "integral", [pl.integrals.class_log_probs, pl.integrals.probit]
 )

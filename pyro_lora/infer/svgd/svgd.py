@@ -123,11 +123,18 @@ class SVGD(Summarised):
     r"""An ensemble of adapters whose members repel one another.
 
     ``transport="stein"`` (Liu & Wang 2016, https://arxiv.org/abs/1608.04471, eq. 8)
-    moves particle i along :math:`\phi_i = \frac1K \sum_j [k(x_j, x_i) \nabla \log
-    p(x_j) / T + \nabla_{x_j} k(x_j, x_i)]`. ``"repulsive"`` (D'Angelo & Fortuin 2021,
-    https://arxiv.org/abs/2106.11642, eq. 8): :math:`\phi_i = \nabla \log p(x_i) / T -
-    \beta \nabla_{x_i} \log \sum_j k(x_i, x_j)`, other particles held fixed. With
-    ``kernels.NoRepulsion()``: :math:`\phi_i = \nabla \log p(x_i) / T`, a deep
+    moves particle i along
+
+    .. math:: \phi_i = \frac1K \sum_j [k(x_j, x_i) \nabla \log p(x_j) / T
+              + \nabla_{x_j} k(x_j, x_i)],
+
+    and ``"repulsive"`` (D'Angelo & Fortuin 2021, https://arxiv.org/abs/2106.11642,
+    eq. 8), other particles held fixed, along
+
+    .. math:: \phi_i = \nabla \log p(x_i) / T
+              - \beta \nabla_{x_i} \log \sum_j k(x_i, x_j).
+
+    With ``kernels.NoRepulsion()``: :math:`\phi_i = \nabla \log p(x_i) / T`, a deep
     ensemble, or MAP with one particle. :math:`\log p` is the log joint of the full
     data, in nats.
 
@@ -389,8 +396,9 @@ class SVGD(Summarised):
                 call; None is this call by itself.
             progress_bar: Show one, with the batch's negative log likelihood in nats
                 per datum, averaged over the particles (at chance, log C for C classes),
-                and spread and repulsion. What a prior adds to the loss is mostly a
-                constant, and left out. None: on a terminal or in a notebook.
+                and spread and repulsion, "0, gate closed" where the default gate of
+                function space is. What a prior adds to the loss is mostly a constant,
+                and left out. None: on a terminal or in a notebook.
 
         Raises:
             ValueError: As :meth:`step`, or if there is nothing to step through, or
@@ -652,7 +660,11 @@ class SVGD(Summarised):
         # The loss is mostly the prior's constant: thousands of weights, log sqrt(2 pi).
         loss = "nll" if "nll" in last else "loss"
         formats = {loss: ".3f", "spread": ".3g", "repulsion": ".2g"}
-        return {k: f"{last[k]:{form}}" for k, form in formats.items() if k in last}
+        said = {k: f"{last[k]:{form}}" for k, form in formats.items() if k in last}
+        gated = self._repulsion is None and callable(self._space.default_repulsion)
+        if gated and last.get("repulsion") == 0:
+            said["repulsion"] = "0, gate closed"
+        return said
 
 
 def _drop_gradients(particles: Weights) -> None:
