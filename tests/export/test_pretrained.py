@@ -200,13 +200,14 @@ def test_a_head_of_other_classes_than_the_base_s(tmp_path: Path) -> None:
     # Nothing is said of a new head: the adapter brings a trained one.
     said = StringIO()
     handler = logging.StreamHandler(said)
-    transformers_logging.add_handler(handler)
+    logger = logging.getLogger("transformers")
+    logger.addHandler(handler)
     try:
         level = transformers_logging.get_verbosity()
         again = pl.from_pretrained(tmp_path / "saved")
         assert transformers_logging.get_verbosity() == level
     finally:
-        transformers_logging.remove_handler(handler)
+        logger.removeHandler(handler)
     assert "MISMATCH" not in said.getvalue()
     expected = pl.predict(posterior, batches()).probs
     assert_close(pl.predict(again, batches()).probs, expected, rtol=0, atol=1e-6)

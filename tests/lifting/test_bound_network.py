@@ -446,10 +446,6 @@ def test_lifting_again_gives_the_same_sites() -> None:
     assert torch.equal(bound_logits(again, weights, texts), expected)
 
 
-@pytest.mark.skipif(
-    torch.__version__ < (2, 7),
-    reason="before torch 2.7 a context of PEFT's own breaks the graph",
-)
 def test_slots_do_not_stop_torch_compile() -> None:
     network, texts = bert(num_layers=1), batch()
     expected = logits(network, texts)

@@ -222,6 +222,10 @@ def test_svi_steps_reuse_the_graph(counter: CompileCounterWithBackend) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_:FutureWarning")
+@pytest.mark.skipif(
+    torch.__version__ < (2, 13),
+    reason="up to torch 2.11 at least, compiled checkpoints refuse lora.context_fn",
+)
 def test_compiled_layers_are_recomputed_in_the_backward_pass() -> None:
     (eager, network), texts = pair(), inputs(batch())
     lifted = pl.lift(network.train())
