@@ -8,7 +8,7 @@ no download.
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from benchmarks.tables import header, provenance, row
 from pyro_lora.predict.generate import Mode
 
 NUM_DRAWS, TARGET = 8, 2.0
-NUM_LAYERS, VOCABULARY, PROMPT = 30, 49152, 512
+NUM_LAYERS, HEAD, VOCABULARY, PROMPT = 30, 64, 49152, 512
 FIRST_TOKEN = 3  # those before it are special
 
 
@@ -50,16 +50,22 @@ JOBS = [
 ]
 
 
-def network(adapted: int) -> PeftModel:
-    """The network with LoRA r=8 on query and value of the last layers."""
+def network(
+    adapted: int,
+    targets: Sequence[str] = ("q_proj", "v_proj"),
+    num_layers: int = NUM_LAYERS,
+    num_heads: int = 9,
+) -> PeftModel:
+    """The network with LoRA r=8 on parts of the last layers; or a smaller one."""
     torch.manual_seed(0)
+    width = HEAD * num_heads
     config = LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=576,
-        num_hidden_layers=NUM_LAYERS,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        intermediate_size=1536,
+        hidden_size=width,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_heads // 3,
+        intermediate_size=width * 8 // 3,
         max_position_embeddings=2048,
         tie_word_embeddings=True,
         pad_token_id=0,
@@ -69,8 +75,8 @@ def network(adapted: int) -> PeftModel:
     adapter = LoraConfig(
         task_type="CAUSAL_LM",
         r=8,
-        target_modules=["q_proj", "v_proj"],
-        layers_to_transform=list(range(NUM_LAYERS - adapted, NUM_LAYERS)),
+        target_modules=list(targets),
+        layers_to_transform=list(range(num_layers - adapted, num_layers)),
     )
     return get_peft_model(LlamaForCausalLM(config), adapter).eval()
 

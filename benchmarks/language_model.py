@@ -14,20 +14,18 @@ from typing import Any
 
 import pyro
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from pyro.optim import Adam
 from torch.nn.functional import cross_entropy
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import pyro_lora as pl
 from benchmarks.allocator import SETTINGS, keep_freed_memory
+from benchmarks.generate import FIRST_TOKEN, HEAD, NUM_LAYERS, VOCABULARY, network
 from benchmarks.memory import allocated
 from benchmarks.tables import header, provenance, row
 
-NUM_LAYERS, ADAPTED, HEAD, VOCABULARY = 30, 4, 64, 49152
+ADAPTED = 4
 TARGETS = ["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
 BATCH, LENGTH, NUM_DRAWS, NUM_PARTICLES = 25, 48, 10, 5
-FIRST_TOKEN = 3  # those before it are special
 CHOICES = {2: (11, 12), 4: (11, 12, 13, 14)}
 # Name of a job -> of which unit, how many of these it may take.
 LIMITS = {
@@ -36,31 +34,6 @@ LIMITS = {
     "KFAC fit": ("MAP epoch", 1.1),
     f"SVGD epoch, K={NUM_PARTICLES}": ("MAP epoch", 0.6 * NUM_PARTICLES),
 }
-
-
-def network(num_layers: int, num_heads: int) -> PeftModel:
-    """LoRA r=8 on query, value and MLP of the last layers."""
-    width = HEAD * num_heads
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=width,
-        num_hidden_layers=num_layers,
-        num_attention_heads=num_heads,
-        num_key_value_heads=num_heads // 3,
-        intermediate_size=width * 8 // 3,
-        tie_word_embeddings=True,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    adapter = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=8,
-        target_modules=TARGETS,
-        layers_to_transform=list(range(num_layers - ADAPTED, num_layers)),
-    )
-    return get_peft_model(LlamaForCausalLM(config), adapter).eval()
 
 
 def prompts(num_batches: int, num_classes: int) -> list[dict[str, Any]]:
@@ -90,7 +63,7 @@ class Jobs:
     ) -> None:
         self.batches = prompts(num_batches, num_classes)
         self.choices = CHOICES[num_classes]
-        self.network = network(num_layers, num_heads)
+        self.network = network(ADAPTED, TARGETS, num_layers, num_heads)
         self.lora = pl.lift(self.network, prior=pl.priors.normal(scale=1.0))
         self.model = pl.models.multiple_choice(
             self.lora, BATCH * num_batches, self.choices

@@ -242,10 +242,10 @@ def fit(
     as much as training `--num-particles` adapters.
     """
     with _errors_in_words():
-        if epochs is None:
-            epochs = 3 if method is Method.svgd else 0
+        laplace = method is Method.laplace
+        epochs = (0 if laplace else 3) if epochs is None else epochs
         _refuse(
-            method is not Method.svgd and num_particles is not None,
+            laplace and num_particles is not None,
             "--num-particles is for --method svgd.",
         )
         _refuse(
@@ -278,8 +278,6 @@ def fit(
         model = pl.models.classification(lora, len(texts))
         batches = saved.text_batches(texts, settings, batch_size, lora)
         shuffled = saved.text_batches(texts, settings, batch_size, lora, shuffle=True)
-        laplace = method is Method.laplace
-        epochs = (0 if laplace else 3) if epochs is None else epochs
         numbers: dict[str, float] = {}
         if epochs or not laplace:  # else the fit's own pass says it
             at_start = pl.ensemble(lora, [lora.weights()])

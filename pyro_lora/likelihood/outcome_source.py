@@ -88,7 +88,10 @@ class OutcomeSource:
     named: str | None = None
     _traces: dict[frozenset[str], Any] = field(default_factory=dict)
     _origins: dict[frozenset[str], Origin] = field(default_factory=dict)
-    _branching: dict[frozenset[str], bool] = field(default_factory=dict)
+    # Whether its code knows values of tensors, and what else it was given.
+    _branching: dict[frozenset[str], tuple[bool, dict[str, Any]]] = field(
+        default_factory=dict
+    )
 
     def trace_of(self, batch: Batch) -> Any:
         """The trace of the first batch with the same arguments as this one."""
@@ -106,8 +109,7 @@ class OutcomeSource:
             looking = _Looking()
             with eagerly(), looking:
                 trace = self.trace(batch)
-        others = [x for x in batch.values() if not isinstance(x, Tensor | None)]
-        self._branching[form] = looking.has_read or bool(others)
+        self._branching[form] = looking.has_read, _settings(batch)
         return trace
 
     def forget(self) -> None:
@@ -166,15 +168,21 @@ class OutcomeSource:
         return likelihood_site(trace, self.obs_site, self.latents)
 
     def may_branch(self, batch: Batch) -> bool:
-        """Whether the model's code knows values of a batch, so that others may differ.
+        """Whether the model's code may take another way than on the first batch.
 
         ``if not seen.all(): fn = fn.mask(seen)`` masks some batches only. Known from
-        the first batch with the same arguments.
+        the first batch with the same arguments, and from settings that aren't its.
         """
         form = _form(batch)
         if form not in self._branching:
             self._run(batch)
-        return self._branching[form]
+        has_read, settings = self._branching[form]
+        others = _settings(batch)
+        return (
+            has_read
+            or not all(isinstance(x, bool | int | float | str) for x in others.values())
+            or others != settings
+        )
 
     def _origin(self, batch: Batch) -> Origin:
         if self.named:
@@ -222,6 +230,11 @@ class OutcomeSource:
         return Origin(own, True, itself, name, shape, names)
 
 
+def _settings(batch: Batch) -> dict[str, Any]:
+    """Arguments that aren't tensors."""
+    return {k: x for k, x in batch.items() if not isinstance(x, Tensor | None)}
+
+
 def _form(batch: Batch) -> frozenset[str]:
     return frozenset(name for name, x in batch.items() if x is not None)
 
@@ -242,8 +255,8 @@ class GivenLabels:
     Predictions are made without labels, but which of them count may be said in the
     labels alone. So the model runs once more with them, at one weight set: on the first
     batch; and on every one if it has masks or a mark for missing outcomes, holds
-    labels that are none, or the model's code looks at values, by which it may mask some
-    batches only.
+    labels that are none, or the model's code looks at values, or is given a setting
+    that differs, by which it may mask some batches only.
 
     Attributes:
         source: Where the labels are in a batch.
@@ -279,11 +292,10 @@ class GivenLabels:
         labels = looked.labels
         if self.may_not_count is None:
             site = self.source.site(batch)
-            masked = bool(site["is_observed"] and may_not_count(site))
-            self.may_not_count = masked or self.source.may_branch(batch)
+            self.may_not_count = bool(site["is_observed"] and may_not_count(site))
             self.one_hot = _is_one_hot(site)
         counts: Tensor | None = None
-        if self.may_not_count or looked.are_wrong:
+        if self.may_not_count or self.source.may_branch(batch) or looked.are_wrong:
             wrong = _are_none(labels, num_classes)
             counts, wrong = self._counted(batch, labels, wrong)
             site = self.source.site(batch)

@@ -305,11 +305,42 @@ def test_a_mask_that_some_batches_have(
     assert found.labels.tolist() == labels.where(seen, -100).tolist()
 
 
-def test_ready_models_run_once_more_on_the_first_batch_only() -> None:
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+@pytest.mark.parametrize("settings", [(False, True), ([], [1])])
+def test_a_setting_that_masks_some_batches(
+    settings: tuple[Any, Any], order: tuple[int, int]
+) -> None:
+    lora, _ = models.classifier(2)
+
+    def model(masks: Any, labels: Tensor | None = None, **inputs: Tensor) -> None:
+        f = lora()(**inputs).logits
+        fn: Any = dist.Categorical(logits=f)
+        if labels is not None and masks:
+            fn = fn.mask(torch.arange(len(f)) > 0)
+        with pyro.plate("data", NUM_DATA, subsample=inputs["input_ids"]):
+            pyro.sample("y", fn, obs=labels)
+
+    pairs = zip(models.two_batches(), settings, strict=True)
+    each: list[Any] = [{**batch, "masks": masks} for batch, masks in pairs]
+    batches = [each[i] for i in order]
+    found = pl.predict(models.particles(lora, model), batches)
+    labels = []
+    for batch in batches:
+        labels += batch["labels"].tolist()
+        if batch["masks"]:
+            labels[-len(batch["labels"])] = -100
+    assert found.labels is not None
+    assert found.labels.tolist() == labels
+
+
+@pytest.mark.parametrize("settings", [{}, {"keep": 1, "name": "a"}])
+def test_ready_models_run_once_more_on_the_first_batch_only(
+    settings: dict[str, Any],
+) -> None:
     lora, model = models.classifier(2)
     calls = 0
 
-    def counted(**batch: Any) -> Any:
+    def counted(keep: int = 0, name: str = "", **batch: Any) -> Any:
         nonlocal calls
         calls += 1
         return model(**batch)
@@ -317,6 +348,6 @@ def test_ready_models_run_once_more_on_the_first_batch_only() -> None:
     posterior, numbers = models.particles(lora, counted), []
     for num in (1, 2, 3):
         calls = 0
-        pl.predict(posterior, [networks.batch(4) for _ in range(num)])
+        pl.predict(posterior, [networks.batch(4) | settings for _ in range(num)])
         numbers.append(calls)
     assert numbers[2] - numbers[1] == numbers[1] - numbers[0] == 1
