@@ -146,20 +146,21 @@ def processor_seconds(
 ) -> dict[str, float]:
     """Medians; the jobs take turns."""
     times: dict[str, list[float]] = {name: [] for name in jobs}
-    for repeat in range(repeats + 1):
+    for _ in range(repeats):
         for name, job in jobs.items():
             start = time.process_time()
             job()
-            if repeat > 0:  # the first one warms up
-                times[name].append(time.process_time() - start)
+            times[name].append(time.process_time() - start)
+            print(name, times[name], flush=True)
     return {name: statistics.median(found) for name, found in times.items()}
 
 
 def table(jobs: Jobs, num_classes: int, repeats: int) -> list[str]:
     """Lines of one number of classes."""
+    memory = {name: allocated(job) for name, job in jobs.all().items()}  # warms up, too
     seconds = processor_seconds(jobs.all(), repeats)
     lines = []
-    for name, job in jobs.all().items():
+    for name in jobs.all():
         unit, limit = LIMITS.get(name, ("", 0.0))
         lines.append(
             row(
@@ -168,7 +169,7 @@ def table(jobs: Jobs, num_classes: int, repeats: int) -> list[str]:
                 f"{seconds[name]:.2f}",
                 f"{seconds[name] / seconds['plain pass']:.2f}",
                 f"{seconds[name] / seconds['MAP epoch']:.2f}",
-                f"{allocated(job) / 1e6:.0f}",
+                f"{memory[name] / 1e6:.0f}",
                 f"≤ {limit:g} of a {unit}" if unit else "",
             )
         )

@@ -89,8 +89,8 @@ def _of_arviz(tree: DataTree) -> dict[str, Figure]:
 
 
 def _figure(ax: Axes) -> Figure:
-    figure = ax.get_figure(root=True)
-    assert figure is not None, "the axes were just drawn"
+    figure = ax.figure
+    assert isinstance(figure, Figure), "axes of our own are in no other figure's"
     return figure
 
 

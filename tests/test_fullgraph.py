@@ -1,6 +1,7 @@
 """The mathematics of SVGD and Laplace compiles, as one graph each, to the same."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -49,7 +50,8 @@ def factors(structure: Any) -> Function:
     def summed(a: Tensor, g: Tensor) -> Any:
         inputs = structure.input_factor(a, tokens)
         of_terms = structure.gradient_factor(inputs, g, tokens)
-        return tuple(vars(structure.combine(inputs, of_terms)).values())
+        found = structure.combine(inputs, of_terms)
+        return tuple(getattr(found, field.name) for field in fields(found))
 
     return summed, (
         randn(*MASK.shape, IN),

@@ -30,7 +30,7 @@ from torch.distributions.transforms import ReshapeTransform
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from pyro_lora.curvature.factors import EigenFactors
-from pyro_lora.curvature.kronecker_normal import KroneckerNormal
+from pyro_lora.curvature.kronecker_normal import KroneckerNormal, left_product
 from pyro_lora.curvature.nystrom import eigh_psd, num_eigenvalues
 from pyro_lora.curvature.weight_gaussian import WeightGaussian
 from pyro_lora.ground.ranks import Ranks
@@ -306,9 +306,10 @@ class BlockGaussian(WeightGaussian):
             if block.rows is not None and block.columns is not None:
                 # (U_G ⊗ U_A)^T vec(J) is vec(U_G^T J U_A), and P^-1 elementwise there.
                 rows, columns = block.rows[i].to(j), block.columns[i].to(j)
-                inside = rows.mT @ j @ columns  # (B, M, O, I), thin (B, M, j, k)
+                inside = left_product(rows.mT, j) @ columns  # (B, M, O, I), or j, k
                 if self._is_thin(site):  # J J^T / tau is left over outside of the bases
-                    rest = (j - rows @ inside @ columns.mT).flatten(2)
+                    rest = j - left_product(rows, inside) @ columns.mT
+                    rest = rest.flatten(2)
                     scales = torch.stack(
                         [1 / tau[site][i].flatten()[0] for tau in taus]
                     )

@@ -389,7 +389,7 @@ class CountedTokens:
     @property
     def are_all(self) -> bool:
         """Whether none is left out."""
-        return int(self._number) == self.mask.numel()
+        return self._number.value == self.mask.numel()
 
     @cached_property
     def shared(self) -> CountedTokens:

@@ -152,11 +152,33 @@ class KroneckerNormal(TorchDistribution):
     def to_basis(self, value: Tensor) -> Tensor:
         """:math:`U_G^T V U_A`, (..., O, I), or (..., j, k)."""
         if self.rows is not None:
-            value = self.rows.to(value).mT @ value
+            value = left_product(self.rows.to(value).mT, value)
         return value if self.columns is None else value @ self.columns.to(value)
 
     def from_basis(self, value: Tensor) -> Tensor:
         """:math:`U_G V U_A^T`, (..., O, I)."""
         if self.rows is not None:
-            value = self.rows.to(value) @ value
+            value = left_product(self.rows.to(value), value)
         return value if self.columns is None else value @ self.columns.to(value).mT
+
+
+def left_product(matrix: Tensor, values: Tensor) -> Tensor:
+    """``matrix @ values``, reading a large matrix once for many values.
+
+    A product with a stack of thin values would read it anew for each of them; it's one
+    product with all of them side by side.
+
+    Args:
+        matrix: (..., P, O).
+        values: (*S, ..., O, I).
+
+    Returns:
+        (*S, ..., P, I).
+    """
+    lead = values.shape[: values.ndim - matrix.ndim]
+    if not lead or values.shape[len(lead) : -2] != matrix.shape[:-2]:
+        return matrix @ values
+    stack = values.flatten(0, len(lead) - 1)  # (S, ..., O, I)
+    wide = stack.movedim(0, -2).flatten(-2)  # (..., O, S I)
+    product = (matrix @ wide).unflatten(-1, (len(stack), values.shape[-1]))
+    return product.movedim(-2, 0).unflatten(0, lead)

@@ -39,6 +39,7 @@ from pyro_lora.diagnose.diagnosis import LeftOut
 from pyro_lora.ground.ranks import ALONE, Ranks
 from pyro_lora.ground.settings import check_gradients
 from pyro_lora.ground.weights import Weights
+from pyro_lora.lifting.cached_trunk import trunk_once
 from pyro_lora.likelihood import likelihoods
 from pyro_lora.likelihood.batch import (
     Batch,
@@ -199,10 +200,11 @@ class LogJoint:
         in_step = self.ranks.in_step(checked_batches(self.batches))
         for index, batch in enumerate(in_step):
             of_batch = []
-            for trace in at.traces(batch):
-                of_batch.append(self.log_probs(trace, batch).sum(-1))
-                if index == 0:
-                    latents.append(latent_log_probs(trace, self.networks))
+            with trunk_once(self.networks):
+                for trace in at.traces(batch):
+                    of_batch.append(self.log_probs(trace, batch).sum(-1))
+                    if index == 0:
+                        latents.append(latent_log_probs(trace, self.networks))
             totals.append(torch.cat(of_batch))
         others = {s: torch.cat([chunk[s] for chunk in latents]) for s in latents[0]}
         log_prior = others | log_prior_by_site(self.prior, self.networks, weights)
@@ -651,9 +653,10 @@ def _estimated(
         of_chunk = known.new_empty(len(next(iter(weights.values()))), len(units))
         pairs = zip(groups, batches, strict=True)
         for places, batch in joint.ranks.in_step(pairs):
-            log_probs = torch.cat(
-                [joint.log_probs(trace, batch) for trace in at.traces(batch)]
-            )
+            with trunk_once(joint.networks):
+                log_probs = torch.cat(
+                    [joint.log_probs(trace, batch) for trace in at.traces(batch)]
+                )
             # Of rows one each; what can't be taken apart is by itself.
             of_chunk[:, places] = (
                 log_probs if len(places) > 1 else log_probs.sum(1, keepdim=True)

@@ -197,8 +197,7 @@ class BoundNetwork:
             if not (trunk and tensors_in(inputs) and trunk.caches_one(values.values())):
                 return function(*args, **kwargs)
             fold = Fold(1, torch.empty(batch_size(inputs.values()), 0))
-            with trunk.shared(fold, inputs):
-                return function(*args, **kwargs)
+            return trunk.run(partial(function, *args, **kwargs), fold, inputs)
 
     def _folded(
         self,
@@ -263,8 +262,9 @@ class BoundNetwork:
         args = tuple(fold_input(v, f"{i}", fold) for i, v in enumerate(args))
         kwargs = {k: fold_input(v, k, fold) for k, v in kwargs.items()}
         binding = Binding(self._host.bindings, values, fold.num_particles, fold)
-        with binding.bound(), trunk.shared(fold, {**dict(enumerate(args)), **kwargs}):
-            output = function(*args, **kwargs)
+        inputs = {**dict(enumerate(args)), **kwargs}
+        with binding.bound():
+            output = trunk.run(partial(function, *args, **kwargs), fold, inputs)
         return unfold_output(output, "output", self._lead, fold)
 
     @leaving_no_trace

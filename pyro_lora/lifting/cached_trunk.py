@@ -1,17 +1,32 @@
-"""Keeping what the trunk makes of each datum, from one step to the next."""
+"""Keeping what the trunk makes of a datum, from one call to the next.
+
+For as long as the user says, :func:`cached_trunk` keeps it of every datum, by a digest
+of its inputs. Where the library itself runs a batch more than once, for some draws
+after others, or around one mode after another, :func:`trunk_once` keeps it of that
+batch.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from pyro_lora.ground.interrupts import undone
 from pyro_lora.ground.settings import check_number, check_path
+from pyro_lora.ground.synchronisation import ask
 from pyro_lora.ground.unfinished import aside
+from pyro_lora.lifting.folding import is_compiled
 from pyro_lora.lifting.lifted_network import LiftedNetwork, check_lora
-from pyro_lora.lifting.trunk import TrunkCache
 
 GIGABYTE = 1e9
 
@@ -47,7 +62,8 @@ def cached_trunk(
     Raises:
         ValueError: If there is no such layer, or ``max_gigabytes`` is negative; and
             from a call in the block, if a trunk layer is in training mode, so that its
-            dropout may draw anew, or gives more than one tensor.
+            dropout may draw anew, gives more than one tensor, or is read by others than
+            the next one.
 
     >>> import torch, pyro_lora as pl
     >>> from torch import nn
@@ -61,13 +77,217 @@ def cached_trunk(
     check_path("folder", folder)
     check_lora(lora)
     trunk = lora.trunk
-    trunk.check_cacheable()
-    before = trunk.cache
-
-    def put_back() -> None:
-        trunk.cache = before
-
+    if trunk.why_not_cacheable is not None:
+        raise ValueError(trunk.why_not_cacheable)
+    put_back = partial(setattr, trunk, "cache", trunk.cache)
     with aside(Path(tempfile.gettempdir() if folder is None else folder)) as files:
         with undone(put_back):
             trunk.cache = TrunkCache(int(max_gigabytes * GIGABYTE), files)
             yield
+
+
+@contextmanager
+def trunk_once(networks: Iterable[LiftedNetwork]) -> Iterator[None]:
+    """Run the trunk once where calls follow one another with the same inputs.
+
+    The numbers are those of a block without it. A cache that is there already stays.
+
+    Args:
+        networks: Those that are called in the block.
+
+    Yields:
+        Nothing.
+    """
+    with ExitStack() as stack:
+        for lora in networks:
+            trunk = lora.trunk
+            # Compiled, a network would be compiled anew for each batch.
+            if trunk.cache is None and not is_compiled(lora.network):
+                stack.enter_context(undone(partial(setattr, trunk, "cache", None)))
+                trunk.cache = LastBatch()
+        yield
+
+
+class LastBatch:
+    """What the trunk gave for the inputs that it had last."""
+
+    def __init__(self) -> None:
+        self._usable = True
+        self._kept: tuple[_Inputs, Tensor] | None = None
+
+    def key(
+        self, inputs: Mapping[Any, Any], batch_size: int, state: Any
+    ) -> _Inputs | None:
+        """The inputs themselves."""
+        return _Inputs(inputs, state) if self._usable else None
+
+    def get(self, key: _Inputs) -> Tensor | None:
+        """The hidden states (B, ...) if it's the last batch's key."""
+        if self._kept is None:
+            return None
+        last, hidden = self._kept
+        return hidden if key.equals(last) else None
+
+    def put(self, key: _Inputs, hidden: Tensor) -> None:
+        """Keep these hidden states, and no others."""
+        if self._usable:
+            self._kept = key.copied(), hidden.detach()
+
+    def refuse(self, reason: str) -> None:
+        """Keep nothing from now on: nobody has asked for it."""
+        self._usable, self._kept = False, None
+
+
+class _Inputs:
+    """A network's inputs, and what else its trunk depends on.
+
+    Args:
+        inputs: By name.
+        state: The rest.
+    """
+
+    def __init__(self, inputs: Mapping[Any, Any], state: Any) -> None:
+        self._tensors = {n: x for n, x in inputs.items() if isinstance(x, Tensor)}
+        others = {n: repr(x) for n, x in inputs.items() if n not in self._tensors}
+        forms = {n: (x.shape, x.dtype, x.device) for n, x in self._tensors.items()}
+        self._form = (others, forms, state)
+
+    def equals(self, other: _Inputs) -> bool:
+        """Whether the trunk makes the same of both."""
+        if self._form != other._form:
+            return False
+        pairs = [(x, other._tensors[n]) for n, x in self._tensors.items()]
+        return bool(ask(torch.stack([(x == y).all() for x, y in pairs]).all()))
+
+    def copied(self) -> _Inputs:
+        """The same, whatever is written into the tensors later."""
+        self._tensors = {n: x.detach().clone() for n, x in self._tensors.items()}
+        return self
+
+
+_NAME = "rows"  # of the only tensor in a file
+
+
+class TrunkCache:
+    """Rows of hidden states by the inputs that they come from.
+
+    Args:
+        max_bytes: Memory for rows; those beyond it go to files.
+        folder: Of the files.
+    """
+
+    def __init__(self, max_bytes: int, folder: Path) -> None:
+        self._room = max_bytes
+        self._folder = folder
+        self._in_memory: dict[bytes, Tensor] = {}
+        # Where a row is, and a digest of it: files may be altered by others.
+        self._on_disk: dict[bytes, tuple[Path, int, bytes]] = {}
+        self._device = "cpu"
+
+    def key(
+        self, inputs: Mapping[Any, Any], batch_size: int, state: Any
+    ) -> Sequence[bytes]:
+        """A digest for each row."""
+        return row_keys(inputs, batch_size, state)
+
+    def refuse(self, reason: str) -> None:
+        """Say that nothing can be kept, though it was asked for.
+
+        Raises:
+            ValueError: In any case.
+        """
+        raise ValueError(reason)
+
+    def get(self, keys: Sequence[bytes]) -> Tensor | None:
+        """The rows (B, ...) of these keys; None if one isn't there.
+
+        Raises:
+            ValueError: If a file was altered.
+        """
+        rows = []
+        for key in keys:
+            row = self._in_memory.get(key)
+            if row is None and key in self._on_disk:
+                row = self._read(*self._on_disk[key])
+            if row is None:
+                return None
+            rows.append(row)
+        return torch.stack(rows)
+
+    def put(self, keys: Sequence[bytes], rows: Tensor) -> None:
+        """Keep the rows (B, ...) of these keys, constants from now on."""
+        new: dict[bytes, int] = {}
+        for i, key in enumerate(keys):
+            if key not in self._in_memory and key not in self._on_disk:
+                new[key] = i
+        if not new:
+            return
+        kept = rows.detach()[torch.tensor(list(new.values()), device=rows.device)]
+        size = kept.numel() * kept.element_size()
+        if size <= self._room:
+            self._room -= size
+            self._in_memory.update(zip(new, kept, strict=True))
+            return
+        self._device = str(kept.device)
+        path = self._folder / f"{len(self._on_disk)}.safetensors"
+        save_file({_NAME: kept}, path)
+        digests = [_row_digest(row) for row in kept.cpu()]
+        self._on_disk.update({key: (path, i, digests[i]) for i, key in enumerate(new)})
+
+    def _read(self, path: Path, place: int, digest: bytes) -> Tensor:
+        try:
+            with safe_open(path, "pt") as file:
+                row: Tensor = file.get_slice(_NAME)[place : place + 1][0]
+            whole = _row_digest(row) == digest
+        except (SafetensorError, OSError, IndexError, RuntimeError) as error:
+            raise ValueError(
+                f"{path}, which the trunk's cache wrote, can't be read: {error}. Leave "
+                "the files in its folder alone."
+            ) from error
+        if not whole:
+            raise ValueError(
+                f"{path}, which the trunk's cache wrote, was altered. Leave the files "
+                "in its folder alone."
+            )
+        return row.to(self._device)
+
+
+def _row_digest(row: Tensor) -> bytes:
+    """Of a row on the CPU, its dtype and shape included."""
+    form = f"{row.dtype}{tuple(row.shape)}".encode()
+    flat = row.contiguous().reshape(-1).view(torch.uint8).numpy()
+    return hashlib.blake2b(flat.tobytes(), key=form[:64], digest_size=16).digest()
+
+
+def row_keys(inputs: Mapping[Any, Any], batch_size: int, state: Any) -> list[bytes]:
+    """A digest for each row of a batch, of all that a frozen network makes of it.
+
+    Args:
+        inputs: The network's inputs, by name; of particles one copy.
+        batch_size: B; tensors with another first dim belong to every row.
+        state: What else the outputs depend on.
+
+    Returns:
+        B digests.
+    """
+    common = hashlib.blake2b(repr(state).encode(), digest_size=16)
+    by_row = []
+    for name, value in inputs.items():
+        common.update(repr(name).encode())
+        if not isinstance(value, Tensor):
+            common.update(repr(value).encode())
+            continue
+        common.update(f"{value.dtype}{tuple(value.shape[1:])}".encode())
+        flat = value.detach().contiguous().reshape(value.shape[0], -1)
+        rows = flat.view(torch.uint8).cpu().numpy()
+        if len(rows) == batch_size:
+            by_row.append(rows)
+        else:
+            common.update(rows.tobytes())
+    keys = []
+    for i in range(batch_size):
+        digest = common.copy()
+        for rows in by_row:
+            digest.update(rows[i].tobytes())
+        keys.append(digest.digest())
+    return keys

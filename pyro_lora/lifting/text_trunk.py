@@ -103,17 +103,26 @@ class TextTrunk:
         """Whether a call with one set of weights has a use for it: never."""
         return False
 
+    def run(
+        self, call: Callable[[], Any], fold: Fold, inputs: Mapping[Any, Any]
+    ) -> Any:
+        """What a call gives, its trunk run once for all draws where it's safe.
+
+        Args:
+            call: Runs the network.
+            fold: How draws are folded into the inputs.
+            inputs: The folded arguments of ``generate``, or of one call, by name.
+        """
+        with self._shared(fold, inputs):
+            return call()
+
     @contextmanager
-    def shared(self, fold: Fold, inputs: Mapping[Any, Any]) -> Iterator[None]:
+    def _shared(self, fold: Fold, inputs: Mapping[Any, Any]) -> Iterator[None]:
         """Share the trunk between draws while the block runs, where it's safe.
 
         It isn't for several beams, in training mode, with caches or arguments of other
         kinds than :class:`DynamicCache` and tensors, in which layers may leave what
         others read, and where a caller is given the cache or layers' states.
-
-        Args:
-            fold: How draws are folded into the inputs.
-            inputs: The folded arguments of ``generate``, or of one call, by name.
         """
         training = any(layer.training for layer in self._layers)
         if training or any(inputs.get(name) for name in _ASKS):

@@ -3,8 +3,8 @@
 Their inputs, S copies of a batch of B, and their outputs are the same for all S. So
 the first layer's forward is given one copy, and the last one's output is repeated: with
 l of L layers below the adapter, S particles cost S (L - l) + l layers in place of S L.
-What the last one gives can be kept from epoch to epoch, by a digest of a datum's
-inputs; then the layers aren't run at all.
+What the last one gives can be kept, and is known again by the inputs; then the layers
+aren't run at all.
 
 The first adapted layer reads these copies by frozen parts of its own, a norm or the
 projections that LoRA adds to. These are given one copy, too:
@@ -15,23 +15,26 @@ projections that LoRA adds to. These are given one copy, too:
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import weakref
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pyro_lora.ground.interrupts import undone
-from pyro_lora.lifting.folding import tensors_in
-from pyro_lora.lifting.slots import Fold
+from pyro_lora.ground.interrupts import eagerly, undone
+from pyro_lora.ground.synchronisation import ask
+from pyro_lora.ground.weights import drawing_nothing
+from pyro_lora.lifting.folding import is_compiled, tensors_in, unchanged_buffers
+from pyro_lora.lifting.slots import Fold, NotFoldable
+
+_READ_ELSEWHERE = (
+    "The trunk can't be cached: the network reads what its layers give elsewhere, too, "
+    "for a mean over layers perhaps. Leave the cache out."
+)
 
 
 def _caches(network: nn.Module) -> bool:
@@ -78,7 +81,7 @@ def find_trunk(network: nn.Module, adapted: Iterable[nn.Module]) -> Trunk:
         for module in network.modules()
         if isinstance(module, nn.Embedding)
     }
-    return Trunk(layers[:-1], _caches(network), dict(below), tables, readers)
+    return Trunk(layers[:-1], _caches(network), dict(below), tables, readers, network)
 
 
 def _layers_to(
@@ -218,6 +221,69 @@ def replaced_forwards(
         yield
 
 
+class Cache(Protocol):
+    """What the trunk gave earlier."""
+
+    def key(self, inputs: Mapping[Any, Any], batch_size: int, state: Any) -> Any | None:
+        """What a batch is known by; None if it can't be kept.
+
+        Args:
+            inputs: The network's inputs, by name, one copy.
+            batch_size: B.
+            state: What else the outputs depend on.
+        """
+        ...
+
+    def get(self, key: Any) -> Tensor | None:
+        """The hidden states (B, ...); None if they aren't there."""
+        ...
+
+    def put(self, key: Any, hidden: Tensor) -> None:
+        """Keep hidden states (B, ...), constants from now on."""
+        ...
+
+    def refuse(self, reason: str) -> None:
+        """Say, or take for known, that the trunk can't be cached."""
+        ...
+
+
+@dataclass(eq=False)
+class _Seen:
+    """What is seen in one call.
+
+    Attributes:
+        looks: Whether it's looked for.
+        key: The batch's, in the cache.
+        hidden: What the last layer gives, one copy, if there is no more to it.
+        reason: Why that can't be kept.
+    """
+
+    looks: bool
+    key: Any = None
+    hidden: Tensor | None = None
+    reason: str | None = None
+
+    def look(
+        self, output: Any, layer: int, last: bool, batch_size: int
+    ) -> Callable[[Tensor], Any] | None:
+        """What a layer's output (one copy) is around hidden states; None: not known."""
+        if not self.looks or self.reason is not None:
+            return None
+        rest = output[1:] if isinstance(output, tuple) else ()
+        hidden = output[0] if isinstance(output, tuple) else output
+        alone = isinstance(hidden, Tensor) and not tensors_in(rest)
+        if not alone or len(hidden) != batch_size:
+            self.reason = (
+                f"The trunk can't be cached: its layer {layer} returns more than one "
+                "tensor, or one without the batch. Leave the cache out."
+            )
+            return None
+        if last:
+            self.hidden = hidden.detach()
+        in_tuple = isinstance(output, tuple)
+        return lambda x: (x, *rest) if in_tuple else x
+
+
 class Trunk:
     """Runs the trunk on one copy of the batch while particles are folded into it.
 
@@ -228,6 +294,7 @@ class Trunk:
         tables: How many rows the network's embeddings have.
         readers: The frozen parts of the first adapted layer, some of which read what
             the trunk gives.
+        network: The whole.
     """
 
     def __init__(
@@ -237,53 +304,58 @@ class Trunk:
         below: Mapping[str, nn.Module] | None = None,
         tables: Container[int] = (),
         readers: Sequence[nn.Module] = (),
+        network: nn.Module | None = None,
     ) -> None:
         self.layers = layers
         self.caches = caches
-        self.cache: TrunkCache | None = None  # of what the last layer gives
+        self.cache: Cache | None = None  # of what the last layer gives
         self._below = below or {}
         self.tables = tables
         self._readers = readers
+        self._network = network
         self._checked = False  # that particles really are the same there
+        # The forms of call in which the next layer alone reads what one gives.
+        self._forms: set[Any] = set()
         # Layer -> what a call returns around its hidden states.
         self._wrapped: dict[int, Callable[[Tensor], Any]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "cache": None, "_wrapped": {}}  # both of the cache
 
-    def check_cacheable(self) -> None:
-        """Refuse a cache where nothing can be cached.
-
-        Raises:
-            ValueError: If there is no trunk, or it is in training mode.
-        """
+    @property
+    def why_not_cacheable(self) -> str | None:
+        """Why nothing can be cached: there is no trunk, or it is in training mode."""
         for path, module in self._below.items():
             if module.training:
-                raise ValueError(
+                return (
                     f"The trunk can't be cached: {path or 'the network'!r} is in "
                     "training mode, where dropout may draw anew at each step. Call "
                     ".eval() on the network, or leave the cache out."
                 )
         if not self.layers:
-            raise ValueError(
+            return (
                 "There is no trunk to cache: no stack of layers begins below the first "
                 "adapted one. Adapt the upper layers only (layers_to_transform in "
                 "peft), or leave the cache out."
             )
+        return None
 
-    def _cached(self, inputs: Mapping[Any, Any], fold: Fold) -> list[bytes] | None:
-        """The batch's keys in the cache; None without one, or if it can't be used."""
+    def _key(self, inputs: Mapping[Any, Any], fold: Fold) -> Any | None:
+        """The batch's key in the cache; None without one, or if it can't be used."""
         tensors = [x for x in inputs.values() if isinstance(x, Tensor)]
+        own = [x for m in self._below.values() for x in _own_tensors(m)]
         if (
             self.cache is None
             or torch.is_inference_mode_enabled()  # gradients can't use what it makes
             or torch.compiler.is_compiling()
             or any(x.requires_grad or x.ndim == 0 for x in tensors)
+            or any(x.is_inference() for x in own)  # which have no version
+            or len(tensors_in(inputs)) > len(tensors)  # some are inside of others
         ):
             return None
         device = tensors[0].device.type
         state = (
-            versions(x for m in self._below.values() for x in _own_tensors(m)),
+            versions(own),
             torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
         )
         one_copy = {
@@ -292,7 +364,7 @@ class Trunk:
             else x
             for name, x in inputs.items()
         }
-        return row_keys(one_copy, fold.batch_size, state)
+        return self.cache.key(one_copy, fold.batch_size, state)
 
     def caches_one(self, weights: Iterable[Tensor]) -> bool:
         """Whether a call with one set of weights can use the cache.
@@ -306,8 +378,107 @@ class Trunk:
             torch.is_grad_enabled() and all(x.requires_grad for x in weights)
         )
 
+    def run(
+        self, call: Callable[[], Any], fold: Fold, inputs: Mapping[Any, Any]
+    ) -> Any:
+        """What a call gives, its trunk run once for all particles where it's safe.
+
+        It isn't where the network reads elsewhere what one of its layers gives, for a
+        mean over layers, say. So what a call of this form gives first must stay without
+        NaN where all layers but the last give nothing else.
+
+        Args:
+            call: Runs the network.
+            fold: How particles are folded into the inputs.
+            inputs: The network's folded inputs, by name.
+
+        Raises:
+            OutOfMemoryError: If there is no memory for the call.
+            ValueError: If there's a cache that can't be used.
+            Exception: What the call raises.
+        """
+        if self.cache is not None:
+            self._refuse(self.why_not_cacheable)
+        settings = bool | int | str | None
+        form = tuple(
+            (k, x if isinstance(x, settings) else 0) for k, x in inputs.items()
+        )
+        if not self.layers or form in self._forms or torch.compiler.is_compiling():
+            with self._shared(fold, inputs, form) as seen:
+                output = call()
+            self._keep(seen)
+            return output
+        layers = self.layers
+        try:
+            with self._shared(fold, inputs, form) as seen:
+                output = call()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:
+            self.layers = []
+            try:
+                output = call()
+            except Exception:  # it isn't for the trunk
+                self.layers = layers
+                raise
+            self._refuse(_READ_ELSEWHERE)
+            return output
+        if seen.hidden is not None and self.layers:
+            had_nan = _has_nan(output).to(seen.hidden.device)
+            try:
+                has_nan = self._has_nan_without(call, fold, seen.hidden)
+            except torch.OutOfMemoryError:  # of a pass that nobody has asked for
+                return output
+            if bool(ask(has_nan & ~had_nan, usual=False)):
+                self.layers = []
+                self._refuse(_READ_ELSEWHERE)
+                return call()
+            if not ask(had_nan, usual=False):
+                self._forms.add(form)
+        self._keep(seen)
+        return output
+
+    @torch.no_grad()
+    def _has_nan_without(
+        self, call: Callable[[], Any], fold: Fold, hidden: Tensor
+    ) -> Tensor:
+        """Whether outputs have NaN, or there are none, without the lower layers'.
+
+        Args:
+            call: Runs the network.
+            fold: How particles are folded into the inputs.
+            hidden: What the last layer gives, one copy.
+
+        Raises:
+            OutOfMemoryError: If there is no memory for this pass.
+        """
+        network, known = self._network, KnownCopies(fold)
+        assert network is not None  # that of the layers
+
+        def replacement(forward: Callable[..., Any], i: int) -> Callable[..., Any]:
+            return self._recalling(hidden, i, i == len(self.layers) - 1, known)
+
+        found = torch.ones((), dtype=torch.bool, device=hidden.device)
+        try:
+            with (
+                suppress(NotFoldable),  # it writes into buffers, which are put back
+                unchanged_buffers(network),
+                drawing_nothing(list(network.parameters())),
+                eagerly() if is_compiled(network) else nullcontext(),
+                replaced_forwards(self.layers, replacement),
+                replaced_forwards(self._constant(fold), known.read_once),
+            ):
+                found = _has_nan(call()).to(hidden.device)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # whatever a network says of NaN
+            return found
+        return found
+
     @contextmanager
-    def shared(self, fold: Fold, inputs: Mapping[Any, Any]) -> Iterator[None]:
+    def _shared(
+        self, fold: Fold, inputs: Mapping[Any, Any], form: Any
+    ) -> Iterator[_Seen]:
         """Share the trunk between particles while the block runs, where it's safe.
 
         It isn't where every layer's states or caches are asked for, where dropout
@@ -317,9 +488,11 @@ class Trunk:
         Args:
             fold: How particles are folded into the inputs.
             inputs: The network's folded inputs, by name.
+            form: That of the call; only a known one's trunk is left out.
+
+        Yields:
+            What is seen in the block.
         """
-        if self.cache is not None:
-            self.check_cacheable()
         sizes = {
             n for x in inputs.values() if isinstance(x, Tensor) for n in x.shape[1:]
         }
@@ -330,26 +503,27 @@ class Trunk:
         safe = safe and not inputs.get("use_cache", self.caches)
         safe = safe and not any(layer.training for layer in self.layers)
         if not (self.layers and safe):
-            yield  # each particle runs them
+            yield _Seen(False)  # each particle runs them
             return
-        layers = self.layers
-        keys = self._cached(inputs, fold)
+        layers, is_known = self.layers, form in self._forms
+        key = self._key(inputs, fold)
         hidden = None
-        if keys is not None and self.cache is not None:
-            hidden = self.cache.get(keys)
+        if key is not None and self.cache is not None and is_known:
+            hidden = self.cache.get(key)
         known = KnownCopies(fold)
+        seen = _Seen(hidden is None and (key is not None or not is_known), key)
 
         def replacement(forward: Callable[..., Any], i: int) -> Callable[..., Any]:
             last = i == len(layers) - 1
             if hidden is None:
-                return self._sharing(forward, fold, i, last, keys, known)
+                return self._sharing(forward, fold, i, last, known, seen)
             return self._recalling(hidden, i, last, known)
 
         with (
             replaced_forwards(layers, replacement),
             replaced_forwards(self._constant(fold), known.read_once),
         ):
-            yield
+            yield seen
 
     def _constant(self, fold: Fold) -> list[nn.Module]:
         """The readers that give copies if they're given copies."""
@@ -367,32 +541,20 @@ class Trunk:
     def _recalling(
         self, hidden: Tensor, layer: int, last: bool, known: KnownCopies
     ) -> Callable[..., Any]:
-        if last:
-            hidden = known.repeated(hidden)
-        return lambda *args, **kwargs: self._wrapped[layer](hidden)
+        # What no other than the next layer reads, which doesn't.
+        given = known.repeated(hidden) if last else torch.full_like(hidden, torch.nan)
+        return lambda *args, **kwargs: self._wrapped[layer](given)
 
-    def _remember(
-        self, output: Any, layer: int, last: bool, keys: list[bytes] | None
-    ) -> None:
-        """Keep a layer's output (one copy), or of a lower one just its form.
+    def _refuse(self, reason: str | None) -> None:
+        if self.cache is not None and reason is not None:
+            self.cache.refuse(reason)
 
-        Raises:
-            ValueError: If it is more than hidden states.
-        """
-        if keys is None or self.cache is None:
+    def _keep(self, seen: _Seen) -> None:
+        if self.cache is None or seen.key is None:
             return
-        rest = output[1:] if isinstance(output, tuple) else ()
-        hidden = output[0] if isinstance(output, tuple) else output
-        alone = isinstance(hidden, Tensor) and not tensors_in(rest)
-        if not alone or len(hidden) != len(keys):
-            raise ValueError(
-                f"The trunk can't be cached: its layer {layer} returns more than one "
-                "tensor, or one without the batch. Leave the cache out."
-            )
-        in_tuple = isinstance(output, tuple)
-        self._wrapped[layer] = lambda x: (x, *rest) if in_tuple else x
-        if last:
-            self.cache.put(keys, hidden)
+        self._refuse(seen.reason if self.layers else self.why_not_cacheable)
+        if seen.hidden is not None:
+            self.cache.put(seen.key, seen.hidden)
 
     def _sharing(
         self,
@@ -400,8 +562,8 @@ class Trunk:
         fold: Fold,
         layer: int,
         last: bool,
-        keys: list[bytes] | None,
         known: KnownCopies,
+        seen: _Seen,
     ) -> Callable[..., Any]:
         alone = fold.num_particles == 1
         # Of as many rows as a table has, copies are told by being copies.
@@ -419,14 +581,14 @@ class Trunk:
                     # Never share: an adapted layer runs before, or what layers give
                     # each other isn't all in their outputs.
                     self.layers = []
-                    if keys is not None:
-                        self.check_cacheable()
                 self._checked = True
             if not self.layers:
                 return forward(*args, **kwargs)
             args, kwargs = mapped((args, kwargs), copies.one)
             output = forward(*args, **kwargs)
-            self._remember(output, layer, last, keys)
+            form = seen.look(output, layer, last, fold.batch_size)
+            if form is not None:
+                self._wrapped[layer] = form
             return mapped(output, known.repeated) if last else output
 
         return shared_forward
@@ -436,6 +598,12 @@ def _own_tensors(module: nn.Module) -> Iterator[Tensor]:
     """Parameters and buffers of a module, not of those inside it."""
     yield from module.parameters(recurse=False)
     yield from module.buffers(recurse=False)
+
+
+def _has_nan(output: Any) -> Tensor:
+    """Whether one of the tensors in it has NaN, a tensor with one element."""
+    found = [x.isnan().any() for x in tensors_in(output) if x.is_floating_point()]
+    return torch.stack(found).any() if found else torch.tensor(False)
 
 
 def is_plain(value: Any) -> bool:
@@ -454,120 +622,6 @@ def mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, dict):
         return {k: mapped(v, function) for k, v in value.items()}
     return value
-
-
-_NAME = "rows"  # of the only tensor in a file
-
-
-class TrunkCache:
-    """Rows of hidden states by the inputs that they come from.
-
-    Args:
-        max_bytes: Memory for rows; those beyond it go to files.
-        folder: Of the files.
-    """
-
-    def __init__(self, max_bytes: int, folder: Path) -> None:
-        self._room = max_bytes
-        self._folder = folder
-        self._in_memory: dict[bytes, Tensor] = {}
-        # Where a row is, and a digest of it: files may be altered by others.
-        self._on_disk: dict[bytes, tuple[Path, int, bytes]] = {}
-        self._device = "cpu"
-
-    def get(self, keys: Sequence[bytes]) -> Tensor | None:
-        """The rows (B, ...) of these keys; None if one isn't there.
-
-        Raises:
-            ValueError: If a file was altered.
-        """
-        rows = []
-        for key in keys:
-            row = self._in_memory.get(key)
-            if row is None and key in self._on_disk:
-                row = self._read(*self._on_disk[key])
-            if row is None:
-                return None
-            rows.append(row)
-        return torch.stack(rows)
-
-    def put(self, keys: Sequence[bytes], rows: Tensor) -> None:
-        """Keep the rows (B, ...) of these keys, constants from now on."""
-        new: dict[bytes, int] = {}
-        for i, key in enumerate(keys):
-            if key not in self._in_memory and key not in self._on_disk:
-                new[key] = i
-        if not new:
-            return
-        kept = rows.detach()[torch.tensor(list(new.values()), device=rows.device)]
-        size = kept.numel() * kept.element_size()
-        if size <= self._room:
-            self._room -= size
-            self._in_memory.update(zip(new, kept, strict=True))
-            return
-        self._device = str(kept.device)
-        path = self._folder / f"{len(self._on_disk)}.safetensors"
-        save_file({_NAME: kept}, path)
-        digests = [_row_digest(row) for row in kept.cpu()]
-        self._on_disk.update({key: (path, i, digests[i]) for i, key in enumerate(new)})
-
-    def _read(self, path: Path, place: int, digest: bytes) -> Tensor:
-        try:
-            with safe_open(path, "pt") as file:
-                row: Tensor = file.get_slice(_NAME)[place : place + 1][0]
-            whole = _row_digest(row) == digest
-        except (SafetensorError, OSError, IndexError, RuntimeError) as error:
-            raise ValueError(
-                f"{path}, which the trunk's cache wrote, can't be read: {error}. Leave "
-                "the files in its folder alone."
-            ) from error
-        if not whole:
-            raise ValueError(
-                f"{path}, which the trunk's cache wrote, was altered. Leave the files "
-                "in its folder alone."
-            )
-        return row.to(self._device)
-
-
-def _row_digest(row: Tensor) -> bytes:
-    """Of a row on the CPU, its dtype and shape included."""
-    form = f"{row.dtype}{tuple(row.shape)}".encode()
-    flat = row.contiguous().reshape(-1).view(torch.uint8).numpy()
-    return hashlib.blake2b(flat.tobytes(), key=form[:64], digest_size=16).digest()
-
-
-def row_keys(inputs: Mapping[Any, Any], batch_size: int, state: Any) -> list[bytes]:
-    """A digest for each row of a batch, of all that a frozen network makes of it.
-
-    Args:
-        inputs: The network's inputs, by name; of particles one copy.
-        batch_size: B; tensors with another first dim belong to every row.
-        state: What else the outputs depend on.
-
-    Returns:
-        B digests.
-    """
-    common = hashlib.blake2b(repr(state).encode(), digest_size=16)
-    by_row = []
-    for name, value in inputs.items():
-        common.update(repr(name).encode())
-        if not isinstance(value, Tensor):
-            common.update(repr(value).encode())
-            continue
-        common.update(f"{value.dtype}{tuple(value.shape[1:])}".encode())
-        flat = value.detach().contiguous().reshape(value.shape[0], -1)
-        rows = flat.view(torch.uint8).cpu().numpy()
-        if len(rows) == batch_size:
-            by_row.append(rows)
-        else:
-            common.update(rows.tobytes())
-    keys = []
-    for i in range(batch_size):
-        digest = common.copy()
-        for rows in by_row:
-            digest.update(rows[i].tobytes())
-        keys.append(digest.digest())
-    return keys
 
 
 def versions(tensors: Iterable[Tensor]) -> tuple[tuple[int, int], ...]:

@@ -27,6 +27,7 @@ from pyro_lora.ground.settings import check_count
 from pyro_lora.ground.summary import brief, weights_facts
 from pyro_lora.ground.warning import warn
 from pyro_lora.ground.weights import Weights, handing_out_copies
+from pyro_lora.lifting.cached_trunk import trunk_once
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.likelihood.batch import (
     NO_BATCHES,
@@ -376,9 +377,11 @@ class LossOfDraws:
             ]
         total, number = 0.0, 0
         for index, batch in enumerate(self.ranks.in_step(self.batches)):
-            for at in runs:
-                _, sites = self._run(at, batch, index)
-                total -= sum(float(_counted(site).sum()) for site in sites) / num_draws
+            with trunk_once(self.networks):
+                for at in runs:
+                    _, sites = self._run(at, batch, index)
+                    counted = sum(float(_counted(site).sum()) for site in sites)
+                    total -= counted / num_draws
             number += int(data_that_count(sites[0]).sum())
         total = float(self.ranks.sum(torch.tensor(total, dtype=torch.float64)))
         number = self.ranks.total(number)

@@ -20,6 +20,7 @@ from torch.nn.functional import pad
 
 from pyro_lora.curvature.prior_moments import model_scales
 from pyro_lora.ground.ranks import ALONE, Ranks
+from pyro_lora.lifting.cached_trunk import trunk_once
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.likelihood.batch import Batch, checked_batches, explaining
 from pyro_lora.likelihood.data_plate import data_plate
@@ -127,18 +128,19 @@ def pass_over_data(
     in_step = ranks.in_step(checked_batches(batches))
     for index, batch in enumerate(ranks.drawing(in_step), 1):
         of_batch, log_likelihood, total = [], [], []
-        for trace in at_draws.traces(batch):
-            site = trace.nodes[at_draws.obs_site]
-            of_batch.append(site["fn"].sample())
-            if site["is_observed"]:
-                with explaining(batch, nodes=trace.nodes):
-                    log_likelihood.append(datum_log_probs(site))
-                total.append((log_likelihood[-1] * data_plate(site).scale).sum(-1))
-            if index == 1:  # the weights' own density doesn't depend on the batch
-                networks = lifted_networks(trace)
-                latent.append(latent_log_probs(trace, networks))
-                prior_scales = model_scales(trace, networks)
-                alone = alone and observes_only(trace, at_draws.obs_site)
+        with trunk_once(networks):
+            for trace in at_draws.traces(batch):
+                site = trace.nodes[at_draws.obs_site]
+                of_batch.append(site["fn"].sample())
+                if site["is_observed"]:
+                    with explaining(batch, nodes=trace.nodes):
+                        log_likelihood.append(datum_log_probs(site))
+                    total.append((log_likelihood[-1] * data_plate(site).scale).sum(-1))
+                if index == 1:  # the weights' own density doesn't depend on the batch
+                    networks = lifted_networks(trace)
+                    latent.append(latent_log_probs(trace, networks))
+                    prior_scales = model_scales(trace, networks)
+                    alone = alone and observes_only(trace, at_draws.obs_site)
         num_data += data_plate(site).size
         drawn.append(torch.cat(of_batch))
         if site["is_observed"]:

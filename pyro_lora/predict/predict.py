@@ -21,6 +21,7 @@ from pyro_lora.ground.settings import check_count, check_function, check_word
 from pyro_lora.ground.synchronisation import gathered
 from pyro_lora.ground.warning import warn
 from pyro_lora.ground.weights import Weights
+from pyro_lora.lifting.cached_trunk import trunk_once
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.likelihood.batch import (
     Batch,
@@ -199,7 +200,10 @@ def predict(
     at_mode: list[AnyPrediction] = []
     stream = ranks.drawing(ranks.in_step(_with([first], stream)))
     del first
-    with gathered():  # what a batch is asked for is read with the next one's
+    with (
+        gathered(),  # what a batch is asked for is read with the next one's
+        trunk_once(plan.networks),  # it goes through the network several times
+    ):
         for index, batch in enumerate(stream):
             if plan.way.takes_one_batch and (predictions or ranks.size > 1):
                 raise ValueError(

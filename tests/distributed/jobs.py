@@ -386,9 +386,12 @@ def tensor_parallel(network: Any, **styles: Any) -> Any:
     """Linear layers of the encoder split over all ranks; nothing in one process."""
     if size() > 1:
         mesh = init_device_mesh("cpu", (size(),))
+        trained = {n: x.requires_grad for n, x in network.named_parameters()}
         for layer in network.base_model.model.bert.encoder.layer:
             plan = {name.replace("__", "."): style for name, style in styles.items()}
             parallelize_module(layer, mesh, plan)
+        for name, parameter in network.named_parameters():
+            parameter.requires_grad_(trained[name])  # torch 2.10 has them all trained
     return network
 
 

@@ -5,6 +5,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from peft import PeftModel
@@ -14,7 +16,7 @@ from torch.testing import assert_close
 
 import pyro_lora as pl
 from pyro_lora import kernels
-from pyro_lora.lifting.trunk import TrunkCache
+from pyro_lora.lifting.cached_trunk import TrunkCache
 from tests.lifting.test_trunk import bert_on_top, layers, llama_on_top, loop
 from tests.networks import adapted, batch, bert, inputs, particles
 
@@ -333,3 +335,143 @@ def test_altered_files_are_refused(dtype: torch.dtype, tmp_path: Path) -> None:
     again = cache.get(keys)
     assert again is not None
     assert torch.equal(again, rows)
+
+
+def laplace(lora: pl.LiftedNetwork, batches: list[dict[str, Tensor]]) -> Any:
+    pyro.clear_param_store()
+    guide = pl.AutoLaplace(
+        pl.models.classification(lora, 5 * len(batches)),
+        init_loc_fn=lora.init_to_adapter(jitter=0.3),
+    )
+    return guide.laplace_approximation(batches)
+
+
+def predicted(posterior: Any, batches: Any, **options: Any) -> Tensor:
+    torch.manual_seed(0)
+    return pl.predict(posterior, batches, **options).log_probs
+
+
+def moved(lora: pl.LiftedNetwork, batches: Any) -> dict[str, Tensor]:
+    pyro.clear_param_store()
+    svgd = pl.SVGD(
+        pl.models.classification(lora, 5 * len(batches)),
+        kernels.RBF(space="function"),
+        SGD({"lr": 0.01}),
+        4,
+        init_loc_fn=lora.init_to(particles(lora, 4)),
+        chunk_size=2,
+    )
+    svgd.run(batches, num_epochs=1, progress_bar=False)
+    return svgd.get_named_particles()
+
+
+BY_THE_LIBRARY: dict[str, Callable[..., Any]] = {
+    # Nine draws are two runs, and the mode's is a third.
+    "draws": lambda lora, q, batches: predicted(
+        q, batches, method="sample", num_samples=9
+    ),
+    "a mixture": lambda lora, q, batches: predicted(
+        pl.MixturePosterior([q, q]), batches
+    ),
+    "a tree": lambda lora, q, batches: torch.as_tensor(
+        pl.to_datatree(
+            pl.ParticlePosterior(particles(lora, 9), (lora,), q.model, "y"),
+            batches=batches,
+        )["log_likelihood"]["y"].data
+    ),
+    # Outputs of all particles first, two runs, and two more with gradients.
+    "SVGD": lambda lora, q, batches: moved(lora, batches),
+}
+
+
+@pytest.mark.untrained
+@pytest.mark.parametrize("what", BY_THE_LIBRARY)
+def test_a_batch_that_is_run_again_skips_the_trunk(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = bert_on_top()
+    lora = pl.lift(network)
+    batches = [batch(num_labels=3) for _ in range(4)]
+    q = laplace(lora, batches)
+
+    def run(number: int) -> Any:
+        torch.manual_seed(1)
+        return BY_THE_LIBRARY[what](lora, q, batches[:number])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lora.trunk, "layers", [])  # each call runs all layers
+        expected = run(4)
+    passes = []
+    for number in (3, 4):
+        with trunk_rows(network) as seen:
+            found = run(number)
+        passes.append(len(seen))
+    assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    assert passes[1] - passes[0] == 2 * 1  # two layers, once
+
+
+@pytest.mark.untrained
+@pytest.mark.parametrize("what", ["new inputs", "written into", "weights", "embedded"])
+def test_a_batch_that_changes_from_run_to_run_is_not_taken_for_the_same(
+    what: str,
+) -> None:
+    network = bert_on_top()
+    lora = pl.lift(network)
+    batches = [batch(num_labels=3)]
+    one = laplace(lora, batches)
+    embeddings = network.get_input_embeddings()
+    seen: list[Tensor] = []
+
+    def model(input_ids: Any, attention_mask: Any, labels: Any = None) -> None:
+        """Each run has another token in its first place."""
+        net, number = lora(), len(seen) + 1
+        given = {"input_ids": input_ids}
+        if what == "new inputs":
+            given["input_ids"] = input_ids.clone()
+            given["input_ids"][:, 0] = number
+        elif what == "written into":
+            input_ids[:, 0] = number
+        elif what == "weights":
+            embeddings.weight.mul_(1.1)
+        else:
+            given = {"inputs_embeds": embeddings(input_ids) * number}
+        with pyro.plate("data", 5):
+            logits = net(**given, attention_mask=attention_mask).logits
+            seen.append(logits.detach())
+            pyro.sample("y", dist.Categorical(logits=logits), obs=labels)
+
+    def run() -> list[Tensor]:
+        seen.clear()
+        texts = [{name: x.clone() for name, x in b.items()} for b in batches]
+        start = embeddings.weight.detach().clone()
+        predicted(one, texts, model=model, method="sample", num_samples=9)
+        embeddings.weight.data.copy_(start)
+        return list(seen)
+
+    found = run()
+    lora.trunk.layers = []
+    expected = run()
+    assert len(found) == len(expected) > 2
+    assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("settings", [{"gives_two": True}, {"last_first": True}])
+def test_trunks_of_other_forms_run_each_time_and_silently(
+    settings: dict[str, bool],
+) -> None:
+    network = adapted(Stack(**settings).double(), target_modules=["layers.2.linear"])
+    lora = pl.lift(network)
+
+    def model(x: Tensor, y: Tensor | None = None) -> None:
+        net = lora()
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Categorical(logits=net(x)), obs=y)
+
+    batches = [
+        {"x": torch.randn(5, 4).double(), "y": torch.arange(5) % 4} for _ in range(2)
+    ]
+    posterior = pl.ParticlePosterior(particles(lora, 9), (lora,), model, "y")
+    found = predicted(posterior, batches)
+    lora.trunk.layers = []
+    assert_close(found, predicted(posterior, batches), rtol=1e-10, atol=1e-12)
+    assert lora.trunk.cache is None

@@ -86,6 +86,7 @@ from pyro_lora.infer.svgd.weight_space import (
     Transport,
     spread,
 )
+from pyro_lora.lifting.cached_trunk import trunk_once
 from pyro_lora.lifting.fingerprint import (
     Fingerprint,
     check_networks,
@@ -314,7 +315,8 @@ class SVGD(Summarised):
         with self._naming_batch(), gathered() as gathering:
             check_finite(particles, "value")
             temperature, repulsion = self._settings()
-            direction = self._space.direction(at, temperature, repulsion)
+            with trunk_once([] if at.is_one_chunk else target.networks):
+                direction = self._space.direction(at, temperature, repulsion)
             self._move(direction, at, gathering)
         self._num_batches += 1
         return self.diagnostics["loss"][-1]
