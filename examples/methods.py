@@ -93,11 +93,11 @@ def run(task: Task, *, quick: bool) -> Study:
 
     method = _Method(task, study, "MAP")
     guide = method.fit_map(model, train)
-    method.add(_at_mode(model, guide))
+    method.add(_at_mode(task.lora, model, guide))
 
     method = _Method(task, study, "MAP + temperature scaling")
     guide_kept = method.fit_map(model_kept, kept)
-    at_mode = _at_mode(model_kept, guide_kept)
+    at_mode = _at_mode(task.lora, model_kept, guide_kept)
     temperature = pl.fit_temperature(at_mode(task.ordered(held_out)))
     method.add(lambda data: at_mode(data).with_temperature(temperature))
 
@@ -209,12 +209,12 @@ class _Method:
         )
 
 
-def _at_mode(model: Callable[..., Tensor], guide: pl.AutoLaplace) -> Predictor:
-    def predict(data: Batches) -> pl.Prediction:
-        with pyro.get_param_store().scope():  # a store of its own, as in fit_map
-            return pl.predict(guide, data, model=model, num_samples=1)
-
-    return predict
+def _at_mode(
+    lora: pl.LiftedNetwork, model: Callable[..., Tensor], guide: pl.AutoLaplace
+) -> Predictor:
+    with pyro.get_param_store().scope():  # a store of its own, as in fit_map
+        mode = pl.ensemble(lora, [guide.median()], model=model)
+    return lambda data: pl.predict(mode, data)
 
 
 def _sampled(

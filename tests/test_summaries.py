@@ -5,7 +5,7 @@ import functools
 import pickle
 import re
 from collections.abc import Callable
-from html import unescape
+from html import escape, unescape
 from typing import Any
 
 import pyro
@@ -102,6 +102,12 @@ def many_scales() -> Any:
     return pl.priors.normal(scale={s: x.abs() + 0.1 for s, x in scales.items()})
 
 
+def exact_with_evidence() -> pl.LaplacePosterior:
+    found = laplace(structure=pl.structures.Exact())
+    found.log_evidence()
+    return found
+
+
 def diagnosis() -> Any:
     return pl.diagnose(laplace(), [batch()], num_samples=25, num_directions=2)
 
@@ -148,6 +154,11 @@ KINDS: dict[str, Callable[[], Any]] = {
     "svgd, a step": lambda: svgd(1),
     "auto laplace": auto_laplace,
     "auto laplace, called": lambda: auto_laplace(1),
+    "auto laplace, given weights": lambda: pl.AutoLaplace(
+        pl.models.classification(lifted(), NUM_DATA),
+        init_loc_fn=lifted().init_to(lifted().weights()),
+    ),
+    "exact, evidence known": exact_with_evidence,
     "diagnosis": diagnosis,
     "charge": lambda: diagnosis().charge,
     "directions": lambda: diagnosis().gaussian,
@@ -177,6 +188,40 @@ def test_every_kind_is_short(make: Callable[[], Any]) -> None:
         assert all(f"{unescape(n)}={unescape(fact)}" in shown for n, fact in rows)
         assert rows
         assert len(html) <= 2 * MOST
+
+
+def test_an_exact_evidence_is_shown_once_it_is_known() -> None:
+    exact = laplace(structure=pl.structures.Exact())
+    assert facts(exact)["log_evidence"] == f"{float(exact.log_evidence()):.4g}"
+    posterior = exact.refine()
+    evidence, twin = float(posterior.log_evidence()), copy.deepcopy(posterior)
+    assert facts(twin)["log_evidence"] == f"{evidence:.4g}"
+    for ask in (
+        lambda p: p.log_evidence(),
+        lambda p: pl.predict(p, [batch()]).metrics(),
+    ):
+        other = exact.refine()
+        assert "log_evidence" not in facts(other)
+        ask(other)
+        assert facts(other)["log_evidence"] == f"{evidence:.4g}"
+        assert float(other.log_evidence()) == pytest.approx(evidence, rel=1e-12)
+    assert "log_evidence" not in facts(posterior.with_prior_precision(2.0))
+
+
+def test_starts_and_priors_are_said_in_words() -> None:
+    lora = lifted()
+    model = pl.models.classification(lora, NUM_DATA)
+    for init, words in (
+        (lora.init_to_adapter(), "the adapter's weights"),
+        (lora.init_to_adapter(jitter="auto"), "the adapter's weights with noise"),
+        (lora.init_to(lora.weights()), f"given weights of {len(lora.sites)} sites"),
+        (lora.init_to_fresh(), "PEFT's own random weights"),
+    ):
+        guide = pl.AutoLaplace(model, init_loc_fn=init)
+        assert facts(guide)["mode"] == f"not set up, starts at {words}"
+        assert f"<td>not set up, starts at {escape(words)}</td>" in guide._repr_html_()
+    chosen = laplace().with_prior_precision(4.0)
+    assert facts(chosen)["prior"] == "SitePriors(scale=0.5, loc=0)"
 
 
 def facts(value: Any) -> dict[str, str]:
@@ -245,7 +290,6 @@ def test_a_diagnosis_has_its_verdicts_and_what_they_rest_on() -> None:
 def test_exact_posteriors_know_their_data() -> None:
     posterior = laplace(structure=pl.structures.Exact())
     assert facts(posterior)["structure"] == f"exact, in {NUM_DATA} rows of 5 data"
-    assert "log_evidence" not in facts(posterior)  # it takes a decomposition
     assert "mode" not in facts(posterior)
     assert facts(posterior.refine())["mode"].endswith("a prior around the weights")
     assert facts(posterior.refine("prior"))["mode"].endswith("under the prior")

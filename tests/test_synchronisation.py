@@ -30,6 +30,7 @@ STRUCTURES = {
 NETWORKS: dict[str, Callable[[], PeftModel]] = {
     "few sites": bert,
     "many layers": lambda: bert(num_layers=4),
+    "a trunk": lambda: bert(num_layers=4, layers_to_transform=[3]),
     "many sites": lambda: llama(
         target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
     ),

@@ -9,7 +9,7 @@ import os
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace as with_fields
 from enum import StrEnum
@@ -18,10 +18,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import pyro_lora as pl
+from pyro_lora.cli.saved_settings import (
+    Settings,
+    class_names,
+    files_of,
+    folders_of,
+    network_names,
+    opened,
+)
 from pyro_lora.cli.text_files import (
     Texts,
     check_folder,
     check_is_free,
+    check_is_new,
     check_output,
     given_names,
     label_numbers,
@@ -259,14 +268,17 @@ def fit(
         texts = read_texts(data, text_column, label_column)
         if names:
             label_numbers(texts, names)
+        in_files = network_names(adapter)
+        if in_files is not None:
+            label_numbers(texts, class_names(in_files, texts, names))
         _prepare(seed, online)
 
         from pyro_lora.cli import saved_classifier as saved
 
         network = saved.network_of(adapter)
-        settings = saved.Settings(
+        settings = Settings(
             adapter=str(adapter.resolve()),
-            label_names=saved.class_names(network, texts, names),
+            label_names=class_names(saved.names_in(network), texts, names),
             text_column=text_column,
             label_column=label_column,
             max_length=max_length,
@@ -314,7 +326,10 @@ def predict(
     data: Data,
     output: Annotated[
         Path | None,
-        typer.Option(help="CSV file to write, one row for each text.", dir_okay=False),
+        typer.Option(
+            help="File to write, a row for each text: .csv, .tsv, .jsonl or .parquet.",
+            dir_okay=False,
+        ),
     ] = None,
     method: Annotated[
         Predictive | None,
@@ -359,18 +374,14 @@ def predict(
         if output is not None:
             check_output(output, [data, posterior], replace)
         told = _told(adapter, label_names, text_column, label_column, max_length)
+        folder, fitted, settings = opened(posterior, told)
+        if output is not None:
+            check_output(output, files_of(settings), replace)
+        (texts,) = _read([data], settings, optional=True)
         _prepare(seed, online)
 
         from pyro_lora.cli import saved_classifier as saved
 
-        folder, fitted, settings = saved.opened(posterior, told)
-        if output is not None:
-            check_output(output, saved.files_of(settings), replace)
-        texts = read_texts(
-            data, settings.text_column, settings.label_column, optional=True
-        )
-        if settings.label_names:
-            label_numbers(texts, settings.label_names)
         lora, settings = saved.restored(folder, settings, device, texts)
         saved.check_tokens(texts, settings, lora)
         model = pl.models.classification(lora, len(texts))
@@ -421,16 +432,13 @@ def diagnose(
     """
     with _errors_in_words():
         told = _told(adapter, label_names, text_column, label_column, max_length)
+        folder, fitted, settings = opened(posterior, told)
+        files = _read([data] if held_out is None else [data, held_out], settings)
+        texts = files[0]
         _prepare(seed, online)
 
         from pyro_lora.cli import saved_classifier as saved
 
-        folder, fitted, settings = saved.opened(posterior, told)
-        columns = settings.text_column, settings.label_column
-        texts = read_texts(data, *columns)
-        files = [texts]
-        if held_out is not None:
-            files.append(read_texts(held_out, *columns))
         lora, settings = saved.restored(folder, settings, device, texts)
         batches = []
         for file in files:
@@ -478,13 +486,13 @@ def export(
             "--mode writes one adapter: leave out --num-samples.",
         )
         check_folder(output, "OUTPUT", posterior)
-
+        check_is_new(output)
+        folder, fitted, settings = opened(posterior, {"adapter": adapter})
+        check_folder(output, "OUTPUT", folder, *folders_of(settings))
         _prepare(seed, online)
 
         from pyro_lora.cli import saved_classifier as saved
 
-        folder, fitted, settings = saved.opened(posterior, {"adapter": adapter})
-        check_folder(output, "OUTPUT", folder, *saved.folders_of(settings))
         lora, _ = saved.restored(folder, settings, "cpu")
         loaded = saved.load_with(folder, fitted, lora)
         if mode:
@@ -511,6 +519,18 @@ def _told(
         "label_column": label_column,
         "max_length": max_length,
     }
+
+
+def _read(
+    files: Sequence[Path], settings: Settings, *, optional: bool = False
+) -> list[Texts]:
+    """Files with the columns of a fit, and with labels of its classes."""
+    columns = settings.text_column, settings.label_column
+    texts = [read_texts(file, *columns, optional=optional) for file in files]
+    if settings.label_names:
+        for file in texts:
+            label_numbers(file, settings.label_names)
+    return texts
 
 
 def _refuse(condition: bool, words: str) -> None:

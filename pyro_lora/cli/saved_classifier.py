@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import msgspec
 import torch
@@ -20,35 +20,18 @@ from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 import pyro_lora as pl
+from pyro_lora.cli.saved_settings import (
+    PRETRAINED,
+    SETTINGS,
+    Settings,
+    base_of,
+    class_names,
+    remembered,
+    weights_file,
+)
 from pyro_lora.cli.text_files import Texts, label_numbers
 
-SETTINGS = "command_line"  # their name in the posterior's metadata
-# What save_pretrained calls its words there, and the posterior's folder in that of the
-# adapter.
-_PRETRAINED, _BESIDE_ADAPTER = "pretrained", "posterior"
 _UNLIKELY = 7919  # a number of classes that no other size of a network is
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What a posterior's folder remembers of its fit.
-
-    Attributes:
-        adapter: Folder of the PEFT adapter, as seen from the posterior's.
-        label_names: Names of the classes, in the order of the logits; none are those
-            that the network knows.
-        text_column: Column of the texts.
-        label_column: Column of the labels.
-        max_length: Tokens after which a text is cut.
-        prior_scale: Standard deviation of the prior that the network is lifted with.
-    """
-
-    adapter: str
-    label_names: tuple[str, ...] = ()
-    text_column: str = "text"
-    label_column: str = "label"
-    max_length: Annotated[int, msgspec.Meta(ge=1, le=2**53)] = 128
-    prior_scale: Annotated[float, msgspec.Meta(gt=0, le=1e9)] = 1.0
 
 
 def save_with(posterior: Any, folder: Path, settings: Settings) -> None:
@@ -57,98 +40,6 @@ def save_with(posterior: Any, folder: Path, settings: Settings) -> None:
     seen_from = os.path.relpath(Path(settings.adapter).resolve(), folder.resolve())
     here = replace(settings, adapter=seen_from)
     pl.save(posterior, folder, metadata={SETTINGS: json.dumps(asdict(here))})
-
-
-def opened(
-    folder: Path, told: Mapping[str, Any]
-) -> tuple[Path, Settings | None, Settings]:
-    """Where a posterior is, the settings of its fit, and those that hold now.
-
-    Args:
-        folder: As ``pyro-lora fit`` wrote it, or ``save_pretrained``, whose adapter has
-            the posterior in a folder of its own.
-        told: What the command line says instead; None where it doesn't.
-
-    Raises:
-        ValueError: If there is no posterior, or its adapter is gone or never named.
-    """
-    inner = folder / _BESIDE_ADAPTER
-    if not (folder / "manifest.json").is_file() and (inner / "manifest.json").is_file():
-        folder = inner
-    fitted = remembered(folder)
-    return folder, fitted, settings_of(folder, fitted, **told)
-
-
-def remembered(folder: Path) -> Settings | None:
-    """The settings of a fit; None of a posterior that ``pyro_lora.save`` wrote.
-
-    Raises:
-        ValueError: If the folder holds no posterior or is damaged.
-    """
-    remedy = "Make it by `pyro-lora fit`, or by save_pretrained."
-    if not (folder / "manifest.json").is_file():
-        raise ValueError(f"{folder} holds no manifest.json. {remedy}")
-    metadata = pl.load_metadata(folder)
-    text = metadata.get(SETTINGS)
-    if text is None:
-        return Settings(adapter="..") if _PRETRAINED in metadata else None
-    try:
-        return msgspec.json.decode(text, type=Settings)
-    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
-        raise ValueError(
-            f"{folder}: its settings can't be read ({error}). {remedy}"
-        ) from error
-
-
-def settings_of(folder: Path, fitted: Settings | None, **given: Any) -> Settings:
-    """The settings of a fit, whose adapter is there, or others in place of them.
-
-    Args:
-        folder: Of a posterior.
-        fitted: What it remembers.
-        **given: What the command line says instead; None where it doesn't.
-
-    Raises:
-        ValueError: If the adapter is gone, or was never named.
-    """
-    others = {name: value for name, value in given.items() if value}
-    if "adapter" in others:
-        others["adapter"] = str(Path(others["adapter"]).resolve())
-    elif fitted is None:
-        raise ValueError(
-            f"{folder} was saved by pyro_lora.save, which doesn't know the adapter's "
-            "folder: name it by --adapter."
-        )
-    else:
-        others["adapter"] = os.path.normpath(folder.resolve() / fitted.adapter)
-    settings = replace(fitted or Settings(adapter=""), **others)
-    if not Path(settings.adapter).is_dir():
-        raise ValueError(
-            f"{folder}: the adapter that it is about isn't in {settings.adapter} any "
-            "more. Say where it is by --adapter, or fit again."
-        )
-    return settings
-
-
-def folders_of(settings: Settings) -> list[Path]:
-    """Of the adapter, and of its base network if it is in one.
-
-    Raises:
-        ValueError: If the adapter's configuration can't be read.
-    """
-    adapter = Path(settings.adapter)
-    return [adapter, Path(_config_of(adapter).base_model_name_or_path)]
-
-
-def files_of(settings: Settings) -> list[Path]:
-    """What is read in those folders; a table that somebody keeps there is not."""
-    return [
-        file
-        for folder in folders_of(settings)
-        if folder.is_dir()
-        for file in folder.iterdir()
-        if file.is_file() and file.suffix != ".csv"
-    ]
 
 
 def restored(
@@ -160,8 +51,10 @@ def restored(
         ValueError: If the adapter is another one.
     """
     adapter, names = Path(settings.adapter), settings.label_names
+    metadata = pl.load_metadata(posterior)  # first, since it looks at the checksum
     network = network_of(adapter)
-    _name_classes(network, posterior)
+    if PRETRAINED in metadata:
+        _name_classes(network, posterior, metadata[PRETRAINED])
     if names and network.config.num_labels != len(names):
         raise ValueError(
             f"{adapter} has {network.config.num_labels} classes, but {posterior} or "
@@ -169,7 +62,7 @@ def restored(
             "else name all of its classes, in order."
         )
     if not names:
-        settings = replace(settings, label_names=class_names(network, texts))
+        settings = replace(settings, label_names=class_names(names_in(network), texts))
     return lifted(network, settings, device), settings
 
 
@@ -184,15 +77,12 @@ class _Pretrained(msgspec.Struct):
     model: _Model | None = None
 
 
-def _name_classes(network: PeftModel, posterior: Path) -> None:
+def _name_classes(network: PeftModel, posterior: Path, text: str) -> None:
     """Give the network the names that it had when ``save_pretrained`` wrote it.
 
     Raises:
         ValueError: If that was no classifier, or its words can't be read.
     """
-    text = pl.load_metadata(posterior).get(_PRETRAINED)
-    if text is None:
-        return
     with _reading(f"{posterior}: what is said of its network can't be read."):
         about = msgspec.json.decode(text, type=_Pretrained)
     if about.model is not None and about.model.kind != "classification":
@@ -236,38 +126,8 @@ def _reading(what: str) -> Iterator[None]:
         raise ValueError(f"{what} ({type(error).__name__}: {short})") from error
 
 
-def _config_of(adapter: Path) -> Any:
-    file = adapter / "adapter_config.json"
-    if not file.is_file():
-        raise ValueError(
-            f"{file} doesn't exist. Name a folder that save_pretrained of a PEFT model "
-            "wrote."
-        )
-    with _reading(f"{file} is no configuration of an adapter."):
-        config = PeftConfig.from_pretrained(str(adapter))
-    if config.task_type != "SEQ_CLS":
-        raise ValueError(
-            f"{file}: an adapter of task type {config.task_type}; the command line "
-            "knows SEQ_CLS, text classification. Write the Pyro model in Python for "
-            "others."
-        )
-    name = config.base_model_name_or_path
-    if not isinstance(name, str) or not name:
-        raise ValueError(
-            f"{file}: base_model_name_or_path is {name!r}, expected the name or the "
-            "folder of the network that the adapter was trained on."
-        )
-    return config
-
-
 def _weights_of(adapter: Path) -> dict[str, Tensor]:
-    names = ("adapter_model.safetensors", "adapter_model.bin")
-    file = next((adapter / name for name in names if (adapter / name).is_file()), None)
-    if file is None:
-        raise ValueError(
-            f"{adapter / names[0]} doesn't exist. Name a folder that save_pretrained "
-            "of a PEFT model wrote."
-        )
+    file = weights_file(adapter)
     with _reading(f"{file} is truncated, or holds no weights. Copy it again."):
         weights = load_peft_weights(str(adapter), device="cpu")
     if not isinstance(weights, dict):
@@ -285,8 +145,12 @@ def network_of(adapter: Path) -> PeftModel:
         ValueError: If the adapter isn't one of a classifier, a file is damaged, or the
             adapter and its base don't belong together.
     """
-    config, weights = _config_of(adapter), _weights_of(adapter)
-    name = config.base_model_name_or_path
+    name = base_of(adapter)
+    with _reading(
+        f"{adapter / 'adapter_config.json'} is no configuration of an adapter."
+    ):
+        PeftConfig.from_pretrained(str(adapter))
+    weights = _weights_of(adapter)
     base_is = f"{adapter}: its base network {name!r} can't be loaded."
     if not Path(name).is_dir():
         base_is += (
@@ -380,36 +244,10 @@ class RightAnswers(Messenger):
         return last.double().mean().item()
 
 
-def class_names(
-    network: PeftModel, texts: Texts | None, given: Sequence[str] = ()
-) -> tuple[str, ...]:
-    """The names of the network's classes, in the order of its outputs.
-
-    Those that are given; else the names in the network's configuration, or 0, 1, 2,
-    ..., whichever the labels are.
-
-    Raises:
-        ValueError: If there are more or fewer classes than names, or the labels could
-            mean either.
-    """
+def names_in(network: PeftModel) -> tuple[str, ...]:
+    """The names of the network's classes, in the order of its outputs."""
     config = network.config
-    if given:
-        if len(given) != config.num_labels:
-            raise ValueError(
-                f"--label-names: {len(given)} names, but the network has "
-                f"{config.num_labels} classes. Name all of its classes, in order."
-            )
-        return tuple(given)
-    labels = set((texts and texts.labels) or ())
-    names = tuple(str(config.id2label[i]) for i in range(config.num_labels))
-    numbers = tuple(str(i) for i in range(config.num_labels))
-    if names != numbers and labels and labels <= {*names} & {*numbers}:
-        raise ValueError(
-            f"{texts and texts.path}: the labels {sorted(labels)} are names of the "
-            f"network's classes, {list(names)}, and numbers of them, too. Say which by "
-            "--label-names, in the order of the network's outputs."
-        )
-    return numbers if any(label.isdecimal() for label in labels - {*names}) else names
+    return tuple(str(config.id2label[i]) for i in range(config.num_labels))
 
 
 def lifted(network: PeftModel, settings: Settings, device: str) -> pl.LiftedNetwork:
@@ -439,25 +277,25 @@ def tokenizer_of(settings: Settings) -> Any:
     Raises:
         ValueError: If it can't be loaded, or has no token to pad with.
     """
-    folder = Path(settings.adapter)
+    folder, home = Path(settings.adapter), settings.adapter
     if not (folder / "tokenizer_config.json").is_file():
-        name = _config_of(folder).base_model_name_or_path
-        folder = Path(name)
-        if folder.is_dir() and not any(
-            next(folder.glob(pattern), None) for pattern in ("*token*", "*vocab*")
+        name = base_of(folder)
+        base = Path(name)
+        if base.is_dir() and not any(
+            next(base.glob(pattern), None) for pattern in ("*token*", "*vocab*")
         ):
             raise ValueError(
                 f"Neither {settings.adapter} nor its base network {name!r} has a "
                 "tokenizer. Save it into one of them by save_pretrained."
             )
-        folder = name
-    with _reading(f"{settings.adapter}: its tokenizer, {folder}, can't be loaded."):
-        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        home = name
+    with _reading(f"{settings.adapter}: its tokenizer, {home}, can't be loaded."):
+        tokenizer = AutoTokenizer.from_pretrained(home)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None:
         raise ValueError(
-            f"{folder}: its tokenizer has neither a padding token nor one for the end. "
+            f"{home}: its tokenizer has neither a padding token nor one for the end. "
             "Set tokenizer.pad_token, and save it into the adapter's folder."
         )
     return tokenizer

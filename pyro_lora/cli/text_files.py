@@ -12,10 +12,11 @@ import json
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     import pyro_lora as pl
 
+MANIFEST, POSTERIOR = "manifest.json", "pyro_lora posterior"  # a file, its format
 _LONGEST_FIELD = 2**31 - 1  # of a C long, wherever it is 32 bits wide
 _UNREADABLE = 10**9  # values of a record that isn't CSV
 Place = Callable[[int], str]  # of the n-th row in its file, as messages name it
@@ -77,25 +79,31 @@ def read_texts(
         ValueError: If it isn't such a file, isn't in UTF-8, has no rows, or a column or
             a value is missing or of another type.
     """
-    if path.suffix.lower() not in _READERS:
-        *others, last = _READERS
-        raise ValueError(
-            f"{path}: expected a file that ends in {', '.join(others)} or {last}."
-        )
+    is_sheet = path.suffix.lower() in _SHEETS
+    remedy = " Save the sheet as 'CSV UTF-8'." if is_sheet else ""
+    read = _format_of(path, str(path), remedy).read
     if text_column == label_column:
         raise ValueError(
             f"--text-column and --label-column are both {text_column!r}; expected two "
             "columns."
         )
-    frame, place = _READERS[path.suffix.lower()](path)
+    frame, place = read(path)
     if not len(frame):
         raise ValueError(f"{path} has no rows.")
     needed = [text_column] if optional else [text_column, label_column]
     for column in needed:
         if column not in frame.columns:
+            remedy = "Name it by --text-column or --label-column."
+            (only, *others) = sorted(frame.columns)
+            separator = next((x for x in ";\t,|" if x in only), None)
+            if separator and not others and path.suffix.lower() in (".csv", ".tsv"):
+                remedy = (
+                    f"Is it separated by {separator!r}? Save it with ',' between the "
+                    "values, as .csv, or with tabs, as .tsv."
+                )
             raise ValueError(
                 f"{path} has no column {column!r}, but {sorted(frame.columns)}. "
-                "Name it by --text-column or --label-column."
+                f"{remedy}"
             )
     texts, labels = _values(frame, text_column), _values(frame, label_column)
     file = Texts(path, text_column, label_column, texts, None, place)
@@ -269,13 +277,83 @@ def _parquet(path: Path) -> tuple[DataFrame, Place]:
     return frame.astype(object), lambda index: f"row {index + 1}"
 
 
-_READERS: dict[str, Callable[[Path], tuple[DataFrame, Place]]] = {
-    ".csv": partial(_delimited, separator=","),
-    ".tsv": partial(_delimited, separator="\t"),
-    ".parquet": _parquet,
-    ".json": _json_lines,
-    ".jsonl": _json_lines,
+_Columns = Mapping[str, Sequence[Any]]  # of one length
+
+
+def _as_delimited(columns: _Columns, separator: str) -> bytes:
+    content = io.StringIO(newline="")
+    writer = csv.writer(content, delimiter=separator)
+    writer.writerow(columns)
+    writer.writerows(zip(*columns.values(), strict=True))
+    return content.getvalue().encode()
+
+
+def _as_json_lines(columns: _Columns) -> bytes:
+    rows = zip(*columns.values(), strict=True)
+    lines = (dict(zip(columns, row, strict=True)) for row in rows)
+    return msgspec.json.Encoder().encode_lines(lines)
+
+
+def _as_parquet(columns: _Columns) -> bytes:
+    import pandas
+
+    return pandas.DataFrame(columns).to_parquet(index=False)
+
+
+@dataclass(frozen=True)
+class _Format:
+    """How a table's file is read and written.
+
+    Attributes:
+        read: The table in a file, and where its rows are.
+        write: A file's content.
+        needs: A package that the command line itself doesn't bring.
+    """
+
+    read: Callable[[Path], tuple[DataFrame, Place]]
+    write: Callable[[_Columns], bytes]
+    needs: str | None = None
+
+
+def _separated_by(separator: str) -> _Format:
+    return _Format(
+        partial(_delimited, separator=separator),
+        partial(_as_delimited, separator=separator),
+    )
+
+
+_CSV = _separated_by(",")
+_JSON_LINES = _Format(_json_lines, _as_json_lines)
+_FORMATS = {
+    ".csv": _CSV,
+    ".tsv": _separated_by("\t"),
+    ".parquet": _Format(_parquet, _as_parquet, needs="pyarrow"),
+    ".json": _JSON_LINES,
+    ".jsonl": _JSON_LINES,
 }
+_SHEETS = (".xlsx", ".xls", ".ods", ".numbers")
+# Of files that are nothing but tables: those of networks and adapters end in .json.
+TABLES = frozenset(_FORMATS) - {".json"}
+
+
+def _format_of(path: Path, called: str, remedy: str = "") -> _Format:
+    """The format that a file's name ends in.
+
+    Raises:
+        ValueError: If it isn't one of the table.
+    """
+    if path.suffix.lower() in _FORMATS:
+        return _FORMATS[path.suffix.lower()]
+    *others, last = _FORMATS
+    raise ValueError(
+        f"{called}: expected a file that ends in {', '.join(others)} or {last}.{remedy}"
+    )
+
+
+def _format_to_write(output: Path) -> _Format:
+    if output.exists() and not output.is_file() and not output.suffix:
+        return _CSV  # a pipe or a device, as /dev/stdout
+    return _format_of(output, f"--output {output}")
 
 
 def _string(
@@ -338,6 +416,15 @@ def given_names(option: str) -> tuple[str, ...]:
     return names
 
 
+def read_json(file: Path) -> dict[str, Any]:
+    """A file's JSON object; an empty one where it is something else, or isn't there."""
+    try:
+        content = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 def check_folder(folder: Path, option: str, *others: Path) -> None:
     """Refuse a folder that couldn't be written to, before anything is computed.
 
@@ -369,23 +456,25 @@ def check_folder(folder: Path, option: str, *others: Path) -> None:
 
 
 def check_is_free(folder: Path, replace: bool) -> None:
-    """Refuse a folder with a posterior, or with the manifest of something else.
+    """Refuse a folder with a posterior, or with anything else.
 
     Args:
         folder: To be written into.
         replace: Whether a posterior that is there may go.
 
     Raises:
-        ValueError: If it has one.
+        ValueError: If it has one, or other files, which are nobody's to replace.
     """
-    manifest = folder / "manifest.json"
+    manifest = folder / MANIFEST
     if not manifest.exists():
+        others = [path.name for path in _content(folder) if not _is_left(path)]
+        if others:
+            raise ValueError(
+                f"{folder} holds {others[0]!r} and no posterior. Name another folder: "
+                "--replace puts one in the place of an earlier posterior alone."
+            )
         return
-    try:
-        form = json.loads(manifest.read_bytes())["format"]
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        form = None
-    if form != "pyro_lora posterior":
+    if read_json(manifest).get("format") != POSTERIOR:
         raise ValueError(
             f"{manifest} is of something else than a posterior. Name another folder."
         )
@@ -394,6 +483,33 @@ def check_is_free(folder: Path, replace: bool) -> None:
             f"{folder} holds a posterior already. Name another folder, or let "
             "--replace put the new one in its place."
         )
+
+
+def check_is_new(folder: Path) -> None:
+    """Refuse a folder that isn't empty.
+
+    Raises:
+        ValueError: If there is anything in it.
+    """
+    content = _content(folder)
+    if any(path.name.startswith("draw_") for path in content):
+        raise ValueError(
+            f"{folder} holds draws already. Delete them, or name another folder."
+        )
+    if content:
+        raise ValueError(
+            f"{folder} holds {content[0].name!r}. Name a new folder, such as "
+            f"{folder / 'draws'}."
+        )
+
+
+def _content(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir()) if folder.is_dir() else []
+
+
+def _is_left(path: Path) -> bool:
+    """Whether a fit that was killed has left it, or a file manager keeps it."""
+    return path.name.startswith(".") or path.name.endswith(".pyro_lora.tmp")
 
 
 def check_output(output: Path, inputs: Sequence[Path], replace: bool) -> None:
@@ -406,8 +522,16 @@ def check_output(output: Path, inputs: Sequence[Path], replace: bool) -> None:
 
     Raises:
         ValueError: If it is, or is in, one of the inputs, is there and shall stay, or
-            its folder doesn't exist or can't be written to.
+            its folder doesn't exist or can't be written to, or no table's name ends as
+            it does.
+        ImportError: If the package that writes it isn't there.
     """
+    needs = _format_to_write(output).needs
+    if needs and find_spec(needs) is None:
+        raise ImportError(
+            f"--output {output}: such files need {needs}. Install it by: pip install "
+            f"{needs}"
+        )
     target = output.resolve()
     for path in map(Path.resolve, inputs):
         if path == target or path in target.parents:
@@ -432,13 +556,13 @@ def check_output(output: Path, inputs: Sequence[Path], replace: bool) -> None:
 
 
 def write_prediction(path: Path, texts: Texts, prediction: pl.Prediction) -> None:
-    """A CSV file with a row for each text, in order; it is there in full or not at all.
+    """A table with a row for each text, in order; it is there in full or not at all.
 
     Beside the text, and its label if it has one, are the prediction's own columns, as
     those of ``to_pandas``: ``predicted``, ``confidence``, ``p_negative`` and so on.
 
     Args:
-        path: The file.
+        path: The file, in the format that its name ends in.
         texts: What was predicted.
         prediction: For the same texts.
     """
@@ -449,23 +573,19 @@ def write_prediction(path: Path, texts: Texts, prediction: pl.Prediction) -> Non
         if name != "label":  # which the file has in its own words
             # beside a column of the file that is called so, too
             columns[f"predicted_{name}" if name in columns else name] = values.tolist()
-    content = io.StringIO(newline="")
-    writer = csv.writer(content)
-    writer.writerow(columns)
-    writer.writerows(zip(*columns.values(), strict=True))
-    replace_file(path, content.getvalue())
+    replace_file(path, _format_to_write(path).write(columns))
 
 
-def replace_file(path: Path, content: str) -> None:
+def replace_file(path: Path, content: bytes) -> None:
     """Write a file aside, and rename it; a pipe or a device is written to as it is."""
     if path.exists() and not path.is_file():
-        path.write_text(content, "utf-8", newline="")
+        path.write_bytes(content)
         return
     target = path.resolve()  # what a link points to, and not the link
     handle, name = tempfile.mkstemp(prefix=f".{target.name[:100]}", dir=target.parent)
     new = Path(name)
     try:
-        with open(handle, "w", encoding="utf-8", newline="") as file:
+        with open(handle, "wb") as file:
             file.write(content)
         mask = os.umask(0)
         os.umask(mask)

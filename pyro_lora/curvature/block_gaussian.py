@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pyro
@@ -216,7 +216,10 @@ class BlockGaussian(WeightGaussian):
     prior_precision: Weights
     blocks: Mapping[str, Eigenblocks]
 
-    has_eigenvalues: ClassVar[bool] = True
+    @property
+    def knows_log_det(self) -> bool:
+        """See the base class: the eigenvalues are kept."""
+        return True
 
     @property
     def structure(self) -> str:

@@ -463,8 +463,25 @@ class DualGaussian(WeightGaussian):
             found[site][layer] = own.reshape(found[site].shape[1:]).to(found[site])
         return found
 
+    @property
+    def knows_log_det(self) -> bool:
+        """See the base class: once it was asked for, or a prediction was made."""
+        return not {"_cholesky", "_log_det"}.isdisjoint(vars(self))
+
     def log_det(self, prior_precision: Mapping[str, Tensor]) -> Tensor:
         """See the base class."""
+        differentiable = any(x.requires_grad for x in prior_precision.values())
+        if prior_precision is self.prior_precision and not differentiable:
+            return self._log_det
+        return self._log_det_at(prior_precision)
+
+    @cached_property
+    def _log_det(self) -> Tensor:
+        return self._log_det_at(self.prior_precision, vars(self).get("_cholesky"))
+
+    def _log_det_at(
+        self, prior_precision: Mapping[str, Tensor], root: Tensor | None = None
+    ) -> Tensor:
         tau = self.rows.by_matrix(prior_precision)
         of_prior = torch.stack(
             [
@@ -475,8 +492,9 @@ class DualGaussian(WeightGaussian):
         uniform = _uniform(tau)
         if uniform is not None and uniform.requires_grad:  # many to come
             return of_prior + torch.log1p(self._spectrum[0] / uniform).sum()
-        kernel = self.rows.kernel(tau)
-        return of_prior + 2 * cholesky_of(kernel, self.roots).diagonal().log().sum()
+        if root is None:
+            root = cholesky_of(self.rows.kernel(tau), self.roots)
+        return of_prior + 2 * root.diagonal().log().sum()
 
     def effective_parameters_by_layer(self) -> Weights:
         """See the base class."""

@@ -179,6 +179,7 @@ def left_product(matrix: Tensor, values: Tensor) -> Tensor:
     if not lead or values.shape[len(lead) : -2] != matrix.shape[:-2]:
         return matrix @ values
     stack = values.flatten(0, len(lead) - 1)  # (S, ..., O, I)
-    wide = stack.movedim(0, -2).flatten(-2)  # (..., O, S I)
-    product = (matrix @ wide).unflatten(-1, (len(stack), values.shape[-1]))
-    return product.movedim(-2, 0).unflatten(0, lead)
+    product = matrix @ stack.movedim(0, -2).flatten(-2)  # (..., P, S I)
+    apart = product.reshape(*product.shape[:-1], len(stack), values.shape[-1])
+    stack = apart.movedim(-2, 0)
+    return stack.reshape(*lead, *stack.shape[1:])

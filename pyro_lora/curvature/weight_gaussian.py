@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -22,14 +22,15 @@ class WeightGaussian(Summarised):
     Attributes:
         loc: The mode, site -> value.
         prior_precision: Site -> tau, broadcasting over the site.
-        has_eigenvalues: Whether P's are known, so that its determinant takes no
-            decomposition.
     """
 
     loc: Weights
     prior_precision: Weights
 
-    has_eigenvalues: ClassVar[bool] = False
+    @property
+    def knows_log_det(self) -> bool:
+        """Whether its log determinant takes no decomposition."""
+        return False
 
     @property
     @abstractmethod

@@ -380,6 +380,7 @@ class _Evidence:
             draws_expected=-0.5 * float(posterior.gaussian.effective_parameters()),
             num_rows=found.num_data,
             num_data=joint.num_data,
+            refined=posterior.gaussian.is_refined,
         )
 
     @cached_property

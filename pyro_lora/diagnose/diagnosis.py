@@ -79,6 +79,8 @@ class Directions(FieldsShown):
         num_rows: Data that the network itself was run on; of all others it was
             linearised.
         num_data: N.
+        refined: Whether the Gaussian is about a network that is linearised elsewhere
+            than at its mode, so that the network itself may be another one there.
     """
 
     names: tuple[str, ...]
@@ -94,6 +96,7 @@ class Directions(FieldsShown):
     draws_expected: float
     num_rows: int
     num_data: int
+    refined: bool = False
 
     @property
     def lines_fit(self) -> bool:
@@ -142,7 +145,16 @@ class Directions(FieldsShown):
             f"{self.draws_standard_error:.2g} nats of log likelihood, where the "
             f"Gaussian says {-self.draws_expected:.3g}"
         )
-        if not self.draws_fit:
+        if self.refined and self.verdict != "yes":
+            result += [
+                "all of this is about the network itself, not linearised, at weights "
+                "where a refined",
+                "posterior doesn't claim to know it: predictions by 'linearized', the "
+                "default, aren't",
+                "judged by it. For draws of the network train on and fit anew, or take "
+                "for_sampling()",
+            ]
+        elif not self.draws_fit:
             result.append("predict by method='linearized', not 'sample'")
         return result
 

@@ -647,22 +647,21 @@ def _estimated(
 ) -> LogLikelihoods:
     units, groups = sample.units, list(sample.groups())
     batches = [_together([units[i] for i in places]) for places in groups]
-    by_chunk = []
-    for weights in sets.chunks():
-        at = joint.at_draws(weights)
-        of_chunk = known.new_empty(len(next(iter(weights.values()))), len(units))
-        pairs = zip(groups, batches, strict=True)
-        for places, batch in joint.ranks.in_step(pairs):
-            with trunk_once(joint.networks):
-                log_probs = torch.cat(
-                    [joint.log_probs(trace, batch) for trace in at.traces(batch)]
-                )
-            # Of rows one each; what can't be taken apart is by itself.
-            of_chunk[:, places] = (
-                log_probs if len(places) > 1 else log_probs.sum(1, keepdim=True)
+    log_likelihoods = known.new_empty(sum(sets.sizes), len(units))
+    for places, batch in joint.ranks.in_step(zip(groups, batches, strict=True)):
+        with trunk_once(joint.networks):
+            log_probs = torch.cat(
+                [
+                    joint.log_probs(trace, batch)
+                    for weights in sets.chunks()
+                    for trace in joint.at_draws(weights).traces(batch)
+                ]
             )
-        by_chunk.append(of_chunk)
-    rest = torch.cat(by_chunk) - torch.stack([unit.known for unit in units], 1)
+        # Of rows one each; what can't be taken apart is by itself.
+        log_likelihoods[:, places] = (
+            log_probs if len(places) > 1 else log_probs.sum(1, keepdim=True)
+        )
+    rest = log_likelihoods - torch.stack([unit.known for unit in units], 1)
     ranks = joint.ranks
     number, seen = ranks.total(len(units)), ranks.total(sample.seen)
     # Each rank's units stand for all of its own.

@@ -523,6 +523,11 @@ class LinearizedAtDraws:
         """S."""
         return len(self.draws)
 
+    @property
+    def networks(self) -> Sequence[LiftedNetwork]:
+        """The lifted networks in the model."""
+        return self.gaussians[0].networks
+
     def traces(self, batch: Batch) -> Iterator[Any]:
         """One trace, at the mode but for the likelihood's distribution.
 

@@ -172,6 +172,7 @@ class LaplaceDescription(Schema, tag_field="kind", tag="laplace"):
     fixed: tuple[str, ...] = ()
     observations: tuple[ObservationsDescription, ...] = ()
     follows_prior: bool = False
+    fit_arguments: tuple[str, ...] | None = None
 
 
 class ParticleDescription(Schema, tag_field="kind", tag="particles"):
@@ -179,6 +180,7 @@ class ParticleDescription(Schema, tag_field="kind", tag="particles"):
 
     sites: Annotated[tuple[str, ...], msgspec.Meta(min_length=1)]
     obs_site: str | None
+    fit_arguments: tuple[str, ...] | None = None
 
 
 class ScaledDescription(Schema, tag_field="kind", tag="scaled"):
@@ -415,6 +417,7 @@ def _describe_particles(
         "kind": "particles",
         "sites": list(posterior.particles),
         "obs_site": posterior.obs_site,
+        "fit_arguments": _in_order(posterior.fit_arguments),
     }
     return description, _named(f"{prefix}particles/", posterior.particles)
 
@@ -429,7 +432,21 @@ def _restore_particles(
     _check_sites(description.sites, lifted)
     saved = _particles(tensors.under("particles/"), description.sites, lifted)
     particles = _in_dtypes(saved, _dtypes(saved, networks))
-    return ParticlePosterior(particles, networks, model, description.obs_site)
+    return ParticlePosterior(
+        particles,
+        networks,
+        model,
+        description.obs_site,
+        _set_of(description.fit_arguments),
+    )
+
+
+def _in_order(names: frozenset[str] | None) -> list[str] | None:
+    return None if names is None else sorted(names)
+
+
+def _set_of(names: Sequence[str] | None) -> frozenset[str] | None:
+    return None if names is None else frozenset(names)
 
 
 def _describe_laplace(
@@ -450,6 +467,7 @@ def _describe_laplace(
         "obs_site": posterior.obs_site,
         "prior": prior,
         "latents": latents,
+        "fit_arguments": _in_order(posterior.fit_arguments),
     }
     if isinstance(posterior.gaussian, DualGaussian):
         parts, of_parts = describe_observations(
@@ -501,6 +519,7 @@ def _restore_laplace(
         _restore_latents(description.latents, tensors.under("latents/"), dtypes),
         fixed=fixed,
         follows_prior=description.follows_prior,
+        fit_arguments=_set_of(description.fit_arguments),
     )
 
 

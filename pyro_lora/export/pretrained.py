@@ -28,7 +28,12 @@ import msgspec
 import torch
 import transformers
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+)
 from peft import PeftConfig, PeftModel
 from torch import nn
 
@@ -50,6 +55,7 @@ from pyro_lora.priors import Prior
 
 # What the client of HTTP raises that the hub's is built on: httpx, or one like it.
 _OF_HTTP: Any = HfHubHTTPError.__bases__[0]
+_NOT_REACHED = (_OF_HTTP, OfflineModeIsEnabled, LocalEntryNotFoundError)
 
 _FOLDER = "posterior"
 _METADATA = "pretrained"  # its name among the manifest's metadata
@@ -172,7 +178,11 @@ def push_to_hub(
             "base_model_name_or_path = 'owner/name'."
         )
     api = HfApi(token=token)
-    with TemporaryDirectory() as folder, _reaching_the_hub():
+    without = (
+        "Without one, posterior.save_pretrained writes the same folder, and "
+        "pl.from_pretrained reads it."
+    )
+    with TemporaryDirectory() as folder, _reaching_the_hub(repo_id, without):
         save_pretrained(posterior, folder, metadata)
         repo = api.create_repo(repo_id, private=private, exist_ok=True)
         commit = api.upload_folder(
@@ -216,14 +226,25 @@ def from_pretrained(
 
     Raises:
         TypeError: If ``network`` is no module.
-        ValueError: If a file is missing or damaged, the network is another one, or it
-            isn't said which it is.
+        ValueError: If a file is missing or damaged, the network is another one, it
+            isn't said which it is, or the name is neither a folder nor a repository's.
         OSError: If the hub can't be reached, or has no such repository.
     """
     folder = Path(name)
     if not folder.is_dir():
-        with _reaching_the_hub():
-            found = snapshot_download(str(name), revision=revision, token=token)
+        without = (
+            "Without one, name a folder that posterior.save_pretrained wrote: there is "
+            f"none at {os.path.abspath(folder)!r}."
+        )
+        try:
+            with _reaching_the_hub(str(name), without):
+                found = snapshot_download(str(name), revision=revision, token=token)
+        except HFValidationError as error:
+            raise ValueError(
+                f"{str(name)!r} is no folder, nor can a repository of the hub be "
+                "called so. Name a folder that posterior.save_pretrained wrote, or "
+                "'owner/name'."
+            ) from error
         folder = Path(found)
     about = _about(folder)
     if network is None:
@@ -237,21 +258,27 @@ def from_pretrained(
 
 
 @contextmanager
-def _reaching_the_hub() -> Iterator[None]:
+def _reaching_the_hub(repo_id: str, without: str) -> Iterator[None]:
     """Where there is no connection, the hub's client raises what its own client does.
+
+    Args:
+        repo_id: The repository, which not all of what is raised names.
+        without: What can be done without a connection.
 
     Raises:
         OSError: In place of that.
     """
     try:
         yield
-    except _OF_HTTP as error:
-        if isinstance(error, OSError):  # the hub's refusals, and words on the cache
+    except _NOT_REACHED as error:
+        # The hub's refusals are errors of HTTP, and name the repository.
+        if isinstance(error, HfHubHTTPError):
             raise
+        words = " ".join(str(error).split())
         raise OSError(
-            f"The hub can't be reached ({type(error).__name__}: {error}). Try again "
-            "with a network connection; posterior.save_pretrained writes the same "
-            "folder without one, and pl.from_pretrained reads it."
+            f"{repo_id!r}: the hub can't be reached ({type(error).__name__}: {words}). "
+            "Try again with a network connection, and without HF_HUB_OFFLINE. "
+            f"{without}"
         ) from error
 
 

@@ -10,6 +10,7 @@ from transformers import Trainer, TrainerCallback
 import pyro_lora.models as models
 from pyro_lora.curvature.structures import KFAC, Structure
 from pyro_lora.ground.settings import check_kind
+from pyro_lora.ground.summary import Summarised, brief
 from pyro_lora.infer.auto_laplace import AutoLaplace
 from pyro_lora.lift import lift
 from pyro_lora.lifting.lifted_network import LiftedNetwork
@@ -23,7 +24,7 @@ from pyro_lora.priors import Prior
 _LOGGED = ("accuracy", "nll", "ece", "rmse", "coverage")  # those that a kind has
 
 
-class LaplaceCallback(TrainerCallback):
+class LaplaceCallback(TrainerCallback, Summarised):
     """Puts a Laplace posterior around the adapter that a Trainer has trained.
 
     When training ends, the trained weights (those of the best checkpoint, with
@@ -91,6 +92,16 @@ class LaplaceCallback(TrainerCallback):
         self._model, self._prior = model, prior
         self._structure, self._fisher = structure, fisher
         self._optimize_prior = optimize_prior
+
+    def _facts(self) -> dict[str, str]:
+        return {
+            "model": brief(self._model),
+            "prior": "as lift's" if self._prior is None else brief(self._prior),
+            "structure": brief(self._structure),
+            "fisher": brief(self._fisher),
+            "optimize_prior": brief(self._optimize_prior),
+            "posterior": brief(self.posterior),
+        }
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Fit the posterior and log how well calibrated it is."""

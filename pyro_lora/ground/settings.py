@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Iterable
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -144,6 +144,32 @@ def check_kind(name: str, value: object, kinds: Any, expected: str) -> None:
     text = isinstance(value, str) and kinds is not str
     if text or not isinstance(value, kinds):
         raise TypeError(f"{name} must be {expected}, found {shown(value)}.")
+
+
+@runtime_checkable
+class _BeforePosterior(Protocol):
+    """What becomes a posterior by a call of its own, and says by which."""
+
+    posterior_by: str
+
+
+def check_fitted(name: str, value: object) -> None:
+    """Check that what should be a posterior isn't still that from which it is made.
+
+    Args:
+        name: Of the argument.
+        value: Its value.
+
+    Raises:
+        TypeError: If it is an engine, trained or not.
+    """
+    if isinstance(value, _BeforePosterior):
+        own = type(value).__name__
+        raise TypeError(
+            f"{name} must be a posterior; this {own} isn't one yet, whether it was "
+            f"trained or not. Call its {value.posterior_by}, and go on with what that "
+            "returns."
+        )
 
 
 def check_name(name: str, value: object) -> None:

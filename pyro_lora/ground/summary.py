@@ -52,14 +52,14 @@ class Summarised(ABC):
         return text(_title(self), self._facts())
 
     def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><th>{escape(name)}</th><td>{escape(_cut(fact))}</td></tr>"
-            for name, fact in self._facts().items()
-        )
-        return f"<table><caption>{_title(self)}</caption>{rows}</table>"
+        return html(_title(self), self._facts())
 
 
-class FieldsShown(Summarised):
+class ShownInside(Summarised):
+    """One whose facts are said where it is a part of something else, too."""
+
+
+class FieldsShown(ShownInside):
     """A dataclass, made with ``repr=False``, whose facts are its fields."""
 
     def _facts(self) -> dict[str, str]:
@@ -89,6 +89,20 @@ def text(title: str, facts: Mapping[str, str]) -> str:
     return f"{title}(\n{''.join(rows)})"
 
 
+def html(title: str, facts: Mapping[str, str]) -> str:
+    """Title and facts as a notebook's table.
+
+    Args:
+        title: What the facts are of.
+        facts: Name -> words.
+    """
+    rows = "".join(
+        f"<tr><th>{escape(name)}</th><td>{escape(_cut(fact))}</td></tr>"
+        for name, fact in facts.items()
+    )
+    return f"<table><caption>{title}</caption>{rows}</table>"
+
+
 def brief(value: object, depth: int = _DEPTH) -> str:
     """A value in a few words: a tensor's shape, a function's name.
 
@@ -115,7 +129,7 @@ def brief(value: object, depth: int = _DEPTH) -> str:
         while isinstance(value, Independent):
             value = value.base_dist
         return f"{type(value).__name__} {shape}"
-    if isinstance(value, FieldsShown):
+    if isinstance(value, ShownInside):
         return _cut(_line(_title(value), value._facts()))
     if isinstance(value, Summarised):
         return _title(value)

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import pyro
 import torch
@@ -39,7 +39,7 @@ from pyro_lora.ground.settings import (
     check_positive,
     check_word,
 )
-from pyro_lora.ground.summary import brief, text
+from pyro_lora.ground.summary import brief, html, text
 from pyro_lora.ground.warning import warn
 from pyro_lora.infer.svgd.kernels import NoRepulsion
 from pyro_lora.infer.svgd.svgd import SVGD
@@ -113,6 +113,8 @@ class AutoLaplace(AutoDelta):
             are no ``sites``.
     """
 
+    posterior_by: ClassVar[str] = "laplace_approximation(batches)"
+
     def __init__(
         self,
         model: Model,
@@ -170,6 +172,12 @@ class AutoLaplace(AutoDelta):
 
     def __repr__(self) -> str:
         # That of a torch module lists the modules inside of it, one for each name.
+        return text("AutoLaplace", self._facts())
+
+    def _repr_html_(self) -> str:
+        return html("AutoLaplace", self._facts())
+
+    def _facts(self) -> dict[str, str]:
         (model,) = self._user_model
         facts = {
             "structure": brief(self._structure),
@@ -180,7 +188,7 @@ class AutoLaplace(AutoDelta):
         }
         if self.prototype_trace is None:
             facts["mode"] = f"not set up, starts at {brief(self.init_loc_fn)}"
-        return text("AutoLaplace", facts)
+        return facts
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         # By SVI's first step, which knows nothing of arguments: they are named here.
@@ -503,9 +511,10 @@ def _warn_if_not_stationary(fit: FisherFit, latents: LatentBlock) -> None:
         warn(
             "The weights aren't a mode of the log joint: its gradient has norm "
             f"{norm:.3g}, most of it at site {largest!r}, and g' P^-1 g = {newton:.3g} "
-            f"exceeds the effective number of parameters, {effective:.3g}. Move "
-            "them there: by refine() of a fit with structure=structures.Exact(), of "
-            "which this is expected; or by training on under the same prior and data."
+            f"exceeds the effective number of parameters, {effective:.3g}. "
+            "Train on under the same prior and data; or fit with "
+            "structure=structures.Exact() and call refine() on the posterior (there "
+            "this warning is expected)."
         )
 
 

@@ -309,6 +309,7 @@ class Host:
         self.is_pretrained = of_transformers and issubclass(network, PreTrainedModel)
         self.bindings.are_of(self.network)
         self.bindings.is_pretrained = self.is_pretrained
+        self.trunk.are_apart = self.is_pretrained
         parameters = inspect.signature(network.forward).parameters.values()
         self.argument_names = frozenset(
             p.name

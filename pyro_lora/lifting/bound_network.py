@@ -25,6 +25,7 @@ from pyro_lora.lifting.binding import (
 from pyro_lora.lifting.folding import (
     StatisticsOfBatch,
     batch_size,
+    call_form,
     check_batch_norm,
     check_zero_elsewhere,
     fold_input,
@@ -157,9 +158,7 @@ class BoundNetwork:
             check_batch_norm(host.batch_norms)
             if trunk.caches:  # which the caller hasn't asked for
                 kwargs.setdefault("use_cache", False)
-        # A call's form: what of it may decide whether the network mixes its batch.
-        given = [(name, x is None) for name, x in [*enumerate(args), *kwargs.items()]]
-        form = (bool(repeats), host.network.training, *given)
+        form = (bool(repeats), self._form(args, kwargs))
         reason = None
         if num_particles > 1 and form not in host.unfoldable:
             try:
@@ -180,6 +179,11 @@ class BoundNetwork:
             )
         return output
 
+    def _form(self, args: Any, kwargs: Any) -> tuple[Any, ...]:
+        """What of a call may decide whether the network mixes its batch, or layers."""
+        form = call_form({**dict(enumerate(args)), **kwargs})
+        return self._host.network.training, form
+
     def _one(
         self,
         function: Callable[..., Any],
@@ -194,10 +198,15 @@ class BoundNetwork:
         }
         with Binding(self._host.bindings, values).bound():
             inputs = {**dict(enumerate(args)), **kwargs}
-            if not (trunk and tensors_in(inputs) and trunk.caches_one(values.values())):
+            if trunk is None or trunk.cache is None or not tensors_in(inputs):
                 return function(*args, **kwargs)
+            if trunk.caches:  # which the caller hasn't asked for
+                kwargs = {"use_cache": False, **kwargs}
+                inputs = {**dict(enumerate(args)), **kwargs}
             fold = Fold(1, torch.empty(batch_size(inputs.values()), 0))
-            return trunk.run(partial(function, *args, **kwargs), fold, inputs)
+            call = partial(function, *args, **kwargs)
+            form = self._form(args, kwargs)
+            return trunk.run(call, fold, inputs, form, values.values())
 
     def _folded(
         self,
@@ -227,6 +236,8 @@ class BoundNetwork:
             return self._call_folded(self._values, function, args, kwargs, trunk, fold)
         if not host.is_pretrained:
             self._check_independent(function, args, kwargs, fold)
+            # Gradients don't tell of what is detached, nor of the batch's size.
+            self._check_alone(function, args, kwargs, fold)
         elif is_ambiguous(given, fold):
             self._check_batch_first(function, args, kwargs, fold)
         call = partial(self._call_folded, self._values, function, args, kwargs)
@@ -240,11 +251,8 @@ class BoundNetwork:
         else:
             with statistics:
                 output = call(trunk, fold)
-        if statistics.noticed and not self._is_alone(function, args, kwargs, fold):
-            raise NotFoldable(
-                "a particle's outputs change with the others' weights: a layer takes a "
-                "statistic of the whole batch, a range for quantisation perhaps"
-            )
+        if statistics.noticed and host.is_pretrained:
+            self._check_alone(function, args, kwargs, fold)
         if host.is_pretrained and is_ambiguous(tensors_in(output), fold):
             self._check_independent(function, args, kwargs, fold)
         host.checked.add(form)
@@ -259,12 +267,13 @@ class BoundNetwork:
         trunk: Trunk | TextTrunk,
         fold: Fold,
     ) -> Any:
+        inputs, form = {**dict(enumerate(args)), **kwargs}, self._form(args, kwargs)
         args = tuple(fold_input(v, f"{i}", fold) for i, v in enumerate(args))
         kwargs = {k: fold_input(v, k, fold) for k, v in kwargs.items()}
         binding = Binding(self._host.bindings, values, fold.num_particles, fold)
-        inputs = {**dict(enumerate(args)), **kwargs}
         with binding.bound():
-            output = trunk.run(partial(function, *args, **kwargs), fold, inputs)
+            call = partial(function, *args, **kwargs)
+            output = trunk.run(call, fold, inputs, form, values.values())
         return unfold_output(output, "output", self._lead, fold)
 
     @leaving_no_trace
@@ -285,14 +294,17 @@ class BoundNetwork:
             function(*args, **kwargs)
 
     @torch.no_grad()
-    def _is_alone(
+    def _check_alone(
         self, function: Callable[..., Any], args: Any, kwargs: Any, fold: Fold
-    ) -> bool:
-        """Whether particles' outputs stay, whatever the others' weights are.
+    ) -> None:
+        """Check that particles' outputs stay, whatever the others' weights are.
 
-        The first's and the last's: among others as among equals, and as alone.
-        Gradients don't tell of what is detached. In training mode dropout must draw the
-        same, which it doesn't for one alone; the generators are put back.
+        The first's and the last's: among others as among equals, and as alone. In
+        training mode dropout must draw the same, which it doesn't for one alone; the
+        generators are put back.
+
+        Raises:
+            NotFoldable: If they don't.
         """
         for particle in (0, fold.num_particles - 1):
             outputs = []
@@ -309,8 +321,11 @@ class BoundNetwork:
                     outputs.append(tensors_in(alone))
             for others in outputs[1:]:
                 if not all(map(same_but_for_rounding, outputs[0], others)):
-                    return False
-        return True
+                    raise NotFoldable(
+                        "a particle's outputs change with the others': the network "
+                        "reads the batch's size, or takes a statistic of the whole "
+                        "batch, a range for quantisation perhaps"
+                    )
 
     @leaving_no_trace
     def _check_independent(

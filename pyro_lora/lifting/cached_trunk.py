@@ -44,9 +44,10 @@ def cached_trunk(
     these layers only where it sees a datum that is new: with adapters on the last l of
     L layers, later epochs cost about l / L. A datum is known by its inputs, padding
     included, so that batches may be shuffled, but should be padded to one length. A
-    change of the frozen weights below the adapter is noticed. The numbers are those
-    without a cache. What one set of weights without gradients meets in a network that
-    has never been run with gradients, or by particles, isn't kept.
+    change of the frozen weights by PyTorch's operations is noticed; one through
+    ``.data`` or NumPy, or of a module's other attributes, isn't. The numbers are those
+    without a cache. Where data of a batch may depend on each other, as in networks that
+    aren't of transformers, a batch is known as a whole.
 
     Args:
         lora: The lifted network; its trunk must be in evaluation mode.
@@ -62,8 +63,8 @@ def cached_trunk(
     Raises:
         ValueError: If there is no such layer, or ``max_gigabytes`` is negative; and
             from a call in the block, if a trunk layer is in training mode, so that its
-            dropout may draw anew, gives more than one tensor, or is read by others than
-            the next one.
+            dropout may draw anew, gives more than one tensor, or isn't run in order
+            for the next layer alone.
 
     >>> import torch, pyro_lora as pl
     >>> from torch import nn
@@ -116,7 +117,7 @@ class LastBatch:
         self._kept: tuple[_Inputs, Tensor] | None = None
 
     def key(
-        self, inputs: Mapping[Any, Any], batch_size: int, state: Any
+        self, inputs: Mapping[Any, Any], batch_size: int, state: Any, are_apart: bool
     ) -> _Inputs | None:
         """The inputs themselves."""
         return _Inputs(inputs, state) if self._usable else None
@@ -131,7 +132,7 @@ class LastBatch:
     def put(self, key: _Inputs, hidden: Tensor) -> None:
         """Keep these hidden states, and no others."""
         if self._usable:
-            self._kept = key.copied(), hidden.detach()
+            self._kept = key.kept(), hidden.detach()
 
     def refuse(self, reason: str) -> None:
         """Keep nothing from now on: nobody has asked for it."""
@@ -151,17 +152,28 @@ class _Inputs:
         others = {n: repr(x) for n, x in inputs.items() if n not in self._tensors}
         forms = {n: (x.shape, x.dtype, x.device) for n, x in self._tensors.items()}
         self._form = (others, forms, state)
+        self._versions = {
+            n: None if x.is_inference() else x._version
+            for n, x in self._tensors.items()
+        }
+        self._values: dict[Any, Tensor] = {}
 
-    def equals(self, other: _Inputs) -> bool:
-        """Whether the trunk makes the same of both."""
-        if self._form != other._form:
+    def equals(self, kept: _Inputs) -> bool:
+        """Whether the trunk makes the same of these as of inputs that were kept."""
+        if self._form != kept._form:
             return False
-        pairs = [(x, other._tensors[n]) for n, x in self._tensors.items()]
-        return bool(ask(torch.stack([(x == y).all() for x, y in pairs]).all()))
+        others = [
+            (x == kept._values[n]).all()
+            for n, x in self._tensors.items()
+            if x is not kept._tensors[n]
+            or self._versions[n] is None
+            or self._versions[n] != kept._versions[n]
+        ]
+        return not others or bool(ask(torch.stack(others).all()))
 
-    def copied(self) -> _Inputs:
-        """The same, whatever is written into the tensors later."""
-        self._tensors = {n: x.detach().clone() for n, x in self._tensors.items()}
+    def kept(self) -> _Inputs:
+        """Itself, with the values as they are now, whatever is written there later."""
+        self._values = {n: x.detach().clone() for n, x in self._tensors.items()}
         return self
 
 
@@ -185,10 +197,17 @@ class TrunkCache:
         self._device = "cpu"
 
     def key(
-        self, inputs: Mapping[Any, Any], batch_size: int, state: Any
+        self, inputs: Mapping[Any, Any], batch_size: int, state: Any, are_apart: bool
     ) -> Sequence[bytes]:
-        """A digest for each row."""
-        return row_keys(inputs, batch_size, state)
+        """A digest for each row, of all rows where they may depend on each other."""
+        keys = row_keys(inputs, batch_size, state)
+        if are_apart:
+            return keys
+        whole = b"".join(keys)
+        return [
+            hashlib.blake2b(whole + str(i).encode(), digest_size=16).digest()
+            for i in range(batch_size)
+        ]
 
     def refuse(self, reason: str) -> None:
         """Say that nothing can be kept, though it was asked for.

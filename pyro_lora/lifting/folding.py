@@ -188,6 +188,38 @@ def same_but_for_rounding(x: Tensor, y: Tensor) -> bool:
     return torch.allclose(x, y, rtol=0, atol=float(tolerance * size), equal_nan=True)
 
 
+def is_setting(value: Any) -> bool:
+    """Whether an argument is neither a tensor nor an object with a state."""
+    if isinstance(value, tuple):
+        return all(map(is_setting, value))
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def call_form(inputs: Mapping[Any, Any]) -> tuple[Any, ...]:
+    """What of a call may decide what a network does: settings, what there is and isn't.
+
+    Args:
+        inputs: By name.
+
+    Returns:
+        Equal for calls that differ in tensors, in objects of one type, or in floats
+        that aren't 0.
+    """
+    return tuple((name, _kind(x)) for name, x in inputs.items())
+
+
+def _kind(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return Tensor
+    if isinstance(value, tuple | list):
+        return type(value), tuple(map(_kind, value))
+    if isinstance(value, Mapping):
+        return type(value), call_form(value)
+    if value is None or isinstance(value, bool | int | str):
+        return type(value), value
+    return type(value), value != 0 if isinstance(value, float) else None
+
+
 def is_compiled(network: nn.Module) -> bool:
     """Whether a network, or a part of it, is compiled."""
     return any(
@@ -250,7 +282,10 @@ def unchanged_buffers(network: nn.Module) -> Iterator[None]:
     Raises:
         NotFoldable: If it has changed one: a state that the particles would share.
     """
-    before = [(b, b.clone(), b._version) for b in network.buffers()]
+    # What was made in inference mode has no version, and is written there alone.
+    before = [
+        (b, b.clone(), b._version) for b in network.buffers() if not b.is_inference()
+    ]
     changed: list[Tensor] = []
 
     @torch.no_grad()

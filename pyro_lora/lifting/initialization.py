@@ -63,12 +63,15 @@ def init_to_adapter(lora: Lifted, jitter: float | str) -> InitFn:
     return _Around(weights, {} if jitter == 0 else scales)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class _Around:
-    """Values plus normal noise, where there are scales for it."""
+    """The adapter's values plus normal noise, where there are scales for it."""
 
     weights: Mapping[str, Tensor]
     scales: Mapping[str, Tensor]
+
+    def __repr__(self) -> str:
+        return f"the adapter's weights{' with noise' if self.scales else ''}"
 
     def __call__(self, site: dict[str, Any]) -> Tensor:
         name = site["name"]
@@ -107,7 +110,7 @@ def _resolved_scales(lora: Lifted, weights: Mapping[str, Tensor]) -> dict[str, T
     return result
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class GivenWeights:
     """``init_loc_fn`` at given values of latent sites, the median at others.
 
@@ -120,6 +123,10 @@ class GivenWeights:
     weights: Mapping[str, Tensor]
     num_particles: int | None
     checked: Collection[str]
+
+    def __repr__(self) -> str:
+        particles = f" of {self.num_particles} particles" if self.num_particles else ""
+        return f"given weights of {len(self.weights)} sites{particles}"
 
     def __call__(self, site: dict[str, Any]) -> Tensor:
         """The value of a site, of ``site["infer"]["particle"]``'s or the only one.
@@ -269,11 +276,14 @@ def init_to_fresh(lora: Lifted) -> InitFn:
     return _Fresh(lora)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class _Fresh:
     """New values at each call."""
 
     lora: Lifted
+
+    def __repr__(self) -> str:
+        return "PEFT's own random weights"
 
     def __call__(self, site: dict[str, Any]) -> Tensor:
         name = site["name"]

@@ -94,24 +94,28 @@ class TextTrunk:
     """
 
     caches = False  # which are the network's own matter while it writes
+    cache = None  # of hidden states
 
     def __init__(self, layers: Sequence[nn.Module], tables: Container[int]) -> None:
         self._layers = layers
         self._tables = tables
 
-    def caches_one(self, weights: Iterable[Tensor]) -> bool:
-        """Whether a call with one set of weights has a use for it: never."""
-        return False
-
     def run(
-        self, call: Callable[[], Any], fold: Fold, inputs: Mapping[Any, Any]
+        self,
+        call: Callable[[], Any],
+        fold: Fold,
+        inputs: Mapping[Any, Any],
+        form: Any,
+        weights: Iterable[Tensor],
     ) -> Any:
         """What a call gives, its trunk run once for all draws where it's safe.
 
         Args:
             call: Runs the network.
             fold: How draws are folded into the inputs.
-            inputs: The folded arguments of ``generate``, or of one call, by name.
+            inputs: The arguments of ``generate``, or of one call, by name, one copy.
+            form: Makes no difference: each call is looked at as it runs.
+            weights: Nor do these.
         """
         with self._shared(fold, inputs):
             return call()

@@ -18,29 +18,37 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyro_lora.ground.interrupts import eagerly, undone
-from pyro_lora.ground.synchronisation import ask
-from pyro_lora.ground.weights import drawing_nothing
-from pyro_lora.lifting.folding import is_compiled, tensors_in, unchanged_buffers
-from pyro_lora.lifting.slots import Fold, NotFoldable
+from pyro_lora.ground.interrupts import undone
+from pyro_lora.lifting.folding import is_compiled, is_setting, tensors_in
+from pyro_lora.lifting.slots import Fold
 
-_READ_ELSEWHERE = (
-    "The trunk can't be cached: the network reads what its layers give elsewhere, too, "
-    "for a mean over layers perhaps. Leave the cache out."
+_NOT_APART = (
+    "The trunk can't be cached: what its layers give isn't theirs alone, each run once "
+    "and in order, or is read elsewhere, too. An adapter may run before them, or a "
+    "random number be drawn, or a mean be taken over all layers. Leave the cache out."
 )
+_MOST_FORMS = 64  # of a call; more than that are known anew each time
+_NO_NETWORK = nn.Module()
+
+
+def _base(network: nn.Module) -> Any:
+    """The network within PEFT's."""
+    get_base = getattr(network, "get_base_model", None)
+    return network if get_base is None else get_base()
 
 
 def _caches(network: nn.Module) -> bool:
     """Whether a call fills a key-value cache unless it is told not to."""
-    get_base = getattr(network, "get_base_model", None)
-    base = network if get_base is None else get_base()
+    base = _base(network)
     wants = getattr(getattr(base, "config", None), "use_cache", False)
     return bool(wants) and "use_cache" in inspect.signature(base.forward).parameters
 
@@ -165,6 +173,7 @@ class KnownCopies:
 
     def __init__(self, fold: Fold) -> None:
         self._fold = fold
+        self.batch_size = fold.batch_size
         self._known: list[tuple[weakref.ref[Tensor], int]] = []
 
     def repeated(self, x: Tensor) -> Tensor:
@@ -221,16 +230,136 @@ def replaced_forwards(
         yield
 
 
+class Watch(TorchDispatchMode):
+    """Notices what of a call stands against sharing its trunk, or leaving it out.
+
+    - The layers run in another order, or several times.
+    - Before the last of them has run, an operation reads the weights that differ
+      between particles, or draws random numbers.
+    - It matters elsewhere than in the next layer what a lower one gives. What is made
+      of it is followed from one operation to the next: to the network's outputs, to a
+      number that the program reads, or to whoever keeps it. So is what is made of
+      data within the layers.
+
+    Args:
+        layers: The trunk's.
+        weights: That differ between particles.
+
+    Attributes:
+        are_read: Whether anything outside of the layers has read what a lower one gave.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module], weights: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.are_read = False
+        self._noticed = False
+        self._order = list(range(len(layers)))
+        self._calls: list[int] = []
+        self._num_inside = 0
+        self._weights = {x.untyped_storage()._cdata: x for x in weights}
+        self._made: weakref.WeakSet[Any] = weakref.WeakSet()  # storages
+        self._data: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._inside: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def watched(self, forward: Callable[..., Any], layer: int) -> Callable[..., Any]:
+        """A layer's forward that is watched.
+
+        Args:
+            forward: The layer's.
+            layer: Its place.
+        """
+
+        def watched_forward(*args: Any, **kwargs: Any) -> Any:
+            self._num_inside += 1
+            self._data.update(_storages((args, kwargs)))
+            try:
+                output = forward(*args, **kwargs)
+            finally:
+                self._num_inside -= 1
+            self._calls.append(layer)
+            self.allow(output)
+            if layer < self._order[-1]:  # of the last one all may read the output
+                self._made.update(_storages(output))
+            return output
+
+        return watched_forward
+
+    def allow(self, value: Any) -> None:
+        """Let what was made within a layer be kept."""
+        for storage in _storages(value):
+            self._inside.discard(storage)
+
+    def notice(self) -> None:
+        """Say that sharing isn't right here."""
+        self._noticed = True
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Run an operation, and see what it reads."""
+        kwargs = kwargs or {}
+        read = tensors_in((args, kwargs))
+        before = _storages(read)
+        if len(self._calls) < len(self._order):
+            of_weights = any(x._cdata in self._weights for x in before)
+            self._noticed |= of_weights or _draws(func, args, kwargs)
+        outside = not self._num_inside
+        followed = any(x in self._made or x in self._inside for x in before)
+        self.are_read |= outside and followed
+        output = func(*args, **kwargs)
+        made = _storages(output)
+        if outside and followed:
+            self._made.update(made)
+            self._noticed |= not made
+        elif not outside and any(x in self._data for x in before):
+            new = set(made).difference(before)
+            self._data.update(new)
+            self._inside.update(new)
+        return output
+
+    @property
+    def may_be_why(self) -> bool:
+        """Whether an error may come of sharing: of rows that are fewer than others."""
+        in_order = self._calls == self._order[: len(self._calls)]
+        return self.are_read or self._noticed or not in_order
+
+    @property
+    def noticed(self) -> bool:
+        """Whether anything was noticed, after the call."""
+        kept = len(self._made) + len(self._inside)
+        return self._noticed or self._calls != self._order or kept > 0
+
+
+def _storages(value: Any) -> list[Any]:
+    return [x.untyped_storage() for x in tensors_in(value)]
+
+
+def _draws(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether an operation draws random numbers."""
+    if torch.Tag.nondeterministic_seeded not in func.tags:
+        return False
+    given = {
+        x.name: args[i] if i < len(args) else kwargs.get(x.name, x.default_value)
+        for i, x in enumerate(func._schema.arguments)
+    }
+    if given.get("train", given.get("training", True)) is False:
+        return False
+    return bool(given.get("dropout_p", True))  # that of attention
+
+
 class Cache(Protocol):
     """What the trunk gave earlier."""
 
-    def key(self, inputs: Mapping[Any, Any], batch_size: int, state: Any) -> Any | None:
+    def key(
+        self, inputs: Mapping[Any, Any], batch_size: int, state: Any, are_apart: bool
+    ) -> Any | None:
         """What a batch is known by; None if it can't be kept.
 
         Args:
             inputs: The network's inputs, by name, one copy.
             batch_size: B.
             state: What else the outputs depend on.
+            are_apart: Whether data are known not to depend on others of their batch.
         """
         ...
 
@@ -252,26 +381,30 @@ class _Seen:
     """What is seen in one call.
 
     Attributes:
-        looks: Whether it's looked for.
-        key: The batch's, in the cache.
+        key: The batch's, in the cache, if what it gives is to be kept.
         hidden: What the last layer gives, one copy, if there is no more to it.
         reason: Why that can't be kept.
+        done: The layers that have run.
+        copies: Layer and place of an argument -> whether it has rows of all particles.
+        watch: Of a call whose form is new.
     """
 
-    looks: bool
     key: Any = None
     hidden: Tensor | None = None
     reason: str | None = None
+    done: set[int] = field(default_factory=set)
+    copies: dict[Any, bool] = field(default_factory=dict)
+    watch: Watch | None = None
 
     def look(
         self, output: Any, layer: int, last: bool, batch_size: int
     ) -> Callable[[Tensor], Any] | None:
         """What a layer's output (one copy) is around hidden states; None: not known."""
-        if not self.looks or self.reason is not None:
+        if self.key is None or self.reason is not None:
             return None
         rest = output[1:] if isinstance(output, tuple) else ()
         hidden = output[0] if isinstance(output, tuple) else output
-        alone = isinstance(hidden, Tensor) and not tensors_in(rest)
+        alone = isinstance(hidden, Tensor) and all(x is None for x in rest)
         if not alone or len(hidden) != batch_size:
             self.reason = (
                 f"The trunk can't be cached: its layer {layer} returns more than one "
@@ -295,6 +428,9 @@ class Trunk:
         readers: The frozen parts of the first adapted layer, some of which read what
             the trunk gives.
         network: The whole.
+
+    Attributes:
+        are_apart: Whether data of a batch are known not to depend on each other.
     """
 
     def __init__(
@@ -304,7 +440,7 @@ class Trunk:
         below: Mapping[str, nn.Module] | None = None,
         tables: Container[int] = (),
         readers: Sequence[nn.Module] = (),
-        network: nn.Module | None = None,
+        network: nn.Module = _NO_NETWORK,
     ) -> None:
         self.layers = layers
         self.caches = caches
@@ -313,9 +449,10 @@ class Trunk:
         self.tables = tables
         self._readers = readers
         self._network = network
-        self._checked = False  # that particles really are the same there
-        # The forms of call in which the next layer alone reads what one gives.
-        self._forms: set[Any] = set()
+        self.are_apart = False
+        # Form of call -> which of the layers' arguments have rows of all particles;
+        # None where sharing isn't right.
+        self._forms: dict[Any, dict[Any, bool] | None] = {}
         # Layer -> what a call returns around its hidden states.
         self._wrapped: dict[int, Callable[[Tensor], Any]] = {}
 
@@ -324,7 +461,12 @@ class Trunk:
 
     @property
     def why_not_cacheable(self) -> str | None:
-        """Why nothing can be cached: there is no trunk, or it is in training mode."""
+        """Why nothing can be cached; None where it can."""
+        if is_compiled(self._network):
+            return (
+                "The trunk can't be cached: the network is compiled, and would be for "
+                "each batch anew. Leave the cache out."
+            )
         for path, module in self._below.items():
             if module.training:
                 return (
@@ -342,142 +484,101 @@ class Trunk:
 
     def _key(self, inputs: Mapping[Any, Any], fold: Fold) -> Any | None:
         """The batch's key in the cache; None without one, or if it can't be used."""
-        tensors = [x for x in inputs.values() if isinstance(x, Tensor)]
-        own = [x for m in self._below.values() for x in _own_tensors(m)]
         if (
             self.cache is None
             or torch.is_inference_mode_enabled()  # gradients can't use what it makes
             or torch.compiler.is_compiling()
-            or any(x.requires_grad or x.ndim == 0 for x in tensors)
-            or any(x.is_inference() for x in own)  # which have no version
-            or len(tensors_in(inputs)) > len(tensors)  # some are inside of others
+            or not all(isinstance(x, Tensor) or is_setting(x) for x in inputs.values())
+        ):
+            return None
+        tensors = tensors_in(inputs)
+        below = [*self._below.values()]
+        below += [m for layer in self.layers for m in layer.modules()]
+        known = set(below)
+        # Modules may be registered in another order than they run in.
+        frozen = [
+            x
+            for m in self._network.modules()
+            for x in _own_tensors(m)
+            if m in known or not x.requires_grad
+        ]
+        if (
+            any(x.requires_grad or x.ndim == 0 for x in tensors)
+            or any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+            or any(x.is_inference() for x in frozen)  # which have no version
+            # Ranks that hold shards of it must all run it, or none.
+            or any(getattr(x, "device_mesh", None) is not None for x in frozen)
+            or (torch.is_grad_enabled() and any(x.requires_grad for x in frozen))
         ):
             return None
         device = tensors[0].device.type
         state = (
-            versions(own),
+            versions(frozen),
+            [(id(m), len(m._forward_hooks), len(m._forward_pre_hooks)) for m in below],
             torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
         )
-        one_copy = {
-            name: x[: fold.batch_size]
-            if isinstance(x, Tensor) and x.shape[0] == fold.folded_size
-            else x
-            for name, x in inputs.items()
-        }
-        return self.cache.key(one_copy, fold.batch_size, state)
-
-    def caches_one(self, weights: Iterable[Tensor]) -> bool:
-        """Whether a call with one set of weights can use the cache.
-
-        That no adapted layer runs before the trunk is seen by the gradients, or was
-        seen before.
-        """
-        if self.cache is None:
-            return False
-        return self._checked or (
-            torch.is_grad_enabled() and all(x.requires_grad for x in weights)
-        )
+        return self.cache.key(inputs, fold.batch_size, state, self.are_apart)
 
     def run(
-        self, call: Callable[[], Any], fold: Fold, inputs: Mapping[Any, Any]
+        self,
+        call: Callable[[], Any],
+        fold: Fold,
+        inputs: Mapping[Any, Any],
+        form: Any,
+        weights: Iterable[Tensor],
     ) -> Any:
         """What a call gives, its trunk run once for all particles where it's safe.
 
         It isn't where the network reads elsewhere what one of its layers gives, for a
-        mean over layers, say. So what a call of this form gives first must stay without
-        NaN where all layers but the last give nothing else.
+        mean over layers, say. The first call of each form is watched (:class:`Watch`),
+        and a later one's trunk may be left out.
 
         Args:
             call: Runs the network.
             fold: How particles are folded into the inputs.
-            inputs: The network's folded inputs, by name.
+            inputs: The network's inputs, by name, one copy.
+            form: What of the call may decide what the network does.
+            weights: The particles'.
 
         Raises:
-            OutOfMemoryError: If there is no memory for the call.
             ValueError: If there's a cache that can't be used.
             Exception: What the call raises.
         """
         if self.cache is not None:
             self._refuse(self.why_not_cacheable)
-        settings = bool | int | str | None
-        form = tuple(
-            (k, x if isinstance(x, settings) else 0) for k, x in inputs.items()
-        )
-        if not self.layers or form in self._forms or torch.compiler.is_compiling():
-            with self._shared(fold, inputs, form) as seen:
-                output = call()
-            self._keep(seen)
-            return output
-        layers = self.layers
-        try:
-            with self._shared(fold, inputs, form) as seen:
-                output = call()
-        except torch.OutOfMemoryError:
-            raise
-        except Exception:
-            self.layers = []
+        form = (fold.num_particles > 1, form)
+        if not self.layers or self._forms.get(form, {}) is None:
+            self._refuse(_NOT_APART)
+            return call()
+        output, failed = None, False
+        with self._shared(fold, inputs, form, weights) as seen:
+            watch = seen.watch
             try:
+                with watch or nullcontext():
+                    output = call()
+            except Exception as error:
+                out_of_memory = isinstance(error, torch.OutOfMemoryError)
+                if out_of_memory or watch is None or not watch.may_be_why:
+                    raise
+                failed = True  # of rows that are fewer than others, perhaps
+        if watch is not None:
+            if failed or watch.noticed:
+                output = None  # its memory, before it's made again
                 output = call()
-            except Exception:  # it isn't for the trunk
-                self.layers = layers
-                raise
-            self._refuse(_READ_ELSEWHERE)
-            return output
-        if seen.hidden is not None and self.layers:
-            had_nan = _has_nan(output).to(seen.hidden.device)
-            try:
-                has_nan = self._has_nan_without(call, fold, seen.hidden)
-            except torch.OutOfMemoryError:  # of a pass that nobody has asked for
+                self._learn(form, None)
+                self._refuse(_NOT_APART)
                 return output
-            if bool(ask(has_nan & ~had_nan, usual=False)):
-                self.layers = []
-                self._refuse(_READ_ELSEWHERE)
-                return call()
-            if not ask(had_nan, usual=False):
-                self._forms.add(form)
+            self._learn(form, seen.copies)
         self._keep(seen)
         return output
 
-    @torch.no_grad()
-    def _has_nan_without(
-        self, call: Callable[[], Any], fold: Fold, hidden: Tensor
-    ) -> Tensor:
-        """Whether outputs have NaN, or there are none, without the lower layers'.
-
-        Args:
-            call: Runs the network.
-            fold: How particles are folded into the inputs.
-            hidden: What the last layer gives, one copy.
-
-        Raises:
-            OutOfMemoryError: If there is no memory for this pass.
-        """
-        network, known = self._network, KnownCopies(fold)
-        assert network is not None  # that of the layers
-
-        def replacement(forward: Callable[..., Any], i: int) -> Callable[..., Any]:
-            return self._recalling(hidden, i, i == len(self.layers) - 1, known)
-
-        found = torch.ones((), dtype=torch.bool, device=hidden.device)
-        try:
-            with (
-                suppress(NotFoldable),  # it writes into buffers, which are put back
-                unchanged_buffers(network),
-                drawing_nothing(list(network.parameters())),
-                eagerly() if is_compiled(network) else nullcontext(),
-                replaced_forwards(self.layers, replacement),
-                replaced_forwards(self._constant(fold), known.read_once),
-            ):
-                found = _has_nan(call()).to(hidden.device)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception:  # whatever a network says of NaN
-            return found
-        return found
-
     @contextmanager
     def _shared(
-        self, fold: Fold, inputs: Mapping[Any, Any], form: Any
+        self,
+        fold: Fold,
+        inputs: Mapping[Any, Any],
+        form: Any,
+        weights: Iterable[Tensor],
     ) -> Iterator[_Seen]:
         """Share the trunk between particles while the block runs, where it's safe.
 
@@ -487,8 +588,9 @@ class Trunk:
 
         Args:
             fold: How particles are folded into the inputs.
-            inputs: The network's folded inputs, by name.
+            inputs: The network's inputs, by name, one copy.
             form: That of the call; only a known one's trunk is left out.
+            weights: The particles'.
 
         Yields:
             What is seen in the block.
@@ -499,25 +601,35 @@ class Trunk:
         asks = ("output_hidden_states", "output_attentions")
         # One particle, which is here for the cache's sake, is mixed with no other.
         safe = fold.num_particles == 1 or fold.folded_size not in sizes
-        safe = safe and not any(inputs.get(name) for name in asks)
+        config = getattr(_base(self._network), "config", None)
+        safe = safe and not any(
+            inputs.get(name, getattr(config, name, False)) for name in asks
+        )
         safe = safe and not inputs.get("use_cache", self.caches)
-        safe = safe and not any(layer.training for layer in self.layers)
+        safe = safe and not any(m.training for x in self.layers for m in x.modules())
         if not (self.layers and safe):
-            yield _Seen(False)  # each particle runs them
+            yield _Seen()  # each particle runs them
             return
-        layers, is_known = self.layers, form in self._forms
+        layers = self.layers
         key = self._key(inputs, fold)
         hidden = None
-        if key is not None and self.cache is not None and is_known:
+        if key is not None and self.cache is not None and form in self._forms:
             hidden = self.cache.get(key)
         known = KnownCopies(fold)
-        seen = _Seen(hidden is None and (key is not None or not is_known), key)
+        seen = _Seen(key if hidden is None else None)
+        copies = self._forms.get(form)
+        if copies is not None:
+            seen.copies = copies
+        elif not (torch.compiler.is_compiling() or is_compiled(self._network)):
+            # Dynamo leaves alone what it meets under a dispatch mode.
+            seen.watch = Watch(layers, weights)
 
         def replacement(forward: Callable[..., Any], i: int) -> Callable[..., Any]:
             last = i == len(layers) - 1
-            if hidden is None:
-                return self._sharing(forward, fold, i, last, known, seen)
-            return self._recalling(hidden, i, last, known)
+            if hidden is not None:
+                return self._recalling(forward, hidden, i, last, known, seen)
+            shared = self._sharing(forward, fold, i, last, known, seen)
+            return shared if seen.watch is None else seen.watch.watched(shared, i)
 
         with (
             replaced_forwards(layers, replacement),
@@ -539,11 +651,28 @@ class Trunk:
         ]
 
     def _recalling(
-        self, hidden: Tensor, layer: int, last: bool, known: KnownCopies
+        self,
+        forward: Callable[..., Any],
+        hidden: Tensor,
+        layer: int,
+        last: bool,
+        known: KnownCopies,
+        seen: _Seen,
     ) -> Callable[..., Any]:
         # What no other than the next layer reads, which doesn't.
         given = known.repeated(hidden) if last else torch.full_like(hidden, torch.nan)
-        return lambda *args, **kwargs: self._wrapped[layer](given)
+
+        def recalled(*args: Any, **kwargs: Any) -> Any:
+            if layer in seen.done:
+                return forward(*args, **kwargs)
+            seen.done.add(layer)
+            return self._wrapped[layer](given)
+
+        return recalled
+
+    def _learn(self, form: Any, copies: dict[Any, bool] | None) -> None:
+        if len(self._forms) < _MOST_FORMS:
+            self._forms[form] = copies
 
     def _refuse(self, reason: str | None) -> None:
         if self.cache is not None and reason is not None:
@@ -565,45 +694,93 @@ class Trunk:
         known: KnownCopies,
         seen: _Seen,
     ) -> Callable[..., Any]:
-        alone = fold.num_particles == 1
-        # Of as many rows as a table has, copies are told by being copies.
-        ambiguous = fold.folded_size in self.tables
-        copies = Copies(fold, ambiguous)
+        alone, watch = fold.num_particles == 1, seen.watch
 
         def shared_forward(*args: Any, **kwargs: Any) -> Any:
-            if alone and any(x.requires_grad for x in tensors_in((args, kwargs))):
-                # An adapted layer runs before, or checkpointing asks for gradients.
+            given = tensors_in((args, kwargs))
+            # An adapted layer runs before, or checkpointing asks for gradients; or the
+            # layer runs again, on what the last one has made of all particles.
+            if (alone and any(x.requires_grad for x in given)) or layer in seen.done:
                 return forward(*args, **kwargs)
-            if not self._checked:
-                given = [*args, *kwargs.values()]
-                plain = all(map(is_plain, given))
-                if not (plain and (alone or copies.are_given(tensors_in(given)))):
-                    # Never share: an adapted layer runs before, or what layers give
-                    # each other isn't all in their outputs.
-                    self.layers = []
-                self._checked = True
-            if not self.layers:
-                return forward(*args, **kwargs)
-            args, kwargs = mapped((args, kwargs), copies.one)
+            if watch is not None:
+                plain = all(map(is_plain, [*args, *kwargs.values()]))
+                if not plain or not (layer or _are_copies(given[:1], fold)):
+                    watch.notice()
+            seen.done.add(layer)
+            args, kwargs = _one_copy(fold, seen.copies, (layer,), (args, kwargs))
             output = forward(*args, **kwargs)
             form = seen.look(output, layer, last, fold.batch_size)
             if form is not None:
                 self._wrapped[layer] = form
-            return mapped(output, known.repeated) if last else output
+            if watch is not None:
+                watch.allow(seen.hidden)
+            place = (layer, "output")
+            return _all_copies(known, seen.copies, place, output) if last else output
 
         return shared_forward
+
+
+def _are_copies(given: Sequence[Tensor], fold: Fold) -> bool:
+    """Whether hidden states that a layer is given are the same for all particles."""
+    if fold.num_particles == 1:
+        return True
+    return bool(given) and len(given[0]) == fold.folded_size and _equal(given[0], fold)
+
+
+def _equal(x: Tensor, fold: Fold) -> bool:
+    copies = x.unflatten(0, (fold.num_particles, -1))
+    return torch.equal(copies[1:], copies[:1].expand_as(copies[1:]))
+
+
+def _one_copy(fold: Fold, copies: dict[Any, bool], place: Any, value: Any) -> Any:
+    """One copy of arguments that have rows of all particles, others as they are.
+
+    Which ones have is seen when they first have more than one row, by being copies: a
+    table has as many rows by chance.
+
+    Args:
+        fold: How particles are folded into the inputs.
+        copies: Place of an argument -> whether it has; what is seen goes there.
+        place: Of the value.
+        value: An argument, or a tuple or dict of such.
+    """
+    if isinstance(value, tuple):
+        parts = [_one_copy(fold, copies, (*place, i), v) for i, v in enumerate(value)]
+        return tuple(parts)
+    if isinstance(value, dict):
+        return {k: _one_copy(fold, copies, (*place, k), v) for k, v in value.items()}
+    if not isinstance(value, Tensor) or value.ndim == 0 or len(value) <= 1:
+        return value
+    if fold.num_particles == 1:
+        return value
+    if torch.compiler.is_compiling():  # no values are known
+        whole = value.ndim > 1 and len(value) == fold.folded_size
+        return value[: fold.batch_size] if whole else value
+    if place not in copies:
+        copies[place] = not len(value) % fold.folded_size and _equal(value, fold)
+    if copies[place] and not len(value) % fold.num_particles:
+        return value[: len(value) // fold.num_particles]
+    return value
+
+
+def _all_copies(
+    known: KnownCopies, copies: dict[Any, bool], place: Any, value: Any
+) -> Any:
+    """What the last layer gives, for all particles: the same backwards."""
+    if isinstance(value, tuple):
+        parts = enumerate(value)
+        return tuple(_all_copies(known, copies, (*place, i), v) for i, v in parts)
+    if not isinstance(value, Tensor) or value.ndim == 0:
+        return value
+    if place not in copies and len(value) > 1:
+        copies[place] = len(value) == known.batch_size
+    return known.repeated(value) if copies.get(place, True) else value
 
 
 def _own_tensors(module: nn.Module) -> Iterator[Tensor]:
     """Parameters and buffers of a module, not of those inside it."""
     yield from module.parameters(recurse=False)
     yield from module.buffers(recurse=False)
-
-
-def _has_nan(output: Any) -> Tensor:
-    """Whether one of the tensors in it has NaN, a tensor with one element."""
-    found = [x.isnan().any() for x in tensors_in(output) if x.is_floating_point()]
-    return torch.stack(found).any() if found else torch.tensor(False)
 
 
 def is_plain(value: Any) -> bool:

@@ -122,7 +122,7 @@ class LaplacePosterior(marginals.ByMarginals, Shared):
             "log_likelihood": extent([self.log_likelihood]),
         }
         num_weights = sum(x.numel() for x in self.gaussian.loc.values())
-        if self.gaussian.has_eigenvalues and num_weights <= _FREE:
+        if self.gaussian.knows_log_det and num_weights <= _FREE:
             facts["log_evidence"] = extent([self.log_evidence()])
         return facts | {"obs_site": brief(self.obs_site), "model": brief(self.model)}
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from pyro_lora.ground.settings import check_function
+from pyro_lora.ground.settings import check_fitted, check_function
 from pyro_lora.ground.weights import Weights, drawing_nothing
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.likelihood.model_trace import Model
@@ -105,8 +105,9 @@ def as_posterior(
         arguments: What a guide is called with, such as a batch.
 
     Raises:
-        TypeError: If it is neither.
+        TypeError: If it is neither, or the engine that fits one.
     """
+    check_fitted("posterior", posterior)
     expected = "a posterior, one of pyro_lora's or any Pyro guide"
     if isinstance(posterior, LiftedNetwork):
         raise TypeError(f"posterior must be {expected}, found a LiftedNetwork.")

@@ -21,7 +21,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_lora.curvature.prior_moments import counted_scale
-from pyro_lora.ground.summary import FieldsShown
+from pyro_lora.ground.summary import FieldsShown, ShownInside, extent
 from pyro_lora.ground.weights import Weights, drawing_nothing
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.lifting.prior import NOISE
@@ -71,7 +71,7 @@ class _PriorOfEach(FieldsShown):
 
 def normal_prior(mean: Weights, precision: Weights, fixed: Weights) -> Prior:
     """The prior N(mean, 1 / precision), both by site, and Deltas at fixed values."""
-    fns: dict[str, dist.TorchDistribution] = {
+    fns = {
         site: dist.Normal(x, precision[site].rsqrt().expand(x.shape)).to_event(x.ndim)
         for site, x in mean.items()
     }
@@ -84,11 +84,18 @@ def _points(values: Weights) -> dict[str, dist.TorchDistribution]:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class _SitePriors(FieldsShown):
-    """A distribution for each site, or the value where it is fixed."""
+class _SitePriors(ShownInside):
+    """A normal distribution for each site, or the value where it is fixed."""
 
-    fns: Mapping[str, dist.TorchDistribution]
+    fns: Mapping[str, dist.Independent]
     fixed: Weights
+
+    def _facts(self) -> dict[str, str]:
+        normals = [fn.base_dist for fn in self.fns.values()]
+        facts = {
+            name: extent(getattr(x, name) for x in normals) for name in ("scale", "loc")
+        }
+        return facts | ({"fixed": f"{len(self.fixed)} sites"} if self.fixed else {})
 
     def __call__(self, lora: LiftedNetwork) -> Weights:
         fns = {**self.fns, **_points(self.fixed)}

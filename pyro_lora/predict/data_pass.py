@@ -27,7 +27,6 @@ from pyro_lora.likelihood.data_plate import data_plate
 from pyro_lora.likelihood.model_trace import (
     IGNORED,
     is_missing_outcome,
-    lifted_networks,
 )
 from pyro_lora.likelihood.outcomes import (
     data_that_count,
@@ -91,6 +90,11 @@ class AtDraws(Protocol):
         """The likelihood's site."""
         ...
 
+    @property
+    def networks(self) -> Sequence[LiftedNetwork]:
+        """The lifted networks in the model."""
+        ...
+
     def traces(self, batch: Batch) -> Iterator[Any]:
         """Traces of some of the draws, whose likelihood has batch shape (S', B)."""
         ...
@@ -121,7 +125,7 @@ def pass_over_data(
     drawn: list[Tensor] = []
     inputs: list[dict[str, Tensor]] = []
     latent: list[dict[str, Tensor]] = []
-    networks: Sequence[LiftedNetwork] = ()
+    networks = at_draws.networks
     prior_scales: dict[str, float | Tensor] = {}
     alone = True
     index = num_data = 0
@@ -137,7 +141,6 @@ def pass_over_data(
                         log_likelihood.append(datum_log_probs(site))
                     total.append((log_likelihood[-1] * data_plate(site).scale).sum(-1))
                 if index == 1:  # the weights' own density doesn't depend on the batch
-                    networks = lifted_networks(trace)
                     latent.append(latent_log_probs(trace, networks))
                     prior_scales = model_scales(trace, networks)
                     alone = alone and observes_only(trace, at_draws.obs_site)

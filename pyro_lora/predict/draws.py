@@ -11,7 +11,7 @@ and the likelihood's distribution then has batch shape (S, B).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,6 +32,7 @@ from pyro_lora.likelihood.model_trace import (
     evaluating_model,
     in_mode,
     is_missing_outcome,
+    lifted_networks,
     likelihood_site,
     trace_at,
 )
@@ -94,7 +95,7 @@ def check_same_inputs(posterior: Posterior, batch: PlacedBatch) -> None:
     A model whose ``attention_mask`` has a default runs without one, and padding counts.
 
     Args:
-        posterior: Any; ours know their fit's arguments, unless loaded.
+        posterior: Any; ours know their fit's arguments.
         batch: The first one.
     """
     fitted_with = fit_arguments(posterior)
@@ -182,6 +183,7 @@ class ModelAtDraws:
         weights: Site -> (S, 1, ..., 1, *shape): batch dims are padded up to the
             model's plates, so that the draws are the leftmost batch dim everywhere.
         obs_site: The likelihood's site.
+        networks: The lifted networks in the model.
         batch_first: Whether a batch's first tensor has one row for each datum.
         draws_at_once: Draws in one forward pass.
         dropout: Whether dropout is on.
@@ -190,6 +192,7 @@ class ModelAtDraws:
     model: Model
     weights: Weights
     obs_site: str
+    networks: Sequence[LiftedNetwork]
     batch_first: bool
     draws_at_once: int = DRAWS_AT_ONCE
     dropout: bool = False
@@ -302,7 +305,15 @@ def model_at_draws(
     places = batch_dims([obs], {s: n for s, n in nodes.items() if s in weights})
     padded = {name: dims.stacked(weights[name]) for name, dims in places.items()}
     batch_first = _num_rows(batch) == tuple(obs["fn"].batch_shape)
-    return ModelAtDraws(model, padded, obs["name"], batch_first, draws_at_once, dropout)
+    return ModelAtDraws(
+        model,
+        padded,
+        obs["name"],
+        lifted_networks(trace),
+        batch_first,
+        draws_at_once,
+        dropout,
+    )
 
 
 def _num_rows(batch: Batch) -> tuple[int, ...]:

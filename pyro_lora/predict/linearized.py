@@ -116,6 +116,11 @@ class Linearized:
         """Whether a second batch couldn't be put beside the first: no joint draws."""
         return self.num_draws > 0
 
+    @property
+    def num_runs(self) -> int:
+        """How often a batch goes through the network; once more with tokens."""
+        return len(self.gaussians) + (self.which is not None)
+
     def predict(self, batch: Batch) -> AnyPrediction:
         """The prediction of one batch, by its likelihood's type.
 

@@ -200,10 +200,7 @@ def predict(
     at_mode: list[AnyPrediction] = []
     stream = ranks.drawing(ranks.in_step(_with([first], stream)))
     del first
-    with (
-        gathered(),  # what a batch is asked for is read with the next one's
-        trunk_once(plan.networks),  # it goes through the network several times
-    ):
+    with gathered():  # what a batch is asked for is read with the next one's
         for index, batch in enumerate(stream):
             if plan.way.takes_one_batch and (predictions or ranks.size > 1):
                 raise ValueError(
@@ -215,9 +212,10 @@ def predict(
             reads_labels = plan.which in (None, "labels")
             if predictions and reads_labels:
                 given.look(batch, predictions[-1].num_classes)
-            prediction = plan.way.predict(seen)
-            if plan.at_mode is not None:
-                at_mode.append(plan.at_mode.predict(seen))
+            with trunk_once(plan.networks if plan.num_runs > 1 else []):
+                prediction = plan.way.predict(seen)
+                if plan.at_mode is not None:
+                    at_mode.append(plan.at_mode.predict(seen))
             if reads_labels:
                 observed = given.read(batch, prediction.num_classes, index)
                 if observed is not None:
@@ -246,6 +244,9 @@ class _Way(Protocol):
     @property
     def takes_one_batch(self) -> bool: ...
 
+    @property
+    def num_runs(self) -> int: ...
+
     def predict(self, batch: Batch) -> AnyPrediction: ...
 
 
@@ -266,6 +267,11 @@ class _Plan:
     source: OutcomeSource
     networks: Sequence[LiftedNetwork]
     at_mode: Sampled | None = None
+
+    @property
+    def num_runs(self) -> int:
+        """How often a batch goes through the network."""
+        return self.way.num_runs + (self.at_mode is not None)
 
     def shown(self, batch: PlacedBatch) -> PlacedBatch:
         """What the model sees of a batch."""

@@ -58,6 +58,11 @@ class Sampled:
         """Whether a second batch couldn't be put beside the first: it can."""
         return False
 
+    @property
+    def num_runs(self) -> int:
+        """How often a batch goes through the network."""
+        return math.ceil(self.at_draws.num_draws / self.at_draws.draws_at_once)
+
     @torch.no_grad()
     def predict(self, batch: Batch) -> AnyPrediction:
         """The prediction of one batch, by its likelihood's type.

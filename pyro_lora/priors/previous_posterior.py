@@ -24,7 +24,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions.transforms import ReshapeTransform
 
-from pyro_lora.ground.settings import check_function, check_positive
+from pyro_lora.ground.settings import check_fitted, check_function, check_positive
 from pyro_lora.ground.summary import FieldsShown
 from pyro_lora.ground.warning import warn
 from pyro_lora.ground.weights import Weights
@@ -183,6 +183,7 @@ def from_posterior(posterior: Any, *, bandwidth: float | None = None) -> Prior:
         A prior over every site.
 
     Raises:
+        TypeError: If it is none of these.
         ValueError: If a site isn't sampled or has another shape, the posterior's sites
             have no density of their own, the bandwidth isn't positive and finite, or
             particles coincide and there is no bandwidth.
@@ -283,6 +284,7 @@ def _components(
         if posterior.num_samples is not None:
             particles = posterior.sample(posterior.num_samples)
             return _normals_at({s: x.detach() for s, x in particles.items()}, bandwidth)
+    check_fitted("posterior", posterior)
     check_function("posterior", posterior, "a posterior with a density, or a guide")
     return [(_number(0.0), _Independent(_distributions(posterior)))]
 

@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable
@@ -34,14 +35,17 @@ import pyro_lora as pl
 from pyro_lora.cli import saved_classifier
 from pyro_lora.cli.commands import app
 from pyro_lora.cli.saved_classifier import (
-    Settings,
     check_tokens,
-    class_names,
     load_with,
-    remembered,
     save_with,
-    settings_of,
     text_batches,
+)
+from pyro_lora.cli.saved_settings import (
+    Settings,
+    class_names,
+    network_names,
+    remembered,
+    settings_of,
 )
 from pyro_lora.cli.text_files import Texts
 from tests import words
@@ -206,6 +210,17 @@ def test_predictions_are_those_of_predict(
     for name in ("accuracy", "nll", "ece", "brier"):
         assert f"{expected.metrics()[name]:.3g}"[:4] in output
     assert expected.metrics()["accuracy"] > 0.7  # the adapter is a trained one
+
+
+def test_the_format_of_what_is_written_is_that_of_its_name(
+    place: Place, laplace: Path, tmp_path: Path
+) -> None:
+    run("predict", laplace, place.test, "--output", tmp_path / "p.csv")
+    run("predict", laplace, place.test, "--output", tmp_path / "p.jsonl")
+    lines = [json.loads(x) for x in (tmp_path / "p.jsonl").read_text().splitlines()]
+    as_text = [{name: str(value) for name, value in line.items()} for line in lines]
+    assert as_text == rows(tmp_path / "p.csv")
+    assert "accuracy" in run("predict", laplace, tmp_path / "p.jsonl")
 
 
 def test_particles_predict_by_sampling(
@@ -871,22 +886,18 @@ def test_classes_are_those_of_the_adapter(place: Place, tmp_path: Path) -> None:
     assert "--label-names: 3 names, but the network has 2 classes" in output
 
 
-def test_numbers_that_are_names_too(place: Place, tmp_path: Path) -> None:
-    lora, *_ = python_side(place)
-    network: Any = lora.network
-    for config, labels, expected in (
+def test_numbers_that_are_names_too() -> None:
+    for names, labels, expected in (
         ("01", "01", ("0", "1")),
         ("12", "12", ("1", "2")),
         ("12", "01", ("0", "1")),
         ("ab", "ab", ("a", "b")),
         ("ab", "01", ("0", "1")),
     ):
-        network.config.id2label = dict(enumerate(config))
-        found = class_names(network, texts(["x", "y"], list(labels)))
+        found = class_names(names, texts(["x", "y"], list(labels)))
         assert found == expected
-    network.config.id2label = {0: "1", 1: "0"}
     with pytest.raises(ValueError, match="and numbers of them, too"):
-        class_names(network, texts(["x", "y"], ["0", "1"]))
+        class_names("10", texts(["x", "y"], ["0", "1"]))
 
 
 def test_long_texts_are_cut_with_a_word(place: Place, tmp_path: Path) -> None:
@@ -938,6 +949,7 @@ def test_nothing_is_loaded_for_a_target_that_cannot_be_written(
         (*fit, place.train / "below"),
         (*fit, place.adapter),
         (*predict, place.test),
+        (*predict, tmp_path / "p.xlsx"),
         (*predict, laplace / "manifest.json"),
         (*predict, place.adapter / "adapter_config.json"),
         (*predict, place.folder / "base" / "config.json"),
@@ -948,6 +960,102 @@ def test_nothing_is_loaded_for_a_target_that_cannot_be_written(
         before = sorted(place.folder.rglob("*"))
         assert "Error: " in run(*args, code=1)
         assert sorted(place.folder.rglob("*")) == before
+
+
+def test_what_files_say_is_said_before_anything_is_loaded(
+    place: Place, laplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lora, *_ = python_side(place)
+    pl.export_adapters(pl.ensemble(lora, [lora.weights()]), tmp_path / "draws", 1)
+    posterior, mine = tmp_path / "posterior", tmp_path / "mine"
+    shutil.copytree(laplace, posterior)
+    mine.mkdir()
+    (mine / "notes.txt").write_text("mine")
+    other = write_csv(tmp_path / "other.csv", {True: "2", False: "0"})
+    settings = json.loads(pl.load_metadata(laplace)["command_line"])
+
+    def fail(*_: Any) -> None:
+        raise AssertionError("something was loaded")
+
+    monkeypatch.setattr("pyro_lora.cli.commands._prepare", fail)
+    fit, new = ("fit", place.adapter), tmp_path / "new"
+    for args, message in (
+        (("export", laplace, tmp_path / "draws"), "holds draws already"),
+        (("export", laplace, mine), "mine holds 'notes.txt'. Name a new folder"),
+        (("predict", mine, place.test), "mine holds no manifest.json"),
+        (("export", mine, new), "mine holds no manifest.json"),
+        (("fit", mine, place.train, new), "mine/adapter_config.json doesn't exist"),
+        ((*fit, place.train, mine), "mine holds 'notes.txt' and no posterior"),
+        ((*fit, place.train, mine, "--replace"), "holds 'notes.txt' and no posterior"),
+        ((*fit, other, new), "line 2: label '2' isn't one of the classes '0', '1'"),
+        (
+            (*fit, place.train, new, "--label-names", "0,1,2"),
+            "3 names, but the network has 2 classes",
+        ),
+        (("predict", laplace, other), "line 2: label '2' isn't one of the classes"),
+        (("diagnose", laplace, other), "line 2: label '2' isn't one of the classes"),
+        (
+            ("diagnose", laplace, place.train, "--held-out", other),
+            "line 2: label '2' isn't one of the classes",
+        ),
+        (
+            ("predict", posterior, place.test),
+            f"isn't in {os.path.normpath(posterior / settings['adapter'])} any more",
+        ),
+    ):
+        assert message in run(*args, code=1).replace("\n", " ")
+    assert [path.name for path in mine.iterdir()] == ["notes.txt"]
+    assert not new.exists()
+
+
+def test_the_libraries_are_not_imported_for_a_refusal(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    write_csv(tmp_path / "train.csv", {True: "1", False: "0"})
+    arguments = ["fit", "empty", "train.csv", "new"]
+    script = (
+        "import sys\nfrom pyro_lora.cli.commands import app\n"
+        f"try:\n    app({arguments})\n"
+        "finally:\n    print(*{'torch', 'peft', 'pyro'} & sys.modules.keys())"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert found.returncode == 1
+    assert "adapter_config.json doesn't exist" in " ".join(found.stderr.split())
+    assert found.stdout == "\n"
+
+
+@pytest.mark.parametrize("num_classes", [2, 3])
+@pytest.mark.parametrize("labels", [None, {0: "bad", 1: "good"}])
+def test_classes_in_files_are_those_of_the_network(
+    place: Place, tmp_path: Path, num_classes: int, labels: Any
+) -> None:
+    base, config = (
+        tmp_path / "base",
+        {"base_model_name_or_path": str(tmp_path / "base")},
+    )
+    shutil.copytree(place.folder / "base", base)
+    said = json.loads((base / "config.json").read_text())
+    said |= {} if labels is None else {"id2label": labels}
+    (base / "config.json").write_text(json.dumps(said))
+    adapter = altered_adapter(place, tmp_path / "adapter", **config)
+    tensors = load_tensors((adapter / WEIGHTS).read_bytes())
+    for name, value in tensors.items():
+        if "classifier" in name:
+            tensors[name] = torch.cat([value, value])[:num_classes]
+    (adapter / WEIGHTS).write_bytes(save_tensors(tensors))
+    network = saved_classifier.network_of(adapter)
+    assert network_names(adapter) == saved_classifier.names_in(network)
+    assert len(saved_classifier.names_in(network)) == num_classes
+    # Where the files don't say, it's seen when they are loaded.
+    (adapter / WEIGHTS).write_bytes(
+        save_tensors(
+            {**tensors, "base_model.model.head.dense.weight": torch.ones(5, 5)}
+        )
+    )
+    assert network_names(adapter) is None
+    (base / "config.json").unlink()
+    assert network_names(adapter) is None
 
 
 @pytest.mark.parametrize(

@@ -2,20 +2,25 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pandas
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import pyro_lora as pl
 from pyro_lora.cli.text_files import (
+    Texts,
     check_folder,
     check_output,
     given_names,
     read_texts,
     replace_file,
+    write_prediction,
 )
 
 HEADER = "text,label\n"
@@ -124,6 +129,36 @@ def test_refusals_name_the_line(
         read_texts(path, "text", "label", optional=True)
 
 
+@pytest.mark.parametrize("ending", [".csv", ".tsv"])
+@settings(max_examples=25, deadline=None)
+@given(
+    columns=st.lists(
+        st.from_regex(r"[a-z ]+", fullmatch=True), min_size=2, unique=True
+    ),
+    separator=st.sampled_from(";,\t|"),
+)
+def test_another_separator_is_asked_for(
+    ending: str,
+    columns: list[str],
+    separator: str,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    own = {".csv": ",", ".tsv": "\t"}[ending]
+    rows = [separator.join(row) for row in (columns, columns)]
+    folder = tmp_path_factory.mktemp("files")
+    path = file_of(folder, "\n".join(rows), f"file{ending}")
+    asked = re.escape(f"Is it separated by {separator!r}?")
+    other = asked if separator != own else "Name it by --text-column"
+    with pytest.raises(ValueError, match=f"has no column 'TEXT'.*{other}"):
+        read_texts(path, "TEXT", "label", optional=True)
+
+
+def test_sheets_are_to_be_saved_as_text(tmp_path: Path) -> None:
+    for name in ("a.xlsx", "a.ods"):
+        with pytest.raises(ValueError, match=r"Save the sheet as 'CSV UTF-8'"):
+            read_texts(file_of(tmp_path, "PK", name), "text", "label")
+
+
 def test_long_fields_and_lines_of_many_rows(tmp_path: Path) -> None:
     long = "good, " * 100_000
     path = file_of(tmp_path, HEADER + f'"{long}",1\n\n"a\nplay",0\n,1\n')
@@ -172,6 +207,55 @@ def test_names_of_classes(option: str, message: str) -> None:
         given_names(option)
 
 
+def predicted(texts: Texts) -> pl.Prediction:
+    log_probs = torch.randn(len(texts), 2).log_softmax(-1)
+    entropy = -(log_probs.exp() * log_probs).sum(-1)
+    return pl.Prediction(
+        log_probs=log_probs, aleatoric_entropy=entropy, class_names=("bad", "good")
+    )
+
+
+@settings(max_examples=25, deadline=None)
+@given(rows=ROWS, labelled=st.booleans())
+def test_what_is_predicted_is_read_again_in_every_format(
+    rows: list[tuple[str, str]],
+    labelled: bool,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    folder = tmp_path_factory.mktemp("files")
+    texts, labels = ([row[i] for row in rows] for i in (0, 1))
+    file = Texts(Path("x"), "text", "label", texts, labels if labelled else None, str)
+    prediction = predicted(file)
+    for ending in (".csv", ".TSV", ".json", ".jsonl", ".parquet"):
+        path = folder / f"p{ending}"
+        check_output(path, [], replace=False)
+        write_prediction(path, file, prediction)
+        found = read_texts(path, "text", "label", optional=True)
+        assert (found.texts, found.labels) == (file.texts, file.labels)
+        names = ("bad", "good")
+        best = [names[i] for i in prediction.probs.argmax(-1).tolist()]
+        assert read_texts(path, "text", "predicted").labels == best
+    content = (folder / "p.jsonl").read_bytes().splitlines()
+    lines = [json.loads(line) for line in content]
+    frame = pandas.read_parquet(folder / "p.parquet")
+    for column, values in prediction.columns().items():
+        if column != "label":
+            assert frame[column].tolist() == values.tolist()
+            assert [line[column] for line in lines] == pytest.approx(values.tolist())
+
+
+def test_outputs_end_as_tables_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("p.xlsx", "p", "p.csv.gz"):
+        with pytest.raises(ValueError, match=rf"--output .*{name}: .* or .jsonl.$"):
+            check_output(tmp_path / name, [], replace=False)
+    monkeypatch.setattr("pyro_lora.cli.text_files.find_spec", lambda _: None)
+    check_output(tmp_path / "p.tsv", [], replace=False)
+    with pytest.raises(ImportError, match=r"p.parquet: such files need pyarrow"):
+        check_output(tmp_path / "p.parquet", [], replace=False)
+
+
 def test_outputs_are_no_inputs(tmp_path: Path) -> None:
     data = file_of(tmp_path, HEADER)
     (tmp_path / "posterior").mkdir()
@@ -213,17 +297,17 @@ def test_a_file_is_replaced_in_full_or_not_at_all(
     path, link = file_of(tmp_path, "old"), tmp_path / "link.csv"
     path.chmod(0o640)
     link.symlink_to(path)
-    replace_file(link, "new\r\n")
+    replace_file(link, b"new\r\n")
     assert path.read_bytes() == b"new\r\n"
     assert link.is_symlink()
     assert path.stat().st_mode & 0o777 == 0o640
-    replace_file(Path("/dev/null"), "to nobody")
+    replace_file(Path("/dev/null"), b"to nobody")
 
     def fail(*_: Any) -> None:
         raise OSError("the disk is full")
 
     monkeypatch.setattr("os.replace", fail)
     with pytest.raises(OSError, match="full"):
-        replace_file(path, "newer")
+        replace_file(path, b"newer")
     assert path.read_bytes() == b"new\r\n"
     assert {p.name for p in tmp_path.iterdir()} == {"file.csv", "link.csv"}

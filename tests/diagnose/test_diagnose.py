@@ -343,6 +343,32 @@ def test_printed_it_answers_every_question() -> None:
     assert "of 418 weights" in text
 
 
+def test_a_refined_posterior_is_not_judged_by_the_network_itself() -> None:
+    lora, model = models.classifier()
+    batches, exact = models.two_batches(), pl.structures.Exact()
+    fitted = models.laplace(lora, model, batches, exact)
+    told = "aren't judged by it. For draws of the network train on and fit anew, or"
+    for posterior, refined in (
+        (fitted.refine("prior"), True),
+        (fitted, False),
+        (models.laplace(lora, model, batches), False),
+    ):
+        found = pl.diagnose(posterior, batches, model=model)
+        assert isinstance(found.gaussian, diagnosis.Directions)
+        bad = replace(found.gaussian, k_hat=26.0, draws_log_likelihood=-721.0)
+        text = " ".join(str(replace(found, gaussian=bad)).split())
+        assert (told in text) == refined
+        assert ("predict by method='linearized', not" in text) != refined
+        good = replace(
+            found.gaussian,
+            k_hat=0.0,
+            log_joint=-0.5 * found.gaussian.offsets.square().expand(4, -1),
+            draws_log_likelihood=0.0,
+        )
+        assert good.verdict == "yes"
+        assert told not in " ".join(good.lines())
+
+
 def test_it_changes_nothing() -> None:
     lora, model = models.classifier()
     batches = models.two_batches()

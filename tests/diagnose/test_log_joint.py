@@ -327,6 +327,8 @@ def test_what_others_than_laplace_take(monkeypatch: pytest.MonkeyPatch) -> None:
     delta = autoguide.AutoDelta(model, init_loc_fn=lora.init_to_adapter())
     delta(**batches[0])
     dropout = pl.mc_dropout(lora, model=model)
+    for posterior in (particles, dropout):  # whether draws are mixed is seen once
+        pl.predict(posterior, batches[:1])
     kinds = ((particles, 3, 5), (delta, 1, 5), (dropout, 64, 12))
     for posterior, num_draws, spare in kinds:
         with monkeypatch.context() as patch:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import pyro_lora as pl
 from pyro_lora.ground import tensor_folder
+from pyro_lora.posteriors.posterior import fit_arguments
 from tests import networks
 from tests.predict import models
 
@@ -72,6 +73,9 @@ def test_a_posterior_comes_back_the_same(kind: Kind, tmp_path: Path) -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert type(again) is type(posterior)
     assert again.obs_site == "y"
+    assert fit_arguments(again) == fit_arguments(posterior)
+    if isinstance(posterior, pl.LaplacePosterior):
+        assert fit_arguments(again) == batches[0].keys()
     assert again.networks == (lora,)
     assert_same_draws(posterior, again)
     if kind is some_particles:

@@ -340,5 +340,21 @@ def test_a_hub_that_cannot_be_reached(
     with pytest.raises(OSError, match=r"can't be reached.*save_pretrained") as caught:
         posterior.push_to_hub("me/my-posterior", token="secret")
     assert caught.value.__cause__ is not None
-    with pytest.raises(OSError, match="Hub"):
+    here = r"'me/my-posterior': the hub can't be reached.*name a folder that posterior"
+    with pytest.raises(OSError, match=here):
         pl.from_pretrained("me/my-posterior")
+
+
+@pytest.mark.filterwarnings("ignore:The adapter's base network is")
+def test_offline_mode_is_said_with_what_can_be_done(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    posterior = particles(pl.lift(network(tmp_path)))
+    start = r"'me/it': the hub can't be reached.*HF_HUB_OFFLINE.*"
+    with pytest.raises(OSError, match=start + "save_pretrained writes the same folder"):
+        posterior.push_to_hub("me/it", token="secret")
+    with pytest.raises(OSError, match=start + r"there is none at '/.*/me/it'"):
+        pl.from_pretrained("me/it")
+    with pytest.raises(ValueError, match=r"'/no/such/folder' is no folder, nor can"):
+        pl.from_pretrained("/no/such/folder")

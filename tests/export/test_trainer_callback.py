@@ -52,6 +52,7 @@ def trainer(path: Path, **options: Any) -> Trainer:
 def test_the_end_is_what_one_does_by_hand(tmp_path: Path) -> None:
     training, listening = trainer(tmp_path), Listening()
     callback = pl.LaplaceCallback(training, prior=pl.priors.normal(scale=2.0))
+    assert "posterior=None" in repr(callback)
     training.add_callback(callback)
     training.add_callback(listening)
     assert callback.posterior is None

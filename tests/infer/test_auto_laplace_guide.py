@@ -377,7 +377,7 @@ def test_the_warning_is_about_a_newton_step() -> None:
         )
         if warns:
             norm = float((task.precision @ (moved - task.mode)).norm())
-            message = rf"aren't a mode.*gradient has norm {norm:.3g}, most.*training on"
+            message = rf"aren't a mode.*gradient has norm {norm:.3g}, most.*Train on"
             with pytest.warns(UserWarning, match=message):
                 guide.laplace_approximation(task.batches)
         else:

@@ -16,6 +16,7 @@ import pyro_lora as pl
 from pyro_lora.lifting.slots import LinearSlot
 from tests.networks import (
     PAD,
+    adapted,
     batch,
     bert,
     bound_logits,
@@ -453,3 +454,57 @@ def test_slots_do_not_stop_torch_compile() -> None:
     assert any(isinstance(module, LinearSlot) for module in network.modules())
     compiled = torch.compile(network, backend="eager", fullgraph=True)
     assert_close(logits(compiled, texts), expected, rtol=0, atol=1e-12)
+
+
+class Reading(nn.Module):
+    """A network that reads its batch's size, or what autograd doesn't follow."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.below, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+        self.how = how
+
+    def forward(self, x: Tensor, mixes: bool = True) -> Tensor:
+        u = torch.tanh(self.below(x))
+        fixed = u.detach()
+        ones = torch.ones(1, len(u), dtype=u.dtype) / len(u)
+        others = {
+            "size": u / len(u),
+            "places": u * torch.arange(len(u))[:, None],
+            "first row": u - fixed[:1],
+            "product": u - ones @ fixed,
+            "running": u - fixed.cummax(0).values,
+            "ranks": u + fixed[:, :1].argsort(0).argsort(0) / len(u),
+            "counts": u + torch.bincount(u.argmax(1), minlength=4),
+            "numpy": u - torch.as_tensor(fixed.numpy().mean(0)),
+        }
+        logits: Tensor = self.head(others[self.how] if mixes else u)
+        return logits
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "size",
+        "places",
+        "first row",
+        "product",
+        "running",
+        "ranks",
+        "counts",
+        "numpy",
+    ],
+)
+def test_networks_that_read_their_batch_are_given_one_particles(how: str) -> None:
+    network = adapted(Reading(how).double(), target_modules=["below"])
+    lora = pl.lift(network)
+    weights = particles(lora, 3)
+    x = torch.randn(5, 4, dtype=torch.float64)
+    for mixes in (False, True):  # a call of another form is another one
+        expected = []
+        for i in range(3):
+            with lora.bind({s: w[i] for s, w in weights.items()}) as net:
+                expected.append(net(x, mixes=mixes))
+        with lora.bind(weights) as net:
+            found = net(x, mixes=mixes)
+        assert_close(found, torch.stack(expected), rtol=0, atol=1e-12)

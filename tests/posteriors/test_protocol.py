@@ -10,7 +10,9 @@ import pyro
 import pytest
 import torch
 from peft import PeftModel
+from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
+from pyro.optim import Adam
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -308,6 +310,43 @@ def test_plots(task: Task, kind: str) -> None:
             continue
         with pytest.raises(TypeError, match="needs a LaplacePosterior"):
             plot(posterior)
+
+
+@pytest.mark.parametrize("kind", ["guide", "after SVI", "SVGD"])
+def test_what_a_posterior_is_made_from_is_none_yet(
+    task: Task, kind: str, tmp_path: Path
+) -> None:
+    start = task.lora.init_to_adapter()
+    engine: Any = pl.AutoLaplace(task.model, init_loc_fn=start)
+    by = r"this AutoLaplace isn't one yet.*laplace_approximation\(batches\)"
+    if kind == "after SVI":
+        SVI(task.model, engine, Adam({"lr": 1e-3}), Trace_ELBO()).step(
+            **task.batches[0]
+        )
+    if kind == "SVGD":
+        optim = Adam({"lr": 1e-3})
+        engine = pl.SVGD(task.model, pl.kernels.RBF(), optim, 2, init_loc_fn=start)
+        by = r"this SVGD isn't one yet.*Call its posterior\(\)"
+    calls: list[Callable[..., Any]] = [
+        lambda: pl.predict(engine, task.batches),
+        lambda: pl.predict(engine, task.batches, model=task.model, method="linearized"),
+        lambda: pl.to_datatree(engine, task.batches),
+        lambda: pl.to_datatree(engine),
+        lambda: pl.diagnose(engine, task.batches),
+        lambda: pl.export_adapters(engine, tmp_path / "out", 2),
+        lambda: pl.save(engine, tmp_path / "out"),
+        lambda: pl.MixturePosterior([engine, task.rows["laplace"]]),
+        lambda: pl.priors.from_posterior(engine),
+        lambda: pl.plots.evidence(engine),
+        lambda: pl.generate(
+            engine, input_ids=task.batches[0]["input_ids"], max_new_tokens=1
+        ),
+        lambda: pl.sequence_log_prob(engine, **task.batches[0]),
+    ]
+    for call in calls:
+        with pytest.raises(TypeError, match=rf"posterior must be a posterior; {by}"):
+            call()
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.fixture(scope="module")

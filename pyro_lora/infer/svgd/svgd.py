@@ -16,7 +16,7 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from operator import length_hint
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from pyro.optim import PyroOptim
@@ -189,6 +189,8 @@ class SVGD(Summarised):
         TypeError: If kernel or optimiser are no such thing, or a count is no integer.
         ValueError: If an argument is out of its range, or would have no effect.
     """
+
+    posterior_by: ClassVar[str] = "posterior()"
 
     def __init__(
         self,
