@@ -200,7 +200,7 @@ class LogJoint:
         in_step = self.ranks.in_step(checked_batches(self.batches))
         for index, batch in enumerate(in_step):
             of_batch = []
-            with trunk_once(self.networks):
+            with trunk_once(self.networks if at.num_runs > 1 else []):
                 for trace in at.traces(batch):
                     of_batch.append(self.log_probs(trace, batch).sum(-1))
                     if index == 0:

@@ -43,7 +43,7 @@ from pyro_lora.lifting.folding import (
 from pyro_lora.lifting.sites import LiftedParameter
 from pyro_lora.lifting.slots import Fold, LinearSlot, NotFoldable, swapped
 from pyro_lora.lifting.text_trunk import TextTrunk, check_caches
-from pyro_lora.lifting.trunk import Trunk
+from pyro_lora.lifting.trunk import Call, Trunk
 
 _logger = logging.getLogger(__name__)
 _LEAST_MOVE = 1.0  # of weights that are zero, LoRA's B at first
@@ -204,9 +204,8 @@ class BoundNetwork:
                 kwargs = {"use_cache": False, **kwargs}
                 inputs = {**dict(enumerate(args)), **kwargs}
             fold = Fold(1, torch.empty(batch_size(inputs.values()), 0))
-            call = partial(function, *args, **kwargs)
-            form = self._form(args, kwargs)
-            return trunk.run(call, fold, inputs, form, values.values())
+            run, form = partial(function, *args, **kwargs), self._form(args, kwargs)
+            return trunk.run(Call(run, fold, inputs, form, values.values()))
 
     def _folded(
         self,
@@ -272,8 +271,8 @@ class BoundNetwork:
         kwargs = {k: fold_input(v, k, fold) for k, v in kwargs.items()}
         binding = Binding(self._host.bindings, values, fold.num_particles, fold)
         with binding.bound():
-            call = partial(function, *args, **kwargs)
-            output = trunk.run(call, fold, inputs, form, values.values())
+            run = partial(function, *args, **kwargs)
+            output = trunk.run(Call(run, fold, inputs, form, values.values()))
         return unfold_output(output, "output", self._lead, fold)
 
     @leaving_no_trace

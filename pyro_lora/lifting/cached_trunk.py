@@ -25,7 +25,6 @@ from pyro_lora.ground.interrupts import undone
 from pyro_lora.ground.settings import check_number, check_path
 from pyro_lora.ground.synchronisation import ask
 from pyro_lora.ground.unfinished import aside
-from pyro_lora.lifting.folding import is_compiled
 from pyro_lora.lifting.lifted_network import LiftedNetwork, check_lora
 
 GIGABYTE = 1e9
@@ -102,8 +101,7 @@ def trunk_once(networks: Iterable[LiftedNetwork]) -> Iterator[None]:
     with ExitStack() as stack:
         for lora in networks:
             trunk = lora.trunk
-            # Compiled, a network would be compiled anew for each batch.
-            if trunk.cache is None and not is_compiled(lora.network):
+            if trunk.cache is None:
                 stack.enter_context(undone(partial(setattr, trunk, "cache", None)))
                 trunk.cache = LastBatch()
         yield

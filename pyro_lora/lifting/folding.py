@@ -188,6 +188,9 @@ def same_but_for_rounding(x: Tensor, y: Tensor) -> bool:
     return torch.allclose(x, y, rtol=0, atol=float(tolerance * size), equal_nan=True)
 
 
+_LARGE = 16
+
+
 def is_setting(value: Any) -> bool:
     """Whether an argument is neither a tensor nor an object with a state."""
     if isinstance(value, tuple):
@@ -202,8 +205,9 @@ def call_form(inputs: Mapping[Any, Any]) -> tuple[Any, ...]:
         inputs: By name.
 
     Returns:
-        Equal for calls that differ in tensors, in objects of one type, or in floats
-        that aren't 0.
+        Equal for calls that differ in tensors, in objects of one type, in floats that
+        aren't 0, or in whole numbers that are large: small ones choose, large ones
+        count steps.
     """
     return tuple((name, _kind(x)) for name, x in inputs.items())
 
@@ -215,8 +219,10 @@ def _kind(value: Any) -> Any:
         return type(value), tuple(map(_kind, value))
     if isinstance(value, Mapping):
         return type(value), call_form(value)
-    if value is None or isinstance(value, bool | int | str):
+    if value is None or isinstance(value, bool | str):
         return type(value), value
+    if isinstance(value, int):
+        return type(value), max(-1, min(value, _LARGE))
     return type(value), value != 0 if isinstance(value, float) else None
 
 

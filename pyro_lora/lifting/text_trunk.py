@@ -25,7 +25,13 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from pyro_lora.lifting.folding import tensors_in
 from pyro_lora.lifting.slots import Fold
-from pyro_lora.lifting.trunk import Copies, is_plain, mapped, replaced_forwards
+from pyro_lora.lifting.trunk import (
+    Call,
+    Copies,
+    is_plain,
+    mapped,
+    replaced_forwards,
+)
 
 
 class PromptsAndTexts(DynamicLayer):
@@ -100,25 +106,14 @@ class TextTrunk:
         self._layers = layers
         self._tables = tables
 
-    def run(
-        self,
-        call: Callable[[], Any],
-        fold: Fold,
-        inputs: Mapping[Any, Any],
-        form: Any,
-        weights: Iterable[Tensor],
-    ) -> Any:
+    def run(self, call: Call) -> Any:
         """What a call gives, its trunk run once for all draws where it's safe.
 
         Args:
-            call: Runs the network.
-            fold: How draws are folded into the inputs.
-            inputs: The arguments of ``generate``, or of one call, by name, one copy.
-            form: Makes no difference: each call is looked at as it runs.
-            weights: Nor do these.
+            call: Of ``generate``, or of the network; each is looked at as it runs.
         """
-        with self._shared(fold, inputs):
-            return call()
+        with self._shared(call.fold, call.inputs):
+            return call.run()
 
     @contextmanager
     def _shared(self, fold: Fold, inputs: Mapping[Any, Any]) -> Iterator[None]:

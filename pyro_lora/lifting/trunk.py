@@ -111,6 +111,12 @@ def _layers_to(
     return []
 
 
+def are_equal(x: Tensor, fold: Fold) -> bool:
+    """Whether a folded tensor is the same for all particles."""
+    copies = x.unflatten(0, (fold.num_particles, -1))
+    return torch.equal(copies[1:], copies[:1].expand_as(copies[1:]))
+
+
 @dataclass(frozen=True)
 class Copies:
     """The copies of a batch in folded tensors, for layers that need one of them.
@@ -130,8 +136,7 @@ class Copies:
 
     def are_equal(self, x: Tensor) -> bool:
         """Whether a folded tensor is the same for all particles."""
-        copies = x.unflatten(0, (self.fold.num_particles, -1))
-        return torch.equal(copies[1:], copies[:1].expand_as(copies[1:]))
+        return are_equal(x, self.fold)
 
     def one(self, x: Tensor) -> Tensor:
         """The first copy; a tensor without copies as it is."""
@@ -347,6 +352,25 @@ def _draws(func: Any, args: Any, kwargs: Any) -> bool:
     return bool(given.get("dropout_p", True))  # that of attention
 
 
+@dataclass(frozen=True, eq=False)
+class Call:
+    """A call of the network.
+
+    Attributes:
+        run: Runs it, inputs folded and weights bound.
+        fold: How particles are folded into the inputs.
+        inputs: By name, one copy.
+        form: What of it may decide what the network does.
+        weights: The particles'.
+    """
+
+    run: Callable[[], Any]
+    fold: Fold
+    inputs: Mapping[Any, Any]
+    form: Any
+    weights: Iterable[Tensor]
+
+
 class Cache(Protocol):
     """What the trunk gave earlier."""
 
@@ -377,6 +401,25 @@ class Cache(Protocol):
 
 
 @dataclass(eq=False)
+class _Known:
+    """What is known of the calls of one form.
+
+    Attributes:
+        copies: Layer and place of an argument -> whether it has rows of all particles.
+        nones: Layer -> how many None it returns after its hidden states; None where it
+            returns these alone.
+    """
+
+    copies: dict[Any, bool] = field(default_factory=dict)
+    nones: dict[int, int | None] = field(default_factory=dict)
+
+    def output(self, layer: int, hidden: Tensor) -> Any:
+        """What a layer returns that gives these hidden states."""
+        nones = self.nones[layer]
+        return hidden if nones is None else (hidden, *[None] * nones)
+
+
+@dataclass(eq=False)
 class _Seen:
     """What is seen in one call.
 
@@ -385,7 +428,7 @@ class _Seen:
         hidden: What the last layer gives, one copy, if there is no more to it.
         reason: Why that can't be kept.
         done: The layers that have run.
-        copies: Layer and place of an argument -> whether it has rows of all particles.
+        known: Of its form.
         watch: Of a call whose form is new.
     """
 
@@ -393,15 +436,13 @@ class _Seen:
     hidden: Tensor | None = None
     reason: str | None = None
     done: set[int] = field(default_factory=set)
-    copies: dict[Any, bool] = field(default_factory=dict)
+    known: _Known = field(default_factory=_Known)
     watch: Watch | None = None
 
-    def look(
-        self, output: Any, layer: int, last: bool, batch_size: int
-    ) -> Callable[[Tensor], Any] | None:
-        """What a layer's output (one copy) is around hidden states; None: not known."""
-        if self.key is None or self.reason is not None:
-            return None
+    def look(self, output: Any, layer: int, last: bool, batch_size: int) -> None:
+        """See what a layer's output (one copy) is."""
+        if self.reason is not None:
+            return
         rest = output[1:] if isinstance(output, tuple) else ()
         hidden = output[0] if isinstance(output, tuple) else output
         alone = isinstance(hidden, Tensor) and all(x is None for x in rest)
@@ -410,11 +451,10 @@ class _Seen:
                 f"The trunk can't be cached: its layer {layer} returns more than one "
                 "tensor, or one without the batch. Leave the cache out."
             )
-            return None
-        if last:
+            return
+        if last and self.key is not None:
             self.hidden = hidden.detach()
-        in_tuple = isinstance(output, tuple)
-        return lambda x: (x, *rest) if in_tuple else x
+        self.known.nones[layer] = len(rest) if isinstance(output, tuple) else None
 
 
 class Trunk:
@@ -450,14 +490,11 @@ class Trunk:
         self._readers = readers
         self._network = network
         self.are_apart = False
-        # Form of call -> which of the layers' arguments have rows of all particles;
-        # None where sharing isn't right.
-        self._forms: dict[Any, dict[Any, bool] | None] = {}
-        # Layer -> what a call returns around its hidden states.
-        self._wrapped: dict[int, Callable[[Tensor], Any]] = {}
+        # By form of call; None where sharing isn't right.
+        self._forms: dict[Any, _Known | None] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "cache": None, "_wrapped": {}}  # both of the cache
+        return {**vars(self), "cache": None}
 
     @property
     def why_not_cacheable(self) -> str | None:
@@ -519,14 +556,7 @@ class Trunk:
         )
         return self.cache.key(inputs, fold.batch_size, state, self.are_apart)
 
-    def run(
-        self,
-        call: Callable[[], Any],
-        fold: Fold,
-        inputs: Mapping[Any, Any],
-        form: Any,
-        weights: Iterable[Tensor],
-    ) -> Any:
+    def run(self, call: Call) -> Any:
         """What a call gives, its trunk run once for all particles where it's safe.
 
         It isn't where the network reads elsewhere what one of its layers gives, for a
@@ -534,52 +564,46 @@ class Trunk:
         and a later one's trunk may be left out.
 
         Args:
-            call: Runs the network.
-            fold: How particles are folded into the inputs.
-            inputs: The network's inputs, by name, one copy.
-            form: What of the call may decide what the network does.
-            weights: The particles'.
+            call: Of the network.
 
         Raises:
-            ValueError: If there's a cache that can't be used.
-            Exception: What the call raises.
+            AssertionError: What the call raises.
+            IndexError: The same.
+            OutOfMemoryError: The same.
+            RuntimeError: The same.
+            ValueError: The same, or if there's a cache that can't be used.
         """
         if self.cache is not None:
             self._refuse(self.why_not_cacheable)
-        form = (fold.num_particles > 1, form)
-        if not self.layers or self._forms.get(form, {}) is None:
+        form = (call.fold.num_particles > 1, call.form)
+        if not self.layers or self._forms.get(form, _Known()) is None:
             self._refuse(_NOT_APART)
-            return call()
+            return call.run()
         output, failed = None, False
-        with self._shared(fold, inputs, form, weights) as seen:
+        with self._shared(call, form) as seen:
             watch = seen.watch
             try:
                 with watch or nullcontext():
-                    output = call()
-            except Exception as error:
-                out_of_memory = isinstance(error, torch.OutOfMemoryError)
-                if out_of_memory or watch is None or not watch.may_be_why:
+                    output = call.run()
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, ValueError, IndexError, AssertionError):
+                if watch is None or not watch.may_be_why:
                     raise
                 failed = True  # of rows that are fewer than others, perhaps
         if watch is not None:
             if failed or watch.noticed:
                 output = None  # its memory, before it's made again
-                output = call()
+                output = call.run()
                 self._learn(form, None)
                 self._refuse(_NOT_APART)
                 return output
-            self._learn(form, seen.copies)
+            self._learn(form, seen.known)
         self._keep(seen)
         return output
 
     @contextmanager
-    def _shared(
-        self,
-        fold: Fold,
-        inputs: Mapping[Any, Any],
-        form: Any,
-        weights: Iterable[Tensor],
-    ) -> Iterator[_Seen]:
+    def _shared(self, call: Call, form: Any) -> Iterator[_Seen]:
         """Share the trunk between particles while the block runs, where it's safe.
 
         It isn't where every layer's states or caches are asked for, where dropout
@@ -587,14 +611,13 @@ class Trunk:
         as the folded batch, so that the two can't be told apart.
 
         Args:
-            fold: How particles are folded into the inputs.
-            inputs: The network's inputs, by name, one copy.
-            form: That of the call; only a known one's trunk is left out.
-            weights: The particles'.
+            call: Of the network.
+            form: Its own; only a known one's trunk is left out.
 
         Yields:
             What is seen in the block.
         """
+        fold, inputs = call.fold, call.inputs
         sizes = {
             n for x in inputs.values() if isinstance(x, Tensor) for n in x.shape[1:]
         }
@@ -611,18 +634,20 @@ class Trunk:
             yield _Seen()  # each particle runs them
             return
         layers = self.layers
-        key = self._key(inputs, fold)
-        hidden = None
-        if key is not None and self.cache is not None and form in self._forms:
-            hidden = self.cache.get(key)
+        key, seen, hidden = self._key(inputs, fold), _Seen(), None
+        of_form = self._forms.get(form)
+        if of_form is not None:
+            seen.known = of_form
+            if key is not None and self.cache is not None:
+                if len(of_form.nones) == len(layers):
+                    hidden = self.cache.get(key)
+        if hidden is None:
+            seen.key = key
         known = KnownCopies(fold)
-        seen = _Seen(key if hidden is None else None)
-        copies = self._forms.get(form)
-        if copies is not None:
-            seen.copies = copies
-        elif not (torch.compiler.is_compiling() or is_compiled(self._network)):
+        compiling = torch.compiler.is_compiling()
+        if of_form is None and not (compiling or is_compiled(self._network)):
             # Dynamo leaves alone what it meets under a dispatch mode.
-            seen.watch = Watch(layers, weights)
+            seen.watch = Watch(layers, call.weights)
 
         def replacement(forward: Callable[..., Any], i: int) -> Callable[..., Any]:
             last = i == len(layers) - 1
@@ -666,13 +691,13 @@ class Trunk:
             if layer in seen.done:
                 return forward(*args, **kwargs)
             seen.done.add(layer)
-            return self._wrapped[layer](given)
+            return seen.known.output(layer, given)
 
         return recalled
 
-    def _learn(self, form: Any, copies: dict[Any, bool] | None) -> None:
+    def _learn(self, form: Any, known: _Known | None) -> None:
         if len(self._forms) < _MOST_FORMS:
-            self._forms[form] = copies
+            self._forms[form] = known
 
     def _refuse(self, reason: str | None) -> None:
         if self.cache is not None and reason is not None:
@@ -707,15 +732,14 @@ class Trunk:
                 if not plain or not (layer or _are_copies(given[:1], fold)):
                     watch.notice()
             seen.done.add(layer)
-            args, kwargs = _one_copy(fold, seen.copies, (layer,), (args, kwargs))
+            copies = seen.known.copies
+            args, kwargs = _one_copy(fold, copies, (layer,), (args, kwargs))
             output = forward(*args, **kwargs)
-            form = seen.look(output, layer, last, fold.batch_size)
-            if form is not None:
-                self._wrapped[layer] = form
+            seen.look(output, layer, last, fold.batch_size)
             if watch is not None:
                 watch.allow(seen.hidden)
             place = (layer, "output")
-            return _all_copies(known, seen.copies, place, output) if last else output
+            return _all_copies(known, copies, place, output) if last else output
 
         return shared_forward
 
@@ -724,12 +748,8 @@ def _are_copies(given: Sequence[Tensor], fold: Fold) -> bool:
     """Whether hidden states that a layer is given are the same for all particles."""
     if fold.num_particles == 1:
         return True
-    return bool(given) and len(given[0]) == fold.folded_size and _equal(given[0], fold)
-
-
-def _equal(x: Tensor, fold: Fold) -> bool:
-    copies = x.unflatten(0, (fold.num_particles, -1))
-    return torch.equal(copies[1:], copies[:1].expand_as(copies[1:]))
+    folded = bool(given) and len(given[0]) == fold.folded_size
+    return folded and are_equal(given[0], fold)
 
 
 def _one_copy(fold: Fold, copies: dict[Any, bool], place: Any, value: Any) -> Any:
@@ -757,7 +777,8 @@ def _one_copy(fold: Fold, copies: dict[Any, bool], place: Any, value: Any) -> An
         whole = value.ndim > 1 and len(value) == fold.folded_size
         return value[: fold.batch_size] if whole else value
     if place not in copies:
-        copies[place] = not len(value) % fold.folded_size and _equal(value, fold)
+        folded = not len(value) % fold.folded_size
+        copies[place] = folded and are_equal(value, fold)
     if copies[place] and not len(value) % fold.num_particles:
         return value[: len(value) // fold.num_particles]
     return value

@@ -23,6 +23,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from pyro_lora.ground.interrupts import eagerly
 from pyro_lora.ground.synchronisation import Answer, ask, require
+from pyro_lora.lifting.folding import is_setting
 from pyro_lora.likelihood import likelihoods
 from pyro_lora.likelihood.batch import Batch, PlacedBatch, checked_batch
 from pyro_lora.likelihood.model_trace import IGNORED, likelihood_site
@@ -179,9 +180,7 @@ class OutcomeSource:
         has_read, settings = self._branching[form]
         others = _settings(batch)
         return (
-            has_read
-            or not all(isinstance(x, bool | int | float | str) for x in others.values())
-            or others != settings
+            has_read or not all(map(is_setting, others.values())) or others != settings
         )
 
     def _origin(self, batch: Batch) -> Origin:

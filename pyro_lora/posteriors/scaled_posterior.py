@@ -377,7 +377,7 @@ class LossOfDraws:
             ]
         total, number = 0.0, 0
         for index, batch in enumerate(self.ranks.in_step(self.batches)):
-            with trunk_once(self.networks):
+            with trunk_once(self.networks if len(runs) > 1 else []):
                 for at in runs:
                     _, sites = self._run(at, batch, index)
                     counted = sum(float(_counted(site).sum()) for site in sites)

@@ -11,6 +11,7 @@ and the likelihood's distribution then has batch shape (S, B).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -201,6 +202,11 @@ class ModelAtDraws:
     def num_draws(self) -> int:
         """S."""
         return next(iter(self.weights.values())).shape[0]
+
+    @property
+    def num_runs(self) -> int:
+        """How often a batch goes through the network."""
+        return math.ceil(self.num_draws / self.draws_at_once)
 
     def num_rows(self, batch: Batch) -> int:
         """B; where the batch's tensors don't tell, by a run at the first draw."""

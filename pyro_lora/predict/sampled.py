@@ -61,7 +61,7 @@ class Sampled:
     @property
     def num_runs(self) -> int:
         """How often a batch goes through the network."""
-        return math.ceil(self.at_draws.num_draws / self.at_draws.draws_at_once)
+        return self.at_draws.num_runs
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> AnyPrediction:

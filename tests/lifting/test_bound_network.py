@@ -508,3 +508,26 @@ def test_networks_that_read_their_batch_are_given_one_particles(how: str) -> Non
         with lora.bind(weights) as net:
             found = net(x, mixes=mixes)
         assert_close(found, torch.stack(expected), rtol=0, atol=1e-12)
+
+
+def test_a_number_that_counts_steps_is_looked_at_a_few_times() -> None:
+    class Stepped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor, step: int) -> Tensor:
+            logits: Tensor = self.layer(x) / (1 + step)
+            return logits
+
+    network = adapted(Stepped().double(), target_modules=["layer"])
+    lora = pl.lift(network)
+    seen: list[int] = []
+    network.register_forward_pre_hook(lambda *_: seen.append(1))
+    x = torch.randn(5, 4, dtype=torch.float64)
+    with lora.bind(particles(lora, 3)) as net:
+        for step in range(100):
+            if step == 50:
+                seen.clear()
+            net(x, step=step)
+    assert len(seen) == 50

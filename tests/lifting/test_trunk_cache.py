@@ -561,3 +561,30 @@ def test_what_layers_leave_elsewhere_is_no_trunks(gives_length: bool, num: int) 
     with pl.cached_trunk(lora), lora.bind(weights) as net:
         with pytest.raises(ValueError, match="trunk can't be cached"):
             net(x)
+
+
+class Either(Layer):
+    def forward(self, x: Tensor, in_tuple: bool) -> Any:
+        y = super().forward(x)
+        return (y, None) if in_tuple else y
+
+
+def test_layers_may_return_tuples_in_calls_of_one_form_alone() -> None:
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([Either(), Either(), Either()])
+
+        def forward(self, x: Tensor, in_tuple: bool) -> Tensor:
+            for layer in self.layers:
+                x = layer(x, in_tuple)[0] if in_tuple else layer(x, in_tuple)
+            return x
+
+    network = adapted(Reads().double(), target_modules=["layers.2.linear"])
+    lora = pl.lift(network)
+    weights, x = particles(lora, 3), torch.randn(5, 4, dtype=torch.float64)
+    expected = torch.stack(loop(lora, weights, lambda net: net(x, in_tuple=False)))
+    leaves = {s: w.clone().requires_grad_() for s, w in weights.items()}
+    with pl.cached_trunk(lora), lora.bind(leaves) as net:
+        for in_tuple in (True, False, True, False):
+            assert_close(net(x, in_tuple=in_tuple), expected, rtol=0, atol=1e-12)
