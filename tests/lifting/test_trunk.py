@@ -457,6 +457,8 @@ class Layers(nn.Module):
             return self.run(x) * self.run(x.flip(1))
         if self.how == "in a loop":
             return self.run(self.run(x))
+        if self.how == "again at times":
+            return self.run(self.run(x)) if x[0, 0] > 0 else self.run(x)
         if self.how == "the other way":
             return self.layers[2](self.layers[0](self.layers[1](x)))
         if self.how == "after an adapted one":
@@ -487,6 +489,22 @@ def test_layers_that_are_no_chain_have_no_trunk(how: str, in_chunks: bool) -> No
     with pl.cached_trunk(lora), lora.bind(leaves) as net:
         with pytest.raises(ValueError, match=r"run once and\s+in order"):
             net(x)
+
+
+def test_layers_that_run_again_for_some_batches_run_as_they_are() -> None:
+    network = adapted(Layers("again at times").double(), target_modules=["layers.2"])
+    lora = pl.lift(network)
+    weights, x = particles(lora, 3), torch.randn(5, 4, dtype=torch.float64)
+    x[0, 0] = -1.0
+    with trunk_once([lora]):
+        for value in (-1.0, -1.0, 1.0, 1.0, -1.0):
+            given = x.clone()
+            given[0, 0] = value
+            expected = loop(lora, weights, lambda net, x=given: net(x))
+            with lora.bind(weights) as net:
+                for _ in range(2):
+                    found = net(given)
+            assert_close(found, torch.stack(expected), rtol=0, atol=1e-12)
 
 
 class Biased(nn.Module):
@@ -546,9 +564,10 @@ def test_random_numbers_below_the_adapter_are_each_particles_own(always: bool) -
     )
     stack = network.base_model.model[0]
     network.base_model.model.forward = lambda x: stack[2](stack[1](stack[0](x)))
-    stack[1].dropout.train()
     if always:
-        stack[0].dropout = nn.Identity()
+        stack[0].dropout = nn.Identity().eval()
+    else:
+        stack[1].dropout.train()
     lora = pl.lift(network)
     same = {s: x.expand(3, *x.shape) for s, x in lora.weights().items()}
     x = torch.randn(5, 4, dtype=torch.float64)

@@ -536,9 +536,12 @@ class Remembers(Layer):
         return y, y.shape[1] if self.gives_length else None
 
 
+@pytest.mark.parametrize("reads", [False, True])  # else who calls the network may
 @pytest.mark.parametrize("gives_length", [False, True])
 @pytest.mark.parametrize("num", [1, 3])
-def test_what_layers_leave_elsewhere_is_no_trunks(gives_length: bool, num: int) -> None:
+def test_what_layers_leave_elsewhere_is_no_trunks(
+    reads: bool, gives_length: bool, num: int
+) -> None:
     class Reads(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -549,6 +552,8 @@ def test_what_layers_leave_elsewhere_is_no_trunks(gives_length: bool, num: int) 
             y, length = self.layers[0](x)
             y, length = self.layers[1](y)
             y = self.layers[2](y)
+            if not reads:
+                return y
             return y / length if gives_length else y + self.layers[0].seen
 
     network = adapted(Reads().double(), target_modules=["layers.2.linear"])
