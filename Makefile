@@ -72,7 +72,7 @@ demo: .venv
 	$(ALLOCATOR) $(BIN)/python -m examples.demo $(DEMO_ARGS)
 
 pictures: demo
-	cp demo-out/*.png docs/images/
+	for picture in docs/images/*.png; do cp demo-out/$${picture##*/} docs/images/; done
 
 # The first tutorial runs on the demo's model. What was run is kept in docs/_build/notebooks.
 docs: .venv

@@ -31,9 +31,20 @@ extensions = [
     "sphinx.ext.viewcode",
     "sphinx_design",  # cards
 ]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "templates"]
 html_theme = "furo"
 html_title = f"pyro_lora {release}"  # at the head of each page
+templates_path = ["templates"]
+html_sidebars = {  # furo's, and the versions that are published beside this one
+    "**": [
+        "sidebar/brand.html",
+        "sidebar/search.html",
+        "sidebar/scroll-start.html",
+        "sidebar/navigation.html",
+        "sidebar/scroll-end.html",
+        "versions.html",
+    ]
+}
 
 # Without a network a page can't ask MathJax's host: MathJax itself, which sets formulas
 # with outlines of its own and so needs no fonts, is one file of the site.

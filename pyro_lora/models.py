@@ -183,14 +183,16 @@ class multiple_choice(FieldsShown):
 
     Args:
         lora: A lifted causal language model, whose output has ``.logits``,
-            (..., B, T, V). With left padding, ``logits_to_keep=1`` among its inputs
-            saves computing all but the last.
+            (..., B, T, V).
         num_data: N, data in all, for which each batch stands.
         choice_ids: The token of each answer, " A", " B" and so on.
 
     The model's keyword arguments are the network's inputs, among them
     ``attention_mask``, (B, T), padded on either side, and ``labels``, (B,), places in
     ``choice_ids``, or None.
+
+    The network is asked for the logits from the first of the last real tokens on, where
+    it takes ``logits_to_keep``: with padding on the left these are the last ones alone.
 
     Raises:
         ValueError: If there are fewer than two choices, or one is there twice.
@@ -219,9 +221,11 @@ class multiple_choice(FieldsShown):
         self, attention_mask: Tensor, labels: Tensor | None = None, **inputs: Any
     ) -> Tensor:
         """Sample the weights and the labels of a batch."""
+        last = -1 - attention_mask.flip(1).argmax(1)  # (B,), counted from the right
+        if _takes(self.lora, "logits_to_keep") and len(last):
+            inputs.setdefault("logits_to_keep", -int(last.min()))
         net = self.lora()  # the pyro.sample statements
         logits = net(attention_mask=attention_mask, **inputs).logits
-        last = -1 - attention_mask.flip(1).argmax(1)  # (B,), counted from the right
         rows = torch.arange(len(last), device=last.device)
         choices = torch.tensor(self.choice_ids, device=last.device)
         scores = logits[..., rows, last, :][..., choices]

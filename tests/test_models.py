@@ -199,6 +199,25 @@ def test_choices_whatever_the_padding() -> None:
     assert_close(found, expected, rtol=0, atol=1e-6)  # rotary tables are float32
     kept: Any = {**at_left, "logits_to_keep": 1}
     assert_close(likelihood(model, lora, kept)["fn"].logits, found)
+    whole: Any = {**right, "logits_to_keep": 0}
+    assert_close(likelihood(model, lora, whole)["fn"].logits, expected)
+
+
+def test_logits_are_computed_where_a_text_ends() -> None:
+    lora, model, batches = multiple_choice()
+    asked: list[int] = []
+    lora.network.register_forward_pre_hook(
+        lambda module, args, kwargs: asked.append(kwargs["logits_to_keep"]),
+        with_kwargs=True,
+    )
+    texts = batches[1]
+    mask = texts["attention_mask"]
+    shortest = int(mask.sum(1).min())
+    assert 1 < shortest < mask.shape[1]
+    likelihood(model, lora, texts)
+    likelihood(model, lora, {k: x[:1] for k, x in texts.items()})
+    ends = [mask.shape[1] + 1 - int(n) for n in (mask.sum(1).min(), mask[0].sum())]
+    assert asked == ends
 
 
 def test_language_model_is_the_loss_of_transformers() -> None:

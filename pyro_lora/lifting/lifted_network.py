@@ -86,7 +86,7 @@ class LiftedNetwork(Summarised):
         self._host = Host(model, self.parameters, find_trunk(model, owners))
         keep_bitsandbytes_differentiable(model)
         if self._host.has_slots:
-            for owner in owners:
+            for owner in {*owners, *_vocabulary_layer(model)}:
                 as_slot(owner)
         self._masks = _rank_masks(model, self.adapter, self.parameters)
         self.initial_weights = self.weights()
@@ -502,6 +502,13 @@ def _check_finite(parameters: Iterable[LiftedParameter]) -> None:
                 f"Site {p.site!r}: parameter {p.name!r} has NaN or infinite values. "
                 "Restore or re-initialise the adapter before lifting."
             )
+
+
+def _vocabulary_layer(model: nn.Module) -> list[nn.Module]:
+    """A language model's last layer, whose product a slot has in one piece."""
+    base = getattr(model, "get_base_model", lambda: model)()
+    layer = getattr(base, "get_output_embeddings", lambda: None)()
+    return [layer] if type(layer) is nn.Linear else []
 
 
 def _lifted_before(

@@ -142,14 +142,14 @@ class LinearSlot(Slot, nn.Linear):
         """
         bound = cast("BoundLinear | None", self.bound)
         if bound is None:
-            return F.linear(input, self.weight, self.bias)
+            return _linear(input, self.weight, self.bias)
         weight = self.weight if bound.weight is None else bound.weight
         bias = self.bias if bound.bias is None else bound.bias
         # Sites are in float32 where the network is in half precision.
         weight = weight.to(input.dtype)
         bias = None if bias is None else bias.to(input.dtype)
         if weight.ndim == 2 and (bias is None or bias.ndim == 1):
-            return F.linear(input, weight, bias)
+            return _linear(input, weight, bias)
         fold = _fold_of(bound)
         fold.check(self, input)
         x = input.reshape(fold.num_particles, -1, input.shape[-1])  # (S, B T, I)
@@ -158,6 +158,12 @@ class LinearSlot(Slot, nn.Linear):
             # Under autocast the product has another type than its inputs.
             out = out + (bias[:, None] if bias.ndim == 2 else bias).to(out.dtype)
         return out.reshape(*input.shape[:-1], out.shape[-1])
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    # Of states that are cut out of others, such as the last token's, F.linear makes a
+    # product for each row, which reads all weights again.
+    return F.linear(x.contiguous(), weight, bias)
 
 
 class ModuleSlot(Slot):

@@ -93,7 +93,7 @@ def fit_exact(folder: Path) -> Any:
     fitted, _ = posterior(structure=pl.structures.Exact())
     return {
         **numbers_of(fitted),
-        "loo": fitted.log_loo() if hasattr(fitted, "log_loo") else 0.0,
+        "loo": fitted.leave_one_out(),
         "refined": numbers_of(fitted.refine().optimize_prior()),
     }
 

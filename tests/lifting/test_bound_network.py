@@ -11,11 +11,13 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyro_lora as pl
 from pyro_lora.lifting.slots import LinearSlot
 from tests.networks import (
     PAD,
+    VOCABULARY,
     adapted,
     batch,
     bert,
@@ -531,3 +533,37 @@ def test_a_number_that_counts_steps_is_looked_at_a_few_times() -> None:
                 seen.clear()
             net(x, step=step)
     assert len(seen) == 50
+
+
+class ProductsOf(TorchDispatchMode):
+    """Names of the products that give so many numbers."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if "mm" in name and result.shape[-1] == self.size:
+            self.names.append(name)
+        return result
+
+
+@pytest.mark.parametrize("num_particles", [None, 3])
+def test_the_vocabulary_is_one_product_for_all_rows(num_particles: int | None) -> None:
+    """Else its weights would be read once for each row."""
+    lora = pl.lift(llama(None))
+    texts = {**inputs(batch(4)), "logits_to_keep": 1}
+    weights = lora.weights()
+    if num_particles is not None:
+        weights = particles(lora, num_particles)
+    with torch.no_grad():
+        with lora.bind(weights) as net:
+            net(**texts)  # looks at the network
+            with ProductsOf(VOCABULARY) as found:
+                net(**texts)
+    assert found.names == ["mm"]
