@@ -38,6 +38,7 @@ from pyro_lora.likelihood.model_trace import (
     trace_at,
 )
 from pyro_lora.likelihood.outcome_source import OutcomeSource
+from pyro_lora.likelihood.stacks import check_stack
 from pyro_lora.posteriors.dropout import drop
 from pyro_lora.posteriors.posterior import Posterior, fit_arguments, kind_of
 
@@ -272,12 +273,17 @@ def model_at_draws(
     Raises:
         ValueError: If the likelihood isn't found or
             gives more than one outcome a datum, the model and the posterior have
-            different latent sites, or one is local to a datum.
+            different latent sites, or one is local to a datum; or if the model mixes
+            the data of several draws.
     """
     check_names(model, obs_site)
-    if trace is None:
+
+    def run(at: Weights, undrawn: str | None = None) -> Any:
         with evaluating_model():
-            trace = trace_at(model, {s: x[0] for s, x in weights.items()}, batch)
+            return trace_at(model, at, batch, undrawn)
+
+    if trace is None:
+        trace = run({site: x[0] for site, x in weights.items()})
     obs = likelihood_site(trace, obs_site, weights)
     if len(obs["fn"].batch_shape) != 1:
         raise ValueError(
@@ -310,6 +316,13 @@ def model_at_draws(
     # Not those of pyro.deterministic: what it records may have any number of dims.
     places = batch_dims([obs], {s: n for s, n in nodes.items() if s in weights})
     padded = {name: dims.stacked(weights[name]) for name, dims in places.items()}
+
+    def run_stack(stack: Weights) -> Any:
+        padded = {name: dims.stacked(stack[name]) for name, dims in places.items()}
+        return run(padded, obs["name"])
+
+    at: Weights = {name: trace.nodes[name]["value"] for name in places}
+    check_stack(model, trace, at, [obs["name"]], run, run_stack, draws_at_once)
     batch_first = _num_rows(batch) == tuple(obs["fn"].batch_shape)
     return ModelAtDraws(
         model,

@@ -346,6 +346,7 @@ def test_ready_models_run_once_more_on_the_first_batch_only(
         return model(**batch)
 
     posterior, numbers = models.particles(lora, counted), []
+    pl.predict(posterior, [networks.batch(4)])  # sees that it keeps draws apart
     for num in (1, 2, 3):
         calls = 0
         pl.predict(posterior, [networks.batch(4) | settings for _ in range(num)])

@@ -43,7 +43,8 @@ def test_chunks_bound_what_is_folded() -> None:
 
     posterior = models.particles(lora, model, num=5)
     pl.predict(posterior, models.two_batches(), model=model, chunk_size=2)
-    assert at_once == [1, 2, 2, 1, 2, 2, 1]  # the first finds the model's plates
+    # The first finds the model's plates, the next two that it keeps draws apart.
+    assert at_once == [1, 1, 2, 2, 2, 1, 2, 2, 1]
     with pytest.raises(ValueError, match="chunk_size must be at least 1, found 0"):
         pl.predict(posterior, models.two_batches(), model=model, chunk_size=0)
 

@@ -58,6 +58,7 @@ from pyro_lora.likelihood.outcomes import (
     outcomes_that_count,
     values_in_range,
 )
+from pyro_lora.likelihood.stacks import check_stack
 
 InitFn = Callable[[dict[str, Any]], Tensor]
 
@@ -469,7 +470,7 @@ def particle_model(
             f"max_plate_nesting={max_plate_nesting}: particles would mix with them. "
             "Leave max_plate_nesting=None, or declare event dims by .to_event()."
         )
-    return ParticleModel(
+    target = ParticleModel(
         model,
         latents,
         needed[widest] if max_plate_nesting is None else max_plate_nesting,
@@ -477,6 +478,26 @@ def particle_model(
         bool(observed_names(trace)),
         obs_site,
     )
+    plates = {
+        name: site["value"]
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample" and site_is_subsample(site)
+    }
+
+    def run(at: Weights) -> Any:
+        with evaluating_model():
+            return trace_at(partial(model, *args), {**at, **plates}, kwargs)
+
+    def run_stack(stack: Weights) -> Any:
+        particles = {s: latents[s].transform.inv(x) for s, x in stack.items()}
+        several = ParticlePass(target, particles, args, kwargs, 1, dict(plates))
+        with evaluating_model():
+            return several.trace(particles)[0]
+
+    at: Weights = {site: trace.nodes[site]["value"] for site in latents}
+    data = [n for n, x in trace.nodes.items() if x["type"] == "sample" and is_data(x)]
+    check_stack(model, trace, at, data, run, run_stack)
+    return target
 
 
 def model_at_particles(
