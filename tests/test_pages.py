@@ -300,6 +300,7 @@ def test_active_learning() -> None:
 
 
 @tutorial
+@pytest.mark.filterwarnings("ignore:The prior of .* has correlations")
 def test_continual() -> None:
     names = shown("continual")
     # "Training on forgets some of the first task. With Monday's posterior for the prior

@@ -19,7 +19,7 @@ from pyro_lora.curvature.factors import at_least_float32
 from pyro_lora.curvature.observations import Observations, Observed, observe
 from pyro_lora.ground.synchronisation import scalar
 from pyro_lora.likelihood.data_plate import DataPlate, data_plate
-from pyro_lora.likelihood.likelihoods import draws, known
+from pyro_lora.likelihood.likelihoods import check_draws, draws, known
 from pyro_lora.likelihood.likelihoods import of as likelihood_of
 from pyro_lora.likelihood.outcomes import (
     SingleOutcomes,
@@ -105,9 +105,14 @@ def mc_terms(fn: Any, value: Tensor, num_samples: int = 1) -> FisherTerms:
 
     Returns:
         Terms (..., M), no coordinates.
+
+    Raises:
+        TypeError: If the labels that can be drawn don't follow the density.
     """
     single = single_outcomes(fn)
     likelihood = known(single.fn)
+    if likelihood is None:
+        check_draws(single.fn)
     if likelihood is None or likelihood.log_prob_of_draws is None:
         of_draws = single.fn.log_prob(draws(single.fn, num_samples))
     else:

@@ -77,6 +77,7 @@ from pyro_lora.ground.memory import address
 from pyro_lora.ground.progress import progress
 from pyro_lora.ground.ranks import ALONE, Ranks
 from pyro_lora.ground.synchronisation import gathered, require, validated
+from pyro_lora.ground.warning import warn
 from pyro_lora.ground.weights import Weights
 from pyro_lora.lifting.fingerprint import fingerprint
 from pyro_lora.lifting.lifted_network import LiftedNetwork
@@ -306,6 +307,10 @@ class FisherPasses:
                 lifted, the batches don't hold exactly the plate's number of data, or
                 a structure of several passes is given an iterator, which can be read
                 once only, or the checkpoint is of another fit or other batches.
+
+        Warns:
+            UserWarning: If the prior has correlations, which only its precision's
+                diagonal stands for.
         """
         check_batches(batches)
         num_passes = self.structure.num_passes
@@ -334,6 +339,15 @@ class FisherPasses:
         sums, trace = one_pass(self.structure.first_pass)
         observed = observed_sites(trace, self.obs_site)
         prior = prior_at_mode(trace, leaves)
+        if prior.correlated:
+            warn(
+                f"The prior of {list(prior.correlated)} has correlations between "
+                "weights, of which the Laplace posterior doesn't know: only the "
+                "diagonal of the prior's precision is added to the Fisher information. "
+                "Variances, predictions and the evidence are off by that. As a "
+                "previous posterior take one of structures.Diagonal(), which has none; "
+                "or use SVGD, or SVI with another guide, which keep the whole prior."
+            )
         gaussian = self.structure.gaussian(
             mode, prior.precision, sums.factors, next_pass, self.ranks
         )

@@ -21,11 +21,15 @@ from torch import distributions as td
 from pyro_lora.curvature.kronecker_normal import KroneckerNormal
 from pyro_lora.ground.weights import Weights
 from pyro_lora.lifting.lifted_network import LiftedNetwork
+from pyro_lora.likelihood.likelihoods import has_entry
 from pyro_lora.likelihood.model_trace import trace_at, unobserved_names
 
 # Of a prior's scale: a weight nearer to the centre counts as that far from it, since
 # Laplace's precision is infinite at the centre. So it is at most 1000 / b^2.
 MIN_DISTANCE = 1e-3
+
+# Of a prior's gradient, relative: below it there are no correlations to speak of.
+_SAME_GRADIENT = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,12 +41,14 @@ class PriorAtMode:
         precision: Site -> precision, of the site's shape.
         log_prob: Of all sites, nats, float64; the prior's own density, exactly.
         gradient: Site -> gradient of the log density, nats, exactly.
+        correlated: The sites whose weights are correlated, which the precision has not.
     """
 
     mean: Weights
     precision: Weights
     log_prob: Tensor
     gradient: Weights
+    correlated: tuple[str, ...]
 
 
 @singledispatch
@@ -60,7 +66,8 @@ def prior_moments(fn: Any, value: Tensor) -> tuple[Tensor, Tensor]:
     Student-t's tails. Distances below ``MIN_DISTANCE`` scales count as that.
 
     A Gaussian with correlations, such as a previous posterior's
-    :class:`~pyro_lora.KroneckerNormal`: its mean, and the diagonal of its precision.
+    :class:`~pyro_lora.KroneckerNormal`: its mean, and the diagonal of its precision,
+    of which a fit warns.
 
     Args:
         fn: The prior's distribution, without dims of ``Independent``; register others.
@@ -130,7 +137,7 @@ def _multivariate_normal(
 
 @prior_moments.register(td.Independent)
 def _independent(fn: Any, value: Tensor) -> tuple[Tensor, Tensor]:
-    return prior_moments(fn.base_dist, value)
+    return _moments(fn.base_dist, value)
 
 
 @prior_moments.register
@@ -139,10 +146,17 @@ def _reshaped(fn: td.TransformedDistribution, value: Tensor) -> tuple[Tensor, Te
         return _symmetric(fn, value)
     for transform in reversed(fn.transforms):
         value = transform.inv(value)
-    mean, precision = prior_moments(fn.base_dist, value)
+    mean, precision = _moments(fn.base_dist, value)
     for transform in fn.transforms:
         mean, precision = transform(mean), transform(precision)
     return mean, precision
+
+
+def _moments(fn: Any, value: Tensor) -> tuple[Tensor, Tensor]:
+    # What overrides the density of a registered type has moments of its own.
+    if has_entry(type(fn), prior_moments.registry):
+        return prior_moments(fn, value)
+    return _symmetric(fn, value)
 
 
 def _symmetric(fn: Any, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -190,7 +204,7 @@ def prior_at_mode(trace: Any, mode: Mapping[str, Tensor]) -> PriorAtMode:
         ValueError: If a prior has no Gaussian form, isn't proper, or depends on other
             sites.
     """
-    mean, precision, log_probs = {}, {}, []
+    mean, precision, log_probs, correlated = {}, {}, [], []
     gradient = {site: torch.zeros_like(value) for site, value in mode.items()}
     for name, leaf in mode.items():
         site = trace.nodes[name]
@@ -201,12 +215,35 @@ def prior_at_mode(trace: Any, mode: Mapping[str, Tensor]) -> PriorAtMode:
         log_probs.append(total.detach())
         _add_gradient(gradient, name, total, mode)
         mean[name], precision[name] = site_moments(site, leaf.detach())
+        if _is_correlated(site["fn"], leaf.detach()):
+            correlated.append(name)
     return PriorAtMode(
         {s: x.detach() for s, x in mean.items()},
         {s: x.detach() for s, x in precision.items()},
         torch.stack(log_probs).sum(),
         gradient,
+        tuple(correlated),
     )
+
+
+def _is_correlated(fn: Any, value: Tensor) -> bool:
+    """Whether a prior of dependent weights has a gradient other than its moments'."""
+    inside = fn
+    while isinstance(inside, td.Independent):
+        inside = inside.base_dist
+    if not inside.event_shape:
+        return False
+    # At the centre the gradient is 0: one standard deviation away it isn't.
+    mean, precision = _moments(fn, value)
+    offset = value - mean
+    away = mean + offset.abs().maximum(precision.rsqrt()).copysign(offset)
+    with torch.enable_grad():
+        w = away.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(fn.log_prob(w).sum(), w, retain_graph=True)
+    mean, precision = _moments(fn, w.detach())
+    own = -precision * (w - mean)
+    same = max(_SAME_GRADIENT, torch.finfo(value.dtype).eps ** 0.5)
+    return bool(((gradient - own).abs() > same * own.abs()).any())
 
 
 @torch.no_grad()
@@ -263,8 +300,9 @@ def _add_gradient(
         if other != name:
             raise ValueError(
                 f"Site {name!r}: its prior depends on the site {other!r}, so their "
-                "curvatures don't separate. As a previous posterior take one of a "
-                "Kronecker structure or diagonal; or use SVGD."
+                "curvatures don't separate. As a previous posterior take one of "
+                "structures.Diagonal(), or of a Kronecker structure, of which the "
+                "diagonal counts; or use SVGD."
             )
         gradient[name] = g
 
@@ -284,7 +322,7 @@ def site_moments(site: Mapping[str, Any], value: Tensor) -> tuple[Tensor, Tensor
         ValueError: If the prior has no Gaussian form or isn't proper.
     """
     try:
-        mean, precision = prior_moments(site["fn"], value)
+        mean, precision = _moments(site["fn"], value)
     except TypeError as error:
         raise ValueError(
             f"Site {site['name']!r}: {error}. Use a proper prior that is symmetric, "

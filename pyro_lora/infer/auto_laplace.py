@@ -278,6 +278,10 @@ class AutoLaplace(AutoDelta):
                 the ranks are at different weights, other latent sites set
                 the weights' prior, are in a plate or not continuous, the checkpoint
                 is of another fit or other batches, or ``max_memory_gb`` isn't positive.
+
+        Warns:
+            UserWarning: If the prior has correlations between weights, such as a
+                previous posterior's, of whose precision only the diagonal counts.
         """
         check_gradients()
         if max_memory_gb is not None:

@@ -20,7 +20,8 @@ MultivariateNormal, NanMasked...     location            P
 ===================================  ==================  ====================
 
 The Fisher information doesn't depend on which differentiable function of these the
-distribution was made from (probs, rate, ...). A subclass has the entry of its base.
+distribution was made from (probs, rate, ...). A subclass has the entry of its base,
+but for one with a ``log_prob`` of its own, which is another distribution.
 
 .. [1] Where gradients flow into the cutpoints, too.
 .. [2] Where gradients flow into the scale, too: its logarithm is a parameter.
@@ -45,7 +46,7 @@ tensor([[2.]])
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, replace
 from functools import singledispatch
 from typing import Any, TypeVar
@@ -172,12 +173,13 @@ def of(fn: Any) -> Likelihood:
         fn: A distribution of single outcomes: masks and event dims are taken off.
 
     Raises:
-        TypeError: If nothing is known of the type.
+        TypeError: If nothing is known of the type, such as of one that overrides the
+            ``log_prob`` of a type that is known.
 
     >>> of(dist.Poisson(torch.tensor(4.0))).score(torch.tensor(5.0)).tolist()
     [1.0]
     """
-    return _table(fn)
+    return (_table if has_entry(type(fn), _table.registry) else _unknown)(fn)
 
 
 Entry = TypeVar("Entry", bound=Callable[[Any], Likelihood])
@@ -211,9 +213,23 @@ def register(kind: type) -> Callable[[Entry], Entry]:
 
 def known(fn: Any) -> Likelihood | None:
     """The same; None where nothing is known of the type."""
-    if _table.dispatch(type(fn)) is _table.dispatch(object):
-        return None
-    return of(fn)
+    return of(fn) if has_entry(type(fn), _table.registry) else None
+
+
+def has_entry(kind: type, registered: Container[type]) -> bool:
+    """Whether what is registered for a distribution's type, or a base, is true of it.
+
+    Args:
+        kind: The type. One that overrides the density of its base is another
+            distribution, such as a tempered or a label-smoothed one.
+        registered: The types that have an entry of their own.
+    """
+    for base in kind.__mro__:
+        if base in registered:
+            return base is not object
+        if "log_prob" in vars(base) and not _is_library(base):
+            return False
+    return False
 
 
 def kind_named(name: str) -> type | None:
@@ -229,16 +245,45 @@ def kind_named(name: str) -> type | None:
     return next((kind for kind in kinds if kind.__name__ == name), None)
 
 
-@singledispatch
-def _table(fn: Any) -> Likelihood:
+def _unknown(fn: Any) -> Likelihood:
+    name = type(fn).__name__
+    need = (
+        "fisher='mc', another space than the function's, to_datatree with "
+        "method='sample', pyro.infer.Predictive."
+    )
+    for base in type(fn).__mro__[:-1]:
+        if base in _table.registry:
+            raise TypeError(
+                f"The likelihood {name} has a log_prob of its own, so that what is "
+                f"known of {base.__name__} needn't be true of it. To temper a plain "
+                f"{base.__name__}, put pyro.poutine.scale around its pyro.sample "
+                f"statement. Add another density by pyro_lora.likelihoods.register("
+                f"{name}), or use what needs no more than it and draws from it: {need}"
+            )
     names = sorted({kind.__name__ for kind in _table.registry if kind is not object})
     raise TypeError(
-        f"Nothing is known of the likelihood {type(fn).__name__} but its density and "
-        f"draws; known are {', '.join(names)}. Add it by "
-        "pyro_lora.likelihoods.register, or use what needs no more: fisher='mc', "
-        "another space than the function's, to_datatree with method='sample', "
-        "pyro.infer.Predictive."
+        f"Nothing is known of the likelihood {name} but its density and draws; known "
+        f"are {', '.join(names)}. Add it by pyro_lora.likelihoods.register, or use "
+        f"what needs no more: {need}"
     )
+
+
+_table = singledispatch(_unknown)
+
+
+def _is_library(kind: type) -> bool:
+    # Pyro's own subclasses of PyTorch's write the same density in another way.
+    return kind.__module__.partition(".")[0] in ("torch", "pyro")
+
+
+def _kind(fn: Any) -> Any:
+    """The type that makes a distribution's density of other values."""
+    kind = type(fn)
+    if _is_library(kind):
+        return kind
+    # A user's subclass may make something else of the same arguments.
+    base = next(base for base in kind.__mro__ if base in _table.registry)
+    return getattr(dist, base.__name__, base)
 
 
 def one_parameter(
@@ -285,7 +330,7 @@ def _with_root(
 
 @register(td.Categorical)
 def _categorical(fn: td.Categorical) -> Likelihood:
-    kind, logits = type(fn), fn.logits
+    kind, logits = _kind(fn), fn.logits
 
     def root(value: Tensor) -> FisherRoot:
         classes = torch.arange(_num_classes(logits), device=logits.device)
@@ -310,7 +355,7 @@ def _categorical(fn: td.Categorical) -> Likelihood:
 
 @register(td.OneHotCategorical)
 def _one_hot(fn: td.OneHotCategorical) -> Likelihood:
-    kind, logits = type(fn), fn.logits
+    kind, logits = _kind(fn), fn.logits
 
     def label(value: Tensor) -> Tensor:
         # The largest entry is the label, as in its log_prob.
@@ -332,7 +377,7 @@ def _one_hot(fn: td.OneHotCategorical) -> Likelihood:
 
 @register(td.Multinomial)
 def _multinomial(fn: td.Multinomial) -> Likelihood:
-    kind, logits, total_count = type(fn), fn.logits, fn.total_count
+    kind, logits, total_count = _kind(fn), fn.logits, fn.total_count
 
     def total(value: Tensor) -> Tensor:
         # The counts' own sum, which log_prob goes by: it may differ between data, and
@@ -374,7 +419,7 @@ def _multinomial(fn: td.Multinomial) -> Likelihood:
 
 @register(td.Bernoulli)
 def _bernoulli(fn: td.Bernoulli) -> Likelihood:
-    kind, logits = type(fn), fn.logits
+    kind, logits = _kind(fn), fn.logits
     p = logits.detach().sigmoid()
     return _with_root(
         logits,
@@ -388,7 +433,7 @@ def _bernoulli(fn: td.Bernoulli) -> Likelihood:
 
 @register(td.Binomial)
 def _binomial(fn: td.Binomial) -> Likelihood:
-    kind, logits, total = type(fn), fn.logits, fn.total_count
+    kind, logits, total = _kind(fn), fn.logits, fn.total_count
     p = logits.detach().sigmoid()
     return _with_root(
         logits,
@@ -400,7 +445,7 @@ def _binomial(fn: td.Binomial) -> Likelihood:
 
 @register(td.NegativeBinomial)
 def _negative_binomial(fn: td.NegativeBinomial) -> Likelihood:
-    kind, failures, logits = type(fn), fn.total_count.detach(), _clamped(fn.logits)
+    kind, failures, logits = _kind(fn), fn.total_count.detach(), _clamped(fn.logits)
 
     def score(value: Tensor) -> Tensor:
         # y (1 - p) - r p, of variance r p
@@ -418,7 +463,7 @@ def _poisson(fn: td.Poisson) -> Likelihood:
     # s = y - rate and F = Var(y) = rate. An underflown rate of 0 has no logarithm.
     wide = _wide(fn.rate)
     rate = fn.rate.detach().double().clamp_min(_MIN_PROBABILITY)
-    kind = type(fn)
+    kind = _kind(fn)
     return one_parameter(
         predictor=wide.clamp_min(torch.finfo(wide.dtype).tiny).log(),
         information=rate,
@@ -429,7 +474,7 @@ def _poisson(fn: td.Poisson) -> Likelihood:
 
 @register(dist.OrderedLogistic)
 def _ordered_logistic(fn: dist.OrderedLogistic) -> Likelihood:
-    kind, cutpoints = type(fn), fn.cutpoints.detach()
+    kind, cutpoints = _kind(fn), fn.cutpoints.detach()
     splits = cutpoints.double() - fn.predictor.detach().double()[..., None]
     a, b = (
         pad(splits, (1, 0), value=-math.inf),
@@ -474,7 +519,7 @@ def _at_own_logits(fn: td.Categorical) -> Likelihood:
 @register(td.Normal)
 def _normal(fn: td.Normal) -> Likelihood:
     # At scale 1: s is (z, z^2 - 1) in location and log scale, F is diag(1, 2).
-    kind, scale = type(fn), fn.scale.detach()
+    kind, scale = _kind(fn), fn.scale.detach()
 
     def root(value: Tensor) -> FisherRoot:
         z = _standardized(fn, value)
@@ -504,7 +549,7 @@ def _nan_masked_normal(fn: dist.NanMaskedNormal) -> Likelihood:
 @register(td.StudentT)
 def _student_t(fn: td.StudentT) -> Likelihood:
     # Lange, Little and Taylor (1989): the location's and the scale's are uncorrelated.
-    kind, scale, df = type(fn), fn.scale.detach(), fn.df.detach()
+    kind, scale, df = _kind(fn), fn.scale.detach(), fn.df.detach()
 
     def root(value: Tensor) -> FisherRoot:
         _check_constant(fn, df=fn.df)
@@ -526,7 +571,7 @@ def _student_t(fn: td.StudentT) -> Likelihood:
 @register(td.Laplace)
 def _laplace(fn: td.Laplace) -> Likelihood:
     # At scale 1: s is (sign z, |z| - 1) and F the identity, though -d s / dz is 0.
-    kind, scale = type(fn), fn.scale.detach()
+    kind, scale = _kind(fn), fn.scale.detach()
 
     def root(value: Tensor) -> FisherRoot:
         z = _standardized(fn, value)
@@ -538,7 +583,7 @@ def _laplace(fn: td.Laplace) -> Likelihood:
 @register(td.MultivariateNormal)
 def _multivariate_normal(fn: td.MultivariateNormal) -> Likelihood:
     # s = S^-1 (y - loc), F = S^-1
-    kind, covariance = type(fn), fn.covariance_matrix.detach()
+    kind, covariance = _kind(fn), fn.covariance_matrix.detach()
     loc = fn.loc.detach().double()
 
     def root(value: Tensor) -> FisherRoot:
@@ -584,6 +629,28 @@ def _nan_masked_multivariate_normal(
         given=lambda value: value.isfinite().any(-1),  # the others are integrated over
         log_prob_of_draws=log_prob_of_draws,
     )
+
+
+def check_draws(fn: Any) -> None:
+    """Check that a distribution's draws can be of the density that it has.
+
+    Args:
+        fn: A distribution of single outcomes.
+
+    Raises:
+        TypeError: If its type overrides ``log_prob`` of a base, and draws as that does.
+    """
+    for base in type(fn).__mro__:
+        if _is_library(base) or {"sample", "rsample"} & {*vars(base)}:
+            return
+        if "log_prob" in vars(base):
+            raise TypeError(
+                f"The likelihood {type(fn).__name__} has a log_prob of its own, but "
+                "draws as its base does, and fisher='mc' needs draws that follow the "
+                "density. Override sample, too, or register the type by "
+                f"pyro_lora.likelihoods.register({type(fn).__name__}). To temper a "
+                "likelihood put pyro.poutine.scale around its pyro.sample statement."
+            )
 
 
 def draws(fn: Any, num_samples: int) -> Tensor:

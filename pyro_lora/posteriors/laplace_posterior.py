@@ -57,7 +57,6 @@ _FREE = 10**6
 
 # The mode under a prior that isn't normal, by reweighted normal ones.
 _MAX_REWEIGHTED, _SAME_WEIGHT = 100, 1e-6
-_SAME_GRADIENT = 1e-3  # of a prior, relative
 
 
 @handing_out_copies("prior_mean", "log_likelihood", "log_prior", "fixed")
@@ -339,30 +338,14 @@ class LaplacePosterior(marginals.ByMarginals, Shared):
                 for site, tau in posterior.gaussian.prior_precision.items()
             ):
                 break
-        posterior._warn_if_correlated()
-        return posterior
-
-    def _warn_if_correlated(self) -> None:
-        """A prior's gradient is that of its moments, but where it has correlations."""
-        # And at a kink in its centre: so weights are looked at where they are one prior
-        # standard deviation away from it.
-        away, mean = {}, self.prior_mean
-        for site, tau in self.gaussian.prior_precision.items():
-            offset = self.gaussian.loc[site] - mean[site]
-            away[site] = mean[site] + offset.abs().maximum(tau.rsqrt()).copysign(offset)
-        prior = prior_tuning.moments_at(self.prior, self.networks, away)
-        correlated = []
-        for site, x in away.items():
-            own = -prior.precision[site] * (x - prior.mean[site])
-            error = (prior.gradient[site] - own).abs()
-            if int((error > _SAME_GRADIENT * own.abs()).sum()) > x.numel() / 2:
-                correlated.append(site)
-        if correlated:
+        if present.correlated:
             warn(
-                f"The prior of {correlated} has correlations between weights, of which "
-                "only the diagonal of its precision counts: the mode isn't its own. "
-                "Use a prior of independent weights, or refine(around='weights')."
+                f"The prior of {list(present.correlated)} has correlations between "
+                "weights, of which only the diagonal of its precision counts: the mode "
+                "isn't its own. Use a prior of independent weights, or "
+                "refine(around='weights')."
             )
+        return posterior
 
     def _moved(
         self, gaussian: WeightGaussian, log_likelihood: Tensor

@@ -638,6 +638,7 @@ def moments_at(
     mean: Weights = {}
     precision: Weights = {}
     gradient: Weights = {}
+    correlated: tuple[str, ...] = ()
     first = next(iter(mode.values()))
     total = first.new_zeros((), dtype=torch.float64)
     for lora in networks:
@@ -646,5 +647,6 @@ def moments_at(
         mean |= moments.mean
         precision |= moments.precision
         gradient |= moments.gradient
+        correlated += moments.correlated
         total = total + moments.log_prob.to(total.device)
-    return PriorAtMode(mean, precision, total, gradient)
+    return PriorAtMode(mean, precision, total, gradient, correlated)

@@ -155,8 +155,9 @@ def from_posterior(posterior: Any, *, bandwidth: float | None = None) -> Prior:
     posterior for :math:`p(w | y_1)` (online Laplace: Ritter et al. 2018,
     https://arxiv.org/abs/1805.07810; variational: Nguyen et al. 2018).
 
-    Every site is sampled under its own name with a density of its own, so any engine
-    can follow. Posteriors whose sites are dependent are written by the chain rule,
+    Every site is sampled under its own name with a density of its own, so that SVI,
+    SVGD and all else that samples or scores the model has the whole prior.
+    Posteriors whose sites are dependent are written by the chain rule,
     :math:`p(w) = \prod_i p(w_i | w_{<i})`, which is exact:
 
     - Laplace with a Kronecker or diagonal structure: its distributions as they are;
@@ -168,6 +169,12 @@ def from_posterior(posterior: Any, *, bandwidth: float | None = None) -> Prior:
       h_j^2)`, so no draw mixes sites of several particles other than by overlap of
       their normals;
     - a mixture of these: likewise.
+
+    ``AutoLaplace.laplace_approximation`` has less of it. The mode that SVI finds is
+    that of the whole prior, but the precision there is the Fisher information plus the
+    diagonal of the prior's precision: of a posterior of ``structures.Diagonal()`` that
+    is all of it, of others the correlations are lost, and the fit warns. It takes no
+    mixtures, and a posterior of ``structures.Dense()`` over one site only.
 
     Args:
         posterior: A Gaussian, particles or a mixture, over at least the sites that get

@@ -2,13 +2,16 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from torch import Tensor
 
+import pyro_lora as pl
 from pyro_lora import likelihoods
 from pyro_lora.curvature.fisher import (
     FisherTerms,
@@ -249,6 +252,145 @@ def test_a_user_may_register_a_root() -> None:
         term_gradients(exact_terms(fn, torch.ones(3)), fn.loc)[0, 0],
         0.5 * torch.ones(()),
     )
+
+
+class Tempered(dist.Categorical):
+    def log_prob(self, value: Tensor) -> Tensor:
+        log_prob: Tensor = 0.1 * super().log_prob(value)
+        return log_prob
+
+
+class Plain(Tempered):
+    """As tempered as its base."""
+
+
+class Doubled(dist.Normal):
+    """Of twice the scale."""
+
+    @property
+    def own(self) -> dist.Normal:
+        return dist.Normal(self.loc, 2 * self.scale)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        log_prob: Tensor = self.own.log_prob(value)
+        return log_prob
+
+    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+        drawn: Tensor = self.own.sample(sample_shape)
+        return drawn
+
+
+@pytest.mark.parametrize("kind", [Tempered, Plain])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_density_of_its_own_is_not_that_of_the_base(kind: Any, masked: bool) -> None:
+    fn, value = kind(logits=torch.randn(4, 3).double()), torch.tensor([0, 1, 2, 0])
+    fn = fn.mask(torch.ones(4).bool()).to_event(1) if masked else fn
+    said = rf"{kind.__name__} has a log_prob of its own.*Categorical.*poutine\.scale"
+    said += rf".*register\({kind.__name__}\)"
+    with pytest.raises(TypeError, match=said):
+        exact_terms(fn, value)
+    # Tempered draws would be other ones.
+    with pytest.raises(TypeError, match=rf"register\({kind.__name__}\)"):
+        mc_terms(fn, value)
+    given = empirical_terms(fn, value).terms
+    assert_same(given[..., 0], fn.log_prob(value))
+
+
+@pytest.mark.untrained
+@pytest.mark.parametrize(
+    "structure",
+    [pl.structures.KFAC(), pl.structures.Dense(), pl.structures.Exact()],
+    ids=repr,
+)
+def test_a_tempered_likelihood_is_refused_or_registered(structure: Any) -> None:
+    class Registered(Tempered):
+        pass
+
+    lora = pl.lift(torch.nn.Linear(3, 3).double(), prior=pl.priors.normal(1.0))
+    x, labels = torch.randn(8, 3).double(), torch.randint(3, (8,))
+
+    def fit(kind: Any, scale: float = 1.0) -> pl.LaplacePosterior:
+        def model(x: Tensor, labels: Tensor | None = None) -> None:
+            logits = lora()(x)
+            with pyro.plate("data", 8, subsample=x), pyro.poutine.scale(scale=scale):
+                pyro.sample("y", kind(logits=logits), obs=labels)
+
+        start = lora.init_to(lora.weights())
+        guide = pl.AutoLaplace(model, init_loc_fn=start, structure=structure)
+        return guide.laplace_approximation([{"x": x, "labels": labels}])
+
+    with pytest.raises(TypeError, match="Registered has a log_prob of its own"):
+        fit(Registered)
+
+    @likelihoods.register(Registered)
+    def tempered(fn: Registered) -> likelihoods.Likelihood:
+        plain = likelihoods.of(dist.Categorical(logits=fn.logits))
+
+        def root(value: Tensor) -> likelihoods.FisherRoot:
+            of_plain = plain.root(value)
+            return replace(
+                of_plain,
+                root=0.1**0.5 * of_plain.root,
+                coordinates=0.1**0.5 * of_plain.coordinates,
+            )
+
+        return replace(
+            plain,
+            at=lambda f: Registered(logits=f),
+            score=lambda value: 0.1 * plain.score(value),
+            root=root,
+        )
+
+    found, expected = fit(Registered), fit(dist.Categorical, 0.1)
+    assert_same(found.log_evidence(), expected.log_evidence())
+    for site, variance in expected.variance().items():
+        assert_same(found.variance()[site], variance)
+
+
+def test_mc_draws_from_a_density_of_its_own() -> None:
+    loc = torch.randn(4).double().requires_grad_()
+    terms = []
+    for fn in (Doubled(loc, 0.3), dist.Normal(loc, 0.6)):
+        torch.manual_seed(0)
+        terms.append(mc_terms(fn, torch.zeros(4).double(), 5))
+    assert_same(*(term_gradients(found, loc) for found in terms))
+
+
+def test_what_pyro_makes_of_a_type_has_its_entry() -> None:
+    f, cutpoints = torch.randn(3).double(), torch.tensor([-1.0, 1.0]).double()
+    eye = torch.eye(3).double()
+    for fn in (
+        dist.Categorical(logits=f),
+        torch.distributions.Categorical(logits=f),
+        dist.OneHotCategoricalStraightThrough(logits=f),
+        dist.Binomial(3, logits=f),
+        dist.ExtendedBinomial(3, logits=f),
+        dist.Poisson(f.exp()),
+        dist.Poisson(f.exp(), is_sparse=True),
+        dist.OrderedLogistic(f, cutpoints),
+        dist.NanMaskedNormal(f, 1.0),
+        dist.OMTMultivariateNormal(f, eye),
+    ):
+        value = fn.sample()
+        at = likelihoods.of(fn).at(likelihoods.of(fn).predictor)
+        assert type(at) is type(fn)
+        assert_same(at.log_prob(value), fn.log_prob(value))
+
+
+def test_a_subclass_with_arguments_of_its_own_is_made_again_without_them() -> None:
+    class Cooler(dist.Categorical):
+        def __init__(self, logits: Tensor) -> None:
+            super().__init__(logits=2 * logits)
+
+    class Exposed(torch.distributions.Poisson):
+        def __init__(self, exposure: float, rate: Tensor) -> None:
+            super().__init__(exposure * rate)
+
+    f = torch.randn(4, 3).double()
+    for fn in (Cooler(f), Exposed(3.0, f.exp())):
+        at = likelihoods.of(fn).at(likelihoods.of(fn).predictor)
+        value = fn.sample()
+        assert_same(at.log_prob(value), fn.log_prob(value))
 
 
 @pytest.mark.parametrize("kind", [dist.Normal(0.0, 1.0), int, "Gamma", None])

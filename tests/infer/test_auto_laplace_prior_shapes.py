@@ -1,6 +1,8 @@
 """Priors that aren't normal: their precision at the mode, density and gradient."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pyro
@@ -18,7 +20,9 @@ from tests.curvature.gauss_newton import (
     flatten,
     laplace,
     precision_matrix,
+    unflatten,
 )
+from tests.infer.linear_regression import NOISE_SD, NUM_DATA, linear_regression
 from tests.networks import batch, bert
 
 pytestmark = pytest.mark.untrained
@@ -164,7 +168,9 @@ def test_a_previous_posterior_as_the_prior(
     mode = {s: w + 0.1 * torch.randn_like(w) for s, w in before.mode().items()}
     lora = lora.with_prior(pl.priors.from_posterior(before))
     lora.load(mode)
-    posterior = laplace(lora, texts, structure=new)
+    is_whole = structure == pl.structures.Diagonal()
+    with nullcontext() if is_whole else pytest.warns(UserWarning, match="correlations"):
+        posterior = laplace(lora, texts, structure=new)
     start = 0
     diagonal = precision_matrix(before).diagonal()
     for site, w in mode.items():
@@ -178,12 +184,80 @@ def test_a_previous_posterior_as_the_prior(
     assert_same(posterior.log_prior, expected)
 
 
+@pytest.mark.parametrize("first", [pl.structures.KFAC(), pl.structures.Diagonal()])
+def test_learning_batch_after_batch(first: Structure) -> None:
+    toy = linear_regression(orthogonal=False)
+    before = toy.laplace(structure=first)
+    toy = replace(toy, lora=toy.lora.with_prior(pl.priors.from_posterior(before)))
+    if first == pl.structures.KFAC():
+        said = r"'base\.weight'\].* correlations.*diagonal.*Diagonal\(\).*SVGD.*SVI"
+        with pytest.warns(UserWarning, match=said) as seen:
+            toy.laplace(structure=pl.structures.Dense())
+        assert len(seen) == 1
+        return
+    # The same data again, under N(mode, diag of the precision)
+    tau = toy.precision.diagonal()
+    design, center = toy.design, toy.mode
+    precision = tau.diag() + design.mT @ design / NOISE_SD**2
+    residual = toy.y - design @ center
+    shift = torch.linalg.solve(precision, design.mT @ residual / NOISE_SD**2)
+    covariance = design @ (design / tau).mT
+    covariance += NOISE_SD**2 * torch.eye(NUM_DATA).double()
+    evidence = dist.MultivariateNormal(design @ center, covariance).log_prob(toy.y)
+    start = toy.lora.init_to(unflatten(center + shift, toy.lora.weights()))
+    for structure in (pl.structures.Dense(), pl.structures.Exact()):
+        guide = pl.AutoLaplace(toy.model, init_loc_fn=start, structure=structure)
+        after = guide.laplace_approximation(toy.batches)
+        assert_same(flatten(after.variance()), precision.inverse().diagonal())
+        assert_same(after.log_evidence(), evidence)
+
+
+@pytest.mark.parametrize("pair", [(0, 1), (3, 17), None])
+def test_a_correlation_of_two_weights_is_said(pair: tuple[int, int] | None) -> None:
+    def prior(lora: pl.LiftedNetwork) -> dict[str, Tensor]:
+        weights = {}
+        for site, zeros in lora.zeros().items():
+            covariance = torch.eye(zeros.shape[-1]).double()
+            if pair is not None and site == "head.classifier.weight":
+                i, j = pair
+                covariance[i, j] = covariance[j, i] = -0.1
+            fn = dist.MultivariateNormal(zeros, covariance)
+            weights[site] = pyro.sample(site, fn.to_event(zeros.ndim - 1))
+        return weights
+
+    # At the prior's mean, where it has no gradient
+    lora = pl.lift(bert(2, hidden_size=24), prior=prior)
+    lora.load(lora.zeros())
+    said = r"The prior of \['head\.classifier\.weight'\] has correlations"
+    with nullcontext() if pair is None else pytest.warns(UserWarning, match=said):
+        laplace(lora, batch(5), structure=pl.structures.Diagonal())
+
+
+def test_a_subclass_with_a_density_of_its_own_has_its_own_precision() -> None:
+    class Tempered(dist.Normal):
+        def log_prob(self, value: Tensor) -> Tensor:
+            return 0.1 * super().log_prob(value)
+
+    lora, texts = pl.lift(bert(2)), batch(5)
+    fits = []
+    for prior in (
+        independent(lambda zeros: Tempered(zeros + CENTER, zeros + B)),
+        pyro.poutine.scale(pl.priors.normal(B, center=CENTER), scale=0.1),
+    ):
+        lora = lora.with_prior(prior)
+        fits.append(laplace(lora, texts, structure=pl.structures.Diagonal()))
+    tempered, scaled = fits
+    for site, tau in scaled.prior_precision.items():
+        assert_same(tempered.prior_precision[site], tau)
+    assert_same(tempered.log_evidence(), scaled.log_evidence())
+
+
 def test_previous_posteriors_whose_sites_are_dependent() -> None:
     lora, texts = pl.lift(bert(2, hidden_size=8)), batch(6)
     dense = laplace(lora, batch(9), structure=pl.structures.Dense())
     both = pl.MixturePosterior([laplace(lora, batch(9))] * 2)
     lora = lora.with_prior(pl.priors.from_posterior(dense))
-    with pytest.raises(ValueError, match=r"depends on the site .*Kronecker.*SVGD"):
+    with pytest.raises(ValueError, match=r"depends on the site .*Diagonal\(\).*SVGD"):
         laplace(lora, texts)
     lora = lora.with_prior(pl.priors.from_posterior(both))
     with pytest.raises(ValueError, match=r"SiteMixture, whose weights are depend"):

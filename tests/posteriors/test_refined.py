@@ -685,8 +685,9 @@ def test_latents_that_stay_and_correlated_priors_are_said() -> None:
     before = task.laplace(structure=pl.structures.KFAC())
     lora = task.lora.with_prior(pl.priors.from_posterior(before))
     other = type(task)(lora, task.x, task.y, task.prior_sd)
-    exact = other.laplace(structure=pl.structures.Exact())
     with pytest.warns(UserWarning, match="correlations"):
+        exact = other.laplace(structure=pl.structures.Exact())
+    with pytest.warns(UserWarning, match=r"correlations.*the mode isn't its own"):
         exact.refine("prior")
 
 
@@ -771,6 +772,15 @@ def test_a_distribution_that_cannot_be_made_again_is_refused() -> None:
         def log_prob(self, value: Tensor) -> Tensor:
             counts: Tensor = dist.Poisson(self._exposure * self.rate).log_prob(value)
             return counts
+
+    @pl.likelihoods.register(Exposed)
+    def exposed(fn: Exposed) -> pl.likelihoods.Likelihood:
+        return pl.likelihoods.one_parameter(
+            predictor=fn.rate.log(),
+            information=fn._exposure * fn.rate.detach(),
+            score=lambda value: value - fn._exposure * fn.rate.detach(),
+            at=lambda f: Exposed(f.exp(), fn._exposure),
+        )
 
     task = Linear(Case(lambda f: Exposed(f[..., 0].exp(), 3.0)))
     with pytest.raises(TypeError, match="isn't the same distribution"):
