@@ -221,7 +221,8 @@ class multiple_choice(FieldsShown):
         self, attention_mask: Tensor, labels: Tensor | None = None, **inputs: Any
     ) -> Tensor:
         """Sample the weights and the labels of a batch."""
-        last = -1 - attention_mask.flip(1).argmax(1)  # (B,), counted from the right
+        real = (attention_mask > 0).int()
+        last = -1 - real.flip(1).argmax(1)  # (B,), counted from the right
         if _takes(self.lora, "logits_to_keep") and len(last):
             inputs.setdefault("logits_to_keep", -int(last.min()))
         net = self.lora()  # the pyro.sample statements

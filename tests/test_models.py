@@ -185,6 +185,15 @@ def test_choices_are_scored_after_the_last_real_token() -> None:
     assert_close(found.double(), torch.stack(expected).log_softmax(-1))
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float64, torch.int32])
+def test_choices_whatever_the_type_of_the_mask(dtype: torch.dtype) -> None:
+    lora, model, batches = multiple_choice()
+    batch = batches[1]
+    expected = likelihood(model, lora, batch)["fn"].logits
+    masked = {**batch, "attention_mask": batch["attention_mask"].to(dtype)}
+    assert_close(likelihood(model, lora, masked)["fn"].logits, expected)
+
+
 def test_choices_whatever_the_padding() -> None:
     lora, model, batches = multiple_choice()
     right = batches[1]

@@ -26,6 +26,10 @@ _NUM_JOINT_NUMBERS = 2**14  # points times parameters, where that is more
 # Nodes in standard deviations. The trapezoid rule converges exponentially: where the
 # likelihood has a width of w of them, its error is about exp(-2 (pi w / step)^2).
 _REACH, _STEP = 8.0, 0.02
+# The same over a scale's logarithm, in which a normal density has a width of .5 or so:
+# up to an sd of 1 the error is 1e-8, at 2 it's 1e-4.
+_SCALE_REACH, _SCALE_STEP = 10.0, 0.2
+_MOST_LOG_SCALE = 300.0  # the square of exp of it is a number, and of -300 isn't 0
 _WIDE = 1.5  # sd from which the integral doesn't run over the noise
 
 
@@ -41,7 +45,7 @@ class GaussianLogits(FieldsShown):
         covariance_matrix: (B, C, C) or (B, T, C, C), singular: only C - 1 contrasts
             vary. A Normal likelihood has its C locations, and a regular one.
         noise_variance: Of a Normal likelihood, at the mode, of the mean's shape; None
-            for classes.
+            for classes, and where the network outputs it.
         cutpoints: Of ordered classes, (B, C - 1) or (B, T, C - 1): the Gaussian is then
             over their one predictor, mean (B, 1), and the cutpoints are held at their
             values at the mode, learned or not. None for others.
@@ -49,6 +53,9 @@ class GaussianLogits(FieldsShown):
             values (..., B, P) of the predictor, the Gaussian's, of P outputs. None for
             classes, and for some tokens of all.
         are_all_there: Whether each datum is known to have all choices.
+        has_scale: Whether the network outputs a Normal's scale, too: the Gaussian is
+            then over the location and the scale's logarithm of each of P outputs, one
+            after the other, mean (B, 2 P).
 
     A choice that isn't there has mean -inf.
     """
@@ -59,6 +66,7 @@ class GaussianLogits(FieldsShown):
     cutpoints: Tensor | None = None
     numbers: Callable[[Tensor], Any] | None = None
     are_all_there: bool = False
+    has_scale: bool = False
 
     def rsample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
         """Draws of the logits, ``(*sample_shape, B, C)``."""
@@ -78,17 +86,61 @@ class GaussianLogits(FieldsShown):
 
     @property
     def predictive_variance(self) -> Tensor:
-        """Variance of a new outcome, of the mean's shape: its location's and the noise.
+        """Variance of a new outcome, (B, P): its location's and the noise.
 
         Raises:
             ValueError: If the outcomes are classes.
         """
+        if self.has_scale:
+            # E[exp(2 g)] = exp(2 m + 2 v) of g ~ N(m, v)
+            log_scale, variance = self.mean[..., 1::2], self._variance[..., 1::2]
+            return self._variance[..., ::2] + (2 * (log_scale + variance)).exp()
         if self.noise_variance is None:
             raise ValueError(
                 "The outcomes are classes, so there is no noise to add. Use "
                 ".covariance_matrix, or class probabilities by predict."
             )
-        return self.covariance_matrix.diagonal(dim1=-2, dim2=-1) + self.noise_variance
+        return self._variance + self.noise_variance
+
+    @property
+    def _variance(self) -> Tensor:
+        return self.covariance_matrix.diagonal(dim1=-2, dim2=-1)
+
+    def given_scale(self) -> tuple[list[GaussianLogits], Tensor]:
+        r"""Gaussians of the locations alone, of which this one is a mixture.
+
+        Of a location f and a scale's logarithm g, :math:`N(f, g) = N(g) N(f | g)`, and
+        given g the noise is known. So :math:`p(y) = \int N(y; E[f | g], Var[f | g] +
+        e^{2 g}) N(g) dg`, here at the nodes g_q of a trapezoid rule: the sum over q of
+        :math:`\pi_q N(y; m_q, v + e^{2 g_q})`. Outputs are each by themselves.
+
+        Returns:
+            Q of them, (B, P), with the noise's variance, and weights (Q,) that sum to
+            one; itself alone where the scale is no output.
+        """
+        if not self.has_scale:
+            return [self], self.mean.new_ones(1, dtype=torch.float64)
+        mean, variance = self.mean.double(), self._variance.double().clamp_min(0)
+        both = self.covariance_matrix.double().diagonal(1, -2, -1)[..., ::2]
+        sd = variance[..., 1::2].sqrt()
+        # With g = m + sd z: f is N(mean + slope z, its own variance less slope²).
+        slope = (both / sd).where(sd > 0, torch.zeros_like(sd))
+        left = torch.diag_embed((variance[..., ::2] - slope.square()).clamp_min(0))
+        number = round(2 * _SCALE_REACH / _SCALE_STEP) + 1
+        z = torch.linspace(
+            -_SCALE_REACH, _SCALE_REACH, number, dtype=mean.dtype, device=mean.device
+        )
+        bound = _MOST_LOG_SCALE
+        parts = [
+            GaussianLogits(
+                mean[..., ::2] + slope * at,
+                left,
+                (2 * (mean[..., 1::2] + sd * at).clamp(-bound, bound)).exp(),
+            )
+            for at in z
+        ]
+        weights = _density(z)
+        return parts, weights / weights.sum()
 
     def components(self) -> tuple[Any, Tensor]:
         r"""Distributions of numbers whose weighted mean is the predictive one.
@@ -119,7 +171,7 @@ class GaussianLogits(FieldsShown):
             number = 2 ** int(math.log2(wanted))  # of which Sobol's points are even
             at_points = numbers(_sobol_logits(self, number))
             return at_points, mean.new_full((number,), 1 / number)
-        variance = self.covariance_matrix.double().diagonal(dim1=-2, dim2=-1)
+        variance = self._variance.double()
         number = round(2 * _REACH / _STEP) + 1
         z = torch.linspace(
             -_REACH, _REACH, number, dtype=mean.dtype, device=mean.device
@@ -167,6 +219,7 @@ class JointGaussianLogits(FieldsShown):
         cutpoints: As in :class:`GaussianLogits`.
         numbers: As in :class:`GaussianLogits`.
         are_all_there: As in :class:`GaussianLogits`.
+        has_scale: As in :class:`GaussianLogits`.
     """
 
     mean: Tensor
@@ -175,6 +228,7 @@ class JointGaussianLogits(FieldsShown):
     cutpoints: Tensor | None = None
     numbers: Callable[[Tensor], Any] | None = None
     are_all_there: bool = False
+    has_scale: bool = False
 
     def rsample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
         """Draws of the logits, ``(*sample_shape, B, C)``, correlated across data."""
@@ -197,6 +251,7 @@ class JointGaussianLogits(FieldsShown):
             self.cutpoints,
             self.numbers,
             self.are_all_there,
+            self.has_scale,
         )
 
     def log_probs_of(self, values: Tensor) -> Tensor:

@@ -3,7 +3,8 @@ r"""The network linearised at a mode: :math:`f(x, \hat w) + J (w - \hat w)`.
 Under :math:`w \sim N(\hat w, P^{-1})` its logits are
 :math:`N(f(x, \hat w), J P^{-1} J^T)`, for each datum or for all data of a batch.
 "Logits" are whatever the likelihood's predictor is: of classes their logits, of which
-only C - 1 contrasts count; of real numbers their location, of counts a log rate.
+only C - 1 contrasts count; of real numbers their location, with the scale's logarithm
+if the network outputs that, too; of counts a log rate.
 
 One backward pass gives one contrast's gradients of all data, so J is that of C - 1
 contrasts, the inner products of f with the columns of a basis (C, M); f less its mean
@@ -110,7 +111,8 @@ class LinearizedNetwork:
     def at(self, batch: Batch, tokens: Tokens | None = None) -> LinearizedBatch:
         """The network at a batch: C - 1 backward passes, whatever the batch's size.
 
-        P outputs take P, and each token asked for takes C - 1 of its own.
+        P outputs take P, with scales 2 P, and each token asked for takes C - 1 of its
+        own.
 
         Args:
             batch: The model's keyword arguments; labels aren't needed.
@@ -127,6 +129,8 @@ class LinearizedNetwork:
                 trace = trace_at(self.model, leaves, batch, undrawn=self.obs_site)
             site: dict[str, Any] = likelihood_site(trace, self.obs_site, self.mode)
             fn, likelihood, mask = _single_outcomes(site, tokens)
+            if likelihood.classes is None:  # a scale is linearised, cutpoints are held
+                likelihood = likelihood.whole
             # Nearly always all choices are there. Whether they are is asked together
             # with what the layouts are asked for, which are then found once more.
             is_whole = ask((likelihood.predictor > -math.inf).all())
@@ -154,11 +158,11 @@ class LinearizedNetwork:
                 elif (
                     len(fn.batch_shape) == 2
                 ):  # several outputs: correlated, so one vector
-                    values = values[..., 0]
+                    numbers = partial(_of_several, likelihood.at, values.shape[-1])
+                    values = values.flatten(-2)
                     basis = torch.eye(
                         values.shape[-1], dtype=values.dtype, device=values.device
                     )
-                    numbers = partial(_of_several, likelihood.at)
                 elif noise is not None:
                     noise = noise[..., None]
                 check_recorded(record, trace, values, site["name"])
@@ -177,6 +181,7 @@ class LinearizedNetwork:
             noise,
             cutpoints,
             numbers,
+            likelihood.has_scale,
         )
 
 
@@ -194,6 +199,7 @@ class LinearizedBatch:
         noise_variance: Of the outcomes, (B, C), where it is normal noise.
         cutpoints: Of an ordinal outcome, (B, ..., C - 1), else None.
         numbers: The distribution at values (..., B, C); None of classes and tokens.
+        has_scale: Whether these are locations and logarithms of scales, C = 2 P.
     """
 
     mode: Weights
@@ -205,6 +211,7 @@ class LinearizedBatch:
     noise_variance: Tensor | None
     cutpoints: Tensor | None
     numbers: Callable[[Tensor], Any] | None
+    has_scale: bool
 
     @property
     def mean(self) -> Tensor:
@@ -258,6 +265,7 @@ class LinearizedBatch:
                 self.cutpoints,
                 self.numbers,
                 are_all_there=self.present is None,
+                has_scale=self.has_scale,
             )
             for covariance in covariances
         ]
@@ -294,6 +302,7 @@ class LinearizedBatch:
             self.cutpoints,
             self.numbers,
             are_all_there=self.present is None,
+            has_scale=self.has_scale,
         )
 
     def logits_at(self, weights: Weights) -> Tensor:
@@ -398,20 +407,22 @@ class _Step:
             yield site, j
 
 
-def likelihood_at(fn: Any, logits: Tensor) -> Any:
+def likelihood_at(
+    fn: Any, logits: Tensor, numbers: Callable[[Tensor], Any] | None
+) -> Any:
     """A likelihood with other logits, or whatever its predictor is.
 
     Args:
         fn: Its distribution, of batch shape (B,).
         logits: As of :class:`LinearizedBatch`, (..., B, C), the mean over classes
             removed; of T classes a datum (..., B, T, C), of numbers (..., B, P).
+        numbers: As of :class:`LinearizedBatch`.
     """
 
     def single(inside: Any) -> Any:
+        if numbers is not None:
+            return numbers(logits)
         likelihood = likelihoods.of(inside)
-        events = len(inside.batch_shape) - len(fn.batch_shape)
-        if events and likelihood.classes is None:  # numbers, a predictor each
-            return likelihood.at(logits[..., None])
         size = likelihood.predictor.shape[-1]
         if size == logits.shape[-1]:
             return likelihood.at(logits)
@@ -422,9 +433,9 @@ def likelihood_at(fn: Any, logits: Tensor) -> Any:
     return around(fn, single)
 
 
-def _of_several(at: Callable[[Tensor], Any], values: Tensor) -> Any:
+def _of_several(at: Callable[[Tensor], Any], size: int, values: Tensor) -> Any:
     """The distribution of several outputs, (..., B, P), with a predictor each."""
-    return at(values[..., None])
+    return at(values.unflatten(-1, (-1, size)))
 
 
 def _single_outcomes(

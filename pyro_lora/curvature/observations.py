@@ -20,7 +20,11 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_lora.curvature.gaussian_logits import GaussianLogits, class_log_probs
+from pyro_lora.curvature.gaussian_logits import (
+    GaussianLogits,
+    class_log_probs,
+    mixture_log_prob,
+)
 from pyro_lora.curvature.linearize import contrasts
 from pyro_lora.ground.interrupts import unvalidated
 from pyro_lora.ground.summary import FieldsShown
@@ -106,7 +110,7 @@ class Observations(FieldsShown):
         f = self._predictor(contrasts).detach().requires_grad_()
         with torch.enable_grad(), unvalidated():
             fn = self._likelihood.at(f)
-            root = whole(likelihoods.of(fn)).root(self.value)
+            root = likelihoods.of(fn).whole.root(self.value)
         with torch.no_grad(), unvalidated():
             log_prob = fn.log_prob(self.value).double() * self.scale
             in_z = self._from_contrasts.mT @ root.root.double()
@@ -150,6 +154,7 @@ class Observations(FieldsShown):
             noise.scale.square()[:, None] if noise and noise.df is None else None,
             None if classes is None else classes.cutpoints,
             likelihood.at if classes is None else None,
+            has_scale=likelihood.has_scale,
         )
         return self.scale * log_predictive(logits, likelihood, self.value)
 
@@ -187,7 +192,7 @@ class Observations(FieldsShown):
                 else x
                 for name, x in self.parameters.items()
             }
-            return whole(likelihoods.of(self.kind(**parameters)))
+            return likelihoods.of(self.kind(**parameters)).whole
 
     @cached_property
     def _contrasts_and_basis(self) -> tuple[Tensor, Tensor]:
@@ -208,11 +213,6 @@ class Observations(FieldsShown):
         return torch.eye(size, dtype=self._basis.dtype, device=self._basis.device)
 
 
-def whole(likelihood: Likelihood) -> Likelihood:
-    """The likelihood in all that gradients flow into."""
-    return likelihood if likelihood.in_all is None else likelihood.in_all
-
-
 def log_predictive(
     logits: GaussianLogits, likelihood: Likelihood, value: Tensor
 ) -> Tensor:
@@ -227,6 +227,10 @@ def log_predictive(
         Of the values' batch shape.
     """
     classes = likelihood.classes
+    if logits.has_scale:
+        parts, weights = logits.given_scale()
+        each = [log_predictive(part, likelihood, value) for part in parts]
+        return mixture_log_prob(torch.stack(each), weights)
     if logits.noise_variance is not None:
         variance = logits.predictive_variance.double()
         square = (value.double().reshape(variance.shape) - logits.mean).square()
@@ -333,7 +337,7 @@ def observe(
     fn, value = site["fn"], values_in_range(site)
     single = single_outcomes(fn)
     own = likelihoods.of(single.fn)
-    likelihood = whole(own)
+    likelihood = own.whole
     values = contrasts(likelihood)[0]
     shape, num = single.fn.batch_shape, values.shape[-1]
     values = values.expand(*shape, num)

@@ -564,9 +564,9 @@ def linear_pass(
             at = network.at(batch, None if which is None else "each")
         if has_joint:
             terms = _LogProbs(at, batch)
-            # A scale that the network outputs isn't linearised, but has a gradient.
-            fn = single_outcomes(at.site["fn"]).fn
-            is_all = is_all and likelihoods.of(fn).in_all is None
+            # Cutpoints that the network outputs aren't linearised, but have a gradient.
+            own = likelihoods.of(single_outcomes(at.site["fn"]).fn)
+            is_all = is_all and (own.in_all is None or own.classes is None)
             if is_all:
                 for site, g in at.gradient(terms.total).items():
                     gradient[site] += g.to(gradient[site])
@@ -609,7 +609,8 @@ class _LogProbs:
     def at(self, logits: Tensor) -> Tensor:
         """Each as it counts in the sum, (..., B), float64."""
         site = self.linearized.site
-        moved = {**site, "fn": likelihood_at(site["fn"], logits)}
+        fn = likelihood_at(site["fn"], logits, self.linearized.numbers)
+        moved = {**site, "fn": fn}
         with explaining(self.batch, nodes={site["name"]: site}):
             return datum_log_probs(moved) * data_plate(site).scale
 

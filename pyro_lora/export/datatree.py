@@ -545,8 +545,9 @@ class LinearizedAtDraws:
             # f(x; ŵ) + J (w_s - ŵ): one Jacobian a batch for all draws of a component
             with evaluating(gaussian.networks):
                 trace = trace_at(self.model, gaussian.mode(), batch)
+                held = {**gaussian.fixed, **gaussian.latents.values}
                 network = LinearizedNetwork(
-                    poutine.condition(self.model, gaussian.fixed),
+                    poutine.condition(self.model, held),
                     gaussian.gaussian.origin,
                     gaussian.networks,
                     self.obs_site,
@@ -554,14 +555,16 @@ class LinearizedAtDraws:
                 weights = _draws_at(self.draws.weights, index)
                 fn = trace.nodes[self.obs_site]["fn"]
                 tokens: Any = "each" if _has_several_classes(fn) else None
-                of_gaussian = network.at(batch, tokens).logits_at(weights)
+                at = network.at(batch, tokens)
+                of_gaussian = at.logits_at(weights)
             if values is None:
                 values = of_gaussian.new_empty(self.num_draws, *of_gaussian.shape[1:])
             values[index] = of_gaussian
         assert values is not None
         # All but the likelihood (plates, observed values) is the same under every draw.
         site = trace.nodes[self.obs_site]
-        trace.nodes[self.obs_site] = {**site, "fn": likelihood_at(site["fn"], values)}
+        moved = likelihood_at(site["fn"], values, at.numbers)
+        trace.nodes[self.obs_site] = {**site, "fn": moved}
         yield trace
 
 

@@ -95,6 +95,34 @@ def check_weights(weights: Any, name: str = "weights") -> None:
             )
 
 
+def check_sites(weights: Any, sites: Mapping[str, Tensor]) -> None:
+    """Check that weights are a value, or a stack of them, of each site and no others.
+
+    Args:
+        weights: Site -> (..., *shape of the site's).
+        sites: Site -> a value.
+
+    Raises:
+        TypeError: If they aren't tensors by site.
+        ValueError: If a site is missing, unknown or has another shape.
+    """
+    check_weights(weights)
+    if weights.keys() != sites.keys():
+        raise ValueError(
+            "log_prob needs a value of each of the posterior's sites and of no "
+            f"others: missing {sorted(sites.keys() - weights.keys())}, unknown "
+            f"{sorted(weights.keys() - sites.keys())}."
+        )
+    for site, like in sites.items():
+        shape = tuple(weights[site].shape)
+        if shape[len(shape) - like.ndim :] != like.shape or len(shape) < like.ndim:
+            raise ValueError(
+                f"Site {site!r}: log_prob needs a value of shape {tuple(like.shape)}, "
+                f"or a stack of S, (S, ...); found {shape}. Give weights as sample() "
+                "and mode() do."
+            )
+
+
 def drawing_nothing(values: Any) -> AbstractContextManager[None]:
     """A block that leaves torch's generators where they are.
 

@@ -151,6 +151,8 @@ class Likelihood:
         in_all: Where gradients flow into other parameters, too, a scale or cutpoints:
             the same likelihood with those in the predictor, as ``root`` has them. None:
             the predictor is all.
+        has_scale: Whether the predictor is a location and the logarithm of the scale of
+            a normal error.
     """
 
     predictor: Tensor
@@ -164,6 +166,12 @@ class Likelihood:
     given: Callable[[Tensor], Tensor] | None = None
     log_prob_of_draws: Callable[[Tensor, int], Tensor] | None = None
     in_all: Likelihood | None = None
+    has_scale: bool = False
+
+    @property
+    def whole(self) -> Likelihood:
+        """The likelihood in all that gradients flow into."""
+        return self if self.in_all is None else self.in_all
 
 
 def of(fn: Any) -> Likelihood:
@@ -716,6 +724,7 @@ def _around_location(
             at=lambda f: at(f[..., 0], f[..., 1].exp()),
             score=score_in_all,
             root=root,
+            has_scale=noise is not None and noise.df is None,
         )
     return _with_root(fn.loc, score, at, root, noise=noise, in_all=in_all)
 

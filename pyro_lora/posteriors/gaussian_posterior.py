@@ -24,7 +24,7 @@ from torch import distributions as td
 from pyro_lora.curvature.joint_distribution import sample_jointly
 from pyro_lora.ground.settings import check_count, check_function
 from pyro_lora.ground.summary import brief, extent, weights_facts
-from pyro_lora.ground.weights import Weights, check_weights, handing_out_copies, itself
+from pyro_lora.ground.weights import Weights, check_sites, handing_out_copies, itself
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.likelihood.model_trace import Model
 from pyro_lora.posteriors import marginals
@@ -129,15 +129,10 @@ class GaussianPosterior(marginals.ByMarginals, Shared):
         other values.
 
         Raises:
-            ValueError: If a site is missing, or isn't one of this posterior's.
+            ValueError: If a site is missing, isn't one of this posterior's, or has
+                another shape.
         """
-        check_weights(weights)
-        if weights.keys() != self._loc.keys():
-            raise ValueError(
-                "log_prob needs a value of each of the posterior's sites and of no "
-                f"others: missing {sorted(self._loc.keys() - weights.keys())}, unknown "
-                f"{sorted(weights.keys() - self._loc.keys())}."
-            )
+        check_sites(weights, self._loc)
         # With L and D = (d_1, ..., d_K), V = L^-1 D and e = L^-1 (w - mu), the
         # covariance is L (I + V V^T) L^T; Woodbury leaves the K x K matrix I + V^T V,
         # whose eigenvalues are 1 plus those of V^T V.

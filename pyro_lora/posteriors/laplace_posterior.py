@@ -36,7 +36,7 @@ from pyro_lora.ground.summary import brief, extent, weights_facts
 from pyro_lora.ground.warning import warn
 from pyro_lora.ground.weights import (
     Weights,
-    check_weights,
+    check_sites,
     copied,
     handing_out_copies,
 )
@@ -148,16 +148,11 @@ class LaplacePosterior(marginals.ByMarginals, Shared):
         other values.
 
         Raises:
-            ValueError: If a site is missing, or isn't one of this posterior's.
+            ValueError: If a site is missing, isn't one of this posterior's, or has
+                another shape.
         """
-        check_weights(weights)
-        sites = {*self.gaussian.loc, *self.fixed, *self.latents.values}
-        if weights.keys() != sites:
-            raise ValueError(
-                "log_prob needs a value of each of the posterior's sites and of no "
-                f"others: missing {sorted(sites - weights.keys())}, unknown "
-                f"{sorted(weights.keys() - sites)}."
-            )
+        own = {**self.gaussian.loc, **self.fixed, **self.latents.values}
+        check_sites(weights, own)
         log_prob = self.gaussian.log_prob(weights)
         for site, value in self.fixed.items():  # log 1 there, log 0 elsewhere
             fn = dist.Delta(value, event_dim=value.ndim)
@@ -600,7 +595,9 @@ class LaplacePosterior(marginals.ByMarginals, Shared):
         r"""Gaussian over the logits of a batch, :math:`N(f(x), J P^{-1} J^T)`.
 
         One forward pass and C - 1 backward passes for C classes; P for numbers of P
-        outputs (``.to_event(1)``), a Normal's with the noise variance.
+        outputs (``.to_event(1)``), a Normal's with the noise variance. Where the
+        network outputs scales, too, it's 2 P, and the Gaussian is over the location and
+        the scale's logarithm of each output, one after the other.
 
         Args:
             batch: The model's keyword arguments; labels aren't needed.

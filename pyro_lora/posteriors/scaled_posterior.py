@@ -26,7 +26,7 @@ from pyro_lora.ground.ranks import ALONE, Ranks
 from pyro_lora.ground.settings import check_count
 from pyro_lora.ground.summary import brief, weights_facts
 from pyro_lora.ground.warning import warn
-from pyro_lora.ground.weights import Weights, handing_out_copies
+from pyro_lora.ground.weights import Weights, check_sites, handing_out_copies
 from pyro_lora.lifting.cached_trunk import trunk_once
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.likelihood.batch import (
@@ -136,8 +136,10 @@ class ScaledPosterior(marginals.ByMarginals, Shared):
         """Log density in nats, (S,) for weights with a leading (S,).
 
         Raises:
-            ValueError: If a site is missing, or isn't one of this posterior's.
+            ValueError: If a site is missing, isn't one of this posterior's, or has
+                another shape.
         """
+        check_sites(weights, self.mode())
         center, mean = self.center, self.base_mean
         unscaled = {
             site: mean[site] + (x - center[site]) / self.scale if site in center else x

@@ -189,12 +189,18 @@ class Linearized:
         pairs = zip(joint, counts, strict=True)
         return torch.cat([g.log_probs_of(g.rsample((n,))) for g, n in pairs if n > 0])
 
-    def _numbers(self, outputs: Sequence[GaussianLogits]) -> NumberPrediction:
+    def _numbers(self, of_gaussians: Sequence[GaussianLogits]) -> NumberPrediction:
+        outputs, weights = [], []
+        for weight, whole in zip(self.pi, of_gaussians, strict=True):
+            parts, of_parts = whole.given_scale()
+            outputs += parts
+            weights.append(weight * of_parts)
+        pi = torch.cat(weights)
         noise = [g.noise_variance for g in outputs if g.noise_variance is not None]
         if len(noise) < len(outputs):
             # A Gaussian of f is a weighted mean over nodes f_q; so is a mixture's.
             pairs = [g.components() for g in outputs]
-            pi = torch.cat([w * x for w, (_, x) in zip(self.pi, pairs, strict=True)])
+            pi = torch.cat([w * x for w, (_, x) in zip(pi, pairs, strict=True)])
             return numbers([fn for fn, _ in pairs], pi)
 
         def joined(values: Sequence[Tensor]) -> Tensor:
@@ -206,7 +212,7 @@ class Linearized:
             loc=joined([g.mean for g in outputs]),
             noise_scale=joined(noise).sqrt(),
             loc_variance=joined(variances).clamp_min(0),
-            weights=self.pi,
+            weights=pi,
         )
 
     def _several(self, batch: Batch, which: WhichOutcomes) -> AnyPrediction:

@@ -91,7 +91,8 @@ def predict(
 
     ``"linearized"``: the network linearised in the weights around the mode, so that the
     logits are Gaussian, and integrated exactly (Immer et al. 2021,
-    https://arxiv.org/abs/2008.08400). ``"sample"``: :math:`p(y | x) = \frac1S \sum_s
+    https://arxiv.org/abs/2008.08400); so is a scale that the network outputs.
+    ``"sample"``: :math:`p(y | x) = \frac1S \sum_s
     p(y | x, w_s)` with one set of draws for all data.
 
     Each posterior knows its way: a ``LaplacePosterior``, or a mixture of them,

@@ -135,7 +135,8 @@ class Prediction(AnyPrediction):
         def error() -> ValueError:
             return ValueError(
                 f"labels must be classes 0 to {num_classes - 1}, found "
-                f"{labels[wrong][0].item()}. A datum without one has {IGNORED}."
+                f"{labels[wrong][0].item()}. A datum without one has {IGNORED}; a "
+                "soft label has to be rounded, or left out when predicting."
             )
 
         require(~wrong.any(), error)

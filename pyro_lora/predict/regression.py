@@ -1,7 +1,8 @@
 r"""Predicted real numbers: a mixture of normals or Student's t for each datum.
 
 :math:`p(y | x) = \sum_s \pi_s p_s(y | x)`, over S draws of the weights or the n
-Gaussians of a linearised mixture. In each the location is f_s, of variance v_s in it (0
+Gaussians of a linearised mixture, each at the nodes of an integral over the scale where
+the network outputs that. In each the location is f_s, of variance v_s in it (0
 of a draw), and the noise's is :math:`\sigma_s^2`. So
 
     mean                :math:`m = \sum_s \pi_s f_s`

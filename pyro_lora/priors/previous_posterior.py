@@ -293,7 +293,7 @@ def _components(
             return _normals_at({s: x.detach() for s, x in particles.items()}, bandwidth)
     check_fitted("posterior", posterior)
     check_function("posterior", posterior, "a posterior with a density, or a guide")
-    return [(_number(0.0), _Independent(_distributions(posterior)))]
+    return [(_number(0.0), _independent(posterior, type(posterior).__name__))]
 
 
 def _number(value: float) -> Tensor:
@@ -303,7 +303,8 @@ def _number(value: float) -> Tensor:
 def _gaussian(posterior: Any) -> Component:
     if isinstance(posterior.gaussian, DenseNormal):
         return _dense(posterior.gaussian)
-    return _Independent(_distributions(posterior))
+    kind = f"{type(posterior).__name__} ({posterior.gaussian.structure})"
+    return _independent(posterior, kind)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -413,17 +414,19 @@ def _deviations(weights: Weights, loc: Weights) -> Tensor:
     return torch.cat([x.expand(*lead, x.shape[-1]) for x in flat], -1)
 
 
-def _distributions(posterior: Any) -> dict[str, TorchDistribution]:
+def _independent(posterior: Any, kind: str) -> Component:
     with poutine.block(), torch.no_grad():
         nodes = poutine.trace(posterior).get_trace().nodes
-    return {n: node["fn"] for n, node in nodes.items() if node["type"] == "sample"}
+    fns = {n: node["fn"] for n, node in nodes.items() if node["type"] == "sample"}
+    return _Independent(fns, kind)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class _Independent(FieldsShown):
-    """Sites with distributions of their own."""
+    """Sites with distributions of their own; what the posterior is, for errors."""
 
     fns: Mapping[str, TorchDistribution]
+    kind: str
 
     def given(
         self, sites: tuple[str, ...], site: str, before: Weights
@@ -436,9 +439,9 @@ class _Independent(FieldsShown):
             # Of a Gaussian over all sites together, too: Dense() and Exact().
             raise ValueError(
                 f"Site {site!r}: expected a posterior with a density for each site, "
-                "found a Delta. Use a Laplace posterior of KFAC, EKFAC or Diagonal, "
-                "particles or a mixture, or a guide's moments in priors.normal(scale, "
-                "center=)."
+                f"found a Delta in this {self.kind}. Use a LaplacePosterior of KFAC, "
+                "EKFAC or Diagonal, as it was before for_sampling, particles or a "
+                "mixture, or a posterior's moments in priors.normal(scale, center=)."
             )
         return self.fns[site]
 

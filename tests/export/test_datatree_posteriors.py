@@ -127,6 +127,27 @@ def test_several_real_outputs_a_datum_are_linearised() -> None:
     assert_allclose(tree["log_likelihood"]["y"][0, 1, :6], expected)
 
 
+def test_a_scale_that_the_network_outputs_is_linearised() -> None:
+    lora, _ = models.classifier(2)
+
+    def model(labels: Tensor | None = None, **inputs: Tensor) -> None:
+        loc, log_scale = lora()(**inputs).logits.unbind(-1)
+        with pyro.plate("data", models.NUM_DATA, subsample=inputs["input_ids"]):
+            pyro.sample("y", dist.Normal(loc, log_scale.exp()), obs=labels)
+
+    batches = models.two_batches()
+    for batch in batches:
+        batch["labels"] = torch.randn(len(batch["labels"]), dtype=torch.float64)
+    posterior = models.laplace(lora, model, batches)
+    pyro.set_rng_seed(2)
+    tree = pl.to_datatree(posterior, batches=batches, num_samples=2)
+    pyro.set_rng_seed(2)
+    at = models.draw(posterior.sample(2), 1)
+    f = linearised_logits(lora, posterior.mode(), at, batches[0])
+    expected = dist.Normal(f[:, 0], f[:, 1].exp()).log_prob(batches[0]["labels"])
+    assert_allclose(tree["log_likelihood"]["y"][0, 1, :6], expected)
+
+
 def test_the_angle_to_the_mode() -> None:
     lora, model = models.classifier()
     posterior = models.laplace(lora, model, models.two_batches())

@@ -303,6 +303,60 @@ def test_trunks_of_other_forms_are_refused(
         assert_close(net(x), torch.stack(expected), rtol=0, atol=1e-12)
 
 
+class Inside(nn.Module):
+    """A stack whose input is inside of something else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack = Stack()
+
+    def forward(self, given: Any) -> Tensor:
+        x = given["x"] if isinstance(given, dict) else given[0]
+        output: Tensor = self.stack(x)
+        return output
+
+
+@pytest.mark.untrained
+@pytest.mark.parametrize("wrap", [lambda x: {"x": x}, lambda x: [x], lambda x: (x,)])
+def test_inputs_without_rows_of_their_own_run_without_a_cache(
+    wrap: Callable[[Tensor], Any],
+) -> None:
+    layer = ["stack.layers.2.linear"]
+    lora = pl.lift(adapted(Inside().double(), target_modules=layer))
+
+    def model(given: Any, labels: Tensor | None = None) -> None:
+        logits = lora()(given)
+        with pyro.plate("data", 5, subsample=torch.arange(5)):
+            pyro.sample("y", dist.Categorical(logits=logits), obs=labels)
+
+    x, labels = torch.randn(5, 4).double(), torch.arange(5) % 4
+    batches: Any = [{"given": wrap(x), "labels": labels}]
+    weights = particles(lora, 9)  # more than go through the network at once
+    expected = torch.stack(loop(lora, weights, lambda net: net(wrap(x))))
+    with pl.cached_trunk(lora), lora.bind(lora.weights()) as net:
+        assert_close(net(wrap(x)), lora.network(wrap(x)), rtol=0, atol=1e-12)
+    members = [{s: v[k] for s, v in weights.items()} for k in range(9)]
+    found = pl.predict(pl.ensemble(lora, members), batches, model=model)
+    assert_close(found.probs, expected.softmax(-1).mean(0), rtol=0, atol=1e-8)
+    q = pl.AutoLaplace(model, init_loc_fn=lora.init_to_adapter()).laplace_approximation(
+        batches
+    )
+    two = pl.predict(pl.MixturePosterior([q, q]), batches)
+    assert_close(two.probs, pl.predict(q, batches).probs, rtol=0, atol=1e-8)
+    losses = []
+    for size in (None, 1):
+        svgd = pl.SVGD(
+            model,
+            kernels.NoRepulsion(),
+            SGD({"lr": 0.0}),
+            3,
+            init_loc_fn=lora.init_to({s: v[:3] for s, v in weights.items()}),
+            chunk_size=size,
+        )
+        losses.append(svgd.step(**batches[0]))
+    assert losses[0] == pytest.approx(losses[1], abs=1e-8)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_altered_files_are_refused(dtype: torch.dtype, tmp_path: Path) -> None:
     rows = torch.randn(3, 2, 4).to(dtype)

@@ -166,6 +166,10 @@ def test_what_a_posterior_has(task: Task, kind: str) -> None:
         assert draws[site].shape == (num, *x.shape)
     if kind in GAUSSIAN:
         assert posterior.log_prob(draws).shape == (num,)
+        site, x = next(iter(draws.items()))
+        for other in (x.flatten(1), x[..., :1]):
+            with pytest.raises(ValueError, match=rf"Site '{site}': log_prob needs"):
+                posterior.log_prob({**draws, site: other})
     else:
         with pytest.raises(ValueError, match="no density"):
             posterior.log_prob(draws)

@@ -199,7 +199,7 @@ def test_errors_say_what_is_expected() -> None:
     probs = torch.full((2, 2), 0.5)
     with pytest.raises(ValueError, match=r"labels has shape \(2,\); expected \(2, 2\)"):
         prediction(probs, torch.zeros(2))
-    with pytest.raises(ValueError, match=r"classes 0 to 1, found 0.5"):
+    with pytest.raises(ValueError, match=r"classes 0 to 1, found 0.5.*soft.*rounded"):
         prediction(probs, probs)
     with pytest.raises(ValueError, match=r"expected \(N, P, 2\)"):
         pl.MultiLabelPrediction(log_probs=probs.log(), aleatoric_entropy=probs)

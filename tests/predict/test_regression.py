@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pyro
@@ -16,6 +17,7 @@ from torch.testing import assert_close
 
 import pyro_lora as pl
 from tests import networks
+from tests.curvature.gauss_newton import flatten, precision_matrix, unflatten
 from tests.infer.linear_regression import (
     NOISE_SD,
     LinearRegression,
@@ -333,6 +335,158 @@ def test_several_outputs() -> None:
     assert ratio.abs().max() < 5 * math.sqrt(2 / 3000)
     assert_close(exact.noise_variance, torch.full((8, 2), 0.25).double())
     assert exact.metrics().keys() == {"nll", "rmse", "coverage", "crps"}
+
+
+MIXED = torch.tensor([[1.0, 0.0], [0.5, 1.0]], dtype=torch.float64)
+
+
+class NoiseToo:
+    """A linear network with a location and a scale's logarithm for each outcome.
+
+    They share weights, so that they are correlated.
+    """
+
+    def __init__(self, num_outputs: int, family: Any) -> None:
+        self.lora = pl.lift(nn.Linear(3, 2 * num_outputs).double())
+        self.family = family
+        self.x = torch.randn(8, 3).double()
+        self.y = torch.randn(8, num_outputs).double()
+
+    def model(self, x: Tensor, labels: Tensor | None = None) -> None:
+        outputs = self.lora()(x).unflatten(-1, (-1, 2)) @ MIXED.mT
+        fn = self.family(outputs[..., 0], outputs[..., 1].exp())
+        with pyro.plate("data", 8, subsample=x):
+            pyro.sample("y", fn.to_event(1), obs=labels)
+
+    def laplace(self, prior_precision: float = 8.0) -> pl.LaplacePosterior:
+        batches: Any = [{"x": self.x, "labels": self.y}]
+        posterior = models.laplace(
+            self.lora, self.model, batches, pl.structures.Dense()
+        )
+        return posterior.with_prior_precision(prior_precision)
+
+    def gaussian(self, posterior: pl.LaplacePosterior) -> tuple[Tensor, Tensor]:
+        """Of location and log scale: means (8, P, 2) and covariances (8, P, 2, 2)."""
+        flat = {s: x.flatten(1) for s, x in posterior.mode().items()}
+        covariance = torch.linalg.inv(precision_matrix(posterior))
+        weight, bias = flat["base.weight"], flat["base.bias"]
+        size = bias.shape[1]
+        mean = self.x @ weight.reshape(size, 3).mT + bias
+        # Of output o: x_i in the place of its weight i, and 1 in that of its bias.
+        eye = torch.eye(size).double()
+        rows = torch.einsum("bi,op->bopi", self.x, eye).flatten(2)
+        j = torch.cat([rows, eye.expand(8, size, size)], -1)
+        whole = (j @ covariance @ j.mT).unflatten(1, (-1, 2)).unflatten(3, (-1, 2))
+        each = whole.diagonal(dim1=1, dim2=3).movedim(-1, 1)
+        return mean.unflatten(1, (-1, 2)) @ MIXED.mT, MIXED @ each @ MIXED.mT
+
+
+@pytest.mark.untrained
+@pytest.mark.parametrize("num_outputs", [1, 2])
+def test_a_scale_that_the_network_outputs_is_integrated_over(num_outputs: int) -> None:
+    problem = NoiseToo(num_outputs, dist.Normal)
+    posterior = problem.laplace()
+    batches: Any = [{"x": x} for x in problem.x.split(5)]
+    found = pl.predict(posterior, batches)
+    assert isinstance(found, pl.RegressionPrediction)
+    mean, covariance = problem.gaussian(posterior)
+    assert 0.3 < covariance[..., 1, 1].sqrt().max() < 1
+    assert covariance[..., 0, 1].abs().max() > 1e-3
+    # On a fine grid over both: against it, and against closed forms.
+    y = 2 * torch.randn(8, num_outputs).double()
+    z = torch.linspace(-9, 9, 361, dtype=torch.float64)
+    grid = torch.cartesian_prod(z, z)
+    log_weights = -0.5 * grid.square().sum(-1)
+    f = mean[..., None, :] + grid @ torch.linalg.cholesky(covariance).mT
+    log_probs = dist.Normal(f[..., 0], f[..., 1].exp()).log_prob(y[..., None])
+    expected = (log_probs + log_weights).logsumexp(-1) - log_weights.logsumexp(-1)
+    noise = (2 * mean[..., 1] + 2 * covariance[..., 1, 1]).exp()
+
+    def same(value: Tensor, expected: Tensor) -> None:
+        assert_close(value.reshape(expected.shape), expected, rtol=1e-8, atol=1e-8)
+
+    shape = found.mean.shape
+    same(found.log_prob(y.reshape(shape)), expected)
+    same(found.mean, mean[..., 0])
+    same(found.weight_variance, covariance[..., 0, 0])
+    same(found.noise_variance, noise)
+    gaussian = posterior.linearized({"x": problem.x})
+    same(gaussian.mean, mean)
+    same(gaussian.predictive_variance, noise + covariance[..., 0, 0])
+    joint = posterior.linearized({"x": problem.x}, joint=True).marginals()
+    same(joint.predictive_variance, noise + covariance[..., 0, 0])
+
+
+@pytest.mark.untrained
+def test_a_precision_is_chosen_by_the_densities_that_are_predicted() -> None:
+    problem = NoiseToo(1, dist.Normal)
+    labelled: Any = [{"x": problem.x, "labels": torch.randn(8, 1).double()}]
+    posterior = problem.laplace()
+    tuned = posterior.optimize_prior(objective="nll", batches=labelled)
+    (tau,) = {float(t) for x in tuned.prior_precision.values() for t in x.flatten()}
+    losses = [
+        pl.predict(posterior.with_prior_precision(t), labelled).metrics()["nll"]
+        for t in (tau, 1.3 * tau, tau / 1.3)  # of a grid of steps of 1.33
+    ]
+    assert losses[0] == min(losses)
+
+
+@pytest.mark.untrained
+def test_a_scale_of_a_transformer_is_integrated_over() -> None:
+    lora, texts = pl.lift(networks.bert(2)), networks.inputs(networks.batch(4))
+
+    def model(y: Tensor | None = None, **texts: Tensor) -> None:
+        loc, log_scale = lora()(**texts).logits.unbind(-1)
+        with pyro.plate("data", 4, subsample=loc):
+            pyro.sample("y", dist.Normal(loc, log_scale.exp()), obs=y)
+
+    y = torch.randn(4).double()
+    posterior = pl.AutoLaplace(
+        model, init_loc_fn=lora.init_to_adapter()
+    ).laplace_approximation([{**texts, "y": y}])
+    posterior = posterior.with_prior_precision(20.0)
+    found = pl.predict(posterior, [texts])
+    # Monte Carlo over the network, linearised by a derivative.
+    mode, number = posterior.mode(), 20_000
+
+    def outputs(flat: Tensor) -> Tensor:
+        with lora.bind(unflatten(flat, mode)) as net:
+            logits: Tensor = net(**texts).logits
+        return logits
+
+    flat = flatten(mode)
+    j = torch.autograd.functional.jacobian(outputs, flat)
+    draws = posterior.sample(number)
+    steps = torch.cat([(draws[s] - x).flatten(1) for s, x in mode.items()], 1)
+    f = outputs(flat).detach() + torch.einsum("bcd,sd->sbc", j, steps)
+    density = dist.Normal(f[..., 0], f[..., 1].exp()).log_prob(y).exp()
+    noise = (2 * f[..., 1]).exp()
+    assert f[..., 1].std(0).max() > 0.2
+    for value, each in [
+        (found.log_prob(y).exp(), density),
+        (found.mean, f[..., 0]),
+        (found.noise_variance, noise),
+    ]:
+        error = (value - each.mean(0)) / (each.std(0) / math.sqrt(number))
+        assert error.abs().max() < 5
+
+
+@pytest.mark.untrained
+@pytest.mark.parametrize("family", [partial(dist.StudentT, 5.0), dist.Laplace])
+def test_another_scale_that_the_network_outputs_is_integrated_over(family: Any) -> None:
+    problem = NoiseToo(1, family)
+    posterior = problem.laplace()
+    found = pl.predict(posterior, [{"x": problem.x}])
+    mean, covariance = problem.gaussian(posterior)
+    z = torch.linspace(-8, 8, 201, dtype=torch.float64)
+    grid = torch.cartesian_prod(z, z)
+    log_weights = -0.5 * grid.square().sum(-1)
+    f = mean[:, 0, None] + grid @ torch.linalg.cholesky(covariance[:, 0]).mT
+    log_probs = family(f[..., 0], f[..., 1].exp()).log_prob(problem.y)
+    expected = (log_probs + log_weights).logsumexp(-1) - log_weights.logsumexp(-1)
+    log_prob = found.log_prob(problem.y.reshape(found.mean.shape)).reshape(-1)
+    assert_close(log_prob, expected, rtol=0, atol=1e-2)  # quasi-Monte Carlo
+    assert_close(found.mean.reshape(-1), mean[:, 0, 0], rtol=0, atol=2e-3)
 
 
 def test_student_likelihood() -> None:

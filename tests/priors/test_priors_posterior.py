@@ -337,6 +337,24 @@ def test_a_guide_without_densities_is_refused(guide: Callable[..., Any]) -> None
         lora()
 
 
+@pytest.mark.untrained
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (lambda q: q.for_sampling([batch()], tolerance=9.0), "ScaledPosterior"),
+        (lambda q: pl.methods.tfb(q.model, [batch()]), "GaussianPosterior"),
+    ],
+)
+def test_a_posterior_that_has_no_densities_is_named(
+    make: Callable[[Any], Any], kind: str
+) -> None:
+    lora = pl.lift(bert())
+    found = make(laplace(lora, pl.structures.KFAC(), lora.weights()))
+    lora = lora.with_prior(pl.priors.from_posterior(found))
+    with pytest.raises(ValueError, match=rf"query\.A'.*this {kind}.*before for_samp"):
+        lora()
+
+
 def test_sites_outside_of_the_network_are_named() -> None:
     lora = pl.lift(bert())
     weights = {**particles(lora, 3), "noise": torch.ones(3)}
