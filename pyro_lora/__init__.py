@@ -167,7 +167,8 @@ sys.modules[__name__].__class__ = _Package
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    # Nor what this file imports, nor the rooms: those are in no docs.
+    return sorted([*__all__, *(name for name in globals() if name.startswith("__"))])
 
 
 if not TYPE_CHECKING:  # or every misspelt name would be a public one

@@ -49,6 +49,7 @@ class classification(FieldsShown):
         """Sample the weights and the labels of a batch."""
         net = self.lora()  # the pyro.sample statements
         logits = net(**inputs).logits
+        _check_shapes(self, logits, labels, inputs)
         first = next(iter(inputs.values()))
         with pyro.plate("data", self.num_data, subsample=first):
             return pyro.sample("y", dist.Categorical(logits=logits), obs=labels)
@@ -80,6 +81,7 @@ class multi_label(FieldsShown):
         """Sample the weights and the labels of a batch."""
         net = self.lora()  # the pyro.sample statements
         logits = net(**inputs).logits
+        _check_shapes(self, logits, labels, inputs)
         likelihood = dist.Bernoulli(logits=logits)
         if labels is not None:
             counts = labels != IGNORED
@@ -121,6 +123,7 @@ class token_classification(FieldsShown):
         """Sample the weights and the labels of a batch."""
         net = self.lora()  # the pyro.sample statements
         logits = net(**inputs).logits
+        _check_shapes(self, logits, labels, inputs)
         first = next(iter(inputs.values()))
         counts = inputs.get("attention_mask", first.new_ones(first.shape[:2])) > 0
         if labels is not None:
@@ -165,6 +168,7 @@ class regression(FieldsShown):
         net = self.lora()  # the pyro.sample statements
         logits = net(**inputs).logits
         _check_single(logits)
+        _check_shapes(self, logits, labels, inputs)
         noise: Any = self.scale
         if not isinstance(noise, float):
             prior = dist.LogNormal(logits.new_zeros(()), 1.0)
@@ -343,7 +347,9 @@ class language_model(FieldsShown):
     def __call__(self, labels: Tensor | None = None, **inputs: Any) -> Tensor:
         """Sample the weights and the labels of a batch."""
         net = self.lora()  # the pyro.sample statements
-        logits = net(**inputs).logits[..., :-1, :]  # the last token's has no label
+        logits = net(**inputs).logits
+        _check_shapes(self, logits, labels, inputs)
+        logits = logits[..., :-1, :]  # the last token's has no label
         tokens = inputs["input_ids"] if labels is None else labels
         real = inputs.get("attention_mask", torch.ones_like(tokens)) > 0
         counts = real[:, 1:] & real[:, :-1]
@@ -526,6 +532,70 @@ def _check_answers(
             f"models.answer_likelihood: datum {datum} has the choices "
             f"{present[datum].nonzero()[:, 0].tolist()}{found}. Expected one or more, "
             "the label's among them; a choice isn't there if its attention_mask is 0."
+        )
+
+
+@dataclass(frozen=True)
+class _Shapes:
+    """What a model expects.
+
+    Attributes:
+        logits: Letters of their last dims: B and T as the inputs have them.
+        found_in: Networks that have such.
+        labels: Letters of the labels' dims; None where it's said of any likelihood.
+        others: Where labels of another shape belong.
+    """
+
+    logits: str
+    found_in: str
+    labels: str | None = None
+    others: str = ""
+
+
+_OF_TEXTS = "AutoModelForSequenceClassification"
+_ONE_CLASS = " If a datum has one class, the model is models.classification."
+_SHAPES = {
+    "classification": _Shapes("BC", _OF_TEXTS),
+    "regression": _Shapes("B1", _OF_TEXTS),
+    "multi_label": _Shapes("BP", _OF_TEXTS, "BP", _ONE_CLASS),
+    "token_classification": _Shapes(
+        "BTC", "AutoModelForTokenClassification", "BT", _ONE_CLASS
+    ),
+    "language_model": _Shapes("BTV", "AutoModelForCausalLM", "BT", _ONE_CLASS),
+}
+
+
+def _check_shapes(
+    model: Any, logits: Tensor, labels: Tensor | None, inputs: dict[str, Any]
+) -> None:
+    name = type(model).__name__
+    expected = _SHAPES[name]
+    sizes = dict(zip("BT", next(iter(inputs.values())).shape, strict=False))
+
+    def fits(shape: torch.Size, dims: str) -> bool:
+        pairs = zip(shape, dims, strict=False)
+        same = all(sizes.get(letter, size) == size for size, letter in pairs)
+        return len(shape) == len(dims) and same
+
+    def words(dims: str) -> str:
+        known = [f"{x} = {sizes[x]}" for x in dims if x in sizes]
+        return f"({', '.join(dims)}) with {', '.join(known)}"
+
+    if not fits(logits.shape[-len(expected.logits) :], expected.logits):
+        raise ValueError(
+            f"models.{name}: the network's logits are of shape {tuple(logits.shape)}, "
+            f"expected {words(expected.logits)}. Load it by {expected.found_in}, or "
+            "use another of pyro_lora.models, which is for such outputs."
+        )
+    sizes[expected.logits[-1]] = logits.shape[-1]
+    if (
+        isinstance(labels, Tensor)
+        and expected.labels
+        and not fits(labels.shape, expected.labels)
+    ):
+        raise ValueError(
+            f"models.{name}: labels are of shape {tuple(labels.shape)}, expected "
+            f"{words(expected.labels)}.{expected.others}"
         )
 
 

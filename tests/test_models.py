@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Callable
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -444,3 +445,86 @@ def test_bad_arguments_are_named() -> None:
     with pytest.raises(ValueError, match=r"2 outputs a datum, expected one"):
         pl.models.regression(two, 5)(**networks.inputs(networks.batch()))
     assert VOCABULARY > max(CHOICES)
+
+
+@pytest.mark.parametrize(
+    ("name", "network", "by_token", "message"),
+    [
+        (
+            "token_classification",
+            networks.bert,
+            True,
+            r"logits are of shape \(5, 2\), expected \(B, T, C\) with B = 5, T = 7.*"
+            "AutoModelForTokenClassification",
+        ),
+        (
+            "token_classification",
+            partial(networks.bert, of_tokens=True),
+            False,
+            r"labels are of shape \(5,\), expected \(B, T\) with B = 5, T = 7",
+        ),
+        (
+            "language_model",
+            networks.bert,
+            True,
+            r"logits are of shape \(5, 2\), expected \(B, T, V\).*AutoModelForCausalLM",
+        ),
+        # As many classes as tokens.
+        ("language_model", partial(networks.llama, 7), True, r"of shape \(5, 7\)"),
+        (
+            "language_model",
+            partial(networks.llama, None),
+            False,
+            r"labels are of shape \(5,\), expected \(B, T\)",
+        ),
+        (
+            "multi_label",
+            partial(networks.bert, 3),
+            False,
+            r"labels are of shape \(5,\), expected \(B, P\) with B = 5, P = 3",
+        ),
+        # As many labels as data.
+        ("multi_label", partial(networks.bert, 5), False, r"expected \(B, P\)"),
+        (
+            "multi_label",
+            partial(networks.bert, of_tokens=True),
+            False,
+            r"logits are of shape \(5, 7, 2\), expected \(B, P\) with B = 5",
+        ),
+        (
+            "classification",
+            partial(networks.llama, None),
+            False,
+            r"logits are of shape \(5, 7, 50\), expected \(B, C\) with B = 5",
+        ),
+        (
+            "regression",
+            partial(networks.bert, 1, of_tokens=True),
+            False,
+            r"logits are of shape \(5, 7, 1\), expected \(B, 1\) with B = 5",
+        ),
+    ],
+)
+def test_networks_and_labels_of_another_model_are_named(
+    name: str, network: Callable[[], Any], by_token: bool, message: str
+) -> None:
+    lora, texts = pl.lift(network()), networks.batch()
+    model = getattr(pl.models, name)(lora, 5)
+    if by_token:
+        texts["labels"] = texts["input_ids"]
+    guide = pl.AutoLaplace(model, init_loc_fn=lora.init_to_adapter(), fisher="mc")
+    svgd = pl.SVGD(
+        model,
+        pl.kernels.RBF(),
+        Adam({"lr": 1e-3}),
+        2,
+        init_loc_fn=lora.init_to_adapter(jitter=0.1),
+    )
+    calls: list[Callable[[], Any]] = [
+        lambda: guide.laplace_approximation([texts]),
+        lambda: svgd.step(**texts),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=rf"models\.{name}: .*{message}") as caught:
+            call()
+        assert "Trace Shapes" not in str(caught.value)

@@ -102,14 +102,14 @@ FUNCTIONS: dict[str, tuple[str, Callable[..., Any]]] = {
             laplace(), [batch()], num_samples=4, chunk_size=2, **s
         ),
     ),
-    "diagnose": ("Diagnose: ", lambda **s: pl.diagnose(laplace(), [batch()], **s)),
+    "diagnose": ("Diagnose: 100%", lambda **s: pl.diagnose(laplace(), [batch()], **s)),
     "generate": ("Generate: 100%", generate),
     "optimize_prior": (
         "Prior: 100%",
         lambda **s: laplace().optimize_prior(objective="nll", batches=[batch()], **s),
     ),
-    "for_sampling": ("Scale: ", lambda **s: laplace().for_sampling([batch()], **s)),
-    "tfb": ("Width: ", lambda **s: pl.methods.tfb(laplace().model, [batch()], **s)),
+    "for_sampling": ("Scale: 100%", lambda **s: laplace().for_sampling([batch()], **s)),
+    "tfb": ("Width: 100%", lambda **s: pl.methods.tfb(laplace().model, [batch()], **s)),
 }
 
 
@@ -142,3 +142,27 @@ def test_passes_over_the_same_batches_add_up(stderr: Any) -> None:
         batches = Counted([1, 2, 3], bar)
         assert [*batches, *batches] == [1, 2, 3, 1, 2, 3]
         assert bar.n == 6
+
+
+def test_the_total_is_of_the_passes_that_have_begun(stderr: Any) -> None:
+    stderr(True)
+    seen = []
+    with progress(title="Passes", unit="batch", shown=True) as bar:
+        three, two = Counted([1, 2, 3], bar), Counted([1, 2], bar)
+        next(iter(three))  # a look at the first one is no pass
+        for batches in (three, two, three):
+            for _ in batches:
+                seen.append((bar.n, bar.total))
+            seen.append((bar.n, bar.total))
+    after = [(n, total) for n, total in seen if n]
+    assert [total for n, total in after if n in (3, 5, 8)] == [3, 3, 5, 5, 8]
+    assert seen[-1] == (8, 8)
+    with progress(title="Passes", unit="batch", shown=True, total=6) as bar:
+        for _ in range(2):
+            for _ in Counted([1, 2, 3], bar):
+                assert bar.total == 6  # where it's known
+        assert bar.n == 6
+    with progress(title="Passes", unit="batch", shown=True) as bar:
+        list(Counted(iter([1, 2]), bar))
+        list(Counted((x for x in (1, 2)), bar))  # of no known length
+        assert bar.n == 4

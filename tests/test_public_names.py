@@ -45,7 +45,9 @@ def test_help_and_names_need_neither_torch_nor_transformers() -> None:
     code = """
 import sys
 import pyro_lora as pl
-assert set(pl.__all__) <= set(dir(pl))
+shown = {name for name in dir(pl) if not name.startswith("__")}
+assert shown == set(pl.__all__), shown ^ set(pl.__all__)
+assert {"__version__", "__doc__"} <= set(dir(pl))
 assert not hasattr(pl, "__wrapped__")
 from pyro_lora.cli.commands import app
 from typer.testing import CliRunner

@@ -201,11 +201,28 @@ def test_an_exact_evidence_is_shown_once_it_is_known() -> None:
         lambda p: pl.predict(p, [batch()]).metrics(),
     ):
         other = exact.refine()
-        assert "log_evidence" not in facts(other)
+        assert facts(other)["log_evidence"] == "computed when asked for"
         ask(other)
         assert facts(other)["log_evidence"] == f"{evidence:.4g}"
         assert float(other.log_evidence()) == pytest.approx(evidence, rel=1e-12)
-    assert "log_evidence" not in facts(posterior.with_prior_precision(2.0))
+    chosen = facts(posterior.with_prior_precision(2.0))
+    assert chosen["log_evidence"] == "computed when asked for"
+
+
+def test_a_mixture_says_what_its_parts_have() -> None:
+    posterior = laplace()
+    parts = [posterior.with_prior_precision(x) for x in (2.0, 0.5, 8.0)]
+    evidences = sorted(float(part.log_evidence()) for part in parts)
+    said = facts(pl.MixturePosterior([*parts, particles()]))
+    assert said["prior_precision"] == "0.5 to 8"
+    assert said["log_evidence"] == f"{evidences[0]:.4g} to {evidences[-1]:.4g}"
+    said = facts(pl.MixturePosterior([particles(), particles()]))
+    assert not {"prior_precision", "log_evidence"} & said.keys()
+    exact = laplace(structure=pl.structures.Exact()).refine()
+    assert "log_evidence" not in facts(pl.MixturePosterior([exact]))
+    exact.log_evidence()
+    found = facts(pl.MixturePosterior([exact]))["log_evidence"]
+    assert found == facts(exact)["log_evidence"]
 
 
 def test_starts_and_priors_are_said_in_words() -> None:

@@ -125,7 +125,7 @@ def _app(
 Data = Annotated[
     Path,
     typer.Argument(
-        help="CSV or TSV file with a header, JSONL or Parquet file.",
+        help="CSV or TSV file with a header, JSONL (.jsonl or .json) or Parquet file.",
         exists=True,
         dir_okay=False,
     ),
@@ -327,7 +327,8 @@ def predict(
     output: Annotated[
         Path | None,
         typer.Option(
-            help="File to write, a row for each text: .csv, .tsv, .jsonl or .parquet.",
+            help="File to write, a row for each text: .csv, .tsv, .jsonl, .json "
+            "(as .jsonl) or .parquet.",
             dir_okay=False,
         ),
     ] = None,
@@ -369,7 +370,9 @@ def predict(
     with _errors_in_words():
         _refuse(
             method is not Predictive.sample and num_samples is not None,
-            "--num-samples is for --method sample: linearized predictions are exact.",
+            "--num-samples is for --method sample: say that, too. Without it "
+            "predictions are exact for laplace, by the linearized network, and means "
+            "over all particles for svgd.",
         )
         if output is not None:
             check_output(output, [data, posterior], replace)
@@ -450,7 +453,7 @@ def diagnose(
             batches[0],
             held_out=batches[1] if held_out is not None else None,
         )
-    _print(str(diagnosis))
+    _print(str(diagnosis).replace(*_HELD_OUT))
 
 
 @app.command()
@@ -597,8 +600,11 @@ def _svgd(
     lora.network.train()
     engine.run(shuffled, num_epochs=epochs)
     lora.network.eval()
-    series = engine.diagnostics.items()
-    last: dict[str, Any] = {name: values[-1] for name, values in series if values}
+    # The loss has the prior's constant in it, which says nothing: nll stands first.
+    series: dict[str, list[float]] = {"nll": [], **engine.diagnostics}
+    last: dict[str, Any] = {
+        name: values[-1] for name, values in series.items() if values and name != "loss"
+    }
     if last.get("repulsion") == 0:
         last |= dict.fromkeys(("repulsion", "ratio"), "0, gate closed")
     return engine.posterior(), {"particles": num_particles, **last}
@@ -670,8 +676,13 @@ def _prepare(seed: int, online: bool) -> None:
 # What a command has in place of what the library advises.
 _REMEDIES = {
     "The weights aren't a mode": "Here: by (more) --epochs, as in "
-    "--epochs 1 --learning-rate 1e-4."
+    "--epochs 1 --learning-rate 1e-4.",
+    "A Gaussian over several layers": "Here: write the mode, by --mode, or fit "
+    "particles, by --method svgd.",
+    "Averaged over draws of a Gaussian": "Here: leave out --method sample, or fit "
+    "particles, by fit --method svgd.",
 }
+_HELD_OUT = "give held_out=", "give --held-out"
 
 
 def _warn(message: Warning | str, *_: Any) -> None:

@@ -94,13 +94,8 @@ def read_texts(
     for column in needed:
         if column not in frame.columns:
             remedy = "Name it by --text-column or --label-column."
-            (only, *others) = sorted(frame.columns)
-            separator = next((x for x in ";\t,|" if x in only), None)
-            if separator and not others and path.suffix.lower() in (".csv", ".tsv"):
-                remedy = (
-                    f"Is it separated by {separator!r}? Save it with ',' between the "
-                    "values, as .csv, or with tabs, as .tsv."
-                )
+            if len(frame.columns) == 1 and path.suffix.lower() in (".csv", ".tsv"):
+                remedy = _other_separator(frame.columns[0]) or remedy
             raise ValueError(
                 f"{path} has no column {column!r}, but {sorted(frame.columns)}. "
                 f"{remedy}"
@@ -183,10 +178,13 @@ def _delimited(path: Path, separator: str) -> tuple[DataFrame, Place]:
         what = f"{values} values for {width} columns"
         if values == _UNREADABLE:
             what = f"not {path.suffix[1:].upper()} ({error})"
-        raise ValueError(
-            f"{path}, line {line}: {what}. Put quotes around a text with {separator!r} "
-            'in it; a quote inside of a quoted text is written twice: "".'
-        ) from error
+        remedy = (
+            f"Put quotes around a text with {separator!r} in it; a quote inside of a "
+            'quoted text is written twice: "".'
+        )
+        if width == 1:
+            remedy = _other_separator(text[: text.find("\n")]) or remedy
+        raise ValueError(f"{path}, line {line}: {what}. {remedy}") from error
 
     def place(index: int) -> str:
         return f"line {list(_records(text, separator))[index + 1][0]}"
@@ -198,6 +196,17 @@ def _delimited(path: Path, separator: str) -> tuple[DataFrame, Place]:
             f"{path}, {place(-1)}: column {twice.iloc[0]!r} is there twice. Rename one."
         )
     return frame[1:].set_axis(header, axis="columns"), place
+
+
+def _other_separator(header: str) -> str | None:
+    """What to ask where a header is one value; None where it has no separator."""
+    for separator in ";\t,|":
+        if separator in header:
+            return (
+                f"Is it separated by {separator!r}? Save it with ',' between the "
+                "values, as .csv, or with tabs, as .tsv."
+            )
+    return None
 
 
 def _records(text: str, separator: str) -> Iterator[tuple[int, int]]:

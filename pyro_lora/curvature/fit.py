@@ -471,8 +471,8 @@ class FisherPasses:
         sums = over_ranks(ranks, sums, device)
         sites = observed_sites(trace, self.obs_site)
         read_from = None if before is None else before.folder
-        full_size = data_plate(sites[0]).full_size
-        _check_number(sums.num_data, full_size, _names(sites), read_from, ranks)
+        plate = data_plate(sites[0])
+        _check_number(sums.num_data, plate, _names(sites), read_from, ranks)
         return sums, trace
 
 
@@ -570,20 +570,39 @@ def _check_finite(
 
 
 def _check_number(
-    num_seen: int, full_size: int, site: str, read_from: Path | None, ranks: Ranks
+    num_seen: int, plate: DataPlate, site: str, read_from: Path | None, ranks: Ranks
 ) -> None:
-    if num_seen != full_size:
-        where = "" if read_from is None else f", those summed in {read_from} included"
-        whose, shared = "", ""
-        if ranks.size > 1:
-            whose = f" of all {ranks.size} ranks together"
-            shared = (
-                " Each rank gives its own share, pl.share(batches); a "
-                "DistributedSampler repeats data where they don't divide by the ranks."
-            )
-        raise ValueError(
-            f"The batches{whose} hold {num_seen} data{where}, but the plate of site "
-            f"{site!r} says {full_size}. Give batches that cover every datum "
-            "exactly once (drop_last=False, no repeats), or correct num_data in the "
-            f"model's pyro.plate.{shared}"
+    if num_seen == plate.full_size:
+        return
+    where = "" if read_from is None else f", those summed in {read_from} included"
+    whose, shared = "", ""
+    if ranks.size > 1:
+        whose = f" of all {ranks.size} ranks together"
+        shared = (
+            " Each rank gives its own share, pl.share(batches); a "
+            "DistributedSampler repeats data where they don't divide by the ranks."
         )
+    says = f"the plate of site {site!r} says {plate.full_size}"
+    remedy = (
+        "Give batches that cover every datum exactly once (drop_last=False, no "
+        "repeats), or correct num_data in the model's pyro.plate."
+    )
+    in_all = 'pyro.plate("data", num_data, subsample=input_ids)'
+    if plate.name is None:
+        says = (
+            f"site {site!r} is in no plate, so that each batch, such as one of "
+            f"{plate.size}, would be all data"
+        )
+        remedy = f"Put its pyro.sample into a plate: with {in_all}."
+    elif plate.size == plate.full_size and num_seen > plate.full_size:
+        says = (
+            f"the plate {plate.name!r} of site {site!r} has the size of a batch, "
+            f"{plate.size}, which would then be all data"
+        )
+        remedy = (
+            f"Say how many there are in all, {in_all}; if these are all, give them "
+            "once."
+        )
+    raise ValueError(
+        f"The batches{whose} hold {num_seen} data{where}, but {says}. {remedy}{shared}"
+    )

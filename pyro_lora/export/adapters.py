@@ -236,6 +236,8 @@ def _check_replaceable(folder: Path) -> None:
     Raises:
         ValueError: If it can't.
     """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file. Name a new folder.")
     if next(folder.glob("draw_*"), None) is not None:
         raise ValueError(
             f"{folder} holds draws already. Delete them, or name another folder."

@@ -43,7 +43,7 @@ from pyro_lora.export.checkpoint import load, load_metadata, save
 from pyro_lora.ground.interrupts import leaving_no_trace, undone
 from pyro_lora.ground.settings import check_kind
 from pyro_lora.ground.tensor_folder import Schema, put
-from pyro_lora.ground.unfinished import aside
+from pyro_lora.ground.unfinished import aside, make_folder
 from pyro_lora.ground.warning import warn
 from pyro_lora.ground.weights import Weights
 from pyro_lora.lift import lift
@@ -129,7 +129,7 @@ def save_pretrained(
     folder = Path(path)
     about = _Pretrained(_class_names(network), _described(posterior.model))
     words[_METADATA] = msgspec.json.encode(about).decode()
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with aside(folder) as unfinished:
         before = lora.weights()
         # PEFT writes what is in the network, so the mode is put there, for that long.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from operator import length_hint
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -50,6 +51,9 @@ def progress(
 class Counted:
     """Batches that are gone through several times, all passes on one bar.
 
+    Where nobody knows how many passes there will be, the bar's total is that of those
+    that have begun.
+
     Attributes:
         batches: Re-iterable.
         bar: From :func:`progress`.
@@ -59,6 +63,9 @@ class Counted:
     bar: Any
 
     def __iter__(self) -> Iterator[Any]:
-        for batch in self.batches:
+        length, bar = length_hint(self.batches), self.bar
+        for index, batch in enumerate(self.batches):
             yield batch
-            self.bar.update()
+            if index < length and (bar.total is None or bar.n >= bar.total):
+                bar.total = bar.n + length - index
+            bar.update()

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pyro_lora.ground.checked_tensors import stored
-from pyro_lora.ground.unfinished import aside, locked
+from pyro_lora.ground.unfinished import aside, locked, make_folder
 
 Tensors = dict[str, Tensor]
 
@@ -112,9 +112,10 @@ def write_folder(
         tensors: Name -> tensor.
 
     Raises:
-        ValueError: If the folder holds a ``manifest.json`` of something else.
+        ValueError: If the folder holds a ``manifest.json`` of something else, or is a
+            file.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     manifest_file = folder / MANIFEST
     if manifest_file.exists():
         _read_manifest(manifest_file, form)

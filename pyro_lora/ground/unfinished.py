@@ -114,7 +114,7 @@ def aside(
             turn.release()
             owner.release()
 
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with undone(delete):
         turn.take(_PATIENCE)  # or another would find it before it has an owner
         _delete_abandoned(folder, tidy)
@@ -122,6 +122,23 @@ def aside(
         owner.take(0)
         turn.release()
         yield unfinished
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, if it isn't there.
+
+    Raises:
+        ValueError: If a file has its name, or that of a folder that it would be in.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        file = next(x for x in (folder, *folder.parents) if os.path.lexists(x))
+        what = "a file" if file == folder else f"in {file}, a file"
+        raise ValueError(
+            f"{folder} should be a folder to write into, and is {what}. Name another "
+            "one."
+        ) from error
 
 
 def _delete_abandoned(folder: Path, tidy: Callable[[Path], None]) -> None:

@@ -374,11 +374,15 @@ def explaining(
     try:
         yield
     except FAILURES as error:
-        if type(error) not in FAILURES or _is_ours(error):
+        # Pyro adds the shapes of all sites to what is raised inside of a trace.
+        words = str(error).split("Trace Shapes:")[0].strip()
+        if type(error) not in FAILURES or (_is_ours(error) and words == str(error)):
             raise
+        if _is_ours(error):
+            raise type(error)(words) from error
         in_trace = nodes() if callable(nodes) else nodes
         place = getattr(batch, "place", "The batch")
-        text = f"{type(error).__name__}: {error}".split("Trace Shapes:")[0].strip()
+        text = f"{type(error).__name__}: {words}"
         reasons = [x for find in FINDINGS for x in _tried(find, batch, model, in_trace)]
         if not reasons:
             raise ValueError(

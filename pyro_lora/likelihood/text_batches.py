@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from pyro_lora.ground.settings import check_count, check_kind
+from pyro_lora.ground.warning import warn
 
 Text = str | tuple[str, str]
 Labels = Iterable[Any] | np.ndarray | Tensor
@@ -63,6 +64,9 @@ def text_batches(
             labels are a table, or in no order.
         ValueError: If there are no texts, one has no tokens, there are more or fewer
             labels, they aren't numbers, or the tokenizer has no token to pad with.
+
+    Warns:
+        UserWarning: If texts are cut and ``max_length`` is None.
     """
     expected = "a tokenizer of transformers, such as AutoTokenizer.from_pretrained(...)"
     check_kind("tokenizer", tokenizer, PreTrainedTokenizerBase, expected)
@@ -128,11 +132,16 @@ def _tokenized(
 
     Raises:
         ValueError: If a text has no tokens.
+
+    Warns:
+        UserWarning: If one is cut, and nobody has said where.
     """
     most: int = tokenizer.model_max_length if max_length is None else max_length
     # Asked to cut at no length, tokenizers warn.
     cut: Any = {"truncation": True, "max_length": most} if most < _NO_LIMIT else {}
     columns = tokenizer(texts, **cut)
+    if max_length is None and cut:
+        _warn_of_cut(tokenizer, texts, [len(x) for x in columns["input_ids"]], most)
     for index, ids in enumerate(columns["input_ids"]):
         if not ids:
             raise ValueError(
@@ -144,6 +153,23 @@ def _tokenized(
         dict(zip(names, row, strict=True))
         for row in zip(*columns.values(), strict=True)
     ]
+
+
+def _warn_of_cut(
+    tokenizer: PreTrainedTokenizerBase, texts: list[Text], sizes: list[int], most: int
+) -> None:
+    """Warn, to text_batches' caller, of texts that nobody has asked to cut."""
+    full = [index for index, size in enumerate(sizes) if size >= most]
+    if not full:
+        return
+    whole = tokenizer([texts[i] for i in full], verbose=False)["input_ids"]
+    cut = [i for i, ids in zip(full, whole, strict=True) if len(ids) > most]
+    if cut:
+        warn(
+            f"{len(cut)} of {len(texts)} texts are cut after {most} tokens, which is "
+            "what the tokenizer says that its network can read; the first one is "
+            f"texts[{cut[0]}]. Where that is intended, say max_length={most}."
+        )
 
 
 def _numbers(labels: Labels, num_texts: int) -> Tensor:

@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from pyro import poutine
+from torch import Tensor, nn
 
-from pyro_lora.ground.settings import check_count
+from pyro_lora.ground.interrupts import leaving_no_trace
+from pyro_lora.ground.settings import check_count, shown
 from pyro_lora.ground.summary import Summarised, brief
-from pyro_lora.ground.weights import Weights, copied
+from pyro_lora.ground.weights import Weights, copied, drawing_nothing
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.likelihood.model_trace import (
     Model,
@@ -24,6 +26,15 @@ from pyro_lora.posteriors.prior import latent_nodes, networks_prior
 from pyro_lora.priors import Prior
 
 Guide = Callable[..., Any]  # any Pyro guide
+
+# What is expected where a posterior is, and how one comes to be.
+POSTERIOR = "a posterior, one of pyro_lora's or any Pyro guide"
+REMEDY = (
+    "Fit one: lora = pl.lift(peft_model), a Pyro model that calls lora(), such as "
+    "pl.models.classification(lora, num_data), and of it "
+    "pl.AutoLaplace(model, ...).laplace_approximation(batches). Of trained weights "
+    "alone it is pl.ensemble(lora, [lora.weights()])."
+)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -65,8 +76,15 @@ class GuidePosterior(Summarised):
             return None
 
     def trace(self) -> Any:
-        """Of one call of the guide."""
-        return trace_on(self.guide, (), self.called_with)
+        """Of one call of the guide.
+
+        Raises:
+            TypeError: If it samples nothing.
+        """
+        trace = trace_on(self.guide, (), self.called_with)
+        if not latent_nodes(trace):
+            raise TypeError(samples_nothing(self.guide))
+        return trace
 
     @property
     def networks(self) -> tuple[LiftedNetwork, ...]:
@@ -150,6 +168,37 @@ class GuidePosterior(Summarised):
                 f"{type(self.guide).__name__} has no quantiles. Take those of draws."
             )
         return as_given(of_guide(levels), quantiles)
+
+
+@leaving_no_trace
+@torch.no_grad()
+def check_samples(network: nn.Module, arguments: Mapping[str, Any]) -> None:
+    """Check that a network, which can be called as guides can, is one.
+
+    Args:
+        network: Any; the random numbers go on as if it hadn't been called.
+        arguments: What it is called with.
+
+    Raises:
+        TypeError: If the call samples nothing, whether it goes through or not.
+    """
+    handler: Any = poutine.trace(network)
+    failed: Exception | None = None
+    with drawing_nothing([dict(network.named_parameters())]):
+        try:
+            handler.get_trace(**arguments)
+        except Exception as error:  # whatever a network says of arguments
+            failed = error
+    if not latent_nodes(handler.msngr.trace):
+        raise TypeError(samples_nothing(network)) from failed
+
+
+def samples_nothing(guide: Guide) -> str:
+    """What to say of something that can be called as a guide, and isn't one."""
+    return (
+        f"posterior must be {POSTERIOR}, found {shown(guide)}, whose call samples "
+        f"nothing. {REMEDY}"
+    )
 
 
 def _is_auxiliary(node: Mapping[str, Any]) -> bool:

@@ -120,9 +120,11 @@ class LaplacePosterior(marginals.ByMarginals, Shared):
             "prior": brief(self.prior),
             "log_likelihood": extent([self.log_likelihood]),
         }
-        num_weights = sum(x.numel() for x in self.gaussian.loc.values())
-        if self.gaussian.knows_log_det and num_weights <= _FREE:
-            facts["log_evidence"] = extent([self.log_evidence()])
+        facts["log_evidence"] = (
+            extent([self.log_evidence()])
+            if knows_evidence(self)
+            else "computed when asked for"
+        )
         return facts | {"obs_site": brief(self.obs_site), "model": brief(self.model)}
 
     def gaussians(self) -> list[tuple[float, LaplacePosterior]]:
@@ -639,3 +641,9 @@ class LaplacePosterior(marginals.ByMarginals, Shared):
                 "Use load(path, lora, model=model)."
             )
         return self.model
+
+
+def knows_evidence(posterior: LaplacePosterior) -> bool:
+    """Whether its log evidence takes no decomposition, and so no time."""
+    num_weights = sum(x.numel() for x in posterior.gaussian.loc.values())
+    return posterior.gaussian.knows_log_det and num_weights <= _FREE

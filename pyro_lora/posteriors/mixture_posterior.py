@@ -17,14 +17,17 @@ from torch import Tensor
 from pyro_lora.curvature.digests import update
 from pyro_lora.curvature.joint_distribution import sample_jointly
 from pyro_lora.ground.settings import check_count, check_kind
-from pyro_lora.ground.summary import brief, listed, weights_facts
+from pyro_lora.ground.summary import brief, extent, listed, weights_facts
 from pyro_lora.ground.weights import Weights
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.likelihood.batch import Batch, check_batches, checked_batches
 from pyro_lora.likelihood.model_trace import Model
 from pyro_lora.posteriors import marginals
 from pyro_lora.posteriors.guide_posterior import Guide
-from pyro_lora.posteriors.laplace_posterior import LaplacePosterior
+from pyro_lora.posteriors.laplace_posterior import (
+    LaplacePosterior,
+    knows_evidence,
+)
 from pyro_lora.posteriors.posterior import (
     Posterior,
     as_posterior,
@@ -99,14 +102,25 @@ class MixturePosterior(marginals.ByMarginals, Shared):
         """Of each component, (n,), float64, they add up to one."""
         return self._weights.clone()
 
+    @torch.no_grad()
     def _facts(self) -> dict[str, str]:
         kinds = Counter(map(kind_of, self.components))
         largest = self._weights.topk(min(3, len(self._weights))).values
         weights = [f"{x:.3g}" for x in largest.tolist()]
+        parts = [gaussian for _, gaussian in self.gaussians()]
+        of_parts = {
+            "prior_precision": [
+                x for part in parts for x in part.gaussian.prior_precision.values()
+            ],
+            "log_evidence": [
+                part.log_evidence() for part in parts if all(map(knows_evidence, parts))
+            ],
+        }
         return {
             "components": ", ".join(f"{n} {kind}" for kind, n in kinds.items()),
             "mixed": listed(weights, len(self.components)),
             **weights_facts(self._like),
+            **{name: extent(x) for name, x in of_parts.items() if x},
             "prior": brief(self.prior),
             "obs_site": brief(self.obs_site),
             "model": brief(self.model),

@@ -11,13 +11,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from torch import Tensor
+from pyro.nn import PyroModule
+from torch import Tensor, nn
 
 from pyro_lora.ground.settings import check_fitted, check_function
 from pyro_lora.ground.weights import Weights, drawing_nothing
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.likelihood.model_trace import Model
-from pyro_lora.posteriors.guide_posterior import Guide, GuidePosterior
+from pyro_lora.posteriors.guide_posterior import (
+    POSTERIOR,
+    REMEDY,
+    Guide,
+    GuidePosterior,
+    check_samples,
+)
 from pyro_lora.posteriors.laplace_posterior import LaplacePosterior
 from pyro_lora.posteriors.prior import is_networks_own, scaled
 from pyro_lora.priors import Prior
@@ -105,15 +112,19 @@ def as_posterior(
         arguments: What a guide is called with, such as a batch.
 
     Raises:
-        TypeError: If it is neither, or the engine that fits one.
+        TypeError: If it is neither, but the engine that fits one, say, or a network.
     """
     check_fitted("posterior", posterior)
-    expected = "a posterior, one of pyro_lora's or any Pyro guide"
     if isinstance(posterior, LiftedNetwork):
-        raise TypeError(f"posterior must be {expected}, found a LiftedNetwork.")
+        raise TypeError(
+            f"posterior must be {POSTERIOR}, found a LiftedNetwork. {REMEDY}"
+        )
     if isinstance(posterior, Posterior):  # before guides, since ours are guides, too
         return posterior
-    check_function("posterior", posterior, expected)
+    check_function("posterior", posterior, POSTERIOR)
+    # Pyro's own modules are guides, others may be, where they call pyro.sample.
+    if isinstance(posterior, nn.Module) and not isinstance(posterior, PyroModule):
+        check_samples(posterior, arguments or {})
     return GuidePosterior(posterior, model, arguments or {})
 
 

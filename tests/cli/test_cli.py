@@ -141,8 +141,10 @@ def svgd(place: Place) -> Path:
         posterior,
         *("--method", "svgd", "--num-particles", 3, "--epochs", 2, "--batch-size", 6),
     )
-    assert "particles" in output
-    assert "mean_kernel" in output
+    rows = re.findall(r"^\W* (\w+) ", output, re.MULTILINE)
+    assert rows[rows.index("particles") + 1] == "nll"  # what says how training went
+    assert "mean_kernel" in rows
+    assert "loss" not in rows
     assert "100%" not in output
     return posterior
 
@@ -272,6 +274,8 @@ def test_diagnose_prints_the_diagnosis(place: Place, laplace: Path) -> None:
         model=model,
     )
     assert str(expected).splitlines()[0] in output
+    assert "give --held-out for what counts" in output
+    assert "held_out=" not in output
     held_out = run("diagnose", laplace, place.train, "--held-out", place.test)
     assert held_out != output
 
@@ -300,6 +304,11 @@ def test_all_particles_or_the_mode_are_exported(
     found = pl.ensemble(lora, [folder]).particles
     mode = pl.load(laplace, lora).mode()
     assert_close({s: x[0] for s, x in found.items()}, mode)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")  # as in a terminal
+        draws = run("export", laplace, tmp_path / "draws", "--num-samples", 1)
+    assert "may predict at chance" in draws
+    assert "Here: write the mode, by --mode" in draws.replace("\n", " ")
     again = run("export", laplace, tmp_path / "mode", code=1)
     assert "holds draws already" in again
     assert "no mode" in run("export", svgd, tmp_path / "no", "--mode", code=1)
@@ -632,7 +641,7 @@ def test_a_mixture_of_a_gaussian_and_a_particle_goes_by_draws(
 
 
 def test_an_option_of_another_method_is_refused(
-    place: Place, laplace: Path, tmp_path: Path
+    place: Place, laplace: Path, svgd: Path, tmp_path: Path
 ) -> None:
     fit = ("fit", place.adapter, place.train, tmp_path / "p")
     predict = ("predict", laplace, place.test)
@@ -641,6 +650,10 @@ def test_an_option_of_another_method_is_refused(
         ((*fit, "--learning-rate", 0.1), "--learning-rate is for training"),
         ((*fit, "--epochs", 0, "--learning-rate", 0.1), "--learning-rate is for"),
         ((*predict, "--num-samples", 3), "--num-samples is for --method sample"),
+        (
+            ("predict", svgd, place.test, "--num-samples", 2),
+            "means over all particles for svgd",
+        ),
         (
             (*predict, "--method", "linearized", "--num-samples", 3),
             "--num-samples is for --method sample",
@@ -908,6 +921,17 @@ def test_long_texts_are_cut_with_a_word(place: Place, tmp_path: Path) -> None:
         output = run("fit", place.adapter, file, tmp_path / "p").replace("\n", " ")
     assert "1 of 2 texts are cut after 16 tokens" in output
     assert f"{file}, line 3" in output
+
+
+def test_draws_that_predict_worse_than_the_mode_have_a_remedy_here(
+    place: Place, laplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pl.Prediction, "worse_than", lambda self, other: "it is worse")
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")  # as in a terminal
+        output = run("predict", laplace, place.test, "--method", "sample")
+    assert "Averaged over draws of a Gaussian posterior, it is worse" in output
+    assert "Here: leave out --method sample" in output.replace("\n", " ")
 
 
 @pytest.mark.parametrize(

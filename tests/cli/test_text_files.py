@@ -153,6 +153,19 @@ def test_another_separator_is_asked_for(
         read_texts(path, "TEXT", "label", optional=True)
 
 
+@pytest.mark.parametrize("second", ["good, really;1", 'a "good" film, really;1'])
+def test_a_separator_in_the_header_is_asked_for_where_texts_have_commas(
+    second: str, tmp_path: Path
+) -> None:
+    path = file_of(tmp_path, f"text;label\n{second}\n", "a.csv")
+    message = r"line 2: 2 values for 1 columns\. Is it separated by ';'\?.*as \.csv"
+    with pytest.raises(ValueError, match=message):
+        read_texts(path, "text", "label")
+    path = file_of(tmp_path, "text,label\ngood, really,1\n", "b.csv")
+    with pytest.raises(ValueError, match=r"3 values for 2 columns\. Put quotes around"):
+        read_texts(path, "text", "label")
+
+
 def test_sheets_are_to_be_saved_as_text(tmp_path: Path) -> None:
     for name in ("a.xlsx", "a.ods"):
         with pytest.raises(ValueError, match=r"Save the sheet as 'CSV UTF-8'"):

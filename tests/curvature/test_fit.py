@@ -407,3 +407,39 @@ def test_outcomes_that_were_not_drawn_count_through_those_that_were() -> None:
     assert_same(fisher(fitted), 2 * j.mT @ j / 0.25)
     log_prob = dist.Normal(exact.logits, 0.5).log_prob(y)[:, drawn].sum()
     assert_same(fitted.log_likelihood, 2 * log_prob)
+
+
+@pytest.mark.parametrize(
+    ("plate", "message"),
+    [
+        (
+            None,
+            r"hold 8 data, but site 'y' is in no plate.*of 4, would be all data.*"
+            r"pyro\.plate\(\"data\", num_data, subsample=",
+        ),
+        (
+            4,
+            r"hold 8 data, but the plate 'data' of site 'y' has the size of a batch, 4"
+            r".*pyro\.plate\(\"data\", num_data, subsample=",
+        ),
+        (7, r"hold 8 data, but the plate of site 'y' says 7\..*correct num_data"),
+        (9, r"hold 8 data, but the plate of site 'y' says 9\..*correct num_data"),
+    ],
+)
+def test_a_plate_that_is_missing_or_wrong_is_named(
+    plate: int | None, message: str
+) -> None:
+    lora, texts = pl.lift(bert(3)), batch(8, num_labels=3)
+
+    def model(labels: Tensor, **texts: Tensor) -> None:
+        fn = dist.Categorical(logits=lora()(**texts).logits)
+        if plate is None:
+            pyro.sample("y", fn, obs=labels)
+            return
+        subsample = None if plate == len(labels) else labels
+        with pyro.plate("data", plate, subsample=subsample):
+            pyro.sample("y", fn, obs=labels)
+
+    guide = pl.AutoLaplace(model, init_loc_fn=lora.init_to_adapter())
+    with pytest.raises(ValueError, match=message):
+        guide.laplace_approximation(split(texts, 4))

@@ -303,3 +303,44 @@ def test_axes_can_be_given() -> None:
         assert ax.has_data()
     assert plt.get_fignums() == [figure.number]
     figure.canvas.draw()
+
+
+def test_a_prediction_alone_is_drawn_as_one_of_a_mapping() -> None:
+    prediction, other = labelled(50), labelled(30)
+    for one, several in (
+        (
+            pl.plots.reliability(prediction),
+            pl.plots.reliability({"prediction": prediction}),
+        ),
+        (
+            pl.plots.rejection(prediction),
+            pl.plots.rejection({"prediction": prediction}),
+        ),
+        (
+            pl.plots.entropy(prediction, other),
+            pl.plots.entropy(prediction, {"out of domain": other}),
+        ),
+    ):
+        lines = [
+            [line.get_xydata().tolist() for line in ax.get_lines()]
+            for ax in (one, several)
+        ]
+        assert lines[0] == lines[1]
+        legends = [ax.get_legend().get_texts() for ax in (one, several)]
+        words = [[text.get_text() for text in legend] for legend in legends]
+        assert words[0] == words[1]
+
+
+def test_what_has_no_classes_is_not_drawn() -> None:
+    real = pl.RegressionPrediction(loc=torch.zeros(1, 3), noise_scale=torch.ones(1, 3))
+    classes = labelled(5)
+    for wrong in (real, {"a": classes, "b": real}, 3):
+        for draw in (
+            pl.plots.reliability,
+            pl.plots.rejection,
+            lambda x: pl.plots.entropy(classes, x),
+        ):
+            with pytest.raises(TypeError, match=r"must be a prediction of classes"):
+                draw(wrong)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"entropy.*found a RegressionPrediction"):
+        pl.plots.entropy(real, classes)  # type: ignore[arg-type]

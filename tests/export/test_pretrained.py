@@ -358,3 +358,19 @@ def test_offline_mode_is_said_with_what_can_be_done(
         pl.from_pretrained("me/it")
     with pytest.raises(ValueError, match=r"'/no/such/folder' is no folder, nor can"):
         pl.from_pretrained("/no/such/folder")
+
+
+def test_a_file_in_the_place_of_a_folder_is_named(tmp_path: Path) -> None:
+    lora = pl.lift(network(tmp_path))
+    posterior = pl.ensemble(lora, [lora.weights()])
+    file = tmp_path / "file"
+    file.write_text("mine")
+    for path, message in ((file, "is a file"), (file / "sub", "a file")):
+        for write in (
+            posterior.save_pretrained,
+            lambda p: pl.save(posterior, p),
+            lambda p: pl.export_adapters(posterior, p, 1),
+        ):
+            with pytest.raises(ValueError, match=rf"file.*{message}\. Name a"):
+                write(path)
+    assert file.read_text() == "mine"

@@ -476,8 +476,11 @@ def test_run_notices_data_that_the_plate_does_not_have(settings: Any) -> None:
         svgd.run(loader, num_epochs=1, progress_bar=False)
     assert not told(svgd, loader)  # it has been said
     svgd = counted(5, **settings)
-    with pytest.warns(UserWarning, match=r"hold 7 data.*says 5"):
+    with pytest.warns(UserWarning, match=r"hold 7 data.*says 5.*Correct num_data"):
         svgd.run(loader, num_epochs=1, progress_bar=False)
+    svgd = counted(2, **settings)
+    with pytest.warns(UserWarning, match=r"says 2.*size of a batch.*subsample="):
+        svgd.run(rows(6, batch_size=2), num_epochs=1, progress_bar=False)
 
 
 def test_a_loader_may_drop_its_last_batch() -> None:

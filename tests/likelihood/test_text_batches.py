@@ -1,5 +1,6 @@
 """Texts as batches: the same numbers as tokenising them all at once."""
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -99,11 +100,38 @@ def test_long_texts_are_cut() -> None:
     assert batch["input_ids"].shape == (1, 7)
     words = tokenizer()
     words.model_max_length = 16
-    (batch,) = pl.text_batches(words, long)
+    with pytest.warns(UserWarning, match=r"^1 of 1 texts are cut after 16 tokens"):
+        (batch,) = pl.text_batches(words, long)
     assert batch["input_ids"].shape == (1, 16)
     words.model_max_length = int(1e30)  # as where nobody has said
     (batch,) = pl.text_batches(words, long)
     assert batch["input_ids"].shape == (1, 40)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=8), st.booleans())
+def test_texts_that_nobody_asked_to_cut_are_counted(
+    sizes: list[int], pairs: bool
+) -> None:
+    words = tokenizer()
+    words.model_max_length = 5
+    some: Any = [" ".join(["good"] * size) for size in sizes]
+    if pairs:
+        some = [(text, "bad") for text in some]
+    too_long = [i for i, size in enumerate(sizes) if size + pairs > 5]
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        loader = pl.text_batches(words, some)
+        list(loader)
+        list(loader)
+        pl.text_batches(words, some, max_length=5)  # this was asked for
+    said = [str(w.message) for w in found]
+    assert len(said) == bool(too_long)
+    if too_long:
+        start = f"{len(too_long)} of {len(sizes)} texts are cut after 5 tokens"
+        assert said[0].startswith(start)
+        assert f"the first one is texts[{too_long[0]}]" in said[0]
+        assert found[0].filename == __file__
 
 
 def test_pairs_of_texts() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from peft import PeftModel
@@ -434,3 +435,46 @@ def test_what_is_no_posterior_is_refused(task: Task) -> None:
         ):
             with pytest.raises(TypeError, match=r"posterior must be .*Pyro guide"):
                 call()
+
+
+def test_a_network_or_a_function_that_samples_nothing_is_no_guide(task: Task) -> None:
+    peft_model, model = task.lora.network, task.model
+    wrong: Any
+    for wrong in (peft_model, torch.nn.Linear(2, 2), lambda **_: None):
+        for call in (
+            lambda w=wrong: pl.predict(w, task.batches, model=model),
+            lambda w=wrong: pl.diagnose(w, task.batches, model=model),
+            lambda w=wrong: pl.to_datatree(w, task.batches, model=model),
+        ):
+            with pytest.raises(TypeError, match=r"found a .*pl\.lift\(.*AutoLaplace"):
+                call()
+    state = torch.get_rng_state()
+    for call in (pl.to_datatree, lambda w: pl.MixturePosterior([w])):
+        with pytest.raises(
+            TypeError, match=r"found a PeftModel.*isn't lifted.*pl\.lift"
+        ):
+            call(peft_model)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+class PlainModule(torch.nn.Module):
+    """A Pyro guide that is a module, and none of Pyro's."""
+
+    def __init__(self, lora: pl.LiftedNetwork) -> None:
+        super().__init__()
+        means = list(lora.weights().values())
+        self.sites, self.means = [*lora.sites], torch.nn.ParameterList(means)
+
+    def forward(self, **inputs: Tensor) -> None:
+        assert "input_ids" in inputs
+        for site, mean in zip(self.sites, self.means, strict=True):
+            pyro.sample(site, dist.Normal(mean, 0.1).to_event(mean.ndim))
+
+
+def test_a_guide_may_be_a_module(task: Task) -> None:
+    guide = PlainModule(task.lora)
+    found, expected = (
+        seeded(lambda p=p: pl.predict(p, task.batches, model=task.model, num_samples=3))
+        for p in (guide, lambda **inputs: guide(**inputs))
+    )
+    assert_close(found.log_probs, expected.log_probs, rtol=0, atol=0)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+from pyro_lora.ground.settings import check_kind
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,15 +38,31 @@ def axes_or_new(ax: Axes | None, size: tuple[float, float] = (5, 4)) -> Axes:
     return plt.subplots(figsize=size, layout="constrained")[1]
 
 
-def check_predictions(predictions: Mapping[str, Any], caller: str) -> None:
-    """Refuse to draw nothing.
+def named_predictions(
+    predictions: Any,
+    caller: str,
+    kinds: Sequence[type],
+    alone: str = "prediction",
+) -> dict[str, Any]:
+    """Predictions by name, one or several.
 
     Args:
-        predictions: Name -> prediction.
+        predictions: A prediction, or name -> prediction.
         caller: The figure's name.
+        kinds: Types that it can be drawn of, as for ``isinstance``.
+        alone: The name of a single one.
 
     Raises:
+        TypeError: If there is something else.
         ValueError: If there is none.
     """
-    if not predictions:
+    several = predictions if isinstance(predictions, Mapping) else {alone: predictions}
+    if not several:
         raise ValueError(f"plots.{caller} got no predictions; give at least one.")
+    expected = (
+        f"a prediction of classes, {' or '.join(x.__name__ for x in kinds)}, or a "
+        "mapping of names to such (of a MultiLabelPrediction its pairs are one)"
+    )
+    for prediction in several.values():
+        check_kind(f"What plots.{caller} draws", prediction, tuple(kinds), expected)
+    return dict(several)

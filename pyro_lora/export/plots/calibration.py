@@ -14,19 +14,25 @@ from pyro_lora.export.plots.axes import (
     MARKERS,
     QUIET,
     axes_or_new,
-    check_predictions,
+    named_predictions,
 )
 from pyro_lora.predict.metrics import NUM_BINS, selective_accuracies
 from pyro_lora.predict.prediction import Prediction
+from pyro_lora.predict.token_prediction import TokenPrediction
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+OfClasses = Prediction | TokenPrediction
+_KINDS = (Prediction, TokenPrediction)
 
 _BAND = 1.959964  # normal quantile of a central 95%
 _MAX_WITHHELD = 0.95  # accuracies of fewer data than that leaves are noise
 
 
-def reliability(predictions: Mapping[str, Prediction], ax: Axes | None = None) -> Axes:
+def reliability(
+    predictions: OfClasses | Mapping[str, OfClasses], ax: Axes | None = None
+) -> Axes:
     r"""Accuracy against confidence, in bins of equal width, with 95% bands.
 
     A marker's area grows with the share of the data in its bin, and a bin without
@@ -35,20 +41,21 @@ def reliability(predictions: Mapping[str, Prediction], ax: Axes | None = None) -
     n} \pm \frac{z}{1 + z^2 / n} \sqrt{p (1 - p) / n + z^2 / 4 n^2}` (Wilson 1927).
 
     Args:
-        predictions: Name -> prediction with labels.
+        predictions: A prediction with labels, or name -> prediction.
         ax: Axes to draw on; None makes a figure.
 
     Returns:
         The axes.
 
     Raises:
+        TypeError: If one isn't of classes.
         ValueError: If there are no predictions, or one has no labels.
     """
-    check_predictions(predictions, "reliability")
+    several = named_predictions(predictions, "reliability", _KINDS)
     ax = axes_or_new(ax)
     ax.plot([0, 1], [0, 1], color=QUIET, linewidth=1, linestyle="--", zorder=0)
     smallest = 1.0
-    for index, (name, prediction) in enumerate(predictions.items()):
+    for index, (name, prediction) in enumerate(several.items()):
         color = COLORS[index % len(COLORS)]
         ece = prediction.metrics()["ece"]
         confidence, accuracy, count = _bins(prediction)
@@ -79,7 +86,9 @@ def reliability(predictions: Mapping[str, Prediction], ax: Axes | None = None) -
     return ax
 
 
-def rejection(predictions: Mapping[str, Prediction], ax: Axes | None = None) -> Axes:
+def rejection(
+    predictions: OfClasses | Mapping[str, OfClasses], ax: Axes | None = None
+) -> Axes:
     """Accuracy of the answers that are left where the least confident are withheld.
 
     The curves start at the accuracy of all answers, and should rise. They end where 5%
@@ -87,18 +96,19 @@ def rejection(predictions: Mapping[str, Prediction], ax: Axes | None = None) -> 
     the mean over their orders. AURC is the error rate averaged over each curve.
 
     Args:
-        predictions: Name -> prediction with labels.
+        predictions: A prediction with labels, or name -> prediction.
         ax: Axes to draw on; None makes a figure.
 
     Returns:
         The axes.
 
     Raises:
+        TypeError: If one isn't of classes.
         ValueError: If there are no predictions, or one has no labels.
     """
-    check_predictions(predictions, "rejection")
+    several = named_predictions(predictions, "rejection", _KINDS)
     ax = axes_or_new(ax)
-    for index, (name, prediction) in enumerate(predictions.items()):
+    for index, (name, prediction) in enumerate(several.items()):
         aurc = prediction.metrics()["aurc"]
         accuracy = selective_accuracies(*_confidence_and_correct(prediction))
         num_kept = torch.arange(1, len(accuracy) + 1, dtype=torch.float64)
@@ -121,7 +131,7 @@ def rejection(predictions: Mapping[str, Prediction], ax: Axes | None = None) -> 
     return ax
 
 
-def _bins(prediction: Prediction) -> tuple[Tensor, Tensor, Tensor]:
+def _bins(prediction: OfClasses) -> tuple[Tensor, Tensor, Tensor]:
     """Mean confidence, accuracy and number of data of each bin that has any."""
     confidence, correct = _confidence_and_correct(prediction)
     index = (confidence * NUM_BINS).long().clamp_max(NUM_BINS - 1)
@@ -145,7 +155,7 @@ def _wilson(accuracy: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
-def _confidence_and_correct(prediction: Prediction) -> tuple[Tensor, Tensor]:
+def _confidence_and_correct(prediction: OfClasses) -> tuple[Tensor, Tensor]:
     prediction = prediction.labelled()
     confidence, predicted = prediction.probs.max(-1)
     assert prediction.labels is not None

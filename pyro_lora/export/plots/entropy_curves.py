@@ -11,7 +11,7 @@ from pyro_lora.export.plots.axes import (
     LINE_STYLES,
     QUIET,
     axes_or_new,
-    check_predictions,
+    named_predictions,
 )
 from pyro_lora.predict.prediction import Prediction, auroc
 
@@ -23,7 +23,7 @@ _ROUNDING = 1e-6  # nats, of the difference of two float32 entropies
 
 def entropy(
     in_domain: Prediction,
-    out_of_domain: Mapping[str, Prediction],
+    out_of_domain: Prediction | Mapping[str, Prediction],
     ax: Axes | None = None,
     *,
     score: Literal["total", "epistemic"] = "total",
@@ -35,7 +35,7 @@ def entropy(
 
     Args:
         in_domain: Prediction for data like those trained on.
-        out_of_domain: Name -> prediction for other data.
+        out_of_domain: Prediction for other data, or name -> prediction.
         ax: Axes to draw on; None makes a figure.
         score: ``"total"``, all doubt about the label, or ``"epistemic"``, how far the
             draws disagree.
@@ -44,10 +44,12 @@ def entropy(
         The axes.
 
     Raises:
+        TypeError: If one isn't a prediction of one class a datum.
         ValueError: If ``out_of_domain`` is empty, or no datum has epistemic entropy.
     """
-    check_predictions(out_of_domain, "entropy")
-    curves = {"in domain": in_domain, **out_of_domain}
+    kinds = (Prediction,)
+    curves = named_predictions({"in domain": in_domain}, "entropy", kinds)
+    curves |= named_predictions(out_of_domain, "entropy", kinds, "out of domain")
     values = {
         name: p.total_entropy if score == "total" else p.epistemic_entropy
         for name, p in curves.items()

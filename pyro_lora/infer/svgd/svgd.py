@@ -776,12 +776,18 @@ class DataCount(Messenger):
             left_out = full_size - size
             if left_out == 0 or (drop_last and 0 < left_out < most):
                 continue
+            remedy = "Correct num_data in the model's pyro.plate"
+            if most == full_size:
+                remedy = (
+                    "It has the size of a batch: say how many there are in all, "
+                    'pyro.plate("data", num_data, subsample=input_ids)'
+                )
             warn(
                 f"The batches of an epoch hold {size} data, but the plate of site "
                 f"{name!r} says {full_size}, and it's for as many that each batch "
                 f"counts: the likelihood weighs {full_size / size:.3g} times what "
-                "these data do. Correct num_data in the model's pyro.plate; or, if an "
-                "epoch is meant to be another part of the data, go on.",
+                f"these data do. {remedy}; or, if an epoch is meant to be another "
+                "part of the data, go on.",
             )
             return True
         return False
