@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_lora.curvature.factors import at_least_float32
 from pyro_lora.curvature.layout import Call, Layout, Run, find_layouts, mixes_data
+from pyro_lora.ground.accumulation import at_least_float32
 from pyro_lora.ground.interrupts import eagerly, hooked
 from pyro_lora.ground.memory import address
 from pyro_lora.ground.settings import check_gradients

@@ -32,7 +32,6 @@ import msgspec
 import torch
 from torch import Tensor
 
-from pyro_lora.curvature.digests import update
 from pyro_lora.curvature.factors import AnyFactors, kind_named, name_of
 from pyro_lora.ground.checked_tensors import CheckedTensors
 from pyro_lora.ground.ranks import Ranks, is_first
@@ -46,6 +45,7 @@ from pyro_lora.ground.tensor_folder import (
     read_folder,
     write_folder,
 )
+from pyro_lora.lifting.digests import update
 from pyro_lora.lifting.fingerprint import Fingerprint
 from pyro_lora.likelihood.model_trace import Model
 

@@ -360,8 +360,3 @@ def _gram(tensors: CheckedTensors, name: str, width: int) -> Tensor:
             f"({width}, {width}) or ({width}, 2 k + 1)"
         )
     return x
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """Sums of many terms need float32 or wider; float64 stays float64."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -15,8 +15,8 @@ import torch
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
-from pyro_lora.curvature.factors import at_least_float32
 from pyro_lora.curvature.observations import Observations, Observed, observe
+from pyro_lora.ground.accumulation import at_least_float32
 from pyro_lora.ground.synchronisation import scalar
 from pyro_lora.likelihood.data_plate import DataPlate, data_plate
 from pyro_lora.likelihood.likelihoods import check_draws, draws, known

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.autograd import grad
 from torch.autograd.function import BackwardCFunction
 
-from pyro_lora.curvature.factors import at_least_float32
+from pyro_lora.ground.accumulation import at_least_float32
 from pyro_lora.ground.memory import address
 from pyro_lora.ground.synchronisation import Answer, ask, require
 from pyro_lora.lifting.lifted_network import LiftedNetwork

@@ -32,9 +32,9 @@ from pyro_lora.curvature.capture import (
     recording,
     score_gradient,
 )
-from pyro_lora.curvature.factors import at_least_float32
 from pyro_lora.curvature.gaussian_logits import GaussianLogits, JointGaussianLogits
 from pyro_lora.curvature.weight_gaussian import WeightGaussian
+from pyro_lora.ground.accumulation import at_least_float32
 from pyro_lora.ground.synchronisation import ask
 from pyro_lora.ground.weights import Weights
 from pyro_lora.lifting.lifted_network import LiftedNetwork

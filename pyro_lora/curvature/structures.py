@@ -48,12 +48,12 @@ from pyro_lora.curvature.factors import (
     RowFactors,
     RowSample,
     SummedFactors,
-    at_least_float32,
 )
 from pyro_lora.curvature.inducing import Span, projected_gaussian, span_of
 from pyro_lora.curvature.nystrom import gram
 from pyro_lora.curvature.saved_observations import ObservedFactors
 from pyro_lora.curvature.weight_gaussian import WeightGaussian
+from pyro_lora.ground.accumulation import at_least_float32
 from pyro_lora.ground.ranks import ALONE, Ranks
 from pyro_lora.ground.weights import Weights
 

@@ -107,7 +107,9 @@ def diagnose(
       against the Gaussian's, and Pareto's :math:`\hat k` of the weights p / q for draws
       of these directions, all others at the mode; and how much likelihood whole draws
       lose. Of a stock guide: :math:`\hat k` for its draws (Yao et al. 2018,
-      https://arxiv.org/abs/1802.02538).
+      https://arxiv.org/abs/1802.02538). Nearly equal weights are good whatever
+      :math:`\hat k`; where a standard error leaves both yes and no open, it says
+      "unclear", and what would tell.
     - Are particles diverse? How often two disagree, against how often one errs: equal
       for a calibrated ensemble (Jiang et al. 2022, https://arxiv.org/abs/2106.13799).
     - Is the prior or the likelihood in charge? Effective parameters by layer.
@@ -333,7 +335,10 @@ class _Evidence:
         # log p(y, w) - log q(w): of a q that is the posterior, log p(y) for every draw.
         log_joint = torch.stack(self.joint.at(weights)).sum(0)
         log_ratios = log_joint - log_q.to(log_joint)
-        return Importance(k_hat=_k_hat(log_ratios), num_samples=self.num_samples)
+        k, effective = _of_weights(log_ratios).tolist()
+        return Importance(
+            k_hat=k, effective_samples=effective, num_samples=self.num_samples
+        )
 
     def _directions(self, posterior: LaplacePosterior) -> Directions:
         points, joint = self.points, self.joint
@@ -351,17 +356,18 @@ class _Evidence:
             log_joint = log_likelihood[: len(log_prior)] + log_prior
             return log_joint[lines] - log_joint[0]
 
-        def k_hat(log_likelihood: Tensor) -> Tensor:
+        def of_weights(log_likelihood: Tensor) -> Tensor:
             # q of these directions alone is standard normal, up to a constant.
             log_joint = log_likelihood[z] + log_prior[z]
-            return torch.tensor(_k_hat(log_joint + 0.5 * points.z.square().sum(-1)))
+            return _of_weights(log_joint + 0.5 * points.z.square().sum(-1))
 
         # In all directions at once; of the log likelihood alone, as it's what F is of.
         def lost(log_likelihood: Tensor) -> Tensor:
             return log_likelihood[whole] - log_likelihood[0]
 
         log_joint, line_errors = found.of(on_lines)
-        k, k_error = found.of(k_hat)
+        weights, weights_errors = found.of(of_weights)
+        (k, effective), errors = weights.tolist(), weights_errors.tolist()
         draws, _ = found.of(lost)
         mean, mean_error = found.of(lambda x: lost(x).mean())
         shape = len(points.names), -1
@@ -372,8 +378,10 @@ class _Evidence:
             offsets=points.offsets,
             log_joint=log_joint.reshape(shape),
             log_joint_errors=line_errors.reshape(shape),
-            k_hat=float(k),
-            k_hat_error=float(k_error),
+            k_hat=k,
+            k_hat_error=errors[0],
+            effective_samples=effective,
+            effective_samples_error=errors[1],
             num_samples=self.num_samples,
             draws_log_likelihood=float(mean),
             draws_standard_error=math.hypot(of_draws, float(mean_error)),
@@ -559,6 +567,15 @@ def _name(steps: Weights, index: int) -> str:
     site = max(norms, key=lambda s: float(norms[s].max()))
     layer = int(norms[site].argmax())
     return f"{site}[{layer}]" if len(norms[site]) > 1 else site
+
+
+def _of_weights(log_ratios: Tensor) -> Tensor:
+    """Pareto shape, and how many equal weights they are worth, (2,), float64."""
+    shares = log_ratios.double().softmax(0)
+    effective = 1 / float(shares.square().sum())
+    return torch.tensor(
+        [_k_hat(log_ratios), effective], dtype=torch.float64, device="cpu"
+    )
 
 
 def _k_hat(log_ratios: Tensor) -> float:

@@ -13,6 +13,7 @@ One more question is one more class, with a row in ``_QUESTIONS`` and a function
 from __future__ import annotations
 
 import math
+from abc import ABC
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -22,6 +23,9 @@ from pyro_lora.ground.summary import FieldsShown, Summarised
 from pyro_lora.predict.regression import COVERAGE
 
 NUM_LAYERS_SHOWN = 4  # of the effective parameters by layer
+# Share of the draws that they must be worth to be nearly equal: the variance of the log
+# weights is then some 0.1, and p is 0.05 nats from q.
+NEARLY_EQUAL = 0.9
 TOO_ALIKE = 0.5  # of the disagreement that a calibrated ensemble would have
 _GIVE_HELD_OUT = "give held_out= for what counts: data not trained on"
 
@@ -58,9 +62,74 @@ class Stationarity:
         return [words]
 
 
+@dataclass(frozen=True, kw_only=True)
+class WeightedDraws(ABC):
+    r"""Draws of q with their importance weights w = p / q.
+
+    Attributes:
+        k_hat: Pareto shape of the weights' tail.
+        k_hat_error: Its standard error for the rows; 0 where the network itself was run
+            on all, NaN where k-hat isn't finite.
+        effective_samples: How many equal weights they are worth,
+            :math:`(\sum w)^2 / \sum w^2`.
+        effective_samples_error: Its standard error for the rows.
+        num_samples: S.
+    """
+
+    k_hat: float
+    k_hat_error: float = 0.0
+    effective_samples: float
+    effective_samples_error: float = 0.0
+    num_samples: int
+
+    @property
+    def nearly_equal(self) -> bool:
+        """Whether the weights are so alike that their tail is that of rounding."""
+        at_least = self.effective_samples - self.effective_samples_error
+        return at_least >= NEARLY_EQUAL * self.num_samples
+
+    @property
+    def k_hat_standard_error(self) -> float:
+        """Of k-hat, for draws and rows together; infinite where it isn't known."""
+        error = math.hypot(k_error(self.k_hat, self.num_samples), self.k_hat_error)
+        return math.inf if math.isnan(error) else error
+
+    @property
+    def weights_fit(self) -> bool | None:
+        """Whether the weights are good; None where k-hat's error leaves both open."""
+        return self.nearly_equal or self._k_hat_fits(self.k_hat_standard_error)
+
+    @property
+    def draws_are_few(self) -> bool:
+        """Whether the error for the draws alone leaves both open."""
+        error = k_error(self.k_hat, self.num_samples)
+        return not self.nearly_equal and self._k_hat_fits(error) is None
+
+    def _k_hat_fits(self, error: float) -> bool | None:
+        # One standard error: at two, 50 draws would leave all from 0.15 to 1.5 open.
+        bound = good_k(self.num_samples)
+        if not self.k_hat - error <= bound:  # also where it is infinite
+            return False
+        return True if self.k_hat + error <= bound else None
+
+    def _words(self, where: str) -> str:
+        if self.nearly_equal:
+            return (
+                f"{self.num_samples} draws{where} have nearly equal weights p / q, "
+                f"worth {self.effective_samples:.1f} equal ones"
+            )
+        return (
+            f"k-hat {self.k_hat:.2f} +- {self.k_hat_standard_error:.2f} over "
+            f"{self.num_samples} draws{where} (good below "
+            f"{good_k(self.num_samples):.2f})"
+        )
+
+
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class Directions(FieldsShown):
+class Directions(WeightedDraws, FieldsShown):
     """The log joint along the directions in which the data count most.
+
+    The draws are of these directions, all others at the mode.
 
     Attributes:
         names: Site and layer of each of Q directions.
@@ -70,9 +139,6 @@ class Directions(FieldsShown):
             :math:`-t^2 / 2`.
         log_joint_errors: Their standard errors for the rows that were drawn, (Q, T); 0
             where the network itself was run on all.
-        k_hat: Pareto shape of the weights p / q for draws of these directions.
-        k_hat_error: Its standard error for the rows; NaN where k-hat isn't finite.
-        num_samples: Draws that k-hat is from.
         draws_log_likelihood: Mean over whole draws less that of the mode, nats.
         draws_standard_error: Of that mean, for draws and rows.
         draws_expected: What the Gaussian says, minus half the effective parameters.
@@ -88,9 +154,6 @@ class Directions(FieldsShown):
     offsets: Tensor
     log_joint: Tensor
     log_joint_errors: Tensor
-    k_hat: float
-    k_hat_error: float
-    num_samples: int
     draws_log_likelihood: float
     draws_standard_error: float
     draws_expected: float
@@ -99,11 +162,20 @@ class Directions(FieldsShown):
     refined: bool = False
 
     @property
-    def lines_fit(self) -> bool:
-        """Whether both ways together the log joint falls as fast, within a factor 2."""
+    def lines_fit(self) -> bool | None:
+        """Whether both ways together the log joint falls as fast, within a factor 2.
+
+        None where the rows' standard error leaves both open.
+        """
         # Averaged over both ways, what is odd in t (skewness) cancels.
-        ratio = self.log_joint.mean(-1) / (-0.5 * self.offsets.square()).mean()
-        return bool(((ratio > 0.5) & (ratio < 2)).all())
+        expected = (-0.5 * self.offsets.square()).mean()
+        ratio = self.log_joint.mean(-1) / expected
+        # A mean's standard error is at most the mean of them.
+        error = self.log_joint_errors.mean(-1) / expected.abs()
+        low, high = ratio - error, ratio + error
+        if not ((high > 0.5) & (low < 2)).all():
+            return False
+        return True if ((low > 0.5) & (high < 2)).all() else None
 
     @property
     def draws_fit(self) -> bool:
@@ -114,27 +186,30 @@ class Directions(FieldsShown):
 
     @property
     def verdict(self) -> str:
-        """``"yes"``, ``"no"``, or ``"near the mode"`` where whole draws don't fit."""
-        if not (self.lines_fit and self.k_hat <= good_k(self.num_samples)):
+        """``"yes"``, ``"no"``, or ``"near the mode"`` where whole draws don't fit.
+
+        ``"unclear"`` where a standard error leaves both yes and no open.
+        """
+        fit = (self.lines_fit, self.weights_fit)
+        if False in fit:
             return "no"
+        if None in fit:
+            return "unclear"
         return "yes" if self.draws_fit else "near the mode"
 
     def lines(self) -> list[str]:
         """The numbers in words."""
         in_part = self.num_rows < self.num_data
-        error = f" +- {self.k_hat_error:.2f}" if in_part else ""
-        result = [
-            f"k-hat {self.k_hat:.2f}{error} in the {len(self.names)} main directions "
-            f"(good below {good_k(self.num_samples):.2f})"
-        ]
+        result = [self._words(f" of the {len(self.names)} main directions")]
         at = " ".join(f"{t:+.0f}" for t in self.offsets.tolist())
         says = " ".join(f"{-(t**2) / 2:.1f}" for t in self.offsets.tolist())
         result.append(f"log joint at {at} sd, where the Gaussian says {says}:")
-        for name, share, row in zip(
-            self.names, self.shares.tolist(), self.log_joint.tolist(), strict=True
+        for number, (name, share, row) in enumerate(
+            zip(self.names, self.shares.tolist(), self.log_joint.tolist(), strict=True),
+            start=1,
         ):
             fall = " ".join(f"{x:.1f}" for x in row)
-            result.append(f"  {fall}  {name} ({share:.0%} data)")
+            result.append(f"  {fall}  {number}: mostly {name} ({share:.0%} data)")
         if in_part:
             result.append(
                 f"  by {self.num_rows} rows of {self.num_data}, the others linearised: "
@@ -145,6 +220,8 @@ class Directions(FieldsShown):
             f"{self.draws_standard_error:.2g} nats of log likelihood, where the "
             f"Gaussian says {-self.draws_expected:.3g}"
         )
+        if self.verdict == "unclear":
+            result.append(f"the errors leave it open: {self._settled_by()} would tell")
         if self.refined and self.verdict != "yes":
             result += [
                 "all of this is about the network itself, not linearised, at weights "
@@ -158,30 +235,36 @@ class Directions(FieldsShown):
             result.append("predict by method='linearized', not 'sample'")
         return result
 
+    def _settled_by(self) -> str:
+        settings = []
+        of_draws = k_error(self.k_hat, self.num_samples)
+        if (
+            self.lines_fit is None
+            or not self.draws_are_few
+            or not self.k_hat_error < of_draws
+        ):
+            settings.append("max_passes=None")
+        if self.draws_are_few:
+            settings.append(more_draws(self.num_samples))
+        return " and ".join(settings)
+
 
 @dataclass(frozen=True, kw_only=True)
-class Importance:
-    """Importance weights p / q of a guide's draws (Yao et al. 2018).
-
-    Attributes:
-        k_hat: Their Pareto shape.
-        num_samples: Draws that it is from.
-    """
-
-    k_hat: float
-    num_samples: int
+class Importance(WeightedDraws):
+    """Importance weights p / q of a guide's draws (Yao et al. 2018)."""
 
     @property
     def verdict(self) -> str:
-        """``"yes"`` or ``"no"``."""
-        return "yes" if self.k_hat <= good_k(self.num_samples) else "no"
+        """``"yes"``, ``"no"``, or ``"unclear"`` where its error leaves both open."""
+        return {True: "yes", False: "no", None: "unclear"}[self.weights_fit]
 
     def lines(self) -> list[str]:
         """The numbers in words."""
-        return [
-            f"k-hat {self.k_hat:.2f} over {self.num_samples} draws (good below "
-            f"{good_k(self.num_samples):.2f})"
-        ]
+        result = [self._words("")]
+        if self.verdict == "unclear":
+            more = more_draws(self.num_samples)
+            result.append(f"the error leaves it open: {more} would tell")
+        return result
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -410,3 +493,24 @@ def good_k(num_samples: int) -> float:
     0.41
     """
     return min(1 - 1 / math.log10(num_samples), 0.7)
+
+
+def k_error(k_hat: float, num_samples: int) -> float:
+    r"""Standard error of a Pareto shape that was found from S draws, :math:`\hat k`.
+
+    Of M draws in the tail it is :math:`(1 + k) / \sqrt M` asymptotically for
+    :math:`k > -1/2` (Hosking & Wallis 1987, https://doi.org/10.2307/1269343, whose k
+    has the other sign), and :math:`\hat k = (M k + 5) / (M + 10)` is drawn to 1/2
+    (Vehtari et al. 2024, https://arxiv.org/abs/1507.02646).
+
+    >>> round(k_error(0.5, 50), 2), round(k_error(0.5, 1000), 2)
+    (0.24, 0.14)
+    """
+    tail = min(num_samples // 5, math.floor(3 * math.sqrt(num_samples)))
+    k = max(((tail + 10) * k_hat - 5) / tail, -0.5)
+    return math.sqrt(tail) * (1 + k) / (tail + 10)
+
+
+def more_draws(num_samples: int) -> str:
+    """A setting by which k-hat's standard error is about half as large."""
+    return f"num_samples={4 * num_samples}"

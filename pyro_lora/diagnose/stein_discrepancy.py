@@ -241,7 +241,7 @@ def _scores(
             at = ParticlePass(
                 target, unconstrained, (), batch, particles_at_once or num_draws
             )
-            of_batch, _ = at.gradients(objective)
+            of_batch, _, _ = at.gradients(objective)
         scores = {s: scores.get(s, 0) + g.double() for s, g in of_batch.items()}
         covered += shares[0]
     if target is None:

@@ -398,11 +398,53 @@ class LiftedNetwork(Summarised):
             for site, members in self.parameters.items()
             for i, p in enumerate(members)
         }
-        return {
-            path: _update_factors(layer, self.adapter, values)
-            for path, layer in self._adapter_modules.items()
-            if _has_one_update(layer)
+        factors = {}
+        for path, layer in self._adapter_modules.items():
+            if _has_one_update(layer):
+                b, a = _update_factors(layer, self.adapter, values)
+                factors[path] = _scaling(layer, self.adapter) * b, a
+        return factors
+
+    def stacked_weight_factors(
+        self, weights: Mapping[str, Tensor]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """The same as :meth:`delta_weight_factors`, of a site's layers together.
+
+        Args:
+            weights: Site -> value, any leading dims.
+
+        Returns:
+            (s B, A), of shapes (..., L, O, R) and (..., L, R, I), without the leading
+            dims where a factor isn't lifted.
+        """
+        weights = self._masked(weights)
+        places = {
+            p.locations[0]: (site, i)
+            for site, members in self.parameters.items()
+            for i, p in enumerate(members)
         }
+        # Layers are alike that have their factors in the same sites.
+        alike: dict[tuple[Any, ...], list[LoraLayer]] = {}
+        for layer in self._adapter_modules.values():
+            if _has_one_update(layer):
+                at = _factor_locations(layer, self.adapter)
+                sites = [places[x][0] if x in places else _own(x).shape for x in at]
+                alike.setdefault((type(layer), *sites), []).append(layer)
+        stacked = []
+        for layers in alike.values():
+            first, values = layers[0], dict[Location, Tensor]()
+            by_layer = [_factor_locations(x, self.adapter) for x in layers]
+            for each in zip(*by_layer, strict=True):
+                if each[0] in places:
+                    site, rows = places[each[0]][0], [places[x][1] for x in each]
+                    value = _layers(weights[site], rows, _own(each[0]).ndim)
+                else:
+                    value = torch.stack([_own(x).detach() for x in each])
+                values[each[0]] = value
+            b, a = _update_factors(first, self.adapter, values)
+            scalings = [_scaling(layer, self.adapter) for layer in layers]
+            stacked.append((_scaled(b, scalings), a))
+        return stacked
 
     def num_experts(self, path: str) -> int | None:
         """How many experts' matrices a layer stacks; None: it isn't one of experts."""
@@ -543,7 +585,7 @@ def _has_one_update(layer: object) -> TypeGuard[LoraLayer]:
 def _update_factors(
     layer: LoraLayer, adapter: str | None, values: Mapping[Location, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """The factors s B (..., O, R) and A (..., R, I) of a layer's update.
+    """The factors B (..., O, R) and A (..., R, I) of a layer's update, but for s.
 
     Args:
         layer: A layer of the adapter.
@@ -558,20 +600,43 @@ def _update_factors(
     else:
         a = _value(layer.lora_A, adapter, values)
         b = _value(layer.lora_B, adapter, values)
+    if isinstance(layer, AdaLoraLayer):
+        b = b * _value(layer.lora_E, adapter, values).mT  # E (..., R, 1)
+    return b, a
+
+
+def _scaling(layer: LoraLayer, adapter: str | None) -> float | Tensor:
+    """What a layer's update is scaled by, s."""
+    assert adapter is not None
     scaling: Any = layer.scaling[adapter]
     if isinstance(layer, AdaLoraLayer):
-        e = _value(layer.lora_E, adapter, values)  # (..., R, 1)
-        scaling = scaling / (layer.ranknum[adapter].detach() + 1e-5)  # as PEFT does
-        b = b * e.mT
-    return scaling * b, a
+        return scaling / (layer.ranknum[adapter].detach() + 1e-5)  # as PEFT does
+    return scaling
 
 
-def _factor_locations(layer: LoraLayer, adapter: str | None) -> set[Location]:
+def _scaled(b: Tensor, scalings: Sequence[Any]) -> Tensor:
+    """Factors (..., L, O, R) times those of each layer."""
+    if all(isinstance(s, float | int) and s == scalings[0] for s in scalings):
+        return scalings[0] * b
+    # Filled where they are needed: a copy from the CPU would be waited for.
+    each = [b.new_ones((), dtype=torch.float64) * s for s in scalings]
+    return torch.stack(each).reshape(-1, 1, 1) * b
+
+
+def _layers(values: Tensor, rows: Sequence[int], ndim: int) -> Tensor:
+    """Some layers of a site's (..., L, ...), whose parameters have so many dims."""
+    dim = -1 - ndim
+    if list(rows) == list(range(values.shape[dim])):
+        return values
+    return torch.stack([values.select(dim, i) for i in rows], dim)
+
+
+def _factor_locations(layer: LoraLayer, adapter: str | None) -> list[Location]:
     """Where the parameters are that :func:`_update_factors` takes."""
     assert adapter is not None
     names = ("lora_A", "lora_B", "lora_E", "lora_embedding_A", "lora_embedding_B")
     holders: list[Any] = [getattr(layer, name, {}) for name in names]
-    return {_location(holder, adapter) for holder in holders if adapter in holder}
+    return [_location(holder, adapter) for holder in holders if adapter in holder]
 
 
 def _location(holder: nn.Module, adapter: str) -> Location:
@@ -580,13 +645,19 @@ def _location(holder: nn.Module, adapter: str) -> Location:
     return holder, adapter
 
 
+def _own(location: Location) -> nn.Parameter:
+    """The parameter that is there."""
+    own = location[0]._parameters[location[1]]
+    assert own is not None
+    return own
+
+
 def _value(
     holder: nn.Module, adapter: str, values: Mapping[Location, Tensor]
 ) -> Tensor:
     """A matrix from ``lora_A`` and the like: a dict of layers or of parameters."""
     location = _location(holder, adapter)
-    own = location[0]._parameters[location[1]]
-    assert own is not None
+    own = _own(location)
     value = values.get(location, own.detach())
     # A convolution's kernel dims join the inputs, as in PEFT's product of the two.
     return value.flatten(1 - own.ndim) if own.ndim > 2 else value

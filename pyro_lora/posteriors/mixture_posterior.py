@@ -14,11 +14,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from pyro_lora.curvature.digests import update
 from pyro_lora.curvature.joint_distribution import sample_jointly
 from pyro_lora.ground.settings import check_count, check_kind
 from pyro_lora.ground.summary import brief, extent, listed, weights_facts
 from pyro_lora.ground.weights import Weights
+from pyro_lora.lifting.digests import update
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.likelihood.batch import Batch, check_batches, checked_batches
 from pyro_lora.likelihood.model_trace import Model

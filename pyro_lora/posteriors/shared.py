@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from importlib import import_module
 from typing import Any
 
 from pyro_lora.ground.summary import Summarised
@@ -86,5 +85,8 @@ class Shared(Summarised):
 
 
 def _files() -> Any:
-    # Files are the last room's, which knows every kind of posterior by a table.
-    return import_module("pyro_lora.export.pretrained")
+    # Files are the last room's, which knows every kind of posterior by a table. It's
+    # imported here, as nothing else may have done so: after unpickling, for one.
+    from pyro_lora.export import pretrained
+
+    return pretrained

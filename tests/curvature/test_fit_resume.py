@@ -67,8 +67,16 @@ def assert_identical(a: pl.LaplacePosterior, b: pl.LaplacePosterior) -> None:
         assert torch.equal(b.variance()[site], value), site
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
-@pytest.mark.parametrize("fisher", ["exact", "mc"])
+# A Monte-Carlo fit has a generator more: by layers in two passes, and jointly.
+@pytest.mark.parametrize(
+    ("structure", "fisher"),
+    [
+        *((structure, "exact") for structure in STRUCTURES),
+        (pl.structures.EKFAC(), "mc"),
+        (pl.structures.Exact(), "mc"),
+    ],
+    ids=repr,
+)
 def test_a_resumed_fit_is_the_uninterrupted_one(
     structure: Structure, fisher: str, tmp_path: Path
 ) -> None:

@@ -5,6 +5,7 @@ import sys
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -18,6 +19,7 @@ import pyro_lora as pl
 from pyro_lora.diagnose import diagnosis
 from pyro_lora.diagnose.diagnosis import Diagnosis
 from pyro_lora.ground.weights import Weights
+from tests.curvature.gauss_newton import unflatten
 from tests.infer.linear_regression import linear_regression
 from tests.predict import models
 
@@ -121,6 +123,99 @@ def test_a_gaussian_that_is_too_narrow_is_not() -> None:
     assert found.gaussian.verdict == "no"
 
 
+def test_an_exact_gaussian_is_believed_whatever_the_draws() -> None:
+    task = linear_regression()
+    # Training ends near the mode. The weights are then nearly equal, and their k-hat,
+    # that of so small a rest, anything.
+    root = torch.linalg.cholesky(task.precision)
+    step = torch.full((4,), (0.0128 / 4) ** 0.5, dtype=torch.float64)
+    near = task.mode + torch.linalg.solve(root.mT, step)
+    start = task.lora.init_to(unflatten(near, task.lora.weights()))
+    dense = pl.structures.Dense()
+    guide = pl.AutoLaplace(task.model, init_loc_fn=start, structure=dense)
+    posterior = guide.laplace_approximation(task.batches)
+    gaussian: Any = posterior.gaussian
+    narrow = replace(gaussian, fisher=25 * gaussian.fisher)
+    wrong = replace(posterior, gaussian=narrow)
+    believed, refused, k_hats = [], [], []
+    for seed in range(20):
+        pyro.set_rng_seed(seed)
+        found = pl.diagnose(posterior, task.batches)
+        assert found.stationarity is not None
+        assert found.stationarity.newton_decrement == pytest.approx(0.0128)
+        assert isinstance(found.gaussian, diagnosis.Directions)
+        believed.append(found.gaussian.verdict)
+        k_hats.append(found.gaussian.k_hat)
+        if seed < 5:
+            other = pl.diagnose(wrong, task.batches).gaussian
+            assert other is not None
+            refused.append(other.verdict)
+    assert believed == 20 * ["yes"]
+    assert refused == 5 * ["no"]
+    assert max(k_hats) > diagnosis.good_k(50)
+
+
+def test_the_error_of_k_hat_is_its_spread_over_draws() -> None:
+    rng = np.random.default_rng(0)
+    for num_samples, tail in ((50, 0.7), (200, 0.3), (1000, 0.7)):
+        found = np.array(
+            [
+                array_stats.psislw(-tail * rng.exponential(size=num_samples))[1]
+                for _ in range(400)
+            ]
+        )
+        # 400 draws tell a spread to 3.5%; the formula is that of large S.
+        error = diagnosis.k_error(float(found.mean()), num_samples)
+        assert error == pytest.approx(found.std(), rel=4 * 0.035)
+
+
+def test_where_its_error_leaves_both_open_it_says_so() -> None:
+    found = regression()
+    assert isinstance(found.gaussian, diagnosis.Directions)
+    uneven = replace(found.gaussian, effective_samples=30.0)  # of 50; good below 0.41
+    for k_hat, rows, verdict, settled_by in (
+        (0.1, 0.0, "yes", None),
+        (0.8, 0.0, "no", None),
+        (0.45, 0.0, "unclear", "open: num_samples=200 would"),
+        (0.1, 1.38, "unclear", "open: max_passes=None would"),
+        (0.1, 0.3, "unclear", "open: max_passes=None would"),
+        (0.66, 1.38, "unclear", "open: max_passes=None and num_samples=200 would"),
+        (0.66, math.nan, "unclear", "open: max_passes=None and num_samples=200 would"),
+        (math.inf, math.nan, "no", None),
+    ):
+        one = replace(uneven, k_hat=k_hat, k_hat_error=rows)
+        assert one.verdict == verdict
+        told = "\n".join(one.lines())
+        assert ("would tell" in told) == (settled_by is not None)
+        assert settled_by is None or settled_by in told
+    for fall, error, verdict in (
+        (1.9, 0.0, "yes"),
+        (1.9, 0.3, "unclear"),
+        (2.1, 0.3, "unclear"),
+        (2.6, 0.3, "no"),
+        (0.45, 0.2, "unclear"),
+        (0.1, 0.2, "no"),
+    ):
+        exact = found.gaussian.log_joint
+        errors = torch.full_like(exact, error * 1.25)  # 1.25 is the mean of t^2 / 2
+        one = replace(found.gaussian, log_joint=fall * exact, log_joint_errors=errors)
+        assert one.verdict == verdict
+        told = "\n".join(one.lines())
+        assert ("open: max_passes=None would tell" in told) == (verdict == "unclear")
+    of_guide = diagnosis.Importance(k_hat=0.4, effective_samples=30.0, num_samples=50)
+    assert of_guide.verdict == "unclear"
+    assert "num_samples=200 would tell" in of_guide.lines()[1]
+    assert replace(of_guide, effective_samples=46.0).verdict == "yes"
+
+
+def test_directions_in_one_layer_are_told_apart() -> None:
+    found = regression()
+    assert isinstance(found.gaussian, diagnosis.Directions)
+    rows = [row for row in found.gaussian.lines() if "% data)" in row]
+    assert len({row.split(":")[0] for row in rows}) == 4
+    assert len({row.split(":")[1].split()[1] for row in rows}) < 4
+
+
 def test_k_hat_is_that_of_the_weights_p_over_q() -> None:
     lora, model = models.classifier()
     batches = models.two_batches()
@@ -138,6 +233,9 @@ def test_k_hat_is_that_of_the_weights_p_over_q() -> None:
         log_ratios.append(log_joint(model, at, batches) + 0.5 * float(row @ row))
     _, k_hat = array_stats.psislw(-torch.tensor(log_ratios).numpy())
     assert found.k_hat == pytest.approx(float(k_hat), abs=1e-4)
+    weights = (torch.tensor(log_ratios) - log_ratios[0]).exp()
+    effective = float(weights.sum().square() / weights.square().sum())
+    assert found.effective_samples == pytest.approx(effective, rel=1e-4)
     draws = posterior.sample(10)
     lost = torch.tensor(
         [

@@ -33,7 +33,8 @@ def regression_trees() -> tuple[LinearRegression, Trees]:
     svgd.run([task.whole], num_epochs=200, progress_bar=False)
     guide = autoguide.AutoNormal(task.model, init_loc_fn=task.lora.init_to_adapter())
     optim = ClippedAdam({"lr": 0.05, "lrd": 0.01 ** (1 / 400)})
-    svi = SVI(task.model, guide, optim, Trace_ELBO(num_particles=4))
+    loss = Trace_ELBO(num_particles=4, vectorize_particles=True, max_plate_nesting=1)
+    svi = SVI(task.model, guide, optim, loss)
     for _ in range(400):
         svi.step(**task.whole)
     model, batches = task.model, task.batches

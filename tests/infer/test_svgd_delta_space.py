@@ -5,14 +5,16 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from pyro.optim import SGD
 from torch import Tensor, nn
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyro_lora as pl
 from pyro_lora import kernels
-from pyro_lora.infer.svgd.delta_space import squared_distances
+from pyro_lora.infer.svgd import weight_space
+from pyro_lora.infer.svgd.delta_space import spread, squared_distances
 from tests import networks
 from tests.infer import double_loop
 from tests.infer.double_loop import Point
@@ -23,6 +25,7 @@ from tests.infer.targets import (
     hierarchical_bert,
 )
 from tests.infer.test_svgd_step import assert_equal, direction
+from tests.lifting.test_low_rank import pruned_adalora
 from tests.networks import llama, particles
 
 SCALING = 2.0  # alpha / r = 6 / 3
@@ -135,6 +138,80 @@ def test_updates_of_other_layers(layer: str) -> None:
         deltas.append(module.get_delta_weight("default").detach().clone().flatten())
     expected = torch.cdist(torch.stack(deltas), torch.stack(deltas)).square()
     assert_close(sq_dists, expected, rtol=1e-8, atol=1e-8)
+
+
+def frozen_first_factors() -> PeftModel:
+    network = networks.bert()
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and "lora_A" not in name)
+    return network
+
+
+@pytest.mark.parametrize("block", [None, 1])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: networks.bert(num_layers=3),
+        lambda: llama(alpha_pattern={r".*layers\.1\.self_attn\.q_proj": 11}),
+        lambda: llama(rank_pattern={r".*layers\.1\.self_attn\.q_proj": 2}),
+        pruned_adalora,
+        frozen_first_factors,
+    ],
+    ids=["bert", "alpha", "rank", "adalora", "frozen A"],
+)
+def test_layers_together_are_as_far_apart_as_one_by_one(
+    make: Any, block: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if block is not None:  # of layers that are worked on at once
+        monkeypatch.setattr(weight_space, "BLOCK", block)
+    lora = pl.lift(make())
+    weights = particles(lora, 4)
+    products = [
+        b @ a.expand(4, *a.shape[-2:])
+        for b, a in lora.delta_weight_factors(weights).values()
+    ]
+    others = [x for s, x in weights.items() if s not in lora.factor_sites]
+    flat = torch.cat([x.flatten(1) for x in (*products, *others)], 1)  # (K, D)
+    sq_dists = (flat[:, None] - flat).square().sum(-1)
+    found = squared_distances((lora,), weights)
+    assert_close(found, sq_dists, rtol=1e-12, atol=1e-12 * float(sq_dists.max()))
+    expected = (flat - flat.mean(0)).square().sum(1).mean().sqrt()
+    assert_close(spread((lora,), weights), expected, rtol=1e-12, atol=0)
+
+
+class Operations(TorchDispatchMode):
+    """How many are done."""
+
+    number = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.number += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_more_layers_take_no_more_operations() -> None:
+    numbers = []
+    for num_layers in (2, 6):
+        lora = pl.lift(networks.bert(num_layers=num_layers))
+        with Operations() as operations:
+            spread((lora,), particles(lora, 3))
+        numbers.append(operations.number)
+    assert numbers[0] == numbers[1]
+
+
+def test_a_frozen_factor_is_one_for_all_particles() -> None:
+    lora = pl.lift(frozen_first_factors())
+    svgd = pl.SVGD(
+        pl.models.classification(lora, NUM_DATA),
+        kernels.RBF(space="delta"),
+        SGD({"lr": 1e-4}),
+        3,
+        init_loc_fn=lora.init_to_adapter(jitter=0.1),
+    )
+    svgd.step(**networks.batch(NUM_DATA))
+    assert svgd.diagnostics["delta_spread"][0] > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -10,7 +10,7 @@ and nothing of a layer's own size is formed. All other weights count as they are
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +26,8 @@ from pyro_lora.infer.svgd.weight_space import (
 )
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 
-Factors = tuple[Tensor, Tensor]  # B (K, O, R) and A (K, R, I), in float64
+# B (K, L, O, R) and A (K, L, R, I) of layers that are alike, in float64.
+Factors = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class DeltaSpace(KernelSpace):
         return Direction(
             {s: x + repulsions[s] for s, x in attractions.items()},
             scores.log_joint,
+            scores.nll,
             weight_space.norm(attractions),
             weight_space.norm(repulsions),
             weight_space.mean_off_diagonal(gram),
@@ -104,24 +106,39 @@ def _factors(networks: Sequence[LiftedNetwork], particles: Weights) -> list[Fact
     factors, inside = list[Factors](), set[str]()
     for lora in networks:
         own = {site: particles[site] for site in lora.sites}
-        factors += list(lora.delta_weight_factors(own).values())
+        factors += lora.stacked_weight_factors(own)
         inside |= lora.factor_sites
     for site, x in particles.items():
         if site not in inside:
-            factors.append((x.reshape(len(x), -1, 1), x.new_ones(len(x), 1, 1)))
-    return [(b.double(), a.double()) for b, a in factors]
+            b = x.reshape(len(x), 1, -1, 1)
+            factors.append((b, x.new_ones(1, 1, 1)))
+    num = len(next(iter(particles.values())))
+    return [
+        part
+        for b, a in factors
+        for part in _in_blocks(
+            b.double().expand(num, *b.shape[-3:]), a.double().expand(num, *a.shape[-3:])
+        )
+    ]
+
+
+def _in_blocks(b: Tensor, a: Tensor) -> Iterator[Factors]:
+    """As many layers at a time as have (K R)^2 products that fit into a block."""
+    size = weight_space.block_size(b) // (len(b) * b.shape[-1]) ** 2
+    layers = max(1, size)
+    yield from zip(b.split(layers, 1), a.split(layers, 1), strict=True)
 
 
 def _products(x: Factors, y: Factors) -> Tensor:
     """Inner products of updates, (K, K')."""
-    left = torch.einsum("kor,los->klrs", x[0], y[0])  # B_k^T B_l
-    right = torch.einsum("kri,lsi->klrs", x[1], y[1])  # A_k A_l^T
-    return (left * right).sum((-2, -1))
+    left = torch.einsum("knor,lnos->klnrs", x[0], y[0])  # B_k^T B_l
+    right = torch.einsum("knri,lnsi->klnrs", x[1], y[1])  # A_k A_l^T
+    return (left * right).sum((-3, -2, -1))
 
 
 def _squared_norms(x: Factors) -> Tensor:
     b, a = x
-    return ((b.mT @ b) * (a @ a.mT)).sum((-2, -1))  # (K,)
+    return ((b.mT @ b) * (a @ a.mT)).sum((-3, -2, -1))  # (K,)
 
 
 def _summed(values: Sequence[Tensor]) -> Tensor:

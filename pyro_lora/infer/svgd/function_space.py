@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_lora.curvature.factors import at_least_float32
+from pyro_lora.ground.accumulation import at_least_float32
 from pyro_lora.ground.synchronisation import scalar
 from pyro_lora.infer.svgd import weight_space
 from pyro_lora.infer.svgd.kernels import Kernel
@@ -218,11 +218,12 @@ class FunctionSpace:
             # d/dw of v^T f(w) is J^T v: both terms in one backward pass.
             return log_joint.sum() / temperature + (push * own.outputs).sum()
 
-        by_site, log_joint = at.gradients(objective)
+        by_site, log_joint, nll = at.gradients(objective)
         push = pushes[0]
         return Direction(
             by_site,
             log_joint,
+            nll,
             push.score_norm / temperature,
             weight_space.norm({"outputs": push.by_output}),
             weight_space.mean_off_diagonal(push.gram),

@@ -154,7 +154,6 @@ class ParticlePass:
         chunk_size: Particles in one forward and backward pass.
         plates: Plate -> its indices, where the model draws them itself: at the first
             run, for all others, so that all chunks see the same data.
-        losses: What :meth:`gradients` has seen of :func:`data_loss`, of all particles.
         rows_over: The ranks that the particles are shared over.
         data_over: The ranks that each batch is shared over.
         shares: What is known of this rank's share of the batch, from its first run.
@@ -166,7 +165,6 @@ class ParticlePass:
     kwargs: Batch
     chunk_size: int
     plates: dict[str, Tensor] = field(default_factory=dict)
-    losses: list[Tensor] = field(default_factory=list)
     rows_over: Ranks = ALONE
     data_over: Ranks = ALONE
     shares: list[float] = field(default_factory=list)
@@ -336,7 +334,7 @@ class ParticlePass:
     @torch.enable_grad()
     def gradients(
         self, objective: Callable[[slice, Any, Tensor], Tensor]
-    ) -> tuple[Weights, Tensor]:
+    ) -> tuple[Weights, Tensor, Tensor | None]:
         """Gradients of an objective that is a sum over particles.
 
         Args:
@@ -344,7 +342,8 @@ class ParticlePass:
                 a scalar.
 
         Returns:
-            Site -> gradient (K, ...), and the log joint (K,), nats, full data.
+            Site -> gradient (K, ...); the log joint (K,), nats, full data; and what
+            :func:`data_loss` says, (K,), if the batch observes any data.
 
         Raises:
             ValueError: If a log density or a gradient is NaN or infinite.
@@ -375,8 +374,8 @@ class ParticlePass:
         found = [torch.cat(log_joints), *map(torch.cat, gradients.values())]
         found += [torch.cat(losses)] if losses else []
         log_joint, *whole = self.over_ranks(found)
-        self.losses.extend(whole[len(gradients) :])
-        return dict(zip(gradients, whole[: len(gradients)], strict=True)), log_joint
+        nll = whole.pop() if losses else None
+        return dict(zip(gradients, whole, strict=True)), log_joint, nll
 
     def _finite_trace(self, chunk: Weights, first: int) -> tuple[Any, Tensor]:
         trace, log_density = validated(partial(self._explained_trace, chunk, first))

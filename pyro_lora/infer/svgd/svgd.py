@@ -361,8 +361,8 @@ class SVGD(Summarised):
             "ratio": direction.repulsion / direction.attraction,
             "spread": spread(particles),
         }
-        if at.losses:
-            line["nll"] = torch.cat(at.losses).to(line["loss"].device).mean()
+        if direction.nll is not None:
+            line["nll"] = direction.nll.to(line["loss"].device).mean()
         if at.target.factor_sites:
             line["delta_spread"] = delta_space.spread(networks, particles)
         numbers = {name: ask(x) for name, x in line.items()}

@@ -29,7 +29,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from pyro_lora.curvature.factors import at_least_float32
+from pyro_lora.ground.accumulation import at_least_float32
 from pyro_lora.ground.weights import Weights
 from pyro_lora.infer.svgd.kernels import Kernel
 from pyro_lora.infer.svgd.particle_model import (
@@ -56,6 +56,8 @@ class Direction:
     Attributes:
         by_site: Site -> direction (K, ...).
         log_joint: (K,), nats, full data.
+        nll: Negative log likelihood per datum, (K,), nats; None if the batch observes
+            no data.
         attraction: Norm of the gradients' part, a scalar.
         repulsion: Norm of the repulsion, a scalar.
         mean_kernel: Mean kernel value between different particles, a scalar.
@@ -63,6 +65,7 @@ class Direction:
 
     by_site: Weights
     log_joint: Tensor
+    nll: Tensor | None
     attraction: Tensor
     repulsion: Tensor
     mean_kernel: Tensor
@@ -220,11 +223,14 @@ class Scores:
     Attributes:
         by_site: Site -> (K, ...), nats, full data.
         log_joint: (K,), nats, full data.
+        nll: Negative log likelihood per datum, (K,), nats; None if the batch observes
+            no data.
         repulsion: Strength of the repulsion at the minibatch loss.
     """
 
     by_site: Weights
     log_joint: Tensor
+    nll: Tensor | None
     repulsion: float | Tensor
 
 
@@ -253,11 +259,11 @@ def scores_at(at: ParticlePass, repulsion: Repulsion) -> Scores:
             num_data = data_plate(site).full_size
         return log_joint.sum()
 
-    by_site, log_joint = at.gradients(objective)
+    by_site, log_joint, nll = at.gradients(objective)
     if callable(repulsion):
         loss = at.whole(at.mean_over_data(torch.cat(losses), size))
         repulsion = repulsion(loss.mean(), num_data)
-    return Scores(by_site, log_joint, repulsion)
+    return Scores(by_site, log_joint, nll, repulsion)
 
 
 @dataclass(frozen=True)
@@ -279,7 +285,9 @@ class Independent:
         """Direction where the scores are known."""
         tempered = {s: x / temperature for s, x in scores.by_site.items()}
         zero = scores.log_joint.new_zeros(())
-        return Direction(tempered, scores.log_joint, norm(tempered), zero, zero)
+        return Direction(
+            tempered, scores.log_joint, scores.nll, norm(tempered), zero, zero
+        )
 
 
 @dataclass(frozen=True)
@@ -367,7 +375,9 @@ def _combined(
     norms = (torch.stack(squares).sum(0) / len(scores.log_joint)).sqrt()
     mean_kernels = [mean_off_diagonal(gram) for gram, _ in grams.values()]
     mean_kernel = torch.stack(mean_kernels).mean()
-    return Direction(by_site, scores.log_joint, norms[0], norms[1], mean_kernel)
+    return Direction(
+        by_site, scores.log_joint, scores.nll, norms[0], norms[1], mean_kernel
+    )
 
 
 def squared_distances(particles: Tensor) -> Tensor:
@@ -511,8 +521,12 @@ def _rows(particles: Tensor) -> Tensor:
 
 def _blocks(particles: Tensor) -> tuple[Tensor, ...]:
     """Columns of the rows, in parts (K, n)."""
-    size = LARGE_BLOCK if particles.is_cuda else BLOCK
-    return _rows(particles).split(max(1, size // len(particles)), 1)
+    return _rows(particles).split(max(1, block_size(particles) // len(particles)), 1)
+
+
+def block_size(like: Tensor) -> int:
+    """How many numbers are worked on at once where a tensor is."""
+    return LARGE_BLOCK if like.is_cuda else BLOCK
 
 
 def _centred(rows: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyro_lora.curvature.digests import update
+from pyro_lora.lifting.digests import update
 
 
 def digest(value: Any) -> str:
@@ -73,7 +73,7 @@ def test_different_values_have_different_digests() -> None:
 @pytest.mark.slow  # imports the library anew
 def test_it_is_the_same_in_another_process() -> None:
     code = (
-        "from tests.curvature.test_digests import *;"
+        "from tests.lifting.test_digests import *;"
         "print(*[digest(x) for x in DIFFERENT])"
     )
     root = Path(__file__).parents[2]
@@ -84,7 +84,7 @@ def test_it_is_the_same_in_another_process() -> None:
         text=True,
         check=True,
     )
-    here = importlib.import_module("tests.curvature.test_digests")  # as it's there
+    here = importlib.import_module("tests.lifting.test_digests")  # as it's there
     assert run.stdout.split() == [digest(x) for x in here.DIFFERENT]
 
 
