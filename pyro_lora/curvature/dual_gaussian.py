@@ -552,13 +552,13 @@ class DualGaussian(WeightGaussian):
             like = j
             layer = layers[site]
             layers[site] += 1
-            flat = j.flatten(2)
+            # In float64, as K is: what the data leave of it may be a millionth.
+            flat = j.flatten(2).double()
+            rows = self.rows.values[site][layer].to(flat)
             for q, tau in enumerate(each):
-                own_tau = of_layer(tau, site, layer).to(j)
-                scaled = flat / own_tau
-                own[q] = own[q] + (scaled @ flat.mT).double()
-                rows = self.rows.values[site][layer].to(j)
-                cross[q] = cross[q] + (scaled.flatten(0, 1) @ rows.mT).double()
+                scaled = flat / of_layer(tau, site, layer).to(flat)
+                own[q] = own[q] + scaled @ flat.mT
+                cross[q] = cross[q] + scaled.flatten(0, 1) @ rows.mT
         assert like is not None
         inside = [self.roots.right(x.mT) for x in cross]  # (k, B M)
         if None not in uniform:

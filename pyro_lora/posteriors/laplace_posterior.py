@@ -207,6 +207,10 @@ class LaplacePosterior(marginals.ByMarginals, Shared):
         named floor): it understates the evidence under the prior. Kronecker structures
         average the weights over each matrix, which usually lowers it further.
 
+        Under a prior that the model tempers by ``poutine.scale`` :math:`p(\hat w)^s`
+        isn't normalised, so that this is no evidence: values under different scales of
+        the prior or of the weights don't compare.
+
         Returns:
             A scalar, nats, float64.
         """
@@ -401,7 +405,7 @@ class LaplacePosterior(marginals.ByMarginals, Shared):
 
         Raises:
             ValueError: If the arguments don't fit, held-out labels are missing, or the
-                prior has no parameters.
+                prior has no parameters, or with ``per="prior"`` is tempered.
 
         Warns:
             UserWarning: If the best precision is at an end of those tried: 1e-4 or

@@ -22,7 +22,6 @@ from operator import length_hint
 from typing import Any
 
 import torch
-from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 from torch.distributions import constraints, transform_to
 
@@ -504,8 +503,8 @@ def train_parameters(
         keeps its values.
 
     Raises:
-        ValueError: If the prior has no parameters, isn't as it was when the mode was
-            found, or the evidence has no maximum.
+        ValueError: If the prior has no parameters, is tempered, isn't as it was when
+            the mode was found, or the evidence has no maximum.
     """
     check_gradients()
     mode = {site: x.detach().requires_grad_() for site, x in gaussian.loc.items()}
@@ -537,13 +536,13 @@ def train_parameters(
         for node in _nodes(prior, networks, gaussian, values()):
             w = gaussian.loc[node["name"]]
             log_prob = node["fn"].log_prob(w)
-            scaled = scale_and_mask(log_prob, node["scale"], node["mask"])
-            total = total + scaled.double().sum().to(total.device)
+            total = total + log_prob.double().sum().to(total.device)
             precisions[node["name"]] = site_moments(node, w)[1]
         in_order = {site: precisions[site] for site in gaussian.loc}
         # theta moves it by the prior's density and by the tau that P has from it.
         return total - 0.5 * gaussian.log_det(in_order).to(total.device)
 
+    _check_normalised(_nodes(prior, networks, gaussian, values()))
     # F was found at a mode under the parameters' values then.
     check_as_fitted(_log_prior(prior, networks, gaussian, values()), log_prior)
     optimizer = torch.optim.LBFGS(
@@ -587,6 +586,24 @@ def _nodes(
     return nodes
 
 
+def _check_normalised(nodes: Sequence[Mapping[str, Any]]) -> None:
+    """Check that a prior's densities integrate to one, whatever its parameters.
+
+    Raises:
+        ValueError: If one is tempered.
+    """
+    for node in nodes:
+        scale = torch.as_tensor(node["scale"])
+        if bool((scale != 1).any()):
+            raise ValueError(
+                f"Site {node['name']!r}: its log prior counts "
+                f"{float(scale.flatten()[0]):.3g} times, by a poutine.scale around "
+                "lora() or the model. p(w)^s isn't normalised, so that per='prior' has "
+                "no evidence to train its parameters by. Use per='all', 'site' or "
+                "'layer', which find a normal prior; or scale the likelihood alone."
+            )
+
+
 @torch.no_grad()
 def _log_prior(
     prior: Prior,
@@ -595,13 +612,7 @@ def _log_prior(
     values: Mapping[str, Tensor],
 ) -> float:
     return sum(
-        float(
-            scale_and_mask(
-                node["fn"].log_prob(gaussian.loc[node["name"]]),
-                node["scale"],
-                node["mask"],
-            ).sum()
-        )
+        float(node["fn"].log_prob(gaussian.loc[node["name"]]).sum())
         for node in _nodes(prior, networks, gaussian, values)
     )
 

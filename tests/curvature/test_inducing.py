@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch.testing import assert_close
 
 import pyro_lora as pl
@@ -232,6 +232,34 @@ def test_is_saved_and_loaded(name: str, tmp_path: Path) -> None:
         assert_same(loaded.leave_one_out(), posterior.leave_one_out())
         again = loaded.refine("prior"), posterior.refine("prior")
         assert_same_posterior(*again, 1e-9)
+
+
+def test_outcomes_that_are_certain_leave_the_fisher_information_singular() -> None:
+    # One row of 250 is informed, and its square lies below the digits of all others'.
+    number = 250
+    network = nn.Linear(number, 1).double()
+    nn.init.normal_(network.weight, std=0.01)
+    lora = pl.lift(network)
+    x, sure = torch.randn(number, number).double(), torch.arange(number) > 0
+
+    def model(x: Tensor, sure: Tensor, y: Tensor) -> None:
+        logits = lora()(x)[..., 0] + 1000.0 * sure
+        with pyro.plate("data", number, subsample=x):
+            pyro.sample("y", dist.Bernoulli(logits=logits), obs=y)
+
+    data = {"x": x, "sure": sure, "y": torch.ones(number).double()}
+    found, exact, dense = (
+        pl.AutoLaplace(
+            model, init_loc_fn=lora.init_to_adapter(), structure=structure
+        ).laplace_approximation([data])
+        for structure in (
+            pl.structures.Exact(num_inducing=number),
+            pl.structures.Exact(),
+            pl.structures.Dense(),
+        )
+    )
+    assert_same_posterior(exact, dense, 1e-9)
+    assert_same_posterior(found, exact, 1e-8)
 
 
 def test_says_what_is_lost() -> None:

@@ -148,3 +148,19 @@ def test_tokens_of_padding_are_not_counted() -> None:
     expected = counts(texts)
     assert counts(padded(texts, 3, 7)) == expected
     assert max(expected) == int(texts["attention_mask"].sum())
+
+
+def test_a_layer_that_a_datum_has_no_use_for_counts_none_of_its_tokens() -> None:
+    # One token over and over, without absolute positions: its values are the same at
+    # all places, whatever the query; of its gradient rounding is left.
+    lora, texts = pl.lift(llama(2, target_modules=["q_proj"])), batch(5, 6)
+    same = {name: value.clone() for name, value in texts.items()}
+    same["input_ids"][0] = 7
+    same["attention_mask"][0] = 1
+    found = []
+    for rows in (same, {name: value[1:] for name, value in same.items()}):
+        structure = CountingTokens()
+        laplace(lora, rows, structure=structure)
+        found.append(structure.counts)
+    more = [a - b for a, b in zip(*found, strict=True)]
+    assert sorted(more) == [0, 0, 0, 0, 1]  # A and B of two layers; the head

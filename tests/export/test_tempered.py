@@ -257,16 +257,39 @@ def test_refits_end_at_the_mode_under_the_prior_found(
 
 @ignore_mode
 @pytest.mark.parametrize("prior", [normal_prior, student_prior])
-def test_parameters_of_a_tempered_prior_are_trained_as_it_counts(prior: Any) -> None:
-    pyro.clear_param_store()
+@pytest.mark.parametrize("place", PLACES)
+def test_parameters_of_a_tempered_prior_have_no_evidence(
+    place: Callable[..., Model], prior: Any
+) -> None:
+    # Of N(0, s^2) to the power 4 it grows with 1 / s without end.
     lora, _ = models.classifier()
     lora = lora.with_prior(prior)
-    batches = models.two_batches()
-    outside = models.laplace(lora, around_lora(lora, 0.3), batches)
-    lora = lora.with_prior(poutine.scale(prior, scale=0.3))
-    plain = pl.models.classification(lora, models.NUM_DATA)
-    inside = models.laplace(lora, plain, batches)
+    tempered = laplace(lora, place(lora, 4.0))
+    inside = lora.with_prior(poutine.scale(prior, scale=4.0))
+    plain = pl.models.classification(inside, models.NUM_DATA)
+    for posterior in (tempered, laplace(inside, plain)):
+        with pytest.raises(ValueError, match=r"counts [42] times.*per='all'"):
+            posterior.optimize_prior(per="prior")
+        assert posterior.optimize_prior(per="all").log_evidence().isfinite()
+
+
+@ignore_mode
+def test_parameters_of_a_prior_are_trained_beside_a_tempered_likelihood() -> None:
+    lora, _ = models.classifier()
+    lora = lora.with_prior(normal_prior)
+
+    def model(labels: Tensor | None = None, **inputs: Tensor) -> None:
+        logits = lora()(**inputs).logits
+        with (
+            pyro.plate("data", models.NUM_DATA, subsample=inputs["input_ids"]),
+            poutine.scale(scale=0.25),
+        ):
+            pyro.sample("y", dist.Categorical(logits=logits), obs=labels)
+
+    posterior = laplace(lora, model)
     torch.testing.assert_close(
-        outside.optimize_prior(per="prior").log_evidence(),
-        inside.optimize_prior(per="prior").log_evidence(),
+        posterior.optimize_prior(per="prior").log_evidence(),
+        posterior.optimize_prior(per="all").log_evidence(),
+        rtol=1e-8,
+        atol=0,
     )

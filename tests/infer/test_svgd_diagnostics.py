@@ -250,3 +250,22 @@ def test_updates_of_a_non_centred_prior_are_no_latents_to_compare() -> None:
     )
     with pytest.raises(ValueError, match=r"none of the sites .* is a factor"):
         svgd.step(**networks.batch(NUM_DATA, 7))
+
+
+@pytest.mark.parametrize("space", ["joint", "site"])
+def test_distances_of_latents_in_half_precision_are_in_float32(space: Any) -> None:
+    # Around 100 a bfloat16 is a multiple of a half, and so would be the mean.
+    def model(x: Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(x.new_zeros(4), 1.0).to_event(1))
+        with pyro.plate("data", len(x), subsample=x):
+            pyro.sample("y", dist.Normal((x * w).sum(-1), 1.0), obs=x[:, 0])
+
+    x, particles = torch.randn(5, 4), (100 + torch.randn(3, 4)).bfloat16()
+    found = []
+    for dtype in (torch.bfloat16, torch.float64):
+        target: Any = Target(model, {}, {"w": particles.to(dtype)}, {}, len)
+        svgd = engine(target, SGD({"lr": 0.0}), kernels.RBF(space=space))
+        svgd.step(x=x.to(dtype))
+        found.append(svgd.diagnostics)
+    for name in ("spread", "repulsion", "mean_kernel"):
+        assert found[0][name] == pytest.approx(found[1][name], rel=1e-5), name

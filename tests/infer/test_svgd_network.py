@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from pyro.optim import SGD
@@ -22,10 +24,14 @@ STRENGTH: dict[str, dict[str, Any]] = {"function": {"repulsion": 3.0}}
 
 
 def svgd(
-    lora: pl.LiftedNetwork, particles: dict[str, Tensor], space: Any, **settings: Any
+    lora: pl.LiftedNetwork,
+    particles: dict[str, Tensor],
+    space: Any,
+    model: Any = None,
+    **settings: Any,
 ) -> pl.SVGD:
     return pl.SVGD(
-        pl.models.classification(lora, NUM_DATA),
+        model or pl.models.classification(lora, NUM_DATA),
         kernels.RBF(space=space),
         SGD({"lr": 0.01}),
         len(next(iter(particles.values()))),
@@ -119,3 +125,27 @@ def test_from_laplace_to_svgd_and_back() -> None:
     assert_close(
         pl.MixturePosterior(components).weights, torch.full((5,), 0.2).double()
     )
+
+
+def test_thousands_of_log_densities_in_half_precision_are_summed_in_float32() -> None:
+    # Of 4096 tokens a sum in bfloat16 is rounded to a multiple of 64 nats.
+    lora = pl.lift(networks.bert(5, dtype=torch.bfloat16, of_tokens=True))
+    texts = networks.inputs(networks.batch(128, 32))
+    labels = torch.randint(5, (128, 32))
+    seen = []
+
+    def model(labels: Tensor, **texts: Tensor) -> None:
+        logits = lora()(**texts).logits.flatten(-3, -2)
+        fn, labels = dist.Categorical(logits=logits), labels.flatten()
+        seen.append(fn.log_prob(labels).detach())
+        with pyro.plate("data", len(labels), subsample=labels):
+            pyro.sample("y", fn, obs=labels)
+
+    particles = networks.particles(lora, 2)
+    again = svgd(lora, particles, "joint", model=model)
+    loss = again.step(labels=labels, **texts)
+    assert seen[-1].dtype == torch.bfloat16
+    assert seen[-1].shape == (2, 4096)
+    log_prior = sum(dist.Normal(0.0, 1.0).log_prob(x).sum() for x in particles.values())
+    expected = -(seen[-1].double().sum() + log_prior) / 2
+    assert loss == pytest.approx(float(expected), abs=0.01)  # float32 has 1e-3
