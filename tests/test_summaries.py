@@ -259,6 +259,7 @@ def test_a_posterior_says_what_it_holds() -> None:
         "weights": f"{num_weights:,}",
         "structure": "Kronecker",
         "prior_precision": "1",
+        "num_data": f"{NUM_DATA}",
         "prior": "normal(scale=1.0, center=0.0)",
         "log_likelihood": f"{float(posterior.log_likelihood):.4g}",
         "log_evidence": f"{float(posterior.log_evidence()):.4g}",

@@ -239,6 +239,7 @@ class FisherFit:
         prior_scales: Site -> scale of its log density, where the model says it, as
             :func:`~pyro_lora.curvature.prior_moments.model_scales`.
         arguments: The arguments that the last batch gave to the model.
+        num_data: N, all data.
     """
 
     gaussian: WeightGaussian
@@ -249,6 +250,7 @@ class FisherFit:
     obs_site: str | None
     prior_scales: Mapping[str, float | Tensor]
     arguments: frozenset[str]
+    num_data: int
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -367,6 +369,7 @@ class FisherPasses:
             frozenset(
                 k for k, x in trace.nodes["_INPUT"]["kwargs"].items() if x is not None
             ),
+            sums.num_data,
         )
 
     def _terms(self, sites: Sequence[Site]) -> tuple[FisherTerms, Tensor]:

@@ -62,7 +62,7 @@ class Stationarity:
         return [words]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class WeightedDraws(ABC):
     r"""Draws of q with their importance weights w = p / q.
 

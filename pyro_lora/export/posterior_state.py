@@ -173,6 +173,7 @@ class LaplaceDescription(Schema, tag_field="kind", tag="laplace"):
     observations: tuple[ObservationsDescription, ...] = ()
     follows_prior: bool = False
     fit_arguments: tuple[str, ...] | None = None
+    num_data: Annotated[int, msgspec.Meta(ge=1)] | None = None
 
 
 class ParticleDescription(Schema, tag_field="kind", tag="particles"):
@@ -468,6 +469,7 @@ def _describe_laplace(
         "prior": prior,
         "latents": latents,
         "fit_arguments": _in_order(posterior.fit_arguments),
+        "num_data": posterior.num_data,
     }
     if isinstance(posterior.gaussian, DualGaussian):
         parts, of_parts = describe_observations(
@@ -520,6 +522,7 @@ def _restore_laplace(
         fixed=fixed,
         follows_prior=description.follows_prior,
         fit_arguments=_set_of(description.fit_arguments),
+        num_data=description.num_data,
     )
 
 

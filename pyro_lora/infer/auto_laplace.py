@@ -482,6 +482,7 @@ def _fit(passes: FisherPasses, batches: Iterable[Batch]) -> LaplacePosterior:
         latents=block,
         fixed=fixed,
         fit_arguments=fit.arguments,
+        num_data=fit.num_data,
     )
 
 

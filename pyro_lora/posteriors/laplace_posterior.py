@@ -85,6 +85,7 @@ class LaplacePosterior(marginals.ByMarginals, Shared):
             where the posterior was loaded.
         follows_prior: Whether the mode is that of the linearised network under the
             prior, and moves with it.
+        num_data: N, the data of the fit.
     """
 
     gaussian: WeightGaussian
@@ -99,6 +100,7 @@ class LaplacePosterior(marginals.ByMarginals, Shared):
     fixed: Weights = field(default_factory=dict)
     fit_arguments: frozenset[str] | None = None
     follows_prior: bool = False
+    num_data: int | None = None
 
     num_samples: ClassVar[int | None] = None
 
@@ -116,6 +118,8 @@ class LaplacePosterior(marginals.ByMarginals, Shared):
         if self.gaussian.is_refined:
             under = "the prior" if self.follows_prior else "a prior around the weights"
             facts["mode"] = f"refined, the linearised network's under {under}"
+        if self.num_data is not None:
+            facts["num_data"] = f"{self.num_data:,}"
         facts |= {
             "prior": brief(self.prior),
             "log_likelihood": extent([self.log_likelihood]),

@@ -76,6 +76,7 @@ def test_a_posterior_comes_back_the_same(kind: Kind, tmp_path: Path) -> None:
     assert fit_arguments(again) == fit_arguments(posterior)
     if isinstance(posterior, pl.LaplacePosterior):
         assert fit_arguments(again) == batches[0].keys()
+        assert again.num_data == sum(len(batch["labels"]) for batch in batches)
     assert again.networks == (lora,)
     assert_same_draws(posterior, again)
     if kind is some_particles:
