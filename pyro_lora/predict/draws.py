@@ -271,10 +271,9 @@ def model_at_draws(
         The model at the draws.
 
     Raises:
-        ValueError: If the likelihood isn't found or
-            gives more than one outcome a datum, the model and the posterior have
-            different latent sites, or one is local to a datum; or if the model mixes
-            the data of several draws.
+        ValueError: If the likelihood isn't found or gives more than one outcome a
+            datum, the model and the posterior have different latent sites, one is local
+            to a datum, or the model mixes the data of several draws.
     """
     check_names(model, obs_site)
 
@@ -315,18 +314,23 @@ def model_at_draws(
         )
     # Not those of pyro.deterministic: what it records may have any number of dims.
     places = batch_dims([obs], {s: n for s, n in nodes.items() if s in weights})
-    padded = {name: dims.stacked(weights[name]) for name, dims in places.items()}
 
-    def run_stack(stack: Weights) -> Any:
-        padded = {name: dims.stacked(stack[name]) for name, dims in places.items()}
-        return run(padded, obs["name"])
+    def padded(stack: Mapping[str, Tensor]) -> Weights:
+        return {name: dims.stacked(stack[name]) for name, dims in places.items()}
 
-    at: Weights = {name: trace.nodes[name]["value"] for name in places}
-    check_stack(model, trace, at, [obs["name"]], run, run_stack, draws_at_once)
+    check_stack(
+        model,
+        trace,
+        {name: trace.nodes[name]["value"] for name in places},
+        [obs["name"]],
+        run,
+        lambda stack: run(padded(stack), obs["name"]),
+        draws_at_once,
+    )
     batch_first = _num_rows(batch) == tuple(obs["fn"].batch_shape)
     return ModelAtDraws(
         model,
-        padded,
+        padded(weights),
         obs["name"],
         lifted_networks(trace),
         batch_first,
