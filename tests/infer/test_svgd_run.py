@@ -324,7 +324,10 @@ def test_batches_without_a_length() -> None:
     assert seen == [1, 1]
 
 
-def test_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_bar(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")  # the faster, the less room there is
     target = hierarchical_regression(3)
     svgd = engine(target, SGD({"lr": 0.01}))
     svgd.run(regression_batches(2), num_epochs=2, progress_bar=True)
