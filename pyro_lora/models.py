@@ -49,7 +49,7 @@ class classification(FieldsShown):
         """Sample the weights and the labels of a batch."""
         net = self.lora()  # the pyro.sample statements
         logits = net(**inputs).logits
-        _check_shapes(self, logits, labels, inputs)
+        _check_shapes("classification", logits, labels, inputs)
         first = next(iter(inputs.values()))
         with pyro.plate("data", self.num_data, subsample=first):
             return pyro.sample("y", dist.Categorical(logits=logits), obs=labels)
@@ -81,7 +81,7 @@ class multi_label(FieldsShown):
         """Sample the weights and the labels of a batch."""
         net = self.lora()  # the pyro.sample statements
         logits = net(**inputs).logits
-        _check_shapes(self, logits, labels, inputs)
+        _check_shapes("multi_label", logits, labels, inputs)
         likelihood = dist.Bernoulli(logits=logits)
         if labels is not None:
             counts = labels != IGNORED
@@ -123,7 +123,7 @@ class token_classification(FieldsShown):
         """Sample the weights and the labels of a batch."""
         net = self.lora()  # the pyro.sample statements
         logits = net(**inputs).logits
-        _check_shapes(self, logits, labels, inputs)
+        _check_shapes("token_classification", logits, labels, inputs)
         first = next(iter(inputs.values()))
         counts = inputs.get("attention_mask", first.new_ones(first.shape[:2])) > 0
         if labels is not None:
@@ -168,7 +168,7 @@ class regression(FieldsShown):
         net = self.lora()  # the pyro.sample statements
         logits = net(**inputs).logits
         _check_single(logits)
-        _check_shapes(self, logits, labels, inputs)
+        _check_shapes("regression", logits, labels, inputs)
         noise: Any = self.scale
         if not isinstance(noise, float):
             prior = dist.LogNormal(logits.new_zeros(()), 1.0)
@@ -348,7 +348,7 @@ class language_model(FieldsShown):
         """Sample the weights and the labels of a batch."""
         net = self.lora()  # the pyro.sample statements
         logits = net(**inputs).logits
-        _check_shapes(self, logits, labels, inputs)
+        _check_shapes("language_model", logits, labels, inputs)
         logits = logits[..., :-1, :]  # the last token's has no label
         tokens = inputs["input_ids"] if labels is None else labels
         real = inputs.get("attention_mask", torch.ones_like(tokens)) > 0
@@ -566,9 +566,8 @@ _SHAPES = {
 
 
 def _check_shapes(
-    model: Any, logits: Tensor, labels: Tensor | None, inputs: dict[str, Any]
+    name: str, logits: Tensor, labels: Tensor | None, inputs: dict[str, Any]
 ) -> None:
-    name = type(model).__name__
     expected = _SHAPES[name]
     sizes = dict(zip("BT", next(iter(inputs.values())).shape, strict=False))
 

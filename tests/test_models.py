@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 from typing import Any
@@ -528,3 +529,17 @@ def test_networks_and_labels_of_another_model_are_named(
         with pytest.raises(ValueError, match=rf"models\.{name}: .*{message}") as caught:
             call()
         assert "Trace Shapes" not in str(caught.value)
+
+
+def test_a_ready_model_can_be_subclassed() -> None:
+    @dataclass(frozen=True, repr=False)
+    class tempered(pl.models.classification):
+        def __call__(self, labels: Tensor | None = None, **inputs: Any) -> Tensor:
+            with poutine.scale(scale=0.5):
+                return super().__call__(labels, **inputs)
+
+    lora = pl.lift(networks.bert(2))
+    batch = networks.batch(3)
+    whole = likelihood(pl.models.classification(lora, 3), lora, batch)
+    half = likelihood(tempered(lora, 3), lora, batch)
+    assert_close(half["log_prob"], 0.5 * whole["log_prob"])

@@ -15,6 +15,7 @@ from pyro_lora.ground.settings import check_count, shown
 from pyro_lora.ground.summary import Summarised, brief
 from pyro_lora.ground.weights import Weights, copied, drawing_nothing
 from pyro_lora.lifting.lifted_network import LiftedNetwork
+from pyro_lora.likelihood.batch import FAILURES
 from pyro_lora.likelihood.model_trace import (
     Model,
     sampled_networks,
@@ -187,7 +188,7 @@ def check_samples(network: nn.Module, arguments: Mapping[str, Any]) -> None:
     with drawing_nothing([dict(network.named_parameters())]):
         try:
             handler.get_trace(**arguments)
-        except Exception as error:  # whatever a network says of arguments
+        except FAILURES as error:  # what networks say of arguments
             failed = error
     if not latent_nodes(handler.msngr.trace):
         raise TypeError(samples_nothing(network)) from failed
