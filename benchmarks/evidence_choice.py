@@ -1,23 +1,21 @@
 """Does the evidence choose rank, layers, prior and the epoch to stop at?
 
-Usage: ``python -m benchmarks.evidence_choice --data FOLDER [--runs
-.cache/evidence_choice] [--sets sst2 vader agnews] [--rows 200] [--seed 0] [--shard 0/2]
+Usage: ``python -m benchmarks.evidence_choice --data FOLDER
+[--sets sst2 vader agnews] [--rows 200] [--seed 0] [--shard 0/2]
 [--out benchmarks/results]``; ``--report`` writes the table of what there is.
 
 MiniLM as in ``benchmarks.refined``. Each candidate is trained once on all rows and once
 on 80 % of them, which is what validation costs. A criterion is judged by how well its
 order of the candidates agrees with that of their test NLL, and by what its choice loses
-to the best candidate. Each result is written into ``--runs`` at once.
+to the best candidate. Each result is kept at once in ``raw/evidence_choice.jsonl``.
 """
 
 import argparse
-import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import astuple, dataclass, replace
 from math import nan
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,13 +23,12 @@ from torch import Tensor
 import pyro_lora as pl
 from benchmarks.encoder_top import CachedRows, adapted, cache, minilm
 from benchmarks.refined import at_weights, chosen, corpus, predicted
-from benchmarks.runs import arguments, run_or_report, shard, write
+from benchmarks.runs import Result, arguments, keep, kept, raw, run_or_report, shard
 from benchmarks.seed_runs import Setting
 from benchmarks.tables import header, provenance, row
 
 NUM_TEST = 300
 SETS = ("sst2", "vader", "agnews")
-Result = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -159,10 +156,10 @@ def run(args: argparse.Namespace) -> None:
     jobs = [(c, name) for c in CANDIDATES for name in args.sets]
     states: States = {}
     for candidate, name in shard(jobs, args):
-        path = args.runs / f"{name}_{args.rows}_{candidate.name}_{args.seed}.json"
-        if not path.exists():
+        key = f"{name}_{args.rows}_{candidate.name}_{args.seed}"
+        if key not in kept(raw(args)):
             of_one = (args.data, name, candidate, args.rows, args.seed, states)
-            write(path, run_one(setting(*of_one)))
+            keep(raw(args), key, run_one(setting(*of_one)))
 
 
 def ranks(values: Iterable[float]) -> Tensor:
@@ -178,15 +175,15 @@ def rank_correlation(x: Iterable[float], y: Iterable[float]) -> float:
 Table = dict[str, dict[Candidate, Result]]  # by data set
 
 
-def read(runs: Path) -> tuple[Table, int]:
+def read(there: Mapping[str, Result]) -> tuple[Table, int]:
     """What there is, and of how many rows."""
     table: Table = {}
     number = 0
-    for path in sorted(runs.glob("*.json")):
-        name, rows, of, _ = path.stem.rsplit("_", 3)
+    for kept_as, found in there.items():
+        name, rows, of, _ = kept_as.rsplit("_", 3)
         rank, layers, precision, epochs = of.split("-")
         key = Candidate(int(rank), int(layers), float(precision), int(epochs))
-        table.setdefault(name, {})[key] = json.loads(path.read_text())
+        table.setdefault(name, {})[key] = found
         number = int(rows)
     return table, number
 
@@ -210,9 +207,9 @@ def judged(
     return found
 
 
-def report(runs: Path) -> list[str]:
+def report(there: Mapping[str, Result]) -> list[str]:
     """All tables, in Markdown."""
-    table, number = read(runs)
+    table, number = read(there)
     fits = sum(map(len, table.values()))
     lines = [
         "# Evidence that chooses",

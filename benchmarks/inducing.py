@@ -1,21 +1,20 @@
 """What does Nyström's approximation lose? ``Exact(num_inducing=m)`` beside all rows.
 
-Usage: ``python -m benchmarks.inducing --data FOLDER [--seeds 2] [--runs
-.cache/inducing] [--sets sst2 agnews] [--numbers 500 333] [--epochs 4] [--shard 0/2]
+Usage: ``python -m benchmarks.inducing --data FOLDER [--seeds 2]
+[--sets sst2 agnews] [--numbers 500 333] [--epochs 4] [--shard 0/2]
 [--out benchmarks/results]``; ``--report`` writes the table of what there is.
 
 Network and training are those of ``benchmarks.refined``; N rows of C classes have
 N (C - 1) rows of the Jacobian, of which m are drawn. Variances and evidences are
 compared at the weights and at the prior that the exact evidence chooses; the NLL is
-that of each structure's own refinement and own prior. Each result is written into
-``--runs`` at once.
+that of each structure's own refinement and own prior. Each result is kept at
+once in ``raw/inducing.jsonl``.
 """
 
 import argparse
-import json
 import time
+from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pyro
@@ -23,8 +22,8 @@ import torch
 from torch import Tensor
 
 import pyro_lora as pl
-from benchmarks.refined import Result, corpus, scores, setting
-from benchmarks.runs import arguments, run_or_report, shard, write
+from benchmarks.refined import corpus, scores, setting
+from benchmarks.runs import Result, arguments, keep, kept, raw, run_or_report, shard
 from benchmarks.seed_runs import Setting, compared, scalar
 from benchmarks.tables import header, over_seeds, provenance, row
 from pyro_lora.curvature.linearize import LinearizedNetwork
@@ -108,19 +107,19 @@ def run(args: argparse.Namespace) -> None:
         for name, number in zip(args.sets, args.numbers, strict=True)
     ]
     for seed, name, number in shard(jobs, args):
-        path = args.runs / f"{name}-{number}-{args.epochs}-{seed}.json"
-        if not path.exists():
+        key = f"{name}-{number}-{args.epochs}-{seed}"
+        if key not in kept(raw(args)):
             job = setting(corpus(args.data / name), number, seed)
-            write(path, run_one(replace(job, epochs=args.epochs)))
+            keep(raw(args), key, run_one(replace(job, epochs=args.epochs)))
 
 
-def report(runs: Path) -> list[str]:
+def report(there: Mapping[str, Result]) -> list[str]:
     """All tables, in Markdown."""
     results: dict[tuple[str, int, int], list[dict[str, Result]]] = {}
-    for path in sorted(runs.glob("*.json")):
-        name, rows, epochs, _ = path.stem.split("-")
+    for kept_as, result in there.items():
+        name, rows, epochs, _ = kept_as.split("-")
         key = name, int(rows), int(epochs)
-        results.setdefault(key, []).append(json.loads(path.read_text()))
+        results.setdefault(key, []).append(result)
     lines = [
         "# Rows that stand for all",
         "",

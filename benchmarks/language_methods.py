@@ -68,6 +68,7 @@ class Trainings:
             with safe_open(path, "pt") as file:
                 self.reused += float(file.metadata()["seconds"])
                 return {site: file.get_tensor(site) for site in file.keys()}
+        self.folder.mkdir(parents=True, exist_ok=True)
         start = process_time()
         weights = {site: x.contiguous() for site, x in train().items()}
         seconds = str(process_time() - start)

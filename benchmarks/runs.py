@@ -1,26 +1,44 @@
-"""Studies that take hours: each result is a file, and their table is of what is there.
+"""Studies that take hours: each result is a line of a file, and they make the table.
 
-A result is written at once and whole, and what is there isn't computed again, so that
-an interrupted study goes on where it was, and several processes may share its jobs.
+The file is ``raw/NAME.jsonl`` beside the tables, in the repository: a study may go on
+where it was, also on another machine, and several processes may share its jobs.
 """
 
 import argparse
 import json
-import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 Job = TypeVar("Job")
+Result = dict[str, Any]
+DIGITS = 6
 
 
-def write(path: Path, result: dict[str, Any]) -> None:
-    """Whole or not at all."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(result, indent=1))
-    os.replace(part, path)
-    print(path.stem, flush=True)
+def kept(path: Path) -> dict[str, Result]:
+    """The results that are there, by name."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    found = [json.loads(line) for line in lines]
+    return {result.pop("name"): result for result in found}
+
+
+def keep(path: Path, name: str, result: Result) -> None:
+    """Add one, in one piece, so that processes don't write into one another's lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    line = json.dumps({"name": name, **short(result)})
+    with path.open("a") as file:
+        file.write(line + "\n")
+    print(name, flush=True)
+
+
+def short(value: Any) -> Any:
+    """The same with six digits of each number."""
+    if isinstance(value, float):
+        return float(f"{value:.{DIGITS}g}")
+    if isinstance(value, Mapping):
+        return {key: short(x) for key, x in value.items()}
+    return [short(x) for x in value] if isinstance(value, list) else value
 
 
 def arguments(
@@ -30,7 +48,7 @@ def arguments(
 
     Args:
         doc: Its docstring.
-        name: Of the study, its folder of results and its table.
+        name: Of the study, its file of results and its table.
         sets: Data sets, folders of ``--data``.
         rows: Training rows.
     """
@@ -39,11 +57,16 @@ def arguments(
     parser.add_argument("--sets", nargs="+", default=list(sets))
     parser.add_argument("--rows", type=int, default=rows)
     parser.add_argument("--shard", default="0/1", help="I/N: every Nth job, from I on")
-    parser.add_argument("--runs", type=Path, default=Path(".cache") / name)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--report", action="store_true")
     parser.set_defaults(name=name)
     return parser
+
+
+def raw(args: argparse.Namespace) -> Path:
+    """The file of a study's results."""
+    path: Path = args.out / "raw" / f"{args.name}.jsonl"
+    return path
 
 
 def shard(jobs: Sequence[Job], args: argparse.Namespace) -> Sequence[Job]:
@@ -55,13 +78,12 @@ def shard(jobs: Sequence[Job], args: argparse.Namespace) -> Sequence[Job]:
 def run_or_report(
     args: argparse.Namespace,
     run: Callable[[argparse.Namespace], None],
-    report: Callable[[Path], list[str]],
+    report: Callable[[Mapping[str, Result]], list[str]],
 ) -> None:
     """Compute what isn't there yet; or write the table of what is."""
     if args.report:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / f"{args.name}.md").write_text("\n".join(report(args.runs)))
+        lines = report(dict(sorted(kept(raw(args)).items())))
+        (args.out / f"{args.name}.md").write_text("\n".join(lines))
         return
-    args.runs.mkdir(parents=True, exist_ok=True)
     warnings.filterwarnings("ignore", "The weights aren't a mode")
     run(args)

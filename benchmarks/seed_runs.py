@@ -16,6 +16,7 @@ from torch import Tensor
 import pyro_lora as pl
 from benchmarks.dense_ggn import dense_ggn, layers_of, logit_jacobian
 from benchmarks.encoder_top import CachedRows
+from benchmarks.runs import Result
 from pyro_lora.ground.weights import Weights
 
 PRIOR_PRECISION, LEARNING_RATE, NUM_WARMUP_STEPS = 0.1, 2e-3, 20
@@ -29,7 +30,6 @@ STRUCTURES: dict[str, Any] = {
     "diagonal": pl.structures.Diagonal(),
 }
 RANKS = (4, 16, 64)
-Result = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)

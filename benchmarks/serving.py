@@ -7,15 +7,15 @@ what there is.
 
 MiniLM as in ``benchmarks.refined``, with LoRA on its last two layers or on all six. The
 draws of each method are written by ``export_adapters``, loaded by PEFT into a network
-that has never been lifted, and their probabilities averaged. Each result is written
-into ``--runs`` at once, and so are the weights of each training: what is there isn't
-computed again.
+that has never been lifted, and their probabilities averaged. Each result is kept at
+once in ``raw/serving.jsonl``, the weights of each training in ``--runs``: what is there
+isn't computed again.
 """
 
 import argparse
-import json
 import tempfile
 import warnings
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ from torch import Tensor
 import pyro_lora as pl
 from benchmarks.encoder_top import CachedRows, EncoderTop, adapted, cache, minilm
 from benchmarks.refined import RANK, chosen, corpus, mixed, predicted, scores
-from benchmarks.runs import arguments, run_or_report, shard, write
+from benchmarks.runs import Result, arguments, keep, kept, raw, run_or_report, shard
 from benchmarks.seed_runs import PRIOR_PRECISION, Setting
 from benchmarks.tables import header, over_seeds, provenance, row
 from pyro_lora.ground.weights import Weights
@@ -51,7 +51,6 @@ TITLES = {
     "tfb": "TFB's shape, `methods.tfb`, 0.1",
     "ensemble": "ensemble of 8",
 }
-Result = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ class Job:
         """The weights of one training, from a file where it is there."""
         path = self.folder / f"{member}.safetensors"
         if not path.exists():
-            self.folder.mkdir(exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
             part = path.with_suffix(".part")
             save_file(self.setting.fit_map(self.setting.train, member), part)
             part.replace(path)
@@ -169,21 +168,19 @@ def run(args: argparse.Namespace) -> None:
         for name in args.sets
     ]
     for part, seed, layers, name in shard(jobs, args):
-        stem = f"{name}-{layers}-{args.epochs}-{args.rows}-{seed}-{part}"
-        path = args.runs / f"{stem}.json"
-        if not path.exists():
+        key = f"{name}-{layers}-{args.epochs}-{args.rows}-{seed}-{part}"
+        if key not in kept(raw(args)):
             job = job_of(args, name, layers, seed)
-            write(path, job.draws() if part == "draws" else job.ensemble())
+            keep(raw(args), key, job.draws() if part == "draws" else job.ensemble())
 
 
-def report(runs: Path) -> list[str]:
+def report(there: Mapping[str, Result]) -> list[str]:
     """All tables, in Markdown."""
     results: dict[tuple[str, int], dict[str, list[Result]]] = {}
     counts: dict[tuple[str, int], int] = {}
-    for path in sorted(runs.glob("*.json")):
-        name, layers, *_, part = path.stem.split("-")
+    for kept_as, found in there.items():
+        name, layers, *_, part = kept_as.split("-")
         key = name, int(layers)
-        found = json.loads(path.read_text())
         counts[key] = counts.get(key, 0) + (part == "draws")
         for method, scored in found["metrics"].items():
             results.setdefault(key, {}).setdefault(method, []).append(scored)
@@ -221,6 +218,7 @@ def report(runs: Path) -> list[str]:
 def main() -> None:
     parser = arguments(__doc__, "serving", SETS, rows=500)
     parser.add_argument("--layers", nargs="+", type=int, default=list(LAYERS))
+    parser.add_argument("--runs", type=Path, default=Path(".cache/serving"))
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--parts", nargs="+", default=["draws", "ensemble"])

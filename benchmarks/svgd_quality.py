@@ -8,7 +8,6 @@ Networks, data sets, seeds and resuming are those of
 """
 
 import argparse
-import json
 import math
 import tempfile
 import warnings
@@ -23,7 +22,7 @@ import torch
 import pyro_lora as pl
 from benchmarks.curvature_quality import EPOCHS, NUM_TRAIN, RANK, Study, study
 from benchmarks.encoder_top import MAX_LENGTH, CachedRows, cache
-from benchmarks.runs import write
+from benchmarks.runs import Result, keep, kept
 from benchmarks.seed_runs import PRIOR_PRECISION, Setting, decaying_adam
 from benchmarks.tables import header, over_seeds, provenance
 
@@ -36,7 +35,6 @@ SPACES: dict[str, Any] = {
     "SVGD, LoRA's updates": "delta",
 }
 EFFECTIVE, HELD_OUT = "effective parameters", "held-out nll"
-Result = dict[str, Any]
 
 
 class Job:
@@ -181,19 +179,17 @@ class Job:
         return found
 
 
-def resumed(path: Path, compute: Callable[[], Result]) -> Result:
-    """The results in a file, which is written if there is none."""
-    if not path.exists():
+def resumed(raw: Path, name: str, compute: Callable[[], Result]) -> Result:
+    """The results of a name, which are computed if they aren't there."""
+    if name not in kept(raw):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*aren't a mode.*")
-            write(path, compute())
-    found: Result = json.loads(path.read_text())
-    return found
+            keep(raw, name, compute())
+    return kept(raw)[name]
 
 
-def run(job: Study, num_seeds: int, runs: Path) -> None:
-    """Every result that has no file yet."""
-    runs.mkdir(parents=True, exist_ok=True)
+def run(job: Study, num_seeds: int, raw: Path) -> None:
+    """Every result that isn't there yet."""
     rows = job.corpora["vader"].domains[OUT_OF_DOMAIN][: 40 if job.quick else NUM_OTHER]
     other = cache(job.bert, job.tokenizer, rows).by_length()
     keys = [
@@ -205,25 +201,25 @@ def run(job: Study, num_seeds: int, runs: Path) -> None:
     for name, regime, seed in keys:
         one = Job(job.setting(name, regime, seed), other)
         stem = f"{name}_{regime}_{seed}"
-        ensembles = resumed(runs / f"{stem}_ensembles.json", one.run_ensembles)
+        ensembles = resumed(raw, f"{stem}_ensembles", one.run_ensembles)
         function_space = partial(one.run_function_space, ensembles)
-        resumed(runs / f"{stem}_function.json", function_space)
+        resumed(raw, f"{stem}_function", function_space)
         weight_space = partial(one.run_weight_space, ensembles)
-        resumed(runs / f"{stem}_weights.json", weight_space)
+        resumed(raw, f"{stem}_weights", weight_space)
 
 
-def collected(runs: Path) -> dict[tuple[str, str], dict[str, list[Result]]]:
+def collected(raw: Path) -> dict[tuple[str, str], dict[str, list[Result]]]:
     """By data set and regime, each method's results in the order of the seeds."""
     found: dict[tuple[str, str], dict[str, list[Result]]] = {}
-    for path in sorted(runs.glob("*.json")):
-        name, regime, *_ = path.stem.split("_")
+    for kept_as, results in sorted(kept(raw).items()):
+        name, regime, *_ = kept_as.split("_")
         methods = found.setdefault((name, regime), {})
-        for method, result in json.loads(path.read_text()).items():
+        for method, result in results.items():
             methods.setdefault(method, []).append(result)
     return found
 
 
-def report(runs: Path) -> list[str]:
+def report(raw: Path) -> list[str]:
     """All tables, in Markdown."""
     lines = [
         "# Quality of particles",
@@ -244,7 +240,7 @@ def report(runs: Path) -> list[str]:
         "log(K + 1), and the gate opens below gamma / N nats.",
         "",
     ]
-    for (name, regime), methods in collected(runs).items():
+    for (name, regime), methods in collected(raw).items():
         lines += [
             f"## {name}, {NUM_TRAIN[name]} rows, {EPOCHS[name, regime]} epochs "
             f"({regime})",
@@ -272,7 +268,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sst2", type=Path, metavar="FOLDER")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--runs", type=Path, default=Path(".cache/svgd_quality"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument(
         "--report", action="store_true", help="write what there is, compute nothing"
@@ -284,13 +279,14 @@ def main() -> None:
     torch.set_num_threads(1)
     if args.quick:
         with tempfile.TemporaryDirectory() as folder:
-            run(study(args.sst2, quick=True), 1, Path(folder))
-            print("\n".join(report(Path(folder))))
+            raw = Path(folder, "raw.jsonl")
+            run(study(args.sst2, quick=True), 1, raw)
+            print("\n".join(report(raw)))
         return
+    raw = args.out / "raw" / "svgd_quality.jsonl"
     if not args.report:
-        run(study(args.sst2, quick=False), args.seeds, args.runs)
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "svgd_quality.md").write_text("\n".join(report(args.runs)) + "\n")
+        run(study(args.sst2, quick=False), args.seeds, raw)
+    (args.out / "svgd_quality.md").write_text("\n".join(report(raw)) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,3 @@
-import json
 from copy import deepcopy
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import pyro_lora as pl
 from benchmarks.dense_ggn import dense_ggn, layers_of, logit_jacobian
 from benchmarks.encoder_top import CachedRows, EncoderTop, adapted
 from benchmarks.refined import at_weights, mixed
-from benchmarks.runs import arguments, shard, write
+from benchmarks.runs import arguments, keep, kept, shard
 from benchmarks.seed_runs import PRIOR_PRECISION, Setting
 from benchmarks.serving import Job
 from benchmarks.tables import over_seeds
@@ -25,10 +24,15 @@ def test_mean_and_standard_error_over_seeds() -> None:
     assert over_seeds([1, 2, 3, 6], digits=2) == "3.00 ± 1.08"  # sqrt(14 / 3 / 4)
 
 
-def test_results_are_whole_and_shared_out(tmp_path: Path) -> None:
-    write(tmp_path / "one.json", {"nll": 0.5})
-    assert [path.name for path in tmp_path.iterdir()] == ["one.json"]
-    assert json.loads((tmp_path / "one.json").read_text()) == {"nll": 0.5}
+def test_results_are_kept_and_jobs_shared_out(tmp_path: Path) -> None:
+    path = tmp_path / "raw" / "study.jsonl"
+    assert kept(path) == {}
+    keep(path, "sst2-0", {"nll": 1 / 3, "seeds": 2, "losses": [{"map": 2 / 3}]})
+    keep(path, "sst2-1", {"nll": float("inf")})
+    assert kept(path) == {
+        "sst2-0": {"nll": 0.333333, "seeds": 2, "losses": [{"map": 0.666667}]},
+        "sst2-1": {"nll": float("inf")},
+    }
     parser = arguments(None, "study", sets=["sst2"], rows=5)
     shares = [
         shard(range(7), parser.parse_args(["--shard", f"{i}/3"])) for i in range(3)
