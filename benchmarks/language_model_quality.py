@@ -273,15 +273,16 @@ class Study:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Every result that isn't there yet, of all data sets for a seed before the next.
+    """Every result that isn't there yet.
 
-    What is cheap, or measured against, comes before the rest.
+    What is cheap, or measured against, comes before the rest, on all data sets and for
+    all seeds.
     """
     study = Study(args.data, args.runs / args.base, args.base)
     keys = [
         (seed, methods, epochs, name)
-        for seed in range(args.seeds)
         for methods in rounds(args.methods)
+        for seed in range(args.seeds)
         for epochs in args.epochs
         for name in args.sets
     ]
