@@ -319,6 +319,8 @@ def run_cell(
         keep(path, key, {"auroc": baselines(job(), test, foreign)})
 
 
+# Between these the docs take the table of all methods.
+OVERVIEW, OVERVIEW_END = "<!-- overview -->", "<!-- end of the overview -->"
 BASE, OURS = "map-t", ("refined-loo", "refined")
 COSTS = {
     "training": "fit seconds",
@@ -561,7 +563,11 @@ def report(there: Mapping[str, Result]) -> list[str]:
         "",
         provenance(),
         "",
+        OVERVIEW,
+        "",
         *overview(results),
+        OVERVIEW_END,
+        "",
         "## Who is ahead",
         "",
         *conclusions(results),
