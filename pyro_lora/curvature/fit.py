@@ -72,6 +72,7 @@ from pyro_lora.curvature.structures import (
     Structure,
 )
 from pyro_lora.curvature.weight_gaussian import WeightGaussian
+from pyro_lora.ground.autocast import outside_autocast
 from pyro_lora.ground.interrupts import eagerly
 from pyro_lora.ground.memory import address
 from pyro_lora.ground.progress import progress
@@ -447,9 +448,10 @@ class FisherPasses:
                 plate = data_plate(sites[0])
                 rows_before = 0 if sums is None else sums.num_rows
                 num_rows = _checked_rows(terms, plate, rows_before, summed.max_rows)
-                score, factors = batch_factors(
-                    terms, log_p, leaves, record, summed, 1e9 * max_memory_gb
-                )
+                with outside_autocast():
+                    score, factors = batch_factors(
+                        terms, log_p, leaves, record, summed, 1e9 * max_memory_gb
+                    )
                 _check_finite(log_p, score, index, name)
             del record  # or its tensors would live through the next forward pass
             num_data = terms.terms.shape[1]
@@ -459,10 +461,11 @@ class FisherPasses:
             if before is not None:
                 before.check_score(score)
             sums = of_batch if sums is None else sums.plus_rest(of_batch)
-            for layers in factors:
-                if before is not None:
-                    before.check_factors(layers)
-                sums.add_factors(layers)
+            with outside_autocast():  # they are computed as they are asked for
+                for layers in factors:
+                    if before is not None:
+                        before.check_factors(layers)
+                    sums.add_factors(layers)
             del factors, layers
         log.check()
         if last is None:

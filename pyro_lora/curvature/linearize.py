@@ -35,6 +35,7 @@ from pyro_lora.curvature.capture import (
 from pyro_lora.curvature.gaussian_logits import GaussianLogits, JointGaussianLogits
 from pyro_lora.curvature.weight_gaussian import WeightGaussian
 from pyro_lora.ground.accumulation import at_least_float32
+from pyro_lora.ground.autocast import outside_autocast
 from pyro_lora.ground.synchronisation import ask
 from pyro_lora.ground.weights import Weights
 from pyro_lora.lifting.lifted_network import LiftedNetwork
@@ -47,6 +48,7 @@ from pyro_lora.likelihood.outcomes import around, single_outcomes
 Tokens = Literal["last", "each"] | Tensor
 
 
+@outside_autocast()
 def contrasts(
     likelihood: Likelihood, are_all_there: bool | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -167,10 +169,12 @@ class LinearizedNetwork:
                     noise = noise[..., None]
                 check_recorded(record, trace, values, site["name"])
                 terms = values.flatten(1).mT  # (M, B), or (T M, B)
-                record.find_layouts(terms)
+                with outside_autocast():  # PyTorch's advice for backward passes
+                    record.find_layouts(terms)
                 if not likelihood.up_to_shift or is_whole:
                     break
-            captures = capture_layers(record, terms)
+            with outside_autocast():
+                captures = capture_layers(record, terms)
         return LinearizedBatch(
             self.mode,
             site,
@@ -233,6 +237,7 @@ class LinearizedBatch:
         for site, j in jacobians(self.captures):
             yield site, j.reshape(-1, num_contrasts, *j.shape[2:])
 
+    @outside_autocast()
     def logits(
         self,
         gaussian: WeightGaussian,
@@ -270,6 +275,7 @@ class LinearizedBatch:
             for covariance in covariances
         ]
 
+    @outside_autocast()
     def joint_logits(self, gaussian: WeightGaussian) -> JointGaussianLogits:
         """One Gaussian over the logits of all data together.
 

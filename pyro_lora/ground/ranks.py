@@ -189,23 +189,47 @@ class Ranks:
         Raises:
             ValueError: If they don't, naming a site and ranks.
         """
+        other = self.differing(values)
+        if other is not None:
+            site, rank = other
+            raise ValueError(
+                f"Site {site!r}: {what} of rank {rank} are others than those of rank "
+                f"0. {remedy}"
+            )
+
+    def differing(self, values: Mapping[str, Tensor]) -> tuple[str, int] | None:
+        """What is another on a rank than on the first, and that rank; None if nothing.
+
+        Args:
+            values: By name.
+        """
         if self.size == 1:
-            return
+            return None
         moments = {
-            site: torch.stack([x.sum(), x.square().sum(), x.abs().sum()]).cpu()
-            for site, value in values.items()
+            name: torch.stack([x.sum(), x.square().sum(), x.abs().sum()]).cpu()
+            for name, value in values.items()
             for x in [value.detach().double()]
         }
         by_rank = self.collected(moments)
-        for site in by_rank[0]:
+        for name in by_rank[0]:
             none = torch.full([3], torch.inf, dtype=torch.float64)
-            each = torch.stack([own.get(site, none) for own in by_rank])  # (W, 3)
+            each = torch.stack([own.get(name, none) for own in by_rank])  # (W, 3)
             others = ((each - each[0]).abs() > _SAME * each[0, 2]).any(1).nonzero()
             if len(others):
-                raise ValueError(
-                    f"Site {site!r}: {what} of rank {int(others[0])} are others than "
-                    f"those of rank 0. {remedy}"
-                )
+                return name, int(others[0])
+        return None
+
+    def meet(self, form: str) -> None:
+        """Wait until all ranks are about to do the same.
+
+        Args:
+            form: What, in words.
+
+        Raises:
+            agreed: As for all that ranks do together: a ValueError if they don't, or
+                the error of one that has failed.
+        """
+        self._meet(form)
 
     def check_batch(self, values: Any) -> None:
         """Check that all ranks are given the same.
@@ -300,7 +324,7 @@ class Ranks:
         """State and number of all ranks, if none has failed and all do the same.
 
         Raises:
-            _agreed: The error of the first rank that has failed; a ValueError if they
+            agreed: The error of the first rank that has failed; a ValueError if they
                 do different things.
         """
         mine = torch.tensor(
@@ -319,9 +343,9 @@ class Ranks:
             if told is not None:
                 known = error if rank == everyone.rank() and error else _again(*told)
                 known.add_note(f"Raised by rank {rank} of {everyone.size()}.")
-                raise _agreed(known)
+                raise agreed(known)
         forms = ", ".join(f"rank {r} is at {form}" for r, (form, _) in enumerate(said))
-        raise _agreed(
+        raise agreed(
             ValueError(
                 f"The ranks do different things: {forms}. Let all of them call the "
                 "same functions with the same arguments, on batches of one kind; for "
@@ -370,14 +394,14 @@ class Ranks:
         """What torch says when another rank is gone, or is waited for too long.
 
         Raises:
-            _agreed: A RuntimeError, in our words.
+            agreed: A RuntimeError, in our words.
         """
         try:
             yield
         except RuntimeError as error:
             own, size = self.everyone.rank(), self.everyone.size()
             others = [r for r in range(size) if r != own]
-            raise _agreed(
+            raise agreed(
                 RuntimeError(
                     f"Rank {own} of {size} gets no answer from another "
                     f"(of {others}): it was killed, or took longer than the time limit "
@@ -582,7 +606,7 @@ def is_agreed(error: BaseException | None) -> bool:
     return False
 
 
-def _agreed(error: Exception) -> Exception:
+def agreed(error: Exception) -> Exception:
     """An error that all ranks know of."""
     error.is_agreed = True  # type: ignore[attr-defined]
     return error

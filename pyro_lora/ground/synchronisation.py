@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from pyro_lora.ground.interrupts import undone
+from pyro_lora.ground.ranks import is_agreed
 
 T = TypeVar("T")
 
@@ -245,6 +246,9 @@ def validated(run: Callable[[], T]) -> T:
         run: Does the same each time. It's run once more, validated as ever, where it
             fails or a distribution turns out to be invalid, to say so in PyTorch's
             words: a list that it appends to has what it appends twice then.
+
+    Raises:
+        ValueError: As the function does.
     """
     here = _PRESENT.gathering
     if here is None or here.invalid is not None:
@@ -253,8 +257,10 @@ def validated(run: Callable[[], T]) -> T:
     try:
         with here.validating(invalid):
             return run()
-    except ValueError:  # of another error the end of the block tells why
+    except ValueError as error:  # of another error the end of the block tells why
         here.forget(invalid)
+        if is_agreed(error):  # to run again, a rank needs the others
+            raise
         with _instead(None):
             return run()
 

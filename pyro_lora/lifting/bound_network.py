@@ -42,6 +42,7 @@ from pyro_lora.lifting.folding import (
 )
 from pyro_lora.lifting.sites import LiftedParameter
 from pyro_lora.lifting.slots import Fold, LinearSlot, NotFoldable, swapped
+from pyro_lora.lifting.split_layers import check_alike, meet
 from pyro_lora.lifting.text_trunk import TextTrunk, check_caches
 from pyro_lora.lifting.trunk import Call, Trunk
 
@@ -150,6 +151,9 @@ class BoundNetwork:
         self._check_none_bound()
         if host.network.training:
             check_checkpointing(host)
+        if host.is_tensor_parallel and not torch.compiler.is_compiling():
+            weights = {p.name: value for p, value in self._values.items()}
+            check_alike(host.network, weights, {**dict(enumerate(args)), **kwargs})
         if not lead:
             return self._one(function, args, kwargs, 0, trunk)
         num_particles = lead.numel()
@@ -196,6 +200,7 @@ class BoundNetwork:
             p: v if v.ndim == p.parameter.ndim else v[particle]
             for p, v in self._values.items()
         }
+        self._meet()
         with Binding(self._host.bindings, values).bound():
             inputs = {**dict(enumerate(args)), **kwargs}
             # A cache knows data by rows, which tensors inside of a dict don't tell.
@@ -272,10 +277,16 @@ class BoundNetwork:
         args = tuple(fold_input(v, f"{i}", fold) for i, v in enumerate(args))
         kwargs = {k: fold_input(v, k, fold) for k, v in kwargs.items()}
         binding = Binding(self._host.bindings, values, fold.num_particles, fold)
+        self._meet()
         with binding.bound():
             run = partial(function, *args, **kwargs)
             output = trunk.run(Call(run, fold, inputs, form, values.values()))
         return unfold_output(output, "output", self._lead, fold)
+
+    def _meet(self) -> None:
+        """Wait for the processes over which the network's layers are split, if any."""
+        if self._host.is_split and not torch.compiler.is_compiling():
+            meet(self._host.network)
 
     @leaving_no_trace
     @torch.no_grad()
@@ -291,6 +302,7 @@ class BoundNetwork:
             for p, v in self._values.items()
         }
         alone = replace(fold, num_particles=1)
+        self._meet()
         with Binding(self._host.bindings, one, 1, alone).bound():
             function(*args, **kwargs)
 

@@ -24,6 +24,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from pyro_lora.ground.synchronisation import lacks_values
 from pyro_lora.lifting.slots import LinearSlot, Location
+from pyro_lora.lifting.split_layers import is_split, is_tensor_parallel
 
 Wrapper = ModulesToSaveWrapper | TrainableTokensWrapper
 AdapterModules = Mapping[str, BaseTunerLayer | Wrapper]
@@ -226,38 +227,18 @@ def check_parameter(
             "values (offloaded, perhaps). Load the network whole, or freeze it "
             "(requires_grad_(False))."
         )
-    if getattr(parameter, "device_mesh", None) is not None:  # a DTensor
-        raise ValueError(
-            f"Parameter {name!r} can't be lifted: it is sharded over processes. Leave "
-            "what is trained whole: fully_shard(module, ignored_params={p for p in "
-            "network.parameters() if p.requires_grad})."
-        )
-    if _is_tensor_parallel(name, modules):
+    if is_tensor_parallel(name, modules):
         raise ValueError(
             f"Parameter {name!r} can't be lifted: its layer is split over processes by "
             "tensor parallelism, so that each has another part of the output. Leave "
             "the layers with adapters whole, and split others."
         )
-
-
-def _is_tensor_parallel(name: str, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether each process computes a part of a parameter's layer.
-
-    FSDP's layers are split over processes between their calls only.
-    """
-    holder = name.rpartition(".")[0]
-    path = name.partition(".lora_")[0]
-    layer = modules.get(f"{path}.base_layer", modules[holder])
-    if getattr(layer, "_hf_tp_plan", None) is not None:  # transformers' own
-        return True
-    weight = getattr(layer, "weight", None)
-    if getattr(weight, "device_mesh", None) is None:
-        return False
-    from torch.distributed.fsdp import FSDPModule  # loaded by who made the DTensor
-
-    parts = name.split(".")
-    above = (modules.get(".".join(parts[:i])) for i in range(len(parts)))
-    return not any(isinstance(module, FSDPModule) for module in above)
+    if is_split(parameter):
+        raise ValueError(
+            f"Parameter {name!r} can't be lifted: it is sharded over processes. Leave "
+            "what is trained whole: fully_shard(module, ignored_params={p for p in "
+            "network.parameters() if p.requires_grad})."
+        )
 
 
 # These read the values of their children's parameters, past the children's forward.

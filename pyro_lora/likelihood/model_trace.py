@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch import distributions as td
 
 from pyro_lora.ground.interrupts import leaving_no_trace, undone, unvalidated
+from pyro_lora.ground.ranks import is_agreed
 from pyro_lora.ground.settings import check_function
 from pyro_lora.ground.synchronisation import validated
 from pyro_lora.lifting.lifted_network import LiftedNetwork
@@ -385,6 +386,8 @@ def naming_batch(
     try:
         yield
     except ValueError as error:
+        if is_agreed(error):  # of no batch; and to run again, a rank needs the others
+            raise
         at = "".join(f", site {name!r}" for name in find_sites())
         if str(error).startswith(f"Batch {index}"):
             if not at:

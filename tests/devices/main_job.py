@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map
 
 import pyro_lora as pl
 from tests.devices import other
+from tests.distributed import spread
 from tests.networks import batch, bert, classifier, llama
 
 Batch = dict[str, Tensor]
@@ -178,6 +179,7 @@ def two_devices(device: str, folder: Path) -> Any:
         "probs": pl.predict(loaded, batches).probs,
         "particles": made.get_named_particles(),
         "drawn": pl.predict(made.posterior(), batches).probs,
+        "table": spread.done(network),
     }
 
 

@@ -19,13 +19,6 @@ import torch
 import torch.distributed
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    RowwiseParallel,
-    parallelize_module,
-)
 
 import pyro_lora as pl
 from pyro_lora.curvature import data_sums, structures
@@ -346,93 +339,12 @@ def svgd_on_shares(kernel: Any, folder: Path) -> Any:
 DIMS = ("data", "particles")
 
 
-def shard(network: Any, **options: Any) -> Any:
-    """FSDP2 over all ranks; nothing in one process."""
-    if size() > 1:
-        encoder = network.base_model.model.bert
-        mesh = init_device_mesh("cpu", (size(),))
-        for module in (*encoder.encoder.layer, encoder):
-            fully_shard(module, mesh=mesh, **options)
-    return network
-
-
-def sharded_base(folder: Path) -> Any:
-    """A frozen base whose weights are spread over the ranks, the adapter whole."""
-    network = bert(3, num_layers=2, hidden_size=8)
-    trained = {p for p in network.parameters() if p.requires_grad}
-    lora = pl.lift(shard(network, ignored_params=trained))
-    model = classifier(lora, 8)
-    batches = data(number=8)  # as many for each rank: its forward passes are shared
-    fitted = guide_of(lora, model).laplace_approximation(pl.share(batches))
-    made = engine(lora, model, RBF(space="function"), 4)
-    made.run(batches, num_epochs=1, progress_bar=False)
-    weights = network.base_model.model.bert.encoder.layer[0].output.dense.weight
-    assert isinstance(weights, DTensor) == (size() > 1)
-    return {
-        **numbers_of(fitted),
-        "probs": pl.predict(fitted, pl.share(batches)).probs,
-        "particles": made.get_named_particles(),
-        "drawn": pl.predict(made.posterior(), pl.share(batches)).probs,
-    }
-
-
-def sharded_adapter(folder: Path) -> Any:
-    lora = pl.lift(shard(bert(3, num_layers=1, hidden_size=8)))
-    guide = guide_of(lora, classifier(lora, NUM_DATA))
-    return guide.laplace_approximation(pl.share(data()))
-
-
-def tensor_parallel(network: Any, **styles: Any) -> Any:
-    """Linear layers of the encoder split over all ranks; nothing in one process."""
-    if size() > 1:
-        mesh = init_device_mesh("cpu", (size(),))
-        trained = {n: x.requires_grad for n, x in network.named_parameters()}
-        for layer in network.base_model.model.bert.encoder.layer:
-            plan = {name.replace("__", "."): style for name, style in styles.items()}
-            parallelize_module(layer, mesh, plan)
-        for name, parameter in network.named_parameters():
-            parameter.requires_grad_(trained[name])  # torch 2.10 has them all trained
-    return network
-
-
-def split_base(folder: Path) -> Any:
-    """Layers without an adapter are split; each rank has all data and particles."""
-    network = bert(3, num_layers=2, hidden_size=8)
-    lora = pl.lift(
-        tensor_parallel(
-            network,
-            intermediate__dense=ColwiseParallel(),
-            output__dense=RowwiseParallel(),
-        )
-    )
-    mesh = None
-    if size() > 1:
-        dims = (*DIMS, "tensor")
-        mesh = init_device_mesh("cpu", (1, 1, size()), mesh_dim_names=dims)
-        weight = network.base_model.model.bert.encoder.layer[0].output.dense.weight
-        assert weight.to_local().numel() == weight.numel() / size()
-    model, batches = classifier(lora, NUM_DATA), data()
-    fitted = guide_of(lora, model).laplace_approximation(batches, mesh=mesh)
-    made = engine(lora, model, RBF(space="function"), 4, mesh=mesh)
-    made.run(batches, num_epochs=1, progress_bar=False)
-    return {
-        **numbers_of(fitted),
-        "probs": pl.predict(fitted, batches, mesh=mesh).probs,
-        "particles": made.get_named_particles(),
-    }
-
-
 def refitted(folder: Path) -> Any:
     lora, model = lifted()
     batches = pl.share(data())
     guide = guide_of(lora, model)
     fitted = guide.laplace_approximation(batches)
     return guide.refit(fitted, batches, pyro.optim.SGD({"lr": 1e-3}))
-
-
-def split_adapter(folder: Path) -> Any:
-    split = {"attention__self__query__base_layer": ColwiseParallel()}
-    return pl.lift(tensor_parallel(bert(3, num_layers=1, hidden_size=8), **split))
 
 
 def repeated(mesh: bool, folder: Path) -> Any:
@@ -681,8 +593,6 @@ SAME: dict[str, Callable[[Path], Any]] = {
     "latent noise": fit_latents,
     "all data on each": partial(repeated, True),
     "two dims": two_dims,
-    "sharded base": sharded_base,
-    "split base": split_base,
     "predict": predict,
     "tokens": predict_tokens,
     "tune": tune,
@@ -729,8 +639,6 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "other batches": (other_batches, r"batch 0.*The batch of rank 1 is another"),
     "fewer particles than ranks": (few_particles, "num_particles=1 can't be shared"),
-    "a sharded adapter": (sharded_adapter, r"sharded over processes.*ignored_params"),
-    "a split adapter": (split_adapter, "split over processes by tensor parallelism"),
     "a refit": (refitted, "refit trains in one process"),
     "a mesh that is none": (no_mesh, "mesh must be a torch.distributed"),
     "a mesh of other dims": (mesh_of_others, r"mesh has the dims \('rows',\)"),

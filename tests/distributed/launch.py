@@ -5,7 +5,7 @@ import os
 import runpy
 import socket
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,16 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from tests.distributed import jobs
+from tests.distributed import jobs, spread
 
 Found = dict[str, Any]
+JOBS = {**jobs.JOBS, **spread.JOBS}
 SECONDS = 60  # that a rank waits for another
 
 
 def alone(names: list[str], folder: Path) -> Found:
     """What the jobs give in this process."""
-    return {name: _run(jobs.JOBS[name], folder) for name in names}
+    return {name: run(JOBS[name], folder) for name in names}
 
 
 def spawned(size: int, names: list[str], folder: Path) -> list[Found]:
@@ -71,7 +72,7 @@ def slow_rank(rank: int, size: int, name: str, folder: Path, store: Path) -> Non
     pyro.set_rng_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        jobs.JOBS[name](folder)
+        JOBS[name](folder)
     dist.barrier()
 
 
@@ -88,13 +89,13 @@ def _join(rank: int, size: int, folder: Path) -> None:
 
 def _rank(rank: int, size: int, names: list[str], folder: Path) -> None:
     _join(rank, size, folder)
-    found = {name: _run(jobs.JOBS[name], folder) for name in names}
+    found = {name: run(JOBS[name], folder) for name in names}
     torch.save(found, folder / f"{rank}.pt")
     dist.barrier()  # a rank that is done early would close the others' connections
     dist.destroy_process_group()
 
 
-def _run(job: Callable[[Path], Any], folder: Path) -> Any:
+def run(job: Callable[[Path], Any], folder: Path) -> Any:
     """The job's result, or the error that it ends with."""
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
@@ -104,37 +105,3 @@ def _run(job: Callable[[Path], Any], folder: Path) -> Any:
             return job(folder)
         except (ValueError, TypeError, RuntimeError, jobs.PowerCutError) as error:
             return error
-
-
-def differences(one: Any, other: Any, path: str = "") -> dict[str, float]:
-    """By how much the numbers in two results differ, relative to their size."""
-    if isinstance(one, Exception) or isinstance(other, Exception):
-        return {path: float("inf")} if repr(one) != repr(other) else {}
-    if isinstance(one, Mapping):
-        assert set(one) == set(other), (path, list(one), list(other))
-        found = {}
-        for key in one:
-            found |= differences(one[key], other[key], f"{path}/{key}")
-        return found
-    if isinstance(one, list | tuple):
-        assert len(one) == len(other), path
-        found = {}
-        for i, (a, b) in enumerate(zip(one, other, strict=True)):
-            found |= differences(a, b, f"{path}/{i}")
-        return found
-    if isinstance(one, torch.Tensor | float | int):
-        a, b = (
-            torch.as_tensor(x).double()
-            if isinstance(x, torch.Tensor)
-            else torch.tensor(x, dtype=torch.float64)
-            for x in (one, other)
-        )
-        assert a.shape == b.shape, (path, a.shape, b.shape)
-        if a.numel() == 0 or torch.equal(a, b):
-            return {path: 0.0}
-        same = (a == b) | (a.isnan() & b.isnan())
-        gap = (a - b).where(~same, torch.zeros_like(a)).abs().max()
-        size = a.where(a.isfinite(), torch.zeros_like(a)).abs().max().clamp_min(1e-3)
-        return {path: float(gap / size)}
-    assert one == other, (path, one, other)
-    return {}

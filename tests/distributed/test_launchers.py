@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch.multiprocessing as mp
 
-from tests.distributed import launch
+from tests.distributed import launch, spread
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 120  # for a launcher on a busy machine
@@ -132,6 +132,6 @@ def test_after_kills_other_numbers_of_ranks_go_on(name: str, tmp_path: Path) -> 
             if said:  # the second of torch itself, where all had done their work
                 assert re.search("gets no answer from another|Connection", said), said
         again = launch.alone([name], folder)
-        gaps = launch.differences(one[name], again[name])
+        gaps = spread.differences(one[name], again[name])
         assert all(gap < 1e-10 for gap in gaps.values()), gaps
     assert num_late < num_kills / 2

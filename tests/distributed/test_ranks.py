@@ -9,9 +9,8 @@ import pytest
 
 import pyro_lora as pl
 from pyro_lora.ground.ranks import ALONE
-from tests.distributed import jobs, launch
+from tests.distributed import jobs, launch, spread
 
-EXACT = 1e-10
 # What differs in kind; each spawned rank runs all, so three of them run these.
 OF_THREE = [
     *("KFAC", "thin KFAC", "EKFAC", "decompositions", "Exact", "latent noise"),
@@ -30,8 +29,8 @@ def off(one: launch.Found, ranks: list[launch.Found], names: list[str]) -> Any:
             if isinstance(other[name], Exception):
                 found[name, rank] = {"error": repr(other[name])}
                 continue
-            gaps = launch.differences(one[name], other[name])
-            wrong = {path: gap for path, gap in gaps.items() if not gap < EXACT}
+            gaps = spread.differences(one[name], other[name])
+            wrong = {path: gap for path, gap in gaps.items() if not gap < spread.EXACT}
             if wrong:
                 found[name, rank] = wrong
     return found

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pyro
@@ -172,3 +172,61 @@ def test_svi_trains_float32_sites(dtype: torch.dtype) -> None:
     assert {p.dtype for p in store.values()} == {torch.float32}
     for name, p in network.named_parameters():
         assert name not in frozen or torch.equal(p, frozen[name])
+
+
+def relative(rounded: Tensor, exact: Tensor) -> float:
+    return float((rounded - exact).abs().max() / exact.abs().max())
+
+
+# Nobody has trained the adapter.
+@pytest.mark.untrained
+@dtypes
+def test_mathematics_around_the_network_is_not_rounded(dtype: torch.dtype) -> None:
+    lifted, texts = pl.lift(bert(3, dtype=torch.float32)), batch()
+    model = classifier(lifted, len(texts["labels"]))
+    guide = pl.AutoLaplace(model, init_loc_fn=lifted.init_to_adapter())
+    posterior = guide.laplace_approximation([texts])
+    exact = posterior.linearized(texts).covariance_matrix
+    torch.manual_seed(0)
+    draws = posterior.sample(3)
+    density = posterior.log_prob(draws)
+    with autocast(dtype):
+        torch.manual_seed(0)
+        again = posterior.sample(3)
+        assert_close(posterior.log_prob(draws), density, rtol=0, atol=0)
+        rounded = posterior.linearized(texts).covariance_matrix
+        refitted = guide.laplace_approximation([texts])
+    assert_close(again, draws, rtol=0, atol=0)
+    # Squares of gradients, which are as exact as the forward and backward pass.
+    bound = 4 * ROUNDINGS * torch.finfo(dtype).eps
+    assert relative(rounded, exact) < bound
+    for site, variance in posterior.variance().items():
+        assert relative(refitted.variance()[site], variance) < bound
+
+
+@dtypes
+@pytest.mark.parametrize("space", ["joint", "site", "delta", "function"])
+def test_svgd_under_autocast_is_svgd_of_a_model_under_autocast(
+    dtype: torch.dtype, space: Any
+) -> None:
+    lifted, texts = pl.lift(bert(3, dtype=torch.float32)), batch()
+    model = classifier(lifted)
+
+    def rounded(**texts: Tensor) -> Tensor:
+        with autocast(dtype):
+            return model(**texts)
+
+    found = []
+    for step_of, around in ((rounded, nullcontext()), (model, autocast(dtype))):
+        pyro.set_rng_seed(0)
+        svgd = pl.SVGD(
+            step_of,
+            pl.kernels.RBF(space=space),
+            pyro.optim.SGD({"lr": 1e-3}),
+            3,
+            init_loc_fn=lifted.init_to_adapter(jitter=0.1),
+        )
+        with around:
+            svgd.step(**texts)
+        found.append(svgd.get_named_particles())
+    assert_close(found[1], found[0], rtol=0, atol=0)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyro_lora.ground.autocast import outside_autocast
 from pyro_lora.ground.weights import Weights
 from pyro_lora.infer.svgd import weight_space
 from pyro_lora.infer.svgd.particle_model import ParticleModel, ParticlePass
@@ -129,6 +130,7 @@ def _in_blocks(b: Tensor, a: Tensor) -> Iterator[Factors]:
     yield from zip(b.split(layers, 1), a.split(layers, 1), strict=True)
 
 
+@outside_autocast()
 def _products(x: Factors, y: Factors) -> Tensor:
     """Inner products of updates, (K, K')."""
     left = torch.einsum("knor,lnos->klnrs", x[0], y[0])  # B_k^T B_l
@@ -136,6 +138,7 @@ def _products(x: Factors, y: Factors) -> Tensor:
     return (left * right).sum((-3, -2, -1))
 
 
+@outside_autocast()
 def _squared_norms(x: Factors) -> Tensor:
     b, a = x
     return ((b.mT @ b) * (a @ a.mT)).sum((-3, -2, -1))  # (K,)

@@ -32,8 +32,9 @@ from torch import Tensor
 from torch.distributions import biject_to
 from torch.distributions.transforms import Transform
 
+from pyro_lora.ground.autocast import outside_autocast
 from pyro_lora.ground.interrupts import undone, unvalidated
-from pyro_lora.ground.ranks import ALONE, Ranks
+from pyro_lora.ground.ranks import ALONE, Ranks, is_agreed
 from pyro_lora.ground.settings import check_gradients
 from pyro_lora.ground.synchronisation import require, validated
 from pyro_lora.ground.weights import Weights, check_weights
@@ -358,11 +359,13 @@ class ParticlePass:
             # A share's log joint stands for all data: shares of it add up to the whole.
             share = self.share(trace)
             log_joint = log_joint if share == 1 else share * log_joint
-            of_chunk = torch.autograd.grad(
-                objective(rows, trace, log_joint),
-                list(leaves.values()),
-                materialize_grads=True,  # a site may have a flat density and no effect
-            )
+            with outside_autocast():  # PyTorch's advice for backward passes
+                of_chunk = torch.autograd.grad(
+                    objective(rows, trace, log_joint),
+                    list(leaves.values()),
+                    # A site may have a flat density and no effect.
+                    materialize_grads=True,
+                )
             by_site = dict(zip(leaves, of_chunk, strict=True))
             check_finite(by_site, "gradient", rows.start)
             for site, gradient in by_site.items():
@@ -387,7 +390,9 @@ class ParticlePass:
     ) -> tuple[Any, dict[str, Tensor]]:
         try:
             return self.trace(chunk)
-        except ValueError:
+        except ValueError as error:
+            if is_agreed(error):  # to run again, a rank needs the others
+                raise
             # Pyro's validation of arguments and values says nothing of particles.
             again = replace(self, plates=dict(self.plates))
             with torch.no_grad(), unvalidated():

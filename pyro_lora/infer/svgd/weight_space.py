@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from pyro_lora.ground.accumulation import at_least_float32
+from pyro_lora.ground.autocast import outside_autocast
 from pyro_lora.ground.weights import Weights
 from pyro_lora.infer.svgd.kernels import Kernel
 from pyro_lora.infer.svgd.particle_model import (
@@ -392,6 +393,7 @@ def squared_distances(particles: Tensor) -> Tensor:
     return distances_from_products(centred_products(particles))
 
 
+@outside_autocast()
 def centred_products(particles: Tensor) -> Tensor:
     """Inner products of particles (K, ...) less their mean, (K, K).
 
@@ -439,6 +441,7 @@ def gram_and_slope(kernel: Kernel, sq_dists: Tensor) -> tuple[Tensor, Tensor]:
     return gram.detach(), slope
 
 
+@outside_autocast()
 def combine(
     scores: Tensor, particles: Tensor, pull: Tensor, push: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -466,12 +469,14 @@ def combine(
     return direction, torch.stack(squares).double().view(-1, 2).sum(0)
 
 
+@outside_autocast()
 def attract(scores: Tensor, pull: Tensor) -> Tensor:
     """The first term alone, (K, ...)."""
     rows = at_least_float32(_rows(scores))
     return (pull.to(rows) @ rows).to(scores.dtype).reshape(scores.shape)
 
 
+@outside_autocast()
 def repel(particles: Tensor, push: Tensor) -> Tensor:
     """The second term alone, (K, ...)."""
     x = _centred(_rows(particles))

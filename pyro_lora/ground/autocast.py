@@ -1,0 +1,20 @@
+"""Mathematics of our own under somebody's ``torch.autocast``.
+
+It is meant for networks. A product in an eigenbasis, or a sum of squared distances, is
+a small difference of large numbers, of which bfloat16 leaves nothing.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+
+
+@contextmanager
+def outside_autocast() -> Iterator[None]:
+    """A block, or a function, whose products have their arguments' dtype."""
+    with ExitStack() as stack:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield

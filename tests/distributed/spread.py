@@ -1,0 +1,339 @@
+"""A base over several devices: one table, which the tests fill and the page shows.
+
+Each row is a form of spreading a network, each column something that is done with it.
+A cell is filled by doing it: "same", where it gives what the network whole gives in one
+process, or the error. ``docs/large.md`` has the table as :func:`markdown` writes it.
+"""
+
+import copy
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import disk_offload
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+from transformers import AutoModelForSequenceClassification
+
+import pyro_lora as pl
+from tests.distributed.jobs import DIMS, data, engine, guide_of, numbers_of, size
+from tests.networks import (
+    batch,
+    bert,
+    classifier,
+    inputs,
+    leaves,
+    llama,
+    particles,
+    without_peft,
+)
+
+COLUMNS = ("lifted", "bound", "folded", "fitted", "predicted", "SVGD")
+SAME = "same"
+Cells = Mapping[str, Any]
+EXACT = 1e-10
+SMALL = partial(bert, 3, hidden_size=8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """A way of spreading a network.
+
+    Attributes:
+        name: What it is, in Markdown.
+        spread: The network, spread; in a folder of its own, if it needs one.
+        build: Makes the plain network.
+        num_data: Of the batches of two.
+        chunk_size: Of SVGD's particles.
+        mesh: Of the ranks, if not all of them share data and particles.
+    """
+
+    name: str
+    spread: Callable[[PeftModel, Path], PeftModel]
+    build: Callable[[], PeftModel] = SMALL
+    num_data: int = 4
+    chunk_size: int | None = None
+    mesh: Callable[[], DeviceMesh | None] = lambda: None
+
+
+def cells(form: Form, folder: Path) -> Cells:
+    """What each column gives, or the error that it ends with."""
+    network = form.spread(form.build(), folder)
+    torch.manual_seed(0)  # whoever spreads it may have drawn numbers
+    return done(
+        network,
+        mesh=form.mesh(),
+        num_data=form.num_data,
+        chunk_size=form.chunk_size,
+    )
+
+
+def done(
+    network: nn.Module,
+    *,
+    mesh: DeviceMesh | None = None,
+    num_data: int = 4,
+    chunk_size: int | None = None,
+) -> Cells:
+    """The same of a network that is there already."""
+    found: dict[str, Any] = {}
+
+    @contextmanager
+    def column(name: str) -> Any:
+        try:
+            yield
+        except (ValueError, TypeError, RuntimeError) as error:
+            found[name] = error
+
+    with column("lifted"):
+        lora = pl.lift(network)
+        found["lifted"] = lora.weights()
+    if isinstance(found["lifted"], Exception):
+        return found
+    model, batches = classifier(lora, num_data), data(number=num_data)
+    for name, lead in (("bound", ()), ("folded", (3,))):
+        with column(name):
+            found[name] = at_weights(lora, particles(lora, *lead))
+    with column("fitted"):
+        guide = guide_of(lora, model)
+        fitted = guide.laplace_approximation(pl.share(batches, mesh=mesh), mesh=mesh)
+        found["fitted"] = numbers_of(fitted)
+    with column("predicted"):
+        drawn = pl.ensemble(lora, [lora.weights()] * 2, model=model)
+        of = [drawn] if isinstance(found["fitted"], Exception) else [drawn, fitted]
+        found["predicted"] = [
+            pl.predict(x, pl.share(batches, mesh=mesh), mesh=mesh).probs for x in of
+        ]
+    with column("SVGD"):
+        kernel = pl.kernels.RBF(space="function")
+        made = engine(lora, model, kernel, 3, mesh=mesh, chunk_size=chunk_size)
+        made.run(batches, num_epochs=1, progress_bar=False)
+        found["SVGD"] = made.get_named_particles()
+    return found
+
+
+def at_weights(lora: pl.LiftedNetwork, weights: dict[str, Tensor]) -> dict[str, Any]:
+    """Outputs and gradients, and how many rows the network sees at once."""
+    rows: list[int] = []
+    handle = lora.network.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])),
+        with_kwargs=True,
+    )
+    own = leaves(weights)
+    with lora.bind(own) as net:
+        logits = net(**inputs(batch())).logits
+        gradients = torch.autograd.grad(logits.square().sum(), list(own.values()))
+    handle.remove()
+    return {"logits": logits.detach(), "gradients": list(gradients), "rows": rows}
+
+
+# The forms
+
+
+def trained(network: nn.Module) -> set[nn.Parameter]:
+    return {p for p in network.parameters() if p.requires_grad}
+
+
+def sharded(network: PeftModel, folder: Path, *, whole: bool = True) -> PeftModel:
+    """By FSDP2, with or without the adapter."""
+    options = {"ignored_params": trained(network)} if whole else {}
+    encoder = network.base_model.model.bert
+    mesh = init_device_mesh("cpu", (size(),))
+    for module in (*encoder.encoder.layer, encoder):
+        fully_shard(module, mesh=mesh, **options)
+    assert isinstance(encoder.encoder.layer[0].output.dense.weight, DTensor)
+    return network
+
+
+def split(network: PeftModel, folder: Path, **styles: Any) -> PeftModel:
+    """Linear layers of each block by PyTorch's tensor parallelism."""
+    mesh = init_device_mesh("cpu", (size(),))
+    before = trained(network)
+    for layer in network.base_model.model.bert.encoder.layer:
+        plan = {name.replace("__", "."): style() for name, style in styles.items()}
+        parallelize_module(layer, mesh, plan)
+    for parameter in network.parameters():
+        parameter.requires_grad_(parameter in before)  # torch 2.10 has all trained
+    return network
+
+
+def planned(network: PeftModel, folder: Path, *, plan: Any) -> PeftModel:
+    """By transformers, where the base is loaded, and then by PEFT."""
+    adapter = copy.deepcopy(network.peft_config["default"])
+    weights = network.state_dict()
+    base: Any = without_peft(network)
+    saved = folder / type(base).__name__
+    base.save_pretrained(saved)  # the first rank does
+    torch.distributed.barrier()
+    base = AutoModelForSequenceClassification.from_pretrained(
+        saved, tp_plan=plan, tp_size=size()
+    )
+    again: Any = get_peft_model(base, adapter)
+    with torch.no_grad():
+        for name, parameter in again.named_parameters():
+            if parameter.requires_grad and not isinstance(parameter, DTensor):
+                parameter.copy_(weights[name])
+    return again.eval()
+
+
+def offloaded(network: PeftModel, folder: Path) -> PeftModel:
+    """The first block's weights on a disk, and on the meta device between calls."""
+    first = network.base_model.model.bert.encoder.layer[0]
+    disk_offload(first, str(folder), execution_device=torch.device("cpu"))
+    assert first.attention.self.key.weight.is_meta
+    return network
+
+
+def all_on_each() -> DeviceMesh:
+    """Every rank has all data and particles."""
+    return init_device_mesh("cpu", (1, 1, size()), mesh_dim_names=(*DIMS, "tensor"))
+
+
+MLP = {"intermediate__dense": ColwiseParallel, "output__dense": RowwiseParallel}
+QUERY = {"attention__self__query__base_layer": ColwiseParallel}
+MLP_PLAN = {
+    "bert.encoder.layer.*.intermediate.dense": "colwise",
+    "bert.encoder.layer.*.output.dense": "rowwise",
+}
+OF_RANKS = (
+    Form(
+        name="FSDP2 (`fully_shard`), the base frozen, the adapter whole",
+        spread=sharded,
+    ),
+    Form(
+        name="FSDP2 that shards the adapter, too",
+        spread=partial(sharded, whole=False),
+    ),
+    Form(
+        name="FSDP2 where a rank has more batches, or more chunks of particles",
+        spread=sharded,
+        num_data=6,
+        chunk_size=1,
+    ),
+    Form(
+        name="tensor parallel, of layers without an adapter",
+        spread=partial(split, **MLP),
+        mesh=all_on_each,
+    ),
+    Form(
+        name="the same without `mesh=`",
+        spread=partial(split, **MLP),
+    ),
+    Form(
+        name="tensor parallel, of a layer with an adapter",
+        spread=partial(split, **QUERY),
+        mesh=all_on_each,
+    ),
+    Form(
+        name="transformers' `tp_plan`, of layers without an adapter",
+        spread=partial(planned, plan=MLP_PLAN),
+        mesh=all_on_each,
+    ),
+    Form(
+        name="transformers' `tp_plan`, of a layer with one",
+        spread=partial(planned, plan="auto"),
+        build=partial(llama, 3, target_modules=["o_proj"]),
+        mesh=all_on_each,
+    ),
+)
+OFFLOADED = (
+    Form(
+        name="offloaded to a disk (on the meta device between calls), of layers "
+        "without an adapter",
+        spread=offloaded,
+        build=partial(bert, 3, hidden_size=8, layers_to_transform=[1]),
+    ),
+    Form(name="offloaded to a disk, of a layer with one", spread=offloaded),
+)
+TWO_DEVICES = "`device_map` over two devices of one process"
+JOBS = {form.name: partial(cells, form) for form in OF_RANKS}
+
+# The table
+
+
+def markdown(rows: Mapping[str, Mapping[str, str]]) -> str:
+    """The table, and the sentences of what is refused.
+
+    Args:
+        rows: Name -> column -> "same", or an error's text.
+    """
+    sentences = dict.fromkeys(
+        text for row in rows.values() for text in row.values() if text != SAME
+    )
+    numbers = {text: f"refused ({i})" for i, text in enumerate(sentences, 1)}
+    lines = [f"| | {' | '.join(COLUMNS)} |", "|---" * (1 + len(COLUMNS)) + "|"]
+    for name, row in rows.items():
+        texts = [
+            numbers.get(row.get(column, ""), row.get(column, "")) for column in COLUMNS
+        ]
+        lines.append(f"| {name} | {' | '.join(texts)} |")
+    return "\n".join([*lines, "", *(f"{i}. {x}" for i, x in enumerate(sentences, 1))])
+
+
+def filled(one: Callable[[], Cells], others: list[Cells]) -> dict[str, str]:
+    """A row of the table.
+
+    Args:
+        one: Gives what the network whole gives, if it comes to that.
+        others: What the spread one gives, on each rank.
+    """
+    row = {}
+    for column in others[0]:
+        texts = {str(x[column]) for x in others if isinstance(x[column], Exception)}
+        if texts:
+            assert len(texts) == 1, texts
+            assert all(isinstance(x[column], Exception) for x in others), texts
+            row[column] = texts.pop()
+            continue
+        for other in others:
+            gaps = differences(one()[column], other[column])
+            wrong = {path: gap for path, gap in gaps.items() if not gap < EXACT}
+            assert not wrong, (column, wrong)
+        row[column] = SAME
+    return row
+
+
+def differences(one: Any, other: Any, path: str = "") -> dict[str, float]:
+    """By how much the numbers in two results differ, relative to their size."""
+    if isinstance(one, Exception) or isinstance(other, Exception):
+        return {path: float("inf")} if repr(one) != repr(other) else {}
+    if isinstance(one, Mapping):
+        assert set(one) == set(other), (path, list(one), list(other))
+        found = {}
+        for key in one:
+            found |= differences(one[key], other[key], f"{path}/{key}")
+        return found
+    if isinstance(one, list | tuple):
+        assert len(one) == len(other), path
+        found = {}
+        for i, (a, b) in enumerate(zip(one, other, strict=True)):
+            found |= differences(a, b, f"{path}/{i}")
+        return found
+    if isinstance(one, torch.Tensor | float | int):
+        a, b = (
+            torch.as_tensor(x).double()
+            if isinstance(x, torch.Tensor)
+            else torch.tensor(x, dtype=torch.float64)
+            for x in (one, other)
+        )
+        assert a.shape == b.shape, (path, a.shape, b.shape)
+        if a.numel() == 0 or torch.equal(a, b):
+            return {path: 0.0}
+        same = (a == b) | (a.isnan() & b.isnan())
+        gap = (a - b).where(~same, torch.zeros_like(a)).abs().max()
+        size = a.where(a.isfinite(), torch.zeros_like(a)).abs().max().clamp_min(1e-3)
+        return {path: float(gap / size)}
+    assert one == other, (path, one, other)
+    return {}
