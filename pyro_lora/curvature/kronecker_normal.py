@@ -146,25 +146,25 @@ class KroneckerNormal(TorchDistribution):
     def _num_outside(self) -> int:
         return self.event_shape.numel() - self.precision.shape[-2:].numel()
 
-    @outside_autocast()
     def _from_squares(self, value: Tensor) -> Tensor:
-        if self.rows is not None:
-            value = self.rows.square() @ value
-        return value if self.columns is None else value @ self.columns.square().mT
+        with outside_autocast():
+            if self.rows is not None:
+                value = self.rows.square() @ value
+            return value if self.columns is None else value @ self.columns.square().mT
 
-    @outside_autocast()
     def to_basis(self, value: Tensor) -> Tensor:
         """:math:`U_G^T V U_A`, (..., O, I), or (..., j, k)."""
-        if self.rows is not None:
-            value = left_product(self.rows.to(value).mT, value)
-        return value if self.columns is None else value @ self.columns.to(value)
+        with outside_autocast():
+            if self.rows is not None:
+                value = left_product(self.rows.to(value).mT, value)
+            return value if self.columns is None else value @ self.columns.to(value)
 
-    @outside_autocast()
     def from_basis(self, value: Tensor) -> Tensor:
         """:math:`U_G V U_A^T`, (..., O, I)."""
-        if self.rows is not None:
-            value = left_product(self.rows.to(value), value)
-        return value if self.columns is None else value @ self.columns.to(value).mT
+        with outside_autocast():
+            if self.rows is not None:
+                value = left_product(self.rows.to(value), value)
+            return value if self.columns is None else value @ self.columns.to(value).mT
 
 
 def left_product(matrix: Tensor, values: Tensor) -> Tensor:

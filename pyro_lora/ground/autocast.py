@@ -5,7 +5,7 @@ a small difference of large numbers, of which bfloat16 leaves nothing.
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -13,8 +13,11 @@ import torch
 @contextmanager
 def outside_autocast() -> Iterator[None]:
     """A block, or a function, whose products have their arguments' dtype."""
-    with ExitStack() as stack:
-        for device in ("cpu", "cuda"):
-            if torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
+    with _off("cpu"), _off("cuda"):
         yield
+
+
+def _off(device: str) -> AbstractContextManager[object]:
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
