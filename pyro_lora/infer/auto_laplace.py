@@ -54,6 +54,7 @@ from pyro_lora.likelihood.batch import (
     explaining,
     first_batch,
 )
+from pyro_lora.likelihood.data_plate import GivenRows
 from pyro_lora.likelihood.model_trace import (
     Model,
     check_model,
@@ -63,6 +64,7 @@ from pyro_lora.likelihood.model_trace import (
     observed_sites,
     trace_at,
     trace_batch,
+    without_gaps,
 )
 from pyro_lora.posteriors.laplace_posterior import LaplacePosterior
 from pyro_lora.posteriors.prior import (
@@ -142,7 +144,7 @@ class AutoLaplace(AutoDelta):
             raise TypeError(f"sites must be names, or 'last_layer', found {sites!r}.")
         if sites is not None and not sites:
             raise ValueError("sites is empty. Name some, or leave it out for all.")
-        super().__init__(_without_gaps(model), init_loc_fn=init_loc_fn)
+        super().__init__(without_gaps(model), init_loc_fn=init_loc_fn)
         self._mark = object()  # of this guide's parameters in the store
         self._is_in_store = False
         self._user_model = (model,)
@@ -385,7 +387,7 @@ class AutoLaplace(AutoDelta):
             1,
             init_loc_fn=lambda site: mode[site["name"]].clone(),
         )
-        with evaluating(networks):
+        with evaluating(networks), GivenRows():  # or the fit would refuse them later
             trained.run(batches, num_epochs=num_epochs, progress_bar=progress_bar)
         passes = FisherPasses(
             model=model,
@@ -411,7 +413,7 @@ class AutoLaplace(AutoDelta):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         (model,) = self._user_model
-        self._model = (InitMessenger(self.init_loc_fn)(_without_gaps(model)),)
+        self._model = (InitMessenger(self.init_loc_fn)(without_gaps(model)),)
         self._mark, self._is_in_store = object(), False  # as yet, of a copy
 
     def _start(self, batches: Iterable[Batch], ranks: Ranks) -> None:
@@ -431,15 +433,6 @@ class AutoLaplace(AutoDelta):
             self._setup_prototype(**first)
 
 
-def _without_gaps(model: Model) -> Model:
-    """The model without the gaps of an ``obs_mask``.
-
-    AutoDelta would take them for parameters.
-    """
-    without: Model = poutine.block(model, hide_fn=_may_be_missing_outcome)
-    return without
-
-
 def _nodes_so_far(model: Model, batch: Batch) -> Mapping[str, Any]:
     """Those of the trace of a model that fails."""
     handler: Any = poutine.trace(model)
@@ -447,11 +440,6 @@ def _nodes_so_far(model: Model, batch: Batch) -> Mapping[str, Any]:
         handler.get_trace(**batch)
     nodes: Mapping[str, Any] = handler.msngr.trace.nodes
     return nodes
-
-
-def _may_be_missing_outcome(site: Any) -> bool:
-    name: str = site["name"]
-    return site["type"] == "sample" and name.endswith("_unobserved")
 
 
 def _fit(passes: FisherPasses, batches: Iterable[Batch]) -> LaplacePosterior:

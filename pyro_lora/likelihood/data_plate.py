@@ -3,15 +3,22 @@
 In ``pyro.plate("data", 1000, subsample=x)`` with 10 rows a log density is scaled by
 100, so that each batch stands for all data. A sum over all batches counts each datum
 once, so the 100 is divided out; a scale of the user's own, a temperature, say, stays.
+
+``pyro.plate("data", 1000, subsample_size=10)`` draws 10 rows itself, others in each
+run. An optimiser may take them, but whatever must see each datum once refuses a model
+that looks them up.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 
 @dataclass(frozen=True)
@@ -68,3 +75,53 @@ def data_plate(site: dict[str, Any]) -> DataPlate:
     full_size = frame.full_size or frame.size
     scale = site["scale"] / (full_size / frame.size)
     return DataPlate(frame.dim, frame.size, full_size, scale, site["mask"], frame.name)
+
+
+class GivenRows(Messenger):
+    """A block in which no plate may draw the rows of its data.
+
+    One that says how many there are and leaves alone which, may: the rows that it draws
+    are for nothing. So it's their use that is refused.
+
+    Args:
+        place: Of the batch, for the error.
+    """
+
+    def __init__(self, place: str = "The batch") -> None:
+        super().__init__()
+        self._place = place
+
+    def _pyro_sample(self, msg: Any) -> None:
+        # What was given, by subsample= or a handler, has arrived at the outermost one.
+        if not site_is_subsample(msg) or msg["value"] is not None:
+            return
+        name, size, drawn = msg["name"], msg["fn"].size, msg["fn"].subsample_size
+        if drawn is not None and drawn < size:  # else all rows, in their order
+            rows = msg["fn"]().as_subclass(_DrawnRows)
+            rows.refusal = (
+                f"{self._place}: plate {name!r} draws its own rows, {drawn} of {size} "
+                "at random and others in each run, but here each datum must be seen "
+                "once. Give the rows to the model as an argument and say subsample=, "
+                f"as in pyro.plate({name!r}, {size}, subsample=input_ids). SVI and "
+                "SVGD take the model as it is."
+            )
+            msg["value"] = rows
+
+
+class _DrawnRows(Tensor):
+    """Places of rows, which nobody may look up."""
+
+    refusal: str
+    _HARMLESS: ClassVar = {Tensor.size, Tensor.__len__, Tensor.dim, Tensor.detach}
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        # A getter of an attribute, such as the device, reads no place.
+        if func not in cls._HARMLESS and getattr(func, "__name__", "") != "__get__":
+            for value in tree_leaves((args, kwargs)):
+                if isinstance(value, _DrawnRows):
+                    raise ValueError(value.refusal)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))

@@ -28,6 +28,7 @@ from pyro_lora.likelihood.batch import (
     checked_batch,
     explaining,
 )
+from pyro_lora.likelihood.data_plate import GivenRows
 from pyro_lora.likelihood.outcomes import single_outcomes
 
 Model = Callable[..., Any]
@@ -91,6 +92,31 @@ def trace_at(
         batch: The model's keyword arguments.
         undrawn: A site whose value nobody looks at, only its distribution: without
             labels it isn't drawn, which would take a GPU's time and wait for it.
+
+    Returns:
+        A ``pyro.poutine.Trace``.
+
+    Raises:
+        ValueError: As :func:`trace_on`, or if a plate of the model draws its own rows.
+    """
+    with GivenRows(getattr(batch, "place", "The batch")):
+        return trace_drawing_rows(model, weights, batch, undrawn)
+
+
+@leaving_no_trace
+def trace_drawing_rows(
+    model: Model,
+    weights: Mapping[str, Tensor],
+    batch: Batch,
+    undrawn: str | None = None,
+) -> Any:
+    """:func:`trace_at`, where it doesn't matter which rows of the data are seen.
+
+    Args:
+        model: A Pyro model in training, or a guide.
+        weights: As there, and the rows of plates.
+        batch: As there.
+        undrawn: As there.
 
     Returns:
         A ``pyro.poutine.Trace``.
@@ -188,6 +214,22 @@ def is_missing_outcome(trace: Any, name: str) -> bool:
     """
     stem = name.removesuffix("_unobserved")
     return stem != name and {stem, f"{stem}_observed"} <= trace.nodes.keys()
+
+
+def without_gaps(model: Model) -> Model:
+    """The model without what an ``obs_mask`` draws in its gaps.
+
+    Those who look for latent sites would take it for parameters, or for particles.
+    """
+    without: Model = poutine.block(model, hide_fn=_is_in_gaps)
+    return without
+
+
+def _is_in_gaps(site: Any) -> bool:
+    """:func:`is_missing_outcome`, while the model runs."""
+    name: str = site["name"]
+    is_named_so = site["type"] == "sample" and name.endswith("_unobserved")
+    return is_named_so and site["mask"] is not None
 
 
 def observed_names(trace: Any) -> set[str]:

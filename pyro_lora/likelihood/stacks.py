@@ -58,29 +58,35 @@ def check_stack(
     with drawing_nothing(at):
         # Weights of zero, as a new head's may be, would say the same of all data.
         lifted = {site for lora in lifted_networks(trace) for site in lora.sites}
-        one = {
-            s: x + _STEP * torch.randn_like(x) if s in lifted else x
-            for s, x in at.items()
-        }
+
+        def moved() -> Weights:
+            return {
+                s: x + _STEP * torch.randn_like(x) if s in lifted else x
+                for s, x in at.items()
+            }
+
+        one = moved()
         try:
             alone = _log_densities(run(one), values)
             # Another number than there are data, or it might be taken for them.
             number = 3 if any(2 in x.shape for x in alone.values()) else 2
             number = min(number, at_once)
-            stack = {site: torch.stack([x] * number) for site, x in one.items()}
+            # Others before it: of copies alone a mean over the stack would be right.
+            sets = [*(moved() for _ in range(number - 1)), one]
+            stack = {site: torch.stack([w[site] for w in sets]) for site in one}
             together = _log_densities(run_stack(stack), values)
         except (RuntimeError, ValueError):
             return  # of shapes that don't fit, as whoever runs it will say
         for name, expected in alone.items():
             if together[name].numel() != number * expected.numel():
                 return
-            first = together[name].reshape(number, *expected.shape)[0]
-            if _are_same(first, expected, trace):
+            last = together[name].reshape(number, *expected.shape)[-1]
+            if _are_same(last, expected, trace):
                 continue
             # A model that draws random numbers says something else each time.
             if _are_same(_log_densities(run(one), values)[name], expected, trace):
                 raise ValueError(
-                    f"Site {name!r}: of the first of {number} weight sets in a stack "
+                    f"Site {name!r}: of the last of {number} weight sets in a stack "
                     "the model doesn't say what it says of it alone. Draws and "
                     "particles are one more dim, on the left of the network's outputs, "
                     "(S, B, C): count dims from the right, logits[..., 0] and "

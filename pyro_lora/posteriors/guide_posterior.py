@@ -19,7 +19,7 @@ from pyro_lora.likelihood.batch import FAILURES
 from pyro_lora.likelihood.model_trace import (
     Model,
     sampled_networks,
-    trace_at,
+    trace_drawing_rows,
     trace_on,
 )
 from pyro_lora.posteriors.marginals import Levels, as_given, checked_levels
@@ -131,7 +131,7 @@ class GuidePosterior(Summarised):
         log_probs = []
         for s in range(len(next(iter(weights.values())))):
             at = {site: value[s] for site, value in weights.items()}
-            trace = trace_at(self.guide, at, self.called_with)
+            trace = trace_drawing_rows(self.guide, at, self.called_with)
             if any(_is_auxiliary(node) for node in trace.nodes.values()):
                 raise ValueError(
                     f"{type(self.guide).__name__} has auxiliary variables, and so no "

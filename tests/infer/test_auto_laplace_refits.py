@@ -284,3 +284,31 @@ class _LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
             if isinstance(x, Tensor):
                 self.numel = max(self.numel, x.numel())
         return out
+
+
+@ignore_mode
+def test_a_refit_of_outcomes_behind_an_obs_mask() -> None:
+    lora, texts = pl.lift(bert(3)), batch(6, num_labels=3)
+    data = split({**texts, "mask": torch.arange(6) % 3 > 0}, 3)
+
+    def refitted(by_pyro: bool) -> pl.LaplacePosterior:
+        def model(mask: Tensor, labels: Tensor | None = None, **texts: Tensor) -> None:
+            fn: Any = dist.Categorical(logits=lora()(**texts).logits)
+            with pyro.plate("data", 6, subsample=texts["input_ids"]):
+                if by_pyro:
+                    pyro.sample("y", fn, obs=labels, obs_mask=mask)
+                else:
+                    pyro.sample("y", fn.mask(mask), obs=labels)
+
+        guide = pl.AutoLaplace(
+            model,
+            init_loc_fn=lora.init_to_adapter(),
+            structure=pl.structures.Dense(),
+        )
+        start = guide.laplace_approximation(data)
+        return guide.refit(start, data, Adam({"lr": 1e-2}), num_epochs=2)
+
+    found, expected = refitted(True), refitted(False)
+    assert all((expected.mode()[s] != x).any() for s, x in lora.weights().items())
+    assert_same(found.mode(), expected.mode(), rtol=1e-10)
+    assert_same(found.log_evidence(), expected.log_evidence(), rtol=1e-10)

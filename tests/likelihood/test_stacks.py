@@ -138,6 +138,18 @@ def test_one_datum_tells_nothing() -> None:
         pl.predict(particles(lora, model, 2), batches)
 
 
+def test_one_datum_each_and_a_mean_over_the_stack() -> None:
+    """Which is the datum's own of one weight set, and of copies of it."""
+    lora, model, batches = parts(WRONG["mean"])
+    rows = [{k: x[i : i + 1] for k, x in b.items()} for b in batches for i in (0, 1, 2)]
+    with pytest.raises(ValueError, match=r"Site 'y'.*from the right"):
+        pl.predict(particles(lora, model, 2), rows)
+    with pytest.raises(ValueError, match=r"Site 'y'.*from the right"):
+        svgd(lora, model).step(**rows[0])
+    lora, model, _ = parts(RIGHT["mean"])
+    assert len(pl.predict(particles(lora, model, 2), rows)) == NUM_DATA
+
+
 def test_a_model_that_draws_at_random_is_left_alone() -> None:
     def noisy(x: Tensor) -> Any:
         return dist.Categorical(logits=x + torch.randn_like(x))

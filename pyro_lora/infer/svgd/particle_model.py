@@ -41,7 +41,7 @@ from pyro_lora.ground.weights import Weights, check_weights
 from pyro_lora.lifting.initialization import check_number_of_starts, check_start
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.likelihood.batch import Batch, explaining
-from pyro_lora.likelihood.data_plate import data_plate
+from pyro_lora.likelihood.data_plate import GivenRows, data_plate
 from pyro_lora.likelihood.model_trace import (
     Model,
     check_model,
@@ -51,8 +51,10 @@ from pyro_lora.likelihood.model_trace import (
     observed_site,
     observed_sites,
     trace_at,
+    trace_drawing_rows,
     trace_on,
     unobserved_names,
+    without_gaps,
 )
 from pyro_lora.likelihood.outcomes import (
     may_not_count,
@@ -276,7 +278,7 @@ class ParticlePass:
 
         def vectorized(**batch: Any) -> Any:
             with pyro.plate(PARTICLE_PLATE, num_particles, dim=plate_dim):
-                return target.model(*self.args, **batch)
+                return without_gaps(target.model)(*self.args, **batch)
 
         values, log_density = {}, {}
         for site, x in chunk.items():
@@ -291,7 +293,7 @@ class ParticlePass:
                 num_particles, *[1] * missing, *value.shape[1:]
             )
         vectorized.__wrapped__ = partial(target.model, *self.args)  # type: ignore[attr-defined]
-        trace = trace_at(vectorized, {**values, **self.plates}, kwargs)
+        trace = trace_drawing_rows(vectorized, {**values, **self.plates}, kwargs)
         for site in trace.nodes.values():
             if site["type"] == "sample" and is_data(site):
                 site["value"] = values_in_range(site)
@@ -519,7 +521,8 @@ def model_at_particles(
 
     Raises:
         ValueError: If there are no particles, a latent site is missing or has another
-            shape, one isn't the model's, or the model can't be run by particles.
+            shape, one isn't the model's, the model can't be run by particles, or a
+            plate of it draws its own rows.
     """
     check_model(model)
     check_weights(particles, "particles")
@@ -542,7 +545,8 @@ def model_at_particles(
             )
         return particles[name][0]
 
-    target = particle_model(model, first, None, (), batch)
+    with GivenRows(getattr(batch, "place", "The batch")):
+        target = particle_model(model, first, None, (), batch)
     missing = sorted(target.latents.keys() - particles.keys())
     if missing:
         raise ValueError(
@@ -687,7 +691,7 @@ def _starting_trace(
         InitMessenger(init),
         poutine.infer_config(config_fn=lambda _: number),
     ):
-        return trace_on(model, args, kwargs)
+        return trace_on(without_gaps(model), args, kwargs)
 
 
 def likelihood_at_particles(trace: Any, obs_site: str | None) -> dict[str, Any]:
