@@ -41,7 +41,8 @@ def lift(
     themselves are as good as before with a model that calls the new one.
 
     Args:
-        model: A ``peft.PeftModel``, or any module with trainable parameters.
+        model: A ``peft.PeftModel``, or any module with trainable parameters, PEFT
+            models inside of it included.
         prior: A function of the lifted network that samples every site; None is
             ``priors.normal(scale=1.0)``.
         adapter: The adapter to lift; None is the active one.

@@ -318,24 +318,48 @@ class _Evidence(torch.autograd.Function):
 
 
 def leave_one_out(mode: LinearMode, kernel: Tensor) -> Tensor:
-    r"""Log predictive density of each datum given all others, nats, (N,).
+    """Log predictive density of each datum given all others, nats, (N,).
 
-    Exact for the Gaussian approximation: with :math:`\Sigma = (K^{-1} + W)^{-1}`, a
-    datum without its own part has the covariance :math:`C = \Sigma_{nn} (I - W_n
-    \Sigma_{nn})^{-1}` and the mean :math:`z_n - C s_n`. All of a datum's outcomes are
-    left out together; their log densities add up.
+    The log densities of a datum's outcomes add up, whatever their scales.
 
     Args:
         mode: Under the prior that sets the mean, which leaving out moves.
         kernel: K under the prior that sets the width, (k, k).
     """
+    observations = mode.data.observations
+    result = mode.contrasts.new_zeros(observations[0].num_data)
+    each = _each_left_out(mode, kernel)
+    for part, log_prob in zip(observations, each, strict=True):
+        result.index_add_(0, part.datum, log_prob)
+    return result
+
+
+def scaled_leave_one_out(mode: LinearMode, kernel: Tensor) -> Tensor:
+    """The sum over all data, each outcome as often as it counts in the likelihood.
+
+    Args:
+        mode: As of :func:`leave_one_out`.
+        kernel: Likewise.
+    """
+    each = _each_left_out(mode, kernel)
+    pairs = zip(mode.data.observations, each, strict=True)
+    return torch.stack([part.scale @ log_prob for part, log_prob in pairs]).sum()
+
+
+def _each_left_out(mode: LinearMode, kernel: Tensor) -> list[Tensor]:
+    r"""Log predictive density of each outcome given all other data, nats, (N,) a form.
+
+    Exact for the Gaussian approximation: with :math:`\Sigma = (K^{-1} + W)^{-1}`, a
+    datum without its own part has the covariance :math:`C = \Sigma_{nn} (I - W_n
+    \Sigma_{nn})^{-1}` and the mean :math:`z_n - C s_n`. All of a datum's outcomes are
+    left out together.
+    """
     observations, coordinates = mode.data.observations, mode.data.coordinates
     rows_of = torch.cat(
         [part.datum.repeat_interleave(part.at_fit.shape[1]) for part in observations]
     )
-    result = mode.contrasts.new_zeros(observations[0].num_data)
     if not len(rows_of):  # no outcome counts
-        return result
+        return [torch.zeros_like(part.scale) for part in observations]
     counts = rows_of.bincount()
     by_datum = rows_of.argsort(stable=True)
     starts = counts.cumsum(0) - counts
@@ -357,15 +381,15 @@ def leave_one_out(mode: LinearMode, kernel: Tensor) -> Tensor:
         if of_mean is not of_width:
             c = _without_own(coordinates.covariance(mode.kernel, of_mean, rows), w)
         mean[rows] = contrasts[rows] - (c @ at.score[rows][..., None])[..., 0]
-    first = 0
+    each, first = [], 0
     for part in observations:
         size, width = part.at_fit.shape
         rows = torch.arange(first, first + size * width, device=place.device)
         rows = rows.reshape(size, width)
         first += size * width
         own = covariance[rows[:, :, None], place[rows][:, None, :]]
-        result.index_add_(0, part.datum, part.log_predictive(mean[rows], own))
-    return result
+        each.append(part.log_predictive(mean[rows], own))
+    return each
 
 
 def _half(kernel: Tensor, root: Tensor, roots: Roots) -> Tensor:
@@ -437,13 +461,27 @@ def log_leave_one_out(gaussian: DualGaussian) -> Tensor:
     Args:
         gaussian: One that knows what was observed.
     """
+    return leave_one_out(*_mode_and_kernel(gaussian))
+
+
+def leave_one_out_score(gaussian: DualGaussian) -> float:
+    """Likewise :func:`scaled_leave_one_out`.
+
+    Args:
+        gaussian: One that knows what was observed.
+    """
+    return float(scaled_leave_one_out(*_mode_and_kernel(gaussian)))
+
+
+def _mode_and_kernel(gaussian: DualGaussian) -> tuple[LinearMode, Tensor]:
+    """The mode that a Gaussian is at, and the K of its width."""
     data = data_under(gaussian, gaussian.loc)
     kernel = of_mode = gaussian.rows.kernel(gaussian.prior_precision)
     if gaussian.mode_precision is not None:
         of_mode = gaussian.rows.kernel(gaussian.mode_precision)
         kernel = of_mode if torch.equal(kernel, of_mode) else kernel
     stays = of_mode.new_zeros(len(of_mode))
-    return leave_one_out(LinearMode(data, of_mode, stays, data.at(stays)), kernel)
+    return LinearMode(data, of_mode, stays, data.at(stays)), kernel
 
 
 def at_mode_under(
@@ -508,7 +546,7 @@ def near_weights(
         last = mode.at.pull
         if objective == "evidence":
             return float(mode.log_evidence)
-        return float(leave_one_out(mode, kernel).sum())
+        return float(scaled_leave_one_out(mode, kernel))
 
     best = largest(score, [first + x for x in _DECADES])
     precision = {site: x * 10**best for site, x in ones.items()}

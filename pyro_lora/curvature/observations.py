@@ -140,7 +140,7 @@ class Observations(FieldsShown):
         return (hessian + hessian.mT) / 2
 
     def log_predictive(self, mean: Tensor, covariance: Tensor) -> Tensor:
-        r"""Log of :math:`E[p(y | z)]` for Gaussian z, (N,), nats, the scales counted.
+        r"""Log of :math:`E[p(y | z)]` for Gaussian z, (N,), nats: no scale counts.
 
         Args:
             mean: (N, M).
@@ -156,7 +156,7 @@ class Observations(FieldsShown):
             likelihood.at if classes is None else None,
             has_scale=likelihood.has_scale,
         )
-        return self.scale * log_predictive(logits, likelihood, self.value)
+        return log_predictive(logits, likelihood, self.value)
 
     def where(self, chosen: Tensor) -> Observations:
         """Those of the outcomes at places (N',)."""

@@ -319,8 +319,10 @@ def one_adapter(
     network = lora.network
     if not isinstance(network, PeftModel):
         raise ValueError(
-            f"The lifted network is a {type(network).__name__}; expected a PeftModel. "
-            "Wrap it by peft.get_peft_model before lifting."
+            f"The lifted network is a {type(network).__name__}; expected a PeftModel, "
+            "which saves all that is lifted. Wrap the whole network by "
+            "peft.get_peft_model before lifting, with modules_to_save for what is "
+            "trained beside the adapter; or store the posterior by save."
         )
     assert lora.adapter is not None  # a PeftModel has one
     _check_saved_by_peft(lora, network, lora.adapter)

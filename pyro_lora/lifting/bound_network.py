@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import Cache
 
 from pyro_lora.ground.interrupts import eagerly, leaving_no_trace
+from pyro_lora.ground.synchronisation import values_are_known
 from pyro_lora.ground.weights import drawing_nothing
 from pyro_lora.lifting.binding import (
     Binding,
@@ -319,6 +320,8 @@ class BoundNetwork:
         Raises:
             NotFoldable: If they don't.
         """
+        if not values_are_known():  # nothing to compare; planned as what folds
+            return
         for particle in (0, fold.num_particles - 1):
             outputs = []
             with unchanged_buffers(self._host.network):

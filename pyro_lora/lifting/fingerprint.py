@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from pyro_lora.ground.interrupts import leaving_no_trace
 from pyro_lora.lifting.lifted_network import LiftedNetwork
+from pyro_lora.lifting.sites import adapter_configs
 
 NUM_VALUES = 32  # of each tensor
 _GOLDEN = (5**0.5 - 1) / 2  # its multiples fall evenly between 0 and 1
@@ -195,7 +196,9 @@ def _frozen(lora: LiftedNetwork) -> Iterator[tuple[str, Tensor, bool]]:
     """Names as under any adapter name, the tensors, and whether to look at values."""
     lifted = {name for names in lora.sites.values() for name in names}
     network = lora.network
-    adapters = set(getattr(network, "peft_config", ()))
+    parts = adapter_configs(network).values()
+    # A part without the lifted adapter computes with its own, which are frozen.
+    adapters = {name for x in parts if lora.adapter in x for name in x}
     containers, unused = _adapter_names(network)
     for path, module in network.named_modules():
         moved = module.training and hasattr(module, "running_mean")
@@ -296,11 +299,13 @@ def _settings(lora: LiftedNetwork) -> dict[str, Any]:
     """Settings that change what the network computes with given weights."""
     network: Any = lora.network
     settings: dict[str, Any] = {}
-    if lora.adapter is not None:
-        config = network.peft_config[lora.adapter]
+    for path, configs in adapter_configs(network).items():
+        if lora.adapter not in configs:
+            continue
+        part = "".join(f"{x}." for x in path.split(".") if x not in ("", "_orig_mod"))
         settings |= {
-            f"adapter.{name}": x
-            for name, x in _plain(config.to_dict()).items()
+            f"{part}adapter.{name}": x
+            for name, x in _plain(configs[lora.adapter].to_dict()).items()
             if not _OF_ADAPTER_ASIDE.search(name)
         }
     base = getattr(network, "get_base_model", lambda: network)()

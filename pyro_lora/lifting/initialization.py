@@ -19,7 +19,7 @@ from pyro_lora.ground.interrupts import leaving_no_trace
 from pyro_lora.ground.settings import check_number
 from pyro_lora.ground.weights import check_weights
 from pyro_lora.lifting.prior import NOISE, Network
-from pyro_lora.lifting.sites import LiftedParameter
+from pyro_lora.lifting.sites import LiftedParameter, adapter_configs, config_at
 from pyro_lora.lifting.slots import swapped
 
 InitFn = Callable[[dict[str, Any]], Tensor]
@@ -332,8 +332,8 @@ def _new_layer(p: LiftedParameter, value: Tensor) -> tuple[Any, str]:
 def _fresh_lora(lora: Lifted, p: LiftedParameter, value: Tensor) -> Tensor:
     path = re.split(r"\.lora_[^.]+\.", p.name)[0]
     layer: Any = lora.network.get_submodule(path)
-    configs: Any = lora.network.peft_config
-    rule = configs[lora.adapter].init_lora_weights
+    config: Any = config_at(adapter_configs(lora.network), lora.adapter, p.name)[0]
+    rule = config.init_lora_weights
     if not (isinstance(rule, bool) or rule == "gaussian"):
         raise ValueError(
             f"Site {p.site!r}: init_lora_weights={rule!r} starts from the base weight "

@@ -31,10 +31,12 @@ from pyro_lora.lifting.bound_network import BoundNetwork
 from pyro_lora.lifting.prior import Prior
 from pyro_lora.lifting.sites import (
     LiftedParameter,
+    adapter_configs,
     adapter_modules,
     adapter_name,
     check_in_use,
     check_network,
+    config_at,
     keep_bitsandbytes_differentiable,
     lifted_parameters,
 )
@@ -679,24 +681,28 @@ def _rank_masks(
         Site ``lora.<path>.E`` -> (L, R, 1), 1 where a rank is kept and 0 where it was
         pruned; only the sites where ranks were pruned.
     """
-    config: Any = getattr(model, "peft_config", {}).get(adapter)
-    if not isinstance(config, AdaLoraConfig):
+    parts = adapter_configs(model)
+    if not any(isinstance(x.get(adapter), AdaLoraConfig) for x in parts.values()):
         return {}
-    # PEFT names them as in the base model, once saved without the adapter's name.
-    kept = {
-        name.removesuffix(f".{adapter}"): pattern
-        for name, pattern in (config.rank_pattern or {}).items()
-    }
     masks = {}
     for site, members in parameters.items():
         layers = []
         for p in members:
-            name = p.name.removeprefix("base_model.model.").removesuffix(f".{adapter}")
-            pattern = kept.get(name, [])
-            mask = torch.ones_like(p.parameter)
+            mask = torch.ones_like(p.parameter).detach()
+            pattern = _kept_ranks(*config_at(parts, adapter, p.name), adapter)
             if len(pattern) == len(mask):  # a loaded adapter has lost the others
                 mask = mask * mask.new_tensor(pattern)[:, None]
-            layers.append(mask.detach())
+            layers.append(mask)
         if not torch.stack(layers).all():
             masks[site] = torch.stack(layers)
     return masks
+
+
+def _kept_ranks(config: Any, name: str, adapter: str | None) -> Sequence[bool]:
+    """Which ranks of a parameter AdaLoRA has kept; empty where that isn't said."""
+    if not isinstance(config, AdaLoraConfig):
+        return ()
+    own = name.removeprefix("base_model.model.").removesuffix(f".{adapter}")
+    patterns: Any = config.rank_pattern or {}
+    # PEFT names them as in the base model, once saved without the adapter's name.
+    return patterns.get(own, patterns.get(f"{own}.{adapter}", ()))

@@ -49,8 +49,8 @@ def read_adapter(
     network, adapter = lora.network, lora.adapter
     if not isinstance(network, PeftModel) or adapter is None:
         raise ValueError(
-            f"The lifted network is a {type(network).__name__}, which has no adapter; "
-            f"expected a PeftModel to read {os.fspath(folder)!r} into."
+            f"The lifted network is a {type(network).__name__}; expected a PeftModel, "
+            f"the whole of it, to read {os.fspath(folder)!r} into."
         )
     path = Path(folder)
     if not (path / "adapter_config.json").is_file():

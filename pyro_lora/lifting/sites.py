@@ -9,6 +9,7 @@ from itertools import product
 from typing import Any, cast
 
 import torch
+from peft import PeftConfig, PeftModel
 from peft.tuners.cpt import CPTEmbedding
 from peft.tuners.lora.layer import (
     Embedding,
@@ -28,39 +29,89 @@ from pyro_lora.lifting.split_layers import is_split, is_tensor_parallel
 
 Wrapper = ModulesToSaveWrapper | TrainableTokensWrapper
 AdapterModules = Mapping[str, BaseTunerLayer | Wrapper]
+AdapterConfigs = Mapping[str, Mapping[str, PeftConfig]]
+
+
+def adapter_configs(model: nn.Module) -> AdapterConfigs:
+    """The adapters' configurations, by path of what PEFT has wrapped and by name.
+
+    Args:
+        model: The network, wrapped itself (the path is ""), or with parts that are.
+    """
+    found: dict[str, Mapping[str, PeftConfig]] = {}
+    for path, module in model.named_modules():
+        configs = getattr(module, "peft_config", None)  # or a user's own attribute
+        if isinstance(configs, Mapping) and not any(_is_in(path, x) for x in found):
+            found[path] = configs
+    return found
+
+
+def config_at(
+    parts: AdapterConfigs, adapter: str | None, name: str
+) -> tuple[PeftConfig | None, str]:
+    """The configuration that a parameter's adapter has, and its name in that part.
+
+    Args:
+        parts: From :func:`adapter_configs`.
+        adapter: The adapter's name.
+        name: The parameter's.
+    """
+    for path, configs in parts.items():
+        if _is_in(name, path) and adapter in configs:
+            return configs[adapter], name.removeprefix(f"{path}.")
+    return None, name
+
+
+def _is_in(path: str, outer: str) -> bool:
+    return not outer or path == outer or path.startswith(f"{outer}.")
 
 
 def adapter_name(model: nn.Module, adapter: str | None) -> str | None:
     """The adapter to lift: the one named, else the active one, None without PEFT.
 
+    One inside of a network that isn't PEFT's is taken where it is trained, or nothing
+    is.
+
     Raises:
         ValueError: If there is no such adapter, or several are active.
     """
-    configs = getattr(model, "peft_config", None)
-    if configs is None:
+    parts = adapter_configs(model)
+    known = {name for configs in parts.values() for name in configs}
+    if not known:
         if adapter is not None:
             raise ValueError(f"adapter={adapter!r} was given, but the model has none.")
         return None
     if adapter is None:
+        if "" not in parts and _only_others_trained(model):
+            return None
         active = {
             active
             for module in model.modules()
             if isinstance(module, BaseTunerLayer | Wrapper)
             for active in module.active_adapters
         }
-        candidates = sorted(active or configs)
+        candidates = sorted(active or known)
         if len(candidates) > 1:
+            where = "" if "" in parts else f" in the parts {sorted(parts)}"
             raise ValueError(
-                f"Expected one active adapter, found {candidates}. "
+                f"Expected one active adapter, found {candidates}{where}. "
                 "Name the one to lift by adapter=."
             )
         adapter = candidates[0]
-    if adapter not in configs:
+    if adapter not in known:
         raise ValueError(
-            f"No adapter {adapter!r}: the model has {sorted(configs)}. "
+            f"No adapter {adapter!r}: the model has {sorted(known)}. "
             "Name one of them by adapter=."
         )
     return adapter
+
+
+def _only_others_trained(model: nn.Module) -> bool:
+    """Whether something is trained, and no adapter's weight."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    kinds = {_named(modules, name, None)[0] for name in trained}
+    return bool(kinds) and "other adapter" not in kinds
 
 
 def adapter_modules(model: nn.Module, adapter: str | None) -> AdapterModules:
@@ -302,7 +353,7 @@ def _owner(
 ) -> str | None:
     """The path of the owner, None if only the whole network will do."""
     chain = list(_ancestors(path))
-    if "prompt_encoder" in path.split(".")[:2]:
+    if _prompt_at(modules, path.split(".")) is not None:
         return None  # PeftModel reads it
     for ancestor in chain:
         module = modules[ancestor]
@@ -410,7 +461,7 @@ def lifted_parameters(
         if parameter.requires_grad or (own and not _always_frozen(modules, full_name)):
             check_parameter(full_name, kind, parameter, modules)
             sites[full_name] = ".".join(
-                p for p in (kind, name, _short(path), role) if p
+                p for p in (kind, name, _short(modules, path), role) if p
             )
     if not sites:
         raise ValueError(
@@ -466,15 +517,30 @@ def _named(
             suffix = tail if kind == "lora" and tail else [role, *tail]
             kind = kind if rest[1] == adapter else "other adapter"
             return kind, path, ".".join(part for part in suffix if part)
-    if "prompt_encoder" in parts[:2]:  # PEFT's prompt learning, compiled perhaps
-        _, name, *inner, role = parts[parts.index("prompt_encoder") :]
-        return "prompt" if name == adapter else "other adapter", ".".join(inner), role
+    start = _prompt_at(modules, parts)
+    if start is not None:
+        _, name, *inner, role = parts[start:]
+        kind = "prompt" if name == adapter else "other adapter"
+        return kind, ".".join([*parts[:start], *inner]), role
     role = "" if parts[-1].isdigit() else parts[-1]
     return "base", ".".join(p for p in parts[:-1] if p != "base_layer"), role
 
 
-def _short(module_path: str) -> str:
+def _prompt_at(modules: Mapping[str, nn.Module], parts: Sequence[str]) -> int | None:
+    """Where PEFT's prompt encoders are among the parts of a path, if they are."""
+    for i, part in enumerate(parts):
+        is_prompt = part == "prompt_encoder"
+        if is_prompt and isinstance(modules.get(".".join(parts[:i])), PeftModel):
+            return i
+    return None
+
+
+def _short(modules: Mapping[str, nn.Module], module_path: str) -> str:
     """The path without wrappers, a leading ``model.`` and layer indices."""
+    wrapper = ".base_model.model."
+    outer, found, inner = module_path.partition(wrapper)
+    if found and isinstance(modules.get(outer), PeftModel):  # a part of the network
+        module_path = f"{outer}.{inner}"
     path = ".".join(p for p in module_path.split(".") if p != _COMPILED)
     path = path.removeprefix("base_model.model.").removeprefix("model.")
     return ".".join(part for part in path.split(".") if not part.isdigit())

@@ -293,7 +293,8 @@ class LaplacePosterior(marginals.ByMarginals, Shared):
                 :meth:`with_prior_precision` and :meth:`optimize_prior` change it.
             objective: With ``"weights"``: what chooses :math:`\tau_0`, the evidence of
                 this prior (None or ``"evidence"``), or ``"loo"``, the exact
-                leave-one-out log density of the data. Nothing is held out.
+                leave-one-out log density of the data, each as often as it counts by a
+                ``poutine.scale``. Nothing is held out.
 
         Returns:
             A new posterior under the same prior; the network is as before.
@@ -395,7 +396,8 @@ class LaplacePosterior(marginals.ByMarginals, Shared):
                 over them; with several precisions one after the other, twice, each in
                 a pass of its own. For any likelihood in the table.
                 ``"loo"``: maximise the leave-one-out log density of the data of the
-                fit, of ``structures.Exact()`` alone, exact for the Gaussian.
+                fit, each as often as it counts by a ``poutine.scale``, of
+                ``structures.Exact()`` alone, exact for the Gaussian.
             batches: With ``"nll"``: held-out batches with labels.
             obs_site: With ``"nll"``: the likelihood's site; None is the posterior's.
             progress_bar: With ``"nll"``: show one; None: on a terminal or in a
@@ -469,7 +471,8 @@ class LaplacePosterior(marginals.ByMarginals, Shared):
 
         Exact for the Gaussian, of ``structures.Exact()`` alone: the datum's likelihood
         is taken out of it (Rasmussen & Williams 2006, section 5.4.2). The log densities
-        of a datum's outcomes add up.
+        of a datum's outcomes add up. A ``poutine.scale`` counts in the posterior of the
+        other data, not in the density: a datum that counts half has its whole one.
 
         Returns:
             (N,), in the order of the fit's batches, nats, float64; 0 where no outcome
@@ -497,7 +500,8 @@ class LaplacePosterior(marginals.ByMarginals, Shared):
             return self.with_prior_precision(tau)
 
         def score(tau: Weights) -> float:
-            return float(self.with_prior_precision(tau).leave_one_out().sum())
+            under = self.with_prior_precision(tau).gaussian
+            return linear_model.leave_one_out_score(linear_model.checked(under))
 
         remedy = "Use objective='evidence'"
         if not gaussian.is_refined:

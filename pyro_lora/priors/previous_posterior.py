@@ -11,7 +11,7 @@ narrow, the second site's has weight 1 at -1 once the first was drawn near -1.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, Protocol, runtime_checkable
@@ -191,9 +191,10 @@ def from_posterior(posterior: Any, *, bandwidth: float | None = None) -> Prior:
 
     Raises:
         TypeError: If it is none of these.
-        ValueError: If a site isn't sampled or has another shape, the posterior's sites
-            have no density of their own, the bandwidth isn't positive and finite, or
-            particles coincide and there is no bandwidth.
+        ValueError: If the posterior's sites have no density of their own, the bandwidth
+            isn't positive and finite, or particles coincide and there is no bandwidth;
+            when the prior is sampled, if a site isn't the posterior's, is fixed there,
+            or has another shape.
 
     Warns:
         UserWarning: If one of our posteriors has sites outside of its networks, such as
@@ -227,7 +228,8 @@ class PreviousPosterior(FieldsShown):
         """Sample every site.
 
         Raises:
-            ValueError: If a site isn't in the posterior, or has another shape there.
+            ValueError: If a site isn't in the posterior, is fixed there, or has another
+                shape.
         """
         sites = tuple(lora.sites)
         log_joint = [log_pi for log_pi, _ in self.components]
@@ -304,7 +306,7 @@ def _gaussian(posterior: Any) -> Component:
     if isinstance(posterior.gaussian, DenseNormal):
         return _dense(posterior.gaussian)
     kind = f"{type(posterior).__name__} ({posterior.gaussian.structure})"
-    return _independent(posterior, kind)
+    return _independent(posterior, kind, posterior.gaussian.loc)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -414,11 +416,42 @@ def _deviations(weights: Weights, loc: Weights) -> Tensor:
     return torch.cat([x.expand(*lead, x.shape[-1]) for x in flat], -1)
 
 
-def _independent(posterior: Any, kind: str) -> Component:
+def _independent(
+    posterior: Any, kind: str, random: Collection[str] | None = None
+) -> Component:
+    """Sites with distributions of their own.
+
+    Args:
+        posterior: A guide without arguments.
+        kind: What it is, for errors.
+        random: Its sites that aren't fixed; None: it isn't known which.
+
+    Raises:
+        ValueError: If none of them has a density.
+    """
     with poutine.block(), torch.no_grad():
         nodes = poutine.trace(posterior).get_trace().nodes
-    fns = {n: node["fn"] for n, node in nodes.items() if node["type"] == "sample"}
+    fns = {
+        name: node["fn"]
+        for name, node in nodes.items()
+        if node["type"] == "sample" and not node["infer"].get("is_auxiliary")
+    }
+    sites = list(fns if random is None else random)
+    if sites and all(_is_point(fns[site]) for site in sites):
+        # Of a Gaussian over all sites together, too, which are Deltas of it.
+        raise ValueError(
+            f"Site {sites[0]!r}: expected a posterior with a density for each site, "
+            f"found a Delta in this {kind}. Use a LaplacePosterior of KFAC, EKFAC or "
+            "Diagonal, as it was before for_sampling, particles or a mixture, or a "
+            "posterior's moments in priors.normal(scale, center=)."
+        )
     return _Independent(fns, kind)
+
+
+def _is_point(fn: Any) -> bool:
+    while isinstance(fn, torch.distributions.Independent):
+        fn = fn.base_dist
+    return isinstance(fn, dist.Delta)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -432,16 +465,11 @@ class _Independent(FieldsShown):
         self, sites: tuple[str, ...], site: str, before: Weights
     ) -> TorchDistribution:
         _check_there(site, self.fns)
-        inner: Any = self.fns[site]
-        while isinstance(inner, torch.distributions.Independent):
-            inner = inner.base_dist
-        if isinstance(inner, dist.Delta):
-            # Of a Gaussian over all sites together, too: Dense() and Exact().
+        if _is_point(self.fns[site]):
             raise ValueError(
-                f"Site {site!r}: expected a posterior with a density for each site, "
-                f"found a Delta in this {self.kind}. Use a LaplacePosterior of KFAC, "
-                "EKFAC or Diagonal, as it was before for_sampling, particles or a "
-                "mixture, or a posterior's moments in priors.normal(scale, center=)."
+                f"Site {site!r}: expected a density, but this {self.kind} fixes it at "
+                "one value, as AutoLaplace(sites=) does those that it leaves out. Give "
+                "the fixed sites another prior by by_site, or fit them, too."
             )
         return self.fns[site]
 
@@ -450,5 +478,6 @@ def _check_there(site: str, sites: Mapping[str, Any]) -> None:
     if site not in sites:
         raise ValueError(
             f"Site {site!r}: expected it among the posterior's sites, found "
-            f"{sorted(sites)}. Give the sites that are new another prior by by_site."
+            f"{sorted(sites)}. Give the sites that are new, or fixed there by sites=, "
+            "another prior by by_site."
         )

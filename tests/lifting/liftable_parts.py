@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import torch
+from peft import LoraConfig, PrefixTuningConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -13,6 +15,7 @@ from transformers import (
 
 from tests.lifting.liftable_row import (
     Row,
+    adapted,
     bert,
     llama,
     lora,
@@ -42,6 +45,35 @@ def with_bottlenecks(*sublayers: str) -> nn.Module:
             dense: Any = module.dense
             module.dense = nn.Sequential(dense, Bottleneck(16, 4))
     return started(network)
+
+
+class OwnHead(nn.Module):
+    """An encoder of a user's, or several, under a head of their own."""
+
+    def __init__(self, *encoders: nn.Module) -> None:
+        super().__init__()
+        self.encoders = nn.ModuleList(encoders)
+        self.head = nn.Linear(16 * len(encoders), 3)
+
+    def forward(self, **texts: Tensor) -> Tensor:
+        states = [x(**texts).last_hidden_state[:, 0] for x in self.encoders]
+        return self.head(torch.cat(states, -1))
+
+
+def inside(number: int = 1) -> nn.Module:
+    """A head on PEFT models."""
+    encoders = [lora(bert(), "query", "value") for _ in range(number)]
+    return started(OwnHead(*encoders))
+
+
+def injected() -> nn.Module:
+    config = LoraConfig(r=3, lora_alpha=6, target_modules=["query", "value"])
+    return started(OwnHead(inject_adapter_in_model(config, bert())))
+
+
+def prompted() -> nn.Module:
+    config = PrefixTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=2)
+    return started(OwnHead(adapted(llama(), config)))
 
 
 def choices() -> dict[str, Tensor]:
@@ -182,4 +214,45 @@ HEADS = [
     ),
 ]
 
-ROWS = [*PARTS, *HEADS]
+OWN = [
+    Row(
+        group="PEFT inside of a module of one's own",
+        name=name,
+        build=build,
+        sites=sites,
+        one_by_one=one_by_one,
+        note=note,
+    )
+    for name, build, sites, one_by_one, note in [
+        (
+            "a head on a PeftModel",
+            inside,
+            "lora: A, B; base: bias, weight",
+            "",
+            "`export_adapters` needs a PeftModel around all",
+        ),
+        (
+            "a head on two PeftModels",
+            lambda: inside(2),
+            "lora: A, B; base: bias, weight",
+            "",
+            "adapters of the same name",
+        ),
+        (
+            "a head on a backbone with inject_adapter_in_model",
+            injected,
+            "lora: A, B; base: bias, weight",
+            "",
+            "",
+        ),
+        (
+            "a head on prefix tuning",
+            prompted,
+            "prompt: weight; base: bias, weight",
+            "PEFT puts the prompt before the inputs of its part",
+            "",
+        ),
+    ]
+]
+
+ROWS = [*PARTS, *HEADS, *OWN]

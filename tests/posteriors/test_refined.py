@@ -245,6 +245,93 @@ def test_leave_one_out_of_linear_regression_is_refitting() -> None:
         assert_same(found[n], expected)
 
 
+class Weighted:
+    """Linear regression with two outputs, outcomes that count more, less or not.
+
+    Args:
+        kind: ``"one"`` is one scale of all, ``"each"`` one of each datum, ``"masked"``
+            the same where outcomes are masked, of one datum both.
+    """
+
+    sd = torch.tensor([0.5, 0.8]).double()
+    size = 20
+
+    def __init__(self, kind: str) -> None:
+        self.x = torch.randn(self.size, 3).double()
+        self.y = self.x[:, :2] + torch.randn(self.size, 2).double()
+        self.scale = torch.full((self.size, 1), 0.5).double()
+        self.counts = torch.ones(self.size, 2, dtype=torch.bool)
+        if kind != "one":
+            self.scale = 0.1 + 3 * torch.rand(self.size, 1).double().square()
+        if kind == "masked":
+            self.counts = torch.rand(self.size, 2) < 0.7
+            self.counts[0] = False
+        self.lora = pl.lift(nn.Linear(3, 2).double(), prior=pl.priors.normal(0.7))
+
+    def model(self, x: Tensor, y: Tensor, scale: Tensor, counts: Tensor) -> None:
+        f = self.lora()(x)
+        with (
+            pyro.plate("data", self.size, subsample=x, dim=-2),
+            poutine.scale(scale=scale),
+            pyro.plate("outputs", 2, dim=-1),
+            poutine.mask(mask=counts),
+        ):
+            pyro.sample("y", dist.Normal(f, self.sd), obs=y)
+
+    def fit(self) -> pl.LaplacePosterior:
+        whole = {"x": self.x, "y": self.y, "scale": self.scale, "counts": self.counts}
+        parts = [{k: v[i : i + 7] for k, v in whole.items()} for i in (0, 7, 14)]
+        guide = pl.AutoLaplace(
+            self.model,
+            init_loc_fn=self.lora.init_to_adapter(),
+            structure=pl.structures.Exact(),
+        )
+        return guide.laplace_approximation(parts)
+
+    def refits(self, tau: float) -> Tensor:
+        """Log density of each datum under the posterior of the others, (N,)."""
+        design = torch.cat([self.x, torch.ones(self.size, 1).double()], 1)
+        total = torch.zeros(self.size).double()
+        for o in range(2):  # whose weights are independent
+            weight = self.scale[:, 0] * self.counts[:, o] / self.sd[o] ** 2
+            for n in range(self.size):
+                kept = torch.arange(self.size) != n
+                part = design[kept].mT * weight[kept]
+                precision = part @ design[kept] + tau * torch.eye(4).double()
+                mean = torch.linalg.solve(precision, part @ self.y[kept, o])
+                row = design[n]
+                variance = row @ torch.linalg.solve(precision, row) + self.sd[o] ** 2
+                fn = dist.Normal(row @ mean, variance.sqrt())
+                total[n] += self.counts[n, o] * fn.log_prob(self.y[n, o])
+        return total
+
+
+@pytest.mark.parametrize("kind", ["one", "each", "masked"])
+def test_leave_one_out_is_the_density_of_a_datum_whatever_it_counts(kind: str) -> None:
+    task = Weighted(kind)
+    found = task.fit().refine("prior").leave_one_out()
+    assert_close(found, task.refits(0.7**-2), rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("around", ["weights", "prior"])
+def test_what_each_datum_counts_chooses_the_prior_by_leave_one_out(around: str) -> None:
+    task = Weighted("each")
+    # Data that count little lie where a narrow prior alone predicts them.
+    task.y = task.y.where(task.scale > 1, 0.01 * task.y)
+    if around == "weights":  # where the oracle's prior is centred
+        task.lora.load(zeros(task.lora))
+        gaussian: Any = task.fit().refine(objective="loo").gaussian
+        precision = gaussian.mode_precision
+    else:
+        refined = task.fit().refine("prior")
+        precision = refined.optimize_prior(objective="loo").prior_precision
+    (tau,) = {float(x) for x in torch.cat([x.flatten() for x in precision.values()])}
+    scores = [float(task.scale[:, 0] @ task.refits(f * tau)) for f in (0.1, 1, 10)]
+    assert scores[1] == max(scores)
+    plain = [float(task.refits(f * tau).sum()) for f in (0.1, 1, 10)]
+    assert plain[1] < max(plain)  # another one would be the best
+
+
 @pytest.mark.parametrize(
     "name", ["bernoulli", "poisson", "categorical", "several-normals", "ordered"]
 )

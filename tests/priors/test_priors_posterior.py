@@ -332,9 +332,8 @@ def test_a_guide_without_densities_is_refused(guide: Callable[..., Any]) -> None
     auto = guide(classifier(lora), init_loc_fn=lora.init_to_adapter())
     texts = batch()
     auto(**texts)
-    lora = lora.with_prior(pl.priors.from_posterior(lambda: auto(**texts)))
     with pytest.raises(ValueError, match=r"query\.A'.*found a Delta.*priors\.normal"):
-        lora()
+        pl.priors.from_posterior(lambda: auto(**texts))
 
 
 @pytest.mark.untrained
@@ -343,6 +342,9 @@ def test_a_guide_without_densities_is_refused(guide: Callable[..., Any]) -> None
     [
         (lambda q: q.for_sampling([batch()], tolerance=9.0), "ScaledPosterior"),
         (lambda q: pl.methods.tfb(q.model, [batch()]), "GaussianPosterior"),
+        (lambda q: exact(q), r"LaplacePosterior \(exact"),
+        (lambda q: exact(q).refine(), r"LaplacePosterior \(exact"),
+        (lambda q: pl.MixturePosterior([q, exact(q)]), "LaplacePosterior"),
     ],
 )
 def test_a_posterior_that_has_no_densities_is_named(
@@ -350,9 +352,60 @@ def test_a_posterior_that_has_no_densities_is_named(
 ) -> None:
     lora = pl.lift(bert())
     found = make(laplace(lora, pl.structures.KFAC(), lora.weights()))
-    lora = lora.with_prior(pl.priors.from_posterior(found))
     with pytest.raises(ValueError, match=rf"query\.A'.*this {kind}.*before for_samp"):
-        lora()
+        pl.priors.from_posterior(found)
+
+
+def exact(posterior: pl.LaplacePosterior) -> pl.LaplacePosterior:
+    (lora,) = posterior.networks
+    return laplace(lora, pl.structures.Exact(), posterior.mode())
+
+
+@pytest.mark.untrained
+def test_a_posterior_of_weights_that_are_deltas_is_refused_beside_a_latent() -> None:
+    lora = pl.lift(nn.Linear(3, 1).double())
+    x, y = torch.randn(5, 3).double(), torch.randn(5).double()
+
+    def model(x: Tensor, y: Tensor | None = None) -> None:
+        noise = pyro.sample("noise", dist.LogNormal(torch.zeros(()).double(), 1.0))
+        mean = lora()(x)[..., 0]
+        with pyro.plate("data", 5, subsample=x):
+            pyro.sample("y", dist.Normal(mean, noise), obs=y)
+
+    guide = pl.AutoLaplace(
+        model, init_loc_fn=lora.init_to_adapter(), structure=pl.structures.Exact()
+    )
+    posterior = guide.laplace_approximation([{"x": x, "y": y}])
+    with pytest.raises(ValueError, match=r"base\.\w+'.*found a Delta"):
+        pl.priors.from_posterior(posterior)
+
+
+@pytest.mark.untrained
+@pytest.mark.parametrize("structure", ["diagonal", "kfac_expand", "dense"])
+def test_sites_that_a_fit_left_out_are_the_cause(structure: str) -> None:
+    lora = pl.lift(bert())
+    guide = pl.AutoLaplace(
+        classifier(lora, num_data=5),
+        init_loc_fn=lora.init_to_adapter(),
+        structure=STRUCTURES[structure],
+        sites=[site for site in lora.sites if ".value." in site],
+    )
+    posterior = guide.laplace_approximation([batch()])
+    prior = pl.priors.from_posterior(posterior)
+    with pytest.raises(
+        ValueError, match=r"query\.A'.*fixe[sd].*sites=.*another prior by by_site"
+    ):
+        lora.with_prior(prior)()
+    # Of the others it's as good as ever.
+    others = pl.priors.by_site({"*.value.*": prior, "*": pl.priors.normal(1.0)})
+    draws = posterior.sample(2)
+    one = {site: x[0] for site, x in draws.items()}
+    expected = posterior.log_prob(draws)[0]
+    for site, x in one.items():
+        if ".value." not in site:
+            expected = expected + dist.Normal(0.0, 1.0).log_prob(x).sum()
+    found = log_density(lora.with_prior(others), one)
+    assert_close(found, expected, rtol=1e-8, atol=1e-8)
 
 
 def test_sites_outside_of_the_network_are_named() -> None:
