@@ -3,9 +3,10 @@
 Used by ``python -m benchmarks.curvature_quality`` and its neighbours.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -104,15 +105,54 @@ def adapted(
     return get_peft_model(EncoderTop(network, num_layers), config).eval()
 
 
+class Rows(ABC):
+    """Rows whose states below the adapted layers are kept, and their labels, (N,)."""
+
+    labels: Tensor
+
+    @abstractmethod
+    def lengths(self) -> list[int]:
+        """Tokens of each row, which a batch pads to the most."""
+
+    @abstractmethod
+    def batch(self, index: Sequence[int]) -> Batch:
+        """Some rows, padded to the longest."""
+
+    @abstractmethod
+    def subset(self, index: Sequence[int]) -> Self:
+        """Some rows."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def order(self) -> list[int]:
+        """Short ones first, so that batches in order have little padding."""
+        lengths = self.lengths()
+        return sorted(range(len(self)), key=lengths.__getitem__)
+
+    def by_length(self) -> Self:
+        """The rows in that order."""
+        return self.subset(self.order())
+
+    def ordered(self) -> list[Batch]:
+        """All rows once."""
+        return [self.batch(i) for i in chunks(range(len(self)), BATCH_SIZE)]
+
+    def shuffled(self, seed: int) -> "ShuffledBatches":
+        """All rows once in each pass, in a new order."""
+        return ShuffledBatches(self, torch.Generator().manual_seed(seed))
+
+
 @dataclass(frozen=True)
-class CachedRows:
+class CachedRows(Rows):
     """States below the adapted layers, (T, I) for each row, and labels, (N,)."""
 
     hidden: list[Tensor]
     labels: Tensor
 
-    def __len__(self) -> int:
-        return len(self.hidden)
+    def lengths(self) -> list[int]:
+        """Tokens of each row."""
+        return [len(x) for x in self.hidden]
 
     def batch(self, index: Sequence[int]) -> Batch:
         """Some rows, padded to the longest."""
@@ -128,18 +168,6 @@ class CachedRows:
         """Some rows."""
         return CachedRows([self.hidden[i] for i in index], self.labels[list(index)])
 
-    def by_length(self) -> "CachedRows":
-        """The rows, short ones first, so that batches in order have little padding."""
-        return self.subset(sorted(range(len(self)), key=lambda i: len(self.hidden[i])))
-
-    def ordered(self) -> list[Batch]:
-        """All rows once."""
-        return [self.batch(i) for i in chunks(range(len(self)), BATCH_SIZE)]
-
-    def shuffled(self, seed: int) -> "ShuffledBatches":
-        """All rows once in each pass, in a new order."""
-        return ShuffledBatches(self, torch.Generator().manual_seed(seed))
-
 
 @dataclass(frozen=True)
 class ShuffledBatches:
@@ -148,7 +176,7 @@ class ShuffledBatches:
     Rows are drawn in pools of a few batches, and sorted by length in a pool.
     """
 
-    rows: CachedRows
+    rows: Rows
     generator: torch.Generator
 
     def __len__(self) -> int:
@@ -156,10 +184,8 @@ class ShuffledBatches:
 
     def __iter__(self) -> Iterator[Batch]:
         order = torch.randperm(len(self.rows), generator=self.generator).tolist()
-        pools = [
-            sorted(pool, key=lambda i: len(self.rows.hidden[i]))
-            for pool in chunks(order, POOL)
-        ]
+        lengths = self.rows.lengths()
+        pools = [sorted(x, key=lengths.__getitem__) for x in chunks(order, POOL)]
         parts = [part for pool in pools for part in chunks(pool, BATCH_SIZE)]
         for i in torch.randperm(len(parts), generator=self.generator).tolist():
             yield self.rows.batch(parts[i])

@@ -16,12 +16,15 @@ from typing import Any
 import pyro
 import pyro.optim
 import torch
+from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoNormal
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 import pyro_lora as pl
+from benchmarks.encoder_top import Batch
 from benchmarks.seed_runs import (
     LEARNING_RATE,
     NUM_MEMBERS,
@@ -327,14 +330,25 @@ def ivon(job: Job) -> Fitted:
     loss = torch.nn.CrossEntropyLoss()
     for _ in range(setting.epochs):
         for batch in batches:
-            inputs = {k: x for k, x in batch.items() if k != "labels"}
             optim.zero_grad()
             with optim.sampled():
-                loss(lora.network(**inputs), batch["labels"]).backward()
+                loss(own_logits(job, batch), batch["labels"]).backward()
             optim.step()
             falling.step()
     posterior = optim.posterior(lora, model=job.model)
     return Fitted(posterior, num_samples=NUM_DRAWS)
+
+
+def own_logits(job: Job, batch: Batch) -> Tensor:
+    """The model's logits (B, C) at the network's parameters, which get a gradient."""
+    parameter = job.lora.network.get_parameter
+    weights = {
+        site: torch.stack([parameter(name) for name in names])
+        for site, names in job.lora.sites.items()
+    }
+    model = poutine.condition(job.model, weights)
+    logits: Tensor = poutine.trace(model).get_trace(**batch).nodes["y"]["fn"].logits
+    return logits
 
 
 def fresh(lora: pl.LiftedNetwork) -> Weights:

