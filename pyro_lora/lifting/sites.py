@@ -29,7 +29,7 @@ from pyro_lora.lifting.split_layers import is_split, is_tensor_parallel
 
 Wrapper = ModulesToSaveWrapper | TrainableTokensWrapper
 AdapterModules = Mapping[str, BaseTunerLayer | Wrapper]
-AdapterConfigs = Mapping[str, Mapping[str, PeftConfig]]
+AdapterConfigs = Mapping[str, Mapping[Any, PeftConfig]]
 
 
 def adapter_configs(model: nn.Module) -> AdapterConfigs:
@@ -38,7 +38,7 @@ def adapter_configs(model: nn.Module) -> AdapterConfigs:
     Args:
         model: The network, wrapped itself (the path is ""), or with parts that are.
     """
-    found: dict[str, Mapping[str, PeftConfig]] = {}
+    found: dict[str, Mapping[Any, PeftConfig]] = {}
     for path, module in model.named_modules():
         configs = getattr(module, "peft_config", None)  # or a user's own attribute
         if isinstance(configs, Mapping) and not any(_is_in(path, x) for x in found):
