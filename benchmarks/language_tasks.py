@@ -212,8 +212,9 @@ class Choices(Task):
     def likelihood(self, lora: pl.LiftedNetwork, num_data: int) -> Model:
         """One of each question's answers.
 
-        Per token, since the network is far too sure of sums: untrained, it has an NLL
-        of 7.1 on openbookqa with them, below chance in accuracy, and of 2.1 without.
+        Per token, since the network is far too sure of sums. Untrained, it has NLLs of
+        2.10 and 1.45 on openbookqa and arc_easy, with sums 7.07 and 1.92; accuracies of
+        .30 and .48, with sums .16 and .55.
         """
         return pl.models.answer_likelihood(lora, num_data, per_token=True)
 
