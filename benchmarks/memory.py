@@ -89,7 +89,21 @@ LLAMA_70B = LlamaConfig(
     num_key_value_heads=8,
     intermediate_size=28672,
 )
-LARGE = {"Qwen3-0.6B": QWEN3, "Llama-3.1-8B": LLAMA_8B, "Llama-3.1-70B": LLAMA_70B}
+BATCH = (4, 512)
+_SHARED: dict[str, Any] = {"world_size": 8, "shard_base": True}
+# Name, configuration, what differs from one GPU and four texts.
+LARGE: list[tuple[str, PretrainedConfig, dict[str, Any]]] = [
+    ("Qwen3-0.6B", QWEN3, {}),
+    ("Qwen3-0.6B", QWEN3, {"world_size": 8}),
+    ("Llama-3.1-8B", LLAMA_8B, {}),
+    ("Llama-3.1-8B", LLAMA_8B, {"world_size": 8}),
+    ("Llama-3.1-70B", LLAMA_70B, {}),
+    ("Llama-3.1-70B", LLAMA_70B, _SHARED),
+    *(
+        ("Llama-3.1-70B", LLAMA_70B, {**_SHARED, "batch": size, "max_memory_gb": 4.0})
+        for size in ((1, 512), (1, 384))
+    ),
+]
 
 
 def adapter(task: str, targets: str | list[str] = "all-linear") -> LoraConfig:
@@ -227,21 +241,20 @@ def rows() -> Iterator[str]:
 
 def large() -> Iterator[str]:
     """The rows of the table in ``docs/large.md``."""
-    for name, config in LARGE.items():
-        for num_gpus in (1, 8):
-            plan = pl.plan_memory(
-                config,
-                peft_config=adapter("CAUSAL_LM"),
-                structure=pl.structures.KFAC(rank=64),
-                num_particles=4,
-                batch=(4, 512),
-                world_size=num_gpus,
-                dtype=torch.bfloat16,
-            )
-            phases = ("MAP step", "SVGD step", "Laplace fit", "Laplace finish")
-            sizes = [plan[phase].peak / GB for phase in phases]
-            marks = [f"{x:.1f}" if x <= 80 else f"{x:.1f}, too large" for x in sizes]
-            yield row(name, f"{num_gpus}", f"{plan.phases[0].weights / GB:.1f}", *marks)
+    for name, config, settings in LARGE:
+        plan = pl.plan_memory(
+            config,
+            peft_config=adapter("CAUSAL_LM"),
+            structure=pl.structures.KFAC(rank=64),
+            num_particles=4,
+            dtype=torch.bfloat16,
+            **{"batch": BATCH, **settings},
+        )
+        phases = ("MAP step", "SVGD step", "Laplace fit", "Laplace finish")
+        sizes = [plan[phase].peak / GB for phase in (*phases, "predict by draws")]
+        marks = [f"{x:.1f}" if x <= 80 else f"{x:.1f}, too large" for x in sizes]
+        said = ", ".join(f"{k}={x}" for k, x in settings.items())
+        yield row(name, said, f"{plan.phases[0].weights / GB:.1f}", *marks)
 
 
 def main() -> None:

@@ -19,13 +19,15 @@ from __future__ import annotations
 import gc
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pyro import optim
 from torch import Tensor, nn
+from torch.autograd import Variable
 from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig
 
@@ -103,7 +105,8 @@ class Phase:
 
     Attributes:
         name: Which.
-        weights: The network's, adapter included.
+        weights: The network's, adapter included; of a base that is shared out a
+            rank's share, and what is whole.
         particles: All of them, or the mode that is trained.
         optimizer: Its state, after a step.
         factors: What the passes over the data sum.
@@ -137,6 +140,7 @@ class MemoryPlan(Summarised):
         device_gb: What there is, in GB; None is unknown.
         changes: Name of a phase that takes more -> settings that make it smaller, and
             the phase with them.
+        shard_base: Whether the ranks share the base out.
     """
 
     network: str
@@ -144,6 +148,7 @@ class MemoryPlan(Summarised):
     phases: tuple[Phase, ...]
     device_gb: float | None = None
     changes: Mapping[str, tuple[tuple[str, Phase], ...]] = field(default_factory=dict)
+    shard_base: bool = False
 
     def __getitem__(self, name: str) -> Phase:
         """A phase by its name.
@@ -188,7 +193,13 @@ class MemoryPlan(Summarised):
         else:
             most = "nothing tried is enough: give shorter texts, turn gradient "
             most += "checkpointing on, adapt fewer layers"
-        return f"{takes}, and {most}, or share it out over devices by fully_shard"
+        if self.shard_base:
+            return f"{takes}, and {most}, or share it out over more devices"
+        shared = [x.peak for name, x in ways if "shard_base" in name]
+        least = f" ({_amount(min(shared))} at least)" if shared else ""
+        return (
+            f"{takes}, and {most}, or share it out over devices by fully_shard{least}"
+        )
 
     def to_dict(self) -> dict[str, dict[str, int]]:
         """Phase -> its parts and its peak, in bytes."""
@@ -237,6 +248,7 @@ def plan_memory(
     num_particles: int | None = None,
     batch: OneBatch = (8, 128),
     world_size: int = 1,
+    shard_base: bool = False,
     model: MakeModel | None = None,
     kernel: Kernel | NoRepulsion | None = None,
     chunk_size: int | None = None,
@@ -268,6 +280,10 @@ def plan_memory(
             included). Of several ranks one rank's.
         world_size: Ranks, which share the particles: each has K / W of them at a time,
             but the adapter of all. Of data each has batches of its own.
+        shard_base: Whether the ranks share the frozen weights out by FSDP2, each of
+            them whole only while it's used: ``fully_shard`` of each block and of the
+            network, what is trained in ``ignored_params``. Blocks are the members of
+            an ``nn.ModuleList``.
         model: From the lifted network and the number of data to the Pyro model, such as
             those of ``models``; None is the one for the network's head.
         kernel: Of SVGD; None is ``kernels.RBF()``.
@@ -329,11 +345,17 @@ def plan_memory(
         fisher=fisher,
         num_data=num_data,
         max_memory_gb=max_memory_gb,
+        world_size=world_size,
+        shard_base=shard_base,
     )
     with _quick_collections():
         phases = tuple(job.phases())
         plan = MemoryPlan(
-            type(base_of(whole)).__name__, job.batch_words, phases, device_gb
+            type(base_of(whole)).__name__,
+            job.batch_words,
+            phases,
+            device_gb,
+            shard_base=shard_base,
         )
         if device_gb is None:
             return plan
@@ -404,6 +426,7 @@ class _Run:
         memory: What is in use.
         shapes: What operations give.
         weights: The network's bytes.
+        shares: Of its base.
         activations: What a forward pass has left at most, since the last phase.
     """
 
@@ -411,6 +434,7 @@ class _Run:
     memory: MemoryInUse
     shapes: WithoutValues
     weights: int
+    shares: _Shares
     activations: int = 0
 
     def begin(self) -> None:
@@ -431,10 +455,10 @@ class _Run:
         before: list[int] = []
 
         def starts(*_: object) -> None:
-            before.append(self.memory.now)
+            before.append(self.memory.now - self.shares.gathered)
 
         def ends(*_: object) -> None:
-            left = self.memory.now - before.pop()
+            left = self.memory.now - self.shares.gathered - before.pop()
             if torch.is_grad_enabled():
                 self.activations = max(self.activations, left)
 
@@ -442,16 +466,98 @@ class _Run:
         network.register_forward_hook(ends)
 
 
+class _Shares:
+    """A frozen base that ranks share out by FSDP2, and what is whole of it at a time.
+
+    A block's weights are gathered into a buffer, and copied out of it before it runs.
+    Forwards the buffer is there until the next block's are copied, backwards the next
+    block's already is: two of a block, and three while they are copied, beside the
+    weights outside of blocks, which are whole from a forward pass to the end of the
+    backward pass (seen with PyTorch 2.13).
+
+    Args:
+        network: Without values.
+        world_size: Ranks; one has all.
+    """
+
+    def __init__(self, network: nn.Module, world_size: int) -> None:
+        self._whole: dict[str, Tensor] = {}
+        self._is_backward = False
+        self.sizes: dict[nn.Parameter, int] = {}
+        if world_size == 1:
+            return
+        for p in network.parameters():
+            if not p.requires_grad:  # rows are shared out, and the first has the most
+                rows = -(-len(p) // world_size)
+                self.sizes[p] = rows * (p.nbytes // max(len(p), 1))
+        blocks = _blocks(network)
+        rest = self.sizes.keys() - {p for x in blocks for p in x.parameters()}
+        for module, name, parameters in [
+            (network, "rest", rest),
+            *((x, "block", self.sizes.keys() & {*x.parameters()}) for x in blocks),
+        ]:
+            size = world_size * sum(self.sizes[p] for p in parameters)
+            module.register_forward_pre_hook(partial(self._before, name, size))
+            module.register_forward_hook(partial(self._after, name, size))
+
+    @property
+    def gathered(self) -> int:
+        """Bytes of what is whole at the moment."""
+        return sum(x.nbytes for x in self._whole.values())
+
+    def _gather(self, name: str, size: int) -> None:
+        self._whole |= {
+            key: torch.empty(size, dtype=torch.uint8, device="meta")
+            for key in ("buffer", name)
+        }  # only now the last buffer goes
+
+    def _before(self, name: str, size: int, *_: object) -> None:
+        if not self._is_backward and name not in self._whole:
+            self._gather(name, size)
+
+    def _after(self, name: str, size: int, *call: Any) -> None:
+        if not self._is_backward:  # where a layer may run again
+            self._whole.pop("block" if name == "block" else "buffer", None)
+        for x in tree_leaves(call[-1]):
+            if isinstance(x, Tensor) and x.requires_grad:
+                x.register_hook(partial(self._backward, name, size))
+
+    def _backward(self, name: str, size: int, _: Tensor) -> None:
+        if not self._is_backward:
+            self._is_backward = True
+            Variable._execution_engine.queue_callback(self._end)
+        if name == "block":
+            for key in ("block", "buffer"):
+                self._whole.pop(key, None)
+        if name not in self._whole:
+            self._gather(name, size)
+
+    def _end(self) -> None:
+        self._is_backward = False
+        self._whole.clear()
+
+
+def _blocks(network: nn.Module) -> list[nn.Module]:
+    """The members of its lists of modules that are in no other list."""
+    lists = [x for x in network.modules() if isinstance(x, nn.ModuleList)]
+    inner = {x for whole in lists for x in whole.modules() if x is not whole}
+    return [block for x in lists if x not in inner for block in x]
+
+
 @contextmanager
-def _planned(network: nn.Module, answers: Sequence[float] = ()) -> Iterator[_Run]:
+def _planned(
+    network: nn.Module, world_size: int, answers: Sequence[float] = ()
+) -> Iterator[_Run]:
     """A block in which a copy of the network, without values, is lifted.
 
     Args:
         network: With values or on the meta device; it isn't touched.
+        world_size: Ranks that share the base.
         answers: What is known of a run in the block.
     """
     memory = MemoryInUse()
     copied = without_values(network)
+    shares = _Shares(copied, world_size)
     with (
         warnings.catch_warnings(),
         without_reading(answers),
@@ -460,9 +566,11 @@ def _planned(network: nn.Module, answers: Sequence[float] = ()) -> Iterator[_Run
         FusedAttention(),
     ):
         warnings.simplefilter("ignore")  # of values that are none
-        for x in (*copied.parameters(), *copied.buffers()):
+        for p in copied.parameters():
+            memory.add(p, shares.sizes.get(p))
+        for x in copied.buffers():
             memory.add(x)
-        run = _Run(lift(copied), memory, shapes, memory.now)
+        run = _Run(lift(copied), memory, shapes, memory.now, shares)
         run.watch_forward(copied)
         run.begin()
         yield run
@@ -482,6 +590,8 @@ class _Job:
     fisher: Literal["exact", "mc", "empirical"]
     num_data: int | None
     max_memory_gb: float | None
+    world_size: int
+    shard_base: bool
 
     @property
     def batch_words(self) -> str:
@@ -489,6 +599,14 @@ class _Job:
         if isinstance(self.batch, Mapping):
             return brief(dict(self.batch))
         return f"{self.batch[0]:,} texts of {self.batch[1]:,} tokens"
+
+    @property
+    def _sharing(self) -> int:
+        """Ranks that share the base."""
+        return self.world_size if self.shard_base else 1
+
+    def _run(self, answers: Sequence[float] = ()) -> AbstractContextManager[_Run]:
+        return _planned(self.network, self._sharing, answers)
 
     def phases(self) -> Iterator[Phase]:
         """Each of them."""
@@ -498,12 +616,12 @@ class _Job:
 
     def training(self) -> Iterator[Phase]:
         """A step of one weight set, of SVGD, and predictions by particles."""
-        with _planned(self.network) as run:
+        with self._run() as run:
             # Of one particle, which nothing repels, SVGD is training.
             yield self._step(run, "MAP step", NoRepulsion(), 1)[0]
         if self.num_particles is None:
             return
-        with _planned(self.network) as run:
+        with self._run() as run:
             name, number = "SVGD step", self.num_particles
             phase, posterior = self._step(run, name, self.kernel, number)
             yield phase
@@ -512,7 +630,7 @@ class _Job:
 
     def laplace(self, structure: Structure) -> Iterator[Phase]:
         """A fit in its two parts, and predictions by it."""
-        with _planned(self.network, self._answers_of_twin()) as run:
+        with self._run(self._answers_of_twin()) as run:
             before = run.memory.now
             noting = _Noting(structure, run.memory)
             posterior = self._fitted(run.lora, noting, run.shapes)
@@ -647,6 +765,10 @@ class _Job:
                 {**ways[-1], "batch": (size, tokens)}
                 for size in (rows // 2**k for k in range(1, rows.bit_length()))
             ]
+        if self.world_size > 1 and not self.shard_base:
+            shared = [{"shard_base": True, **way} for way in ({}, *ways)]
+            is_larger = phase.weights > GB * device_gb  # whatever the other settings
+            ways = shared if is_larger else [*ways, *shared]
         for way in ways:
             job = replace(self, **way)
             phases = (
@@ -673,6 +795,7 @@ class _Job:
             torch.manual_seed(0)
             twin = narrow_twin(self.network)
             if twin is not None:
+                _Shares(twin, self._sharing)  # hooks count, where a network is watched
                 self._fitted(lift(twin), self.structure)
         return answers
 

@@ -57,13 +57,18 @@ class MemoryInUse(TorchDispatchMode):
         self._sizes: dict[weakref.ref[Any], int] = {}
         self._known: dict[int, weakref.ref[Any]] = {}
 
-    def add(self, x: Tensor) -> None:
-        """Count a tensor that was there before."""
+    def add(self, x: Tensor, num_bytes: int | None = None) -> None:
+        """Count a tensor that was there before.
+
+        Args:
+            x: The tensor.
+            num_bytes: What it takes here, where the rest is elsewhere; None is all.
+        """
         storage = x.untyped_storage()
         key = storage._cdata
         if key in self._known:
             return
-        size = storage.nbytes()
+        size = storage.nbytes() if num_bytes is None else num_bytes
 
         def gone(_: object) -> None:
             del self._known[key]

@@ -35,7 +35,6 @@ _HEADS: dict[str, Any] = {
 # Of transformers' configurations what makes a network wide -> a twin's.
 _NARROW = {
     "hidden_size": 8,
-    "intermediate_size": 8,
     "num_attention_heads": 2,
     "head_dim": 4,
     "vocab_size": 16,
@@ -118,7 +117,10 @@ def narrow_twin(network: Any) -> nn.Module | None:
         return None
     own_keys = getattr(config, "num_key_value_heads", None)
     num_keys = 2 if own_keys == config.num_attention_heads else 1
-    for name, size in {**_NARROW, "num_key_value_heads": num_keys}.items():
+    # Layers of one shape may be known by each other, so others have another shape.
+    inner = 8 if config.intermediate_size == config.hidden_size else 12
+    own = {"num_key_value_heads": num_keys, "intermediate_size": inner}
+    for name, size in {**_NARROW, **own}.items():
         if hasattr(config, name):
             setattr(config, name, size)
     config.pad_token_id = 0

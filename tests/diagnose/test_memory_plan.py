@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pyro
@@ -19,6 +20,7 @@ from benchmarks.memory import allocated
 from pyro_lora.curvature.structures import Factors
 from pyro_lora.diagnose.memory_plan import tensor_bytes
 from pyro_lora.ground.ranks import ALONE
+from tests.distributed import jobs, launch
 from tests.networks import VOCABULARY, bert, llama
 
 ROWS, TOKENS = 4, 8
@@ -138,6 +140,45 @@ def test_peaks_are_those_of_runs() -> None:
         assert planned == pytest.approx(measured, rel=0.05), name
 
 
+@pytest.mark.slow  # processes that run each phase twice, and allocate under a profiler
+def test_a_sharded_base_takes_what_ranks_that_share_it_take(tmp_path: Path) -> None:
+    names = [f"memory {shape}" for shape in jobs.MEASURED]
+    by_rank = launch.spawned(2, names, tmp_path)
+    for shape, (make, size) in jobs.MEASURED.items():
+        network = make()
+        kwargs: Any = {
+            "structure": jobs.MEASURED_STRUCTURE,
+            "num_particles": jobs.MEASURED_PARTICLES,
+            "batch": size,
+        }
+        plan = pl.plan_memory(network, **kwargs, world_size=2, shard_base=True)
+        whole = pl.plan_memory(network, **kwargs, world_size=2)
+        frozen = sum(x.nbytes for x in network.parameters() if not x.requires_grad)
+        share = whole["MAP step"].weights - frozen // 2
+        assert plan["MAP step"].weights == pytest.approx(share, rel=0.01)
+        for name, run in by_rank[0][f"memory {shape}"].items():
+            phase = plan[name]
+            planned = phase.peak
+            if name == "Laplace fit":
+                planned = max(planned, plan["Laplace finish"].peak)
+            measured = phase.weights + phase.posterior + run
+            assert planned == pytest.approx(measured, rel=0.1), (shape, name)
+
+
+def test_one_rank_has_the_whole_base() -> None:
+    network = llama(num_layers=1)
+    kwargs: Any = {"num_particles": 2, "batch": (ROWS, TOKENS)}
+    alone = pl.plan_memory(network, **kwargs)
+    assert pl.plan_memory(network, **kwargs, shard_base=True).phases == alone.phases
+
+
+def test_layers_of_other_shapes_are_planned() -> None:
+    # Queries at the last token alone, up_proj at all: neither is known by the other.
+    targets = ["q_proj", "v_proj", "up_proj"]
+    network = llama(hidden_size=128, target_modules=targets)
+    assert pl.plan_memory(network, batch=(8, 32))["Laplace fit"].peak > 0
+
+
 def test_a_network_without_values_and_its_configuration_have_the_same_plan() -> None:
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -198,6 +239,25 @@ def test_it_says_what_to_change() -> None:
     assert "chunk_size=1" in repr(small)
     # Four ranks with a particle each have all of the adapters, but one's activations.
     assert pl.plan_memory(network, **kwargs, world_size=4)["SVGD step"] == one
+
+
+def test_ranks_that_can_share_a_large_base_are_told_so() -> None:
+    network = llama(num_layers=8, hidden_size=64, dtype=torch.float32)
+    kwargs: Any = {"structure": None, "batch": (1, 2), "world_size": 4}
+    shared = pl.plan_memory(network, **kwargs, shard_base=True)["MAP step"]
+    enough = pl.plan_memory(network, **kwargs, device_gb=shared.peak / 1e9)
+    assert enough["MAP step"].weights > shared.peak
+    assert enough.changes["MAP step"] == (("shard_base=True", shared),)
+    with pytest.raises(ValueError, match=r"takes .* with shard_base=True"):
+        enough.check()
+    little = pl.plan_memory(network, **kwargs, device_gb=shared.peak / 4e9)
+    with pytest.raises(ValueError, match=r"by fully_shard \(.* at least\)"):
+        little.check()
+    sharded = pl.plan_memory(
+        network, **kwargs, shard_base=True, device_gb=shared.peak / 4e9
+    )
+    with pytest.raises(ValueError, match=r"share it out over more devices"):
+        sharded.check()
 
 
 def test_what_is_larger_than_its_weights_alone_is_told_so() -> None:

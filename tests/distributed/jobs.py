@@ -17,10 +17,12 @@ import pyro
 import pyro.distributions as dist
 import torch
 import torch.distributed
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import pyro_lora as pl
+from benchmarks.memory import allocated
 from pyro_lora.curvature import data_sums, structures
 from pyro_lora.diagnose.log_joint import LogJoint, WeightSets, exact, linear_pass
 from pyro_lora.ground.ranks import ranks_of
@@ -339,6 +341,76 @@ def svgd_on_shares(kernel: Any, folder: Path) -> Any:
 DIMS = ("data", "particles")
 
 
+class InPlace:
+    """An all-gather that takes no memory while it's measured, as NCCL's takes none.
+
+    Gloo's threads may be the last to let go of what they send, and PyTorch's profiler
+    sees nothing that is freed there. So they send from memory that stays.
+
+    Args:
+        module: Whose weights are gathered, at most.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._stays = torch.empty(sum(p.numel() for p in module.parameters()))
+
+    def allocate(self, size: Any, *, dtype: Any, device: Any) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool
+    ) -> None:
+        sent = self._stays[: input_tensor.numel()]
+        for source, part in enumerate(output_tensor.chunk(group.size())):
+            if source == group.rank():
+                sent.copy_(input_tensor)
+            torch.distributed.broadcast(sent, source, group=group)
+            part.copy_(sent)
+
+
+# Of a base of which a batch's activations are most, and of one that is most itself.
+MEASURED: dict[str, Any] = {
+    "long": (
+        partial(bert, 3, num_layers=3, hidden_size=64, dtype=torch.float32),
+        (8, 16),
+    ),
+    "wide": (
+        partial(llama, 3, num_layers=4, hidden_size=192, dtype=torch.float32),
+        (2, 8),
+    ),
+}
+MEASURED_PARTICLES = 4
+MEASURED_STRUCTURE = pl.structures.KFAC(rank=3)
+
+
+def sharded_memory(shape: str, folder: Path) -> Any:
+    """Bytes that phases have in use at most, beside those before them."""
+    make, (rows, tokens) = MEASURED[shape]
+    network: Any = make()
+    trained = {p for p in network.parameters() if p.requires_grad}
+    mesh = init_device_mesh("cpu", (size(),))
+    blocks = [x for m in network.modules() if isinstance(m, nn.ModuleList) for x in m]
+    gather = InPlace(network)
+    for module in (*blocks, network):
+        fully_shard(module, mesh=mesh, ignored_params=trained)
+        module.set_custom_all_gather(gather)
+    lora = pl.lift(network)
+    model = classifier(lora, 2 * size() * rows)
+    batches = [batch(rows, tokens, num_labels=3) for _ in range(2)]
+    init = lora.init_to_adapter(jitter=0.01)
+    adam = pyro.optim.Adam({"lr": 1e-3})
+    svgd = pl.SVGD(model, RBF(), adam, MEASURED_PARTICLES, init_loc_fn=init)
+    guide = pl.AutoLaplace(model, init_loc_fn=init, structure=MEASURED_STRUCTURE)
+    found: list[Any] = []
+    runs: dict[str, Callable[[], object]] = {
+        "SVGD step": lambda: [svgd.step(**batches[0]) for _ in range(2)],
+        "Laplace fit": lambda: found.append(guide.laplace_approximation(batches)),
+        "predict linearized": lambda: pl.predict(found[0], batches[:1]),
+        "predict by draws": lambda: pl.predict(found[0], batches[:1], method="sample"),
+    }
+    return {name: allocated(run) for name, run in runs.items()}
+
+
 def refitted(folder: Path) -> Any:
     lora, model = lifted()
     batches = pl.share(data())
@@ -652,6 +724,7 @@ JOBS: dict[str, Callable[[Path], Any]] = {
     **{name: job for name, (job, _) in REFUSED.items()},
     **INTERRUPTED,
     **RESUMED,
+    **{f"memory {name}": partial(sharded_memory, name) for name in MEASURED},
     "slow KFAC": partial(slow_fit, "KFAC"),
     "slow EKFAC": partial(slow_fit, "EKFAC"),
     "slow SVGD": slow_svgd,

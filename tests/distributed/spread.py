@@ -151,7 +151,7 @@ def sharded(network: PeftModel, folder: Path, *, whole: bool = True) -> PeftMode
     options = {"ignored_params": trained(network)} if whole else {}
     encoder = network.base_model.model.bert
     mesh = init_device_mesh("cpu", (size(),))
-    for module in (*encoder.encoder.layer, encoder):
+    for module in (*encoder.encoder.layer, network):
         fully_shard(module, mesh=mesh, **options)
     assert isinstance(encoder.encoder.layer[0].output.dense.weight, DTensor)
     return network
