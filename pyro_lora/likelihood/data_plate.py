@@ -112,16 +112,17 @@ class _DrawnRows(Tensor):
     """Places of rows, which nobody may look up."""
 
     refusal: str
-    _HARMLESS: ClassVar = {Tensor.size, Tensor.__len__, Tensor.dim, Tensor.detach}
+    _OF_SIZES: ClassVar = {Tensor.size, Tensor.__len__, Tensor.dim, Tensor.numel}
 
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        # A getter of an attribute, such as the device, reads no place.
-        if func not in cls._HARMLESS and getattr(func, "__name__", "") != "__get__":
-            for value in tree_leaves((args, kwargs)):
-                if isinstance(value, _DrawnRows):
-                    raise ValueError(value.refusal)
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **(kwargs or {}))
+        # Sizes, and attributes that are no tensors, such as the device, tell no place.
+        if func in cls._OF_SIZES or getattr(func, "__name__", "") == "__get__":
+            with torch._C.DisableTorchFunctionSubclass():
+                found = func(*args, **(kwargs or {}))
+            if not isinstance(found, Tensor):
+                return found
+        given = tree_leaves((args, kwargs))
+        raise ValueError(next(x.refusal for x in given if isinstance(x, _DrawnRows)))

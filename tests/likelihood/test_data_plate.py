@@ -186,6 +186,8 @@ LOOKED_UP: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "in a list": lambda x, i: torch.stack([list(x)[j] for j in i.tolist()]),
     "one by one": lambda x, i: torch.stack([x[int(j)] for j in i]),
     "in NumPy": lambda x, i: torch.from_numpy(x.numpy()[i.numpy()]),
+    "by a detached copy": lambda x, i: x[i.detach()],
+    "by their data": lambda x, i: x[i.data],
 }
 
 
