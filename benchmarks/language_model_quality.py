@@ -561,9 +561,11 @@ def report(there: Mapping[str, Result]) -> list[str]:
         *tasks(results),
         "",
         "Training and prediction are processor seconds, and stored the numbers in its "
-        "file, all in units of MAP's: one adapter, trained once, one forward pass. The "
-        "machine was shared, so that a unit is good to some ten percent. Of the states "
-        "below the adapted layers, which all methods share, nothing is counted. "
+        "file, in units of one adapter, trained once, with one forward pass: training "
+        "and storage of MAP's, prediction of MAP + temperature's, since MAP's came "
+        "first in each process and has what is done once. The machine was shared: take "
+        "them as rough. Of the states below the adapted layers, which all methods "
+        "share, nothing is counted. "
         f"{NUM_DRAWS} draws where there are draws.",
         "",
         provenance(),

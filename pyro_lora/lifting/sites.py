@@ -43,6 +43,8 @@ def adapter_configs(model: nn.Module) -> AdapterConfigs:
         configs = getattr(module, "peft_config", None)  # or a user's own attribute
         if isinstance(configs, Mapping) and not any(_is_in(path, x) for x in found):
             found[path] = configs
+            if not path:  # everything else is in it
+                break
     return found
 
 

@@ -84,12 +84,12 @@ class GivenRows(Messenger):
     are for nothing. So it's their use that is refused.
 
     Args:
-        place: Of the batch, for the error.
+        batch: Whose place the error names, where it has one.
     """
 
-    def __init__(self, place: str = "The batch") -> None:
+    def __init__(self, batch: object = None) -> None:
         super().__init__()
-        self._place = place
+        self._place = getattr(batch, "place", "The batch")
 
     def _pyro_sample(self, msg: Any) -> None:
         # What was given, by subsample= or a handler, has arrived at the outermost one.

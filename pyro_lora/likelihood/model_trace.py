@@ -99,7 +99,7 @@ def trace_at(
     Raises:
         ValueError: As :func:`trace_on`, or if a plate of the model draws its own rows.
     """
-    with GivenRows(getattr(batch, "place", "The batch")):
+    with GivenRows(batch):
         return trace_drawing_rows(model, weights, batch, undrawn)
 
 

@@ -545,7 +545,7 @@ def model_at_particles(
             )
         return particles[name][0]
 
-    with GivenRows(getattr(batch, "place", "The batch")):
+    with GivenRows(batch):
         target = particle_model(model, first, None, (), batch)
     missing = sorted(target.latents.keys() - particles.keys())
     if missing:
