@@ -9,6 +9,7 @@ import argparse
 import gc
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -190,18 +191,28 @@ def measured(
         "MAP step": (pl.kernels.NoRepulsion(), 1),
         "SVGD step": (pl.kernels.RBF(), num_particles),
     }
-    init = lora.init_to_adapter(jitter=JITTER)
-    for name, (kernel, number) in kernels.items():
-        svgd = pl.SVGD(model, kernel, Adam({"lr": 1e-3}), number, init_loc_fn=init)
-        yield name, allocated(lambda s=svgd: [s.step(**first) for _ in range(2)])
-    del svgd
+
+    def init() -> Any:  # a copy of the adapter, which counts
+        return lora.init_to_adapter(jitter=JITTER)
+
+    def step(kernel: Any, number: int) -> None:
+        adam = Adam({"lr": 1e-3})
+        svgd = pl.SVGD(model, kernel, adam, number, init_loc_fn=init())
+        for _ in range(2):
+            svgd.step(**first)
+
+    for name, of_phase in kernels.items():
+        yield name, allocated(partial(step, *of_phase))
     fisher: Any = "mc" if of_tokens else "exact"
-    guide = pl.AutoLaplace(model, init_loc_fn=init, structure=structure, fisher=fisher)
     found: list[Any] = []
-    yield (
-        "Laplace fit",
-        allocated(lambda: found.append(guide.laplace_approximation([first, second]))),
-    )
+
+    def fit() -> None:
+        guide = pl.AutoLaplace(
+            model, init_loc_fn=init(), structure=structure, fisher=fisher
+        )
+        found.append(guide.laplace_approximation([first, second]))
+
+    yield "Laplace fit", allocated(fit)
     tokens: Any = "last" if of_tokens else None
     methods = {"predict linearized": "linearized", "predict by draws": "sample"}
     for name, method in methods.items():

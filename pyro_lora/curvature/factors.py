@@ -277,6 +277,11 @@ class RowFactors(GrowingFactors):
         (rows,) = self.batches
         return RowFactors((rows[places],))
 
+    def like(self, number: int) -> RowFactors:
+        """What so many batches like this one have in all, but for the values."""
+        (rows,) = self.batches
+        return RowFactors((rows.new_empty(number * len(rows), rows.shape[1]),))
+
 
 @dataclass(frozen=True)
 class RowSample(AnyFactors):
@@ -321,6 +326,12 @@ class RowSample(AnyFactors):
     def at(self, places: Tensor) -> RowSample:
         """One batch's rows at places of its flattened (M, B)."""
         return RowSample(self.values[places], self.keys[places], self.size)
+
+    def like(self, number: int) -> RowSample:
+        """See :meth:`RowFactors.like`."""
+        size = min(number * len(self.keys), int(self.size))
+        values = self.values.new_empty(size, self.values.shape[1])
+        return RowSample(values, self.keys.new_empty(size), self.size)
 
 
 def kind_named(name: str) -> type[AnyFactors] | None:

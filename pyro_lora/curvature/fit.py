@@ -472,7 +472,7 @@ class FisherPasses:
             raise ValueError(ranks.none_here(NO_BATCHES))
         if trace is None:  # for the prior, where all batches were done before
             trace = trace_batch(self.model, {**held, **leaves}, last[1], last[0])
-        _check_rows(ranks.total(0 if sums is None else sums.num_rows), summed.max_rows)
+        check_rows(ranks.total(0 if sums is None else sums.num_rows), summed.max_rows)
         device = next(iter(leaves.values())).device
         sums = over_ranks(ranks, sums, device)
         sites = observed_sites(trace, self.obs_site)
@@ -505,11 +505,20 @@ def _checked_rows(
     total = before + number
     if max_rows is not None and not before and each is not None:
         total = each * plate.full_size
-    _check_rows(total, max_rows)
+    check_rows(total, max_rows)
     return number
 
 
-def _check_rows(total: int, max_rows: int | None) -> None:
+def check_rows(total: int, max_rows: int | None) -> None:
+    """Check that rows of the Jacobian aren't more than a pass takes.
+
+    Args:
+        total: Their number.
+        max_rows: What it takes; None is any number.
+
+    Raises:
+        ValueError: If they are.
+    """
     if max_rows is not None and total > max_rows:
         raise ValueError(
             "structures.Exact() works on matrices of as many rows as there are "

@@ -88,11 +88,11 @@ def span_of(
     sample = Rows(loc, values)
     tau = sample.by_matrix(prior_precision)
     eigenvalues, vectors = torch.linalg.eigh(sample.kernel(tau))
-    # Rows that say what others say are no further direction.
+    # Rows that say what others say are no further direction; but one is kept at least,
+    # also where the network has no gradient.
     least = len(drawn) * torch.finfo(torch.float64).eps * eigenvalues[-1:]
-    kept = eigenvalues > least
-    kept[-1:] = True  # one at least, also where the network has no gradient
-    weights = (vectors * eigenvalues.clamp_min(least + 1e-300).rsqrt())[:, kept]
+    number = int((eigenvalues[:-1] <= least).sum())
+    weights = (vectors * eigenvalues.clamp_min(least + 1e-300).rsqrt())[:, number:]
     basis = {
         site: torch.stack([(weights.mT @ x.double()).to(x) for x in matrices])
         for site, matrices in values.items()

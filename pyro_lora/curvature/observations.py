@@ -172,6 +172,12 @@ class Observations(FieldsShown):
             datum=self.datum[chosen],
         )
 
+    def repeated(self, number: int) -> Observations:
+        """These outcomes as those of so many times the data."""
+        places = torch.arange(number * len(self.datum), device=self.datum.device)
+        whole = self.where(places % len(self.datum))
+        return replace(whole, num_data=number * self.num_data)
+
     def _predictor(self, contrasts: Tensor) -> Tensor:
         up_to_shift = self._likelihood.up_to_shift
         return self._in_logits(contrasts) if up_to_shift else contrasts

@@ -141,6 +141,11 @@ class ObservedFactors(GrowingFactors):
 
     batches: tuple[tuple[Observations, ...], ...]
 
+    def like(self, number: int) -> ObservedFactors:
+        """See :meth:`~pyro_lora.curvature.factors.RowFactors.like`."""
+        (sites,) = self.batches
+        return ObservedFactors((tuple(site.repeated(number) for site in sites),))
+
     @property
     def tensors(self) -> dict[str, Tensor]:
         """See the base class; a description is bytes of JSON."""

@@ -31,16 +31,21 @@ from torch.autograd import Variable
 from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig
 
+from pyro_lora.curvature.data_sums import OBSERVED
+from pyro_lora.curvature.fit import check_rows
+from pyro_lora.curvature.saved_observations import ObservedFactors
 from pyro_lora.curvature.structures import (
     EKFAC,
     KFAC,
     BatchStructure,
+    Chunks,
+    Counts,
     Factors,
     Structure,
 )
 from pyro_lora.curvature.weight_gaussian import WeightGaussian
 from pyro_lora.ground.memory import FusedAttention, MemoryInUse, WithoutValues, address
-from pyro_lora.ground.ranks import ALONE, Ranks
+from pyro_lora.ground.ranks import ALONE, Ranks, working_alone
 from pyro_lora.ground.settings import (
     check_count,
     check_kind,
@@ -291,6 +296,8 @@ def plan_memory(
         fisher: Of ``AutoLaplace``; None is ``"mc"`` for language models, else
             ``"exact"``.
         num_data: N, which counts for ``structures.Exact`` alone; None is two batches.
+            Whatever it is, three batches are run at most: the second one's rows count
+            as those of many.
         max_memory_gb: Of ``laplace_approximation``.
         device_gb: What there is, in GB: the plan then says what to change where a
             phase takes more.
@@ -301,8 +308,9 @@ def plan_memory(
 
     Raises:
         TypeError: If an argument is of a wrong kind.
-        ValueError: If a configuration has no ``peft_config``, or it can't be told what
-            the network is for.
+        ValueError: If a configuration has no ``peft_config``, it can't be told what
+            the network is for, it's split over processes already, or there are more
+            rows than ``structures.Exact`` takes.
 
     Example, of a network on the meta device::
 
@@ -348,7 +356,7 @@ def plan_memory(
         world_size=world_size,
         shard_base=shard_base,
     )
-    with _quick_collections():
+    with working_alone(), _quick_collections():
         phases = tuple(job.phases())
         plan = MemoryPlan(
             type(base_of(whole)).__name__,
@@ -632,7 +640,7 @@ class _Job:
         """A fit in its two parts, and predictions by it."""
         with self._run(self._answers_of_twin()) as run:
             before = run.memory.now
-            noting = _Noting(structure, run.memory)
+            noting = _Noting(structure, run.memory, max(1, self._num_batches - 2))
             posterior = self._fitted(run.lora, noting, run.shapes)
             gc.collect()
             stays = {"posterior": run.memory.now - before}
@@ -703,15 +711,24 @@ class _Job:
     def _batches(
         self, lora: LiftedNetwork, shapes: WithoutValues | None
     ) -> tuple[int, list[Batch]]:
-        """The number of data, and batches that have them all: two, if they'll do."""
-        first = self._example(lora, shapes)
-        rows = len(next(iter(first.values())))
-        number = 2
-        # Rows of the Jacobian are kept, where all other structures only add to sums.
-        if self.num_data is not None and self.structure and self.structure.linear:
-            number = max(2, -(-self.num_data // rows))
-        rest = [self._example(lora, shapes) for _ in range(number - 1)]
-        return number * rows, [first, *rest]
+        """The number of data, and batches that have them all: three at most."""
+        number = min(3, self._num_batches)
+        batches: list[Batch] = [self._example(lora, shapes) for _ in range(number)]
+        return number * self._num_rows, batches
+
+    @property
+    def _num_rows(self) -> int:
+        """Of a batch."""
+        if isinstance(self.batch, Mapping):
+            return len(next(iter(self.batch.values())))
+        return self.batch[0]
+
+    @property
+    def _num_batches(self) -> int:
+        """Of a fit: two, unless it keeps rows of all of them rather than their sum."""
+        if self.num_data is None or not (self.structure and self.structure.linear):
+            return 2
+        return max(2, -(-self.num_data // self._num_rows))
 
     def _example(
         self, lora: LiftedNetwork, shapes: WithoutValues | None
@@ -806,6 +823,7 @@ class _Noting(Structure):
     Args:
         structure: The structure.
         memory: What is in use.
+        number: Of batches for which the second one stands.
 
     Attributes:
         factors: Bytes of what the first pass sums.
@@ -813,8 +831,8 @@ class _Noting(Structure):
         finish: Most bytes in use between them and after them.
     """
 
-    def __init__(self, structure: Structure, memory: MemoryInUse) -> None:
-        self._structure, self._memory = structure, memory
+    def __init__(self, structure: Structure, memory: MemoryInUse, number: int) -> None:
+        self._structure, self._memory, self._number = structure, memory, number
         self.linear = structure.linear  # type: ignore[misc]
         self.factors = self.passes = self.finish = 0
 
@@ -826,7 +844,7 @@ class _Noting(Structure):
     @property
     def first_pass(self) -> BatchStructure:
         """See the base class."""
-        return self._structure.first_pass
+        return self._few(self._structure.first_pass)
 
     def gaussian(
         self,
@@ -839,19 +857,81 @@ class _Noting(Structure):
         """See the base class."""
         self.factors = tensor_bytes([vars(x) for x in factors.values()])
         self.passes = self._since()
+        self._complete(self._structure.first_pass, factors)
 
         def noted(summed: BatchStructure) -> Factors:
             self.finish = max(self.finish, self._since())
-            sums = next_pass(summed)
+            sums = next_pass(self._few(summed))
             self.passes = max(self.passes, self._since())
+            self._complete(summed, sums)
             return sums
 
         return self._structure.gaussian(loc, prior_precision, factors, noted, ranks)
+
+    def _few(self, summed: BatchStructure) -> BatchStructure:
+        return summed if self._number == 1 else _FewBatches(summed, self._number)
+
+    def _complete(self, summed: BatchStructure, sums: Factors) -> None:
+        """Let what was observed be of all batches, as the rows are.
+
+        Raises:
+            ValueError: If they have more rows than the structure takes.
+        """
+        if self._number > 1 and OBSERVED in sums:
+            each = [ObservedFactors((x,)) for x in sums[OBSERVED].batches]
+            sums[OBSERVED] = each[0] + each[1].like(self._number) + each[2]
+        if summed.max_rows is not None:
+            check_rows(sum(map(len, sums[0].batches)), summed.max_rows)
 
     def _since(self) -> int:
         """Most bytes in use since this was last asked."""
         most, self._memory.most = self._memory.most, self._memory.now
         return most
+
+
+class _FewBatches(BatchStructure):
+    """A pass over three batches, the second one of which stands for more.
+
+    Args:
+        summed: The pass.
+        number: For how many.
+    """
+
+    def __init__(self, summed: BatchStructure, number: int) -> None:
+        self.joint = summed.joint  # type: ignore[misc]
+        self.max_rows = summed.max_rows
+        self._summed, self._number = summed, number
+        self._seen: set[int] = set()
+
+    def batch_factors(self, chunks: Chunks, counts: Counts) -> Iterator[Factors]:
+        """See the base class."""
+        for layers in self._summed.batch_factors(chunks, counts):
+            yield {
+                i: x if i in self._seen else _First(x, self._number)
+                for i, x in layers.items()
+            }
+            self._seen |= layers.keys()
+
+
+@dataclass(frozen=True)
+class _First:
+    """Rows of the first batch, to which the second one adds those of many like it.
+
+    Attributes:
+        rows: Of the first batch.
+        number: Of the others.
+    """
+
+    rows: Any
+    number: int
+
+    def at(self, places: Tensor) -> _First:
+        """Those at places of the flattened (M, B)."""
+        return replace(self, rows=self.rows.at(places))
+
+    def plus(self, other: Any, add: Any) -> Any:
+        """The rows of all of these."""
+        return self.rows.plus(other.like(self.number), add)
 
 
 def tensor_bytes(values: Any) -> int:

@@ -113,7 +113,7 @@ class WithoutValues(TorchDispatchMode):
     ) -> Any:
         """Run an operation, or say what it usually gives."""
         kwargs = kwargs or {}
-        if func is _READ:
+        if func is _READ and args[0].is_meta:
             return _USUAL.get(args[0].dtype, 1.0) and not self._is_mask(args[0])
         if func in _COMPARED:
             return True

@@ -16,10 +16,12 @@ from __future__ import annotations
 import functools
 import io
 import pickle
+import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
@@ -27,6 +29,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
+
+from pyro_lora.ground.interrupts import undone
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -416,6 +420,13 @@ class Ranks:
 ALONE = Ranks()
 
 
+class _Present(threading.local):
+    is_alone = False
+
+
+_PRESENT = _Present()
+
+
 class _Together:
     """See :meth:`Ranks.together`."""
 
@@ -474,7 +485,15 @@ def ranks_of(mesh: DeviceMesh | None, dim: Dim, default: Dim = "data") -> Ranks:
 def all_ranks() -> Ranks:
     """All processes, where ``torch.distributed`` is initialised."""
     there = dist.is_available() and dist.is_initialized()
-    return Ranks(dist.group.WORLD) if there else ALONE
+    return Ranks(dist.group.WORLD) if there and not _PRESENT.is_alone else ALONE
+
+
+@contextmanager
+def working_alone() -> Iterator[None]:
+    """A block in which this process shares nothing out, whatever others do."""
+    with undone(partial(setattr, _PRESENT, "is_alone", _PRESENT.is_alone)):
+        _PRESENT.is_alone = True
+        yield
 
 
 def is_first() -> bool:

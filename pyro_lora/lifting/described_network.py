@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from pyro_lora.lifting.lifted_network import LiftedNetwork
+from pyro_lora.lifting.split_layers import is_split
 
 AdapterConfig = PeftConfig
 
@@ -95,7 +96,17 @@ def without_values(network: nn.Module) -> nn.Module:
 
     Args:
         network: Which isn't touched, nor copied first.
+
+    Raises:
+        ValueError: If it's split over processes.
     """
+    split = next((n for n, p in network.named_parameters() if is_split(p)), None)
+    if split is not None:
+        raise ValueError(
+            f"Parameter {split!r} is split over processes. Plan the network as it is "
+            "before that, or by its configuration: with shard_base=True for what "
+            "fully_shard shares out."
+        )
     tensors: dict[int, Any] = {}
     for x in [*network.parameters(), *network.buffers()]:
         new = torch.empty_like(x, device="meta", requires_grad=False)

@@ -59,7 +59,7 @@ def init_to_adapter(lora: Lifted, jitter: float | str) -> InitFn:
         )
     else:
         check_number("jitter, unless 'auto',", jitter, 0)
-        scales = {site: torch.full_like(x, jitter) for site, x in weights.items()}
+        scales = {site: x.new_full((), jitter) for site, x in weights.items()}
     return _Around(weights, {} if jitter == 0 else scales)
 
 

@@ -53,8 +53,6 @@ def check_stack(
     values = {name: values_to_score(trace.nodes[name]) for name in sites}
     if not values or _is_seen(model):
         return
-    if any(x.is_meta for x in values.values()):
-        return  # a plan of memory, which has shapes alone
     with drawing_nothing(at):
         # Weights of zero, as a new head's may be, would say the same of all data.
         lifted = {site for lora in lifted_networks(trace) for site in lora.sites}

@@ -43,7 +43,9 @@ STRUCTURES = [
     pl.structures.EKFAC(),
     pl.structures.Dense(),
     pl.structures.Exact(),
+    pl.structures.Exact(num_inducing=11),
 ]
+NUM_BATCHES = 5  # of which rows are kept: more than are planned one by one
 
 
 class Summed(pl.structures.Structure):
@@ -94,40 +96,73 @@ def test_factors_are_those_of_a_fit(structure: Any) -> None:
     # Queries share their inputs with keys and values, but have no gradient at the
     # first token, which looks at itself alone, so that their factors are apart.
     network = llama(num_layers=1, target_modules=["q_proj", "k_proj", "v_proj"])
-    plan = pl.plan_memory(network, structure=structure, batch=(ROWS, TOKENS))
+    num_data = NUM_BATCHES * ROWS
+    plan = pl.plan_memory(
+        network, structure=structure, batch=(ROWS, TOKENS), num_data=num_data
+    )
     lora = pl.lift(network)
     guide = pl.AutoLaplace(
-        pl.models.classification(lora, 2 * ROWS),
+        pl.models.classification(lora, num_data),
         init_loc_fn=lora.init_to_adapter(),
         structure=(summed := Summed(structure)),
     )
-    guide.laplace_approximation([batch(ROWS, TOKENS) for _ in range(2)])
+    guide.laplace_approximation([batch(ROWS, TOKENS) for _ in range(NUM_BATCHES)])
     assert summed.num_bytes > 0
     assert plan["Laplace fit"].factors == summed.num_bytes
 
 
+def test_many_rows_are_planned_by_few_batches() -> None:
+    network, runs = llama(num_layers=1), 0
+
+    def make(lora: pl.LiftedNetwork, num_data: int) -> Any:
+        model = pl.models.classification(lora, num_data)
+
+        def counted(**texts: Any) -> Any:
+            nonlocal runs
+            runs += 1
+            return model(**texts)
+
+        return counted
+
+    kwargs: Any = {"structure": pl.structures.Exact(), "batch": (ROWS, TOKENS)}
+    num_data = 16_000
+    plan = pl.plan_memory(network, **kwargs, model=make, num_data=num_data)
+    size = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    assert plan["Laplace fit"].factors == 8 * num_data * size
+    # Beside the rows their Gram matrix and a Cholesky factor are kept, in float64.
+    least = 8 * (num_data * size + 2 * num_data**2)
+    assert plan["Laplace finish"].posterior == pytest.approx(least, rel=0.01)
+    assert runs < 100
+    with pytest.raises(ValueError, match="here 24,000 or more, and takes 20,000"):
+        pl.plan_memory(network, **kwargs, num_data=24_000)
+
+
 def test_peaks_are_those_of_runs() -> None:
-    rows, tokens, num_particles = 8, 16, 3
-    network = bert(3, num_layers=1, hidden_size=64)
+    # As many classes as rows of all draws together: which dim is which, isn't told by
+    # the shapes of outputs. And an adapter as large as its network.
+    rows, tokens, num_particles, num_labels = 2, 16, 3, 16
+    network = bert(num_labels, num_layers=1, hidden_size=64, r=64)
     plan = pl.plan_memory(network, num_particles=num_particles, batch=(rows, tokens))
     lora = pl.lift(network)
     model = pl.models.classification(lora, 2 * rows)
     first, second = batch(rows, tokens), batch(rows, tokens)
     texts = batch(rows, tokens, labels=False)
 
-    def steps(kernel: Any, number: int) -> Callable[[], object]:
+    def step(kernel: Any, number: int) -> None:
         init = lora.init_to_adapter(jitter=0.01)
         svgd = pl.SVGD(model, kernel, Adam({"lr": 1e-3}), number, init_loc_fn=init)
-        return lambda: [svgd.step(**first) for _ in range(2)]
+        for _ in range(2):
+            svgd.step(**first)
 
-    guide = pl.AutoLaplace(model, init_loc_fn=lora.init_to_adapter(jitter=0.01))
+    def fit() -> None:
+        guide = pl.AutoLaplace(model, init_loc_fn=lora.init_to_adapter(jitter=0.01))
+        found.append(guide.laplace_approximation([first, second]))
+
     found: list[Any] = []
     runs: dict[str, Callable[[], object]] = {
-        "MAP step": steps(pl.kernels.NoRepulsion(), 1),
-        "SVGD step": steps(pl.kernels.RBF(), num_particles),
-        "Laplace fit": lambda: found.append(
-            guide.laplace_approximation([first, second])
-        ),
+        "MAP step": lambda: step(pl.kernels.NoRepulsion(), 1),
+        "SVGD step": lambda: step(pl.kernels.RBF(), num_particles),
+        "Laplace fit": fit,
         "predict linearized": lambda: pl.predict(found[0], [texts]),
         "predict by draws": lambda: pl.predict(found[0], [texts], method="sample"),
     }
@@ -137,7 +172,7 @@ def test_peaks_are_those_of_runs() -> None:
         planned = phase.peak
         if name == "Laplace fit":
             planned = max(planned, plan["Laplace finish"].peak)
-        assert planned == pytest.approx(measured, rel=0.05), name
+        assert planned == pytest.approx(measured, rel=0.01), name
 
 
 @pytest.mark.slow  # processes that run each phase twice, and allocate under a profiler
@@ -167,7 +202,7 @@ def test_a_sharded_base_takes_what_ranks_that_share_it_take(tmp_path: Path) -> N
 
 def test_one_rank_has_the_whole_base() -> None:
     network = llama(num_layers=1)
-    kwargs: Any = {"num_particles": 2, "batch": (ROWS, TOKENS)}
+    kwargs: Any = {"structure": None, "batch": (ROWS, TOKENS)}
     alone = pl.plan_memory(network, **kwargs)
     assert pl.plan_memory(network, **kwargs, shard_base=True).phases == alone.phases
 

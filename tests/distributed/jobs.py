@@ -644,6 +644,21 @@ def slow_svgd(folder: Path) -> Any:
     return {"particles": made.get_named_particles(), **made.diagnostics}
 
 
+def plan(folder: Path) -> Any:
+    """What a rank plans by itself, however often the others do."""
+    lora, _ = lifted()
+    for _ in range(1 + rank()):
+        planned = pl.plan_memory(lora, batch=(2, 4))
+    return {name: torch.tensor([*x.values()]) for name, x in planned.to_dict().items()}
+
+
+def plan_of_a_part(folder: Path) -> Any:
+    network = bert(num_layers=1, hidden_size=8)
+    trained = {p for p in network.parameters() if p.requires_grad}
+    fully_shard(network, ignored_params=trained)
+    return pl.plan_memory(network)
+
+
 RBF = pl.kernels.RBF  # the jobs, by name
 STRUCTURES = {
     "KFAC": pl.structures.KFAC(),
@@ -687,6 +702,7 @@ SAME: dict[str, Callable[[Path], Any]] = {
     "ensemble": partial(svgd, pl.kernels.NoRepulsion(), {}),
     "shares, joint": partial(svgd_on_shares, RBF()),
     "shares, function": partial(svgd_on_shares, RBF(space="function")),
+    "plan": plan,
 }
 REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a broken batch of a fit": (broken_fit, r"Batch \d.*'y'"),
@@ -711,6 +727,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "other batches": (other_batches, r"batch 0.*The batch of rank 1 is another"),
     "fewer particles than ranks": (few_particles, "num_particles=1 can't be shared"),
+    "a plan of a part": (plan_of_a_part, r"split over processes.*shard_base=True"),
     "a refit": (refitted, "refit trains in one process"),
     "a mesh that is none": (no_mesh, "mesh must be a torch.distributed"),
     "a mesh of other dims": (mesh_of_others, r"mesh has the dims \('rows',\)"),
