@@ -145,9 +145,10 @@ def diagnose(
             arguments to its ``obs=``.
         progress_bar: Show one, of the batches of all passes; None: on a terminal or in
             a notebook.
-        mesh: A ``DeviceMesh`` whose dim ``"data"`` shares the data; None: all ranks
-            do, where ``torch.distributed`` is initialised, each with batches of its
-            own (:func:`~pyro_lora.share`), of ``held_out``, too.
+        mesh: A ``DeviceMesh`` whose dim ``"data"`` shares the data and ``"particles"``
+            draws and weight sets, as in ``predict``; None: all ranks share the data,
+            where ``torch.distributed`` is initialised, each with batches of its own
+            (:func:`~pyro_lora.share`), of ``held_out``, too.
 
     Returns:
         The numbers, and ``str`` of it the table.

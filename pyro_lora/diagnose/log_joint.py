@@ -36,7 +36,7 @@ from pyro_lora.curvature.linearize import (
 )
 from pyro_lora.curvature.prior_moments import model_scales
 from pyro_lora.diagnose.diagnosis import LeftOut
-from pyro_lora.ground.ranks import ALONE, Ranks
+from pyro_lora.ground.ranks import ALONE, Ranks, draw_ranks_of
 from pyro_lora.ground.settings import check_gradients
 from pyro_lora.ground.weights import Weights
 from pyro_lora.lifting.cached_trunk import trunk_once
@@ -92,7 +92,7 @@ class LogJoint:
         batches: Re-iterable of mappings of model keyword arguments.
         obs_site: The likelihood's site, or None.
         ranks: Who shares the data.
-        mesh: Whose ranks these are.
+        mesh: Whose ranks these are; those of its dim ``"particles"`` share weight sets.
 
     Raises:
         ValueError: If there are no batches, or the posterior doesn't fit the model.
@@ -107,7 +107,7 @@ class LogJoint:
         ranks: Ranks = ALONE,
         mesh: DeviceMesh | None = None,
     ) -> None:
-        self.ranks, self.mesh = ranks, mesh
+        self.ranks, self.mesh, self.draws_over = ranks, mesh, draw_ranks_of(mesh)
         first = next_batch(checked_batches(batches), "diagnose", ranks)
         self.posterior, self.model, self.batches = posterior, model, batches
         self.first = first
@@ -122,7 +122,8 @@ class LogJoint:
         self.prior = tempered_prior(posterior, model_scales(trace, self.networks))
         self.observes_only = observes_only(trace, at.obs_site)
         num_data = 0
-        for batch in ranks.in_step(checked_batches(batches)):
+        in_step = ranks.in_step(checked_batches(batches))
+        for batch in self.draws_over.on_same(in_step):
             num_data += at.num_rows(batch)
         self.num_data = ranks.total(num_data)
 
@@ -143,7 +144,12 @@ class LogJoint:
     def at_draws(self, weights: Mapping[str, Tensor]) -> ModelAtDraws:
         """The model at S weight sets, site -> (S, ...)."""
         return model_at_draws(
-            self.model, weights, self.first, self.obs_site, trace=self._first_trace
+            self.model,
+            weights,
+            self.first,
+            self.obs_site,
+            trace=self._first_trace,
+            ranks=self.draws_over,
         )
 
     def log_probs(self, trace: Any, batch: Batch) -> Tensor:
@@ -151,6 +157,12 @@ class LogJoint:
         site = trace.nodes[self.obs_site]
         with explaining(batch, nodes=trace.nodes):
             return datum_log_probs(site) * data_plate(site).scale
+
+    def log_probs_at(self, weights: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        """The same at all of S weight sets, site -> (S, ...), whoever runs them."""
+        at = self.at_draws(weights)
+        own = [self.log_probs(trace, batch) for trace in at.traces(batch)]
+        return at.ranks.gathered(torch.cat(own))
 
     @torch.no_grad()
     def is_by_row(self, mode: Weights) -> bool:
@@ -206,10 +218,13 @@ class LogJoint:
                     if index == 0:
                         latents.append(latent_log_probs(trace, self.networks))
             totals.append(torch.cat(of_batch))
-        others = {s: torch.cat([chunk[s] for chunk in latents]) for s in latents[0]}
+        others = {
+            s: at.ranks.gathered(torch.cat([chunk[s] for chunk in latents]))
+            for s in latents[0]
+        }
         log_prior = others | log_prior_by_site(self.prior, self.networks, weights)
         return (
-            self.ranks.sum(torch.stack(totals).sum(0)),
+            at.ranks.gathered(self.ranks.sum(torch.stack(totals).sum(0))),
             torch.stack(list(log_prior.values())).sum(0),
         )
 
@@ -278,21 +293,26 @@ class WeightSets:
         """1, P and W."""
         return 1, len(self.coordinates), len(next(iter(self.draws.values())))
 
-    def near(self) -> Iterator[Weights]:
+    def near(self, at_once: int = DRAWS_AT_ONCE) -> Iterator[Weights]:
         """The mode and the points in order, some at a time."""
         yield {site: x[None] for site, x in self.mode.items()}
-        for z in self.coordinates.split(DRAWS_AT_ONCE):  # w = w_0 + sum_q z_q step_q
+        for z in self.coordinates.split(at_once):  # w = w_0 + sum_q z_q step_q
             weights = {s: x.expand(len(z), *x.shape) for s, x in self.mode.items()}
             for site, step in self.steps.items():
                 moved = torch.tensordot(z.to(step), step, 1)
                 weights[site] = weights[site] + moved
             yield weights
 
-    def chunks(self) -> Iterator[Weights]:
-        """All of them in order, as many at a time as go through the network at once."""
-        yield from self.near()
-        for start in range(0, self.sizes[-1], DRAWS_AT_ONCE):
-            yield {s: x[start : start + DRAWS_AT_ONCE] for s, x in self.draws.items()}
+    def chunks(self, ranks: Ranks) -> Iterator[Weights]:
+        """All of them in order, as many at a time as go through the network at once.
+
+        Args:
+            ranks: Who shares each of these out.
+        """
+        at_once = DRAWS_AT_ONCE * ranks.size
+        yield from self.near(at_once)
+        for start in range(0, self.sizes[-1], at_once):
+            yield {s: x[start : start + at_once] for s, x in self.draws.items()}
 
     def logits(self, at: LinearizedBatch) -> Tensor:
         """Those of the linearised network, (S, B, ..., C)."""
@@ -651,13 +671,8 @@ def _estimated(
     log_likelihoods = known.new_empty(sum(sets.sizes), len(units))
     for places, batch in joint.ranks.in_step(zip(groups, batches, strict=True)):
         with trunk_once(joint.networks):
-            log_probs = torch.cat(
-                [
-                    joint.log_probs(trace, batch)
-                    for weights in sets.chunks()
-                    for trace in joint.at_draws(weights).traces(batch)
-                ]
-            )
+            chunks = sets.chunks(joint.draws_over)
+            log_probs = torch.cat([joint.log_probs_at(w, batch) for w in chunks])
         # Of rows one each; what can't be taken apart is by itself.
         log_likelihoods[:, places] = (
             log_probs if len(places) > 1 else log_probs.sum(1, keepdim=True)
@@ -682,5 +697,6 @@ def exact(joint: LogJoint, sets: WeightSets) -> LogLikelihoods:
         joint: The log joint.
         sets: Where the log likelihood is asked for.
     """
-    known = torch.cat([joint.at(weights)[0] for weights in sets.chunks()])
+    chunks = sets.chunks(joint.draws_over)
+    known = torch.cat([joint.at(weights)[0] for weights in chunks])
     return LogLikelihoods(known, known.new_empty(0, len(known)), 0.0, joint.num_data)

@@ -37,7 +37,15 @@ from pyro_lora.export.weight_variables import (
 )
 from pyro_lora.ground.interrupts import leaving_no_trace
 from pyro_lora.ground.progress import Counted, progress
-from pyro_lora.ground.ranks import Ranks, all_ranks, is_first, ranks_of, sharing_data
+from pyro_lora.ground.ranks import (
+    ALONE,
+    Ranks,
+    all_ranks,
+    draw_ranks_of,
+    is_first,
+    ranks_of,
+    sharing_data,
+)
 from pyro_lora.ground.settings import check_count, check_word
 from pyro_lora.ground.unfinished import aside
 from pyro_lora.ground.warning import warn
@@ -178,9 +186,11 @@ def to_datatree(
             own; None is all at once.
         progress_bar: Show one, of the batches of all passes; None: on a terminal or in
             a notebook.
-        mesh: A ``DeviceMesh`` whose dim ``"data"`` shares the data; None: all ranks
-            do, where ``torch.distributed`` is initialised, each with batches of its
-            own (:func:`~pyro_lora.share`), and get the tree of all. The first one
+        mesh: A ``DeviceMesh`` whose dim ``"data"`` shares the data and ``"particles"``
+            the draws, as in ``predict``; None: all ranks share the data, where
+            ``torch.distributed`` is initialised, each with batches of its own
+            (:func:`~pyro_lora.share`). All get the whole tree, one process's but for
+            drawn outcomes, which are others of the same distribution. The first one
             writes ``path``, which the others read: it must be where all see it.
 
     Returns:
@@ -245,7 +255,8 @@ def to_datatree(
     data = None
     gaussians: Sequence[LaplacePosterior] = ()
     if batches is not None and first is not None and model is not None:
-        data = ModelAndData(model, batches, first, obs_site, labels, ranks)
+        draws_over = draw_ranks_of(mesh)
+        data = ModelAndData(model, batches, first, obs_site, labels, ranks, draws_over)
         data, gaussians = _linearized_at(data, chains, own, kind, method)
     groups = DrawGroups(own, kind, chains, data, gaussians, raw=weights == "raw")
     num_draws = groups.chains.num_draws
@@ -304,6 +315,7 @@ class ModelAndData:
         obs_site: The likelihood's site, or None.
         labels: The model's argument with that site's outcomes, where it is named.
         ranks: Who shares the data.
+        draws_over: Who shares the draws.
     """
 
     model: Model
@@ -312,6 +324,13 @@ class ModelAndData:
     obs_site: str | None
     labels: str | None
     ranks: Ranks
+    draws_over: Ranks
+
+    def at_draws(self, weights: Weights, batch: Batch, obs_site: str | None) -> Any:
+        """The model at S draws, site -> (S, ...), set up by a batch."""
+        return model_at_draws(
+            self.model, weights, batch, obs_site, ranks=self.draws_over
+        )
 
 
 def _linearized_at(
@@ -528,6 +547,11 @@ class LinearizedAtDraws:
         """The lifted networks in the model."""
         return self.gaussians[0].networks
 
+    @property
+    def ranks(self) -> Ranks:
+        """Who shares the draws: nobody, as one Jacobian is for all."""
+        return ALONE
+
     def traces(self, batch: Batch) -> Iterator[Any]:
         """One trace, at the mode but for the likelihood's distribution.
 
@@ -679,7 +703,7 @@ class DrawGroups:
                 data.model, self.gaussians, draws, data.obs_site
             )
             return pass_over_data(linearized, data.batches, labels, data.ranks)
-        at = model_at_draws(data.model, draws.weights, data.first, data.obs_site)
+        at = data.at_draws(draws.weights, data.first, data.obs_site)
         return pass_over_data(at, data.batches, labels, data.ranks)
 
     def _networks(self, seen: DataPass | None) -> Sequence[LiftedNetwork]:
@@ -695,7 +719,7 @@ class DrawGroups:
         source = _source(data, draws)
         hidden = source.hidden(data.first)
         others = _other_latents(data.model, of_prior, hidden, seen)
-        at = model_at_draws(data.model, of_prior | others, data.first, seen.obs_site)
+        at = data.at_draws(of_prior | others, data.first, seen.obs_site)
         batches = (source.hidden(batch) for batch in data.batches)
         labels = source.arguments(data.first)
         return pass_over_data(at, batches, labels, data.ranks).drawn

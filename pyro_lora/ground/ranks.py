@@ -20,7 +20,7 @@ import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
@@ -38,9 +38,11 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
+B = TypeVar("B", bound=Mapping[str, Any])
 
 Dim = Literal["data", "particles"]
-_READY, _DONE, _FAILED = range(3)  # how a rank is where it meets the others
+# How a rank is where it meets the others; or it's within a batch.
+_READY, _DONE, _FAILED, _WITHIN = range(4)
 SAME_START = (
     "Make the network after torch.manual_seed with the same seed on all ranks, or load "
     "the same adapter; and train it the same way."
@@ -56,10 +58,12 @@ class Ranks:
     Attributes:
         group: Of ``torch.distributed``; None is this process alone.
         meeting: All that work at the same time, this group's ranks and others'.
+        within_batches: Whether they may meet while others are done with their batches.
     """
 
     group: dist.ProcessGroup | None = None
     meeting: dist.ProcessGroup | None = None
+    within_batches: bool = False
 
     @property
     def size(self) -> int:
@@ -76,6 +80,10 @@ class Ranks:
         first, last = (number * r // self.size for r in (self.rank, self.rank + 1))
         return range(first, last)
 
+    def over(self, number: int) -> Ranks:
+        """Those who share so many rows: each by itself, where some would have none."""
+        return self if number >= self.size else ALONE
+
     def sum(self, x: Tensor) -> Tensor:
         """The sum over all ranks, in float32 or wider; ``x`` may be overwritten."""
         return self.sums([x])[0]
@@ -90,6 +98,20 @@ class Ranks:
             return list(values)
         self._meet(f"a sum of {[(x.ndim, _summable(x.dtype)) for x in values]}")
         return [self._summed(x) for x in values]
+
+    def log_sum(self, x: Tensor) -> Tensor:
+        """The log of the sum over all ranks of exp(x), with what is largest taken out.
+
+        Args:
+            x: Of the same shape on all ranks.
+        """
+        if self.size == 1:
+            return x
+        self._meet(f"a log sum of {x.ndim} dims, {x.dtype}")
+        # -inf less -inf would be NaN
+        largest = self._summed(x.clone(), "MAX")
+        largest = largest.clamp_min(torch.finfo(x.dtype).min)
+        return largest + self._summed((x - largest).exp()).log()
 
     def sent(self, owner: int, values: Sequence[Tensor]) -> list[Tensor]:
         """What one rank has, on all of them.
@@ -182,6 +204,23 @@ class Ranks:
         with self.drawing_apart():
             yield from items
 
+    def on_same(self, batches: Iterable[B]) -> Iterator[B]:
+        """Batches that all ranks have, each drawing other numbers for them.
+
+        Args:
+            batches: The model's keyword arguments.
+
+        Raises:
+            ValueError: If a rank has another batch.
+        """
+        if self.size == 1:
+            yield from batches
+            return
+        with self.drawing_apart():
+            for batch in batches:
+                self.check_batch(dict(batch))
+                yield batch
+
     def check_same(self, values: Mapping[str, Tensor], what: str, remedy: str) -> None:
         """Check that all ranks have the same weights.
 
@@ -255,9 +294,9 @@ class Ranks:
             if other != said[0]:
                 raise ValueError(
                     f"The batch of rank {rank} is another than that of rank 0. Ranks "
-                    "that share the particles take the same batches in the same order: "
-                    "a loader that shuffles needs the same seed on each; don't share "
-                    "them out but over a mesh's dim 'data'."
+                    "that share the particles or the draws take the same batches in "
+                    "the same order: a loader that shuffles needs the same seed on "
+                    "each; don't share them out but over a mesh's dim 'data'."
                 )
 
     def none_here(self, alone: str) -> str:
@@ -298,7 +337,9 @@ class Ranks:
                 ahead = torch.Generator()
                 ahead.set_state(before[0])
                 first = int(torch.randint(2**62, (), generator=ahead))
-                torch.manual_seed(first + self.rank)
+                # Where data are shared, too: draws' rank 1 isn't seeded as data's is.
+                step = 2**31 if self.within_batches else 1
+                torch.manual_seed(first + self.rank * step)
             yield
         except BaseException:
             torch.set_rng_state(before[0])
@@ -318,7 +359,8 @@ class Ranks:
         """The numbers that all ranks say where they are about to do the same."""
         if self.size == 1:
             return [number]
-        said = self._said(form, _READY, number)
+        state = _WITHIN if self.within_batches else _READY
+        said = self._said(form, state, number)
         ranks = dist.get_process_group_ranks(self.group)
         return [said[dist.get_group_rank(self.everyone, r)][1] for r in ranks]
 
@@ -339,7 +381,10 @@ class Ranks:
         with self._answered():
             dist.all_gather(parts, mine, group=everyone)
         rows = torch.stack(parts).tolist()
-        if all(row[0] != _FAILED and row[2] == rows[0][2] for row in rows):
+        # Whoever is done with its batches waits while others meet within theirs.
+        within = any(row[0] == _WITHIN for row in rows)
+        here = [row for row in rows if not (within and row[0] == _DONE)]
+        if all(row[0] != _FAILED and row[2] == here[0][2] for row in here):
             return [(row[0], row[1]) for row in rows]
         own = pickle.dumps(_told(form, error))
         said = [pickle.loads(x) for x in self._all_of(own, everyone)]
@@ -363,10 +408,10 @@ class Ranks:
             dist.all_gather_object(parts, value, group=group)
         return parts
 
-    def _summed(self, x: Tensor) -> Tensor:
+    def _summed(self, x: Tensor, by: str = "SUM") -> Tensor:
         wide = self._placed(x.to(_summable(x.dtype)).contiguous())
         with self._answered():
-            dist.all_reduce(wide, group=self.group)
+            dist.all_reduce(wide, getattr(dist.ReduceOp, by), group=self.group)
         return wide.to(x)
 
     def _from(self, owner: int, x: Tensor) -> Tensor:
@@ -482,6 +527,15 @@ def ranks_of(mesh: DeviceMesh | None, dim: Dim, default: Dim = "data") -> Ranks:
     return Ranks(mesh.get_group(dim), dist.group.WORLD) if dim in names else ALONE
 
 
+def draw_ranks_of(mesh: DeviceMesh | None) -> Ranks:
+    """The ranks that share draws out: those of a mesh's dim ``"particles"``.
+
+    Args:
+        mesh: As for :func:`ranks_of`; without one, draws aren't shared out.
+    """
+    return replace(ranks_of(mesh, "particles"), within_batches=True)
+
+
 def all_ranks() -> Ranks:
     """All processes, where ``torch.distributed`` is initialised."""
     there = dist.is_available() and dist.is_initialized()
@@ -502,12 +556,11 @@ def is_first() -> bool:
 
 
 def sharing_data(function: Callable[P, R]) -> Callable[P, R]:
-    """A function with ``mesh=``, whose data are shared out: all ranks end it alike."""
+    """A function whose data are shared out: all ranks start and end it alike."""
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-        mesh: Any = kwargs.get("mesh")
-        ranks = ranks_of(mesh, "data")
+        ranks = all_ranks()
         with ranks.together():
             ranks.draw_alike()
             return function(*args, **kwargs)

@@ -9,7 +9,7 @@ The scale of subsampling, N / B, is left out of both: batches cover all data.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -95,6 +95,11 @@ class AtDraws(Protocol):
         """The lifted networks in the model."""
         ...
 
+    @property
+    def ranks(self) -> Ranks:
+        """Who shares the draws."""
+        ...
+
     def traces(self, batch: Batch) -> Iterator[Any]:
         """Traces of some of the draws, whose likelihood has batch shape (S', B)."""
         ...
@@ -129,8 +134,9 @@ def pass_over_data(
     prior_scales: dict[str, float | Tensor] = {}
     alone = True
     index = num_data = 0
+    of_draws = at_draws.ranks
     in_step = ranks.in_step(checked_batches(batches))
-    for index, batch in enumerate(ranks.drawing(in_step), 1):
+    for index, batch in enumerate(of_draws.on_same(ranks.drawing(in_step)), 1):
         of_batch, log_likelihood, total = [], [], []
         with trunk_once(networks):
             for trace in at_draws.traces(batch):
@@ -174,17 +180,25 @@ def pass_over_data(
             f"Some ranks' batches have labels (site {at_draws.obs_site!r} observed), "
             "and others' none. Give all batches labels, or none."
         )
+    whole = None
+    if seen:
+        whole = _of_all(seen)
+        whole = replace(
+            whole,
+            log_likelihood=of_draws.gathered(whole.log_likelihood),
+            total_log_likelihood=of_draws.gathered(whole.total_log_likelihood),
+        )
     return DataPass(
         at_draws.obs_site,
         networks,
-        _of_all(seen) if seen else None,
+        whole,
         why_no_log_joint(site, ranks.total(num_data), alone),
         {
-            name: torch.cat([of_draws[name] for of_draws in latent])
+            name: of_draws.gathered(torch.cat([chunk[name] for chunk in latent]))
             for name in latent[0]
         },
         prior_scales,
-        _joined([x.drawn for x in shares], 1),
+        of_draws.gathered(_joined([x.drawn for x in shares], 1)),
         _inputs_of_all([x.inputs for x in shares]),
     )
 

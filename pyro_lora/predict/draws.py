@@ -20,6 +20,7 @@ import torch
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from pyro_lora.ground.ranks import ALONE, Ranks
 from pyro_lora.ground.settings import check_count, check_name
 from pyro_lora.ground.warning import warn
 from pyro_lora.ground.weights import Weights
@@ -189,6 +190,7 @@ class ModelAtDraws:
         batch_first: Whether a batch's first tensor has one row for each datum.
         draws_at_once: Draws in one forward pass.
         dropout: Whether dropout is on.
+        ranks: Who shares the draws: each runs the model at those that it owns.
     """
 
     model: Model
@@ -198,6 +200,7 @@ class ModelAtDraws:
     batch_first: bool
     draws_at_once: int = DRAWS_AT_ONCE
     dropout: bool = False
+    ranks: Ranks = ALONE
 
     @property
     def num_draws(self) -> int:
@@ -206,19 +209,20 @@ class ModelAtDraws:
 
     @property
     def num_runs(self) -> int:
-        """How often a batch goes through the network."""
-        return math.ceil(self.num_draws / self.draws_at_once)
+        """How often a batch goes through the network, on this rank."""
+        own = self.ranks.owned(self.num_draws)
+        return math.ceil(len(own) / self.draws_at_once)
 
     def num_rows(self, batch: Batch) -> int:
         """B; where the batch's tensors don't tell, by a run at the first draw."""
         if self.batch_first:
             return _num_rows(batch)[0]
         one = {site: x[:1] for site, x in self.weights.items()}
-        (trace,) = replace(self, weights=one).traces(batch)
+        (trace,) = replace(self, weights=one, ranks=ALONE).traces(batch)
         return data_plate(trace.nodes[self.obs_site]).size
 
     def traces(self, batch: Batch) -> Iterator[Any]:
-        """Traces of the model, a few draws at a time.
+        """Traces of the model, a few of this rank's draws at a time.
 
         Args:
             batch: The model's keyword arguments.
@@ -229,8 +233,9 @@ class ModelAtDraws:
         Raises:
             ValueError: If the distribution has other batch dims.
         """
-        for start in range(0, self.num_draws, self.draws_at_once):
-            stop = min(start + self.draws_at_once, self.num_draws)
+        own = self.ranks.owned(self.num_draws)
+        for start in range(own.start, own.stop, self.draws_at_once):
+            stop = min(start + self.draws_at_once, own.stop)
             chunk = {site: x[start:stop] for site, x in self.weights.items()}
             with in_mode(drop) if self.dropout else evaluating_model():
                 trace = trace_at(self.model, chunk, batch, undrawn=self.obs_site)
@@ -255,6 +260,7 @@ def model_at_draws(
     draws_at_once: int = DRAWS_AT_ONCE,
     dropout: bool = False,
     trace: Any = None,
+    ranks: Ranks = ALONE,
 ) -> ModelAtDraws:
     """Trace the model once, at the first draw, and fit the draws to its plates.
 
@@ -266,6 +272,7 @@ def model_at_draws(
         draws_at_once: How many of them go through the network in one forward pass.
         dropout: Whether dropout is on, for MC dropout.
         trace: That trace, where it is known.
+        ranks: Who shares the draws; fewer draws than ranks are run by each.
 
     Returns:
         The model at the draws.
@@ -273,9 +280,11 @@ def model_at_draws(
     Raises:
         ValueError: If the likelihood isn't found or gives more than one outcome a
             datum, the model and the posterior have different latent sites, one is local
-            to a datum, or the model mixes the data of several draws.
+            to a datum, the model mixes the data of several draws, or ranks that share
+            the draws have others.
     """
     check_names(model, obs_site)
+    ranks.check_same(weights, "the draws", "Give all ranks the same posterior.")
 
     def run(at: Weights, undrawn: str | None = None) -> Any:
         with evaluating_model():
@@ -336,6 +345,7 @@ def model_at_draws(
         batch_first,
         draws_at_once,
         dropout,
+        ranks.over(len(next(iter(weights.values())))),
     )
 
 

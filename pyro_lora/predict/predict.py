@@ -16,7 +16,13 @@ from torch import Tensor
 from pyro_lora.curvature.gaussian_logits import GaussianLogits, class_log_probs
 from pyro_lora.ground.interrupts import leaving_no_trace
 from pyro_lora.ground.progress import progress
-from pyro_lora.ground.ranks import ranks_of, sharing_data
+from pyro_lora.ground.ranks import (
+    ALONE,
+    Ranks,
+    draw_ranks_of,
+    ranks_of,
+    sharing_data,
+)
 from pyro_lora.ground.settings import check_count, check_function, check_word
 from pyro_lora.ground.synchronisation import gathered
 from pyro_lora.ground.warning import warn
@@ -148,9 +154,12 @@ def predict(
             Gaussian of a batch, so that all data must be one batch. Real outcomes
             keep theirs in any case.
         progress_bar: Show one; None: on a terminal or in a notebook.
-        mesh: A ``DeviceMesh`` whose dim ``"data"`` shares the data; None: all ranks
-            do, where ``torch.distributed`` is initialised, each with batches of its
-            own (:func:`~pyro_lora.share`).
+        mesh: A ``DeviceMesh`` whose dim ``"data"`` shares the data and ``"particles"``
+            the draws, for which its ranks have the same batches (of fewer draws than
+            ranks each runs all); None: all ranks share the data, where
+            ``torch.distributed`` is initialised, each with batches of its own
+            (:func:`~pyro_lora.share`). The numbers are one process's, but that
+            :func:`mc_dropout` draws other masks.
 
     Returns:
         Predictions and labels of all data, in order, that of the ranks; on every rank.
@@ -195,11 +204,13 @@ def predict(
         draws_at_once=chunk_size,
         integral=integral,
         keep_draws=keep_draws,
+        draws_over=draw_ranks_of(mesh),
     ).plan(first)
     given = GivenLabels(plan.source)
     predictions: list[AnyPrediction] = []
     at_mode: list[AnyPrediction] = []
     stream = ranks.drawing(ranks.in_step(_with([first], stream)))
+    stream = plan.draws_over.on_same(stream)
     del first
     with gathered():  # what a batch is asked for is read with the next one's
         for index, batch in enumerate(stream):
@@ -261,6 +272,7 @@ class _Plan:
         source: Of the outcomes.
         networks: Those in the model, which may know the classes' names.
         at_mode: The same at the mode of a Gaussian whose draws are used.
+        draws_over: Who shares the draws.
     """
 
     way: _Way
@@ -268,6 +280,7 @@ class _Plan:
     source: OutcomeSource
     networks: Sequence[LiftedNetwork]
     at_mode: Sampled | None = None
+    draws_over: Ranks = ALONE
 
     @property
     def num_runs(self) -> int:
@@ -293,6 +306,7 @@ class _Question:
     draws_at_once: int
     integral: Callable[[GaussianLogits], Tensor]
     keep_draws: bool
+    draws_over: Ranks
 
     def plan(self, first: PlacedBatch) -> _Plan:
         """Decided on at the first batch.
@@ -347,6 +361,7 @@ class _Question:
             self.draws_at_once,
             has_dropout(self.posterior),
             trace,
+            self.draws_over,
         )
         at_mode = None
         if prediction_method(self.posterior) == "linearized" and which != "each":
@@ -354,7 +369,8 @@ class _Question:
             one = model_at_draws(self.model, mode, seen, self.obs_site, trace=trace)
             at_mode = Sampled(one, which)
         way = Sampled(at_draws, which, self.keep_draws)
-        return _Plan(way, which, source, lifted_networks(trace), at_mode)
+        networks = lifted_networks(trace)
+        return _Plan(way, which, source, networks, at_mode, at_draws.ranks)
 
     def _source(self, weights: Weights) -> OutcomeSource:
         return outcome_source(self.model, weights, self.obs_site, self.labels)

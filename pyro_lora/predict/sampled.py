@@ -5,7 +5,8 @@ With S draws w_s and one set of them for all data, :math:`p(y | x) = \frac1S \su
 log S. Its entropy is the total one, the mean of the draws' entropies the aleatoric one:
 draws that say (.9, .1) and (.1, .9) average to (.5, .5), of entropy log 2 = .69, where
 each by itself has .33. Draws go through the network a few at a time, so that sums, and
-no draw's own probabilities, are all that stays.
+no draw's own probabilities, are all that stays; and, where ranks share the draws, sums
+are what each sends.
 """
 
 from __future__ import annotations
@@ -83,7 +84,8 @@ class Sampled:
         likelihood = likelihoods.of(single.fn)
         nodes = chain([first], stream)
         if likelihood.classes is None:
-            return numbers([single_outcomes(node["fn"]).fn for node in nodes])
+            own = [single_outcomes(node["fn"]).fn for node in nodes]
+            return numbers([*chain(*self.at_draws.ranks.collected(own))])
         if self.which is not None:
             mask = single.inside[0].to(likelihood.classes.logits.device)
             return self._several(nodes, mask, likelihood, self.which)
@@ -98,12 +100,13 @@ class Sampled:
                 kept.append(chunk)
                 yield chunk
 
+        ranks = self.at_draws.ranks
         log_p, entropy = self._averaged(keeping() if self.keep_draws else chunks)
         assert likelihood.classes is not None  # predict has seen to it
         return Prediction(
             log_probs=log_p,
             aleatoric_entropy=entropy,
-            draw_log_probs=torch.cat(kept) if self.keep_draws else None,
+            draw_log_probs=ranks.gathered(torch.cat(kept)) if self.keep_draws else None,
             ordered=likelihood.classes.cutpoints is not None,
         )
 
@@ -119,8 +122,9 @@ class Sampled:
             log_sum = own if log_sum is None else torch.logaddexp(log_sum, own)
         assert log_sum is not None
         assert entropy is not None
-        num_draws = self.at_draws.num_draws
-        return log_sum - math.log(num_draws), entropy / num_draws
+        num_draws, ranks = self.at_draws.num_draws, self.at_draws.ranks
+        log_mean = ranks.log_sum(log_sum) - math.log(num_draws)
+        return log_mean, ranks.sum(entropy) / num_draws
 
     def _several(
         self,
@@ -160,8 +164,8 @@ class Sampled:
             return multi_label_prediction(log_p, entropy, len(mask))
         texts = None
         if by_text:
-            num_draws = self.at_draws.num_draws
-            texts = torch.cat(by_text).logsumexp(0) - math.log(num_draws)
+            of_draws = self.at_draws.ranks.gathered(torch.cat(by_text))
+            texts = of_draws.logsumexp(0) - math.log(len(of_draws))
         return token_prediction(
             log_p, entropy, chosen, labels, texts, is_binary(likelihood)
         )

@@ -25,7 +25,7 @@ import pyro_lora as pl
 from benchmarks.memory import allocated
 from pyro_lora.curvature import data_sums, structures
 from pyro_lora.diagnose.log_joint import LogJoint, WeightSets, exact, linear_pass
-from pyro_lora.ground.ranks import ranks_of
+from pyro_lora.ground.ranks import all_ranks, ranks_of
 from tests.curvature.own_structures import LayerDense, OwnFactors
 from tests.networks import batch, bert, classifier, llama
 
@@ -193,9 +193,7 @@ def predict(folder: Path) -> Any:
     }
 
 
-def predict_tokens(folder: Path) -> Any:
-    lora = pl.lift(llama(None, num_layers=1, hidden_size=8))
-
+def token_model(lora: pl.LiftedNetwork) -> Any:
     def model(input_ids: Tensor, attention_mask: Tensor) -> None:
         logits = lora()(input_ids=input_ids, attention_mask=attention_mask).logits
         seen = attention_mask[:, 1:].bool()
@@ -203,8 +201,14 @@ def predict_tokens(folder: Path) -> Any:
             fn = dist.Categorical(logits=logits[..., :-1, :]).mask(seen).to_event(1)
             pyro.sample("y", fn, obs=input_ids[:, 1:])
 
+    return model
+
+
+def predict_tokens(folder: Path) -> Any:
+    lora = pl.lift(llama(None, num_layers=1, hidden_size=8))
     batches = [{k: x for k, x in b.items() if k != "labels"} for b in data()]
-    particles = pl.ensemble(lora, [lora.weights() for _ in range(2)], model=model)
+    members = [lora.weights() for _ in range(2)]
+    particles = pl.ensemble(lora, members, model=token_model(lora))
     found = pl.predict(particles, pl.share(batches), tokens="each")
     return {"log_probs": found.log_probs, "labels": found.labels}
 
@@ -267,13 +271,13 @@ def diagnose(folder: Path) -> Any:
     }
 
 
-def rows_of_a_log_joint(folder: Path) -> Any:
+def rows_of_a_log_joint(shares_draws: bool, folder: Path) -> Any:
     """With every row of each rank: those of a few are other ones on other ranks."""
     fitted, batches = posterior(structure=pl.structures.Diagonal())
-    mine = pl.share(batches)
-    joint = LogJoint(
-        fitted, fitted.model, mine, fitted.obs_site, ranks_of(None, "data")
-    )
+    mesh = pairs() if shares_draws else None
+    mine = pl.share(batches, mesh=mesh)
+    ranks = ranks_of(mesh, "data")
+    joint = LogJoint(fitted, fitted.model, mine, fitted.obs_site, ranks, mesh)
     steps, _ = fitted.gaussian.informed_directions(1)
     points = torch.linspace(-1.0, 1.0, 3, dtype=torch.float64)[:, None]
     sets = WeightSets(fitted.mode(), steps, points, fitted.sample(2))
@@ -285,10 +289,160 @@ def rows_of_a_log_joint(folder: Path) -> Any:
         "value": value,
         "error": error,
         "exact": exact(joint, sets).known,
+        "gaussian": pl.diagnose(
+            fitted, mine, num_samples=25, max_passes=None, mesh=mesh
+        ).gaussian.log_joint,
         "num_rows": found.log_likelihoods.num_data,
         "gradient": found.gradient,
         "log_probs": found.prediction.log_probs,
         "labels": found.prediction.labels,
+    }
+
+
+def pairs() -> Any:
+    """Of the draws, and the data over these where there are two; None of one rank."""
+    if size() == 1:
+        return None
+    return init_device_mesh("cpu", (size() // 2, 2), mesh_dim_names=DIMS)
+
+
+def members(lora: pl.LiftedNetwork, number: int, **others: Any) -> list[Any]:
+    return [
+        {
+            **{s: x * (1 + 0.1 * k) + 0.05 * k for s, x in lora.weights().items()},
+            **{s: x + 0.1 * k for s, x in others.items()},
+        }
+        for k in range(number)
+    ]
+
+
+def shared_draws(folder: Path) -> Any:
+    """Five particles over pairs of ranks, which is two or three for each."""
+    mesh, found = pairs(), {}
+    lora, model = lifted()
+    batches = pl.share(data(by=1), mesh=mesh)
+    torch.manual_seed(5 + rank())  # draws are the first rank's
+    particles = pl.ensemble(lora, members(lora, 5), model=model)
+    for name, options in {
+        "sums": {"num_samples": 4},
+        "kept": {"keep_draws": True, "chunk_size": 1},
+        "one": {"num_samples": 1},
+    }.items():
+        seen = pl.predict(particles, batches, mesh=mesh, **options)
+        found[name] = [seen.log_probs, seen.aleatoric_entropy, seen.labels]
+    found["draws"] = pl.predict(
+        particles, batches, mesh=mesh, keep_draws=True
+    ).draw_log_probs
+    diverse = pl.diagnose(particles, batches, mesh=mesh).diversity
+    assert diverse is not None
+    found["diversity"] = [diverse.disagreement, diverse.error, diverse.epistemic_share]
+
+    def impossible(
+        input_ids: Tensor, attention_mask: Tensor, labels: Any = None
+    ) -> Any:
+        """Without the last class, and of tiny probabilities."""
+        logits = lora()(input_ids=input_ids, attention_mask=attention_mask).logits
+        last = torch.tensor([0.0, 0.0, -torch.inf])
+        with pyro.plate("data", NUM_DATA, subsample=input_ids):
+            pyro.sample("y", dist.Categorical(logits=3e4 * logits + last), obs=labels)
+
+    sure = pl.ensemble(lora, members(lora, 3), model=impossible)
+    found["sure"] = pl.predict(sure, batches, mesh=mesh).log_probs
+    return found | shared_numbers(mesh) | shared_tokens(mesh)
+
+
+def shared_numbers(mesh: Any) -> Any:
+    """Of a density with a latent, of counts; and what is drawn of all these."""
+    lora, _ = lifted(1)
+    model = regression(lora)
+    texts = data(2, by=1)
+    for one in texts:
+        one["labels"] = one["labels"].double()
+    batches = pl.share(texts, mesh=mesh)
+    noise = torch.tensor(0.5, dtype=torch.float64)
+    particles = pl.ensemble(lora, members(lora, 5, noise=noise), model=model)
+    seen = pl.predict(particles, batches, mesh=mesh)
+    tree = pl.to_datatree(
+        particles, batches, prior_predictive=True, chunk_size=3, mesh=mesh
+    )
+    drawn = torch.as_tensor(tree["posterior_predictive"]["y"].values)
+    under_prior = torch.as_tensor(tree["prior_predictive"]["y"].values)
+    one = pl.to_datatree(particles, batches, num_samples=1, mesh=mesh)
+    of_one = torch.as_tensor(one["posterior_predictive"]["y"].values)
+    torch.manual_seed(5 + rank())  # several ranks have drawn other outcomes
+    guide = guide_of(lora, model, structure=pl.structures.Diagonal())
+    fitted = guide.laplace_approximation(batches, mesh=mesh)
+    sampled = pl.predict(fitted, batches, method="sample", num_samples=3, mesh=mesh)
+
+    def counts(input_ids: Tensor, attention_mask: Tensor, labels: Any = None) -> None:
+        out = lora()(input_ids=input_ids, attention_mask=attention_mask).logits
+        with pyro.plate("data", NUM_DATA, subsample=input_ids):
+            pyro.sample("y", dist.Poisson(out[..., 0].exp()), obs=labels)
+
+    counted = pl.predict(
+        pl.ensemble(lora, members(lora, 5), model=counts), batches, mesh=mesh
+    )
+    return {
+        "loc": [seen.loc, seen.noise_scale, sampled.loc, sampled.noise_scale],
+        "counts": [counted.mean, counted.metrics()],
+        **{
+            f"{group} {variable}": torch.as_tensor(values.values)
+            for group in ("log_likelihood", "sample_stats", "log_prior")
+            for variable, values in tree[group].data_vars.items()
+        },
+        # No two outcomes by the same random numbers, and the same ones on each rank.
+        "drawn apart": [of_standard(drawn, seen), drawn.shape, under_prior.shape],
+        "drawn alike": [
+            all(torch.equal(x, other) for other in all_ranks().collected(x))
+            for x in (drawn, under_prior, of_one)
+        ],
+    }
+
+
+def of_standard(drawn: Tensor, seen: Any) -> int:
+    """How many different numbers of a standard normal made the outcomes."""
+    z = (drawn.reshape(seen.loc.shape) - seen.loc) / seen.noise_scale
+    return len(z.round(decimals=8).unique())
+
+
+def shared_tokens(mesh: Any) -> Any:
+    torch.manual_seed(0)
+    lora = pl.lift(llama(None, num_layers=1, hidden_size=8))
+    particles = pl.ensemble(lora, members(lora, 3), model=token_model(lora))
+    batches = [{k: x for k, x in one.items() if k != "labels"} for one in data(by=3)]
+    seen = pl.predict(particles, pl.share(batches, mesh=mesh), tokens="each", mesh=mesh)
+    last = pl.predict(particles, pl.share(batches, mesh=mesh), tokens="last", mesh=mesh)
+    return {
+        "tokens": [seen.log_probs, seen.aleatoric_entropy, seen.text_log_probs],
+        "last": [last.log_probs, last.labels],
+    }
+
+
+def shared_masks(folder: Path) -> Any:
+    """Each draw has its own dropout; and each rank runs some of the draws."""
+    lora, model = lifted(dropout=0.5)
+    mesh = pairs()
+    batches = pl.share(data(), mesh=mesh)
+    dropped = pl.predict(
+        pl.mc_dropout(lora, model=model),
+        batches,
+        num_samples=4,
+        keep_draws=True,
+        mesh=mesh,
+    )
+    texts: list[int] = []
+    lora.network.register_forward_pre_hook(
+        lambda module, args, kwargs: texts.append(len(kwargs["input_ids"])),
+        with_kwargs=True,
+    )
+    particles = pl.ensemble(lora, members(lora, 16), model=model)
+    pl.predict(particles, batches, mesh=mesh)
+    one_each = sum(texts)
+    texts.clear()
+    pl.predict(particles, pl.share(data(), mesh=mesh))
+    return {
+        "masks": len(dropped.draw_log_probs[:, :, 0].unique()),
+        "fewer": size() == 1 or one_each < 0.7 * sum(texts),
     }
 
 
@@ -534,6 +688,25 @@ def one_batch(folder: Path) -> Any:
     return guide_of(lora, model).laplace_approximation(pl.share(data(by=NUM_DATA)))
 
 
+def other_data(folder: Path) -> Any:
+    """Shared out over all ranks, of which a pair should have the same."""
+    lora, model = lifted()
+    particles = pl.ensemble(lora, members(lora, 2), model=model)
+    return pl.predict(particles, pl.share(data()), mesh=pairs())
+
+
+def other_draws(folder: Path) -> Any:
+    lora, model = lifted()
+    particles = pl.ensemble(lora, members(lora, 3)[rank() :][:2], model=model)
+    return pl.to_datatree(particles, data(), mesh=pairs())
+
+
+def broken_draws(folder: Path) -> Any:
+    lora, model = lifted()
+    particles = pl.ensemble(lora, members(lora, 2), model=model)
+    return pl.to_datatree(particles, broken(2), mesh=pairs())
+
+
 def other_lengths(folder: Path) -> Any:
     lora, model = lifted()
     made = engine(lora, model, pl.kernels.RBF())
@@ -685,7 +858,10 @@ SAME: dict[str, Callable[[Path], Any]] = {
     "tune": tune,
     "trees": trees,
     "diagnose": diagnose,
-    "rows of a log joint": rows_of_a_log_joint,
+    "rows of a log joint": partial(rows_of_a_log_joint, False),
+    "weight sets of a log joint": partial(rows_of_a_log_joint, True),
+    "draws": shared_draws,
+    "masks of draws": shared_masks,
     "discrepancy": discrepancy,
     "joint": partial(svgd, RBF(), {}),
     "site": partial(svgd, RBF(space="site"), {"chunk_size": 1}),
@@ -728,6 +904,9 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "other batches": (other_batches, r"batch 0.*The batch of rank 1 is another"),
     "fewer particles than ranks": (few_particles, "num_particles=1 can't be shared"),
     "a plan of a part": (plan_of_a_part, r"split over processes.*shard_base=True"),
+    "other data for the draws": (other_data, "The batch of rank 1 is another.*draws"),
+    "other draws": (other_draws, "Site '.*': the draws of rank 1 are others"),
+    "a broken batch of draws": (broken_draws, "The batch of rank 1 is another"),
     "a refit": (refitted, "refit trains in one process"),
     "a mesh that is none": (no_mesh, "mesh must be a torch.distributed"),
     "a mesh of other dims": (mesh_of_others, r"mesh has the dims \('rows',\)"),

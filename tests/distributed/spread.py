@@ -28,7 +28,15 @@ from torch.distributed.tensor.parallel import (
 from transformers import AutoModelForSequenceClassification
 
 import pyro_lora as pl
-from tests.distributed.jobs import DIMS, data, engine, guide_of, numbers_of, size
+from tests.distributed.jobs import (
+    DIMS,
+    data,
+    engine,
+    guide_of,
+    members,
+    numbers_of,
+    size,
+)
 from tests.networks import (
     batch,
     bert,
@@ -111,7 +119,7 @@ def done(
         fitted = guide.laplace_approximation(pl.share(batches, mesh=mesh), mesh=mesh)
         found["fitted"] = numbers_of(fitted)
     with column("predicted"):
-        drawn = pl.ensemble(lora, [lora.weights()] * 2, model=model)
+        drawn = pl.ensemble(lora, members(lora, 2), model=model)
         of = [drawn] if isinstance(found["fitted"], Exception) else [drawn, fitted]
         found["predicted"] = [
             pl.predict(x, pl.share(batches, mesh=mesh), mesh=mesh).probs for x in of
@@ -201,6 +209,11 @@ def all_on_each() -> DeviceMesh:
     return init_device_mesh("cpu", (1, 1, size()), mesh_dim_names=(*DIMS, "tensor"))
 
 
+def particles_over_each() -> DeviceMesh:
+    """Every rank has all data, and some of the particles and draws."""
+    return init_device_mesh("cpu", (1, size()), mesh_dim_names=DIMS)
+
+
 MLP = {"intermediate__dense": ColwiseParallel, "output__dense": RowwiseParallel}
 QUERY = {"attention__self__query__base_layer": ColwiseParallel}
 MLP_PLAN = {
@@ -211,6 +224,11 @@ OF_RANKS = (
     Form(
         name="FSDP2 (`fully_shard`), the base frozen, the adapter whole",
         spread=sharded,
+    ),
+    Form(
+        name="FSDP2, particles and draws shared out by `mesh=`",
+        spread=sharded,
+        mesh=particles_over_each,
     ),
     Form(
         name="FSDP2 that shards the adapter, too",
@@ -230,6 +248,11 @@ OF_RANKS = (
     Form(
         name="the same without `mesh=`",
         spread=partial(split, **MLP),
+    ),
+    Form(
+        name="tensor parallel, particles and draws shared out by `mesh=`",
+        spread=partial(split, **MLP),
+        mesh=particles_over_each,
     ),
     Form(
         name="tensor parallel, of a layer with an adapter",
