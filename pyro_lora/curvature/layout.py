@@ -2,10 +2,13 @@ r"""Which positions of a layer's output belong to which datum.
 
 A position is a place in all dims of a tensor but the last. A datum owns those at which
 its own Fisher terms alone have a gradient, and this is how they are found: with datum
-b's terms times :math:`w_b`, a power of two, the gradient at a position of datum b is
-exactly :math:`w_b` times as large, in any precision, and at one that depends on several
-data it isn't a power of two times as large. With 2 data of 3 tokens, batch first and
-time-major::
+b's terms times :math:`2^b`, the gradient at a position of datum b is exactly
+:math:`2^b` times as large, in any precision, and with :math:`2^{-b}` so many times as
+small. At one that depends on two data it is never both: of shares p and 1 - p and
+powers x and y, :math:`(p x + (1 - p) y) (p / x + (1 - p) / y) = 1` only where x = y, p
+= 0 or p = 1; nor of more whose shares are positive, since an arithmetic mean is above a
+harmonic one. So that nothing cancels, as (i, j) and (j, i) do, the terms have irregular
+factors all the time. With 2 data of 3 tokens, batch first and time-major::
 
     0 0 0      0 1
     1 1 1      0 1
@@ -14,14 +17,19 @@ time-major::
 Looking at every layer takes backward passes, so what is found of a network is kept: how
 a layer's positions are made of the rows of the network's output. What a model does with
 these rows, joining or sorting them before the network runs and after it, may change
-with the batch, and is looked at each time, by passes that end at the output.
+with the batch, and is looked at each time, by passes that end at the output. What the
+network itself does is written in autograd's graph: it holds for other batches with the
+same operations, unless they take rows by places, which others may take otherwise. Of an
+operation that tells nothing of itself, compiled or a user's own, it's taken to hold.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -35,9 +43,16 @@ from pyro_lora.ground.synchronisation import Answer, ask, require
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 
 NOBODY, SEVERAL = -1, -2  # in place of a datum
-_CHOOSING = ("Index", "Gather", "Scatter", "Take", "Masked", "Sort", "Topk")
 AT_ONCE = 2**22  # entries that temporary tensors have
-_REORDERING = ("IndexSelect", "IndexCopy", "IndexAdd", "IndexPut", "Sort", "Take")
+# Operations that choose by the data's values; that take rows by places; that do where
+# they go along the rows' dim; and products, with the place of what is on the right.
+_CHOOSING = ("Index", "Gather", "Scatter", "Take", "Masked", "Sort", "Topk")
+_REORDERING = (
+    *("IndexSelect", "IndexCopy", "IndexAdd", "IndexPut", "Sort", "Take", "Scatter"),
+    *("SegmentReduce", "CopySlices"),
+)
+_CUTTING = ("Select", "Slice", "Split", "Unbind", "Stack", "Cat", "Roll", "Flip")
+_PRODUCTS = {"MmBackward0": 1, "BmmBackward0": 1, "AddmmBackward0": 2}
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,11 +129,46 @@ class Run:
     calls: list[Call] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
 
-    @property
+    @cached_property
     def form(self) -> tuple[object, ...]:
         """What decides how the network lays out its rows."""
         calls = tuple((call.name, call.output.ndim) for call in self.calls)
-        return self.given, calls, tuple(x.ndim for x in self.outputs)
+        names = " ".join(node.name() for node in self.operations)
+        digest = hashlib.blake2b(names.encode()).digest()
+        return self.given, calls, tuple(x.ndim for x in self.outputs), digest
+
+    @cached_property
+    def operations(self) -> dict[Any, None]:
+        """Those between its slots and its outputs, nodes of autograd's graph."""
+        calls = {call.output.grad_fn for call in self.calls}
+        leads: dict[Any, bool] = {}  # whether a slot's call is among what led to a node
+        stack: list[Any] = [x.grad_fn for x in self.outputs if x.requires_grad]
+        while stack:
+            node = stack[-1]
+            before = [n for n, _ in node.next_functions if n is not None]
+            rest = [n for n in before if n not in leads]
+            if rest and node not in leads:
+                stack += rest
+                continue
+            leads[stack.pop()] = node in calls or any(leads[n] for n in before)
+        return {node: None for node, is_led_to in leads.items() if is_led_to}
+
+    @cached_property
+    def keeps_order(self) -> list[Answer]:
+        """Whether rows that are chosen together with tokens are all, in their order."""
+        firsts = [
+            node._saved_indices[0]
+            for node in self.operations
+            if node.name().startswith("IndexBackward")
+            and len(node._saved_indices) > 1
+            and node._saved_indices[0] is not None
+        ]
+        return [
+            ask((x == torch.arange(x.numel(), device=x.device).reshape(x.shape)).all())
+            if x.dtype == torch.long
+            else ask(x.all())
+            for x in firsts
+        ]
 
 
 @dataclass(frozen=True)
@@ -179,7 +229,12 @@ def find_layouts(
     Raises:
         ValueError: If a position depends on several data.
     """
-    runs = [replace(r, calls=[c for c in r.calls if c.output.numel()]) for r in runs]
+    runs = [
+        run
+        if all(c.output.numel() for c in run.calls)
+        else replace(run, calls=[c for c in run.calls if c.output.numel()])
+        for run in runs
+    ]
     calls = [call for run in runs for call in run.calls]
     num_data = terms.shape[1]
     if num_data == 1:
@@ -193,7 +248,7 @@ def find_layouts(
     owners = dict(zip(first, probed[len(outputs) :], strict=True))
     # All is asked before the first answer is needed.
     by_run = {run: [next(of_outputs) for _ in run.outputs] for run in runs}
-    asked = {run: _Outputs(by_run[run], kept.get(run), num_data) for run in runs}
+    asked = {r: _Outputs(r, by_run[r], kept.get(r), num_data) for r in runs}
     early = {  # which of the layers may be, where there is one choice
         run: {c: (owners[c], _places(owners[c], row)) for c in _unknown(run, kept[run])}
         for run in runs
@@ -207,7 +262,7 @@ def find_layouts(
         rows[run] = asked[run].rows()
         if of_kept is not None and not _fits(run, of_kept, rows[run]):
             kept[run] = None
-            rows[run] = _Outputs(by_run[run], None, num_data).rows()
+            rows[run] = _Outputs(run, by_run[run], None, num_data).rows()
     rest = [c for run in runs for c in _unknown(run, kept.get(run)) if c not in owners]
     if rest:
         more = probe.owners([call.output for call in rest])
@@ -265,7 +320,10 @@ class _Probe:
     def __init__(self, terms: Tensor, max_bytes: float) -> None:
         # One number for each datum, whose gradient is zero only where all terms' are.
         mix = torch.linspace(1, 2, len(terms), dtype=terms.dtype, device=terms.device)
-        self._data = mix @ terms  # (B,)
+        data = torch.arange(terms.shape[1], dtype=torch.float64, device=terms.device)
+        # No two are nearer to each other than .38 / B, by the golden ratio.
+        irregular = 1 + data * (5**0.5 - 1) / 2 % 1
+        self._data = (mix @ terms) * irregular.to(terms)  # (B,)
         self._max_bytes = max_bytes
 
     def owners(self, tensors: Sequence[Tensor], num_outputs: int = 0) -> list[Tensor]:
@@ -321,13 +379,23 @@ class _Probe:
         plain = self._gradients(tensors, torch.ones_like(self._data), single)
         top = {i: _largest(g) for i, g in plain.items()}
         owner = {i: torch.zeros_like(at) for i, (at, _) in top.items()}
-        # Datum b has the digits b // base^k % base, and each pass finds one of them.
+        # Datum b has the digits b // base^k % base, and two passes find one of them.
         place = 1
         while place < num_data:
-            weights = torch.exp2((data // place % base).to(self._data))
-            for i, g in self._gradients(tensors, weights, single).items():
-                digit = _digit(g, plain[i], *top[i])
-                several = (digit < 0) | (digit >= base) | (owner[i] < 0)
+            digits = data // place % base
+            last = min(base, -(-num_data // place)) - 1
+            rising, falling = (
+                {
+                    i: _power(g, plain[i], *top[i])
+                    for i, g in self._gradients(
+                        tensors, torch.exp2(powers.to(self._data)), single
+                    ).items()
+                }
+                for powers in (digits, last - digits)
+            )
+            for i, digit in rising.items():
+                is_one = (digit >= 0) & (falling[i] >= 0) & (owner[i] >= 0)
+                several = ~is_one | (digit + falling[i] != last)
                 owner[i] = (owner[i] + place * digit).masked_fill(several, SEVERAL)
             place *= base
         decoded = {}
@@ -363,7 +431,7 @@ def _largest(g: Tensor) -> tuple[Tensor, Tensor]:
     return at, g.gather(-1, at[..., None])[..., 0]
 
 
-def _digit(g: Tensor, plain: Tensor, at: Tensor, size: Tensor) -> Tensor:
+def _power(g: Tensor, plain: Tensor, at: Tensor, size: Tensor) -> Tensor:
     """The power of two by which gradients (..., X) are larger, -1 if there is none."""
     ratio = at_least_float32(g.gather(-1, at[..., None])[..., 0])
     power = (ratio / at_least_float32(size)).log2().round().nan_to_num(-1, -1, -1)
@@ -413,9 +481,11 @@ def _require_single(owners: Mapping[Call, Tensor], num_data: int) -> None:
             f"Site {site!r}: the layer of {name!r} has an input of shape "
             f"{tuple(shape)} in a batch of {num_data} data, and at "
             f"{numbers[i]} of its {size} positions the gradients of several "
-            "data add up, so that no datum's own can be told. Either all data share "
-            "these rows, as they do the relative positions in DeBERTa with "
-            "share_att_key=True, or the network mixes the data of a batch. Give "
+            "data add up, so that no datum's own can be told. Either several data of "
+            "the model are of one row of the network, as two people's answers to a "
+            "text are: give each a row of its own, net(x[text]) for net(x)[text]. Or "
+            "all share these rows, as they do the relative positions in DeBERTa with "
+            "share_att_key=True, or the network mixes the data of a batch: give "
             "batches of one datum each, or leave the layer out of the adapter "
             "(target_modules in peft)."
         )
@@ -468,11 +538,13 @@ class _Rows:
         dims: Their dim in each output; None where no datum owns a position.
         owner: The datum of each row, (R,).
         order: How they are those of data.
+        as_given: Whether those that are chosen together with tokens are.
     """
 
     dims: tuple[int | None, ...]
     owner: Tensor
     order: _Order
+    as_given: Sequence[Answer]
 
 
 @dataclass(frozen=True, eq=False)
@@ -496,15 +568,21 @@ class _Outputs:
     """What is asked of a network's outputs.
 
     Args:
+        run: The network's.
         owners: Of each output's positions.
         kept: What is known of them, if anything is.
         num_data: B.
     """
 
     def __init__(
-        self, owners: Sequence[Tensor], kept: KeptLayout | None, num_data: int
+        self,
+        run: Run,
+        owners: Sequence[Tensor],
+        kept: KeptLayout | None,
+        num_data: int,
     ) -> None:
         self._num_data = num_data
+        self._as_given = run.keeps_order
         dims = None if kept is None else kept.dims
         self._dims = list(dims or [None] * len(owners))
         self._is_nobodys = [ask((owner == NOBODY).all(), False) for owner in owners]
@@ -545,7 +623,7 @@ class _Outputs:
             if not ask(_agree(total, union) & _agree(one.row, union)):
                 return None
             total, order = union, _Order(union, self._num_data)
-        return _Rows(tuple(dims), total, order)
+        return _Rows(tuple(dims), total, order, self._as_given)
 
 
 def _along(owner: Tensor, dim: int, num_data: int) -> _Along:
@@ -600,8 +678,13 @@ class _Order:
 
 def _fits(run: Run, kept: KeptLayout, rows: _Rows | None) -> bool:
     return rows is not None and all(
-        place is None or place.fits(call.output.shape[:-1], len(rows.owner))
-        for call, place in zip(run.calls, kept.places, strict=True)
+        [
+            *rows.as_given,
+            *(
+                place is None or place.fits(call.output.shape[:-1], len(rows.owner))
+                for call, place in zip(run.calls, kept.places, strict=True)
+            ),
+        ]
     )
 
 
@@ -644,7 +727,7 @@ def _layouts(
                 inner, Layout(len(rows.owner), inner, *index)
             )
     if kept is None and rows is not None and run.network is not None:
-        learnt = _learnt(run, fitting)
+        learnt = _learnt(run, fitting, rows)
         if learnt is not None:
             run.network.layouts[run.form] = KeptLayout(rows.dims, learnt)
     return layouts
@@ -667,7 +750,7 @@ def _places(owner: Tensor, row_owner: Tensor) -> list[tuple[Place, Answer]]:
 
 
 def _learnt(
-    run: Run, choices: Mapping[Call, Sequence[Place]]
+    run: Run, choices: Mapping[Call, Sequence[Place]], rows: _Rows
 ) -> tuple[Place | None, ...] | None:
     """What of it holds for other batches, None if there is nothing.
 
@@ -676,8 +759,8 @@ def _learnt(
     """
     one = {c.output.shape: p[0] for c, p in choices.items() if len(p) == 1}
     flat = all(call.output.ndim == 2 for call in run.calls)
-    fixed = not flat or not _any_node(run.outputs, _routes)
-    if _any_node(run.outputs, _reorders):
+    fixed = not flat or not any(map(_routes, run.operations))
+    if not all(rows.as_given) or _reorders(run.operations, len(rows.owner)):
         return None
     learnt: list[Place | None] = []
     for call, places in choices.items():
@@ -693,32 +776,44 @@ def _learnt(
     return tuple(learnt)
 
 
-def _routes(node: Any) -> bool:
+def _routes(operation: Any) -> bool:
     """Whether an operation may choose rows by the data's values."""
-    chooses = any(word in node.name() for word in _CHOOSING)
-    return chooses or isinstance(node, BackwardCFunction)
+    chooses = any(word in operation.name() for word in _CHOOSING)
+    return chooses or isinstance(operation, BackwardCFunction)
 
 
-def _reorders(node: Any) -> bool:
-    """Whether an operation may put rows into another order, as x[order] does.
+def _reorders(operations: Mapping[Any, None], num_rows: int) -> bool:
+    """Whether some may put rows into another order, as x[order] does.
 
     Two indices at once, x[rows, last], pick a token of each row, as pooling does.
     """
-    if node.name().startswith("IndexBackward"):
-        return sum(index is not None for index in node._saved_indices) == 1
-    return any(word in node.name() for word in _REORDERING)
-
-
-def _any_node(outputs: Sequence[Tensor], holds: Callable[[Any], bool]) -> bool:
-    """Whether something holds of a node of the outputs' graph."""
-    seen = set()
-    stack: list[Any] = [x.grad_fn for x in outputs]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if holds(node):
+    for operation in operations:
+        name = operation.name()
+        if name.startswith("IndexBackward"):
+            if sum(index is not None for index in operation._saved_indices) == 1:
+                return True
+        elif any(word in name for word in _REORDERING):
             return True
-        stack += [following for following, _ in node.next_functions]
+        elif name.startswith(_CUTTING):
+            dims, sizes = _cut(operation)
+            if any(d % len(sizes) == 0 or sizes[d] == num_rows for d in dims):
+                return True
+        elif name in _PRODUCTS:
+            # A matrix on the left of rows, as one that sorts or pools them.
+            right, _ = operation.next_functions[_PRODUCTS[name]]
+            shape = operation._input_metadata[0].shape
+            if right in operations and (len(shape) == 2 or shape[0] % num_rows):
+                return True
     return False
+
+
+def _cut(operation: Any) -> tuple[list[int], Sequence[int]]:
+    """Along which dims an operation goes, and the sizes of the tensor that has them."""
+    sizes = getattr(operation, "_saved_self_sym_sizes", None)
+    if sizes is None:
+        sizes = list(operation._input_metadata[0].shape)
+        if operation.name().startswith("Unbind"):
+            sizes.insert(0, len(operation._input_metadata))
+    dims = getattr(operation, "_saved_dims", None) or [operation._saved_dim]
+    # Negative ones are kept as what is left of 2^64.
+    return [d - 2**64 if d >= 2**63 else d for d in dims], sizes

@@ -5,6 +5,7 @@ nothing to group; and the dense Fisher that of Jacobians datum by datum.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pyro
@@ -354,6 +355,62 @@ def test_positions_of_several_data_are_refused(several: int) -> None:
         find_layouts([Run(calls=[call])], terms)
 
 
+def shares(kind: str, pairs: Tensor, num_data: int) -> Tensor:
+    """Of each datum in each of some groups, (groups, B)."""
+    first, second = torch.eye(num_data)[pairs].unbind(1)
+    return {
+        "equal": first + second,
+        "opposite": first - second,
+        "doubled": first + 2 * second,
+        "less one": first - 2 * second,
+        "small": first + 0.05 * second,
+        "all up to one": torch.ones(num_data, num_data).tril()[1:],
+        "from the mean": torch.eye(num_data) - 1 / num_data,
+    }[kind]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "equal",
+        "opposite",
+        "doubled",
+        "less one",
+        "small",
+        "all up to one",
+        "from the mean",
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_data", [2, 32, 45])
+def test_shared_positions_belong_to_nobody(
+    num_data: int, dtype: torch.dtype, kind: str
+) -> None:
+    """Whoever shares them, in whatever shares: they are seen to be several data's."""
+    share = shares(kind, torch.combinations(torch.arange(num_data)), num_data)
+    x = torch.randn(len(share), 3).to(dtype).requires_grad_()
+    wide = x.double() if dtype == torch.float64 else x.float()
+    terms = (wide.sin().sum(-1) @ share.to(wide))[None]
+    call = Call("p", "site", x.detach(), x, (0, 0))
+    number = len(share)
+    with pytest.raises(ValueError, match=f"at {number} of its {number} positions"):
+        find_layouts([Run(calls=[call])], terms)
+
+
+def test_raters_of_one_text_need_a_row_each() -> None:
+    case = Case("plain")
+    pair = torch.arange(NUM_DATA).repeat_interleave(2)
+
+    def shared(x: Tensor, labels: Tensor) -> None:
+        logits = case.lora()(x).repeat_interleave(2, 0)
+        with pyro.plate("data", 2 * NUM_DATA, subsample=logits):
+            pyro.sample("y", dist.Categorical(logits=logits), obs=labels)
+
+    batch = {"x": case.data["x"], "labels": case.data["labels"][pair]}
+    with pytest.raises(ValueError, match=r"several data.*a row of its own"):
+        fit(case.lora, shared, [batch])
+
+
 @pytest.mark.parametrize("name", ["plain", "time-major", "pairs, joined", "routed"])
 def test_values_that_are_nan_are_named(name: str) -> None:
     case = Case(name)
@@ -399,8 +456,8 @@ class Backward:
 def test_a_network_is_looked_at_once(name: str) -> None:
     case = Case(name)
     backward = Backward(case.lora.network.first)
-    # The gradients of all terms as they are, and times powers of two.
-    assert backward.during(lambda: case.fit(4, 3)) == 2 + 2
+    # The gradients of all terms as they are, times powers of two and over them.
+    assert backward.during(lambda: case.fit(4, 3)) == 2 + 3
     assert backward.during(lambda: case.fit(2, 2, 3)) == 3
     case.data |= {"x": tokens(NUM_DATA, 6), "z": tokens(NUM_DATA, 6)}
     posterior = case.fit(4, 3)
@@ -418,7 +475,7 @@ def test_many_data_take_a_few_passes_more(num_data: int) -> None:
     def look() -> None:
         found.append(fit(case.lora, case.model, [case.data]))
 
-    plain_and_powers = 3 if num_data <= 32**2 else 4
+    plain_and_powers = 5 if num_data <= 32**2 else 7
     assert backward.during(look) == 1 + plain_and_powers
     assert backward.during(look) == 1
     assert_same(fisher(found[0]), fisher(found[1]))
@@ -431,7 +488,102 @@ def test_what_may_change_is_looked_at_in_each_batch(name: str, layer: str) -> No
     case = Case(name)
     backward = Backward(getattr(case.lora.network, layer))
     for _ in range(2):
-        assert backward.during(lambda: case.fit(4, 3)) == 3 * 2
+        assert backward.during(lambda: case.fit(4, 3)) == 4 * 2
+
+
+def in_place(y: Tensor, at: Tensor) -> Tensor:
+    out = torch.zeros_like(y)
+    for row, i in enumerate(at.tolist()):
+        out[row] = y[i]
+    return out
+
+
+PUT_BACK: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "by places": lambda y, at: y[at].mean(1),
+    "stacked": lambda y, at: torch.stack([y[i] for i in at.tolist()]).mean(1),
+    "joined": lambda y, at: torch.cat([y[i : i + 1] for i in at.tolist()]).mean(1),
+    "written": lambda y, at: in_place(y, at).mean(1),
+    "by a matrix": lambda y, at: torch.eye(len(y)).to(y)[at] @ y.mean(1),
+    "by a batch of matrices": lambda y, at: torch.einsum(
+        "rs,std->rd", torch.eye(len(y)).to(y)[at], y
+    ),
+    "if need be": lambda y, at: (y if (at.diff() > 0).all() else y[at]).mean(1),
+    "with their last token": lambda y, at: y[at, torch.full_like(at, -1)],
+}
+
+
+class SortedInside(Layers):
+    def __init__(self, put_back: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.put_back = put_back
+
+    def forward(self, x: Tensor) -> Tensor:
+        order = x[:, 0, 0].argsort()
+        out: Tensor = self.head(self.put_back(self.mixed(x[order]), order.argsort()))
+        return out
+
+
+@pytest.mark.parametrize("way", PUT_BACK)
+def test_an_order_that_was_none_in_one_batch_is_one_in_another(
+    way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = partial(SortedInside, PUT_BACK[way])
+    monkeypatch.setitem(NETWORKS, "sorted and put back", (build, plain))
+    case = Case("sorted and put back")
+    case.data["x"][:, 0, 0] = torch.tensor([1, 2, 3, 3, 1, 2, 5])
+    expected = summary(case.fit(*[1] * NUM_DATA))
+    for _ in range(2):
+        assert_same(summary(case.fit(3, 3, 1)), expected)
+
+
+class Packed(Layers):
+    """Tokens of all rows after one another, as many of each as its first says."""
+
+    def __init__(self, pool: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.pool = pool
+
+    def forward(self, x: Tensor) -> Tensor:
+        lengths = x[:, 0, 0].long()
+        packed = x[torch.arange(x.shape[1]) < lengths[:, None]]
+        out: Tensor = self.head(self.pool(self.first(packed).tanh(), lengths))
+        return out
+
+
+def pooled_by_a_matrix(h: Tensor, lengths: Tensor) -> Tensor:
+    row = torch.arange(len(lengths)).repeat_interleave(lengths)
+    return (torch.arange(len(lengths))[:, None] == row).to(h) @ h
+
+
+POOLS = {
+    "cut": lambda h, n: torch.stack([x.sum(0) for x in h.split(n.tolist())]),
+    "by a matrix": pooled_by_a_matrix,
+    "added": lambda h, n: h.new_zeros(len(n), h.shape[1]).index_add(
+        0, torch.arange(len(n)).repeat_interleave(n), h
+    ),
+}
+
+
+class TwoLayers(Packed):
+    """Its second layer is left out."""
+
+    def __init__(self, pool: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__(pool)
+        self.head = nn.Linear(5, 2)
+        del self.second
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_rows_that_were_of_one_length_are_of_several(
+    pool: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = partial(TwoLayers, POOLS[pool])
+    monkeypatch.setitem(NETWORKS, "packed", (build, plain))
+    case = Case("packed")
+    case.data["x"][:, 0, 0] = torch.tensor([2, 2, 2, 1, 3, 2, 4])
+    expected = summary(case.fit(*[1] * NUM_DATA))
+    for _ in range(2):
+        assert_same(summary(case.fit(3, 3, 1)), expected)
 
 
 def test_a_network_that_mixes_the_data_of_a_batch_is_refused() -> None:
