@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.quasirandom import SobolEngine
 
+from pyro_lora.ground.autocast import OutsideAutocast
 from pyro_lora.ground.interrupts import unvalidated
 from pyro_lora.ground.memory import constant
 from pyro_lora.ground.summary import FieldsShown
@@ -34,7 +35,7 @@ _WIDE = 1.5  # sd from which the integral doesn't run over the noise
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class GaussianLogits(FieldsShown):
+class GaussianLogits(OutsideAutocast, FieldsShown):
     r"""A Gaussian over the logits of each datum (their mean over classes removed).
 
     :math:`N(f(x, \hat w), J P^{-1} J^T)`, the network linearised at the mode (Immer et
@@ -208,7 +209,7 @@ def mixture_log_prob(log_prob: Tensor, weights: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class JointGaussianLogits(FieldsShown):
+class JointGaussianLogits(OutsideAutocast, FieldsShown):
     """One Gaussian over the logits of all data of a batch.
 
     Attributes:

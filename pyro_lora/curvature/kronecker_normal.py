@@ -16,10 +16,10 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_lora.ground.autocast import outside_autocast
+from pyro_lora.ground.autocast import OutsideAutocast
 
 
-class KroneckerNormal(TorchDistribution):
+class KroneckerNormal(OutsideAutocast, TorchDistribution):
     r"""Normal over (O, I) matrices with precision diagonal in :math:`U_G \otimes U_A`.
 
     :math:`W = M + U_G (Z / \sqrt{\Lambda}) U_A^T` with Z standard normal. With
@@ -147,24 +147,21 @@ class KroneckerNormal(TorchDistribution):
         return self.event_shape.numel() - self.precision.shape[-2:].numel()
 
     def _from_squares(self, value: Tensor) -> Tensor:
-        with outside_autocast():
-            if self.rows is not None:
-                value = self.rows.square() @ value
-            return value if self.columns is None else value @ self.columns.square().mT
+        if self.rows is not None:
+            value = self.rows.square() @ value
+        return value if self.columns is None else value @ self.columns.square().mT
 
     def to_basis(self, value: Tensor) -> Tensor:
         """:math:`U_G^T V U_A`, (..., O, I), or (..., j, k)."""
-        with outside_autocast():
-            if self.rows is not None:
-                value = left_product(self.rows.to(value).mT, value)
-            return value if self.columns is None else value @ self.columns.to(value)
+        if self.rows is not None:
+            value = left_product(self.rows.to(value).mT, value)
+        return value if self.columns is None else value @ self.columns.to(value)
 
     def from_basis(self, value: Tensor) -> Tensor:
         """:math:`U_G V U_A^T`, (..., O, I)."""
-        with outside_autocast():
-            if self.rows is not None:
-                value = left_product(self.rows.to(value), value)
-            return value if self.columns is None else value @ self.columns.to(value).mT
+        if self.rows is not None:
+            value = left_product(self.rows.to(value), value)
+        return value if self.columns is None else value @ self.columns.to(value).mT
 
 
 def left_product(matrix: Tensor, values: Tensor) -> Tensor:

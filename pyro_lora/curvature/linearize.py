@@ -35,7 +35,7 @@ from pyro_lora.curvature.capture import (
 from pyro_lora.curvature.gaussian_logits import GaussianLogits, JointGaussianLogits
 from pyro_lora.curvature.weight_gaussian import WeightGaussian
 from pyro_lora.ground.accumulation import at_least_float32
-from pyro_lora.ground.autocast import outside_autocast
+from pyro_lora.ground.autocast import OutsideAutocast, outside_autocast
 from pyro_lora.ground.synchronisation import ask
 from pyro_lora.ground.weights import Weights
 from pyro_lora.lifting.lifted_network import LiftedNetwork
@@ -190,7 +190,7 @@ class LinearizedNetwork:
 
 
 @dataclass(frozen=True, eq=False)
-class LinearizedBatch:
+class LinearizedBatch(OutsideAutocast):
     """A batch's contrasts at the mode, and what their Jacobian is made of.
 
     Attributes:
@@ -237,7 +237,6 @@ class LinearizedBatch:
         for site, j in jacobians(self.captures):
             yield site, j.reshape(-1, num_contrasts, *j.shape[2:])
 
-    @outside_autocast()
     def logits(
         self,
         gaussian: WeightGaussian,
@@ -275,7 +274,6 @@ class LinearizedBatch:
             for covariance in covariances
         ]
 
-    @outside_autocast()
     def joint_logits(self, gaussian: WeightGaussian) -> JointGaussianLogits:
         """One Gaussian over the logits of all data together.
 

@@ -9,11 +9,12 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from pyro_lora.ground.autocast import OutsideAutocast
 from pyro_lora.ground.summary import Summarised, extent, weights_facts
 from pyro_lora.ground.weights import Weights
 
 
-class WeightGaussian(Summarised):
+class WeightGaussian(OutsideAutocast, Summarised):
     r"""Gaussian over all sites, precision :math:`P = F + \mathrm{diag}(\tau)`.
 
     F is the Fisher information of the full data set in nats, :math:`\tau` the prior

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pyro_lora.ground.autocast import outside_autocast
 from pyro_lora.ground.interrupts import leaving_no_trace
 from pyro_lora.ground.progress import progress
 from pyro_lora.ground.ranks import ranks_of, sharing_data
@@ -173,6 +174,7 @@ def effective_num_predictions(
     return float(effective_number(total / num_data))
 
 
+@outside_autocast()
 def _affinity_of_classes(log_probs: Tensor) -> Tensor:
     roots = (log_probs / 2).exp()
     return torch.einsum("kbec,jbec->kjbe", roots, roots)

@@ -36,6 +36,7 @@ from pyro_lora.curvature.linearize import (
 )
 from pyro_lora.curvature.prior_moments import model_scales
 from pyro_lora.diagnose.diagnosis import LeftOut
+from pyro_lora.ground.autocast import OutsideAutocast
 from pyro_lora.ground.ranks import ALONE, Ranks, draw_ranks_of
 from pyro_lora.ground.settings import check_gradients
 from pyro_lora.ground.weights import Weights
@@ -273,7 +274,7 @@ class LogJoint:
 
 
 @dataclass(frozen=True, eq=False)
-class WeightSets:
+class WeightSets(OutsideAutocast):
     """The mode, points near it in a few directions, whole draws: S = 1 + P + W sets.
 
     Attributes:
@@ -296,12 +297,14 @@ class WeightSets:
     def near(self, at_once: int = DRAWS_AT_ONCE) -> Iterator[Weights]:
         """The mode and the points in order, some at a time."""
         yield {site: x[None] for site, x in self.mode.items()}
-        for z in self.coordinates.split(at_once):  # w = w_0 + sum_q z_q step_q
-            weights = {s: x.expand(len(z), *x.shape) for s, x in self.mode.items()}
-            for site, step in self.steps.items():
-                moved = torch.tensordot(z.to(step), step, 1)
-                weights[site] = weights[site] + moved
-            yield weights
+        yield from map(self._at, self.coordinates.split(at_once))
+
+    def _at(self, z: Tensor) -> Weights:
+        # w = w_0 + sum_q z_q step_q
+        weights = {s: x.expand(len(z), *x.shape) for s, x in self.mode.items()}
+        for site, step in self.steps.items():
+            weights[site] = weights[site] + torch.tensordot(z.to(step), step, 1)
+        return weights
 
     def chunks(self, ranks: Ranks) -> Iterator[Weights]:
         """All of them in order, as many at a time as go through the network at once.

@@ -123,8 +123,13 @@ class Gathering:
         self._checks = [check for check in self._checks if check[1] is not error]
 
 
+class NeedsAllRanksError(Exception):
+    """What is run once more can't be run by one rank alone: no failure of its own."""
+
+
 class _Present(threading.local):
     gathering: Gathering | None = None
+    is_again: bool = False  # whether something is run once more, to say what is wrong
     kept: list[float] | None = None  # every answer, for a run of the same form
     given: Iterator[float] | None = None  # in place of all that would be read
 
@@ -191,6 +196,33 @@ def without_reading(answers: Sequence[float] = ()) -> Iterator[None]:
     with undone(partial(setattr, _PRESENT, "given", _PRESENT.given)):
         _PRESENT.given = iter(answers)
         yield
+
+
+@contextmanager
+def once_more() -> Iterator[None]:
+    """A block that runs something again to say what is wrong, on this rank alone.
+
+    Raises:
+        NeedsAllRanksError: If it comes to what needs the others, who are elsewhere.
+    """
+    with undone(partial(setattr, _PRESENT, "is_again", _PRESENT.is_again)):
+        _PRESENT.is_again = True
+        yield
+
+
+def before_all_ranks() -> None:
+    """Say that something comes for which all ranks are needed.
+
+    From here on distributions are validated as ever, since what has been here can't be
+    run once more to say what is wrong.
+
+    Raises:
+        NeedsAllRanksError: If it is being run once more.
+    """
+    if _PRESENT.is_again:
+        raise NeedsAllRanksError("Run by all ranks, or not at all.")
+    if _PRESENT.gathering is not None:
+        _PRESENT.gathering.invalid = None
 
 
 def values_are_known() -> bool:
@@ -261,8 +293,9 @@ def validated(run: Callable[[], T]) -> T:
         here.forget(invalid)
         if is_agreed(error):  # to run again, a rank needs the others
             raise
-        with _instead(None):
+        with _instead(None), once_more(), suppress(NeedsAllRanksError):
             return run()
+        raise
 
 
 def _taken_for_true(valid: Tensor) -> Any:
@@ -274,7 +307,8 @@ def _taken_for_true(valid: Tensor) -> Any:
 
 
 def _invalid(again: Callable[[], object]) -> Exception:
-    again()  # which raises, if it does the same as before
+    with once_more(), suppress(NeedsAllRanksError):
+        again()  # which raises, if it does the same as before
     return ValueError(
         "A distribution's parameters, or a value, aren't what it allows, though they "
         "were when the model ran once more. Give the model the same each time."

@@ -43,7 +43,7 @@ from pyro_lora.lifting.folding import (
 )
 from pyro_lora.lifting.sites import LiftedParameter
 from pyro_lora.lifting.slots import Fold, LinearSlot, NotFoldable, swapped
-from pyro_lora.lifting.split_layers import check_alike, meet
+from pyro_lora.lifting.split_layers import check_alike, meet, meet_before_backward
 from pyro_lora.lifting.text_trunk import TextTrunk, check_caches
 from pyro_lora.lifting.trunk import Call, Trunk
 
@@ -86,7 +86,10 @@ class BoundNetwork:
         host.check_names(kwargs.keys())
         fills = kwargs.get("use_cache") or _caches_in([*args, *kwargs.values()])
         trunk = self._text_trunk() if fills else host.trunk
-        return self._run(host.network, args, kwargs, trunk, ())
+        output = self._run(host.network, args, kwargs, trunk, ())
+        if host.is_split and not torch.compiler.is_compiling():
+            meet_before_backward(host.network, tensors_in(output))
+        return output
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The network's ``generate`` under every particle at once: ``(*lead, B, T)``.
@@ -155,7 +158,7 @@ class BoundNetwork:
         if host.is_tensor_parallel and not torch.compiler.is_compiling():
             weights = {p.name: value for p, value in self._values.items()}
             check_alike(host.network, weights, {**dict(enumerate(args)), **kwargs})
-        if not lead:
+        if not lead and not host.is_split:  # split, it has no nodes of its own
             return self._one(function, args, kwargs, 0, trunk)
         num_particles = lead.numel()
         if num_particles > 1:  # what particles would share or mix is refused

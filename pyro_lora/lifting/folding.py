@@ -132,7 +132,8 @@ def stack_outputs(outputs: list[Any], name: str, lead: torch.Size) -> Any:
                 "which differ between particles. Bind one particle at a time."
             )
         lead = batch_lead(lead) if first.ndim else lead
-        return torch.stack(outputs).reshape(*lead, *first.shape)
+        stack = torch.stack(outputs) if len(outputs) > 1 else first[None]
+        return stack.reshape(*lead, *first.shape)
     if isinstance(first, Mapping):
         return type(first)(
             **{k: stack_outputs([out[k] for out in outputs], k, lead) for k in first}

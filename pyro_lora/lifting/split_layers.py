@@ -1,19 +1,22 @@
 """Networks whose layers are split over processes, which run each pass together.
 
-With FSDP2 a layer's weights are gathered for each of its calls; with tensor parallelism
-each process computes a part of its output. A process that ran the network once more
-than another would wait for it; one that ran it on other data would, with tensor
-parallelism, add parts of different outputs.
+With FSDP2 a layer's weights are gathered for each of its calls, and for each backward
+pass; with tensor parallelism each process computes a part of its output. A process that
+ran the network once more than another would wait for it; one that ran it on other data
+would, with tensor parallelism, add parts of different outputs. So all meet before each
+pass, where an error of one becomes that of all. None runs the network once more to find
+out what is wrong, nor may it fail inside of a pass: the others are in it, too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from pyro_lora.ground.ranks import Ranks, agreed, all_ranks
+from pyro_lora.ground.synchronisation import before_all_ranks
 
 
 def is_split(parameter: Any) -> bool:
@@ -44,14 +47,31 @@ def is_tensor_parallel(name: str, modules: Mapping[str, nn.Module]) -> bool:
     return not any(isinstance(module, FSDPModule) for module in above)
 
 
-def meet(network: nn.Module) -> None:
+def meet(network: nn.Module, what: str = "a pass") -> None:
     """Wait for the processes that have other parts of a network, before a pass of it.
 
+    Args:
+        network: The network.
+        what: The pass, in words.
+
     Raises:
-        agreed: A ValueError, if one of them is elsewhere.
+        agreed: A ValueError, if one of them is elsewhere, or its error.
     """
+    before_all_ranks()
     ranks = _ranks_of(network)
-    ranks.meet("a pass of a network that is split over them, as many for each")
+    ranks.meet(f"{what} of a network that is split over them, as many for each")
+
+
+def meet_before_backward(network: nn.Module, outputs: Iterable[Tensor]) -> None:
+    """Let them meet before gradients flow into the network, too.
+
+    Args:
+        network: The network.
+        outputs: Functions of what it gave: hooks of its own outputs come after FSDP's.
+    """
+    for x in outputs:
+        if x.grad_fn is not None:
+            x.grad_fn.register_prehook(lambda _: meet(network, "a backward pass"))
 
 
 def check_alike(

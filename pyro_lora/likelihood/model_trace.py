@@ -18,7 +18,7 @@ from torch import distributions as td
 from pyro_lora.ground.interrupts import leaving_no_trace, undone, unvalidated
 from pyro_lora.ground.ranks import is_agreed
 from pyro_lora.ground.settings import check_function
-from pyro_lora.ground.synchronisation import validated
+from pyro_lora.ground.synchronisation import NeedsAllRanksError, once_more, validated
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.likelihood.batch import (
     Batch,
@@ -446,9 +446,10 @@ def _nan_likelihoods(
 ) -> list[str]:
     """Observed sites whose distribution has NaN parameters, if nothing else fails."""
     try:
-        with unvalidated():  # or the model would fail again, before there is a trace
+        # Validated, the model would fail again, before there is a trace.
+        with unvalidated(), once_more():
             trace = trace_at(model, weights, batch)
-    except ValueError:
+    except (ValueError, NeedsAllRanksError):
         return []
     names = []
     for name, site in trace.nodes.items():

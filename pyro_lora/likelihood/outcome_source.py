@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -22,7 +23,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from pyro_lora.ground.interrupts import eagerly
-from pyro_lora.ground.synchronisation import Answer, ask, require
+from pyro_lora.ground.synchronisation import (
+    Answer,
+    NeedsAllRanksError,
+    ask,
+    once_more,
+    require,
+)
 from pyro_lora.lifting.folding import is_setting
 from pyro_lora.likelihood import likelihoods
 from pyro_lora.likelihood.batch import Batch, PlacedBatch, checked_batch
@@ -296,8 +303,8 @@ class GivenLabels:
         counts: Tensor | None = None
         if self.may_not_count or self.source.may_branch(batch) or looked.are_wrong:
             wrong = _are_none(labels, num_classes)
-            counts, wrong = self._counted(batch, labels, wrong)
-            site = self.source.site(batch)
+            site, is_own = self._site(batch)
+            counts, wrong = self._counted(site if is_own else None, labels, wrong)
             name = " and ".join(self.source.arguments(batch)) or "outcomes"
             fn = single_outcomes(site["fn"]).fn
             error = partial(_impossible, index, site["name"], name, fn, labels, wrong)
@@ -331,12 +338,24 @@ class GivenLabels:
         are_none = ask(_are_none(labels, num_classes).any(), usual=False)
         return _Looked(batch, labels, are_none)
 
+    def _site(self, batch: Batch) -> tuple[dict[str, Any], bool]:
+        """The likelihood's site, and whether it's this batch's own.
+
+        For wrong labels, which others needn't have, it is that of a batch like this
+        one, where all ranks would have to run the model again.
+        """
+        if self.may_not_count or self.source.may_branch(batch):
+            return self.source.site(batch), True
+        with once_more(), suppress(NeedsAllRanksError):
+            return self.source.site(batch), True
+        trace = self.source.trace_of(batch)
+        return likelihood_site(trace, self.source.obs_site, self.source.latents), False
+
     def _counted(
-        self, batch: Batch, labels: Tensor, wrong: Tensor
+        self, site: dict[str, Any] | None, labels: Tensor, wrong: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Which outcomes count; and which labels that do are wrong, of their shape."""
-        site = self.source.site(batch)
-        if not site["is_observed"]:
+        if site is None or not site["is_observed"]:
             return torch.ones_like(labels, dtype=torch.bool), wrong
         counts = outcomes_that_count(site).to(labels.device)
         value: Tensor = site["value"]

@@ -14,6 +14,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
+from pyro_lora.ground.ranks import is_agreed
 from pyro_lora.ground.synchronisation import ask
 from pyro_lora.ground.weights import Weights, drawing_nothing
 from pyro_lora.likelihood.model_trace import Model, lifted_networks
@@ -49,6 +50,7 @@ def check_stack(
 
     Raises:
         ValueError: Naming the site, if it isn't right.
+        RuntimeError: Another rank's.
     """
     values = {name: values_to_score(trace.nodes[name]) for name in sites}
     if not values or _is_seen(model):
@@ -73,7 +75,9 @@ def check_stack(
             sets = [*(moved() for _ in range(number - 1)), one]
             stack = {site: torch.stack([w[site] for w in sets]) for site in one}
             together = _log_densities(run_stack(stack), values)
-        except (RuntimeError, ValueError):
+        except (RuntimeError, ValueError) as error:
+            if is_agreed(error):
+                raise
             return  # of shapes that don't fit, as whoever runs it will say
         for name, expected in alone.items():
             if together[name].numel() != number * expected.numel():

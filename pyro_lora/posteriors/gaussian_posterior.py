@@ -22,6 +22,7 @@ from torch import Tensor
 from torch import distributions as td
 
 from pyro_lora.curvature.joint_distribution import sample_jointly
+from pyro_lora.ground.autocast import OutsideAutocast
 from pyro_lora.ground.settings import check_count, check_function
 from pyro_lora.ground.summary import brief, extent, weights_facts
 from pyro_lora.ground.weights import Weights, check_sites, handing_out_copies, itself
@@ -36,7 +37,7 @@ from pyro_lora.priors import Prior
 
 @handing_out_copies("loc", "scale", "rows", "deviations")
 @dataclass(frozen=True, eq=False, repr=False)
-class GaussianPosterior(marginals.ByMarginals, Shared):
+class GaussianPosterior(OutsideAutocast, marginals.ByMarginals, Shared):
     r"""A Gaussian over some sites, the others points. A Pyro guide.
 
     It is about the network itself, not a linearised one, and so predicted from by

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pyro_lora.curvature.joint_distribution import sample_jointly
+from pyro_lora.ground.autocast import outside_autocast
 from pyro_lora.ground.settings import check_count, check_kind
 from pyro_lora.ground.summary import brief, extent, listed, weights_facts
 from pyro_lora.ground.weights import Weights
@@ -261,6 +262,7 @@ class MixturePosterior(marginals.ByMarginals, Shared):
     def _moments(self) -> list[tuple[Weights, Weights]]:
         return [_moments(component) for component in self.components]
 
+    @outside_autocast()
     def _averaged(self, values: Sequence[Weights]) -> Weights:
         return {
             site: torch.tensordot(

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pyro_lora.curvature.joint_distribution import WeightDistribution, sample_jointly
 from pyro_lora.ground.progress import Counted, progress
-from pyro_lora.ground.ranks import ALONE, Ranks
+from pyro_lora.ground.ranks import ALONE, Ranks, is_agreed
 from pyro_lora.ground.settings import check_count
 from pyro_lora.ground.summary import brief, weights_facts
 from pyro_lora.ground.warning import warn
@@ -400,6 +400,10 @@ class LossOfDraws:
 
         It takes several if it says the same of a stack as of each of them, such as
         ``logits[..., 0]`` does and ``logits[:, 0]`` doesn't.
+
+        Raises:
+            RuntimeError: Another rank's.
+            ValueError: Another rank's.
         """
         batch = next(iter(self.batches))
         trace, sites = self._run({s: x[0] for s, x in self.one.items()}, batch, 0)
@@ -419,8 +423,10 @@ class LossOfDraws:
         stack = {site: dims.stacked(several[site]) for site, dims in places.items()}
         try:
             together = self._log_likelihood(stack, batch)
-        except (RuntimeError, ValueError):  # shapes, as each of them alone has run
-            return None
+        except (RuntimeError, ValueError) as error:
+            if is_agreed(error):
+                raise
+            return None  # shapes, as each of them alone has run
         return places if math.isclose(sum(each), together, rel_tol=_SAME) else None
 
     def _log_likelihood(self, weights: Weights, batch: Batch) -> float:

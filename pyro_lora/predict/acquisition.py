@@ -23,6 +23,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from pyro_lora.ground.autocast import outside_autocast
 from pyro_lora.ground.interrupts import leaving_no_trace
 from pyro_lora.ground.progress import progress
 from pyro_lora.ground.settings import check_count, check_word
@@ -161,6 +162,7 @@ def _batch_bald(
     )
 
 
+@outside_autocast()
 def _expected_entropy(weights: Tensor, share: Tensor, p: Tensor) -> Tensor:
     """Entropy of each datum's label given a configuration, averaged over those, (N,).
 

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_lora.ground.autocast import OutsideAutocast
 from pyro_lora.ground.summary import Summarised
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 
@@ -37,7 +38,7 @@ _RMSE = 0.1  # of the mode's, by which that must be ahead
 _NUM_ERRORS = 3.0  # standard errors of the mean over the data
 
 
-class AnyPrediction(Summarised):
+class AnyPrediction(OutsideAutocast, Summarised):
     """N data's predictions of one kind, frozen: every function of it makes a new one.
 
     ``len(prediction)`` is N. ``prediction[10:20]``, an index tensor or list, and a mask

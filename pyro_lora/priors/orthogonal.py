@@ -9,6 +9,7 @@ import pyro
 import torch
 from torch import Tensor
 
+from pyro_lora.ground.autocast import outside_autocast
 from pyro_lora.ground.settings import check_positive
 from pyro_lora.ground.summary import FieldsShown
 from pyro_lora.lifting.prior import Network, Prior, check_prior
@@ -66,6 +67,7 @@ class orthogonal(FieldsShown):
         return weights
 
 
+@outside_autocast()
 def orthogonality_penalty(
     sites: Mapping[str, tuple[str, ...]], weights: Mapping[str, Tensor]
 ) -> Tensor:

@@ -24,6 +24,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions.transforms import ReshapeTransform
 
+from pyro_lora.ground.autocast import OutsideAutocast
 from pyro_lora.ground.settings import check_fitted, check_function, check_positive
 from pyro_lora.ground.summary import FieldsShown
 from pyro_lora.ground.warning import warn
@@ -365,7 +366,7 @@ def _dense(gaussian: DenseNormal) -> Component:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class _Dense(FieldsShown):
+class _Dense(OutsideAutocast, FieldsShown):
     """A normal with one covariance matrix over all sites."""
 
     loc: Weights

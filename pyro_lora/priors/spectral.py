@@ -10,6 +10,7 @@ import pyro
 import torch
 from torch import Tensor
 
+from pyro_lora.ground.autocast import outside_autocast
 from pyro_lora.ground.settings import check_function, check_positive
 from pyro_lora.ground.summary import FieldsShown
 from pyro_lora.lifting.prior import Network, Prior, check_prior
@@ -104,6 +105,7 @@ class spectral(FieldsShown):
         return weights
 
 
+@outside_autocast()
 def squared_frobenius_norm(b: Tensor, a: Tensor) -> Tensor:
     r""":math:`\|B A\|_F^2 = \mathrm{tr}(B^T B A A^T)`.
 
@@ -118,6 +120,7 @@ def squared_frobenius_norm(b: Tensor, a: Tensor) -> Tensor:
     return ((b.mT @ b) * (a @ a.mT)).sum((-2, -1))
 
 
+@outside_autocast()
 def singular_values(b: Tensor, a: Tensor) -> Tensor:
     r"""Singular values of B A, largest first, with exact first derivatives.
 

@@ -51,6 +51,20 @@ def lifted(num_labels: int = 3, **options: Any) -> tuple[pl.LiftedNetwork, Any]:
     return lora, classifier(lora, NUM_DATA)
 
 
+def sharded() -> tuple[pl.LiftedNetwork, Any]:
+    """Of a base that the ranks share out, whose passes need all of them."""
+    network = bert(3, num_layers=1, hidden_size=8)
+    trained = {p for p in network.parameters() if p.requires_grad}
+    if size() > 1:
+        mesh = init_device_mesh("cpu", (size(),))
+        layers = network.base_model.model.bert.encoder.layer
+        for module in (*layers, network):
+            fully_shard(module, mesh=mesh, ignored_params=trained)
+    torch.manual_seed(0)
+    lora = pl.lift(network)
+    return lora, classifier(lora, 8)
+
+
 def data(num_labels: int = 3, by: int = 2, number: int = NUM_DATA) -> list[Batch]:
     whole = batch(number, 6, num_labels=num_labels)
     return [
@@ -615,9 +629,9 @@ def two_dims(folder: Path) -> Any:
     }
 
 
-def broken(index: int) -> list[Batch]:
+def broken(index: int, number: int = NUM_DATA) -> list[Batch]:
     """Batches of which one has a label that is none, on the last rank alone."""
-    batches = data()
+    batches = data(number=number)
     if rank() == size() - 1:
         batches[index]["labels"] = batches[index]["labels"] + 9
     return batches
@@ -638,6 +652,31 @@ def broken_step(folder: Path) -> Any:
     lora, model = lifted()
     made = engine(lora, model, pl.kernels.RBF())
     made.run(broken(1), num_epochs=1, progress_bar=False)
+
+
+def broken_fit_of_split(folder: Path) -> Any:
+    lora, model = sharded()
+    return guide_of(lora, model).laplace_approximation(pl.share(broken(2, 8)))
+
+
+def broken_prediction_of_split(folder: Path, **options: Any) -> Any:
+    lora, model = sharded()
+    fitted = guide_of(lora, model).laplace_approximation(pl.share(data(number=8)))
+    return pl.predict(fitted, pl.share(broken(2, 8)), **options)
+
+
+def broken_tuning_of_split(folder: Path) -> Any:
+    lora, model = sharded()
+    fitted = guide_of(lora, model).laplace_approximation(pl.share(data(number=8)))
+    return fitted.optimize_prior(objective="nll", batches=pl.share(broken(2, 8)))
+
+
+def broken_step_of_split(folder: Path) -> Any:
+    lora, model = sharded()
+    mesh = init_device_mesh("cpu", (size(), 1), mesh_dim_names=DIMS)
+    made = engine(lora, model, pl.kernels.RBF(), 2, mesh=mesh)
+    batches = pl.share(broken(3, 8), mesh=mesh)
+    made.run(batches, num_epochs=1, progress_bar=False)
 
 
 def too_many_rows(folder: Path) -> Any:
@@ -880,10 +919,25 @@ SAME: dict[str, Callable[[Path], Any]] = {
     "shares, function": partial(svgd_on_shares, RBF(space="function")),
     "plan": plan,
 }
+OF_LABEL = r"Batch \d, site 'y'.* (9|10|11) is outside of the support of Cat"
 REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a broken batch of a fit": (broken_fit, r"Batch \d.*'y'"),
     "a broken batch of predict": (broken_prediction, r"Batch \d.*label"),
     "a broken batch of SVGD": (broken_step, r"^SVGD's batch 1 \(from 0\): (?!SVGD)"),
+    "a broken batch of a fit, a split base": (broken_fit_of_split, OF_LABEL),
+    "a broken batch of predict, a split base": (
+        broken_prediction_of_split,
+        OF_LABEL,
+    ),
+    "a broken batch of draws, a split base": (
+        partial(broken_prediction_of_split, method="sample", num_samples=2),
+        OF_LABEL,
+    ),
+    "a broken batch of tuning, a split base": (broken_tuning_of_split, OF_LABEL),
+    "a broken batch of SVGD, a split base": (
+        broken_step_of_split,
+        f"^SVGD's batch 1.*{OF_LABEL}",
+    ),
     "broken factors": (broken_factors, r"Site '.*', layer 0: the factor of its inp"),
     "too many rows": (too_many_rows, r"contrasts, here 10 or more, and takes 8"),
     "other weights": (other_weights, r"Site '.*': the weights of rank 1 are others"),

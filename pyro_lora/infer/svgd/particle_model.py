@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
@@ -36,7 +36,12 @@ from pyro_lora.ground.autocast import outside_autocast
 from pyro_lora.ground.interrupts import undone, unvalidated
 from pyro_lora.ground.ranks import ALONE, Ranks, is_agreed
 from pyro_lora.ground.settings import check_gradients
-from pyro_lora.ground.synchronisation import require, validated
+from pyro_lora.ground.synchronisation import (
+    NeedsAllRanksError,
+    once_more,
+    require,
+    validated,
+)
 from pyro_lora.ground.weights import Weights, check_weights
 from pyro_lora.lifting.initialization import check_number_of_starts, check_start
 from pyro_lora.lifting.lifted_network import LiftedNetwork
@@ -397,9 +402,10 @@ class ParticlePass:
                 raise
             # Pyro's validation of arguments and values says nothing of particles.
             again = replace(self, plates=dict(self.plates))
-            with torch.no_grad(), unvalidated():
-                _, log_density = again.trace(chunk)
-            check_finite(log_density, "log density", first)
+            with torch.no_grad(), unvalidated(), once_more():
+                with suppress(NeedsAllRanksError):
+                    _, log_density = again.trace(chunk)
+                    check_finite(log_density, "log density", first)
             raise
 
 
