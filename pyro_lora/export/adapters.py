@@ -17,6 +17,7 @@ from pyro_lora.ground.settings import check_count
 from pyro_lora.ground.tensor_folder import put
 from pyro_lora.ground.unfinished import aside
 from pyro_lora.lifting.lifted_network import LiftedNetwork
+from pyro_lora.lifting.sites import uncompiled
 from pyro_lora.likelihood.batch import Batch
 from pyro_lora.posteriors.dropout import has_dropout
 from pyro_lora.posteriors.guide_posterior import Guide
@@ -191,8 +192,9 @@ def export_adapters(
     Raises:
         ValueError: If the posterior is ``mc_dropout``'s, the folder holds draws already
             or anything else, or can't be replaced (a mount, the current folder), the
-            lifted network isn't one PEFT model, a lifted parameter isn't part of what
-            PEFT saves, or ``num_samples`` isn't positive.
+            lifted network isn't one PEFT model or its adapter is merged into the base,
+            a lifted parameter isn't part of what PEFT saves, or ``num_samples`` isn't
+            positive.
         OSError: If the disk is full, say; there is no draw then.
 
     Warns:
@@ -204,7 +206,6 @@ def export_adapters(
     posterior = as_posterior(posterior)
     lora, network, adapter = one_adapter(posterior, "export_adapters")
     _check_replaceable(folder)
-    _check_saved_by_peft(lora, network, adapter)
     posterior = served(posterior, batches, "export_adapters")
     # Under a prior that isn't centred, draws are of a site's noise, not of the site.
     draws = with_scaled_sites(posterior.prior, (lora,), posterior.sample(num_samples))
@@ -302,7 +303,8 @@ def one_adapter(
         caller: Who wants to write it, for the error.
 
     Raises:
-        ValueError: If there isn't one, or PEFT wouldn't save all that is lifted.
+        ValueError: If there isn't one, it's merged into the base, or PEFT wouldn't save
+            all that is lifted.
     """
     if has_dropout(posterior) or not posterior.networks:
         raise ValueError(
@@ -316,7 +318,8 @@ def one_adapter(
             "one, since an adapter belongs to one network."
         )
     (lora,) = posterior.networks
-    network = lora.network
+    lora.check_unmerged()
+    network = uncompiled(lora.network)
     if not isinstance(network, PeftModel):
         raise ValueError(
             f"The lifted network is a {type(network).__name__}; expected a PeftModel, "
@@ -341,11 +344,11 @@ def _check_saved_by_peft(lora: LiftedNetwork, network: PeftModel, adapter: str) 
         return  # saved as the prompt that comes of it
     # What PEFT saves are the parameters themselves, under shorter names.
     saved = {value.data_ptr() for value in _saved(network, adapter).values()}
-    for site, names in lora.sites.items():
-        for name in names:
-            if network.get_parameter(name).data_ptr() not in saved:
+    for site, members in lora.parameters.items():
+        for p in members:
+            if p.parameter.data_ptr() not in saved:
                 raise ValueError(
-                    f"Site {site!r}: PEFT doesn't save the parameter {name!r} with the "
-                    "adapter. Freeze it, or name its module in modules_to_save (for a "
-                    "bias: bias='lora_only' or 'all') of the LoraConfig."
+                    f"Site {site!r}: PEFT doesn't save the parameter {p.name!r} with "
+                    "the adapter. Freeze it, or name its module in modules_to_save "
+                    "(for a bias: bias='lora_only' or 'all') of the LoraConfig."
                 )

@@ -27,7 +27,7 @@ from pyro_lora.export.posterior_state import (
     restore,
     sites_of,
 )
-from pyro_lora.export.weight_variables import without_adapter_name
+from pyro_lora.export.weight_variables import bare_parameters
 from pyro_lora.ground.checked_tensors import CheckedTensors
 from pyro_lora.ground.interrupts import leaving_no_trace
 from pyro_lora.ground.settings import check_kind
@@ -50,6 +50,7 @@ from pyro_lora.lifting.fingerprint import (
 )
 from pyro_lora.lifting.lifted_network import LiftedNetwork, check_lora
 from pyro_lora.lifting.prior import NOISE
+from pyro_lora.lifting.sites import bare_names
 from pyro_lora.likelihood.model_trace import Model
 from pyro_lora.posteriors.guide_posterior import Guide
 from pyro_lora.posteriors.posterior import Posterior, as_posterior
@@ -207,12 +208,12 @@ def _layers(networks: Sequence[LiftedNetwork]) -> dict[str, Any]:
     parameters: dict[str, list[str]] = {}
     scalings: dict[str, float] = {}
     for lora in networks:
-        for site, names in lora.sites.items():
-            parameters[site] = [without_adapter_name(name) for name in names]
+        parameters |= bare_parameters(lora)
+        bare = bare_names(lora.network, lora.adapter)
         # s B A of ones: B comes with the scaling s, which PEFT has in many places.
         ones = {site: torch.ones_like(x) for site, x in lora.zeros().items()}
         for layer, (b, _) in lora.delta_weight_factors(ones).items():
-            scalings[layer] = float(b.flatten()[0])
+            scalings[str(bare(layer))] = float(b.flatten()[0])
     return {"parameters": parameters, "scalings": scalings}
 
 

@@ -48,6 +48,7 @@ from pyro_lora.ground.warning import warn
 from pyro_lora.ground.weights import Weights
 from pyro_lora.lift import lift
 from pyro_lora.lifting.lifted_network import LiftedNetwork
+from pyro_lora.lifting.sites import uncompiled
 from pyro_lora.likelihood.model_trace import Model
 from pyro_lora.posteriors.posterior import Posterior, kind_of
 from pyro_lora.posteriors.prior import with_scaled_sites
@@ -250,7 +251,7 @@ def from_pretrained(
     if network is None:
         network = _base(folder, about.class_names, token)
     check_kind("network", network, nn.Module, "a torch.nn.Module")
-    if not isinstance(network, PeftModel):
+    if not isinstance(uncompiled(network), PeftModel):
         network = PeftModel.from_pretrained(network, str(folder))
     lora = lift(network.eval(), prior=prior)
     built = model(lora) if model is not None else _built(folder, about.model, lora)

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.lifting.prior import NOISE
+from pyro_lora.lifting.sites import bare_names
 from pyro_lora.priors.prior import hyper_name
 
 # Heads with more weights than this are given by their norm: a table of 600,000 rows
@@ -178,13 +179,17 @@ def check_raw_size(weights: Mapping[str, Tensor]) -> None:
         )
 
 
-def without_adapter_name(parameter: str) -> str:
-    """A parameter's name as it would be under any other adapter name.
+def bare_parameters(lora: LiftedNetwork) -> dict[str, list[str]]:
+    """Site -> its parameters' names, in layer order, as under any adapter name.
 
-    >>> without_adapter_name("layers.3.query.lora_A.default.weight")
-    'layers.3.query.lora_A.weight'
+    Args:
+        lora: The lifted network, whose adapter may be called "0", like a layer.
     """
-    return re.sub(r"\.(lora_\w+|modules_to_save)\.[^.]+", r".\1", parameter)
+    bare = bare_names(lora.network, lora.adapter)
+    return {
+        site: [name for name in map(bare, names) if name is not None]
+        for site, names in lora.sites.items()
+    }
 
 
 def _add_sites(
@@ -195,6 +200,7 @@ def _add_sites(
     max_weights: int | None,
 ) -> None:
     owners = {site: lora for lora in networks for site in lora.sites}
+    parameters = {s: x for lora in networks for s, x in bare_parameters(lora).items()}
     for site, value in weights.items():
         if site not in chosen:
             continue
@@ -208,7 +214,7 @@ def _add_sites(
         if lora is None or not _is_leading(value.shape[1:], weights[owner].shape[1:]):
             result.values[site] = value.detach().cpu().numpy()
             continue
-        layer = layer_dim(lora.sites[owner])
+        layer = layer_dim(parameters[owner])
         value = value if layer else value[:, 0]
         sizes = value.shape[1 + len(layer) :]
         if site == owner and max_weights is not None and sizes.numel() > max_weights:
@@ -269,8 +275,7 @@ def stem_of(sites: Sequence[str]) -> str:
 
 def layer_dim(paths: Sequence[str]) -> dict[str, Coordinates]:
     """The dim "layer" with the indices in the paths; empty where there are none."""
-    bare = map(without_adapter_name, paths)  # an adapter may be called "0"
-    indices = [re.findall(r"(?<=\.)\d+(?=\.|$)", path) for path in bare]
+    indices = [re.findall(r"(?<=\.)\d+(?=\.|$)", path) for path in paths]
     if not indices[0]:
         return {}
     if all(len(of_path) == 1 for of_path in indices):

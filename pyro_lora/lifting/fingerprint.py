@@ -16,13 +16,13 @@ from enum import Enum
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft import PeftConfig
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from pyro_lora.ground.interrupts import leaving_no_trace
 from pyro_lora.lifting.lifted_network import LiftedNetwork
-from pyro_lora.lifting.sites import adapter_configs
+from pyro_lora.lifting.sites import adapter_configs, bare_names
 
 NUM_VALUES = 32  # of each tensor
 _GOLDEN = (5**0.5 - 1) / 2  # its multiples fall evenly between 0 and 1
@@ -35,7 +35,7 @@ _OF_ADAPTER_ASIDE = re.compile(
     "dropout|^init_|^inference_mode$|^base_model|^revision$|version|^auto_mapping$|"
     "loftq|eva_config|corda_config|lora_ga|^r$|^lora_alpha$|rslora|^rank_pattern$|"
     "^target_|^exclude_|^layers_|^modules_to_save$|^bias$|^task_type$|"
-    "^trainable_token|^ensure_weight|^runtime_config$|^megatron"
+    "^ensure_weight|^runtime_config$|^megatron|^prompt_tuning_init|^tokenizer"
 )
 # A network's settings that are of its training, or of how it's run, stored, spoken of.
 _OF_NETWORK_ASIDE = re.compile(
@@ -116,7 +116,11 @@ def fingerprint(lora: LiftedNetwork) -> Fingerprint:
 
     Args:
         lora: The network.
+
+    Raises:
+        ValueError: If the adapter is merged into the base, which has other values then.
     """
+    lora.check_unmerged()
     tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
     rows: dict[torch.device, list[Tensor]] = {}
     places: dict[torch.device, list[int]] = {}
@@ -196,10 +200,12 @@ def _frozen(lora: LiftedNetwork) -> Iterator[tuple[str, Tensor, bool]]:
     """Names as under any adapter name, the tensors, and whether to look at values."""
     lifted = {name for names in lora.sites.values() for name in names}
     network = lora.network
-    parts = adapter_configs(network).values()
-    # A part without the lifted adapter computes with its own, which are frozen.
-    adapters = {name for x in parts if lora.adapter in x for name in x}
-    containers, unused = _adapter_names(network)
+    bare = bare_names(network, lora.adapter)
+    unused = tuple(
+        f"{path}.original_module"
+        for path, module in network.named_modules()
+        if isinstance(module, ModulesToSaveWrapper)
+    )
     for path, module in network.named_modules():
         moved = module.training and hasattr(module, "running_mean")
         own = {
@@ -215,36 +221,10 @@ def _frozen(lora: LiftedNetwork) -> Iterator[tuple[str, Tensor, bool]]:
             continue
         for attribute, x in own.items():
             name = f"{path}.{attribute}" if path else attribute
-            bare = _bare(name, containers, adapters, lora.adapter)
-            if x is None or name in lifted or bare is None:
+            known_as = bare(name)
+            if x is None or name in lifted or known_as is None:
                 continue
-            yield bare, x, not moved
-
-
-def _adapter_names(network: nn.Module) -> tuple[set[str], tuple[str, ...]]:
-    """Attributes that hold tensors by adapter, and prefixes of what isn't computed."""
-    containers, unused = set(), []
-    for path, module in network.named_modules():
-        if isinstance(module, BaseTunerLayer | ModulesToSaveWrapper):
-            containers |= {*module.adapter_layer_names}
-            containers |= {*getattr(module, "other_param_names", ())}
-        if isinstance(module, ModulesToSaveWrapper):
-            unused.append(f"{path}.original_module")
-    return containers, tuple(unused)
-
-
-def _bare(
-    name: str, containers: set[str], adapters: set[str], adapter: str | None
-) -> str | None:
-    """A name without the adapter's and wrappers', None if it's of another adapter."""
-    parts: list[str] = []
-    for part in name.split("."):
-        if parts and parts[-1] in containers and part in adapters:
-            if part != adapter:
-                return None
-        elif part != "_orig_mod":  # torch.compile's
-            parts.append(part)
-    return ".".join(parts)
+            yield known_as, x, not moved
 
 
 def sample(x: Tensor) -> Tensor:
@@ -295,6 +275,15 @@ def _said(tensor: tuple[str, tuple[int, ...]] | None) -> str:
     return "missing" if tensor is None else f"{tensor[0]} of shape {tuple(tensor[1])}"
 
 
+def adapter_settings(config: PeftConfig) -> dict[str, Any]:
+    """Settings of an adapter that change what it computes with given weights."""
+    return {
+        name: x
+        for name, x in _plain(config.to_dict()).items()
+        if not _OF_ADAPTER_ASIDE.search(name)
+    }
+
+
 def _settings(lora: LiftedNetwork) -> dict[str, Any]:
     """Settings that change what the network computes with given weights."""
     network: Any = lora.network
@@ -305,8 +294,7 @@ def _settings(lora: LiftedNetwork) -> dict[str, Any]:
         part = "".join(f"{x}." for x in path.split(".") if x not in ("", "_orig_mod"))
         settings |= {
             f"{part}adapter.{name}": x
-            for name, x in _plain(configs[lora.adapter].to_dict()).items()
-            if not _OF_ADAPTER_ASIDE.search(name)
+            for name, x in adapter_settings(configs[lora.adapter]).items()
         }
     base = getattr(network, "get_base_model", lambda: network)()
     base = getattr(base, "_orig_mod", base)

@@ -36,6 +36,7 @@ from pyro_lora.lifting.sites import (
     adapter_name,
     check_in_use,
     check_network,
+    check_unmerged,
     config_at,
     keep_bitsandbytes_differentiable,
     lifted_parameters,
@@ -237,7 +238,11 @@ class LiftedNetwork(Summarised):
 
         Values in half precision come as float32, as sites are. Those of a network on
         several devices come on the first one's, all of them.
+
+        Raises:
+            ValueError: If the adapter is merged into the base weights.
         """
+        self.check_unmerged()
         return {
             site: torch.stack(
                 [p.to(zeros.device, zeros.dtype) for p in self._own(site)]
@@ -269,11 +274,12 @@ class LiftedNetwork(Summarised):
 
         Raises:
             ValueError: As :meth:`bind`, or if there are particle dims; the adapter is
-                then unchanged.
+                then unchanged. It may be inactive.
             RuntimeError: If the network has been lifted again.
         """
         self._check_current()
         self._host.check_in_place()
+        self.check_unmerged()
         self._check_shapes(weights)
         self._check_values(weights)
         for site, zeros in self.zeros().items():
@@ -301,6 +307,14 @@ class LiftedNetwork(Summarised):
             for parameter, value in new:
                 parameter.copy_(value)
             is_whole = True
+
+    def check_unmerged(self) -> None:
+        """Check that the base weights are without the adapter's updates.
+
+        Raises:
+            ValueError: If the adapter is merged into them.
+        """
+        check_unmerged(self._adapter_modules)
 
     def init_to_adapter(
         self, jitter: float | Literal["auto"] = 0.0

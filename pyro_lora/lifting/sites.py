@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, cast
@@ -131,12 +131,12 @@ def _holds(module: BaseTunerLayer | Wrapper, adapter: str | None) -> bool:
     return any(adapter in getattr(module, n, ()) for n in module.adapter_layer_names)
 
 
-def check_in_use(modules: AdapterModules, adapter: str | None) -> None:
-    """Check that the network computes with the adapter's layers.
+def check_unmerged(modules: AdapterModules) -> None:
+    """Check that the base weights are without the adapter's updates.
 
     Raises:
-        ValueError: If the adapter is merged, disabled or not the active one, so that
-            weights bound to it would change nothing.
+        ValueError: If the adapter is merged into them. PEFT subtracts at unmerging what
+            the adapter's weights then say, so these have to stay until then.
     """
     for path, module in modules.items():
         if isinstance(module, BaseTunerLayer) and module.merged:
@@ -144,6 +144,17 @@ def check_in_use(modules: AdapterModules, adapter: str | None) -> None:
                 f"{path}: the adapter is merged into the base weight. "
                 "Call model.unmerge_adapter() first."
             )
+
+
+def check_in_use(modules: AdapterModules, adapter: str | None) -> None:
+    """Check that the network computes with the adapter's layers.
+
+    Raises:
+        ValueError: If the adapter is merged, disabled or not the active one, so that
+            weights bound to it would change nothing.
+    """
+    check_unmerged(modules)
+    for path, module in modules.items():
         if module.disable_adapters:
             raise ValueError(
                 f"{path}: adapters are disabled. Leave `with model.disable_adapter()`, "
@@ -154,6 +165,47 @@ def check_in_use(modules: AdapterModules, adapter: str | None) -> None:
                 f"{path}: adapter {adapter!r} is not active (active: "
                 f"{module.active_adapters}). Call model.set_adapter({adapter!r})."
             )
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """What ``torch.compile(model)`` has wrapped, else the network itself."""
+    # Not by getattr, which PEFT hands on to the base.
+    inner = model._modules.get(_COMPILED)
+    return model if inner is None else inner
+
+
+def bare_names(model: nn.Module, adapter: str | None) -> Callable[[str], str | None]:
+    """Names as they would be under any other adapter name, and not compiled.
+
+    Args:
+        model: The network.
+        adapter: The adapter's name.
+
+    Returns:
+        A function of the name of a tensor or module; None where it's another adapter's.
+    """
+    parts = adapter_configs(model).values()
+    # A part without the lifted adapter computes with its own, which are frozen.
+    adapters = {name for x in parts if adapter in x for name in x}
+    holders: set[str] = set()  # attributes that hold tensors by adapter
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer | ModulesToSaveWrapper):
+            holders |= {*module.adapter_layer_names}
+            holders |= {*getattr(module, "other_param_names", ())}
+        if isinstance(module, PeftModel):
+            holders.add("prompt_encoder")
+
+    def bare(name: str) -> str | None:
+        kept: list[str] = []
+        for part in name.split("."):
+            if kept and kept[-1] in holders and part in adapters:
+                if part != adapter:
+                    return None
+            elif part != _COMPILED:
+                kept.append(part)
+        return ".".join(kept)
+
+    return bare
 
 
 def check_network(model: nn.Module) -> None:

@@ -150,10 +150,10 @@ def generate(
         Texts, entropies, log-probabilities.
 
     Raises:
-        ValueError: If the network is no causal language model or is set to beam
-            search, padding isn't on the left, an argument is out of range, the
-            posterior doesn't fit or has no mode, or the network can't take several
-            draws in one batch with ``"average"``.
+        ValueError: If the network is no causal language model or its generation config
+            asks for beams or another search, padding isn't on the left, an argument is
+            out of range, the posterior doesn't fit or has no mode, or the network can't
+            take several draws in one batch with ``"average"``.
 
     Warns:
         UserWarning: If it is such a Gaussian, and there are no batches.
@@ -171,12 +171,13 @@ def generate(
     check_kind("logits_processor", logits_processor, Sequence, expected)
     for processor in logits_processor:
         check_function("Each logits_processor", processor, expected)
-    if (network.generation_config.num_beams or 1) > 1:
-        raise ValueError(
-            "The network's generation_config asks for beam search, which ranks whole "
-            "texts by one network's scores: it isn't defined for an average of "
-            "several. Set generation_config.num_beams = 1."
-        )
+    for name, off, what in _OTHER_SEARCHES:
+        value = getattr(network.generation_config, name, None)
+        if value and value != off:
+            raise ValueError(
+                f"The network's generation_config has {name}={value!r}, which asks for "
+                f"{what}. Set generation_config.{name} = {off}."
+            )
     size = check_vocabulary(network, input_ids)
     ends = [] if eos_token_id is None else [eos_token_id]
     for token in eos_token_id if isinstance(eos_token_id, Sequence) else ends:
@@ -222,6 +223,17 @@ def generate(
         log_probs=log_probs,
         finished=finished,
     )
+
+
+# What a generation config can ask for beside one text, token by token: the setting, its
+# value where it's off, and what isn't defined for an average of several networks.
+_OTHER_SEARCHES = (
+    ("num_beams", 1, "beam search, which ranks whole texts by one network's scores"),
+    ("num_return_sequences", 1, "several texts of each prompt; repeat the prompts"),
+    ("penalty_alpha", None, "contrastive search, by one network's hidden states"),
+    ("prompt_lookup_num_tokens", None, "guesses of tokens, which one network tests"),
+    ("stop_strings", None, "ends in words; give tokens instead, as eos_token_id"),
+)
 
 
 class _NextToken(LogitsProcessor):

@@ -134,6 +134,29 @@ def test_an_adapter_of_another_name(tmp_path: Path) -> None:
         torch.testing.assert_close(loaded(**batch).logits, net(**batch).logits)
 
 
+def test_a_compiled_network(tmp_path: Path) -> None:
+    network = networks.bert()
+    base = base_model(network)
+    lora = pl.lift(torch.compile(network, backend="eager"))
+    posterior = pl.ParticlePosterior(models.jittered(lora, 2), (lora,), None, "y")
+    before = state(network)
+    pl.export_adapters(posterior, tmp_path / "draws", 2)
+    posterior.save_pretrained(tmp_path / "pretrained")
+    assert_state(network, before)
+    loaded = PeftModel.from_pretrained(base, str(tmp_path / "draws/draw_001")).double()
+    batch = networks.inputs(networks.batch())
+    with torch.no_grad(), lora.bind(models.draw(posterior.particles, 1)) as net:
+        torch.testing.assert_close(loaded(**batch).logits, net(**batch).logits)
+    folders = [tmp_path / "draws" / f"draw_{i:03d}" for i in range(2)]
+    compiled = torch.compile(loaded, backend="eager")
+    for again in (
+        pl.ensemble(lora, folders),
+        pl.from_pretrained(tmp_path / "pretrained", network=compiled),
+    ):
+        for site, value in again.sample(2).items():
+            assert torch.equal(value, posterior.particles[site])
+
+
 def test_laplace_draws(tmp_path: Path) -> None:
     lora, model = models.classifier()
     posterior = models.laplace(lora, model, models.two_batches())

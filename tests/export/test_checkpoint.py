@@ -8,9 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pyro
 import pytest
 import torch
+from peft import LoraConfig
 from torch import Tensor
 
 import pyro_lora as pl
@@ -353,6 +355,86 @@ def test_the_adapters_name_does_not_matter(tmp_path: Path) -> None:
     network.set_adapter("other")
     renamed = pl.lift(network)
     assert_same_draws(posterior, pl.load(tmp_path, renamed))
+
+
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "LoRA": ("LoraConfig", {"r": 2, "target_modules": ["q_proj"]}),
+    "DoRA": ("LoraConfig", {"use_dora": True, "target_modules": ["q_proj"]}),
+    "IA3": (
+        "IA3Config",
+        {"target_modules": ["k_proj", "up_proj"], "feedforward_modules": ["up_proj"]},
+    ),
+    "LoHa": ("LoHaConfig", {"r": 2, "target_modules": ["q_proj"]}),
+    "VeRA": ("VeraConfig", {"r": 2, "target_modules": ["q_proj"]}),
+    "OFT": (
+        "OFTConfig",
+        {"r": 2, "oft_block_size": 0, "target_modules": ["q_proj"]},
+    ),
+    "trainable tokens": (
+        "TrainableTokensConfig",
+        {"token_indices": [1, 2], "target_modules": ["embed_tokens"]},
+    ),
+    "a prompt": ("PromptTuningConfig", {"num_virtual_tokens": 3}),
+}
+
+
+def by_method(method: str, name: str, is_compiled: bool) -> pl.LiftedNetwork:
+    """A network that is the same whatever its adapter is called, compiled or not."""
+    kind, settings = METHODS[method]
+    torch.manual_seed(1)
+    base = networks.without_peft(networks.llama(None))
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", **settings)
+    network = peft.get_peft_model(base, config, adapter_name=name).double().eval()
+    if not is_compiled:
+        return pl.lift(network)
+    return pl.lift(torch.compile(network, backend="eager"))
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_neither_name_nor_compilation_matters(method: str, tmp_path: Path) -> None:
+    forms = [("default", False), ("other", False), ("0", True)]
+    for i, form in enumerate(forms):
+        there = by_method(method, *form)
+        folder = tmp_path / str(i)
+        posterior = pl.ensemble(there, [there.weights()])
+        pl.save(posterior, folder)
+        for other in forms:
+            assert_same_draws(posterior, pl.load(folder, by_method(method, *other)))
+
+
+def test_other_trained_tokens_are_another_network(tmp_path: Path) -> None:
+    lora = pl.lift(networks.bert(trainable_token_indices=[1, 2]))
+    pl.save(pl.ensemble(lora, [lora.weights()]), tmp_path)
+    network = networks.without_peft(copy.deepcopy(lora.network))
+    config = LoraConfig(
+        r=3,
+        lora_alpha=6,
+        target_modules=["query", "value"],
+        task_type="SEQ_CLS",
+        trainable_token_indices=[1, 3],
+    )
+    other = pl.lift(peft.get_peft_model(network, config).double().eval())
+    assert_refused((other, tmp_path), r"trainable_token_indices is \[1, 2\] there")
+
+
+def test_nothing_is_written_or_read_while_the_adapter_is_merged(tmp_path: Path) -> None:
+    lora, model = models.classifier()
+    posterior = models.particles(lora, model)
+    pl.save(posterior, tmp_path / "before")
+    lora.network.merge_adapter()
+    with pytest.raises(ValueError, match=r"merged .*unmerge_adapter\(\)"):
+        pl.save(posterior, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    assert_refused((lora, tmp_path / "before"), r"merged .*unmerge_adapter\(\)")
+    for write in (
+        lambda folder: pl.export_adapters(posterior, folder, 1),
+        posterior.save_pretrained,
+    ):
+        with pytest.raises(ValueError, match=r"merged .*unmerge_adapter\(\)"):
+            write(tmp_path / "adapters")
+        assert not (tmp_path / "adapters").exists()
+    lora.network.unmerge_adapter()
+    assert_same_draws(posterior, pl.load(tmp_path / "before", lora))
 
 
 def test_what_is_no_posterior_of_ours_is_refused(tmp_path: Path) -> None:

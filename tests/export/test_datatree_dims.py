@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import xarray
+from peft import IA3Config, get_peft_model
 
 import pyro_lora as pl
 from tests import networks
@@ -44,6 +45,16 @@ def test_an_adapter_with_a_number_for_a_name_is_no_layer() -> None:
     site = "lora.bert.encoder.layer.attention.self.query.A"
     assert found[site].coords["layer"].values.tolist() == [0, 1]
     assert "layer" not in found["head.classifier.weight"].dims
+
+
+def test_an_adapter_of_another_kind_with_a_number_for_a_name() -> None:
+    config = IA3Config(target_modules=["key"], feedforward_modules=[])
+    network = networks.without_peft(networks.bert())
+    lora = pl.lift(get_peft_model(network, config, adapter_name="7"))
+    posterior = pl.ensemble(lora, [lora.weights()])
+    found = pl.to_datatree(posterior, weights="raw")["posterior"]
+    (site,) = lora.sites
+    assert found[site].coords["layer"].values.tolist() == [0, 1]
 
 
 def test_dims_read_well() -> None:

@@ -97,7 +97,7 @@ OTHER_BASE = {
 
 @pytest.mark.filterwarnings("ignore")  # PEFT's, about its own methods
 @pytest.mark.parametrize("row", ROWS)
-def test_peft_loads_what_is_exported(
+def test_peft_and_an_ensemble_read_what_is_exported(
     row: Row, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bases: list[Any] = []  # before the adapter
@@ -126,6 +126,14 @@ def test_peft_loads_what_is_exported(
     with torch.no_grad(), lora.bind(weights) as net:
         expected = output_of(net, inputs)
         found = output_of(loaded.to(frozen.dtype).eval(), inputs)
+    if row.name == "P-tuning":
+        with pytest.raises(ValueError, match="an encoder of P_TUNING makes, and not"):
+            pl.ensemble(lora, [tmp_path / "draw_001"])
+    else:
+        read = pl.ensemble(lora, [tmp_path / "draw_001"]).particles
+        for site, (first, *_) in lora.parameters.items():
+            written = weights[site].to(first.parameter.dtype)  # half precision, perhaps
+            assert torch.equal(read[site][0], written.to(weights[site].dtype))
     # Loaded in float32 at the most, since some initialisations know nothing wider.
     rounding = max(torch.finfo(t).eps for t in (torch.float32, frozen.dtype))
     difference = (found - expected).abs().max()

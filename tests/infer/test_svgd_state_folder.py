@@ -272,6 +272,20 @@ def test_another_base_of_the_same_shapes_is_refused(tmp_path: Path) -> None:
     assert_refused(stepped, tmp_path, r"manifest\.json: The state: frozen tensor")
 
 
+def test_a_state_is_not_taken_while_the_adapter_is_merged(tmp_path: Path) -> None:
+    target = bert(4)
+    svgd = engine_after_a_step(target, Adam({"lr": 0.1}))
+    network = target.model.lora.network
+    network.merge_adapter()
+    with pytest.raises(ValueError, match=r"merged .*unmerge_adapter\(\)"):
+        svgd.save(tmp_path / "state")
+    assert not (tmp_path / "state").exists()
+    with pytest.raises(ValueError, match=r"merged .*unmerge_adapter\(\)"):
+        svgd.state_dict()
+    network.unmerge_adapter()
+    svgd.save(tmp_path / "state")
+
+
 def signed_anew(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     change(manifest["state"])

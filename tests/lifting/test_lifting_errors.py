@@ -129,6 +129,23 @@ def test_a_merged_adapter_before_and_after_lifting() -> None:
         lora()
 
 
+def test_a_merged_adapters_weights_are_neither_read_nor_written() -> None:
+    network = bert()
+    lora = pl.lift(network)
+    weights = particles(lora)
+    before = {name: x.clone() for name, x in network.state_dict().items()}
+    network.merge_adapter()
+    with assert_refused(network, rf"{LAYER}.*merged.*unmerge_adapter\(\)"):
+        lora.load(weights)
+    with assert_refused(network, rf"{LAYER}.*merged.*unmerge_adapter\(\)"):
+        lora.weights()
+    network.unmerge_adapter()
+    for name, x in network.state_dict().items():
+        assert_close(x, before[name], rtol=0, atol=1e-12)
+    lora.load(weights)
+    assert_close(lora.weights(), weights, rtol=0, atol=0)
+
+
 def unloaded(network: Any) -> None:
     network.unload()
 

@@ -76,10 +76,21 @@ def test_a_saved_adapter_has_the_ranks_that_were_kept(tmp_path: Path) -> None:
     base = without_peft(bert()).double()
     loaded = PeftModel.from_pretrained(base, str(tmp_path)).double().eval()
     lora = pl.lift(loaded)
-    assert all(value.numel() > 0 for value in lora.weights().values())
-    with lora.bind(lora.weights()) as net:
+    own = lora.weights()
+    assert all(value.numel() > 0 for value in own.values())
+    with lora.bind(own) as net:
         expected = loaded(**texts).logits
         assert_close(net(**texts).logits, expected, rtol=0, atol=1e-12)
+    read = pl.ensemble(lora, [tmp_path]).particles
+    for site, value in lora.weights().items():
+        assert torch.equal(value, own[site])
+        assert torch.equal(read[site][0], value)
+    # The network itself still holds the ranks that were pruned.
+    lora = pl.lift(network)
+    own = lora.weights()
+    with pytest.raises(ValueError, match="an adapter of another network"):
+        pl.ensemble(lora, [tmp_path])
+    assert all(torch.equal(x, own[site]) for site, x in lora.weights().items())
 
 
 def test_a_pruned_adapter_can_be_moved_after_lifting() -> None:

@@ -151,6 +151,55 @@ def test_foreign_folders_are_refused(
     assert all(torch.equal(x, before[s]) for s, x in lora.weights().items())
 
 
+# Of the network, of the folder, and what is said of it.
+OTHER_ADAPTERS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    (
+        {},
+        {"target_modules": ["query", "key", "value"]},
+        r"holds '.*self\.key\.lora_A\.weight' \(4 such\).*no parameter",
+    ),
+    (
+        {"layers_to_transform": [1]},
+        {},
+        r"holds '.*layer\.0\..*query\.lora_A\.weight' \(4 such\).*no parameter",
+    ),
+    ({}, {"lora_bias": True}, "lora_bias is True, but the lifted adapter's is False"),
+    ({}, {"trainable_token_indices": [1, 2]}, r"token_indices is \[1, 2\], .* is None"),
+    (
+        {"trainable_token_indices": [1, 3]},
+        {"trainable_token_indices": [1, 2]},
+        r"token_indices is \[1, 2\], .* is \[1, 3\]",
+    ),
+    ({}, {"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa', .* is True"),
+    ({"init_lora_weights": "olora"}, {}, "init_lora_weights is True, .* is 'olora'"),
+    ({}, {"task_type": None}, r"has no '.*classifier\.\w+', which the lifted"),
+    ({"task_type": None}, {}, r"has another '.*classifier\.\w+' than .* isn't lifted"),
+]
+
+
+@pytest.mark.filterwarnings("ignore:.*have invalid shape")  # PEFT's, of lora_bias
+@pytest.mark.parametrize(("own", "other", "message"), OTHER_ADAPTERS)
+def test_folders_that_hold_another_adapter_are_refused(
+    own: dict[str, Any], other: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    lora = pl.lift(networks.bert(dtype=torch.float32, **own))
+    foreign = networks.bert(dtype=torch.float32, **other)
+    foreign.save_pretrained(str(tmp_path), save_embedding_layers=False)
+    before = {name: x.clone() for name, x in lora.network.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        pl.ensemble(lora, [tmp_path])
+    after = lora.network.state_dict()
+    assert all(torch.equal(after[name], x) for name, x in before.items())
+
+
+def test_a_start_that_leaves_the_base_does_not_matter(tmp_path: Path) -> None:
+    other = networks.bert(init_lora_weights="gaussian")
+    other.save_pretrained(str(tmp_path), save_embedding_layers=False)
+    found = pl.ensemble(pl.lift(networks.bert()), [tmp_path]).particles
+    for site, value in pl.lift(other).weights().items():
+        assert torch.equal(found[site][0], value)
+
+
 @pytest.mark.parametrize("name", ["dropout", "lora_dropout"])
 def test_dropout_is_left_on(name: str) -> None:
     network = networks.bert(**{name: 0.4})

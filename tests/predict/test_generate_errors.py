@@ -41,10 +41,26 @@ def test_networks_without_a_continuation() -> None:
     assert_refused("expected a causal language model", pl.lift(torch.nn.Linear(2, 2)))
 
 
-def test_beam_search() -> None:
+@pytest.mark.parametrize(
+    ("name", "value", "off", "message"),
+    [
+        ("num_beams", 2, 1, "beam search, which ranks"),
+        ("num_return_sequences", 2, 1, "several texts of each prompt"),
+        ("penalty_alpha", 0.6, None, "contrastive search"),
+        ("prompt_lookup_num_tokens", 1, None, "guesses of tokens"),
+        ("stop_strings", ["x"], None, "ends in words"),
+    ],
+)
+def test_a_config_that_asks_for_another_search(
+    name: str, value: Any, off: Any, message: str
+) -> None:
     network = networks.llama(None)
-    network.get_base_model().generation_config.num_beams = 2
-    assert_refused("beam search, which ranks", pl.lift(network))
+    setattr(network.get_base_model().generation_config, name, value)
+    lifted = pl.lift(network)
+    assert_refused(rf"{name}=.* {message}.*generation_config\.{name} = {off}", lifted)
+    setattr(network.get_base_model().generation_config, name, off)
+    found = pl.generate(particles(lifted), **prompts(), lora=lifted, max_new_tokens=2)
+    assert 0 < found.new_tokens.shape[-1] <= 2
 
 
 def test_padding() -> None:

@@ -12,6 +12,7 @@ from pyro_lora.diagnose.diagnose import charge_of
 from pyro_lora.diagnose.diagnosis import LeftOut
 from pyro_lora.export.plots.axes import axes_or_new
 from pyro_lora.export.weight_variables import (
+    bare_parameters,
     layer_dim,
     layers_by_sites,
     singular_values,
@@ -56,7 +57,9 @@ def effective_parameters(posterior: Posterior, ax: Axes | None = None) -> Axes:
             f"{reason}."
         ) from reason
     parameters = {
-        s: names for lora in posterior.networks for s, names in lora.sites.items()
+        s: names
+        for lora in posterior.networks
+        for s, names in bare_parameters(lora).items()
     }
     kinds = dict.fromkeys(site.partition(".")[0] for site in by_layer)
     rows = []
