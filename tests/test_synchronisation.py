@@ -99,7 +99,7 @@ def test_a_repulsion_of_ones_own_waits_once_more() -> None:
     ("network", "structure", "fisher"),
     [
         *((network, "KFAC", "exact") for network in NETWORKS),
-        *(("few sites", structure, "exact") for structure in STRUCTURES),
+        *(("few sites", x, "exact") for x in STRUCTURES if x != "KFAC"),
         ("few sites", "KFAC", "empirical"),
     ],
 )

@@ -24,6 +24,7 @@ STRUCTURES = [
     pl.structures.Diagonal(),
     pl.structures.Dense(),
 ]
+SEED = 1  # by which rounding leaves gradients at padded tokens; by 0 all are 0
 
 
 def padded(texts: dict[str, Tensor], left: int, right: int) -> dict[str, Tensor]:
@@ -80,11 +81,10 @@ def eigenvalues(posterior: pl.LaplacePosterior) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize("build", [bert, llama])
-@pytest.mark.parametrize("seed", range(3))
 def test_right_padding_changes_nothing(
-    build: Callable[..., PeftModel], structure: Structure, seed: int
+    build: Callable[..., PeftModel], structure: Structure
 ) -> None:
-    torch.manual_seed(seed)
+    torch.manual_seed(SEED)
     lora, texts = pl.lift(build(3)), batch(5, 6, num_labels=3)
     expected = laplace(lora, texts, structure=structure)
     for right in (1, 9):
@@ -98,9 +98,8 @@ def test_right_padding_changes_nothing(
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
-@pytest.mark.parametrize("seed", range(3))
-def test_left_padding_changes_nothing(structure: Structure, seed: int) -> None:
-    torch.manual_seed(seed)
+def test_left_padding_changes_nothing(structure: Structure) -> None:
+    torch.manual_seed(SEED)
     lora, texts = pl.lift(llama(3)), batch(5, 6, num_labels=3)
     expected = laplace(lora, texts, structure=structure)
     for left in (0, 1, 9):
@@ -116,11 +115,8 @@ def test_left_padding_changes_nothing(structure: Structure, seed: int) -> None:
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
-@pytest.mark.parametrize("seed", range(2))
-def test_each_batch_may_be_padded_in_its_own_way(
-    structure: Structure, seed: int
-) -> None:
-    torch.manual_seed(seed)
+def test_each_batch_may_be_padded_in_its_own_way(structure: Structure) -> None:
+    torch.manual_seed(SEED)
     lora, texts = pl.lift(llama(2)), batch(6, 6)
     expected = laplace(lora, texts, structure=structure)
     model = pl.models.classification(lora, 6)

@@ -37,7 +37,7 @@ def precision(posterior: pl.LaplacePosterior) -> Tensor:
         parts = zip(mode.items(), vector.split(sizes), strict=True)
         return posterior.log_prob({s: p.reshape(1, *x.shape) for (s, x), p in parts})[0]
 
-    return -torch.autograd.functional.hessian(log_q, flat(mode))
+    return -torch.autograd.functional.hessian(log_q, flat(mode), vectorize=True)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Jobs run in one process, and in several by gloo: what each gives, by rank."""
 
 import datetime
+import gc
 import os
 import runpy
 import socket
@@ -20,6 +21,11 @@ from tests.distributed import jobs, spread
 Found = dict[str, Any]
 JOBS = {**jobs.JOBS, **spread.JOBS}
 SECONDS = 60  # that a rank waits for another
+# What is imported when it is used: each rank would do it anew.
+LATE = (
+    *("arviz_base", "arviz_stats", "torchmetrics", "zarr"),
+    "transformers.models.bert.modeling_bert",
+)
 
 
 def alone(names: list[str], folder: Path) -> Found:
@@ -62,7 +68,7 @@ def _program(rank: int, size: int, port: int, module: str, folder: Path) -> None
 def preload() -> None:
     """Let a server import everything once, which then forks each rank in no time."""
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["tests.distributed.launch"])
+    context.set_forkserver_preload(["tests.distributed.launch", *LATE])
 
 
 def slow_rank(rank: int, size: int, name: str, folder: Path, store: Path) -> None:
@@ -77,6 +83,7 @@ def slow_rank(rank: int, size: int, name: str, folder: Path, store: Path) -> Non
 
 
 def _join(rank: int, size: int, folder: Path) -> None:
+    gc.freeze()  # to look at what the server shares would copy it
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",

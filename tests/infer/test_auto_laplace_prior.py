@@ -233,9 +233,7 @@ def test_evidence_is_stationary_in_each_precision(
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
-@pytest.mark.parametrize("seed", range(2))
-def test_more_freedom_gives_more_evidence(structure: Structure, seed: int) -> None:
-    torch.manual_seed(seed)
+def test_more_freedom_gives_more_evidence(structure: Structure) -> None:
     lora, texts = pl.lift(bert(3)), batch(9, num_labels=3)
     posterior = laplace(lora, texts, structure=structure)
     values = [posterior.log_evidence()]

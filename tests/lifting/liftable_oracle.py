@@ -47,7 +47,12 @@ def plain(
     network: nn.Module, inputs: Mapping[str, Any], sites: Sites, weights: Weights
 ) -> tuple[Tensor, Weights]:
     """Output and gradients of an unlifted network with the weights written into it."""
-    network = copy.deepcopy(network)
+    return _written(copy.deepcopy(network), inputs, sites, weights)
+
+
+def _written(
+    network: nn.Module, inputs: Mapping[str, Any], sites: Sites, weights: Weights
+) -> tuple[Tensor, Weights]:
     parameters = dict(network.named_parameters())
     for site, names in sites.items():
         for name, value in zip(names, weights[site], strict=True):
@@ -71,8 +76,9 @@ def one_by_one(
     network: nn.Module, inputs: Mapping[str, Any], sites: Sites, particles: Weights
 ) -> tuple[Tensor, Weights]:
     """The same of one unlifted network for each particle, stacked."""
+    network = copy.deepcopy(network)
     singles = [
-        plain(network, inputs, sites, {site: w[i] for site, w in particles.items()})
+        _written(network, inputs, sites, {site: w[i] for site, w in particles.items()})
         for i in range(NUM_PARTICLES)
     ]
     outputs = torch.stack([output for output, _ in singles])

@@ -1,6 +1,7 @@
 """Prediction, importance sampling and Monte Carlo on every likelihood."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pyro
 import pytest
@@ -27,9 +28,21 @@ from tests.networks import inputs
 
 NUM_DRAWS = 4
 on_each_likelihood = pytest.mark.parametrize("likelihood", list(LIKELIHOODS))
-one_by_one_or_parallel = pytest.mark.parametrize(
-    "parallel", [False, True], ids=["one by one", "parallel"]
-)
+WAYS = {False: "one by one", True: "parallel"}
+
+
+def rows(guides: list[str]) -> list[Any]:
+    """Each guide on each likelihood in both ways, of which one is slow."""
+    return [
+        pytest.param(
+            *(likelihood, guide, parallel),
+            id=f"{likelihood}-{guide}-{way}",
+            marks=[] if (i + j) % 2 == parallel else [pytest.mark.slow],
+        )
+        for i, likelihood in enumerate(LIKELIHOODS)
+        for j, guide in enumerate(guides)
+        for parallel, way in WAYS.items()
+    ]
 
 
 @pytest.fixture(autouse=True)
@@ -54,9 +67,7 @@ def assert_prediction(
     assert found["y"].shape == (NUM_DRAWS, *case.texts["labels"].shape)
 
 
-@one_by_one_or_parallel
-@pytest.mark.parametrize("guide", list(GUIDES))
-@on_each_likelihood
+@pytest.mark.parametrize(("likelihood", "guide", "parallel"), rows([*GUIDES]))
 def test_predictive_from_samples(likelihood: str, guide: str, parallel: bool) -> None:
     case = lifted_case(likelihood)
     guide = GUIDES[guide](case.model, init_loc_fn=case.lora.init_to_adapter())
@@ -66,9 +77,10 @@ def test_predictive_from_samples(likelihood: str, guide: str, parallel: bool) ->
     assert_prediction(case, predictive(**inputs(case.texts)), draws)
 
 
-@one_by_one_or_parallel
-@pytest.mark.parametrize("guide", [name for name in GUIDES if "Messenger" not in name])
-@on_each_likelihood
+@pytest.mark.parametrize(
+    ("likelihood", "guide", "parallel"),
+    rows([name for name in GUIDES if "Messenger" not in name]),
+)
 def test_predictive_from_guide(likelihood: str, guide: str, parallel: bool) -> None:
     case = lifted_case(likelihood)
     guide = GUIDES[guide](case.model, init_loc_fn=case.lora.init_to_adapter())

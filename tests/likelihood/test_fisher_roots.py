@@ -217,10 +217,15 @@ def assert_within_standard_error(scores: Tensor, exact: Tensor) -> None:
 
 def mc_scores(fn: Any, value: Tensor, leaf: Tensor, num_samples: int) -> Tensor:
     """Gradients in the leaf of M draws of all data together, (M, *leaf)."""
-    terms = mc_terms(fn, value, num_samples).terms.reshape(-1, num_samples).sum(0)
-    one_each = torch.eye(num_samples, dtype=torch.float64)
-    (gradients,) = torch.autograd.grad(terms, leaf, one_each, is_grads_batched=True)
-    return gradients * num_samples**0.5
+    at_once = 500  # what they take is quadratic in them
+    one_each = torch.eye(at_once, dtype=torch.float64)
+    gradients = []
+    for _ in range(num_samples // at_once):
+        terms = mc_terms(fn, value, at_once).terms.reshape(-1, at_once).sum(0)
+        gradients += torch.autograd.grad(
+            terms, leaf, one_each, retain_graph=True, is_grads_batched=True
+        )
+    return torch.cat(gradients) * at_once**0.5
 
 
 def plain(fn: Any) -> Any:

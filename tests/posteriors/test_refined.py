@@ -199,7 +199,6 @@ def test_refining_around_the_weights(name: str, objective: Any) -> None:
     # It is the best of its neighbours: by the same score of N(w, 1 / tau).
     scores = {}
     for factor in (0.1, 1.0, 10.0):
-        under = task.fit(start, pl.structures.Exact()).refine(objective=objective)
         under = around(task, start, tau * factor)
         scores[factor] = float(
             under.log_evidence()

@@ -1,6 +1,7 @@
 """Each posterior knows its way of predicting."""
 
 import warnings
+from functools import cache
 from typing import Any
 
 import pyro
@@ -18,8 +19,9 @@ from tests import networks
 from tests.predict import models
 
 
+@cache
 def posteriors() -> tuple[Any, list[dict[str, Tensor]], dict[str, tuple[Any, str]]]:
-    """Of one model, with the method that is each one's own."""
+    """Of one model, with the method that is each one's own; the same for all tests."""
     lora, model = models.classifier()
     batches = models.two_batches()
     laplace = models.laplace(lora, model, batches)
