@@ -109,7 +109,10 @@ FUNCTIONS: dict[str, tuple[str, Callable[..., Any]]] = {
         lambda **s: laplace().optimize_prior(objective="nll", batches=[batch()], **s),
     ),
     "for_sampling": ("Scale: 100%", lambda **s: laplace().for_sampling([batch()], **s)),
-    "tfb": ("Width: 100%", lambda **s: pl.methods.tfb(laplace().model, [batch()], **s)),
+    "tfb": (
+        "Width: 100%",
+        lambda **s: pl.methods.tfb(laplace().model, [inputs(batch())], **s),
+    ),
 }
 
 

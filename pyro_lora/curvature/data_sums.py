@@ -329,24 +329,26 @@ class PassCheckpoint:
         fit: Tells this fit from others.
         device: Where the sums live.
         shapes: Site -> shape of its stack of layers, of all sites.
+        reads: Whether this process goes on from what is there; the first one writes.
     """
 
     folder: Path
     fit: str
     device: torch.device
     shapes: Mapping[str, tuple[int, ...]]
+    reads: bool
     _resting_until: float = field(default=0.0, init=False)
     _rows: list[int] = field(default_factory=list, init=False)  # as SavedSums has them
     _num_saved: int = field(default=0, init=False)  # batches that are there
     _num_own: int = field(default=0, init=False)  # this rank's among them
 
     def read(self) -> PassState | None:
-        """The state last written, or None; the first rank's to go on from.
+        """The state last written, or None; to go on from for those who read.
 
         Raises:
             ValueError: If the folder is damaged, or another fit's.
         """
-        if not is_first() or not (self.folder / MANIFEST).exists():
+        if not self.reads or not (self.folder / MANIFEST).exists():
             return None
 
         def check(manifest: Manifest) -> None:

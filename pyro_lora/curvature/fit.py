@@ -76,12 +76,13 @@ from pyro_lora.ground.autocast import outside_autocast
 from pyro_lora.ground.interrupts import eagerly
 from pyro_lora.ground.memory import address
 from pyro_lora.ground.progress import progress
-from pyro_lora.ground.ranks import ALONE, Ranks
+from pyro_lora.ground.ranks import ALONE, Ranks, is_first
 from pyro_lora.ground.synchronisation import gathered, require, validated
 from pyro_lora.ground.warning import warn
 from pyro_lora.ground.weights import Weights
-from pyro_lora.lifting.fingerprint import fingerprint
+from pyro_lora.lifting.fingerprint import fingerprint_of_whole
 from pyro_lora.lifting.lifted_network import LiftedNetwork
+from pyro_lora.lifting.split_layers import has_parts
 from pyro_lora.likelihood.batch import (
     NO_BATCHES,
     READ_ONCE,
@@ -236,7 +237,7 @@ class FisherFit:
         log_likelihood: Of all data, nats, float64.
         log_prior: Of the lifted sites, nats, float64.
         gradient: Site -> gradient of the log joint of all data, nats.
-        obs_site: The likelihood's name, None where there are several.
+        obs_sites: The likelihood's site, or sites.
         prior_scales: Site -> scale of its log density, where the model says it, as
             :func:`~pyro_lora.curvature.prior_moments.model_scales`.
         arguments: The arguments that the last batch gave to the model.
@@ -248,7 +249,7 @@ class FisherFit:
     log_likelihood: Tensor
     log_prior: Tensor
     gradient: Weights
-    obs_site: str | None
+    obs_sites: tuple[str, ...]
     prior_scales: Mapping[str, float | Tensor]
     arguments: frozenset[str]
     num_data: int
@@ -365,7 +366,7 @@ class FisherPasses:
                 s: torch.stack(sums.score[s]).reshape(x.shape).to(x) + prior.gradient[s]
                 for s, x in mode.items()
             },
-            observed[0]["name"] if len(observed) == 1 else None,
+            tuple(site["name"] for site in observed),
             model_scales(trace, self.networks),
             frozenset(
                 k for k, x in trace.nodes["_INPUT"]["kwargs"].items() if x is not None
@@ -390,12 +391,15 @@ class FisherPasses:
         fit = fit_digest(
             {**mode, **self.held},
             [*settings, name, " ".join(mode)],
-            [fingerprint(lora) for lora in self.networks],
+            [fingerprint_of_whole(lora) for lora in self.networks],
             self.model,
         )
         device = next(iter(mode.values())).device
         shapes = {site: tuple(x.shape) for site, x in mode.items()}
-        return PassCheckpoint(folder / name.lower(), fit, device, shapes)
+        # Who runs parts of the first's passes leaves out those that the first does.
+        joint = any(has_parts(lora.network) for lora in self.networks)
+        reads = is_first() or (joint and self.ranks.rank == 0)
+        return PassCheckpoint(folder / name.lower(), fit, device, shapes, reads)
 
     def _sum(
         self,

@@ -174,6 +174,7 @@ class LaplaceDescription(Schema, tag_field="kind", tag="laplace"):
     follows_prior: bool = False
     fit_arguments: tuple[str, ...] | None = None
     num_data: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    obs_sites: tuple[str, ...] = ()
 
 
 class ParticleDescription(Schema, tag_field="kind", tag="particles"):
@@ -470,6 +471,7 @@ def _describe_laplace(
         "latents": latents,
         "fit_arguments": _in_order(posterior.fit_arguments),
         "num_data": posterior.num_data,
+        "obs_sites": list(posterior.obs_sites),
     }
     if isinstance(posterior.gaussian, DualGaussian):
         parts, of_parts = describe_observations(
@@ -523,6 +525,7 @@ def _restore_laplace(
         follows_prior=description.follows_prior,
         fit_arguments=_set_of(description.fit_arguments),
         num_data=description.num_data,
+        obs_sites=description.obs_sites,
     )
 
 

@@ -466,11 +466,12 @@ def _fit(passes: FisherPasses, batches: Iterable[Batch]) -> LaplacePosterior:
         fixing(scaled(networks_prior(networks), fit.prior_scales), fixed),
         tuple(networks),
         model,
-        fit.obs_site,
+        fit.obs_sites[0] if len(fit.obs_sites) == 1 else None,
         latents=block,
         fixed=fixed,
         fit_arguments=fit.arguments,
         num_data=fit.num_data,
+        obs_sites=fit.obs_sites,
     )
 
 

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from pyro_lora.lifting.lifted_network import LiftedNetwork
-from pyro_lora.lifting.split_layers import is_split
+from pyro_lora.lifting.split_layers import is_spread
 
 AdapterConfig = PeftConfig
 
@@ -98,14 +98,14 @@ def without_values(network: nn.Module) -> nn.Module:
         network: Which isn't touched, nor copied first.
 
     Raises:
-        ValueError: If it's split over processes.
+        ValueError: If processes share its layers out.
     """
-    split = next((n for n, p in network.named_parameters() if is_split(p)), None)
-    if split is not None:
+    if is_spread(network):
         raise ValueError(
-            f"Parameter {split!r} is split over processes. Plan the network as it is "
-            "before that, or by its configuration: with shard_base=True for what "
-            "fully_shard shares out."
+            "The network is shared out over processes already (fully_shard, or tensor "
+            "parallelism), so that its layers can't be planned from it. Plan with the "
+            "whole network, on the meta device, or its configuration; for fully_shard "
+            "with world_size=W, shard_base=True."
         )
     tensors: dict[int, Any] = {}
     for x in [*network.parameters(), *network.buffers()]:

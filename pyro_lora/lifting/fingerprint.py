@@ -4,6 +4,11 @@ Of each frozen tensor the name, dtype, shape and 32 of its values, spread over i
 kept, and of the adapter's and the network's settings those that change what it
 computes. On an 8B model that's some hundred reads of 32 values, no pass over the
 weights, so it's taken anew whenever it's asked for: nothing to go stale.
+
+Of a tensor that is shared out over processes each sees the values of its own part, and
+no other process is asked, so that one of them may write alone. What either of two
+fingerprints hasn't seen isn't compared: those of a whole network and of any process's
+parts of it agree.
 """
 
 from __future__ import annotations
@@ -11,7 +16,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -23,6 +28,7 @@ from torch import Tensor, nn
 from pyro_lora.ground.interrupts import leaving_no_trace
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.lifting.sites import adapter_configs, bare_names
+from pyro_lora.lifting.split_layers import has_parts, is_split, ranks_of
 
 NUM_VALUES = 32  # of each tensor
 _GOLDEN = (5**0.5 - 1) / 2  # its multiples fall evenly between 0 and 1
@@ -111,8 +117,8 @@ class Fingerprint:
 def fingerprint(lora: LiftedNetwork) -> Fingerprint:
     """What tells a lifted network from others of the same sites.
 
-    Tensors on the meta device, as those that are offloaded, and the running statistics
-    of layers in training mode aren't seen.
+    Tensors on the meta device, as those that are offloaded, other processes' parts and
+    the running statistics of layers in training mode aren't seen.
 
     Args:
         lora: The network.
@@ -125,7 +131,7 @@ def fingerprint(lora: LiftedNetwork) -> Fingerprint:
     rows: dict[torch.device, list[Tensor]] = {}
     places: dict[torch.device, list[int]] = {}
     for name, x, seen in _frozen(lora):
-        row = sample(x) if seen else torch.full((NUM_VALUES,), math.nan, device="cpu")
+        row = sample(x) if seen else _unseen("cpu")
         rows.setdefault(row.device, []).append(row)
         places.setdefault(row.device, []).append(len(tensors))
         tensors[name] = str(x.dtype).removeprefix("torch."), tuple(x.shape)
@@ -134,6 +140,23 @@ def fingerprint(lora: LiftedNetwork) -> Fingerprint:
     for device, samples in rows.items():  # one copy from each device
         values[places[device]] = torch.stack(samples).cpu()
     return Fingerprint(tensors, values, _settings(lora))
+
+
+def fingerprint_of_whole(lora: LiftedNetwork) -> Fingerprint:
+    """That of the whole network, with what any process has seen of it.
+
+    All processes that have parts of the network come here, as to a pass of it.
+
+    Args:
+        lora: The network.
+    """
+    own = fingerprint(lora)
+    if not has_parts(lora.network):
+        return own
+    values = own.values
+    for other in ranks_of(lora.network).collected(values):
+        values = values.where(~values.isnan(), other)
+    return replace(own, values=values)
 
 
 @dataclass(frozen=True)
@@ -228,28 +251,63 @@ def _frozen(lora: LiftedNetwork) -> Iterator[tuple[str, Tensor, bool]]:
 
 
 def sample(x: Tensor) -> Tensor:
-    """32 values spread over a tensor, float32, where it is."""
+    """32 values spread over a tensor, float32, where it is; NaN for what isn't here."""
     x = x.detach()
+    if is_split(x):
+        return _sample_of_part(x)
     if type(x) not in (Tensor, nn.Parameter) and hasattr(x, "__tensor_flatten__"):
         names, _ = x.__tensor_flatten__()  # quantised: several tensors that pass as one
         inner = torch.cat([sample(getattr(x, name)).cpu() for name in names])
         return inner[:: len(names)]
     if x.device.type == "meta":
-        return torch.full((NUM_VALUES,), math.nan, device="cpu")
+        return _unseen("cpu")
     if x.numel() == 0:
         return torch.zeros(NUM_VALUES, device="cpu")
+    x = _readable(x)
+    places = _places(x.numel()).to(x.device)
+    if x.is_contiguous():
+        return x.view(-1)[places].float()
+    return x[torch.unravel_index(places, x.shape)].float()
+
+
+def _sample_of_part(x: Any) -> Tensor:
+    """Of the whole tensor's values those that this process has."""
+    from torch.distributed.tensor import Replicate, Shard  # loaded by who made it
+
+    part = x.to_local()
+    known = all(type(p) in (Replicate, Shard) for p in x.placements)
+    plain = type(part) is Tensor and not part.is_meta and not part.is_complex()
+    if not known or not plain or x.ndim == 0 or x.numel() == 0:
+        return _unseen("cpu")
+    row = _unseen(part.device)
+    (chunk,) = x.__create_chunk_list__()
+    places = torch.stack(torch.unravel_index(_places(x.numel()), x.shape))  # (dims, 32)
+    first, size = (
+        torch.tensor(y, device="cpu")[:, None] for y in (chunk.offsets, chunk.sizes)
+    )
+    here = ((first <= places) & (places < first + size)).all(0).nonzero()[:, 0]
+    own = (places - first)[:, here].to(part.device)
+    row[here.to(part.device)] = _readable(part)[tuple(own)].float()
+    return row
+
+
+def _unseen(device: Any) -> Tensor:
+    return torch.full((NUM_VALUES,), math.nan, device=device)
+
+
+def _places(number: int) -> Tensor:
+    """Of the sample's values among so many."""
+    spread = [round((number - 1) * ((i * _GOLDEN) % 1)) for i in range(NUM_VALUES)]
+    return torch.tensor(spread, device="cpu")
+
+
+def _readable(x: Tensor) -> Tensor:
+    """The values in a dtype that every device reads."""
     if x.dtype.is_complex:
         x = torch.view_as_real(x)
     if x.dtype.itemsize == 1 and x.dtype is not torch.bool and x.is_contiguous():
         x = x.view(torch.uint8)  # not every device reads each of the 8-bit floats
-    last = x.numel() - 1
-    places = torch.tensor(
-        [round(last * ((i * _GOLDEN) % 1)) for i in range(NUM_VALUES)],
-        device=x.device,
-    )
-    if x.is_contiguous():
-        return x.view(-1)[places].float()
-    return x[torch.unravel_index(places, x.shape)].float()
+    return x
 
 
 def _comparable(

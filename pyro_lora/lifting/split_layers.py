@@ -10,6 +10,7 @@ out what is wrong, nor may it fail inside of a pass: the others are in it, too.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -22,6 +23,18 @@ from pyro_lora.ground.synchronisation import before_all_ranks
 def is_split(parameter: Any) -> bool:
     """Whether a process has a part of it only: a DTensor."""
     return getattr(parameter, "device_mesh", None) is not None
+
+
+def has_parts(network: nn.Module) -> bool:
+    """Whether a process has a part only of one of a network's parameters."""
+    return any(map(is_split, network.parameters()))
+
+
+def is_spread(network: nn.Module) -> bool:
+    """Whether processes share a network's layers out, also while they are whole."""
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # loaded by who uses it
+    kinds = () if fsdp is None else fsdp.FSDPModule
+    return has_parts(network) or any(isinstance(x, kinds) for x in network.modules())
 
 
 def is_tensor_parallel(name: str, modules: Mapping[str, nn.Module]) -> bool:
@@ -58,7 +71,7 @@ def meet(network: nn.Module, what: str = "a pass") -> None:
         agreed: A ValueError, if one of them is elsewhere, or its error.
     """
     before_all_ranks()
-    ranks = _ranks_of(network)
+    ranks = ranks_of(network)
     ranks.meet(f"{what} of a network that is split over them, as many for each")
 
 
@@ -88,7 +101,7 @@ def check_alike(
         agreed: A ValueError, if they aren't.
     """
     meet(network)
-    ranks = _ranks_of(network)
+    ranks = ranks_of(network)
     tensors = {str(k): x for k, x in inputs.items() if isinstance(x, Tensor)}
     other = ranks.differing({**weights, **tensors})
     if other is not None:
@@ -104,8 +117,12 @@ def check_alike(
         )
 
 
-def _ranks_of(network: nn.Module) -> Ranks:
-    """The processes that have a network's parts."""
+def ranks_of(network: nn.Module) -> Ranks:
+    """The processes that have a network's parts.
+
+    Args:
+        network: With a parameter that is split.
+    """
     parts: Any = filter(is_split, network.parameters())
     mesh, everyone = next(parts).device_mesh, all_ranks()
     # Whoever is elsewhere meets all processes there, so that this is noticed.

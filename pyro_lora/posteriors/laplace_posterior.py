@@ -77,6 +77,7 @@ class LaplacePosterior(marginals.ByMarginals, Shared):
         networks: The lifted networks in the model.
         model: The Pyro model; None where the posterior was loaded without one.
         obs_site: The likelihood's site; None where there are several.
+        obs_sites: Those of the fit; empty where only the one above is known.
         latents: Gaussian over latent sites outside of the networks, which are part of
             modes, draws and densities, too.
         fixed: Lifted sites that are fixed at their mode -> values. They are part of
@@ -101,6 +102,7 @@ class LaplacePosterior(marginals.ByMarginals, Shared):
     fit_arguments: frozenset[str] | None = None
     follows_prior: bool = False
     num_data: int | None = None
+    obs_sites: tuple[str, ...] = ()
 
     num_samples: ClassVar[int | None] = None
 
@@ -560,6 +562,7 @@ class LaplacePosterior(marginals.ByMarginals, Shared):
             tolerance=tolerance,
             num_samples=num_samples,
             progress_bar=progress_bar,
+            obs_sites=self.obs_sites,
             ranks=ranks_of(mesh, "data"),
         )
 

@@ -188,6 +188,7 @@ def scaled_to(
     *,
     tolerance: float,
     num_samples: int,
+    obs_sites: Sequence[str] = (),
     progress_bar: bool | None = None,
     ranks: Ranks = ALONE,
 ) -> ScaledPosterior:
@@ -200,6 +201,8 @@ def scaled_to(
         batches: Mappings of model keyword arguments, labels included.
         tolerance: Nats a datum, of the mean loss of one draw above the center's.
         num_samples: Draws whose losses are averaged, the same at every scale.
+        obs_sites: The likelihood's sites, whose losses add up; empty for the
+            posterior's one.
         progress_bar: Show one, of the batches of all passes.
         ranks: Who shares the data.
 
@@ -215,7 +218,9 @@ def scaled_to(
         raise ValueError(ranks.none_here(NO_BATCHES))
     with progress(title="Scale", unit="batch", shown=progress_bar) as bar:
         counted = Counted(rows, bar)
-        return _largest_scale(posterior, origin, counted, tolerance, num_samples, ranks)
+        return _largest_scale(
+            posterior, origin, counted, tolerance, num_samples, obs_sites, ranks
+        )
 
 
 def _largest_scale(
@@ -224,15 +229,16 @@ def _largest_scale(
     rows: Iterable[Batch],
     tolerance: float,
     num_samples: int,
+    obs_sites: Sequence[str],
     ranks: Ranks,
 ) -> ScaledPosterior:
     mean = posterior.base_mean
 
     one = {site: x[None] for site, x in {**origin, **posterior.others}.items()}
     assert posterior.model is not None  # for_sampling has asked for it
-    networks, site = posterior.networks, posterior.obs_site
+    networks, sites = posterior.networks, obs_sites or posterior.obs_site
     loss = LossOfDraws(
-        posterior.model, networks, site, one, rows, ranks, "for_sampling"
+        posterior.model, networks, sites, one, rows, ranks, "for_sampling"
     )
 
     is_origin = all(torch.equal(mean[s], x) for s, x in origin.items())
@@ -343,7 +349,8 @@ class LossOfDraws:
     Attributes:
         model: A Pyro model.
         networks: Its lifted networks, which are in evaluation mode meanwhile.
-        obs_site: The likelihood's site, None for the only one.
+        obs_site: The likelihood's site, or several, whose losses add up; None for the
+            only one.
         one: Site -> (1, ...), all latent sites: any weight set.
         batches: Mappings of model keyword arguments, labels included.
         ranks: Who shares the data.
@@ -352,7 +359,7 @@ class LossOfDraws:
 
     model: Model
     networks: Sequence[LiftedNetwork]
-    obs_site: str | None
+    obs_site: str | Sequence[str] | None
     one: Weights
     batches: Iterable[Batch]
     ranks: Ranks

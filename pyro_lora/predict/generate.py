@@ -36,6 +36,7 @@ from pyro_lora.posteriors.served import served
 from pyro_lora.predict.draws import network_of
 from pyro_lora.predict.sequence_scores import (
     causal_network,
+    check_logits,
     check_vocabulary,
     checked_mask,
     log_mean_exp,
@@ -152,8 +153,9 @@ def generate(
     Raises:
         ValueError: If the network is no causal language model or its generation config
             asks for beams or another search, padding isn't on the left, an argument is
-            out of range, the posterior doesn't fit or has no mode, or the network can't
-            take several draws in one batch with ``"average"``.
+            out of range, the posterior doesn't fit or has no mode, the network can't
+            take several draws in one batch with ``"average"``, or its logits are NaN or
+            infinite.
 
     Warns:
         UserWarning: If it is such a Gaussian, and there are no batches.
@@ -273,6 +275,7 @@ class _NextToken(LogitsProcessor):
                 f"The average needs {self.num_draws} draws in one batch, which this "
                 "network can't take (the log says why). Use mode='draws' or 'mode'."
             )
+        check_logits(scores.unflatten(0, (-1, self.batch_size)))
         # log (1/S) Σ_s p_s(y_t | y_<t): what is chosen is the same for all draws, whose
         # caches stay those of one text.
         if self.num_draws > 1:
@@ -309,9 +312,7 @@ def _scored(
     prompt_masks = prompt_mask.expand(len(texts), *prompt_mask.shape)
     masks = torch.cat([prompt_masks, alive.to(prompt_mask)], -1)
     scores: list[list[tuple[Tensor, ...]]] = [[] for _ in texts]
-    for text, rows, each in next_token_log_probs(
-        lora, draws, texts, masks, new.shape[-1]
-    ):
+    for text, rows, each in next_token_log_probs(lora, draws, texts, masks, alive):
         averaged = log_mean_exp(each)  # (b, T', V)
         scores[text].append(
             (

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from pyro_lora.ground.interrupts import leaving_no_trace
 from pyro_lora.ground.settings import check_kind
 from pyro_lora.ground.summary import FieldsShown
+from pyro_lora.ground.synchronisation import require
 from pyro_lora.ground.weights import Weights
 from pyro_lora.lifting.lifted_network import LiftedNetwork, check_lora
 from pyro_lora.lifting.text_trunk import holds_rows
@@ -102,7 +103,7 @@ def sequence_log_prob(
     Raises:
         ValueError: If the network is no causal language model, shapes differ, labels
             aren't the input's own tokens, or a continuation is empty, padded inside,
-            or starts at the first token.
+            or starts at the first token; or if logits are NaN or infinite.
     """
     mask = checked_mask(input_ids, attention_mask)
     texts = {"input_ids": input_ids, "attention_mask": mask}
@@ -119,7 +120,7 @@ def sequence_log_prob(
     tokens, scored = input_ids[:, -num_new:], scored[:, -num_new:]
     by_draw, by_token = [], []
     for _, rows, log_probs in next_token_log_probs(
-        lora, weights, input_ids[None], mask[None], num_new
+        lora, weights, input_ids[None], mask[None], scored[None]
     ):
         index = tokens[rows].expand(len(log_probs), -1, -1)[..., None]
         chosen = log_probs.gather(-1, index)[..., 0]  # (S, b, T')
@@ -298,9 +299,9 @@ def next_token_log_probs(
     weights: Mapping[str, Tensor],
     texts: Tensor,
     masks: Tensor,
-    num_new: int,
+    scored: Tensor,
 ) -> Iterator[tuple[int, slice, Tensor]]:
-    """Log-probabilities that each draw gives, at the last ``num_new`` positions.
+    """Log-probabilities that each draw gives, at the last T' positions.
 
     Several texts of one prompt each, which goes through the network once for all.
 
@@ -309,15 +310,19 @@ def next_token_log_probs(
         weights: Site -> (S, ...).
         texts: n texts of each of B prompts, (n, B, T).
         masks: 0 for padding, (n, B, T).
-        num_new: T', the last tokens that are predicted, each from those before it.
+        scored: Of the last T' tokens, each predicted from those before it, whether it
+            counts, (n, B, T').
 
     Yields:
         Which text, rows, and their log-probabilities (S, b, T', V), float32 or wider.
+
+    Raises:
+        ValueError: If those of a token that counts are no numbers.
     """
     network = causal_network(lora)
     taken = inspect.signature(network.forward).parameters
     num_texts, batch_size, length = texts.shape
-    num_draws = len(next(iter(weights.values())))
+    num_draws, num_new = len(next(iter(weights.values()))), scored.shape[-1]
     vocabulary = network.get_output_embeddings().weight.shape[0]
     step = max(1, MAX_LOG_PROBS // (num_draws * num_new * vocabulary))
     # As generate counts them: padding on the left moves nothing.
@@ -351,8 +356,37 @@ def next_token_log_probs(
                 ).logits
                 # Those at place t are of token t + 1.
                 logits = logits[..., -num_new - 1 : -1, :]
+                check_logits(logits, scored[text, rows], place)
                 wide = torch.promote_types(logits.dtype, torch.float32)
                 yield text, rows, logits.to(wide).log_softmax(-1)
+
+
+def check_logits(logits: Tensor, scored: Tensor | None = None, first: int = 0) -> None:
+    """Check that logits give probabilities: one question for all of them.
+
+    Args:
+        logits: Of S draws of b rows, (S, b, ..., V).
+        scored: Those that count, (b, ...); None: all.
+        first: The number of the first row.
+
+    Raises:
+        ValueError: If they don't, naming a row and, of several, a draw.
+    """
+    holds = logits.amax(-1).isfinite()  # else their softmax is NaN
+    if scored is not None:
+        holds = holds | ~scored
+
+    def error() -> ValueError:
+        draw, row = (~holds).nonzero()[0, :2].tolist()
+        of_draw = f" under draw {draw} of the weights" if len(holds) > 1 else ""
+        return ValueError(
+            f"Row {first + row}: the network's logits are NaN or infinite{of_draw}. "
+            "If rows that are padded have this under any weights, the network doesn't "
+            "take padding there: give rows of one length, or one at a time. Else a "
+            "draw may be too far out: take a narrower posterior, or a wider dtype."
+        )
+
+    require(holds.all(), error)
 
 
 def log_mean_exp(x: Tensor) -> Tensor:

@@ -179,7 +179,7 @@ def two_devices(device: str, folder: Path) -> Any:
         "probs": pl.predict(loaded, batches).probs,
         "particles": made.get_named_particles(),
         "drawn": pl.predict(made.posterior(), batches).probs,
-        "table": spread.done(network),
+        "table": spread.done(network, folder),
     }
 
 

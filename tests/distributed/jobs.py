@@ -957,7 +957,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "other batches": (other_batches, r"batch 0.*The batch of rank 1 is another"),
     "fewer particles than ranks": (few_particles, "num_particles=1 can't be shared"),
-    "a plan of a part": (plan_of_a_part, r"split over processes.*shard_base=True"),
+    "a plan of a part": (plan_of_a_part, r"shared out over processes.*shard_base=True"),
     "other data for the draws": (other_data, "The batch of rank 1 is another.*draws"),
     "other draws": (other_draws, "Site '.*': the draws of rank 1 are others"),
     "a broken batch of draws": (broken_draws, "The batch of rank 1 is another"),

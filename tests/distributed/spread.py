@@ -6,13 +6,15 @@ process, or the error. ``docs/large.md`` has the table as :func:`markdown` write
 """
 
 import copy
-from collections.abc import Callable, Mapping
-from contextlib import contextmanager
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from accelerate import disk_offload
 from peft import PeftModel, get_peft_model
@@ -30,12 +32,15 @@ from transformers import AutoModelForSequenceClassification
 import pyro_lora as pl
 from tests.distributed.jobs import (
     DIMS,
+    PowerCutError,
     data,
     engine,
     guide_of,
     members,
     numbers_of,
+    rank,
     size,
+    writing_each_batch,
 )
 from tests.networks import (
     batch,
@@ -48,7 +53,7 @@ from tests.networks import (
     without_peft,
 )
 
-COLUMNS = ("lifted", "bound", "folded", "fitted", "predicted", "SVGD")
+COLUMNS = ("lifted", "bound", "folded", "fitted", "predicted", "SVGD", "saved")
 SAME = "same"
 Cells = Mapping[str, Any]
 EXACT = 1e-10
@@ -78,10 +83,14 @@ class Form:
 
 def cells(form: Form, folder: Path) -> Cells:
     """What each column gives, or the error that it ends with."""
+    whole = form.build()
+    torch.manual_seed(0)  # as before the first
     network = form.spread(form.build(), folder)
     torch.manual_seed(0)  # whoever spreads it may have drawn numbers
     return done(
         network,
+        folder / re.sub(r"\W+", "-", form.name),
+        whole=whole if size() > 1 else None,
         mesh=form.mesh(),
         num_data=form.num_data,
         chunk_size=form.chunk_size,
@@ -90,12 +99,21 @@ def cells(form: Form, folder: Path) -> Cells:
 
 def done(
     network: nn.Module,
+    folder: Path,
     *,
+    whole: nn.Module | None = None,
     mesh: DeviceMesh | None = None,
     num_data: int = 4,
     chunk_size: int | None = None,
 ) -> Cells:
-    """The same of a network that is there already."""
+    """The same of a network that is there already.
+
+    Args:
+        network: Spread.
+        folder: For files, the same on all ranks.
+        whole: The same network, which takes its files and gives it some; None: itself.
+        mesh: As the form's, like the others.
+    """
     found: dict[str, Any] = {}
 
     @contextmanager
@@ -111,13 +129,22 @@ def done(
     if isinstance(found["lifted"], Exception):
         return found
     model, batches = classifier(lora, num_data), data(number=num_data)
+    twin = lora if whole is None else pl.lift(whole)
+    guides = [guide_of(x, classifier(x, num_data)) for x in (lora, twin)]
     for name, lead in (("bound", ()), ("folded", (3,))):
         with column(name):
             found[name] = at_weights(lora, particles(lora, *lead))
     with column("fitted"):
-        guide = guide_of(lora, model)
-        fitted = guide.laplace_approximation(pl.share(batches, mesh=mesh), mesh=mesh)
-        found["fitted"] = numbers_of(fitted)
+        fitted = guides[0].laplace_approximation(
+            pl.share(batches, mesh=mesh), mesh=mesh
+        )
+        own = pl.share(batches, mesh=mesh)
+        resumed = [
+            after_a_cut(guides[i], guides[1 - i], own, folder, mesh) for i in range(2)
+        ]
+        saved_by_first(fitted, folder / "fitted")
+        fits = [fitted, *resumed, pl.load(folder / "fitted", lora, model=model)]
+        found["fitted"] = [numbers_of(x) for x in fits]
     with column("predicted"):
         drawn = pl.ensemble(lora, members(lora, 2), model=model)
         of = [drawn] if isinstance(found["fitted"], Exception) else [drawn, fitted]
@@ -128,8 +155,77 @@ def done(
         kernel = pl.kernels.RBF(space="function")
         made = engine(lora, model, kernel, 3, mesh=mesh, chunk_size=chunk_size)
         made.run(batches, num_epochs=1, progress_bar=False)
+        if rank() == 0:
+            made.save(folder / "SVGD")
+        everyone()
+        made.load(folder / "SVGD")
         found["SVGD"] = made.get_named_particles()
+    with column("saved"):
+        found["saved"] = saved(lora, twin, folder)
     return found
+
+
+def everyone() -> None:
+    """Wait for all ranks."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+def after_a_cut(
+    cut: pl.AutoLaplace,
+    resuming: pl.AutoLaplace,
+    batches: list[dict[str, Tensor]],
+    folder: Path,
+    mesh: DeviceMesh | None,
+) -> pl.LaplacePosterior:
+    """A fit that goes on from where another one of the same network was cut off."""
+
+    class Cut:
+        def __iter__(self) -> Iterator[dict[str, Tensor]]:
+            yield batches[0]
+            raise PowerCutError
+
+    options: dict[str, Any] = {"checkpoint": folder / "checkpoint", "mesh": mesh}
+    with writing_each_batch(), suppress(PowerCutError):
+        cut.laplace_approximation(Cut(), **options)
+    everyone()
+    assert [*(folder / "checkpoint").rglob("manifest.json")]
+    fitted = resuming.laplace_approximation(batches, **options)
+    everyone()
+    assert not [*(folder / "checkpoint").rglob("manifest.json")]
+    return fitted
+
+
+def saved_by_first(posterior: pl.Posterior, folder: Path) -> None:
+    """Save on one rank, while the others do nothing."""
+    if rank() == 0:
+        pl.save(posterior, folder)
+    everyone()
+
+
+def saved(lora: pl.LiftedNetwork, twin: pl.LiftedNetwork, folder: Path) -> Any:
+    """What is read of files: by each of each, its own and those of the first rank."""
+    here, there = (pl.ensemble(x, [lora.weights()] * 2) for x in (lora, twin))
+    pl.save(here, folder / f"{rank()}")
+    saved_by_first(here, folder / "here")
+    saved_by_first(there, folder / "there")
+    read: list[Any] = [
+        pl.load(folder / name, x).sample(1)
+        for name in (f"{rank()}", "here", "there")
+        for x in (lora, twin)
+    ]
+    if twin is lora:
+        return read[:1]
+    with pytest.raises(ValueError, match="shared out over processes already"):
+        pl.plan_memory(lora)
+    with torch.no_grad():
+        for p in twin.network.parameters():
+            p.add_(0 if p.requires_grad else 1e-3)
+    saved_by_first(there, folder / "other")
+    for name, x in (("other", lora), ("here", twin)):
+        with pytest.raises(ValueError, match="this is another network"):
+            pl.load(folder / name, x)
+    return read[:1]
 
 
 def at_weights(lora: pl.LiftedNetwork, weights: dict[str, Tensor]) -> dict[str, Any]:

@@ -21,7 +21,8 @@ def test_the_pages_table(tmp_path: Path) -> None:
             num_data=num_data,
             chunk_size=chunk_size,
         )
-        return launch.run(partial(spread.cells, plain), tmp_path)
+        own = tmp_path / f"{num_data} {chunk_size}"
+        return launch.run(partial(spread.cells, plain), own)
 
     def row(form: Form, found: list[spread.Cells]) -> dict[str, str]:
         key = (form.build, form.num_data, form.chunk_size)

@@ -70,7 +70,10 @@ def posterior(method: str) -> Any:
         start = t.lora.init_to_adapter()
         return t.trained(pl.methods.blob(t.model, init_loc_fn=start), t.model)
     if method == "tfb":
-        return pl.methods.tfb(t.model, t.batches, num_samples=2, progress_bar=False)
+        by_itself = [
+            inputs(b) for b in t.batches
+        ]  # on labels by chance any width will do
+        return pl.methods.tfb(t.model, by_itself, num_samples=2, progress_bar=False)
     if method == "subspace":
         lora = t.lora.with_prior(pl.priors.subspace(0.3))
         model = pl.models.classification(lora, NUM)
@@ -366,6 +369,17 @@ def test_tfb_says_what_it_lacks() -> None:
     noise = {"noise": torch.tensor(0.5).double()}
     found = pl.methods.tfb(model, real, weights=noise, num_samples=1)
     assert found.loc["noise"] == 0.5
+
+
+def test_tfb_says_where_no_width_costs_anything() -> None:
+    t = Task()
+    with torch.no_grad():
+        head = t.lora.network.base_model.model.classifier
+        for x in head.modules_to_save["default"].parameters():
+            x.zero_()  # so that every draw is at chance, as the adapter is
+    with pytest.warns(UserWarning, match=r"^No width up to .* costs 0.05 nats"):
+        found = pl.methods.tfb(t.model, t.batches, num_samples=1)
+    assert all(x.isfinite().all() for x in found.variance().values())
 
 
 def test_tfb_takes_directions_that_b_hardly_has() -> None:

@@ -270,6 +270,41 @@ def test_the_loss_of_draws_at_once_is_that_of_each(num_draws: int) -> None:
     assert abs(found - double_loop(posterior, draws, batches)) < 1e-12
 
 
+def test_losses_of_all_sites_of_the_fit_add_up(tmp_path: Path) -> None:
+    # A third site is observed, which isn't of the fit.
+    lora = pl.lift(nn.Linear(3, 5).double(), prior=pl.priors.normal(scale=0.7))
+    x, real = torch.randn(5, 3).double(), 2 * torch.randn(5).double()
+    whole = {"x": x, "y": torch.randint(3, (5,)), "real": real, "third": 9 * real}
+
+    def model(x: Tensor, y: Any = None, real: Any = None, third: Any = None) -> None:
+        f = lora()(x)
+        with pyro.plate("data", 5, subsample=x):
+            pyro.sample("y", dist.Categorical(logits=f[..., :3]), obs=y)
+            pyro.sample("real", dist.Normal(f[..., 3], 0.5), obs=real)
+            pyro.sample("third", dist.Normal(f[..., 4], 0.1), obs=third)
+
+    batches = [{k: v[i : i + 2] for k, v in whole.items()} for i in (0, 2, 4)]
+    guide = pl.AutoLaplace(
+        model, init_loc_fn=lora.init_to_adapter(), obs_site=("y", "real")
+    )
+    posterior = guide.laplace_approximation(batches)
+    pyro.set_rng_seed(1)
+    draws, mode = posterior.sample(4), posterior.mode()
+
+    def at(scale: float) -> float:
+        scaled = {s: mode[s] + scale * (x - mode[s]) for s, x in draws.items()}
+        return double_loop(posterior, scaled, batches)
+
+    pl.save(posterior, tmp_path / "saved")
+    loaded = pl.load(tmp_path / "saved", lora, model=model)
+    assert isinstance(loaded, pl.LaplacePosterior)
+    for fitted in (posterior, loaded):
+        pyro.set_rng_seed(1)
+        found = fitted.for_sampling(batches, tolerance=0.1, num_samples=4)
+        assert 0 < found.scale < 1
+        assert at(found.scale) <= at(0.0) + 0.1 < at(found.scale * (1 + 1 / 126))
+
+
 @pytest.mark.parametrize("size", [1, 2, 4, 12])
 def test_a_model_that_takes_no_stack_runs_draw_by_draw(size: int) -> None:
     # Indexed from the left, or a latent scale that isn't put beside the classes' dim: a

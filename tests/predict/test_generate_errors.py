@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM, T5Config
 
 import pyro_lora as pl
@@ -123,3 +124,36 @@ def test_dropout_is_off_so_mc_dropout_is_refused() -> None:
     assert_refused(
         "all draws of mc_dropout are the same", lifted, posterior=pl.mc_dropout(lifted)
     )
+
+
+def test_logits_that_are_no_numbers() -> None:
+    lifted = pl.lift(networks.llama(None))
+    posterior, given = particles(lifted, 2), prompts(3)
+    at: tuple[int, int] | None = None
+
+    def spoil(module: object, args: object, logits: Tensor) -> None:
+        if at is not None:  # two draws of three rows, (6, T, V)
+            logits[at] = torch.nan
+
+    head = lifted.network.get_base_model().lm_head
+    labels = given["input_ids"].clone()
+    labels[:, :3] = -100  # two tokens of each are scored, from places 2 and 3 of 5
+    scored = {**given, "labels": labels}
+    expected = pl.sequence_log_prob(posterior, **scored).draws
+    said = r"^Row 2: the network's logits are NaN or infinite under draw 1 of"
+    with head.register_forward_hook(spoil):
+        at = 5, -1
+        for settings in ({}, {"mode": "draws"}, {"do_sample": True}):
+            assert_refused(said, lifted, posterior=posterior, **settings)
+        at = 5, -2
+        with pytest.raises(ValueError, match=said):
+            pl.sequence_log_prob(posterior, **scored)
+        one = pl.ensemble(lifted, [lifted.weights()])
+        at = 1, -2
+        with pytest.raises(ValueError, match=r"^Row 1: .* or infinite\. If rows"):
+            pl.sequence_log_prob(one, **scored, num_samples=1)
+        # What comes after the last token is no part of the score.
+        at = 5, -1
+        assert torch.equal(pl.sequence_log_prob(posterior, **scored).draws, expected)
+        at, labels[2, 3] = (5, -3), -100  # of row 2 only the last token is scored
+        assert pl.sequence_log_prob(posterior, **scored).draws.isfinite().all()

@@ -104,7 +104,7 @@ def tfb(
             or the loss of the adapter itself is NaN.
 
     Warns:
-        UserWarning: If a draw loses more at every width.
+        UserWarning: If a draw loses more at every width, or no more at any.
     """
     check_model(model)
     check_positive("tolerance", tolerance)
@@ -164,7 +164,7 @@ def tfb(
             lambda sigma: loss.at(at_width(sigma)) - least,
             tolerance,
             size,
-            most=size * _RANGE,
+            most=(widest := size * _RANGE),
             least=size / _RANGE,
         )
     if not is_found:
@@ -172,6 +172,13 @@ def tfb(
             f"Even at a width of {sigma:.3g} a draw loses more than {tolerance:g} nats "
             "a datum against the adapter; that width is taken. Give more rows, or a "
             "larger tolerance."
+        )
+    elif sigma == widest:
+        warn(
+            f"No width up to {sigma:.3g} costs {tolerance:g} nats a datum against the "
+            "adapter, so that nothing bounds it on these rows; that width is taken. "
+            "Train the adapter for longer (this one may be no better than chance "
+            "here), or give other rows or a smaller tolerance."
         )
     rows_of_a = {site: sigma * x for site, x in factors.items()}
     return GaussianPosterior(at, {}, networks, model, obs_site, rows=rows_of_a)
