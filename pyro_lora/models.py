@@ -15,6 +15,7 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
 
+from pyro_lora.ground.accumulation import at_least_float32
 from pyro_lora.ground.settings import check_count, check_kind, check_positive
 from pyro_lora.ground.summary import FieldsShown
 from pyro_lora.lifting.lifted_network import LiftedNetwork, check_lora
@@ -485,7 +486,7 @@ def _as_rows(value: Any, like: Tensor) -> Any:
 
 def _token_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
     """Log probabilities (..., R, T), nats, of tokens (R, T), from logits for each."""
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    wide = at_least_float32(logits)
     index = tokens.expand(wide.shape[:-1])[..., None]
     # Not log_softmax, which is one more tensor of a vocabulary's size to keep.
     return wide.gather(-1, index)[..., 0] - wide.logsumexp(-1)

@@ -1,3 +1,4 @@
+import re
 from copy import deepcopy
 from pathlib import Path
 
@@ -38,6 +39,14 @@ def test_results_are_kept_and_jobs_shared_out(tmp_path: Path) -> None:
         shard(range(7), parser.parse_args(["--shard", f"{i}/3"])) for i in range(3)
     ]
     assert sorted(job for share in shares for job in share) == [*range(7)]
+
+
+def test_each_page_of_results_has_its_row() -> None:
+    root = Path(__file__).parents[1]
+    index = (root / "docs" / "benchmarks" / "index.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \[\]\((.+?)\) \|", index, flags=re.MULTILINE)
+    pages = (root / "benchmarks" / "results").glob("*.md")
+    assert sorted(rows) == sorted(page.name for page in pages)
 
 
 @pytest.fixture

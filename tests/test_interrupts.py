@@ -542,3 +542,13 @@ def test_loading_is_all_or_nothing() -> None:
             seen.add(which)
             lora.load(before)
     assert seen == {0, 1}
+
+
+def test_what_is_undone_is_undone_once() -> None:
+    calls: list[int] = []
+    with undone(lambda: calls.append(1)):
+        pass
+    assert calls == [1]
+    with pytest.raises(ValueError, match="inside"), undone(lambda: calls.append(2)):
+        raise ValueError("inside")
+    assert calls == [1, 2]

@@ -343,7 +343,8 @@ def linear_layers(
         sites: Which.
 
     Raises:
-        ValueError: If a parameter isn't the weight or bias of an ``nn.Linear``.
+        ValueError: If a parameter isn't the weight or bias of an ``nn.Linear``, or is
+            that of several.
     """
     layers = []
     for site, members in lora.parameters.items():
@@ -351,6 +352,14 @@ def linear_layers(
             holder = p.locations[0][0]
             if p.owner is not holder or not isinstance(holder, nn.Linear):
                 owner = type(p.owner or lora.network)
+                if len({module for module, _ in p.locations}) > 1:
+                    raise ValueError(
+                        f"Site {site!r}: curvature is that of weights of one "
+                        f"torch.nn.Linear each, but {len(p.locations)} modules of "
+                        f"{owner.__module__}.{owner.__qualname__} share {p.name!r}. "
+                        "Use SVGD or a Pyro guide, or give each its own, or freeze it "
+                        "(requires_grad_(False)) before lifting."
+                    )
                 raise ValueError(
                     f"Site {site!r}: curvature is that of torch.nn.Linear layers, but "
                     f"{owner.__module__}.{owner.__qualname__} computes with "
@@ -428,8 +437,7 @@ def tokens_that_count(
     """
     largest = torch.stack([s.amax(1) for s in sizes.values()]).amax(0)  # (B,)
     # Half precision rounds each gradient, but what should be zero stays near zero.
-    dtype = torch.promote_types(largest.dtype, torch.float32)
-    eps = torch.finfo(dtype).eps
+    eps = torch.finfo(at_least_float32(largest).dtype).eps
     counts: dict[int, CountedTokens] = {}
     families: dict[object, list[CountedTokens]] = {}
     for i, s in sizes.items():

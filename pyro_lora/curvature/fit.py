@@ -96,9 +96,11 @@ from pyro_lora.likelihood.model_trace import (
     Model,
     is_missing_outcome,
     naming_batch,
+    observed_names,
     observed_sites,
     trace_batch,
 )
+from pyro_lora.likelihood.outcomes import values_to_score
 
 
 def batch_factors(
@@ -314,7 +316,7 @@ class FisherPasses:
 
         Warns:
             UserWarning: If the prior has correlations, which only its precision's
-                diagonal stands for.
+                diagonal stands for, or the model observes other sites, too.
         """
         check_batches(batches)
         num_passes = self.structure.num_passes
@@ -342,6 +344,20 @@ class FisherPasses:
 
         sums, trace = one_pass(self.structure.first_pass)
         observed = observed_sites(trace, self.obs_site)
+        names_of = [site["name"] for site in observed]
+        left_out = [  # not those that a handler has conditioned on a constant
+            name
+            for name in sorted(observed_names(trace) - {*names_of})
+            if _is_of_weights(trace.nodes[name])
+        ]
+        if left_out:
+            warn(
+                f"The model observes {left_out}, too, and this posterior is of "
+                f"{names_of} alone: Fisher information and evidence know nothing of "
+                "the others' likelihood. Of sites with the same data name all, "
+                f"obs_site={(*names_of, *left_out)}; or take the others out of the "
+                f"model, pyro.poutine.block(model, hide={left_out})."
+            )
         prior = prior_at_mode(trace, leaves)
         if prior.correlated:
             warn(
@@ -484,6 +500,12 @@ class FisherPasses:
         plate = data_plate(sites[0])
         _check_number(sums.num_data, plate, _names(sites), read_from, ranks)
         return sums, trace
+
+
+def _is_of_weights(site: Site) -> bool:
+    """Whether a site's log density depends on the posterior's weights."""
+    log_prob: Tensor = site["fn"].log_prob(values_to_score(site))
+    return log_prob.requires_grad
 
 
 def _of_outcomes(factors: Iterator[Factors], observed: Observed) -> Iterator[Factors]:

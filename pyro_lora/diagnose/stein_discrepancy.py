@@ -228,6 +228,7 @@ def _scores(
         if target is None:
             target, unconstrained = model_at_particles(model, particles, batch)
             num_draws = next(iter(unconstrained.values())).shape[0]
+        target.check_stack(unconstrained, (), batch)
         shares: list[float] = []
 
         def objective(

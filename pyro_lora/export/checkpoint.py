@@ -1,11 +1,12 @@
 """Posteriors in folders that another process, or another machine, can load.
 
-A folder is two files: the tensors, named by their own hash, and a manifest, which comes
-last and by renaming, so that it always names a file that is whole.
+A folder is two files: the tensors, under a random name that no other write takes, and
+a manifest, which comes last and by renaming, so that it always names a file that is
+whole.
 
     manifest.json              {"format": "pyro_lora posterior", "version": 2,
                                 "posterior": {"kind": "laplace", ...}, "sites": ...}
-    <its hash>.safetensors     loc/lora.query.A, values/lora.query.A, ...
+    <64 digits>.safetensors    loc/lora.query.A, values/lora.query.A, ...
 
 What tells a network from others of the same shapes (its layers, scalings, and a
 fingerprint of its frozen weights) is in there, too, and checked by ``load``.

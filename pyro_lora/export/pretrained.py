@@ -3,7 +3,7 @@
 The folder is a PEFT adapter, and one more folder in it has the posterior:
 
     adapter_config.json  adapter_model.safetensors  README.md      as PEFT writes them
-    posterior/manifest.json  posterior/<its hash>.safetensors      as ``save`` does
+    posterior/manifest.json  posterior/<64 digits>.safetensors     as ``save`` does
 
 Among the manifest's metadata is what PEFT doesn't say of the network (the names of its
 classes), and which of the ready models the posterior is of:
@@ -191,7 +191,7 @@ def push_to_hub(
             folder_path=folder,
             commit_message=commit_message,
             revision=revision,
-            delete_patterns=f"{_FOLDER}/*",  # named by their hash: none is replaced
+            delete_patterns=f"{_FOLDER}/*",  # the new ones have other names
         )
     return str(commit.commit_url)
 

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyro_lora.ground.accumulation import at_least_float32
+
 REAL = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 DOUBLE = (torch.float64,)
 # Numbers beyond these are no weights or precisions of a network; their squares and
@@ -146,7 +148,7 @@ class CheckedTensors:
             ValueError: If it's missing or something else.
         """
         x = self.real(name, shape)
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        wide = at_least_float32(x)
         generator = torch.Generator().manual_seed(0)
         v = torch.randn(  # a column off by e moves U^T U v by about e
             shape[-1],

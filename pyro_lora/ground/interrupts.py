@@ -5,8 +5,8 @@
 together leave no place for it:
 
 - What puts something back is known before anything is changed, and may run twice.
-- It runs in two nested ``finally``, so that where the inner one is interrupted, the
-  outer one does the work again.
+- It runs in one of two nested ``finally``: where the inner one is interrupted before
+  it is done, the outer one does the work again.
 - It belongs to a generator: a ``with`` statement that is left without its exit being
   called drops its generator, which Python then closes.
 """
@@ -46,16 +46,19 @@ def undone(undo: Callable[[], object]) -> Iterator[None]:
     """Put something back at the end of a block, whatever ends it.
 
     Args:
-        undo: What puts it back; it runs once or twice, also where the block hasn't
-            changed everything yet.
+        undo: What puts it back; it runs once, or twice where an interrupt comes in
+            between, also where the block hasn't changed everything yet.
     """
+    is_done = False
     try:
         try:
             yield
         finally:
             undo()
+            is_done = True
     finally:
-        undo()
+        if not is_done:
+            undo()
 
 
 def leaving_no_trace(function: Callable[P, R]) -> Callable[P, R]:

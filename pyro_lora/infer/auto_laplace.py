@@ -283,7 +283,8 @@ class AutoLaplace(AutoDelta):
 
         Warns:
             UserWarning: If the prior has correlations between weights, such as a
-                previous posterior's, of whose precision only the diagonal counts.
+                previous posterior's, of whose precision only the diagonal counts; or
+                the model observes other sites than those of ``obs_site``.
         """
         check_gradients()
         if max_memory_gb is not None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch import distributions as td
 from transformers import PreTrainedModel
 
+from pyro_lora.ground.accumulation import at_least_float32
 from pyro_lora.ground.interrupts import leaving_no_trace
 from pyro_lora.ground.settings import check_number
 from pyro_lora.ground.weights import check_weights
@@ -93,7 +94,7 @@ def _resolved_scales(lora: Lifted, weights: Mapping[str, Tensor]) -> dict[str, T
     for site, members in lora.parameters.items():
         layers = []
         for p, value in zip(members, weights[site], strict=True):
-            wide = value.to(torch.promote_types(value.dtype, torch.float32))
+            wide = at_least_float32(value)
             path, _, part = p.name.partition(".lora_B.")
             rms = wide.square().mean().sqrt()
             if part and path in factors:  # of B: E changes the outputs by s E A x

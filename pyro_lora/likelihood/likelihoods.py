@@ -57,6 +57,7 @@ from torch import Tensor
 from torch import distributions as td
 from torch.nn.functional import pad
 
+from pyro_lora.ground.accumulation import at_least_float32
 from pyro_lora.ground.synchronisation import scalar
 
 # Keeps 1 / sqrt(p) finite in float32; such a class adds less than that to the Fisher.
@@ -405,7 +406,7 @@ def _multinomial(fn: td.Multinomial) -> Likelihood:
         )
 
     def score(value: Tensor) -> Tensor:
-        probs = _wide(logits).softmax(-1)
+        probs = at_least_float32(logits).softmax(-1)
         return value - value.sum(-1, keepdim=True) * probs
 
     def log_prob_of_draws(value: Tensor, num_samples: int) -> Tensor:
@@ -469,7 +470,7 @@ def _negative_binomial(fn: td.NegativeBinomial) -> Likelihood:
 @register(td.Poisson)
 def _poisson(fn: td.Poisson) -> Likelihood:
     # s = y - rate and F = Var(y) = rate. An underflown rate of 0 has no logarithm.
-    wide = _wide(fn.rate)
+    wide = at_least_float32(fn.rate)
     rate = fn.rate.detach().double().clamp_min(_MIN_PROBABILITY)
     kind = _kind(fn)
     return one_parameter(
@@ -688,7 +689,7 @@ def _counts(fn: td.Multinomial, total: Tensor) -> Tensor:
 
 def _class_score(logits: Tensor, label: Tensor) -> Tensor:
     """The class less the probabilities, (..., C), for a label (..., 1)."""
-    probs = _wide(logits.detach()).softmax(-1)
+    probs = at_least_float32(logits.detach()).softmax(-1)
     # What is no class is behind a mask. Labels are the same for all draws.
     index = label.long().clamp(0, probs.shape[-1] - 1).expand(*probs.shape[:-1], 1)
     return probs.neg_().scatter_add_(-1, index, torch.ones_like(probs[..., :1]))
@@ -792,12 +793,8 @@ def _scalar(parameter: Tensor, information: Tensor, score: Tensor) -> FisherRoot
 
 
 def _root(parameter: Tensor, root: Tensor, coordinates: Tensor) -> FisherRoot:
-    parameter = _wide(parameter)
+    parameter = at_least_float32(parameter)
     return FisherRoot(parameter, root.to(parameter), coordinates.to(parameter))
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _clamped(logits: Tensor) -> Tensor:

@@ -3,16 +3,20 @@
 S weight sets are one more dim, on the left of all that a network gives: (S, B, C) for
 (B, C). A model that counts dims from the left, as ``logits[:, 0]`` and ``softmax(1)``
 do, is right for one weight set and mixes the data of several, often in shapes that fit.
+A single datum tells little: ``logits[:, 0]`` is right there, and wrong of two.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 
 from pyro_lora.ground.ranks import is_agreed
 from pyro_lora.ground.synchronisation import ask
@@ -20,82 +24,142 @@ from pyro_lora.ground.weights import Weights, drawing_nothing
 from pyro_lora.likelihood.model_trace import Model, lifted_networks
 from pyro_lora.likelihood.outcomes import values_to_score
 
-# The models that were seen to keep weight sets apart, on a batch of several data.
-_SEEN: WeakSet[Any] = WeakSet()
+# Model -> its sites that were seen to keep weight sets apart, each with None, or with
+# the shapes of the inputs where these were of a single datum.
+_SEEN: Any = WeakIdKeyDictionary()
 _STEP = 0.1  # any, so that the network's outputs differ
 _MOST_ROUNDING = 0.05  # of the largest log density
 _QUANTISED = 2**-8  # in place of the machine epsilon that integers don't have
 
 
-@torch.no_grad()
-def check_stack(
-    model: Model,
-    trace: Any,
-    at: Weights,
-    sites: Iterable[str],
-    run: Callable[[Weights], Any],
-    run_stack: Callable[[Weights], Any],
-    at_once: int = 3,
-) -> None:
-    """Check that a model may be run at several weight sets at once.
+@dataclass(frozen=True, eq=False)
+class Stacking:
+    """A model on a batch, at one weight set and at several.
 
-    Args:
-        model: The model. One that was seen to be right isn't run again.
-        trace: Of it.
-        at: Site -> value, all latent sites, as there.
-        sites: Those of its data, whose log densities are compared.
+    Attributes:
+        model: The model.
+        inputs: What the batch has, in order.
+        sites: Those of the data, whose log densities are compared.
         run: Weight set -> trace.
         run_stack: Weight sets, (S, ...) each -> trace.
         at_once: The most that memory has room for.
-
-    Raises:
-        ValueError: Naming the site, if it isn't right.
-        RuntimeError: Another rank's.
     """
-    values = {name: values_to_score(trace.nodes[name]) for name in sites}
-    if not values or _is_seen(model):
-        return
-    with drawing_nothing(at):
-        # Weights of zero, as a new head's may be, would say the same of all data.
-        lifted = {site for lora in lifted_networks(trace) for site in lora.sites}
 
-        def moved() -> Weights:
-            return {
-                s: x + _STEP * torch.randn_like(x) if s in lifted else x
-                for s, x in at.items()
-            }
+    model: Model
+    inputs: Iterable[Any]
+    sites: Iterable[str]
+    run: Callable[[Weights], Any]
+    run_stack: Callable[[Weights], Any]
+    at_once: int = 3
 
-        one = moved()
+    def check(self, at: Weights, trace: Any = None) -> None:
+        """Check that weight sets don't mix, where shapes fit: else a run will say so.
+
+        A model is run for it on its first batch of several data, and until then on
+        each whose inputs have new shapes.
+
+        Args:
+            at: Site -> value, all latent sites.
+            trace: Of the model there, where it is known.
+
+        Raises:
+            ValueError: Naming the site, if they do.
+            RuntimeError: Another rank's.
+        """
+        mixed: str | None = None
         try:
-            alone = _log_densities(run(one), values)
-            # Another number than there are data, or it might be taken for them.
-            number = 3 if any(2 in x.shape for x in alone.values()) else 2
-            number = min(number, at_once)
-            # Others before it: of copies alone a mean over the stack would be right.
-            sets = [*(moved() for _ in range(number - 1)), one]
-            stack = {site: torch.stack([w[site] for w in sets]) for site in one}
-            together = _log_densities(run_stack(stack), values)
+            mixed = self._mixed_site(at, trace)
         except (RuntimeError, ValueError) as error:
             if is_agreed(error):
                 raise
-            return  # of shapes that don't fit, as whoever runs it will say
-        for name, expected in alone.items():
-            if together[name].numel() != number * expected.numel():
-                return
-            last = together[name].reshape(number, *expected.shape)[-1]
-            if _are_same(last, expected, trace):
-                continue
-            # A model that draws random numbers says something else each time.
-            if _are_same(_log_densities(run(one), values)[name], expected, trace):
-                raise ValueError(
-                    f"Site {name!r}: of the last of {number} weight sets in a stack "
-                    "the model doesn't say what it says of it alone. Draws and "
-                    "particles are one more dim, on the left of the network's outputs, "
-                    "(S, B, C): count dims from the right, logits[..., 0] and "
-                    "softmax(-1) for logits[:, 0] and softmax(1)."
-                )
-    if any(x.numel() > 1 for x in alone.values()):
-        _remember(model)
+        if mixed is not None:
+            raise ValueError(
+                f"Site {mixed!r}: of the last of several weight sets in a stack "
+                "the model doesn't say what it says of it alone. Draws and "
+                "particles are one more dim, on the left of the network's outputs, "
+                "(S, B, C): count dims from the right, logits[..., 0] and "
+                "softmax(-1) for logits[:, 0] and softmax(1)."
+            )
+
+    def is_right(self, at: Weights) -> bool:
+        """Whether a stack can be run, and its weight sets don't mix.
+
+        Args:
+            at: Site -> value, all latent sites.
+
+        Raises:
+            RuntimeError: Another rank's.
+            ValueError: Another rank's.
+        """
+        try:
+            return self._mixed_site(at) is None
+        except (RuntimeError, ValueError) as error:
+            if is_agreed(error):
+                raise
+            return False
+
+    @torch.no_grad()
+    def _mixed_site(self, at: Weights, trace: Any = None) -> str | None:
+        """The first site at which weight sets mix.
+
+        Raises:
+            RuntimeError: If shapes don't fit, or a ValueError.
+        """
+        if self._is_seen():
+            return None
+        with drawing_nothing(at):
+            trace = self.run(at) if trace is None else trace
+            values = {
+                name: values_to_score(trace.nodes[name])
+                for name in self.sites
+                if name in trace.nodes
+            }
+            # Weights of zero, as a new head's may be, would say the same of all data.
+            lifted = {site for lora in lifted_networks(trace) for site in lora.sites}
+
+            def moved() -> Weights:
+                return {
+                    s: x + _STEP * torch.randn_like(x) if s in lifted else x
+                    for s, x in at.items()
+                }
+
+            one = moved()
+            alone = _log_densities(self.run(one), values)
+            # Another number than there are data, or it might be taken for them.
+            number = 3 if any(2 in x.shape for x in alone.values()) else 2
+            number = min(number, self.at_once)
+            # Others before it: of copies alone a mean over the stack would be right.
+            sets = [*(moved() for _ in range(number - 1)), one]
+            stack = {site: torch.stack([w[site] for w in sets]) for site in one}
+            together = _log_densities(self.run_stack(stack), values)
+            for name, expected in alone.items():
+                last = together[name].reshape(number, *expected.shape)[-1]
+                if _are_same(last, expected, trace):
+                    continue
+                # A model that draws random numbers says something else each time.
+                if _are_same(
+                    _log_densities(self.run(one), values)[name], expected, trace
+                ):
+                    return name
+        self._remember(any(x.numel() > 1 for x in alone.values()))
+        return None
+
+    def _is_seen(self) -> bool:
+        try:
+            seen = _SEEN.get(self.model, ())
+        except TypeError:  # it takes no weak references
+            return False
+        shapes = self._shapes()
+        return all((s, None) in seen or (s, shapes) in seen for s in self.sites)
+
+    def _remember(self, several: bool) -> None:
+        shapes = None if several else self._shapes()
+        with suppress(TypeError):
+            _SEEN.setdefault(self.model, set()).update((s, shapes) for s in self.sites)
+
+    def _shapes(self) -> tuple[tuple[int, ...], ...]:
+        tensors = (x for x in tree_leaves([*self.inputs]) if isinstance(x, Tensor))
+        return tuple(tuple(x.shape) for x in tensors)
 
 
 def _log_densities(trace: Any, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -127,17 +191,3 @@ def _precision(x: Tensor, trace: Any) -> float:
         torch.finfo(kind).eps if kind.is_floating_point else _QUANTISED
         for kind in kinds
     )
-
-
-def _is_seen(model: Model) -> bool:
-    try:
-        return model in _SEEN
-    except TypeError:  # it has no hash
-        return False
-
-
-def _remember(model: Model) -> None:
-    try:
-        _SEEN.add(model)
-    except TypeError:  # it has none, or takes no weak references
-        return

@@ -11,8 +11,8 @@ https://arxiv.org/abs/2412.05723), with the shape of a Laplace posterior.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar, Protocol
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pyro_lora.curvature.joint_distribution import WeightDistribution, sample_jointly
 from pyro_lora.ground.progress import Counted, progress
-from pyro_lora.ground.ranks import ALONE, Ranks, is_agreed
+from pyro_lora.ground.ranks import ALONE, Ranks
 from pyro_lora.ground.settings import check_count
 from pyro_lora.ground.summary import brief, weights_facts
 from pyro_lora.ground.warning import warn
@@ -45,6 +45,7 @@ from pyro_lora.likelihood.model_trace import (
     trace_batch,
 )
 from pyro_lora.likelihood.outcomes import data_that_count, values_to_score
+from pyro_lora.likelihood.stacks import Stacking
 from pyro_lora.posteriors import marginals
 from pyro_lora.posteriors.shared import Shared
 from pyro_lora.priors import Prior
@@ -54,7 +55,6 @@ _PER_OCTAVE = 88  # scales that are told apart, each by one part in 127
 _FARTHEST = 3 * _PER_OCTAVE  # to go on from a scale at once
 _LEAST = 2.0**-8  # of a scale: below it draws are the center
 _DRAWS_AT_ONCE = 8  # in one forward pass
-_SAME = 1e-3  # of two log likelihoods, summed in another order
 
 
 class _Base(WeightDistribution, Protocol):
@@ -355,6 +355,7 @@ class LossOfDraws:
         batches: Mappings of model keyword arguments, labels included.
         ranks: Who shares the data.
         caller: What needs it, for errors.
+        mixed: Batches in which draws mix; from the first on each is run by itself.
     """
 
     model: Model
@@ -364,6 +365,7 @@ class LossOfDraws:
     batches: Iterable[Batch]
     ranks: Ranks
     caller: str
+    mixed: set[int] = field(default_factory=set)
 
     @torch.no_grad()
     def at(self, weights: Weights) -> float:
@@ -375,17 +377,10 @@ class LossOfDraws:
         Raises:
             ValueError: If nothing is observed.
         """
-        num_draws, places = len(next(iter(weights.values()))), self._places
-        if places is None:
-            runs = [{s: x[i] for s, x in weights.items()} for i in range(num_draws)]
-        else:
-            stack = {site: dims.stacked(weights[site]) for site, dims in places.items()}
-            runs = [
-                {site: x[start : start + _DRAWS_AT_ONCE] for site, x in stack.items()}
-                for start in range(0, num_draws, _DRAWS_AT_ONCE)
-            ]
+        num_draws = len(next(iter(weights.values())))
         total, number = 0.0, 0
         for index, batch in enumerate(self.ranks.in_step(self.batches)):
+            runs = [*self._runs(weights, batch, index)]
             with trunk_once(self.networks if len(runs) > 1 else []):
                 for at in runs:
                     _, sites = self._run(at, batch, index)
@@ -401,44 +396,43 @@ class LossOfDraws:
             )
         return total / number if math.isfinite(total) else math.inf
 
+    def _runs(self, weights: Weights, batch: Batch, index: int) -> Iterator[Weights]:
+        """What goes through a batch at a time: several draws, or each by itself."""
+        num_draws = len(next(iter(weights.values())))
+        if self.mixed or not self._stacking(batch, index).is_right(self._first):
+            self.mixed.add(index)  # for the batches that follow, too
+            for i in range(num_draws):
+                yield {site: x[i] for site, x in weights.items()}
+            return
+        stack = self._stacked(weights)
+        for start in range(0, num_draws, _DRAWS_AT_ONCE):
+            yield {s: x[start : start + _DRAWS_AT_ONCE] for s, x in stack.items()}
+
+    def _stacking(self, batch: Batch, index: int) -> Stacking:
+        def run(at: Weights) -> Any:
+            return self._run(at, batch, index)[0]
+
+        return Stacking(
+            self.model,
+            batch.values(),
+            self._places[1],
+            run,
+            lambda stack: run(self._stacked(stack)),
+        )
+
+    def _stacked(self, weights: Weights) -> Weights:
+        return {s: dims.stacked(weights[s]) for s, dims in self._places[0].items()}
+
     @cached_property
-    def _places(self) -> dict[str, BatchDims] | None:
-        """Where draws go among the model's batch dims; None: it takes one at a time.
+    def _first(self) -> Weights:
+        return {site: x[0] for site, x in self.one.items()}
 
-        It takes several if it says the same of a stack as of each of them, such as
-        ``logits[..., 0]`` does and ``logits[:, 0]`` doesn't.
-
-        Raises:
-            RuntimeError: Another rank's.
-            ValueError: Another rank's.
-        """
-        batch = next(iter(self.batches))
-        trace, sites = self._run({s: x[0] for s, x in self.one.items()}, batch, 0)
+    @cached_property
+    def _places(self) -> tuple[dict[str, BatchDims], list[str]]:
+        """Where draws go among the model's batch dims, and the observed sites."""
+        trace, sites = self._run(self._first, next(iter(self.batches)), 0)
         latents = {s: trace.nodes[s] for s in self.one if s in trace.nodes}
-        places = batch_dims(sites, latents)
-        # Of another number than there are data, or it might be taken for their dim.
-        factors = [1.0, 1.01] if data_plate(sites[0]).size != 2 else [1.0, 0.99, 1.01]
-        lifted = {site for lora in self.networks for site in lora.sites}
-        several = {
-            site: torch.cat([x * f if site in lifted else x for f in factors])
-            for site, x in self.one.items()
-        }
-        each = [
-            self._log_likelihood({s: x[i] for s, x in several.items()}, batch)
-            for i in range(len(factors))
-        ]
-        stack = {site: dims.stacked(several[site]) for site, dims in places.items()}
-        try:
-            together = self._log_likelihood(stack, batch)
-        except (RuntimeError, ValueError) as error:
-            if is_agreed(error):
-                raise
-            return None  # shapes, as each of them alone has run
-        return places if math.isclose(sum(each), together, rel_tol=_SAME) else None
-
-    def _log_likelihood(self, weights: Weights, batch: Batch) -> float:
-        _, sites = self._run(weights, batch, 0)
-        return sum(float(_counted(site).sum()) for site in sites)
+        return batch_dims(sites, latents), [site["name"] for site in sites]
 
     def _run(
         self, weights: Weights, batch: Batch, index: int

@@ -12,8 +12,9 @@ and the likelihood's distribution then has batch shape (S, B).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ from pyro_lora.likelihood.model_trace import (
     trace_at,
 )
 from pyro_lora.likelihood.outcome_source import OutcomeSource
-from pyro_lora.likelihood.stacks import check_stack
+from pyro_lora.likelihood.stacks import Stacking
 from pyro_lora.posteriors.dropout import drop
 from pyro_lora.posteriors.posterior import Posterior, fit_arguments, kind_of
 
@@ -188,6 +189,7 @@ class ModelAtDraws:
         obs_site: The likelihood's site.
         networks: The lifted networks in the model.
         batch_first: Whether a batch's first tensor has one row for each datum.
+        check: That a batch's data aren't those of several draws, mixed.
         draws_at_once: Draws in one forward pass.
         dropout: Whether dropout is on.
         ranks: Who shares the draws: each runs the model at those that it owns.
@@ -198,6 +200,7 @@ class ModelAtDraws:
     obs_site: str
     networks: Sequence[LiftedNetwork]
     batch_first: bool
+    check: Callable[[Batch], None]
     draws_at_once: int = DRAWS_AT_ONCE
     dropout: bool = False
     ranks: Ranks = ALONE
@@ -231,8 +234,10 @@ class ModelAtDraws:
             Traces in which the likelihood's distribution has batch shape (S', B).
 
         Raises:
-            ValueError: If the distribution has other batch dims.
+            ValueError: If the distribution has other batch dims, or the model mixes
+                the data of several draws.
         """
+        self.check(batch)
         own = self.ranks.owned(self.num_draws)
         for start in range(own.start, own.stop, self.draws_at_once):
             stop = min(start + self.draws_at_once, own.stop)
@@ -286,12 +291,12 @@ def model_at_draws(
     check_names(model, obs_site)
     ranks.check_same(weights, "the draws", "Give all ranks the same posterior.")
 
-    def run(at: Weights, undrawn: str | None = None) -> Any:
+    def run(batch: Batch, at: Weights, undrawn: str | None = None) -> Any:
         with evaluating_model():
             return trace_at(model, at, batch, undrawn)
 
     if trace is None:
-        trace = run({site: x[0] for site, x in weights.items()})
+        trace = run(batch, {site: x[0] for site, x in weights.items()})
     obs = likelihood_site(trace, obs_site, weights)
     if len(obs["fn"].batch_shape) != 1:
         raise ValueError(
@@ -327,15 +332,19 @@ def model_at_draws(
     def padded(stack: Mapping[str, Tensor]) -> Weights:
         return {name: dims.stacked(stack[name]) for name, dims in places.items()}
 
-    check_stack(
-        model,
-        trace,
-        {name: trace.nodes[name]["value"] for name in places},
-        [obs["name"]],
-        run,
-        lambda stack: run(padded(stack), obs["name"]),
-        draws_at_once,
-    )
+    at = {name: trace.nodes[name]["value"] for name in places}
+
+    def check(batch: Batch, trace: Any = None) -> None:
+        Stacking(
+            model,
+            batch.values(),
+            [obs["name"]],
+            partial(run, batch),
+            lambda stack: run(batch, padded(stack), obs["name"]),
+            draws_at_once,
+        ).check(at, trace)
+
+    check(batch, trace)
     batch_first = _num_rows(batch) == tuple(obs["fn"].batch_shape)
     return ModelAtDraws(
         model,
@@ -343,6 +352,7 @@ def model_at_draws(
         obs["name"],
         lifted_networks(trace),
         batch_first,
+        check,
         draws_at_once,
         dropout,
         ranks.over(len(next(iter(weights.values())))),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyro_lora.ground.accumulation import at_least_float32
 from pyro_lora.ground.settings import check_function, check_kind
 from pyro_lora.ground.summary import FieldsShown
 
@@ -89,8 +90,7 @@ def semantic_entropy(
         members = _by_key(texts, key)  # type: ignore[arg-type]
     else:
         members = _by_first_match(texts, same_meaning)
-    wide = torch.promote_types(log_probs.dtype, torch.float32)
-    log_probs = log_probs.detach().to(wide)
+    log_probs = at_least_float32(log_probs.detach())
     groups = torch.tensor(members, device=log_probs.device)
     is_new = torch.tensor(
         [text not in texts[:i] for i, text in enumerate(texts)], device="cpu"
@@ -100,7 +100,7 @@ def semantic_entropy(
     # p(c) sums over different texts: one that was drawn twice is no more probable.
     inside = (groups == of_group[:, None]) & is_new  # (G, n)
     by_group = log_probs.where(inside, -torch.inf).logsumexp(-1)
-    shares = groups.bincount().to(wide) / len(texts)
+    shares = groups.bincount().to(log_probs) / len(texts)
     return SemanticEntropy(
         groups=groups,
         log_probs=by_group,

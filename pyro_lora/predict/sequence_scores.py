@@ -24,6 +24,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pyro_lora.ground.accumulation import at_least_float32
 from pyro_lora.ground.interrupts import leaving_no_trace
 from pyro_lora.ground.settings import check_kind
 from pyro_lora.ground.summary import FieldsShown
@@ -357,8 +358,7 @@ def next_token_log_probs(
                 # Those at place t are of token t + 1.
                 logits = logits[..., -num_new - 1 : -1, :]
                 check_logits(logits, scored[text, rows], place)
-                wide = torch.promote_types(logits.dtype, torch.float32)
-                yield text, rows, logits.to(wide).log_softmax(-1)
+                yield text, rows, at_least_float32(logits).log_softmax(-1)
 
 
 def check_logits(logits: Tensor, scored: Tensor | None = None, first: int = 0) -> None:

@@ -149,6 +149,19 @@ class DenseNormal(Protocol):
     fisher: Tensor
 
 
+@runtime_checkable
+class MeanField(Protocol):
+    """A Gaussian of the weights themselves, such as ``GaussianPosterior``.
+
+    It has sites of independent normals only where there are no rows or deviations.
+    """
+
+    loc: Weights
+    scale: Weights
+    rows: Weights
+    deviations: Weights
+
+
 def from_posterior(posterior: Any, *, bandwidth: float | None = None) -> Prior:
     r"""Yesterday's posterior as today's prior: continual learning.
 
@@ -161,7 +174,8 @@ def from_posterior(posterior: Any, *, bandwidth: float | None = None) -> Prior:
     Posteriors whose sites are dependent are written by the chain rule,
     :math:`p(w) = \prod_i p(w_i | w_{<i})`, which is exact:
 
-    - Laplace with a Kronecker or diagonal structure: its distributions as they are;
+    - Laplace with a Kronecker or diagonal structure, and a Gaussian with a scale for
+      each weight, as ``methods.mean_field`` gives: its distributions as they are;
     - Laplace with the dense structure: each site given those before it. Sites of
       another network, or that another prior is given to, are integrated out;
     - particles: an equally weighted mixture of K normals at the particles, which is a
@@ -294,6 +308,12 @@ def _components(
         if posterior.num_samples is not None:
             particles = posterior.sample(posterior.num_samples)
             return _normals_at({s: x.detach() for s, x in particles.items()}, bandwidth)
+        if (
+            isinstance(posterior, MeanField)
+            and posterior.scale
+            and not (posterior.rows or posterior.deviations)
+        ):
+            return [(_number(0.0), _NormalAt(posterior.loc, posterior.scale))]
     check_fitted("posterior", posterior)
     check_function("posterior", posterior, "a posterior with a density, or a guide")
     return [(_number(0.0), _independent(posterior, type(posterior).__name__))]
@@ -312,7 +332,7 @@ def _gaussian(posterior: Any) -> Component:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class _NormalAt(FieldsShown):
-    """Independent normals around one weight set."""
+    """Independent normals around one weight set; sites without a width are points."""
 
     loc: Weights
     widths: Weights
@@ -321,6 +341,8 @@ class _NormalAt(FieldsShown):
         self, sites: tuple[str, ...], site: str, before: Weights
     ) -> TorchDistribution:
         _check_there(site, self.loc)
+        if site not in self.widths:
+            raise _fixed(site, "posterior")
         loc = self.loc[site]
         return dist.Normal(loc, self.widths[site]).to_event(loc.ndim)
 
@@ -443,8 +465,9 @@ def _independent(
         raise ValueError(
             f"Site {sites[0]!r}: expected a posterior with a density for each site, "
             f"found a Delta in this {kind}. Use a LaplacePosterior of KFAC, EKFAC or "
-            "Diagonal, as it was before for_sampling, particles or a mixture, or a "
-            "posterior's moments in priors.normal(scale, center=)."
+            "Diagonal, as it was before for_sampling, methods.mean_field, "
+            "particles or a mixture, or a posterior's moments in priors.normal(scale, "
+            "center=)."
         )
     return _Independent(fns, kind)
 
@@ -467,12 +490,16 @@ class _Independent(FieldsShown):
     ) -> TorchDistribution:
         _check_there(site, self.fns)
         if _is_point(self.fns[site]):
-            raise ValueError(
-                f"Site {site!r}: expected a density, but this {self.kind} fixes it at "
-                "one value, as AutoLaplace(sites=) does those that it leaves out. Give "
-                "the fixed sites another prior by by_site, or fit them, too."
-            )
+            raise _fixed(site, self.kind)
         return self.fns[site]
+
+
+def _fixed(site: str, kind: str) -> ValueError:
+    return ValueError(
+        f"Site {site!r}: expected a density, but this {kind} fixes it at "
+        "one value, as AutoLaplace(sites=) does those that it leaves out. Give "
+        "the fixed sites another prior by by_site, or fit them, too."
+    )
 
 
 def _check_there(site: str, sites: Mapping[str, Any]) -> None:

@@ -118,6 +118,7 @@ def test_gradient_of_several_sites(terms: Any) -> None:
     assert_same(flatten(fitted.gradient), exact.gradient)
 
 
+@pytest.mark.filterwarnings("ignore:The model observes")
 def test_one_site_of_several() -> None:
     exact = TwoOutcomes()
     of_y, of_z, of_both = (

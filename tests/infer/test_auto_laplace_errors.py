@@ -12,7 +12,7 @@ import torch
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 from pyro.optim import Adam
-from torch import Tensor
+from torch import Tensor, nn
 
 import pyro_lora as pl
 from tests.curvature.gauss_newton import laplace, split
@@ -332,7 +332,8 @@ def test_two_observed_sites(lora: pl.LiftedNetwork, texts: dict[str, Tensor]) ->
         guide(lora, model).laplace_approximation([texts])
     with pytest.raises(ValueError, match=r"'z' isn't observed.*'score', 'y'"):
         guide(lora, model, obs_site="z").laplace_approximation([texts])
-    posterior = guide(lora, model, obs_site="score").laplace_approximation([texts])
+    with pytest.warns(UserWarning, match=r"observes \['y'\], too"):
+        posterior = guide(lora, model, obs_site="score").laplace_approximation([texts])
     assert posterior.linearized(texts).mean.shape == (7, 1)
 
 
@@ -420,3 +421,54 @@ def test_layers_that_have_no_curvature_here(
     with pytest.raises(ValueError, match=message) as raised:
         fit([texts])
     assert "batch 0" not in str(raised.value)
+
+
+def test_layers_that_share_a_weight() -> None:
+    network = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    network[2].weight = network[0].weight
+    lora = pl.lift(network)
+
+    def model(x: Tensor, labels: Tensor | None = None) -> None:
+        with pyro.plate("data", 3, subsample=x):
+            pyro.sample("y", dist.Categorical(logits=lora()(x)), obs=labels)
+
+    fit = pl.AutoLaplace(
+        model, init_loc_fn=lora.init_to_adapter()
+    ).laplace_approximation
+    with pytest.raises(
+        ValueError, match=r"2 modules of .*Sequential share '0\.weight'"
+    ):
+        fit([{"x": torch.randn(3, 4), "labels": torch.zeros(3).long()}])
+
+
+@pytest.mark.untrained
+def test_an_observed_site_that_is_left_out_is_named() -> None:
+    """Alone, conditioned on, named, or behind an ``obs_mask``, none is."""
+    lora = pl.lift(nn.Linear(3, 4).double())
+    x, y = torch.randn(6, 3).double(), torch.randn(6).double()
+    c = torch.randint(3, (6,))
+
+    def model(x: Tensor, y: Tensor, c: Tensor | None = None) -> None:
+        noise = pyro.sample("noise", dist.LogNormal(x.new_zeros(()), 1.0))
+        f = lora()(x)
+        with pyro.plate("data", 6, subsample=x):
+            seen = torch.ones(len(x), dtype=torch.bool)
+            pyro.sample("y", dist.Normal(f[..., 0], noise), obs=y, obs_mask=seen)
+            if c is not None:
+                pyro.sample("c", dist.Categorical(logits=f[..., 1:]), obs=c)
+
+    conditioned = poutine.condition(model, {"noise": x.new_ones(())})
+
+    def fit(obs_site: Any, *names: str) -> pl.LaplacePosterior:
+        whole = {"x": x, "y": y, "c": c}
+        batches = [{name: whole[name] for name in names}]
+        init = lora.init_to_adapter()
+        guide = pl.AutoLaplace(conditioned, init_loc_fn=init, obs_site=obs_site)
+        return guide.laplace_approximation(batches)
+
+    alone = fit("y", "x", "y")
+    fit(("y", "c"), "x", "y", "c")
+    with pytest.warns(UserWarning, match=r"observes \['c'\], too.*'y_obs") as caught:
+        found = fit("y", "x", "y", "c")
+    assert sum("observes" in str(warning.message) for warning in caught) == 1
+    assert float(found.log_evidence()) == float(alone.log_evidence())

@@ -8,7 +8,7 @@ import pytest
 import torch
 from pyro.infer.autoguide.initialization import init_to_sample
 from pyro.optim import SGD, Adam
-from torch import Tensor
+from torch import Tensor, nn
 
 import pyro_lora as pl
 from pyro_lora import kernels
@@ -354,6 +354,28 @@ def test_logits_that_overflow(space: Any, chunk_size: int | None) -> None:
     engine.load_state_dict(state)
     assert_nothing_moves(engine, r"Site 'y'.*particle\(s\) \[1\] is NaN", **batch)
     assert all(torch.isfinite(x[0]).all() for x in state["particles"].values())
+
+
+@pytest.mark.parametrize("as_event", [False, True])
+def test_tokens_in_a_plate_of_their_own(as_event: bool) -> None:
+    lora = pl.lift(nn.Linear(3, 2).double())
+    x, labels = torch.randn(5, 4, 3).double(), torch.randint(2, (5, 4))
+
+    def model(x: Tensor, labels: Tensor) -> None:
+        fn = dist.Categorical(logits=lora()(x))
+        if as_event:
+            with pyro.plate("data", 5, subsample=x):
+                pyro.sample("y", fn.to_event(1), obs=labels)
+        else:
+            with pyro.plate("data", 5, subsample=x, dim=-2), pyro.plate("token", 4):
+                pyro.sample("y", fn, obs=labels)
+
+    engine = svgd(model, init_loc_fn=lora.init_to_adapter(jitter=0.1))
+    if as_event:
+        engine.step(x=x, labels=labels)
+        return
+    with pytest.raises(ValueError, match=r"'y'.*\['data', 'token'\].*\.to_event\(1\)"):
+        engine.step(x=x, labels=labels)
 
 
 def test_particles_that_meet_in_a_dim_of_no_plate() -> None:

@@ -180,7 +180,10 @@ def test_held_out_tuning_and_diagnoses_take_the_sites_own() -> None:
     for batch in batches:
         batch["stars"] = batch["stars"] / 100
     guide = pl.AutoLaplace(model, init_loc_fn=lora.init_to_adapter(), obs_site="s")
-    with pytest.warns(UserWarning, match="The weights aren't a mode"):
+    with (
+        pytest.warns(UserWarning, match="The weights aren't a mode"),
+        pytest.warns(UserWarning, match=r"observes \['y'\], too"),
+    ):
         posterior = guide.laplace_approximation(batches)
     options: dict[str, Any] = {"objective": "nll", "batches": batches}
     tuned = posterior.optimize_prior(**options)

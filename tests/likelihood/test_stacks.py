@@ -136,6 +136,70 @@ def test_one_datum_tells_nothing() -> None:
     pl.predict(particles(lora, model, 2), first)  # right by chance
     with pytest.raises(ValueError, match="from the right"):
         pl.predict(particles(lora, model, 2), batches)
+    with pytest.raises(ValueError, match="from the right"):
+        pl.predict(particles(lora, model, 2), [*first, *batches])
+    found = svgd(lora, model)
+    found.step(**first[0])
+    with pytest.raises(ValueError, match="from the right"):
+        found.step(**batches[0])
+    rest = [{k: x[1:] for k, x in batches[0].items()}, batches[1]]
+    with pytest.raises(ValueError, match="from the right"):
+        pl.kernelized_stein_discrepancy(
+            model, particles(lora, model, 2).particles, [*first, *rest]
+        )
+
+
+def test_one_datum_after_another_is_looked_at_once() -> None:
+    lora, plain, batches = parts(RIGHT["softmax"])
+    runs: list[int] = []
+
+    def model(**batch: Any) -> Tensor:
+        runs.append(1)
+        return plain(**batch)
+
+    def number(text: dict[str, Tensor]) -> int:
+        runs.clear()
+        pl.predict(particles(lora, model, 2), [text])
+        return len(runs)
+
+    one, another = ({k: x[i : i + 1] for k, x in batches[0].items()} for i in (0, 1))
+    first, second = number(one), number(another)
+    assert first == second + 2
+    assert number(one) == second
+
+
+def test_one_datum_of_another_shape() -> None:
+    """Of a single token nothing could be mixed."""
+    network = torch.nn.Linear(3, 1)
+    lora = pl.lift(network)
+
+    def model(x: Tensor, labels: Tensor | None = None) -> Tensor:
+        weights = lora()(x)[..., 0].softmax(1)  # (B, T)
+        f = (weights * x[..., 0]).sum(-1)
+        with pyro.plate("data", NUM_DATA, subsample=x):
+            return pyro.sample("y", one_output(f), obs=labels)
+
+    posterior = particles(lora, model, 2)
+    x = torch.randn(1, 1, 3)
+    assert_close(pl.predict(posterior, [{"x": x}]).mean, x[0, :, 0].double())
+    with pytest.raises(ValueError, match="from the right"):
+        pl.predict(posterior, [{"x": torch.randn(1, 4, 3)}])
+
+
+def test_another_site_is_another_question() -> None:
+    lora = pl.lift(networks.bert(2))
+
+    def model(labels: Tensor | None = None, **inputs: Tensor) -> None:
+        logits = lora()(**inputs).logits
+        with pyro.plate("data", NUM_DATA, subsample=inputs["input_ids"]):
+            pyro.sample("right", one_output(logits[..., 0]), obs=labels)
+            pyro.sample("wrong", one_output(logits.softmax(1)[..., 0]), obs=labels)
+
+    batches = [networks.batch(NUM_DATA)]
+    posterior = particles(lora, model, 2)
+    assert len(pl.predict(posterior, batches, obs_site="right")) == NUM_DATA
+    with pytest.raises(ValueError, match=r"Site 'wrong'.*from the right"):
+        pl.predict(posterior, batches, obs_site="wrong")
 
 
 def test_one_datum_each_and_a_mean_over_the_stack() -> None:

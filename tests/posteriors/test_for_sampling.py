@@ -340,6 +340,45 @@ def test_a_model_that_takes_no_stack_runs_draw_by_draw(size: int) -> None:
     assert scales[1:] == [scales[0]] * 2
 
 
+@pytest.mark.parametrize("method", ["for_sampling", "tfb"])
+def test_a_model_that_mixes_draws_in_shapes_that_fit_runs_draw_by_draw(
+    method: str, texts: dict[str, Tensor]
+) -> None:
+    """The oracle is a model that says the same of one draw, and keeps several apart."""
+    lora = pl.lift(bert(3), prior=pl.priors.normal(scale=3.0))
+    weights = {s: x + 0.3 * torch.randn_like(x) for s, x in lora.weights().items()}
+
+    def model_of(logits_of: Any) -> Any:
+        def model(labels: Tensor | None = None, **text: Tensor) -> None:
+            logits = logits_of(lora()(**text).logits)
+            with pyro.plate("data", 8, subsample=text["input_ids"]):
+                pyro.sample("y", dist.Categorical(logits=logits), obs=labels)
+
+        return model
+
+    # A single datum, for which a column from the left is right, and the rest.
+    batches = [{k: x[i:j] for k, x in texts.items()} for i, j in ((0, 1), (1, 8))]
+    scales = []
+    for logits_of in (
+        lambda f: f,
+        lambda f: f if f.ndim == 2 else f[:1].expand_as(f),
+        lambda f: f[:, :1].expand_as(f) if f.ndim == 3 else f,
+    ):
+        pyro.set_rng_seed(2)
+        model = model_of(logits_of)
+        if method == "tfb":
+            found = pl.methods.tfb(model, batches, weights=weights, tolerance=0.02)
+            scales.append(found.sample(1))
+        else:
+            guide = pl.AutoLaplace(model, init_loc_fn=lora.init_to(weights))
+            posterior = guide.laplace_approximation(batches)
+            scaled = posterior.for_sampling(batches, tolerance=0.02, num_samples=4)
+            scales.append(scaled.sample(1))
+    for other in scales[1:]:
+        for site, x in scales[0].items():
+            assert_close(other[site], x, rtol=1e-8, atol=1e-8)
+
+
 def test_each_gaussian_of_a_mixture_is_made_narrow(
     lora: pl.LiftedNetwork, texts: dict[str, Tensor]
 ) -> None:

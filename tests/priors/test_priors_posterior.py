@@ -356,6 +356,48 @@ def test_a_posterior_that_has_no_densities_is_named(
         pl.priors.from_posterior(found)
 
 
+def mean_field(
+    lora: pl.LiftedNetwork, loc: dict[str, Tensor], scale: dict[str, Tensor]
+) -> Any:
+    """Normals at the sites that have a scale, points at the others."""
+
+    def guide() -> None:
+        for site, x in loc.items():
+            normal = dist.Normal(x, scale[site]) if site in scale else dist.Delta(x)
+            pyro.sample(site, normal.to_event(x.ndim))
+
+    found = pl.methods.mean_field(guide, model=classifier(lora))
+    return replace(found, networks=(lora,))
+
+
+@pytest.mark.parametrize("in_mixture", [False, True])
+def test_a_mean_field_gaussian_keeps_its_density(in_mixture: bool) -> None:
+    lora = pl.lift(bert())
+    loc = {site: torch.randn_like(x) for site, x in lora.weights().items()}
+    scale = {site: 0.1 + torch.rand_like(x) for site, x in loc.items()}
+    posterior = mean_field(lora, loc, scale)
+    if in_mixture:
+        posterior = pl.MixturePosterior([posterior])
+    found = lora.with_prior(pl.priors.from_posterior(posterior))
+    one = {site: torch.randn_like(x) for site, x in loc.items()}
+    each = [dist.Normal(loc[s], scale[s]).log_prob(x).sum() for s, x in one.items()]
+    expected = torch.stack(each).sum()
+    assert_close(log_density(found, one), expected, rtol=1e-8, atol=1e-8)
+
+
+def test_a_mean_field_gaussian_names_its_points_and_other_sites() -> None:
+    lora = pl.lift(bert())
+    loc = {site: x.clone() for site, x in lora.weights().items()}
+    point, *others = loc
+    scale = {site: torch.ones_like(loc[site]) for site in others}
+    prior = pl.priors.from_posterior(mean_field(lora, loc, scale))
+    with pytest.raises(ValueError, match=rf"{point}'.*fixes it.*another prior by by_s"):
+        lora.with_prior(prior)()
+    noise = {"noise": torch.ones(())}
+    with pytest.warns(UserWarning, match=r"\['noise'\] belong to no lifted network"):
+        pl.priors.from_posterior(mean_field(lora, loc | noise, scale | noise))
+
+
 def exact(posterior: pl.LaplacePosterior) -> pl.LaplacePosterior:
     (lora,) = posterior.networks
     return laplace(lora, pl.structures.Exact(), posterior.mode())

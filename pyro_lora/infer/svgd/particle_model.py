@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 from torch.distributions.transforms import Transform
 
+from pyro_lora.ground.accumulation import at_least_float32
 from pyro_lora.ground.autocast import outside_autocast
 from pyro_lora.ground.interrupts import undone, unvalidated
 from pyro_lora.ground.ranks import ALONE, Ranks, is_agreed
@@ -55,7 +56,6 @@ from pyro_lora.likelihood.model_trace import (
     observed_names,
     observed_site,
     observed_sites,
-    trace_at,
     trace_drawing_rows,
     trace_on,
     unobserved_names,
@@ -66,7 +66,7 @@ from pyro_lora.likelihood.outcomes import (
     outcomes_that_count,
     values_in_range,
 )
-from pyro_lora.likelihood.stacks import check_stack
+from pyro_lora.likelihood.stacks import Stacking
 
 InitFn = Callable[[dict[str, Any]], Tensor]
 
@@ -99,6 +99,7 @@ class ParticleModel:
         max_plate_nesting: Batch dims that the model's own sites take.
         networks: The lifted networks in the model.
         observes: Whether it observed anything in the run that found the others.
+        data_sites: Those of the data, in that run.
         obs_site: The likelihood's site, which every batch must then observe; None is
             the only one.
     """
@@ -108,6 +109,7 @@ class ParticleModel:
     max_plate_nesting: int
     networks: tuple[LiftedNetwork, ...]
     observes: bool
+    data_sites: tuple[str, ...]
     obs_site: str | None
 
     @cached_property
@@ -145,9 +147,68 @@ class ParticleModel:
                 "all batches; a site without any must not be sampled."
             )
 
+    def check_stack(
+        self,
+        particles: Weights,
+        args: tuple[Any, ...],
+        kwargs: Batch,
+        trace: Any = None,
+    ) -> None:
+        """Check that the model doesn't mix the data of several particles.
+
+        Args:
+            particles: Site -> (K, ...), unconstrained; the first is looked at.
+            args: The model's positional arguments.
+            kwargs: The model's keyword arguments.
+            trace: Of the model there, where it is known.
+
+        Raises:
+            ValueError: Naming the site, if it does.
+        """
+        at = self.constrained({s: x.detach()[0] for s, x in particles.items()})
+        plates = {} if trace is None else _rows_of_plates(trace)
+
+        def run(at: Weights) -> Any:
+            with evaluating_model():
+                trace = trace_drawing_rows(
+                    partial(self.model, *args), {**at, **plates}, kwargs
+                )
+            plates.update(_rows_of_plates(trace))
+            return trace
+
+        def run_stack(stack: Weights) -> Any:
+            particles = {s: self.latents[s].transform.inv(x) for s, x in stack.items()}
+            several = ParticlePass(self, particles, args, kwargs, 1, dict(plates))
+            with evaluating_model():
+                return several.trace(particles)[0]
+
+        inputs = [*args, *kwargs.values()]
+        Stacking(self.model, inputs, self.data_sites, run, run_stack).check(at, trace)
+
     def constrained(self, particles: Weights) -> Weights:
         """Particles on the sites' supports, (K, ...)."""
         return {s: self.latents[s].transform(x) for s, x in particles.items()}
+
+
+def _remedy(site: Any, target: ParticleModel) -> str:
+    """Of a site that has a dim too many under the plate of particles."""
+    frames = of_one_particle(site)["cond_indep_stack"]
+    plates = [frame.name for frame in frames if frame.vectorized]
+    if target.networks and len(plates) > 1:
+        return (
+            f"It is in the plates {plates}, and of the network's outputs only the "
+            "data's dim may be a plate's, at dim -1. Declare others, such as tokens, "
+            "as one event, by .to_event(1) in place of their plate."
+        )
+    return "Let the model keep every dim on the left of its own, as under pyro.plate."
+
+
+def _rows_of_plates(trace: Any) -> dict[str, Tensor]:
+    return {
+        name: site["value"]
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample" and site_is_subsample(site)
+    }
 
 
 @dataclass(frozen=True)
@@ -316,13 +377,13 @@ class ParticlePass:
                 raise ValueError(
                     f"Site {name!r}: with {num_particles} particles at dim {plate_dim} "
                     f"its log density has shape {tuple(site['log_prob'].shape)}, a dim "
-                    "too many: one particle's values meet another's. Let the model "
-                    "keep every dim on the left of its own, as under pyro.plate."
+                    "too many: one particle's values meet another's. "
+                    f"{_remedy(site, target)}"
                 )
             # Thousands of tokens' log densities: a sum in half precision loses them.
             log_prob = site["log_prob"].reshape(num_particles, -1)
-            wide = torch.promote_types(log_prob.dtype, torch.float32)
-            log_density[name] = log_density.get(name, 0) + log_prob.sum(1, dtype=wide)
+            log_prob = at_least_float32(log_prob)
+            log_density[name] = log_density.get(name, 0) + log_prob.sum(1)
         return trace, log_density
 
     def forward(self) -> Iterator[tuple[slice, Any, Tensor]]:
@@ -488,27 +549,17 @@ def particle_model(
         needed[widest] if max_plate_nesting is None else max_plate_nesting,
         lifted_networks(trace),
         bool(observed_names(trace)),
+        tuple(
+            name
+            for name, site in trace.nodes.items()
+            if site["type"] == "sample" and is_data(site)
+        ),
         obs_site,
     )
-    plates = {
-        name: site["value"]
-        for name, site in trace.nodes.items()
-        if site["type"] == "sample" and site_is_subsample(site)
+    first = {
+        s: x.transform.inv(trace.nodes[s]["value"])[None] for s, x in latents.items()
     }
-
-    def run(at: Weights) -> Any:
-        with evaluating_model():
-            return trace_at(partial(model, *args), {**at, **plates}, kwargs)
-
-    def run_stack(stack: Weights) -> Any:
-        particles = {s: latents[s].transform.inv(x) for s, x in stack.items()}
-        several = ParticlePass(target, particles, args, kwargs, 1, dict(plates))
-        with evaluating_model():
-            return several.trace(particles)[0]
-
-    at: Weights = {site: trace.nodes[site]["value"] for site in latents}
-    data = [n for n, x in trace.nodes.items() if x["type"] == "sample" and is_data(x)]
-    check_stack(model, trace, at, data, run, run_stack)
+    target.check_stack(first, args, kwargs, trace)
     return target
 
 
@@ -743,8 +794,7 @@ def data_loss(trace: Any, num_particles: int) -> Tensor | None:
         log_prob = site["log_prob"].detach().reshape(num_particles, -1)
         in_plate = any(frame.vectorized for frame in one["cond_indep_stack"])
         num_data = data_plate(one).full_size if in_plate else log_prob.shape[1]
-        wide = torch.promote_types(log_prob.dtype, torch.float32)
-        losses.append(-log_prob.sum(1, dtype=wide) / num_data)
+        losses.append(-at_least_float32(log_prob).sum(1) / num_data)
     return torch.stack([x.to(losses[0]) for x in losses]).sum(0) if losses else None
 
 
@@ -760,13 +810,13 @@ def datum_loss(site: dict[str, Any], num_particles: int) -> tuple[Tensor, Tensor
         outcome of it does.
     """
     log_prob = site["unscaled_log_prob"].detach().reshape(num_particles, -1)  # (K, B)
-    wide = torch.promote_types(log_prob.dtype, torch.float32)
+    log_prob = at_least_float32(log_prob)
     if not may_not_count(site):
         size = log_prob.shape[1]
-        return -log_prob.sum(1, dtype=wide) / max(1, size), size
+        return -log_prob.sum(1) / max(1, size), size
     counts = outcomes_that_count(site)
     data = counts.reshape(*log_prob.shape, -1).any(-1)
     # Pyro's "unscaled" is unmasked, too: a masked label may be anything.
     seen = log_prob.where(data, torch.zeros_like(log_prob))
     number = data[0].sum()
-    return -seen.sum(1, dtype=wide) / number.clamp_min(1), number
+    return -seen.sum(1) / number.clamp_min(1), number

@@ -650,6 +650,8 @@ class SVGD(Summarised):
             if self._loaded_networks is not None:
                 check_networks(self._loaded_networks, target.networks, "The state")
             self._target = target
+        elif self._particles is not None:
+            self._target.check_stack(self._particles, args, kwargs)
         if self._particles is None:
             self._particles = initial_particles(
                 self._target, self._init_loc_fn, self._num_particles, args, kwargs
