@@ -8,16 +8,17 @@ A single datum tells little: ``logits[:, 0]`` is right there, and wrong of two.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+from pyro_lora.ground.interrupts import hooked
 from pyro_lora.ground.ranks import is_agreed
 from pyro_lora.ground.synchronisation import ask
 from pyro_lora.ground.weights import Weights, drawing_nothing
@@ -124,7 +125,17 @@ class Stacking:
                 }
 
             one = moved()
-            alone = _log_densities(self.run(one), values)
+            nets = [lora.network for lora in lifted_networks(trace)]
+            kinds = {x.dtype for network in nets for x in network.parameters()}
+            layers = [x for network in nets for x in network.modules()]
+            linear = [layer for layer in layers if isinstance(layer, nn.Linear)]
+
+            # An autocast inside of the model is seen by what its layers give.
+            def given(layer: nn.Module, inputs: Any, output: Tensor) -> None:
+                kinds.add(output.dtype)
+
+            with hooked(dict.fromkeys(linear, given)):
+                alone = _log_densities(self.run(one), values)
             # Another number than there are data, or it might be taken for them.
             number = 3 if any(2 in x.shape for x in alone.values()) else 2
             number = min(number, self.at_once)
@@ -134,12 +145,11 @@ class Stacking:
             together = _log_densities(self.run_stack(stack), values)
             for name, expected in alone.items():
                 last = together[name].reshape(number, *expected.shape)[-1]
-                if _are_same(last, expected, trace):
+                if _are_same(last, expected, kinds):
                     continue
                 # A model that draws random numbers says something else each time.
-                if _are_same(
-                    _log_densities(self.run(one), values)[name], expected, trace
-                ):
+                again = _log_densities(self.run(one), values)[name]
+                if _are_same(again, expected, kinds):
                     return name
         self._remember(any(x.numel() > 1 for x in alone.values()))
         return None
@@ -169,25 +179,21 @@ def _log_densities(trace: Any, values: Mapping[str, Tensor]) -> dict[str, Tensor
     }
 
 
-def _are_same(found: Tensor, expected: Tensor, trace: Any) -> bool:
-    """Whether no more than rounding lies between log densities."""
-    rounding = min(_precision(found, trace) ** 0.5, _MOST_ROUNDING)
+def _are_same(found: Tensor, expected: Tensor, kinds: Set[torch.dtype]) -> bool:
+    """Whether no more than rounding lies between log densities.
+
+    Args:
+        found: Of each datum.
+        expected: Likewise.
+        kinds: What else was computed in on the way to them.
+    """
+    epsilon = max(
+        torch.finfo(kind).eps if kind.is_floating_point else _QUANTISED
+        for kind in {found.dtype, *kinds}
+    )
+    rounding = min(epsilon**0.5, _MOST_ROUNDING)
     size = expected.abs().where(expected.isfinite(), torch.zeros_like(expected)).sum()
     number = max(1, expected.numel())
     both_nan = found.isnan() & expected.isnan()
     near = (found - expected).abs() <= rounding * (1 + size / number)
     return bool(ask(((found == expected) | both_nan | near).all(), usual=True))
-
-
-def _precision(x: Tensor, trace: Any) -> float:
-    """The coarsest machine epsilon on the way to a log density."""
-    kinds = {x.dtype}
-    for lora in lifted_networks(trace):
-        kinds |= {parameter.dtype for parameter in lora.network.parameters()}
-    device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        kinds.add(torch.get_autocast_dtype(device))
-    return max(
-        torch.finfo(kind).eps if kind.is_floating_point else _QUANTISED
-        for kind in kinds
-    )

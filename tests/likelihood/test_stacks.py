@@ -70,6 +70,26 @@ def svgd(lora: pl.LiftedNetwork, model: Any) -> pl.SVGD:
     return pl.SVGD(model, kernel, SGD({"lr": 1e-3}), 2, init_loc_fn=init)
 
 
+def test_rounding_under_an_autocast_of_the_models_own_is_no_mixing() -> None:
+    lora = pl.lift(networks.bert(3, dtype=torch.float32))
+
+    def model(labels: Tensor | None = None, **inputs: Tensor) -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = lora()(**inputs).logits
+        with pyro.plate("data", NUM_DATA, subsample=inputs["input_ids"]):
+            pyro.sample("y", dist.Categorical(logits=logits.float()), obs=labels)
+
+    texts = networks.batch(NUM_DATA, num_labels=3)
+    sets = particles(lora, model, 3)
+    found = pl.predict(sets, [texts], keep_draws=True).draw_log_probs
+    assert found is not None
+    for k, alone in enumerate(found):
+        one = {site: x[k] for site, x in sets.particles.items()}
+        with lora.bind(one) as net, torch.autocast("cpu", torch.bfloat16):
+            logits = net(**networks.inputs(texts)).logits
+        assert_close(alone, logits.double().log_softmax(-1), rtol=0, atol=0.03)
+
+
 @pytest.mark.parametrize("num", [1, 3])
 @pytest.mark.parametrize("name", WRONG)
 def test_draws(name: str, num: int) -> None:
