@@ -184,13 +184,17 @@ class multiple_choice(FieldsShown):
     r"""One of C answers, by the scores of their tokens after the last real token.
 
     :math:`y \sim \mathrm{Categorical}(\mathrm{softmax}\, f_{c_1 \dots c_C}(x))`, with f
-    the logits over the vocabulary there, and c the answers' tokens.
+    the logits over the vocabulary there, and c the answers' tokens. It is conditional
+    on the answer being one of them: how probable they are together, the sum of
+    :math:`\mathrm{softmax}(f(x))` over c, is neither trained nor seen in what is
+    predicted.
 
     Args:
         lora: A lifted causal language model, whose output has ``.logits``,
             (..., B, T, V).
         num_data: N, data in all, for which each batch stands.
-        choice_ids: The token of each answer, " A", " B" and so on.
+        choice_ids: The token of each answer, " A", " B" and so on. What is predicted
+            calls the classes by the network's ``config.id2label``, where it is set.
 
     The model's keyword arguments are the network's inputs, among them
     ``attention_mask``, (B, T), padded on either side, and ``labels``, (B,), places in
@@ -200,6 +204,7 @@ class multiple_choice(FieldsShown):
     it takes ``logits_to_keep``: with padding on the left these are the last ones alone.
 
     Raises:
+        TypeError: If a choice isn't a token's id, but a text or a list of them.
         ValueError: If there are fewer than two choices, or one is there twice.
     """
 
@@ -211,7 +216,15 @@ class multiple_choice(FieldsShown):
         _check_data(self)
         kinds: Any = Sequence | Tensor
         check_kind("choice_ids", self.choice_ids, kinds, "a list of token ids")
-        for token in self.choice_ids:
+        given: Sequence[Any] = self.choice_ids
+        for place, token in enumerate(given):
+            if isinstance(token, Sequence) or getattr(token, "ndim", 0) > 0:
+                raise TypeError(
+                    f"choice_ids[{place}] must be one token's id, found {token!r}. Of "
+                    "an answer of one token take its only one, [token] = tokenizer."
+                    "encode(' no', add_special_tokens=False); answers of several are "
+                    "for models.answer_likelihood."
+                )
             check_count("Each of choice_ids", token, 0)
         choices = torch.as_tensor(self.choice_ids, device="cpu")
         if choices.ndim != 1 or not 2 <= len(choices) == len(choices.unique()):

@@ -440,6 +440,10 @@ def test_bad_arguments_are_named() -> None:
         pl.models.multiple_choice(lora, 5, [4])
     with pytest.raises(ValueError, match=r"different token ids, found \[4, 4\]"):
         pl.models.multiple_choice(lora, 5, [4, 4])
+    of_texts: Any
+    for of_texts in ([[7], [9]], torch.tensor([[7], [9]]), [" no", " yes"]):
+        with pytest.raises(TypeError, match=r"choice_ids\[0\].*take its only one"):
+            pl.models.multiple_choice(lora, 5, of_texts)
     with pytest.raises(ValueError, match=r"must be positive and finite, found -1.0"):
         pl.models.regression(lora, 5, -1.0)
     two = pl.lift(networks.bert(2))

@@ -225,6 +225,8 @@ def test_text() -> None:
     names = names_after("text")
     assert len(set(names["third"])) > 1
     assert names["answers"].metrics()["accuracy"] == 1
+    assert {"p_c", "p_e"} <= {*names["answers"].to_pandas()}
+    assert names["mass"].shape == (4,)
     assert names["prediction"].metrics()["accuracy"] == 1
 
 

@@ -83,6 +83,7 @@ from pyro_lora.ground.weights import Weights
 from pyro_lora.lifting.fingerprint import fingerprint_of_whole
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.lifting.split_layers import has_parts
+from pyro_lora.likelihood import likelihoods
 from pyro_lora.likelihood.batch import (
     NO_BATCHES,
     READ_ONCE,
@@ -100,7 +101,7 @@ from pyro_lora.likelihood.model_trace import (
     observed_sites,
     trace_batch,
 )
-from pyro_lora.likelihood.outcomes import values_to_score
+from pyro_lora.likelihood.outcomes import single_outcomes, values_to_score
 
 
 def batch_factors(
@@ -244,6 +245,8 @@ class FisherFit:
             :func:`~pyro_lora.curvature.prior_moments.model_scales`.
         arguments: The arguments that the last batch gave to the model.
         num_data: N, all data.
+        has_exact_fisher: Whether the likelihood has an exact Fisher information, as one
+            over a vocabulary hasn't.
     """
 
     gaussian: WeightGaussian
@@ -255,6 +258,7 @@ class FisherFit:
     prior_scales: Mapping[str, float | Tensor]
     arguments: frozenset[str]
     num_data: int
+    has_exact_fisher: bool
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -388,6 +392,10 @@ class FisherPasses:
                 k for k, x in trace.nodes["_INPUT"]["kwargs"].items() if x is not None
             ),
             sums.num_data,
+            all(
+                likelihoods.has_exact_fisher(single_outcomes(site["fn"]).fn)
+                for site in observed
+            ),
         )
 
     def _terms(self, sites: Sequence[Site]) -> tuple[FisherTerms, Tensor]:

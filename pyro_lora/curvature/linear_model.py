@@ -595,7 +595,9 @@ def checked(gaussian: WeightGaussian) -> DualGaussian:
         raise ValueError(
             "Refining the mode and leaving data out need the linearised network as a "
             "model of its own. Fit with AutoLaplace(model, structure="
-            "structures.Exact(), fisher='exact')."
+            "structures.Exact(), fisher='exact'). Tokens of a vocabulary have no exact "
+            "Fisher information: there fit a model of the answers, such as "
+            "models.multiple_choice, or train on."
         )
     return gaussian
 

@@ -228,8 +228,10 @@ def from_pretrained(
     Raises:
         TypeError: If ``network`` is no module.
         ValueError: If a file is missing or damaged, the network is another one, it
-            isn't said which it is, or the name is neither a folder nor a repository's.
-        OSError: If the hub can't be reached, or has no such repository.
+            isn't said which it is, it can't be loaded by its name, or ``name`` is
+            neither a folder nor a repository's.
+        OSError: If the base network isn't where the adapter says, the hub can't be
+            reached, or has no such repository.
     """
     folder = Path(name)
     if not folder.is_dir():
@@ -313,7 +315,7 @@ def _base(
 
     Raises:
         OSError: If it isn't there.
-        ValueError: If the adapter doesn't say which it is.
+        ValueError: If the adapter doesn't say which it is, or it can't be loaded so.
     """
     config = PeftConfig.from_pretrained(str(folder))
     task, base = config.task_type, config.base_model_name_or_path
@@ -331,19 +333,21 @@ def _base(
             "label2id": {x: c for c, x in names.items()},
             "ignore_mismatched_sizes": True,  # of the head, which the adapter brings
         }
-    kind = getattr(transformers, _CLASSES[task])
+    network = getattr(transformers, _CLASSES[task])
     # transformers reports a head that the base lacks, and which the adapter brings.
     logging = transformers.utils.logging
     try:
         with undone(partial(logging.set_verbosity, logging.get_verbosity())):
             logging.set_verbosity_error()
-            return kind.from_pretrained(
+            return network.from_pretrained(
                 base, revision=config.revision, token=token, **classes
             )
-    except OSError as error:
-        raise OSError(
-            f"{folder}: its base network {base!r} can't be loaded ({error}). If it was "
-            "moved, load it yourself and give it as network=."
+    except Exception as error:  # a file of another format has errors of its own
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(
+            f"{folder}: its base network {base!r} can't be loaded by that name "
+            f"({error}). If it was moved, or takes more arguments than a name, as a "
+            "GGUF file does, load it yourself and give it as network=."
         ) from error
 
 

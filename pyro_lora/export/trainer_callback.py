@@ -22,6 +22,12 @@ from pyro_lora.predict.predict import predict
 from pyro_lora.priors import Prior
 
 _LOGGED = ("accuracy", "nll", "ece", "rmse", "coverage")  # those that a kind has
+_OF_TEXTS: tuple[Any, ...] = (  # models of networks that put out numbers for a text
+    models.classification,
+    models.multi_label,
+    models.regression,
+    models.preference,
+)
 
 
 class LaplaceCallback(TrainerCallback, Summarised):
@@ -32,12 +38,14 @@ class LaplaceCallback(TrainerCallback, Summarised):
     training set. Through the Trainer's own log, and so to wherever it reports, go
     ``laplace_log_evidence`` (nats) and, for the evaluation data, accuracy, NLL (nats)
     and ECE of the weights alone and of the posterior: ``eval_map_nll``,
-    ``eval_laplace_nll`` and so on.
+    ``eval_laplace_nll`` and so on. Where that raises an error, or is interrupted, the
+    trained weights are saved before, into the Trainer's ``output_dir``.
 
     Args:
         trainer: The Trainer that it is added to.
         model: From the lifted network and the number of training data to a Pyro model;
-            one of ``models``.
+            one of ``models``. Of a language model that is trained on texts it's
+            ``models.language_model``, with ``fisher="mc"``.
         prior: Of the weights; None is ``priors.normal(scale=1.0)``.
         structure: Of the precision, as for :class:`AutoLaplace`.
         fisher: As for :class:`AutoLaplace`.
@@ -49,7 +57,8 @@ class LaplaceCallback(TrainerCallback, Summarised):
     Raises:
         TypeError: If an argument is of a wrong kind.
         ValueError: If the Trainer has no training data, doesn't know how many, leaves
-            some out (``dataloader_drop_last``), or is one of several processes.
+            some out (``dataloader_drop_last``), or is one of several processes; or the
+            model is of texts, and the network a language model.
 
     .. code-block:: python
 
@@ -87,6 +96,7 @@ class LaplaceCallback(TrainerCallback, Summarised):
                 f"{trainer.args.dataloader_drop_last} and {trainer.args.world_size} "
                 "processes. Fit it afterwards, on the saved adapter."
             )
+        _check_head(model, trainer.accelerator.unwrap_model(trainer.model))
         self.trainer = trainer
         self.posterior: LaplacePosterior | None = None
         self._model, self._prior = model, prior
@@ -105,6 +115,18 @@ class LaplaceCallback(TrainerCallback, Summarised):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Fit the posterior and log how well calibrated it is."""
+        try:
+            self._fit()
+        except BaseException as error:
+            # Neither does train() return, nor is what comes after it in a script run.
+            self.trainer.save_model()
+            error.add_note(
+                "The trained weights are saved: the adapter is in "
+                f"{self.trainer.args.output_dir!r}."
+            )
+            raise
+
+    def _fit(self) -> None:
         trainer = self.trainer
         data: Any = trainer.train_dataset
         lora = lift(trainer.accelerator.unwrap_model(trainer.model), prior=self._prior)
@@ -130,6 +152,25 @@ class LaplaceCallback(TrainerCallback, Summarised):
             for method, of in methods.items():
                 logs |= _calibration(of, batches, model, f"{name}_{method}")
         trainer.log(logs)
+
+
+def _check_head(model: Any, network: Any) -> None:
+    """Check that a ready model of texts isn't for logits over a vocabulary.
+
+    Raises:
+        ValueError: If it is.
+    """
+    head = getattr(network, "get_output_embeddings", lambda: None)()
+    if head is None or model not in _OF_TEXTS:
+        return
+    network = getattr(network, "get_base_model", lambda: network)()
+    raise ValueError(
+        f"model: models.{model.__name__} is for networks as AutoModelForSequence"
+        f"Classification loads them, but the Trainer's, a {type(network).__name__}, "
+        "gives logits over a vocabulary at each token. Give model=models."
+        "language_model, fisher='mc'; or, for answers of some words, fit models."
+        "multiple_choice afterwards, on the saved adapter."
+    )
 
 
 def _evaluation_data(trainer: Trainer) -> dict[str, Any]:

@@ -503,13 +503,16 @@ def _warn_if_not_stationary(fit: FisherFit, latents: LatentBlock) -> None:
     if newton > effective:
         norm = float(sum(g.square().sum() for g in fit.gradient.values())) ** 0.5
         largest = max(fit.gradient, key=lambda s: float(fit.gradient[s].norm()))
+        refine = (
+            "; or fit with structure=structures.Exact() and call refine() on the "
+            "posterior (there this warning is expected)"
+        )
+        remedies = refine if fit.has_exact_fisher else ""  # which refine() works on
         warn(
             "The weights aren't a mode of the log joint: its gradient has norm "
             f"{norm:.3g}, most of it at site {largest!r}, and g' P^-1 g = {newton:.3g} "
             f"exceeds the effective number of parameters, {effective:.3g}. "
-            "Train on under the same prior and data; or fit with "
-            "structure=structures.Exact() and call refine() on the posterior (there "
-            "this warning is expected)."
+            f"Train on under the same prior and data{remedies}."
         )
 
 

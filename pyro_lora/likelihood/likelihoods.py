@@ -225,6 +225,18 @@ def known(fn: Any) -> Likelihood | None:
     return of(fn) if has_entry(type(fn), _table.registry) else None
 
 
+def has_exact_fisher(fn: Any) -> bool:
+    """Whether a distribution of single outcomes has a root of no more than many terms.
+
+    Args:
+        fn: The distribution.
+    """
+    entry = known(fn)
+    if entry is None:
+        return False
+    return entry.classes is None or entry.classes.logits.shape[-1] <= MOST_EXACT_CLASSES
+
+
 def has_entry(kind: type, registered: Container[type]) -> bool:
     """Whether what is registered for a distribution's type, or a base, is true of it.
 
@@ -802,10 +814,14 @@ def _clamped(logits: Tensor) -> Tensor:
     return logits.detach().double().clamp(-limit, limit)
 
 
+class TooManyClasses(ValueError):
+    """The exact Fisher information isn't to be had, whatever the batch."""
+
+
 def _num_classes(logits: Tensor) -> int:
     num_classes = logits.shape[-1]
     if num_classes > MOST_EXACT_CLASSES:
-        raise ValueError(
+        raise TooManyClasses(
             f"The exact Fisher information of {num_classes} classes takes "
             f"{num_classes - 1} backward passes for each outcome. Use fisher='mc' "
             "with a few num_fisher_samples."

@@ -29,6 +29,7 @@ from pyro_lora.likelihood.batch import (
     explaining,
 )
 from pyro_lora.likelihood.data_plate import GivenRows
+from pyro_lora.likelihood.likelihoods import TooManyClasses
 from pyro_lora.likelihood.outcomes import single_outcomes
 
 Model = Callable[..., Any]
@@ -428,7 +429,8 @@ def naming_batch(
     try:
         yield
     except ValueError as error:
-        if is_agreed(error):  # of no batch; and to run again, a rank needs the others
+        # Of no batch; and to run again, a rank needs the others.
+        if is_agreed(error) or isinstance(error, TooManyClasses):
             raise
         at = "".join(f", site {name!r}" for name in find_sites())
         if str(error).startswith(f"Batch {index}"):

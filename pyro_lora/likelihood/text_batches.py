@@ -51,7 +51,8 @@ def text_batches(
             the P zeros and ones of ``models.multi_label``; None where nobody knows.
         batch_size: Texts in a batch, B.
         max_length: Tokens after which a text is cut; None is what the tokenizer says
-            that its network can read.
+            that its network can read. A prompt, whose answer comes after its end, is
+            cut at its beginning by ``tokenizer.truncation_side = "left"``.
         shuffle: Whether to put them into another order each time, for training.
         device: Where the network is; None is the CPU.
 

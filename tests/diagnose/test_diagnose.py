@@ -202,6 +202,11 @@ def test_where_its_error_leaves_both_open_it_says_so() -> None:
         assert one.verdict == verdict
         told = "\n".join(one.lines())
         assert ("open: max_passes=None would tell" in told) == (verdict == "unclear")
+        # "no" is said of what failed, in the short form, too: k-hat is good in all.
+        failed = f"within a factor 2: times {fall:.2f} +- {error:.2f} (direction 1), "
+        assert (failed in one.lines()[0]) == (verdict == "no")
+        of_all = replace(found, gaussian=one)
+        assert ("gaussian=no (the log joint" in repr(of_all)) == (verdict == "no")
     of_guide = diagnosis.Importance(k_hat=0.4, effective_samples=30.0, num_samples=50)
     assert of_guide.verdict == "unclear"
     assert "num_samples=200 would tell" in of_guide.lines()[1]

@@ -268,6 +268,10 @@ def test_errors_name_the_folder_and_the_remedy(tmp_path: Path) -> None:
     (tmp_path / "base").rename(tmp_path / "moved")
     with pytest.raises(OSError, match=r"saved: its base network .*give it as network="):
         pl.from_pretrained(folder)
+    (tmp_path / "base").mkdir()  # as one of a GGUF file alone: nothing says what it is
+    (tmp_path / "base" / "base.Q4_1.gguf").touch()
+    with pytest.raises(ValueError, match=r"saved: its base .*give it as network="):
+        pl.from_pretrained(folder)
     shutil.rmtree(folder / "posterior")
     with pytest.raises(ValueError, match=r"holds no folder 'posterior'"):
         pl.from_pretrained(folder)

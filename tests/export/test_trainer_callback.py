@@ -5,13 +5,15 @@ from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model_state_dict
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.testing import assert_close
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import pyro_lora as pl
-from tests.networks import VOCABULARY, batch, bert
+from tests.networks import VOCABULARY, batch, bert, llama
 
 pytestmark = pytest.mark.untrained
 NUM_DATA = 20
@@ -44,7 +46,9 @@ def trainer(path: Path, **options: Any) -> Trainer:
         use_cpu=True,
         **settings,
     )
-    network = bert(dtype=torch.float32, lora_dropout=0.2)
+    network = options.pop("network", None)
+    if network is None:
+        network = bert(dtype=torch.float32, lora_dropout=0.2)
     data = {"train_dataset": rows(NUM_DATA), "eval_dataset": rows(12), **options}
     return Trainer(network, arguments, **data)
 
@@ -108,3 +112,50 @@ def test_what_cannot_be_fitted_is_refused_before_training(tmp_path: Path) -> Non
     training = trainer(tmp_path, train_dataset=Endless())
     with pytest.raises(ValueError, match="Endless, which has no length"):
         pl.LaplaceCallback(training)
+
+
+@pytest.mark.parametrize("name", ["classification", "multi_label", "regression"])
+def test_a_model_of_texts_is_refused_for_a_language_model(
+    tmp_path: Path, name: str
+) -> None:
+    training = trainer(tmp_path, network=llama(None, dtype=torch.float32))
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM.*models\.language_model"):
+        pl.LaplaceCallback(training, model=getattr(pl.models, name))
+    classifier = trainer(tmp_path, network=llama(2, dtype=torch.float32))
+    pl.LaplaceCallback(classifier, model=getattr(pl.models, name))
+
+
+@pytest.mark.filterwarnings("ignore:The weights aren't a mode")
+def test_a_language_model_that_is_trained_on_texts(tmp_path: Path) -> None:
+    texts = rows(NUM_DATA)
+    for row in texts:
+        row["labels"] = row["input_ids"]
+    training = trainer(
+        tmp_path,
+        network=llama(None, dtype=torch.float32),
+        train_dataset=texts,
+        eval_dataset=texts,
+    )
+    model = pl.models.language_model
+    training.add_callback(pl.LaplaceCallback(training, model=model, fisher="mc"))
+    training.train()
+    assert "eval_laplace_nll" in training.state.log_history[-1]
+
+
+@pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt])
+def test_an_error_of_the_fit_loses_no_weights(
+    tmp_path: Path, kind: type[BaseException]
+) -> None:
+    def failing(lora: pl.LiftedNetwork, num_data: int) -> Any:
+        raise kind("not today")
+
+    training = trainer(tmp_path)
+    training.add_callback(pl.LaplaceCallback(training, model=failing))
+    with pytest.raises(kind, match="not today") as caught:
+        training.train()
+    assert str(tmp_path) in "".join(caught.value.__notes__)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    trained = get_peft_model_state_dict(training.model)
+    assert saved.keys() == trained.keys()
+    for name, value in trained.items():
+        assert torch.equal(saved[name], value), name

@@ -10,12 +10,13 @@ from pyro import poutine
 from pyro.infer import SVI, Importance, Predictive, Trace_ELBO, TraceMeanField_ELBO
 from pyro.optim import Adam
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import pyro_lora as pl
 from pyro_lora.curvature.structures import Structure
 from tests.curvature.gauss_newton import assert_same, flatten, laplace, split
 from tests.infer.linear_regression import linear_regression
-from tests.networks import batch, bert, inputs, llama, particles
+from tests.networks import adapted, batch, bert, inputs, llama, particles
 
 STRUCTURES = [pl.structures.KFAC(), pl.structures.Diagonal(), pl.structures.Dense()]
 
@@ -355,6 +356,35 @@ def test_a_start_that_is_no_mode_gives_a_warning(structure: Structure) -> None:
     # B, and with it the log prior's gradient, is far from what that prior wants.
     with pytest.warns(UserWarning, match=r"aren't a mode.*'lora\..*refine\(\)"):
         laplace(lora, texts, structure=structure)
+
+
+def test_remedies_of_a_vocabulary_lead_to_no_refusal() -> None:
+    words = LlamaConfig(
+        vocab_size=2_001,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        intermediate_size=8,
+    )
+    network = adapted(LlamaForCausalLM(words).double(), task_type="CAUSAL_LM")
+    lora = pl.lift(network, prior=pl.priors.normal(0.1))
+    ids = torch.arange(1, 13).reshape(3, 4)
+    mask = torch.ones_like(ids)
+    texts = [{"input_ids": ids, "attention_mask": mask, "labels": ids}]
+    model = pl.models.language_model(lora, 3)
+    for structure in (pl.structures.KFAC(), pl.structures.Exact()):
+        start = lora.init_to_adapter()
+        guide = pl.AutoLaplace(
+            model, init_loc_fn=start, fisher="mc", structure=structure
+        )
+        with pytest.warns(UserWarning, match=r"Train on under the .* and data\.$"):
+            posterior = guide.laplace_approximation(texts)
+        with pytest.raises(ValueError, match=r"models\.multiple_choice, or train on"):
+            posterior.refine()
+        exact = pl.AutoLaplace(model, init_loc_fn=start, structure=structure)
+        # Of no one batch.
+        with pytest.raises(ValueError, match=r"^The exact.*2001.*num_fisher_samples.$"):
+            exact.laplace_approximation(texts)
 
 
 def test_the_warning_is_about_a_newton_step() -> None:

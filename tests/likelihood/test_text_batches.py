@@ -106,6 +106,9 @@ def test_long_texts_are_cut() -> None:
     words.model_max_length = int(1e30)  # as where nobody has said
     (batch,) = pl.text_batches(words, long)
     assert batch["input_ids"].shape == (1, 40)
+    words.truncation_side = "left"  # a prompt's end stays
+    (batch,) = pl.text_batches(words, ["a the good film"], max_length=2)
+    assert words.batch_decode(batch["input_ids"]) == ["good film"]
 
 
 @settings(max_examples=50, deadline=None)
