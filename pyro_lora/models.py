@@ -18,6 +18,7 @@ from torch import Tensor
 from pyro_lora.ground.accumulation import at_least_float32
 from pyro_lora.ground.settings import check_count, check_kind, check_positive
 from pyro_lora.ground.summary import FieldsShown
+from pyro_lora.ground.synchronisation import ask, require
 from pyro_lora.lifting.lifted_network import LiftedNetwork, check_lora
 from pyro_lora.likelihood.model_trace import IGNORED
 
@@ -242,7 +243,7 @@ class multiple_choice(FieldsShown):
         real = (attention_mask > 0).int()
         last = -1 - real.flip(1).argmax(1)  # (B,), counted from the right
         if _takes(self.lora, "logits_to_keep") and len(last):
-            inputs.setdefault("logits_to_keep", -int(last.min()))
+            inputs.setdefault("logits_to_keep", -int(ask(last.min(), usual=-2)))
         net = self.lora()  # the pyro.sample statements
         logits = net(attention_mask=attention_mask, **inputs).logits
         rows = torch.arange(len(last), device=last.device)
@@ -319,7 +320,7 @@ class answer_likelihood(FieldsShown):
         start = counts.shape[-1] - logits.shape[-2]
         left_out, counts = counts[..., :start], counts[..., start:]
         if pyro.settings.get("validate_distributions_pyro"):
-            _check_answers(counts, present, labels, bool(left_out.any()))
+            _check_answers(counts, present, labels, left_out.any())
         scores = _token_log_probs(logits, input_ids[..., start + 1 :].flatten(0, 1))
         scores = scores.unflatten(-2, present.shape)  # (..., B, C, kept)
         scores = scores.where(counts, torch.zeros_like(scores)).sum(-1)
@@ -519,34 +520,40 @@ def _check_choices(ids: Tensor, attention_mask: Tensor, answer_mask: Tensor) -> 
 
 
 def _check_answers(
-    counts: Tensor, present: Tensor, labels: Tensor | None, is_cut: bool
+    counts: Tensor, present: Tensor, labels: Tensor | None, is_cut: Tensor
 ) -> None:
-    if is_cut:
-        raise ValueError(
+    def cut() -> ValueError:
+        return ValueError(
             "models.answer_likelihood: logits_to_keep leaves out some of the answers' "
             "tokens. Leave the argument out, or keep one more than the longest has."
         )
-    empty = present & ~counts.any(-1)
-    if bool(empty.any()):
+
+    def no_tokens() -> ValueError:
         datum, choice = empty.nonzero()[0].tolist()
-        raise ValueError(
+        return ValueError(
             f"models.answer_likelihood: datum {datum}, choice {choice}: no token of "
             "the answer has one before it. Mark the answer by answer_mask, begin texts "
             "by a question or the tokenizer's first token; if the choice isn't there, "
             "its attention_mask is 0."
         )
-    there = present.any(-1)
-    if labels is not None and labels.shape == there.shape:  # else it is said of them
-        places = labels.long().clamp(0, present.shape[1] - 1)[:, None]
-        there = there & present.gather(1, places)[:, 0]
-    if not bool(there.all()):
+
+    def no_choice() -> ValueError:
         datum = int((~there).nonzero()[0])
         found = "" if labels is None else f", and the label {int(labels[datum])}"
-        raise ValueError(
+        return ValueError(
             f"models.answer_likelihood: datum {datum} has the choices "
             f"{present[datum].nonzero()[:, 0].tolist()}{found}. Expected one or more, "
             "the label's among them; a choice isn't there if its attention_mask is 0."
         )
+
+    empty = present & ~counts.any(-1)
+    there = present.any(-1)
+    if labels is not None and labels.shape == there.shape:  # else it is said of them
+        places = labels.long().clamp(0, present.shape[1] - 1)[:, None]
+        there = there & present.gather(1, places)[:, 0]
+    require(~is_cut, cut)
+    require(~empty.any(), no_tokens)
+    require(there.all(), no_choice)
 
 
 @dataclass(frozen=True)

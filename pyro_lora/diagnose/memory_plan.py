@@ -803,6 +803,14 @@ class _Job:
         """What a fit asks of values, answered by a network that has some."""
         if isinstance(self.batch, Mapping) or self.structure is None:
             return ()
+        try:
+            return self._twin_fitted(self.structure)
+        except ValueError:  # a model that asks for tokens by their ids, perhaps
+            return self._twin_fitted(self.structure, is_vocabulary_whole=True)
+
+    def _twin_fitted(
+        self, structure: Structure, is_vocabulary_whole: bool = False
+    ) -> Sequence[float]:
         with (
             torch.random.fork_rng(),
             warnings.catch_warnings(),
@@ -810,10 +818,10 @@ class _Job:
         ):
             warnings.simplefilter("ignore")  # of weights that are at random
             torch.manual_seed(0)
-            twin = narrow_twin(self.network)
+            twin = narrow_twin(self.network, is_vocabulary_whole)
             if twin is not None:
                 _Shares(twin, self._sharing)  # hooks count, where a network is watched
-                self._fitted(lift(twin), self.structure)
+                self._fitted(lift(twin), structure)
         return answers
 
 

@@ -46,7 +46,22 @@ def _outside(method: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """What somebody's autocast computes products in.
+
+    Args:
+        device: A type of device.
+
+    Returns:
+        The dtype; None where autocast is off, or there is none for such devices.
+    """
+    is_there = torch.amp.is_autocast_available(device)  # not for the meta device
+    if is_there and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return None
+
+
 def _off(device: str) -> AbstractContextManager[object]:
-    if torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return nullcontext()
+    if autocast_dtype(device) is None:
+        return nullcontext()
+    return torch.autocast(device, enabled=False)

@@ -82,7 +82,7 @@ class Gathering:
 
     def require(self, holds: Tensor, error: Callable[[], Exception]) -> None:
         """See :func:`require`."""
-        self._checks.append((self.ask(holds), error))
+        self._checks.append((Answer(holds, self, usual=True), error))
 
     def read(self) -> None:
         """Read all that was asked for: one transfer from each device.
@@ -91,9 +91,10 @@ class Gathering:
             Exception: The error of the first check that doesn't hold.
         """
         answers, checks = self._answers, self._checks
-        values = _values(answers)
+        required = [answer for answer, _ in checks]
+        values = _values(answers, required)
         self._answers, self._checks = [], []  # now: a transfer may be interrupted
-        for answer, value in zip(answers, values, strict=True):
+        for answer, value in zip([*answers, *required], values, strict=True):
             answer._asked, answer._value = None, value
         for answer, error in checks:
             if not answer:
@@ -179,7 +180,7 @@ def _saying_why(gathering: Gathering) -> Iterator[None]:
 
 @contextmanager
 def answers_kept() -> Iterator[list[float]]:
-    """Keep every answer of a block, in order."""
+    """Keep every answer of a block, in order; of checks there is none."""
     with undone(partial(setattr, _PRESENT, "kept", _PRESENT.kept)):
         _PRESENT.kept = []
         yield _PRESENT.kept
@@ -315,12 +316,15 @@ def _invalid(again: Callable[[], object]) -> Exception:
     )
 
 
-def _values(answers: Sequence[Answer]) -> list[float]:
+def _values(answers: Sequence[Answer], required: Sequence[Answer]) -> list[float]:
     if _PRESENT.given is not None:
-        return [next(_PRESENT.given, a.usual) for a in answers]
-    values = _transferred([a._asked for a in answers if a._asked is not None])
+        # Checks aren't among what is kept: which there are depends on the network.
+        values = [next(_PRESENT.given, a.usual) for a in answers]
+        return values + [a.usual for a in required]
+    both = [*answers, *required]
+    values = _transferred([a._asked for a in both if a._asked is not None])
     if _PRESENT.kept is not None:
-        _PRESENT.kept += values
+        _PRESENT.kept += values[: len(answers)]
     return values
 
 

@@ -2,7 +2,8 @@
 
 A copy without values has every parameter of a network, and takes no memory. A *twin*
 has the same layers, with values, but is 8 wide: what a run asks of values, and not of
-widths, such as which tokens a layer's gradients are zero at, it can answer.
+widths, such as which tokens a layer's gradients are zero at, it can answer. Where the
+network turns one dtype into another its twin does so, too.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ _NARROW = {
     "hidden_size": 8,
     "num_attention_heads": 2,
     "head_dim": 4,
-    "vocab_size": 16,
 }
+_NARROW_VOCABULARY = 16
 _NEEDED = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
 
 
@@ -72,6 +73,14 @@ def described_network(
                 "A configuration is of a network without an adapter, and doesn't say "
                 "what it's for. Give peft_config=LoraConfig(task_type=..., ...), one "
                 f"of {sorted(_HEADS)}; found {task}."
+            )
+        if getattr(network, "quantization_config", None) is not None:
+            raise ValueError(
+                "The configuration has a quantization_config, but its weights become "
+                "small only as they are loaded, and would be planned whole. Load the "
+                "network, with it, and plan that; or set it to None, plan with "
+                "dtype=torch.bfloat16, and take off what is saved: of 4 bits three "
+                "quarters of the linear layers' weights."
             )
         kwargs = {} if dtype is None else {"dtype": dtype}
         with torch.device("meta"):
@@ -115,11 +124,12 @@ def without_values(network: nn.Module) -> nn.Module:
     return copy.deepcopy(network, tensors)  # what is in the memo isn't copied
 
 
-def narrow_twin(network: Any) -> nn.Module | None:
+def narrow_twin(network: Any, is_vocabulary_whole: bool = False) -> nn.Module | None:
     """A network of the same layers, narrow and with values, where it's known how.
 
     Args:
         network: With an adapter.
+        is_vocabulary_whole: Whether it has all tokens, or 16.
     """
     base = base_of(network)
     config: Any = copy.deepcopy(getattr(base, "config", None))
@@ -131,10 +141,35 @@ def narrow_twin(network: Any) -> nn.Module | None:
     # Layers of one shape may be known by each other, so others have another shape.
     inner = 8 if config.intermediate_size == config.hidden_size else 12
     own = {"num_key_value_heads": num_keys, "intermediate_size": inner}
+    if not is_vocabulary_whole:
+        own["vocab_size"] = _NARROW_VOCABULARY
     for name, size in {**_NARROW, **own}.items():
         if hasattr(config, name):
             setattr(config, name, size)
     config.pad_token_id = 0
+    name = network.active_adapter
+    adapter = copy.deepcopy(network.peft_config[name])
     twin: Any = type(base)._from_config(config, dtype=torch.float64)
-    adapter = copy.deepcopy(network.peft_config[network.active_adapter])
-    return get_peft_model(twin.to(torch.float64), adapter)
+    twin = get_peft_model(twin, adapter, adapter_name=name)
+    theirs = {n: x.dtype for n, x in _named_tensors(network)}
+    for n, x in _named_tensors(twin):
+        if x.is_floating_point():
+            x.data = x.data.to(_wider(theirs.get(n, base.dtype), base.dtype))
+    return twin
+
+
+def _named_tensors(network: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [*network.named_parameters(), *network.named_buffers()]
+
+
+def _wider(dtype: torch.dtype, otherwise: torch.dtype) -> torch.dtype:
+    """Another dtype, that differs from others' where this one does.
+
+    What is zero in half precision for its size alone isn't zero in the wider one.
+
+    Args:
+        dtype: Of a network's tensor.
+        otherwise: In place of integers, which are quantised weights.
+    """
+    kind = dtype if dtype.is_floating_point else otherwise
+    return torch.float64 if kind.itemsize >= 4 else torch.float32

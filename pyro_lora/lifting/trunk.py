@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pyro_lora.ground.autocast import autocast_dtype
 from pyro_lora.ground.interrupts import undone
 from pyro_lora.lifting.folding import is_compiled, is_setting, tensors_in
 from pyro_lora.lifting.slots import Fold
@@ -552,7 +553,7 @@ class Trunk:
         state = (
             versions(frozen),
             [(id(m), len(m._forward_hooks), len(m._forward_pre_hooks)) for m in below],
-            torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
+            autocast_dtype(device),
         )
         return self.cache.key(inputs, fold.batch_size, state, self.are_apart)
 

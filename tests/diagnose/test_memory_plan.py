@@ -10,7 +10,7 @@ from typing import Any
 import pyro
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from pyro.optim import Adam
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, LlamaConfig
@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig
 import pyro_lora as pl
 from benchmarks.memory import allocated
 from pyro_lora.curvature.structures import Factors
-from pyro_lora.diagnose.memory_plan import tensor_bytes
+from pyro_lora.diagnose.memory_plan import MemoryPlan, tensor_bytes
 from pyro_lora.ground.ranks import ALONE
 from tests.distributed import jobs, launch
 from tests.networks import VOCABULARY, bert, llama
@@ -91,11 +91,32 @@ def batch(rows: int, tokens: int, labels: bool = True) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask, **given}
 
 
+def of_dtype(dtype: torch.dtype) -> PeftModel:
+    # Queries share their inputs with keys and values, but have no gradient at the
+    # first token, which looks at itself alone, so that their factors are apart. In
+    # half precision each layer has a float32 copy of its inputs.
+    targets = ["q_proj", "k_proj", "v_proj"]
+    return llama(num_layers=1, target_modules=targets, dtype=dtype)
+
+
 @pytest.mark.parametrize("structure", STRUCTURES, ids=repr)
 def test_factors_are_those_of_a_fit(structure: Any) -> None:
-    # Queries share their inputs with keys and values, but have no gradient at the
-    # first token, which looks at itself alone, so that their factors are apart.
-    network = llama(num_layers=1, target_modules=["q_proj", "k_proj", "v_proj"])
+    factors_are_those_of_a_fit(of_dtype(torch.float64), structure)
+
+
+def test_factors_in_half_precision_are_those_of_a_fit() -> None:
+    structure = pl.structures.KFAC()
+    bfloat16 = factors_are_those_of_a_fit(of_dtype(torch.bfloat16), structure)
+    float16 = pl.plan_memory(of_dtype(torch.float16), batch=(ROWS, TOKENS))
+    assert float16["Laplace fit"].factors == bfloat16["Laplace fit"].factors
+
+
+def test_factors_of_upper_layers_are_those_of_a_fit() -> None:
+    network = llama(layers_to_transform=[1])
+    factors_are_those_of_a_fit(network, pl.structures.KFAC())
+
+
+def factors_are_those_of_a_fit(network: PeftModel, structure: Any) -> MemoryPlan:
     num_data = NUM_BATCHES * ROWS
     plan = pl.plan_memory(
         network, structure=structure, batch=(ROWS, TOKENS), num_data=num_data
@@ -109,6 +130,30 @@ def test_factors_are_those_of_a_fit(structure: Any) -> None:
     guide.laplace_approximation([batch(ROWS, TOKENS) for _ in range(NUM_BATCHES)])
     assert summed.num_bytes > 0
     assert plan["Laplace fit"].factors == summed.num_bytes
+    return plan
+
+
+def test_answers_of_a_language_model_are_planned() -> None:
+    network, structure = llama(None, num_layers=1), pl.structures.Exact()
+    size = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    ids = [20, VOCABULARY - 1]
+    plan = pl.plan_memory(
+        network,
+        structure=structure,
+        batch=(ROWS, TOKENS),
+        model=lambda lora, n: pl.models.multiple_choice(lora, n, ids),
+    )
+    assert plan["Laplace fit"].factors == 8 * 2 * ROWS * size
+    assert plan["predict linearized"].peak > 0
+    choices = torch.ones(ROWS, 3, TOKENS, dtype=torch.long)
+    names = ("input_ids", "attention_mask", "answer_mask")
+    plan = pl.plan_memory(
+        network,
+        structure=structure,
+        batch={**dict.fromkeys(names, choices), "labels": choices[:, 0, 0]},
+        model=pl.models.answer_likelihood,
+    )
+    assert plan["Laplace fit"].factors == 8 * 2 * ROWS * 2 * size
 
 
 def test_many_rows_are_planned_by_few_batches() -> None:
@@ -318,6 +363,9 @@ def test_a_plan_is_a_table() -> None:
 def test_errors_say_what_to_do() -> None:
     with pytest.raises(ValueError, match=r"peft_config=LoraConfig\(task_type="):
         pl.plan_memory(LlamaConfig())
+    small = LlamaConfig(quantization_config={"load_in_4bit": True})
+    with pytest.raises(ValueError, match="Load the network, with it, and plan that"):
+        pl.plan_memory(small, peft_config=LoraConfig(task_type="CAUSAL_LM"))
     with pytest.raises(ValueError, match=r"model=pl\.models\.classification"):
         pl.plan_memory(nn.Linear(2, 2))
     with pytest.raises(TypeError, match="network"):

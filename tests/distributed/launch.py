@@ -76,6 +76,7 @@ def slow_rank(rank: int, size: int, name: str, folder: Path, store: Path) -> Non
     _join(rank, size, store)
     (folder / f"started-{rank}").touch()
     pyro.set_rng_seed(0)
+    pyro.enable_validation(True)  # importing torch.compile's parts turns it off
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         JOBS[name](folder)
@@ -106,6 +107,7 @@ def run(job: Callable[[Path], Any], folder: Path) -> Any:
     """The job's result, or the error that it ends with."""
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
+    pyro.enable_validation(True)  # importing torch.compile's parts turns it off
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
