@@ -49,8 +49,10 @@ CONTEXTS = {
 # Here the interrupt may come anywhere, not only at the beginning of a line.
 EXITS = ("interrupts.py", "binding.py")
 # But here it can't: the interpreter looks for signals as it calls and jumps only. What
-# a ``return`` in a ``try`` gives back has left that ``try``.
+# a ``return`` in a ``try`` gives back has left that ``try``; and a ``with`` of a lock,
+# all that ``wrapper`` is, has called what releases it before a signal is looked for.
 RETURNS = {dis.opmap.get("RETURN_VALUE"), dis.opmap.get("RETURN_CONST")}
+OF_LOCK = "wrapper"
 Place = tuple[str, int, int, int]  # file, line, instruction (-1: any), visit
 
 
@@ -87,7 +89,9 @@ class Interrupts:
         return self._at
 
     def _at(self, frame: FrameType, event: str, _: Any) -> Any:
-        if self.instructions and frame.f_code.co_code[frame.f_lasti] in RETURNS:
+        code = frame.f_code
+        returns = self.instructions and code.co_code[frame.f_lasti] in RETURNS
+        if returns or code.co_name == OF_LOCK:
             return self._at
         if event == ("opcode" if self.instructions else "line"):
             at = (
