@@ -22,7 +22,9 @@ from pyro.poutine.runtime import _DIM_ALLOCATOR, _PYRO_STACK
 from torch import Tensor
 from torch._dynamo import eval_frame
 from torch.autograd import grad_mode
+from torch.overrides import _get_current_function_mode_stack
 from torch.utils import _contextlib
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 import pyro_lora as pl
 from pyro_lora.ground.interrupts import leaving_no_trace, undone
@@ -146,6 +148,8 @@ class State:
             torch.is_grad_enabled(),
             torch.is_inference_mode_enabled(),
             eval_frame._stance,
+            _get_current_dispatch_mode_stack(),
+            _get_current_function_mode_stack(),
         )
         if self.folder is not None:
             found["unfinished"] = list(self.folder.rglob("*.pyro_lora.tmp"))

@@ -124,7 +124,8 @@ def test_a_batch_of_a_fit_waits_twice(
 @of_networks
 @pytest.mark.parametrize("method", ["linearized", "sample"])
 def test_a_batch_of_predict_waits_once(network: str, method: Any) -> None:
-    lora = lifted(network)
+    # Draws near the mode: of worse ones a call says so, and reads more for that.
+    lora = pl.lift(NETWORKS[network](), prior=pl.priors.normal(scale=0.01))
     guide = pl.AutoLaplace(classifier(lora, 6), init_loc_fn=lora.init_to_adapter())
     posterior = guide.laplace_approximation(texts(1))
 

@@ -44,6 +44,7 @@ from pyro_lora.curvature.structures import (
     Structure,
 )
 from pyro_lora.curvature.weight_gaussian import WeightGaussian
+from pyro_lora.ground.interrupts import entered
 from pyro_lora.ground.memory import FusedAttention, MemoryInUse, WithoutValues, address
 from pyro_lora.ground.ranks import ALONE, Ranks, working_alone
 from pyro_lora.ground.settings import (
@@ -563,15 +564,15 @@ def _planned(
         world_size: Ranks that share the base.
         answers: What is known of a run in the block.
     """
-    memory = MemoryInUse()
+    memory, shapes = MemoryInUse(), WithoutValues()
     copied = without_values(network)
     shares = _Shares(copied, world_size)
     with (
         warnings.catch_warnings(),
         without_reading(answers),
-        memory,
-        WithoutValues() as shapes,
-        FusedAttention(),
+        entered(memory),
+        entered(shapes),
+        entered(FusedAttention()),
     ):
         warnings.simplefilter("ignore")  # of values that are none
         for p in copied.parameters():

@@ -25,6 +25,11 @@ import pyro
 import torch
 from pyro.poutine.runtime import _DIM_ALLOCATOR, _PYRO_STACK
 from torch import nn
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _get_current_dispatch_mode_stack,
+)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -98,6 +103,20 @@ def leaving_no_trace(function: Callable[P, R]) -> Callable[P, R]:
 
 
 @contextmanager
+def entered(mode: TorchDispatchMode | TorchFunctionMode) -> Iterator[None]:
+    """A block under one of PyTorch's modes, which no interrupt leaves on its stack."""
+
+    def leave() -> None:
+        of_operations = _get_current_dispatch_mode_stack()
+        if mode in (*of_operations, *_get_current_function_mode_stack()):
+            mode.__exit__(None, None, None)
+
+    with undone(leave):
+        mode.__enter__()
+        yield
+
+
+@contextmanager
 def unvalidated() -> Iterator[None]:
     """A block in which distributions take any arguments and values.
 
@@ -125,30 +144,43 @@ def eagerly() -> Iterator[None]:
         yield
 
 
+# Hooks of :func:`hooked`, by their ids.
+_WATCHING: set[int] = set()
+
+
 @contextmanager
 def hooked(
     after: Mapping[nn.Module, Callable[..., None]],
     before: Mapping[nn.Module, Callable[..., None]] = MappingProxyType({}),
 ) -> Iterator[None]:
-    """Forward hooks for one block, in which compiled networks run eagerly.
+    """Forward hooks that watch, for one block, in which compiled networks run eagerly.
 
     Args:
         after: Module -> forward hook, one that it doesn't have yet.
         before: Module -> forward pre-hook, likewise, which gets keyword arguments, too.
     """
+    watching = {id(hook) for hook in [*after.values(), *before.values()]}
 
     def remove() -> None:  # by themselves: a handle may be lost on its way here
         for module, hook in before.items():
             _remove(module._forward_pre_hooks, hook)
         for module, hook in after.items():
             _remove(module._forward_hooks, hook)
+        _WATCHING.difference_update(watching)
 
     with eagerly(), undone(remove):
+        _WATCHING.update(watching)
         for module, hook in before.items():
             module.register_forward_pre_hook(hook, with_kwargs=True)
         for module, hook in after.items():
             module.register_forward_hook(hook)
         yield
+
+
+def num_hooks(module: nn.Module) -> int:
+    """How many forward hooks a module has that may change what it gives."""
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return sum(id(hook) not in _WATCHING for hook in hooks)
 
 
 def _remove(hooks: dict[int, Callable[..., Any]], hook: Callable[..., Any]) -> None:

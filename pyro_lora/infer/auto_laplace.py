@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from operator import attrgetter
@@ -44,6 +44,7 @@ from pyro_lora.ground.warning import warn
 from pyro_lora.infer.svgd.kernels import NoRepulsion
 from pyro_lora.infer.svgd.svgd import SVGD
 from pyro_lora.infer.svgd.training_state import check_optimizer
+from pyro_lora.lifting.cached_trunk import trunk_once
 from pyro_lora.lifting.initialization import check_start
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.likelihood.batch import (
@@ -291,34 +292,38 @@ class AutoLaplace(AutoDelta):
             check_positive("max_memory_gb", max_memory_gb)
         check_path("checkpoint", checkpoint)
         ranks = ranks_of(mesh, "data")
-        # After SVI a site that is a function of others isn't in the prototype.
-        if self.prototype_trace is None or not lifted_networks(self.prototype_trace):
-            self._start(batches, ranks)
-        networks = _networks_in(self.prototype_trace)
-        # Read outside of a Pyro context: calling the guide would look the values up in
-        # the global param store, where another guide's may stand under the same names.
-        others = small_latents(self.prototype_trace, networks)
-        lifted = [site for lora in networks for site in lora.sites]
-        values = {
-            site: attrgetter(site)(self).detach().clone() for site in [*lifted, *others]
-        }
-        _check_mode(values)
-        ranks.check_same(values, "the weights", SAME_START)
-        (model,) = self._user_model
-        passes = FisherPasses(
-            model=model,
-            networks=networks,
-            values=values,
-            sites=chosen_sites(self._sites, model, values, networks, batches),
-            structure=self._structure,
-            fisher_terms=self._fisher_terms,
-            obs_site=self._obs_site,
-            progress_bar=progress_bar,
-            checkpoint=checkpoint,
-            max_memory_gb=max_memory_gb,
-            ranks=ranks,
-        )
-        return _fit(passes, batches)
+        with ExitStack() as start:
+            # After SVI a site that is a function of others isn't in the prototype.
+            trace = self.prototype_trace
+            if trace is None or not lifted_networks(trace):
+                self._start(batches, ranks, start)
+            networks = _networks_in(self.prototype_trace)
+            # Read outside of a Pyro context: calling the guide would look the values up
+            # in the global param store, where another guide's may stand under the same
+            # names.
+            others = small_latents(self.prototype_trace, networks)
+            lifted = [site for lora in networks for site in lora.sites]
+            values = {
+                site: attrgetter(site)(self).detach().clone()
+                for site in [*lifted, *others]
+            }
+            _check_mode(values)
+            ranks.check_same(values, "the weights", SAME_START)
+            (model,) = self._user_model
+            passes = FisherPasses(
+                model=model,
+                networks=networks,
+                values=values,
+                sites=chosen_sites(self._sites, model, values, networks, batches),
+                structure=self._structure,
+                fisher_terms=self._fisher_terms,
+                obs_site=self._obs_site,
+                progress_bar=progress_bar,
+                checkpoint=checkpoint,
+                max_memory_gb=max_memory_gb,
+                ranks=ranks,
+            )
+            return _fit(passes, batches)
 
     @leaving_no_trace
     def refit(
@@ -417,8 +422,13 @@ class AutoLaplace(AutoDelta):
         self._model = (InitMessenger(self.init_loc_fn)(without_gaps(model)),)
         self._mark, self._is_in_store = object(), False  # as yet, of a copy
 
-    def _start(self, batches: Iterable[Batch], ranks: Ranks) -> None:
+    def _start(self, batches: Iterable[Batch], ranks: Ranks, start: ExitStack) -> None:
         """Take the initial values, as the first step of SVI would.
+
+        Args:
+            batches: Of which the first is used.
+            ranks: Who shares the data.
+            start: For as long as it's open the trunk isn't run on that batch again.
 
         Raises:
             ValueError: If there is nothing to take them from.
@@ -430,6 +440,7 @@ class AutoLaplace(AutoDelta):
         networks = _networks_in(trace)
         observed_sites(trace, self._obs_site)
         small_latents(trace, networks)
+        start.enter_context(trunk_once(networks))
         with evaluating(networks):
             self._setup_prototype(**first)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from pyro_lora.ground.interrupts import eagerly, leaving_no_trace
+from pyro_lora.ground.interrupts import eagerly, entered, leaving_no_trace
 from pyro_lora.ground.synchronisation import values_are_known
 from pyro_lora.ground.weights import drawing_nothing
 from pyro_lora.lifting.binding import (
@@ -254,12 +254,12 @@ class BoundNetwork:
         statistics = StatisticsOfBatch(fold)
         if is_compiled(host.network):
             # What dynamo meets under a dispatch mode, it leaves alone from then on.
-            with unchanged_buffers(host.network), eagerly(), statistics:
+            with unchanged_buffers(host.network), eagerly(), entered(statistics):
                 with torch.no_grad(), drawing_nothing(self._values):
                     call(Trunk([]), fold)
             output = call(trunk, fold)
         else:
-            with statistics:
+            with entered(statistics):
                 output = call(trunk, fold)
         if statistics.noticed and host.is_pretrained:
             self._check_alone(function, args, kwargs, fold)

@@ -2,8 +2,8 @@
 
 For as long as the user says, :func:`cached_trunk` keeps it of every datum, by a digest
 of its inputs. Where the library itself runs a batch more than once, for some draws
-after others, or around one mode after another, :func:`trunk_once` keeps it of that
-batch.
+after others, around one mode after another, or to look at it before it's used,
+:func:`trunk_once` keeps it of that batch.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def cached_trunk(
 
 @contextmanager
 def trunk_once(networks: Iterable[LiftedNetwork]) -> Iterator[None]:
-    """Run the trunk once where calls follow one another with the same inputs.
+    """Run the trunk once for the first inputs, until a call has others.
 
     The numbers are those of a block without it. A cache that is there already stays.
 
@@ -103,12 +103,12 @@ def trunk_once(networks: Iterable[LiftedNetwork]) -> Iterator[None]:
             trunk = lora.trunk
             if trunk.cache is None:
                 stack.enter_context(undone(partial(setattr, trunk, "cache", None)))
-                trunk.cache = LastBatch()
+                trunk.cache = FirstBatch()
         yield
 
 
-class LastBatch:
-    """What the trunk gave for the inputs that it had last."""
+class FirstBatch:
+    """What the trunk gave for the inputs that it had first; nothing after others."""
 
     def __init__(self) -> None:
         self._usable = True
@@ -121,11 +121,14 @@ class LastBatch:
         return _Inputs(inputs, state) if self._usable else None
 
     def get(self, key: _Inputs) -> Tensor | None:
-        """The hidden states (B, ...) if it's the last batch's key."""
+        """The hidden states (B, ...) if it's the first batch's key."""
         if self._kept is None:
             return None
-        last, hidden = self._kept
-        return hidden if key.equals(last) else None
+        first, hidden = self._kept
+        if key.equals(first):
+            return hidden
+        self._usable, self._kept = False, None  # each comparison waits for the device
+        return None
 
     def put(self, key: _Inputs, hidden: Tensor) -> None:
         """Keep these hidden states, and no others."""

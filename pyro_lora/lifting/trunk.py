@@ -28,7 +28,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_lora.ground.autocast import autocast_dtype
-from pyro_lora.ground.interrupts import undone
+from pyro_lora.ground.interrupts import entered, num_hooks, undone
 from pyro_lora.lifting.folding import is_compiled, is_setting, tensors_in
 from pyro_lora.lifting.slots import Fold
 
@@ -552,7 +552,7 @@ class Trunk:
         device = tensors[0].device.type
         state = (
             versions(frozen),
-            [(id(m), len(m._forward_hooks), len(m._forward_pre_hooks)) for m in below],
+            [(id(m), num_hooks(m)) for m in below],
             autocast_dtype(device),
         )
         return self.cache.key(inputs, fold.batch_size, state, self.are_apart)
@@ -584,7 +584,7 @@ class Trunk:
         with self._shared(call, form) as seen:
             watch = seen.watch
             try:
-                with watch or nullcontext():
+                with nullcontext() if watch is None else entered(watch):
                     output = call.run()
             except torch.OutOfMemoryError:
                 raise

@@ -22,7 +22,7 @@ from torch import distributions as td
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from pyro_lora.ground.interrupts import eagerly
+from pyro_lora.ground.interrupts import eagerly, entered
 from pyro_lora.ground.synchronisation import (
     Answer,
     NeedsAllRanksError,
@@ -115,7 +115,7 @@ class OutcomeSource:
             if form in self._branching:
                 return self.trace(batch)
             looking = _Looking()
-            with eagerly(), looking:
+            with eagerly(), entered(looking):
                 trace = self.trace(batch)
         self._branching[form] = looking.has_read, _settings(batch)
         return trace
@@ -212,11 +212,7 @@ class OutcomeSource:
             made_of = frozenset({"labels"})
             return Origin(("labels",), True, True, name, shape, made_of)
         following = _Following(batch)
-        with (
-            eagerly(),
-            torch.no_grad(),
-            following,
-        ):
+        with eagerly(), torch.no_grad(), entered(following):
             trace = self.trace(batch)
         site = trace.nodes[name]
         names = following.origins(site["value"])

@@ -8,6 +8,7 @@ the model, becomes a prediction of its data, and all of these one of all data.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -193,7 +194,7 @@ def predict(
     model = model_of(posterior, model, "predict")
     check_names(model, obs_site, labels)
     check_same_inputs(posterior, first)
-    plan = _Question(
+    question = _Question(
         posterior=posterior,
         model=model,
         obs_site=obs_site or posterior.obs_site,
@@ -205,35 +206,41 @@ def predict(
         integral=integral,
         keep_draws=keep_draws,
         draws_over=draw_ranks_of(mesh),
-    ).plan(first)
-    given = GivenLabels(plan.source)
-    predictions: list[AnyPrediction] = []
-    at_mode: list[AnyPrediction] = []
-    stream = ranks.drawing(ranks.in_step(_with([first], stream)))
-    stream = plan.draws_over.on_same(stream)
-    del first
-    with gathered():  # what a batch is asked for is read with the next one's
-        for index, batch in enumerate(stream):
-            if plan.way.takes_one_batch and (predictions or ranks.size > 1):
-                raise ValueError(
-                    "keep_draws with the linearised network needs all data in one "
-                    "batch, whose joint Gaussian it draws from; found a second batch. "
-                    "Give one batch, to a single process, or say method='sample'."
-                )
-            seen = plan.shown(batch)
-            reads_labels = plan.which in (None, "labels")
-            if predictions and reads_labels:
-                given.look(batch, predictions[-1].num_classes)
-            with trunk_once(plan.networks if plan.num_runs > 1 else []):
-                prediction = plan.way.predict(seen)
-                if plan.at_mode is not None:
-                    at_mode.append(plan.at_mode.predict(seen))
-            if reads_labels:
-                observed = given.read(batch, prediction.num_classes, index)
-                if observed is not None:
-                    prediction = prediction.with_labels(observed, batch.place)
-            predictions.append(prediction)
-            plan.source.forget()  # a batch that has gone by
+    )
+    # Until it's predicted, the trunk isn't run on the first batch again.
+    with ExitStack() as first_batch:
+        first_batch.enter_context(trunk_once(posterior.networks))
+        plan = question.plan(first)
+        given = GivenLabels(plan.source)
+        predictions: list[AnyPrediction] = []
+        at_mode: list[AnyPrediction] = []
+        stream = ranks.drawing(ranks.in_step(_with([first], stream)))
+        stream = plan.draws_over.on_same(stream)
+        del first
+        with gathered():  # what a batch is asked for is read with the next one's
+            for index, batch in enumerate(stream):
+                if plan.way.takes_one_batch and (predictions or ranks.size > 1):
+                    raise ValueError(
+                        "keep_draws with the linearised network needs all data in one "
+                        "batch, whose joint Gaussian it draws from; found a second "
+                        "batch. Give one batch, to a single process, or say "
+                        "method='sample'."
+                    )
+                seen = plan.shown(batch)
+                reads_labels = plan.which in (None, "labels")
+                if predictions and reads_labels:
+                    given.look(batch, predictions[-1].num_classes)
+                with trunk_once(plan.networks if plan.num_runs > 1 else []):
+                    prediction = plan.way.predict(seen)
+                    if plan.at_mode is not None:
+                        at_mode.append(plan.at_mode.predict(seen))
+                if reads_labels:
+                    observed = given.read(batch, prediction.num_classes, index)
+                    if observed is not None:
+                        prediction = prediction.with_labels(observed, batch.place)
+                predictions.append(prediction)
+                plan.source.forget()  # a batch that has gone by
+                first_batch.close()
     kind = type(predictions[0])
     own = [kind.concatenated(x) for x in (predictions, at_mode) if x]
     shares = [ranks.collected(x) for x in own]

@@ -302,7 +302,7 @@ def test_weights_of_which_one_has_all_have_an_infinite_tail() -> None:
     def exact(x: Tensor, y: Tensor | None = None) -> None:
         loc = task.lora()(x)[..., 0]
         with pyro.plate("data", 12, subsample=x):
-            pyro.sample("y", dist.Normal(loc, 0.01), obs=y)
+            pyro.sample("y", dist.Normal(loc, 1e-4), obs=y)
 
     found = pl.diagnose(task.laplace(), task.batches, model=exact).gaussian
     assert isinstance(found, diagnosis.Directions)

@@ -19,7 +19,7 @@ import pyro_lora as pl
 from pyro_lora import kernels
 from pyro_lora.lifting.cached_trunk import TrunkCache
 from tests.lifting.test_trunk import bert_on_top, layers, llama_on_top, loop
-from tests.networks import adapted, batch, bert, inputs, particles
+from tests.networks import adapted, batch, bert, classifier, inputs, particles
 
 KINDS = [bert_on_top, llama_on_top]
 
@@ -173,6 +173,33 @@ def test_svgd_is_the_same(kernel: Any, chunk_size: int | None) -> None:
     starting = 2 * (1 + 4)  # one weight set at a time: to inspect, and to initialise
     assert passes[1] == 2 * 2  # each batch once
     assert passes[0] >= starting + 2 * 6
+
+
+@pytest.mark.untrained
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_that_is_looked_at_first_goes_through_the_trunk_once(
+    kind: Callable[[], PeftModel],
+) -> None:
+    network = kind()
+    lora = pl.lift(network)
+    batches = [batch(5), batch(5), batch(3)]
+    model = classifier(lora, 13)
+    guide = pl.AutoLaplace(model, init_loc_fn=lora.init_to_adapter())
+    with trunk_rows(network) as seen:
+        posterior = guide.laplace_approximation(batches)
+    # Once before it's known which networks there are.
+    assert seen == [5, 5, *(n for n in (5, 5, 3) for _ in range(2))]
+    again = guide.laplace_approximation(batches)  # which has nothing to look at
+    assert torch.equal(posterior.log_evidence(), again.log_evidence())
+    for method in ("linearized", "sample"):
+        pl.predict(posterior, batches[:1], method=method, num_samples=3)
+        with trunk_rows(network) as seen:
+            whole = pl.predict(posterior, batches, method=method, num_samples=3)
+        assert seen == [n for n in (5, 5, 3) for _ in range(2)]
+        if method == "linearized":
+            alone = [pl.predict(posterior, [x], method=method) for x in batches]
+            parts = torch.cat([x.probs for x in alone])
+            assert_close(whole.probs, parts, rtol=1e-12, atol=1e-12)
 
 
 def test_every_input_is_in_the_key() -> None:

@@ -270,6 +270,7 @@ def test_the_loss_of_draws_at_once_is_that_of_each(num_draws: int) -> None:
     assert abs(found - double_loop(posterior, draws, batches)) < 1e-12
 
 
+@pytest.mark.filterwarnings("ignore:The model observes")
 def test_losses_of_all_sites_of_the_fit_add_up(tmp_path: Path) -> None:
     # A third site is observed, which isn't of the fit.
     lora = pl.lift(nn.Linear(3, 5).double(), prior=pl.priors.normal(scale=0.7))

@@ -337,6 +337,7 @@ def test_a_guide_without_densities_is_refused(guide: Callable[..., Any]) -> None
 
 
 @pytest.mark.untrained
+@pytest.mark.filterwarnings("ignore:No width up to")
 @pytest.mark.parametrize(
     ("make", "kind"),
     [
