@@ -155,13 +155,20 @@ class KroneckerNormal(OutsideAutocast, TorchDistribution):
         """:math:`U_G^T V U_A`, (..., O, I), or (..., j, k)."""
         if self.rows is not None:
             value = left_product(self.rows.to(value).mT, value)
-        return value if self.columns is None else value @ self.columns.to(value)
+        return value if self.columns is None else right_product(value, self.columns)
 
     def from_basis(self, value: Tensor) -> Tensor:
         """:math:`U_G V U_A^T`, (..., O, I)."""
         if self.rows is not None:
             value = left_product(self.rows.to(value), value)
-        return value if self.columns is None else value @ self.columns.to(value).mT
+        if self.columns is None:
+            return value
+        return right_product(value, self.columns.mT)
+
+
+def right_product(values: Tensor, matrix: Tensor) -> Tensor:
+    """``values @ matrix``, likewise: see :func:`left_product`."""
+    return left_product(matrix.to(values).mT, values.mT).mT.contiguous()
 
 
 def left_product(matrix: Tensor, values: Tensor) -> Tensor:

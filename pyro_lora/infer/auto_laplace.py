@@ -462,7 +462,7 @@ def _fit(passes: FisherPasses, batches: Iterable[Batch]) -> LaplacePosterior:
     check_batches(batches)
     if latents and iter(batches) is batches:
         raise ValueError(READ_ONCE.format(f"{list(latents)} take a pass of their own"))
-    with evaluating(networks):
+    with evaluating(networks), trunk_once(networks):
         block = LatentBlock()
         if latents:
             block = fit_latents(

@@ -240,7 +240,8 @@ def predict(
                         prediction = prediction.with_labels(observed, batch.place)
                 predictions.append(prediction)
                 plan.source.forget()  # a batch that has gone by
-                first_batch.close()
+                if plan.num_runs > 1:
+                    first_batch.close()
     kind = type(predictions[0])
     own = [kind.concatenated(x) for x in (predictions, at_mode) if x]
     shares = [ranks.collected(x) for x in own]
