@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 import pyro_lora as pl
 from pyro_lora.curvature.block_gaussian import BlockGaussian
+from pyro_lora.curvature.kronecker_normal import KroneckerNormal
 from pyro_lora.curvature.structures import Structure
 from tests.curvature.gauss_newton import laplace, split
 from tests.networks import batch, bert, inputs, llama
@@ -166,6 +167,16 @@ def test_the_evidence_needs_no_pass() -> None:
     with passes.counting(network):
         posterior.optimize_prior(per="layer").log_evidence()
     assert passes.forward == 0
+
+
+@pytest.mark.parametrize("size", [(4, 40), (40, 4), (40, 40)])
+def test_draws_read_an_eigenbasis_once_for_all(size: tuple[int, int]) -> None:
+    rows, columns = (torch.linalg.qr(torch.randn(2, n, n)).Q for n in size)
+    q = KroneckerNormal(torch.zeros(2, *size), torch.ones(2, *size), rows, columns)
+    with LargestTensor() as largest:
+        draws = q.rsample(torch.Size([3, 5]))
+    # And not (3, 5, 2, n, n), a basis for each draw.
+    assert largest.numel <= max(draws.numel(), rows.numel(), columns.numel())
 
 
 class LargestTensor(TorchDispatchMode):
