@@ -19,8 +19,9 @@ a layer's positions are made of the rows of the network's output. What a model d
 these rows, joining or sorting them before the network runs and after it, may change
 with the batch, and is looked at each time, by passes that end at the output. What the
 network itself does is written in autograd's graph: it holds for other batches with the
-same operations, unless they take rows by places, which others may take otherwise. Of an
-operation that tells nothing of itself, compiled or a user's own, it's taken to hold.
+same operations, unless they take rows by places or sum over as many as there are, which
+others may do otherwise. Of an operation that tells nothing of itself, compiled or a
+user's own, it's taken to hold.
 """
 
 from __future__ import annotations
@@ -45,14 +46,21 @@ from pyro_lora.lifting.lifted_network import LiftedNetwork
 NOBODY, SEVERAL = -1, -2  # in place of a datum
 AT_ONCE = 2**22  # entries that temporary tensors have
 # Operations that choose by the data's values; that take rows by places; that do where
-# they go along the rows' dim; and products, with the place of what is on the right.
+# they go along the first dim; and products, with the places of what is multiplied.
 _CHOOSING = ("Index", "Gather", "Scatter", "Take", "Masked", "Sort", "Topk")
 _REORDERING = (
     *("IndexSelect", "IndexCopy", "IndexAdd", "IndexPut", "Sort", "Take", "Scatter"),
-    *("SegmentReduce", "CopySlices"),
+    *("SegmentReduce", "CopySlices", "Embedding", "Sparse", "Solve"),
 )
-_CUTTING = ("Select", "Slice", "Split", "Unbind", "Stack", "Cat", "Roll", "Flip")
-_PRODUCTS = {"MmBackward0": 1, "BmmBackward0": 1, "AddmmBackward0": 2}
+_JOINING = ("Stack", "Cat", "Unsqueeze")  # whose dim is one of what they give
+_CUTTING = (
+    *("Select", "Slice", "Split", "UnsafeSplit", "Unbind", "Stack", "Cat", "Roll"),
+    "Flip",
+)
+_PRODUCTS = {
+    **dict.fromkeys(("MmBackward0", "BmmBackward0", "MvBackward0"), (0, 1)),
+    **dict.fromkeys(("AddmmBackward0", "BaddbmmBackward0"), (1, 2)),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -760,7 +768,7 @@ def _learnt(
     one = {c.output.shape: p[0] for c, p in choices.items() if len(p) == 1}
     flat = all(call.output.ndim == 2 for call in run.calls)
     fixed = not flat or not any(map(_routes, run.operations))
-    if not all(rows.as_given) or _reorders(run.operations, len(rows.owner)):
+    if not all(rows.as_given) or _reorders(run, len(rows.owner)):
         return None
     learnt: list[Place | None] = []
     for call, places in choices.items():
@@ -782,38 +790,70 @@ def _routes(operation: Any) -> bool:
     return chooses or isinstance(operation, BackwardCFunction)
 
 
-def _reorders(operations: Mapping[Any, None], num_rows: int) -> bool:
-    """Whether some may put rows into another order, as x[order] does.
+def _reorders(run: Run, num_rows: int) -> bool:
+    """Whether it may put rows into another order, as x[order] does, or add some up.
 
-    Two indices at once, x[rows, last], pick a token of each row, as pooling does.
+    Two indices at once, x[rows, last], pick a token of each row, as pooling does. A sum
+    over as many as there are rows, or positions, is taken for one over these.
     """
-    for operation in operations:
+    positions = {math.prod(call.output.shape[:-1]) for call in run.calls}
+    if all(call.output.ndim == 2 for call in run.calls):
+        of_rows = positions | {num_rows}
+    else:
+        of_rows = {num_rows}
+        features = {x.shape[-1] for c in run.calls for x in (c.input, c.output)}
+        positions -= features  # as a norm's sums are over
+    for operation in run.operations:
         name = operation.name()
         if name.startswith("IndexBackward"):
             if sum(index is not None for index in operation._saved_indices) == 1:
                 return True
         elif any(word in name for word in _REORDERING):
             return True
-        elif name.startswith(_CUTTING):
-            dims, sizes = _cut(operation)
-            if any(d % len(sizes) == 0 or sizes[d] == num_rows for d in dims):
-                return True
         elif name in _PRODUCTS:
-            # A matrix on the left of rows, as one that sorts or pools them.
-            right, _ = operation.next_functions[_PRODUCTS[name]]
+            left, right = (operation.next_functions[i] for i in _PRODUCTS[name])
             shape = operation._input_metadata[0].shape
-            if right in operations and (len(shape) == 2 or shape[0] % num_rows):
+            # A matrix on the left of rows, as one that sorts or pools them.
+            on_left = right[0] in run.operations
+            if on_left and (len(shape) == 2 or shape[0] % num_rows):
+                return True
+            # Or on either side, but for weights that are lifted.
+            if on_left or right[0] is None:
+                if _summed_over(left, right) in of_rows:
+                    return True
+        else:
+            dims, sizes = _dims_of(operation)
+            first = name.startswith(_CUTTING)
+            if any(first and d % len(sizes) == 0 for d in dims):
+                return True
+            if any(sizes[d] in of_rows | positions for d in dims):
                 return True
     return False
 
 
-def _cut(operation: Any) -> tuple[list[int], Sequence[int]]:
-    """Along which dims an operation goes, and the sizes of the tensor that has them."""
-    sizes = getattr(operation, "_saved_self_sym_sizes", None)
-    if sizes is None:
-        sizes = list(operation._input_metadata[0].shape)
-        if operation.name().startswith("Unbind"):
-            sizes.insert(0, len(operation._input_metadata))
-    dims = getattr(operation, "_saved_dims", None) or [operation._saved_dim]
+def _summed_over(left: tuple[Any, int], right: tuple[Any, int]) -> int:
+    """The size that a product of two nodes' tensors sums over."""
+    node, index = left
+    if node is not None:
+        return int(node._input_metadata[index].shape[-1])
+    node, index = right
+    return int(node._input_metadata[index].shape[-2:][0])
+
+
+def _dims_of(operation: Any) -> tuple[list[int], Sequence[int]]:
+    """The dims along which an operation goes, and the sizes of the tensor's."""
+    for name in ("_saved_dims", "_saved_dim", "_saved_dimension"):
+        dims = getattr(operation, name, None)
+        if dims is not None:
+            break
+    else:
+        return [], []
+    if operation.name().startswith(_JOINING):
+        sizes = operation._input_metadata[0].shape
+    else:
+        of_inputs = (of for of in operation.next_functions if of[0] is not None)
+        node, index = next(of_inputs)
+        sizes = node._input_metadata[index].shape
+    dims = dims if isinstance(dims, Sequence) else [dims]
     # Negative ones are kept as what is left of 2^64.
     return [d - 2**64 if d >= 2**63 else d for d in dims], sizes

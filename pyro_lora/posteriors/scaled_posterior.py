@@ -386,7 +386,8 @@ class LossOfDraws:
                     _, sites = self._run(at, batch, index)
                     counted = sum(float(_counted(site).sum()) for site in sites)
                     total -= counted / num_draws
-            number += int(data_that_count(sites[0]).sum())
+            counts = torch.stack([data_that_count(site) for site in sites]).any(0)
+            number += int(counts.sum())
         total = float(self.ranks.sum(torch.tensor(total, dtype=torch.float64)))
         number = self.ranks.total(number)
         if number == 0:

@@ -461,7 +461,7 @@ def test_a_network_is_looked_at_once(name: str) -> None:
     case = Case(name)
     backward = Backward(case.lora.network.first)
     # The gradients of all terms as they are, times powers of two and over them.
-    assert backward.during(lambda: case.fit(4, 3)) == 2 + 3
+    assert backward.during(lambda: case.fit(3, 4)) == 2 + 3
     assert backward.during(lambda: case.fit(2, 2, 3)) == 3
     case.data |= {"x": tokens(NUM_DATA, 6), "z": tokens(NUM_DATA, 6)}
     posterior = case.fit(4, 3)
@@ -502,15 +502,37 @@ def in_place(y: Tensor, at: Tensor) -> Tensor:
     return out
 
 
+def ordering(y: Tensor, at: Tensor) -> Tensor:
+    """The matrix that puts rows in that order."""
+    return torch.eye(len(y)).to(y)[at]
+
+
 PUT_BACK: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "by places": lambda y, at: y[at].mean(1),
     "stacked": lambda y, at: torch.stack([y[i] for i in at.tolist()]).mean(1),
     "joined": lambda y, at: torch.cat([y[i : i + 1] for i in at.tolist()]).mean(1),
     "written": lambda y, at: in_place(y, at).mean(1),
-    "by a matrix": lambda y, at: torch.eye(len(y)).to(y)[at] @ y.mean(1),
+    "by a matrix": lambda y, at: ordering(y, at) @ y.mean(1),
     "by a batch of matrices": lambda y, at: torch.einsum(
-        "rs,std->rd", torch.eye(len(y)).to(y)[at], y
+        "rs,std->rd", ordering(y, at), y
     ),
+    "by a matrix for each token": lambda y, at: (
+        ordering(y, at).expand(6, -1, -1) @ y.transpose(0, 1)[[0, 1] * 3]
+    ).mean(0),
+    "by a matrix on the right": lambda y, at: (
+        (y.movedim(0, -1) @ ordering(y, at).mT).movedim(-1, 0).mean(1)
+    ),
+    "by a sum of products": lambda y, at: (
+        (ordering(y, at)[:, :, None, None] * y).sum(1).mean(1)
+    ),
+    "by the largest": lambda y, at: (
+        y.where(ordering(y, at)[:, :, None, None] > 0, -torch.inf).amax(1).mean(1)
+    ),
+    "gathered": lambda y, at: y.gather(0, at[:, None, None].expand_as(y)).mean(1),
+    "as embeddings": lambda y, at: nn.functional.embedding(at, y.mean(1)),
+    "convolved": lambda y, at: nn.functional.conv1d(
+        y.mean(1)[None], ordering(y, at)[:, :, None]
+    )[0],
     "if need be": lambda y, at: (y if (at.diff() > 0).all() else y[at]).mean(1),
     "with their last token": lambda y, at: y[at, torch.full_like(at, -1)],
 }
@@ -559,9 +581,16 @@ def pooled_by_a_matrix(h: Tensor, lengths: Tensor) -> Tensor:
     return (torch.arange(len(lengths))[:, None] == row).to(h) @ h
 
 
+def pooled_by_sums_of_products(h: Tensor, lengths: Tensor) -> Tensor:
+    row = torch.arange(len(lengths)).repeat_interleave(lengths)
+    of_row = (torch.arange(len(lengths))[:, None] == row).to(h)
+    return (of_row[:, :, None] * h).sum(1)
+
+
 POOLS = {
     "cut": lambda h, n: torch.stack([x.sum(0) for x in h.split(n.tolist())]),
     "by a matrix": pooled_by_a_matrix,
+    "by sums of products": pooled_by_sums_of_products,
     "added": lambda h, n: h.new_zeros(len(n), h.shape[1]).index_add(
         0, torch.arange(len(n)).repeat_interleave(n), h
     ),
@@ -588,6 +617,31 @@ def test_rows_that_were_of_one_length_are_of_several(
     expected = summary(case.fit(*[1] * NUM_DATA))
     for _ in range(2):
         assert_same(summary(case.fit(3, 3, 1)), expected)
+
+
+@pytest.mark.parametrize(
+    "add_up",
+    [
+        lambda same, h: (same[:, :, None] * h.mean(1)).sum(1),
+        lambda same, h: same @ h.mean(1),
+        lambda same, h: (h.mean(1).mT @ same).mT,
+    ],
+)
+def test_a_network_that_mixes_the_data_of_a_later_batch_is_refused(
+    add_up: Callable[[Tensor, Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class OfGroups(Layers):
+        def forward(self, x: Tensor) -> Tensor:
+            group = x[:, 0, 0]
+            same = (group[:, None] == group).to(x)
+            out: Tensor = self.head(add_up(same, self.second(self.first(x).tanh())))
+            return out
+
+    monkeypatch.setitem(NETWORKS, "of groups", (OfGroups, plain))
+    case = Case("of groups")
+    case.data["x"][:, 0, 0] = torch.tensor([1, 2, 3, 4, 4, 5, 6])
+    with pytest.raises(ValueError, match=r"gradients of several data add up"):
+        case.fit(3, 4)
 
 
 def test_a_network_that_mixes_the_data_of_a_batch_is_refused() -> None:

@@ -237,11 +237,12 @@ def double_loop(posterior: Any, weights: dict[str, Tensor], batches: Any) -> flo
 
 @pytest.mark.parametrize("num_draws", [1, 3, 11])
 def test_the_loss_of_draws_at_once_is_that_of_each(num_draws: int) -> None:
-    # Two sites, one of tokens behind masks, a gap in the other, and a latent scale.
+    # Two sites, one of tokens behind masks, for one datum all, a gap in the other, and a
+    # latent scale.
     network = nn.Linear(3, 4).double()
     lora = pl.lift(network, prior=pl.priors.normal(scale=0.7))
     x = torch.randn(5, 2, 3).double()
-    mask = torch.tensor([[1, 1], [1, 0], [1, 1], [1, 0], [1, 1]]).bool()
+    mask = torch.tensor([[0, 0], [1, 0], [1, 1], [1, 0], [1, 1]]).bool()
     y, real = torch.randint(3, (5, 2)), torch.randn(5).double()
     real[2] = torch.nan
 
