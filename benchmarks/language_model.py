@@ -208,9 +208,9 @@ def main() -> None:
         f"batches of {BATCH}, an answer of one token (`models.multiple_choice`). "
         "Nothing is cached between batches; the layers below the adapters run once "
         f"for all draws or particles. Seconds of one processor, medians of {repeats} "
-        "runs, the jobs taking turns, while memory is recorded; megabytes that a job holds "
-        "at its peak beyond what was there before. Memory is kept by the allocator "
-        f"(`{SETTINGS}`).",
+        "runs, the jobs taking turns, while memory is recorded; megabytes that a job "
+        "holds at its peak beyond what was there before. Memory is kept by the "
+        f"allocator (`{SETTINGS}`).",
         "",
         provenance(),
         "",

@@ -80,6 +80,7 @@ from pyro_lora.ground.ranks import ALONE, Ranks, is_first
 from pyro_lora.ground.synchronisation import gathered, require, validated
 from pyro_lora.ground.warning import warn
 from pyro_lora.ground.weights import Weights
+from pyro_lora.lifting.cached_trunk import forget_trunk
 from pyro_lora.lifting.fingerprint import fingerprint_of_whole
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.lifting.split_layers import has_parts
@@ -495,6 +496,7 @@ class FisherPasses:
                         before.check_factors(layers)
                     sums.add_factors(layers)
             del factors, layers
+            forget_trunk(self.networks)
         log.check()
         if last is None:
             raise ValueError(ranks.none_here(NO_BATCHES))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from operator import attrgetter
@@ -292,12 +292,15 @@ class AutoLaplace(AutoDelta):
             check_positive("max_memory_gb", max_memory_gb)
         check_path("checkpoint", checkpoint)
         ranks = ranks_of(mesh, "data")
-        with ExitStack() as start:
-            # After SVI a site that is a function of others isn't in the prototype.
-            trace = self.prototype_trace
-            if trace is None or not lifted_networks(trace):
-                self._start(batches, ranks, start)
-            networks = _networks_in(self.prototype_trace)
+        first, trace = None, self.prototype_trace
+        # After SVI a site that is a function of others isn't in the prototype.
+        if trace is None or not lifted_networks(trace):
+            first, trace = self._look(batches, ranks)
+        networks = _networks_in(trace)
+        with trunk_once(networks, is_read_again=True):
+            if first is not None:  # takes the initial values, as SVI's first step would
+                with evaluating(networks):
+                    self._setup_prototype(**first)
             # Read outside of a Pyro context: calling the guide would look the values up
             # in the global param store, where another guide's may stand under the same
             # names.
@@ -422,16 +425,15 @@ class AutoLaplace(AutoDelta):
         self._model = (InitMessenger(self.init_loc_fn)(without_gaps(model)),)
         self._mark, self._is_in_store = object(), False  # as yet, of a copy
 
-    def _start(self, batches: Iterable[Batch], ranks: Ranks, start: ExitStack) -> None:
-        """Take the initial values, as the first step of SVI would.
+    def _look(self, batches: Iterable[Batch], ranks: Ranks) -> tuple[Batch, Any]:
+        """The first batch, and the model's trace on it, before there are any values.
 
         Args:
             batches: Of which the first is used.
             ranks: Who shares the data.
-            start: For as long as it's open the trunk isn't run on that batch again.
 
         Raises:
-            ValueError: If there is nothing to take them from.
+            ValueError: If the guide can't take initial values from it.
         """
         first = first_batch(batches, "the first one sets the guide up", ranks)
         # AutoDelta would take a missing label for a parameter, so look first.
@@ -440,9 +442,7 @@ class AutoLaplace(AutoDelta):
         networks = _networks_in(trace)
         observed_sites(trace, self._obs_site)
         small_latents(trace, networks)
-        start.enter_context(trunk_once(networks))
-        with evaluating(networks):
-            self._setup_prototype(**first)
+        return first, trace
 
 
 def _nodes_so_far(model: Model, batch: Batch) -> Mapping[str, Any]:
@@ -462,7 +462,7 @@ def _fit(passes: FisherPasses, batches: Iterable[Batch]) -> LaplacePosterior:
     check_batches(batches)
     if latents and iter(batches) is batches:
         raise ValueError(READ_ONCE.format(f"{list(latents)} take a pass of their own"))
-    with evaluating(networks), trunk_once(networks):
+    with evaluating(networks), trunk_once(networks, is_read_again=True):
         block = LatentBlock()
         if latents:
             block = fit_latents(

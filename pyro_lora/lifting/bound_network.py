@@ -65,6 +65,7 @@ class BoundNetwork:
         self._closed = False
         self._own: Binding | None = None  # that of the `with` block
         self._lead, self._values = _values(host, weights)
+        self._num_calls = 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The network's output, tensors as ``(*lead, B, ...)``.
@@ -86,6 +87,8 @@ class BoundNetwork:
         host.check_names(kwargs.keys())
         fills = kwargs.get("use_cache") or _caches_in([*args, *kwargs.values()])
         trunk = self._text_trunk() if fills else host.trunk
+        if not torch.compiler.is_compiling():
+            self._num_calls += 1
         output = self._run(host.network, args, kwargs, trunk, ())
         if host.is_split and not torch.compiler.is_compiling():
             meet_before_backward(host.network, tensors_in(output))
@@ -216,7 +219,8 @@ class BoundNetwork:
                 inputs = {**dict(enumerate(args)), **kwargs}
             fold = Fold(1, torch.empty(batch_size(inputs.values()), 0))
             run, form = partial(function, *args, **kwargs), self._form(args, kwargs)
-            return trunk.run(Call(run, fold, inputs, form, values.values()))
+            call = Call(run, fold, inputs, form, values.values(), self._place)
+            return trunk.run(call)
 
     def _folded(
         self,
@@ -284,8 +288,14 @@ class BoundNetwork:
         self._meet()
         with binding.bound():
             run = partial(function, *args, **kwargs)
-            output = trunk.run(Call(run, fold, inputs, form, values.values()))
+            call = Call(run, fold, inputs, form, values.values(), self._place)
+            output = trunk.run(call)
         return unfold_output(output, "output", self._lead, fold)
+
+    @property
+    def _place(self) -> int:
+        """Which call of a model's run this is; compiled, each would be a graph."""
+        return 0 if torch.compiler.is_compiling() else self._num_calls
 
     def _meet(self) -> None:
         """Wait for the processes over which the network's layers are split, if any."""

@@ -1,8 +1,8 @@
 """Keeping what the trunk makes of a datum, from one call to the next.
 
 For as long as the user says, :func:`cached_trunk` keeps it of every datum, by a digest
-of its inputs. Where the library itself runs a batch more than once, for some draws
-after others, around one mode after another, or to look at it before it's used,
+of its inputs. Where the library itself runs a model more than once on a batch, for some
+draws after others, around one mode after another, or to look at it before it's used,
 :func:`trunk_once` keeps it of that batch.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from pyro_lora.ground.settings import check_number, check_path
 from pyro_lora.ground.synchronisation import ask
 from pyro_lora.ground.unfinished import aside
 from pyro_lora.lifting.lifted_network import LiftedNetwork, check_lora
+from pyro_lora.lifting.trunk import Call
 
 GIGABYTE = 1e9
 
@@ -87,57 +88,95 @@ def cached_trunk(
 
 
 @contextmanager
-def trunk_once(networks: Iterable[LiftedNetwork]) -> Iterator[None]:
-    """Run the trunk once for the first inputs, until a call has others.
+def trunk_once(
+    networks: Iterable[LiftedNetwork], is_read_again: bool = False
+) -> Iterator[None]:
+    """Run the trunk once for one batch, through which the model goes several times.
 
-    The numbers are those of a block without it. A cache that is there already stays.
+    Call by call: what the model changes between two of them stays so. The numbers are
+    those of a block without it. A cache that is there already stays.
 
     Args:
         networks: Those that are called in the block.
+        is_read_again: Whether the batch is read more than once, so that one and the
+            same tensor may have come to hold another batch.
 
     Yields:
         Nothing.
     """
-    with ExitStack() as stack:
-        for lora in networks:
-            trunk = lora.trunk
-            if trunk.cache is None:
-                stack.enter_context(undone(partial(setattr, trunk, "cache", None)))
-                trunk.cache = FirstBatch()
+    taken = [(lora.trunk, lora.trunk.cache) for lora in networks]
+    taken = [(trunk, x) for trunk, x in taken if x is None or _has_ended(x)]
+
+    def put_back() -> None:
+        for trunk, cache in taken:
+            trunk.cache = cache
+
+    with undone(put_back):
+        for trunk, _ in taken:
+            trunk.cache = OneBatch(is_read_again)
         yield
 
 
-class FirstBatch:
-    """What the trunk gave for the inputs that it had first; nothing after others."""
+def forget_trunk(networks: Iterable[LiftedNetwork]) -> None:
+    """End what :func:`trunk_once` keeps: another batch comes.
 
-    def __init__(self) -> None:
-        self._usable = True
-        self._kept: tuple[_Inputs, Tensor] | None = None
+    Args:
+        networks: Those of the block, whose later calls go as they would without it.
+    """
+    for lora in networks:
+        if isinstance(lora.trunk.cache, OneBatch):
+            lora.trunk.cache.end()
+
+
+def _has_ended(cache: Any) -> bool:
+    return isinstance(cache, OneBatch) and cache.has_ended
+
+
+class OneBatch:
+    """What the trunk gave in each call of a model's first run; nothing after others.
+
+    Args:
+        is_read_again: See :func:`trunk_once`.
+    """
+
+    def __init__(self, is_read_again: bool) -> None:
+        self.has_ended = False
+        self._is_read_again = is_read_again
+        self._kept: dict[int, tuple[_Inputs, Tensor]] = {}
 
     def key(
-        self, inputs: Mapping[Any, Any], batch_size: int, state: Any, are_apart: bool
-    ) -> _Inputs | None:
-        """The inputs themselves."""
-        return _Inputs(inputs, state) if self._usable else None
-
-    def get(self, key: _Inputs) -> Tensor | None:
-        """The hidden states (B, ...) if it's the first batch's key."""
-        if self._kept is None:
+        self, call: Call, state: Any, are_apart: bool, is_seen: bool
+    ) -> tuple[int, _Inputs] | None:
+        """The inputs themselves; None where somebody looks at what layers give."""
+        if self.has_ended or is_seen:
             return None
-        first, hidden = self._kept
-        if key.equals(first):
+        return call.place, _Inputs(call.inputs, state)
+
+    def get(self, key: tuple[int, _Inputs]) -> Tensor | None:
+        """The hidden states (B, ...) of the same call with these inputs."""
+        place, inputs = key
+        if place not in self._kept:
+            return None
+        first, hidden = self._kept[place]
+        if inputs.equals(first, self._is_read_again):
             return hidden
-        self._usable, self._kept = False, None  # each comparison waits for the device
+        self.end()  # each comparison waits for the device
         return None
 
-    def put(self, key: _Inputs, hidden: Tensor) -> None:
-        """Keep these hidden states, and no others."""
-        if self._usable:
-            self._kept = key.kept(), hidden.detach()
+    def put(self, key: tuple[int, _Inputs], hidden: Tensor) -> None:
+        """Keep these hidden states."""
+        place, inputs = key
+        if not self.has_ended:
+            self._kept[place] = inputs.kept(), hidden.detach()
 
     def refuse(self, reason: str) -> None:
         """Keep nothing from now on: nobody has asked for it."""
-        self._usable, self._kept = False, None
+        self.end()
+
+    def end(self) -> None:
+        """Keep nothing from now on."""
+        self.has_ended = True
+        self._kept.clear()
 
 
 class _Inputs:
@@ -159,14 +198,21 @@ class _Inputs:
         }
         self._values: dict[Any, Tensor] = {}
 
-    def equals(self, kept: _Inputs) -> bool:
-        """Whether the trunk makes the same of these as of inputs that were kept."""
+    def equals(self, kept: _Inputs, by_value: bool) -> bool:
+        """Whether the trunk makes the same of these as of inputs that were kept.
+
+        Args:
+            kept: They.
+            by_value: Whether to look into tensors that nothing of PyTorch's has written
+                into since.
+        """
         if self._form != kept._form:
             return False
         others = [
             (x == kept._values[n]).all()
             for n, x in self._tensors.items()
-            if x is not kept._tensors[n]
+            if by_value
+            or x is not kept._tensors[n]
             or self._versions[n] is None
             or self._versions[n] != kept._versions[n]
         ]
@@ -198,10 +244,11 @@ class TrunkCache:
         self._device = "cpu"
 
     def key(
-        self, inputs: Mapping[Any, Any], batch_size: int, state: Any, are_apart: bool
+        self, call: Call, state: Any, are_apart: bool, is_seen: bool
     ) -> Sequence[bytes]:
         """A digest for each row, of all rows where they may depend on each other."""
-        keys = row_keys(inputs, batch_size, state)
+        batch_size = call.fold.batch_size
+        keys = row_keys(call.inputs, batch_size, state)
         if are_apart:
             return keys
         whole = b"".join(keys)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -102,9 +103,14 @@ def read_adapter(
                 f"{path} has no {error.args[0]!r}, which the lifted adapter needs: it "
                 "was saved without that module."
             ) from error
-        missing, unknown = set(report.missing_keys), list(report.unexpected_keys)
+        written = get_peft_model_state_dict(
+            network, adapter_name=adapter, save_embedding_layers=False
+        )
+        missing = set(report.missing_keys)
+        # PEFT writes some that it doesn't read, a head's biases under two more names.
+        unknown = [x for x in report.unexpected_keys if x not in written]
         if config.is_prompt_learning:
-            in_prompt = _names_of_prompt(path, network, adapter, state)
+            in_prompt = _names_of_prompt(path, config, written, state)
             missing = {x for x in missing if not x.startswith("prompt_encoder.")}
             unknown = [x for x in unknown if x not in in_prompt]
         weights = lora.weights()
@@ -148,23 +154,23 @@ def _meaning(config: PeftConfig) -> dict[str, Any]:
 
 
 def _names_of_prompt(
-    path: Path, network: PeftModel, adapter: str, state: dict[str, Tensor]
+    path: Path,
+    config: PeftConfig,
+    again: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
 ) -> set[str]:
     """What in a file is a prompt, which isn't called there as in the network.
 
     Raises:
         ValueError: If PEFT would write another prompt now that it has read this one.
     """
-    again = get_peft_model_state_dict(
-        network, adapter_name=adapter, save_embedding_layers=False
-    )
     names = {
         name
         for name, x in again.items()
         if name in state and torch.equal(x, state[name].to(x))
     }
     if "prompt_embeddings" not in names:
-        kind = _meaning(network.peft_config[adapter])["peft_type"]
+        kind = _meaning(config)["peft_type"]
         raise ValueError(
             f"{path} holds the prompt that an encoder of {kind} makes, and not the "
             "encoder's weights, which are what is lifted. Give weight sets, as of "

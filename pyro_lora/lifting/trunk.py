@@ -337,7 +337,9 @@ class Watch(TorchDispatchMode):
 
 
 def _storages(value: Any) -> list[Any]:
-    return [x.untyped_storage() for x in tensors_in(value)]
+    # Sparse tensors have none.
+    strided = (x for x in tensors_in(value) if x.layout is torch.strided)
+    return [x.untyped_storage() for x in strided]
 
 
 def _draws(func: Any, args: Any, kwargs: Any) -> bool:
@@ -363,6 +365,7 @@ class Call:
         inputs: By name, one copy.
         form: What of it may decide what the network does.
         weights: The particles'.
+        place: Which of the calls at these weights it is.
     """
 
     run: Callable[[], Any]
@@ -370,21 +373,20 @@ class Call:
     inputs: Mapping[Any, Any]
     form: Any
     weights: Iterable[Tensor]
+    place: int
 
 
 class Cache(Protocol):
     """What the trunk gave earlier."""
 
-    def key(
-        self, inputs: Mapping[Any, Any], batch_size: int, state: Any, are_apart: bool
-    ) -> Any | None:
+    def key(self, call: Call, state: Any, are_apart: bool, is_seen: bool) -> Any | None:
         """What a batch is known by; None if it can't be kept.
 
         Args:
-            inputs: The network's inputs, by name, one copy.
-            batch_size: B.
+            call: Of the network.
             state: What else the outputs depend on.
             are_apart: Whether data are known not to depend on others of their batch.
+            is_seen: Whether somebody's hooks see what its layers give.
         """
         ...
 
@@ -520,8 +522,9 @@ class Trunk:
             )
         return None
 
-    def _key(self, inputs: Mapping[Any, Any], fold: Fold) -> Any | None:
+    def _key(self, call: Call) -> Any | None:
         """The batch's key in the cache; None without one, or if it can't be used."""
+        inputs = call.inputs
         if (
             self.cache is None
             or torch.is_inference_mode_enabled()  # gradients can't use what it makes
@@ -542,6 +545,7 @@ class Trunk:
         ]
         if (
             any(x.requires_grad or x.ndim == 0 for x in tensors)
+            or any(x.layout is not torch.strided for x in tensors)
             or any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
             or any(x.is_inference() for x in frozen)  # which have no version
             # Ranks that hold shards of it must all run it, or none.
@@ -550,12 +554,10 @@ class Trunk:
         ):
             return None
         device = tensors[0].device.type
-        state = (
-            versions(frozen),
-            [(id(m), num_hooks(m)) for m in below],
-            autocast_dtype(device),
-        )
-        return self.cache.key(inputs, fold.batch_size, state, self.are_apart)
+        is_seen = any(map(num_hooks, self.layers))
+        hooks = [(id(m), num_hooks(m)) for m in below]
+        state = (versions(frozen), hooks, autocast_dtype(device))
+        return self.cache.key(call, state, self.are_apart, is_seen)
 
     def run(self, call: Call) -> Any:
         """What a call gives, its trunk run once for all particles where it's safe.
@@ -635,7 +637,7 @@ class Trunk:
             yield _Seen()  # each particle runs them
             return
         layers = self.layers
-        key, seen, hidden = self._key(inputs, fold), _Seen(), None
+        key, seen, hidden = self._key(call), _Seen(), None
         of_form = self._forms.get(form)
         if of_form is not None:
             seen.known = of_form

@@ -8,7 +8,6 @@ the model, becomes a prediction of its data, and all of these one of all data.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -28,7 +27,7 @@ from pyro_lora.ground.settings import check_count, check_function, check_word
 from pyro_lora.ground.synchronisation import gathered
 from pyro_lora.ground.warning import warn
 from pyro_lora.ground.weights import Weights
-from pyro_lora.lifting.cached_trunk import trunk_once
+from pyro_lora.lifting.cached_trunk import forget_trunk, trunk_once
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.likelihood.batch import (
     Batch,
@@ -207,9 +206,7 @@ def predict(
         keep_draws=keep_draws,
         draws_over=draw_ranks_of(mesh),
     )
-    # Until it's predicted, the trunk isn't run on the first batch again.
-    with ExitStack() as first_batch:
-        first_batch.enter_context(trunk_once(posterior.networks))
+    with trunk_once(posterior.networks):  # of the first batch, which is looked at
         plan = question.plan(first)
         given = GivenLabels(plan.source)
         predictions: list[AnyPrediction] = []
@@ -240,8 +237,7 @@ def predict(
                         prediction = prediction.with_labels(observed, batch.place)
                 predictions.append(prediction)
                 plan.source.forget()  # a batch that has gone by
-                if plan.num_runs > 1:
-                    first_batch.close()
+                forget_trunk(posterior.networks)
     kind = type(predictions[0])
     own = [kind.concatenated(x) for x in (predictions, at_mode) if x]
     shares = [ranks.collected(x) for x in own]

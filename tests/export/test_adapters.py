@@ -39,6 +39,7 @@ def assert_state(network: PeftModel, expected: dict[str, Tensor]) -> None:
     [
         (networks.bert, {}),
         (networks.bert, {"bias": "lora_only"}),
+        (networks.bert, {"bias": "all"}),
         (networks.bert, {"use_rslora": True}),
         (networks.llama, {}),
         (networks.llama, {"num_labels": None}),
@@ -58,6 +59,9 @@ def test_peft_loads_the_draws(
     batch = networks.inputs(networks.batch())
     names = sorted(file.name for file in (tmp_path / "adapters").iterdir())
     assert names == ["draw_000", "draw_001", "draw_002"]
+    folders = [tmp_path / "adapters" / name for name in names]
+    for site, value in pl.ensemble(lora, folders).particles.items():
+        assert torch.equal(value, posterior.particles[site])
     for index, name in enumerate(names):
         # In its own network, without anything of pyro_lora.
         loaded = PeftModel.from_pretrained(

@@ -202,6 +202,131 @@ def test_a_batch_that_is_looked_at_first_goes_through_the_trunk_once(
             assert_close(whole.probs, parts, rtol=1e-12, atol=1e-12)
 
 
+def assert_is_as_without_sharing(
+    find: Callable[[pl.LiftedNetwork], dict[str, Tensor]],
+) -> None:
+    """Compare what is found of two networks; below the adapter one shares nothing."""
+    found = []
+    for is_shared in (True, False):
+        torch.manual_seed(0)
+        lora = pl.lift(bert_on_top())
+        if not is_shared:
+            lora.trunk.layers = []
+        found.append(find(lora))
+    assert_close(found[0], found[1], rtol=1e-10, atol=1e-12)
+
+
+def evidence_and_probs(
+    lora: pl.LiftedNetwork, model: Any, batches: Any
+) -> dict[str, Tensor]:
+    guide = pl.AutoLaplace(model, init_loc_fn=lora.init_to_adapter())
+    posterior = guide.laplace_approximation(batches)
+    ensemble = pl.ensemble(lora, [particles(lora) for _ in range(5)])
+    return {
+        "evidence": posterior.log_evidence(),
+        "linearized": pl.predict(posterior, batches, model=model).probs,
+        "draws": pl.predict(ensemble, batches, model=model, chunk_size=2).probs,
+    }
+
+
+class Loader:
+    """Batches in one and the same memory, which PyTorch doesn't see being written.
+
+    Each time another one is the first.
+    """
+
+    def __init__(self) -> None:
+        self.batches = [batch(5) for _ in range(3)]
+        self.tensors = {k: x.clone() for k, x in self.batches[0].items()}
+        self.memory = {k: x.numpy() for k, x in self.tensors.items()}
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        given = self.tensors
+        self.batches.append(self.batches.pop(0))
+        for one in self.batches:
+            for name, x in one.items():
+                self.memory[name][:] = x.numpy()
+            yield given
+
+
+@pytest.mark.untrained
+def test_memory_that_is_written_again_is_another_batch() -> None:
+    assert_is_as_without_sharing(
+        lambda lora: evidence_and_probs(lora, classifier(lora, 15), Loader())
+    )
+
+
+@pytest.mark.untrained
+def test_what_a_model_changes_between_its_calls_stays_so() -> None:
+    def find(lora: pl.LiftedNetwork) -> dict[str, Tensor]:
+        below = layers(lora.network)[0].attention.self.query
+        plain = below.forward
+        below.forward = lambda x: plain(x) + below.task
+
+        def model(
+            input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None
+        ) -> None:
+            net, logits = lora(), []
+            for below.task in (0.0, 5.0):
+                logits.append(net(input_ids, attention_mask).logits)
+            with pyro.plate("data", 10, subsample=input_ids):
+                likelihood = dist.Categorical(logits=logits[0] - logits[1])
+                pyro.sample("y", likelihood, obs=labels)
+
+        return evidence_and_probs(lora, model, [batch(5), batch(5)])
+
+    assert_is_as_without_sharing(find)
+
+
+class OfGraph(nn.Module):
+    """Nodes that see their neighbours, by a matrix that may be sparse."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4, 4) for _ in range(3)])
+
+    def forward(self, x: Tensor, neighbours: Tensor) -> Tensor:
+        for i, layer in enumerate(self.layers):
+            x = torch.tanh(layer(neighbours @ x if i < 2 else x))
+        return x
+
+
+@pytest.mark.untrained
+@pytest.mark.filterwarnings("ignore:Sparse")
+def test_an_input_may_be_sparse() -> None:
+    lora = pl.lift(adapted(OfGraph().double(), target_modules=["2"]))
+
+    def model(x: Tensor, neighbours: Tensor, labels: Tensor | None = None) -> None:
+        logits = lora()(x, neighbours)
+        with pyro.plate("data", 5, subsample=x):
+            pyro.sample("y", dist.Categorical(logits=logits), obs=labels)
+
+    x, matrix = torch.randn(5, 4).double(), (torch.rand(5, 5) < 0.5).double()
+    labels = torch.tensor([0, 1, 2, 3, 0])
+    found = []
+    for neighbours in (matrix, matrix.to_sparse()):
+        guide = pl.AutoLaplace(model, init_loc_fn=lora.init_to_adapter())
+        batches = [{"x": x, "neighbours": neighbours, "labels": labels}]
+        posterior = guide.laplace_approximation(batches)
+        found.append(pl.predict(posterior, batches).probs)
+    assert_close(found[0], found[1], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.untrained
+def test_who_looks_into_the_trunk_sees_what_it_gives() -> None:
+    lora = pl.lift(bert_on_top())
+    model = classifier(lora, 10)
+    batches = [batch(5), batch(5)]
+    guide = pl.AutoLaplace(model, init_loc_fn=lora.init_to_adapter())
+    posterior = guide.laplace_approximation(batches)
+    seen: list[Tensor] = []
+    layers(lora.network)[0].register_forward_hook(
+        lambda layer, args, output: seen.append(output)
+    )
+    pl.predict(posterior, batches)
+    assert all(torch.isfinite(x).all() for x in seen)
+
+
 def test_every_input_is_in_the_key() -> None:
     network = bert_on_top()
     lora = pl.lift(network)

@@ -237,8 +237,8 @@ def double_loop(posterior: Any, weights: dict[str, Tensor], batches: Any) -> flo
 
 @pytest.mark.parametrize("num_draws", [1, 3, 11])
 def test_the_loss_of_draws_at_once_is_that_of_each(num_draws: int) -> None:
-    # Two sites, one of tokens behind masks, for one datum all, a gap in the other, and a
-    # latent scale.
+    # Two sites, one of tokens behind masks, all of one datum's, a gap in the other, and
+    # a latent scale.
     network = nn.Linear(3, 4).double()
     lora = pl.lift(network, prior=pl.priors.normal(scale=0.7))
     x = torch.randn(5, 2, 3).double()
