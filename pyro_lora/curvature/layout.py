@@ -54,8 +54,8 @@ _REORDERING = (
 )
 _JOINING = ("Stack", "Cat", "Unsqueeze")  # whose dim is one of what they give
 _CUTTING = (
-    *("Select", "Slice", "Split", "UnsafeSplit", "Unbind", "Stack", "Cat", "Roll"),
-    "Flip",
+    *("Select", "Slice", "Split", "UnsafeSplit", "Unbind"),
+    *("Stack", "Cat", "Roll", "Flip"),
 )
 _PRODUCTS = {
     **dict.fromkeys(("MmBackward0", "BmmBackward0", "MvBackward0"), (0, 1)),
@@ -823,10 +823,11 @@ def _reorders(run: Run, num_rows: int) -> bool:
                     return True
         else:
             dims, sizes = _dims_of(operation)
-            first = name.startswith(_CUTTING)
-            if any(first and d % len(sizes) == 0 for d in dims):
-                return True
-            if any(sizes[d] in of_rows | positions for d in dims):
+            cuts = name.startswith(_CUTTING)
+            if any(
+                sizes[d] in of_rows | positions or (cuts and d % len(sizes) == 0)
+                for d in dims
+            ):
                 return True
     return False
 
@@ -854,6 +855,8 @@ def _dims_of(operation: Any) -> tuple[list[int], Sequence[int]]:
         of_inputs = (of for of in operation.next_functions if of[0] is not None)
         node, index = next(of_inputs)
         sizes = node._input_metadata[index].shape
+    if not sizes:  # a number's
+        return [], []
     dims = dims if isinstance(dims, Sequence) else [dims]
     # Negative ones are kept as what is left of 2^64.
     return [d - 2**64 if d >= 2**63 else d for d in dims], sizes
