@@ -363,7 +363,15 @@ def test_under_svi(ready: Callable[[], Ready]) -> None:
     assert all(not torch.equal(moved[s], start[s]) for s in lora.sites)
 
 
-@pytest.mark.parametrize("ready", READY)
+@pytest.mark.parametrize(
+    "ready",
+    [
+        x
+        if x in (classification, token_classification)
+        else pytest.param(x, marks=pytest.mark.slow)
+        for x in READY
+    ],
+)
 def test_under_a_vectorised_elbo(ready: Callable[[], Ready]) -> None:
     lora, model, batches = ready()
     guide = AutoNormal(model, init_loc_fn=lora.init_to_adapter(), init_scale=0.01)

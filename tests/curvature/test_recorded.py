@@ -79,10 +79,10 @@ def fit(model: Any, lora: pl.LiftedNetwork, *batches: Any, **settings: Any) -> A
     ("compiled", "when"),
     [
         (in_place, "before lifting"),
-        (wrapped, "before lifting"),
+        pytest.param(wrapped, "before lifting", marks=pytest.mark.slow),
         (each_block, "before fitting"),
         (each_linear, "after fitting"),
-        (in_place, "after fitting"),
+        pytest.param(in_place, "after fitting", marks=pytest.mark.slow),
     ],
 )
 def test_a_compiled_network_gives_the_posterior_of_the_plain_one(

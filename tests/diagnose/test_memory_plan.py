@@ -99,7 +99,16 @@ def of_dtype(dtype: torch.dtype) -> PeftModel:
     return llama(num_layers=1, target_modules=targets, dtype=dtype)
 
 
-@pytest.mark.parametrize("structure", STRUCTURES, ids=repr)
+@pytest.mark.parametrize(
+    "structure",
+    [
+        x
+        if isinstance(x, pl.structures.EKFAC | pl.structures.Exact)
+        else pytest.param(x, marks=pytest.mark.slow)
+        for x in STRUCTURES
+    ],
+    ids=repr,
+)
 def test_factors_are_those_of_a_fit(structure: Any) -> None:
     factors_are_those_of_a_fit(of_dtype(torch.float64), structure)
 
@@ -252,6 +261,7 @@ def test_one_rank_has_the_whole_base() -> None:
     assert pl.plan_memory(network, **kwargs, shard_base=True).phases == alone.phases
 
 
+@pytest.mark.slow
 def test_layers_of_other_shapes_are_planned() -> None:
     # Queries at the last token alone, up_proj at all: neither is known by the other.
     targets = ["q_proj", "v_proj", "up_proj"]
@@ -321,6 +331,7 @@ def test_it_says_what_to_change() -> None:
     assert pl.plan_memory(network, **kwargs, world_size=4)["SVGD step"] == one
 
 
+@pytest.mark.slow
 def test_ranks_that_can_share_a_large_base_are_told_so() -> None:
     network = llama(num_layers=8, hidden_size=64, dtype=torch.float32)
     kwargs: Any = {"structure": None, "batch": (1, 2), "world_size": 4}

@@ -51,8 +51,8 @@ def particles_of(
 @pytest.mark.parametrize(
     ("loc", "covariance"),
     [
-        ([2.0], [[2.0]]),
-        ([1.0, -1.0], [[1.0, 0.0], [0.0, 1.0]]),
+        pytest.param([2.0], [[2.0]], marks=pytest.mark.slow),
+        pytest.param([1.0, -1.0], [[1.0, 0.0], [0.0, 1.0]], marks=pytest.mark.slow),
         ([1.0, -1.0], [[4.0, 1.6], [1.6, 1.0]]),  # a correlation of .8
     ],
 )

@@ -29,7 +29,9 @@ from tests.networks import (
 )
 
 NUM_STEPS = 3
-leads = pytest.mark.parametrize("lead", [(), (4,)], ids=str)
+leads = pytest.mark.parametrize(
+    "lead", [pytest.param((), marks=pytest.mark.slow), (4,)], ids=str
+)
 # Of dynamo, which looks at everything of a tensor that is bound.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
 
