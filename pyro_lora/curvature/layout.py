@@ -843,11 +843,10 @@ def _summed_over(left: tuple[Any, int], right: tuple[Any, int]) -> int:
 
 def _dims_of(operation: Any) -> tuple[list[int], Sequence[int]]:
     """The dims along which an operation goes, and the sizes of the tensor's."""
-    for name in ("_saved_dims", "_saved_dim", "_saved_dimension"):
-        dims = getattr(operation, name, None)
-        if dims is not None:
-            break
-    else:
+    names = ("_saved_dims", "_saved_dim", "_saved_dimension")
+    saved = [getattr(operation, name, None) for name in names]
+    dims: Any = next((x for x in saved if x is not None), None)
+    if dims is None:
         return [], []
     if operation.name().startswith(_JOINING):
         sizes = operation._input_metadata[0].shape

@@ -105,7 +105,7 @@ def trunk_once(
         Nothing.
     """
     taken = [(lora.trunk, lora.trunk.cache) for lora in networks]
-    taken = [(trunk, x) for trunk, x in taken if x is None or _has_ended(x)]
+    taken = [(trunk, x) for trunk, x in taken if x is None or x.has_ended]
 
     def put_back() -> None:
         for trunk, cache in taken:
@@ -124,12 +124,8 @@ def forget_trunk(networks: Iterable[LiftedNetwork]) -> None:
         networks: Those of the block, whose later calls go as they would without it.
     """
     for lora in networks:
-        if isinstance(lora.trunk.cache, OneBatch):
-            lora.trunk.cache.end()
-
-
-def _has_ended(cache: Any) -> bool:
-    return isinstance(cache, OneBatch) and cache.has_ended
+        if lora.trunk.cache is not None:
+            lora.trunk.cache.next_batch()
 
 
 class OneBatch:
@@ -148,7 +144,7 @@ class OneBatch:
         self, call: Call, state: Any, are_apart: bool, is_seen: bool
     ) -> tuple[int, _Inputs] | None:
         """The inputs themselves; None where somebody looks at what layers give."""
-        if self.has_ended or is_seen:
+        if is_seen:
             return None
         return call.place, _Inputs(call.inputs, state)
 
@@ -160,7 +156,7 @@ class OneBatch:
         first, hidden = self._kept[place]
         if inputs.equals(first, self._is_read_again):
             return hidden
-        self.end()  # each comparison waits for the device
+        self.next_batch()  # each comparison waits for the device
         return None
 
     def put(self, key: tuple[int, _Inputs], hidden: Tensor) -> None:
@@ -171,9 +167,9 @@ class OneBatch:
 
     def refuse(self, reason: str) -> None:
         """Keep nothing from now on: nobody has asked for it."""
-        self.end()
+        self.next_batch()
 
-    def end(self) -> None:
+    def next_batch(self) -> None:
         """Keep nothing from now on."""
         self.has_ended = True
         self._kept.clear()
@@ -235,6 +231,8 @@ class TrunkCache:
         folder: Of the files.
     """
 
+    has_ended = False  # it's for as long as the user says
+
     def __init__(self, max_bytes: int, folder: Path) -> None:
         self._room = max_bytes
         self._folder = folder
@@ -256,6 +254,9 @@ class TrunkCache:
             hashlib.blake2b(whole + str(i).encode(), digest_size=16).digest()
             for i in range(batch_size)
         ]
+
+    def next_batch(self) -> None:
+        """Keep all that is there."""
 
     def refuse(self, reason: str) -> None:
         """Say that nothing can be kept, though it was asked for.

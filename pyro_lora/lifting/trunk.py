@@ -379,6 +379,15 @@ class Call:
 class Cache(Protocol):
     """What the trunk gave earlier."""
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing is kept, nor will be."""
+        ...
+
+    def next_batch(self) -> None:
+        """Be told that another batch comes."""
+        ...
+
     def key(self, call: Call, state: Any, are_apart: bool, is_seen: bool) -> Any | None:
         """What a batch is known by; None if it can't be kept.
 
@@ -527,6 +536,7 @@ class Trunk:
         inputs = call.inputs
         if (
             self.cache is None
+            or self.cache.has_ended
             or torch.is_inference_mode_enabled()  # gradients can't use what it makes
             or torch.compiler.is_compiling()
             or not all(isinstance(x, Tensor) or is_setting(x) for x in inputs.values())
