@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 import pyro_lora as pl
+from benchmarks.corpora import chosen, corpus
 from benchmarks.encoder_top import CachedRows, adapted, cache, minilm
-from benchmarks.refined import at_weights, chosen, corpus, predicted
+from benchmarks.refined import at_weights, predicted
 from benchmarks.runs import Result, arguments, keep, kept, raw, run_or_report, shard
 from benchmarks.seed_runs import Setting
 from benchmarks.tables import header, provenance, row

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 import pyro_lora as pl
-from benchmarks.refined import corpus, scores, setting
+from benchmarks.refined import encoder, scores
 from benchmarks.runs import Result, arguments, keep, kept, raw, run_or_report, shard
 from benchmarks.seed_runs import Setting, compared, scalar
 from benchmarks.tables import header, over_seeds, provenance, row
@@ -109,7 +109,7 @@ def run(args: argparse.Namespace) -> None:
     for seed, name, number in shard(jobs, args):
         key = f"{name}-{number}-{args.epochs}-{seed}"
         if key not in kept(raw(args)):
-            job = setting(corpus(args.data / name), number, seed)
+            job = encoder(args.data / name, number, seed)
             keep(raw(args), key, run_one(replace(job, epochs=args.epochs)))
 
 

@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import pyro_lora as pl
+from benchmarks.corpora import chosen
 from benchmarks.encoder_top import CachedRows, Rows
 from benchmarks.language_methods import (
     METHODS,
@@ -54,7 +55,6 @@ from benchmarks.out_of_domain import (
     variance_of_draws,
     variance_of_logits,
 )
-from benchmarks.refined import chosen
 from benchmarks.runs import (
     Result,
     arguments,

@@ -17,9 +17,9 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 import pyro_lora as pl
+from benchmarks.corpora import corpus
 from benchmarks.encoder_top import BATCH_SIZE, Batch, CachedRows, Rows, chunks
 from benchmarks.language_top import NUM_LAYERS, AnswerTop, CausalTop, LanguageTop
-from benchmarks.refined import corpus
 from benchmarks.seed_runs import Model, classes
 from examples.rows import Row
 

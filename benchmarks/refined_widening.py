@@ -145,7 +145,7 @@ def report(there: Mapping[str, Result]) -> list[str]:
     """All tables, in Markdown."""
     results: dict[tuple[str, int], list[dict[str, float]]] = {}
     for kept_as, result in there.items():
-        name, _, epochs, _ = kept_as.split("-")
+        _, name, _, epochs, _ = kept_as.split("-")
         results.setdefault((name, int(epochs)), []).append(with_choices(result))
     keys = sorted(results)
     every = [r for of_key in results.values() for r in of_key]
@@ -177,6 +177,7 @@ def main() -> None:
     parser = arguments(__doc__, "refined_widening", SETS, rows=500)
     parser.add_argument("--epochs", nargs="+", type=int, default=list(EPOCHS))
     parser.add_argument("--seeds", type=int, default=2)
+    parser.set_defaults(network="minilm_2")
     run_or_report(parser.parse_args(), partial(run, run_one=run_one), report)
 
 

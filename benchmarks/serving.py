@@ -28,8 +28,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import pyro_lora as pl
+from benchmarks.corpora import chosen, corpus
 from benchmarks.encoder_top import CachedRows, EncoderTop, adapted, cache, minilm
-from benchmarks.refined import RANK, chosen, corpus, mixed, predicted, scores
+from benchmarks.refined import RANK, mixed, predicted, scores
 from benchmarks.runs import Result, arguments, keep, kept, raw, run_or_report, shard
 from benchmarks.seed_runs import PRIOR_PRECISION, Setting
 from benchmarks.tables import header, over_seeds, provenance, row
