@@ -4,7 +4,8 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 
 import pyro
 import pytest
@@ -34,12 +35,34 @@ def pytest_configure(config: pytest.Config) -> None:
 NOT_A_MODE = pytest.mark.filterwarnings("ignore:The weights aren't a mode")
 
 
+# Before slow tests are left out.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    grids = defaultdict(list)
     for item in items:
         if item.get_closest_marker("untrained"):
             item.add_marker(NOT_A_MODE)
+        if item.get_closest_marker("grid") and not item.get_closest_marker("slow"):
+            grids[item.nodeid.partition("[")[0]].append(item)
+    for cells in grids.values():
+        for cell in beside_a_cover(cells):
+            cell.add_marker(pytest.mark.slow)
     if torch.cuda.is_available():
         return
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs CUDA"))
+
+
+def beside_a_cover(cells: Sequence[pytest.Item]) -> list[pytest.Item]:
+    """The cells of a grid beside some that have each value of each parameter."""
+    values = {cell: set(cell.callspec.indices.items()) for cell in cells}  # type: ignore[attr-defined]
+    seen: set[tuple[str, int]] = set()
+    rest = list(cells)
+    # Those first that bring the most.
+    for number in range(max(map(len, values.values())), 0, -1):
+        for cell in tuple(rest):
+            if len(values[cell] - seen) >= number:
+                seen |= values[cell]
+                rest.remove(cell)
+    return rest

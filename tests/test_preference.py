@@ -102,6 +102,7 @@ def test_unknown_labels_are_drawn() -> None:
     assert set(drawn.flatten().tolist()) == {0.0, 1.0}
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("fisher", ["exact", "mc", "empirical"])
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_laplace_is_that_of_two_calls(structure: Any, fisher: Any) -> None:
@@ -172,6 +173,7 @@ def test_advantages_are_the_difference_and_what_is_open_of_it() -> None:
     assert_same(found.weight_variance, variance)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("chunk_size", [None, 2])
 @pytest.mark.parametrize("space", ["joint", "function"])
 def test_folded_particles_are_those_of_two_calls(space: Any, chunk_size: Any) -> None:

@@ -116,6 +116,7 @@ FUNCTIONS: dict[str, tuple[str, Callable[..., Any]]] = {
 }
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(("words", "call"), FUNCTIONS.values(), ids=FUNCTIONS)
 @pytest.mark.parametrize("is_terminal", [True, False])
 def test_a_bar_is_for_terminals(

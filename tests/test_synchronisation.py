@@ -60,6 +60,7 @@ def waits_a_batch(function: Callable[[list[dict[str, Tensor]]], Any]) -> float:
     return (numbers[1] - numbers[0]) / 2
 
 
+@pytest.mark.grid
 @of_networks
 @pytest.mark.parametrize("space", ["joint", "site", "delta", "function", None])
 def test_an_svgd_step_waits_once(network: str, space: Any) -> None:
@@ -120,6 +121,7 @@ def test_a_batch_of_a_fit_waits_twice(
     assert waits_a_batch(fit) == 2
 
 
+@pytest.mark.grid
 @pytest.mark.untrained
 @of_networks
 @pytest.mark.parametrize("method", ["linearized", "sample"])

@@ -50,6 +50,7 @@ ONE_PASS_GB = 1e-9 * 8 * 3 * (7 * 2 * 2 * (3 + 16) + NUM_LABELS)
 ONE_PASS, TWO_PASSES = ONE_PASS_GB * 1.0001, 2 * ONE_PASS_GB * 1.0001
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize("fisher", ["exact", "mc"])
 def test_chunks_give_the_same_posterior(structure: Structure, fisher: str) -> None:

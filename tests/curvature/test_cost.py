@@ -109,6 +109,7 @@ class Work(TorchDispatchMode):
         return result
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("joint", [False, True])
 @pytest.mark.parametrize("num_labels", [2, 4])
 def test_the_passes_of_a_linearised_batch_do_not_grow_with_it(

@@ -37,6 +37,7 @@ def eigenbasis(posterior: pl.LaplacePosterior, site: str, layer: int) -> Tensor:
     return torch.kron(block.rows[layer], block.columns[layer])
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("num_labels", [2, 3])
 @pytest.mark.parametrize("build", [bert, llama])
 def test_it_is_the_exact_diagonal_in_the_eigenbasis_of_kfac_expand(

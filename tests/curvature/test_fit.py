@@ -54,6 +54,7 @@ def assert_same_posterior(
         assert_same(found.variance()[site], value)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize("build", [bert, llama])
 def test_any_split_gives_the_same(build: Any, structure: Structure) -> None:

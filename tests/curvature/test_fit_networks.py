@@ -41,6 +41,7 @@ def summary(posterior: pl.LaplacePosterior, texts: dict[str, Tensor]) -> Tensor:
     )
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize("build", [bert, llama])
 def test_gradient_checkpointing_changes_nothing(

@@ -35,6 +35,7 @@ def grid(mean: float, sd: float) -> tuple[Tensor, Tensor]:
     return f, log_density - 0.5 * math.log(2 * math.pi)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("sd", SDS)
 @pytest.mark.parametrize("mean", [0.0, 0.7, -4.0, 25.0])
 def test_two_classes_against_a_fine_sum(mean: float, sd: float) -> None:
@@ -147,6 +148,7 @@ def draws(logits: GaussianLogits, num_samples: int) -> Tensor:
     return logits.mean + (root @ noise)[..., 0]
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(("num_classes", "num_samples"), [(3, 200_000), (5, 200_000)])
 @pytest.mark.parametrize(
     ("scale", "quasi_monte_carlo"), [(0.1, 1e-4), (1.0, 5e-4), (5.0, 3e-3)]

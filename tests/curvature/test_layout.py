@@ -237,6 +237,7 @@ def summary(posterior: pl.LaplacePosterior) -> Tensor:
 
 # Whose tokens are whose is found before any structure; these two tell data apart, the
 # first also by how many tokens count.
+@pytest.mark.grid
 @pytest.mark.parametrize(
     "structure", [pl.structures.KFAC(reduce=True), pl.structures.Dense()]
 )
@@ -250,6 +251,7 @@ def test_a_batch_is_what_its_data_are_one_by_one(name: str, structure: Any) -> N
         assert_same(found, expected, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("terms", [exact_terms, empirical_terms])
 def test_the_fisher_information_is_that_of_jacobians(name: str, terms: Any) -> None:
@@ -284,6 +286,7 @@ def test_linearised_logits_are_of_their_own_datum(name: str) -> None:
         assert_same(own, torch.stack([expected[n, :, n] for n in range(NUM_DATA)]))
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("name", ["time-major", "pairs, joined", "sorted", "routed"])
 @pytest.mark.parametrize("seen", [[0], [0, 1, 2, 4]])
 def test_data_that_say_nothing_own_nothing(name: str, seen: list[int]) -> None:
@@ -295,6 +298,7 @@ def test_data_that_say_nothing_own_nothing(name: str, seen: list[int]) -> None:
         assert_same(summary(case.fit(4, 3)), expected)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("name", ["pairs, joined", "several texts", "routed"])
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_chunks_are_laid_out_alike(name: str, structure: Any) -> None:

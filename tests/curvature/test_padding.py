@@ -79,6 +79,7 @@ def eigenvalues(posterior: pl.LaplacePosterior) -> dict[str, Tensor]:
     return {"": torch.linalg.eigvalsh(gaussian.fisher)}
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize("build", [bert, llama])
 def test_right_padding_changes_nothing(

@@ -51,6 +51,7 @@ def one_token(num_labels: int) -> dict[str, Tensor]:
     }
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(
     "structure", [*LAYERWISE, pl.structures.EKFAC(), pl.structures.KFAC(rank=4)]
 )
@@ -95,6 +96,7 @@ def test_a_site_without_gradient_keeps_its_prior(
             assert float((prior - variance[site]).max()) > 1e-4
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("num_labels", [2, 3])
 @pytest.mark.parametrize("build", [bert, llama])
 @pytest.mark.parametrize("seed", range(2))

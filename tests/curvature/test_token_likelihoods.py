@@ -86,6 +86,7 @@ def test_mc_of_tokens_converges_to_the_sum_over_tokens(form: str) -> None:
         assert abs(v @ information @ v - mean.sum()) < 4 * standard_error
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("form", ["event", "plate"])
 @pytest.mark.parametrize("num_samples", [1, 3])
 def test_tokens_and_vocabulary_cost_no_backward_pass(

@@ -138,7 +138,7 @@ def test_an_exact_gaussian_is_believed_whatever_the_draws() -> None:
     narrow = replace(gaussian, fisher=25 * gaussian.fisher)
     wrong = replace(posterior, gaussian=narrow)
     believed, refused, k_hats = [], [], []
-    for seed in range(20):
+    for seed in range(8):
         pyro.set_rng_seed(seed)
         found = pl.diagnose(posterior, task.batches)
         assert found.stationarity is not None
@@ -146,12 +146,12 @@ def test_an_exact_gaussian_is_believed_whatever_the_draws() -> None:
         assert isinstance(found.gaussian, diagnosis.Directions)
         believed.append(found.gaussian.verdict)
         k_hats.append(found.gaussian.k_hat)
-        if seed < 5:
+        if seed < 3:
             other = pl.diagnose(wrong, task.batches).gaussian
             assert other is not None
             refused.append(other.verdict)
-    assert believed == 20 * ["yes"]
-    assert refused == 5 * ["no"]
+    assert believed == 8 * ["yes"]
+    assert refused == 3 * ["no"]
     assert max(k_hats) > diagnosis.good_k(50)
 
 

@@ -114,6 +114,7 @@ def test_factors_are_those_of_a_fit(structure: Any) -> None:
     assert plan["Laplace fit"].factors == fitted > 0
 
 
+@pytest.mark.slow
 def test_factors_in_half_precision_are_those_of_a_fit() -> None:
     structure = pl.structures.KFAC()
     bfloat16, fitted = factors_of_plan_and_fit(of_dtype(torch.bfloat16), structure)
@@ -122,6 +123,7 @@ def test_factors_in_half_precision_are_those_of_a_fit() -> None:
     assert float16["Laplace fit"].factors == bfloat16["Laplace fit"].factors
 
 
+@pytest.mark.slow
 def test_factors_of_upper_layers_are_those_of_a_fit() -> None:
     network = llama(layers_to_transform=[1])
     plan, fitted = factors_of_plan_and_fit(network, pl.structures.KFAC())
@@ -169,6 +171,7 @@ def test_answers_of_a_language_model_are_planned() -> None:
     assert plan["Laplace fit"].factors == 8 * 2 * ROWS * 2 * size
 
 
+@pytest.mark.slow
 def test_many_rows_are_planned_by_few_batches() -> None:
     network, runs = llama(num_layers=1), 0
 

@@ -142,6 +142,7 @@ def test_summary_has_the_closed_forms_moments(
         assert table.loc[row, "sd"] == pytest.approx(scale, rel=0.25)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(
     "draw",
     [

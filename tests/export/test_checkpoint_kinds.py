@@ -222,6 +222,7 @@ def test_parameters_of_the_prior_come_back(tmp_path: Path) -> None:
     torch.testing.assert_close(best, tuned.log_evidence(), rtol=1e-6, atol=0)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_another_dtype(
@@ -275,6 +276,7 @@ def wide() -> dict[str, pl.LaplacePosterior]:
     return {name: CHANGES[name](exact) for name in saved}
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("saved", ["nothing", "refined", "around the prior"])

@@ -27,6 +27,7 @@ QUERY = "delta.bert.encoder.layer.attention.self.query"
 STRUCTURES = [pl.structures.KFAC(), pl.structures.Diagonal(), pl.structures.Dense()]
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("num_labels", [2, 3])
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_laplace_is_linearised_by_default(structure: Any, num_labels: int) -> None:

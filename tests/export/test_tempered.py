@@ -81,6 +81,7 @@ CASES = [(kind, place) for kind in (particles, laplace, stock) for place in PLAC
 CASES += [(mixture, around_lora), (particles, masked), (stock, masked)]
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(("kind", "place"), CASES)
 @pytest.mark.parametrize("scale", [0.1, 3.0])
 def test_lp_is_the_models_log_joint(
@@ -161,6 +162,7 @@ OF_A_GAUSSIAN = {
 }
 
 
+@pytest.mark.grid
 @ignore_mode
 @pytest.mark.parametrize(("make", "found"), OF_A_GAUSSIAN.items())
 @pytest.mark.parametrize("several", [False, True])

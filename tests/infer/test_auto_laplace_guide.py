@@ -44,6 +44,7 @@ def converged(lora: pl.LiftedNetwork, texts: dict[str, Tensor]) -> pl.AutoLaplac
 # The posterior as a guide.
 
 
+@pytest.mark.grid
 @pytest.mark.untrained
 @pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize("parallel", [False, True])
@@ -417,6 +418,7 @@ def test_the_warning_is_about_a_newton_step() -> None:
 # Number types.
 
 
+@pytest.mark.grid
 @pytest.mark.untrained
 @pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize("adapter", [torch.bfloat16, torch.float32])

@@ -46,6 +46,7 @@ STRUCTURES = [
 # Another prior.
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize("kind", ["number", "tensor", "by site"])
 def test_another_precision_is_another_prior(kind: str, structure: Structure) -> None:
@@ -207,6 +208,7 @@ def expanded(posterior: pl.LaplacePosterior) -> dict[str, Tensor]:
     }
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(
     "structure", [pl.structures.KFAC(), pl.structures.Diagonal(), pl.structures.Dense()]
 )

@@ -88,6 +88,7 @@ def test_a_scale_is_what_one_precision_is(structure: Structure) -> None:
     assert best.optimize_prior(per="prior").log_evidence() >= best.log_evidence() - 1e-8
 
 
+@pytest.mark.grid
 @ignore_mode
 @pytest.mark.parametrize("prior", [student_prior, normal_by_hand])
 @pytest.mark.parametrize("structure", [pl.structures.KFAC(), pl.structures.Dense()])

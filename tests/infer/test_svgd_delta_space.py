@@ -73,6 +73,7 @@ PROFILES: dict[str, tuple[Any, Callable[[Tensor], Tensor]]] = {
 }
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("make", [bert, hierarchical_bert])
 @pytest.mark.parametrize("bandwidth", [None, 8.0])
 @pytest.mark.parametrize("name", list(PROFILES))

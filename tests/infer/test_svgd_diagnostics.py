@@ -101,6 +101,7 @@ def test_diagnostics_of_zero_and_of_one_particle(kernel: Any) -> None:
 KERNELS = [kernels.NoRepulsion(), *(kernels.RBF(space=space) for space in SPACES)]
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("make", [bert, hierarchical_bert])
 def test_the_spread_of_updates(make: Callable[[int], Target], kernel: Any) -> None:

@@ -335,6 +335,7 @@ def test_a_users_own_error_is_not_hidden() -> None:
     assert_nothing_moves(engine, "no such text", True)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("chunk_size", [None, 1])
 @pytest.mark.parametrize("space", ["joint", "site", "delta", "function"])
 def test_logits_that_overflow(space: Any, chunk_size: int | None) -> None:

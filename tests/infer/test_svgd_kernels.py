@@ -25,6 +25,7 @@ from tests.infer.test_svgd_step import SPACES, assert_equal, direction
 OTHERS = [name for name in PROFILES if name != "RBF"]
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("make", [hierarchical_regression, hierarchical_bert])
 @pytest.mark.parametrize("space", list(SPACES))
 @pytest.mark.parametrize("bandwidth", [None, 2.0])
@@ -46,6 +47,7 @@ def test_weights_are_compared(
     assert_equal(phi, expected)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("make", [hierarchical_regression, bert, bernoulli_bert])
 @pytest.mark.parametrize("bandwidth", [None, 0.8])
 @pytest.mark.parametrize("name", OTHERS)

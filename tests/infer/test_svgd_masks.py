@@ -90,6 +90,7 @@ def steps(target: Target, kernel: Any = None, **settings: Any) -> dict[str, Any]
     return {"losses": losses, **svgd.get_named_particles(), **svgd.diagnostics}
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("observe", [by_poutine, by_distribution, by_obs_mask])
 @pytest.mark.parametrize("settings", SPACES)
 @pytest.mark.parametrize("chunk_size", [None, 3])
@@ -116,6 +117,7 @@ def test_a_batch_without_a_datum_that_counts(settings: dict[str, Any]) -> None:
     assert all(torch.as_tensor(after[x]).isfinite().all() for x in ("w", "loss"))
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("settings", [*SPACES, {"kernel": kernels.NoRepulsion()}])
 @pytest.mark.parametrize("chunk_size", [None, 3])
 @pytest.mark.parametrize("obs_site", [None, "y"])

@@ -72,6 +72,7 @@ def test_gaussians(loc: list[float], covariance: list[list[float]]) -> None:
     assert (error.diagonal() < 0.01).all()
 
 
+@pytest.mark.slow
 def test_a_skewed_target() -> None:
     # x is the logarithm of an exponential variable.
     one = torch.ones((), dtype=torch.float64)
@@ -122,7 +123,9 @@ def test_a_logistic_model_agrees_with_nuts() -> None:
     assert correlation.abs().max() < 0.05 + 4 / ess.min().sqrt()
 
 
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize(
+    "temperature", [1.0, pytest.param(2.0, marks=pytest.mark.slow)]
+)
 def test_correlated_gaussian_over_two_sites(temperature: float) -> None:
     # Sites of two sizes, correlated: a vector of sites laid out site by site and cut
     # into particles, as in pyro.infer.SVGD, gives other moments.
@@ -196,6 +199,7 @@ def test_two_modes_are_both_found() -> None:
         assert side.std().item() == pytest.approx(0.7, abs=0.15)
 
 
+@pytest.mark.slow
 def test_strength_of_repulsion_is_a_temperature() -> None:
     # A Gaussian of one dim: the repulsive transport of strength beta has temperature
     # beta, so that its variance grows with it.

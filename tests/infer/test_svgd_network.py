@@ -41,6 +41,7 @@ def svgd(
     )
 
 
+@pytest.mark.grid
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_:FutureWarning")
 @pytest.mark.parametrize("chunk_size", [None, 2])
 @pytest.mark.parametrize("space", SPACES)
@@ -65,6 +66,7 @@ def as_float64(lora: pl.LiftedNetwork) -> pl.LiftedNetwork:
     return pl.lift(wide)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("space", SPACES)
 @pytest.mark.parametrize("autocast", [True, False])
 def test_bfloat16_is_as_exact_as_it_can_be(space: Any, autocast: bool) -> None:

@@ -135,6 +135,7 @@ def assert_one_step(
     return svgd
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("kind", list(KINDS))
 @pytest.mark.parametrize("mask", list(MASKS))
 def test_several_outcomes_a_datum(kind: str, mask: str) -> None:

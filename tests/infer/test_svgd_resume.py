@@ -22,6 +22,7 @@ from tests.infer.targets import bert, hierarchical_regression
 pytestmark = pytest.mark.filterwarnings("ignore:The batches of an epoch hold")
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("name", list(OPTIMIZERS))
 @pytest.mark.parametrize("fresh", [True, False])
 def test_resumed_is_uninterrupted(name: str, fresh: bool) -> None:

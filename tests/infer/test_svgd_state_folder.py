@@ -52,6 +52,7 @@ OPTIMIZERS_AND_SCHEDULES = {
 }
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("name", list(OPTIMIZERS_AND_SCHEDULES))
 @pytest.mark.parametrize("fresh", [True, False])
 def test_resumed_is_uninterrupted(name: str, fresh: bool, tmp_path: Path) -> None:

@@ -50,6 +50,7 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("make", TARGETS)
 @pytest.mark.parametrize("space", ["joint", "site"])
 @pytest.mark.parametrize("bandwidth", [None, 2.0])
@@ -169,6 +170,7 @@ def test_zero_is_independent_gradients(
     assert_equal(phi, {site: x / temperature for site, x in expected.items()})
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(
     "settings",
     [

@@ -67,6 +67,7 @@ def test_outputs_at_the_adapters_weights_are_the_networks_own(
         assert torch.equal(bound_logits(lifted, lifted.weights(), texts), expected)
 
 
+@pytest.mark.grid
 @networks
 @dtypes
 @leads
@@ -204,6 +205,7 @@ def test_mathematics_around_the_network_is_not_rounded(dtype: torch.dtype) -> No
         assert relative(refitted.variance()[site], variance) < bound
 
 
+@pytest.mark.grid
 @dtypes
 @pytest.mark.parametrize("space", ["joint", "site", "delta", "function"])
 def test_svgd_under_autocast_is_svgd_of_a_model_under_autocast(

@@ -114,6 +114,7 @@ def test_inside_the_block_the_original_network_uses_the_weights() -> None:
 # Several particles.
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(
     ("lead", "kept"),
     [
@@ -140,6 +141,7 @@ def test_particles_are_a_loop_over_one_particle(
     assert_close(together, expected.reshape(together.shape), rtol=0, atol=1e-12)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("other_lead", [(), (1,), (1, 1)])
 def test_sites_without_particles_are_shared_by_all(
     network: PeftModel, other_lead: tuple[int, ...]

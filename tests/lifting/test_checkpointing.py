@@ -98,6 +98,7 @@ def saved_bytes(function: Callable[[], Any]) -> int:
     return sum(storages.values())
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("lead", [(), (1,), (4,)], ids=str)
 def test_gradients_are_those_without_checkpointing(

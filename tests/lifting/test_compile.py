@@ -223,6 +223,7 @@ def test_svi_steps_reuse_the_graph(counter: CompileCounterWithBackend) -> None:
     assert counter.frame_count == 2  # the guide's first call makes no gradient
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_:FutureWarning")
 @pytest.mark.skipif(
     torch.__version__ < (2, 13),

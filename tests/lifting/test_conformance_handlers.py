@@ -220,6 +220,7 @@ def test_loc_scale_reparam_changes_variables(likelihood: str) -> None:
         assert_close(trace.nodes["output"]["value"], net(**texts).logits)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("elbo", ["Trace looped", "Trace two plates"])
 @pytest.mark.parametrize("centered", [0.0, 0.5, None])
 @on_each_likelihood

@@ -302,6 +302,7 @@ class Scaled(nn.Module):
         return self.layer(x + (rounded - x).detach())  # a straight-through gradient
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("name", sorted(STATISTICS))
 @pytest.mark.parametrize("pretrained", [True, False])
 @pytest.mark.parametrize("equal_at_first", [True, False])

@@ -89,6 +89,7 @@ def in_both_ways(
     return together, stacked(alone)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("settings", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
 def test_tokens_are_those_of_one_adapter_after_another(
@@ -302,6 +303,7 @@ def bart() -> nn.Module:
     return AutoModelForSeq2SeqLM.from_config(config)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("length", [5, 6, 12])  # 6 = S * B, as the folded batch
 @pytest.mark.parametrize(
     ("network", "table"),

@@ -229,6 +229,7 @@ def test_adapters_are_written_of_peft_around_all(tmp_path: Path) -> None:
         pl.ensemble(one, [tmp_path / "two" / "draw_000"])
 
 
+@pytest.mark.slow
 def test_it_is_described_and_planned() -> None:
     one, two = both()
     assert "adapter='default'" in repr(one)

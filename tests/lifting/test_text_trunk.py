@@ -191,6 +191,7 @@ def assert_draw_by_draw(
     return together
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("chooses", [one_text, likeliest, sampled])
 def test_draws_are_as_one_after_another(
@@ -251,6 +252,7 @@ def test_windows_that_slide_are_copied_where_texts_begin_to_differ(
     assert found.layer_rows == [of_trunk, of_trunk, FOLDED]
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("name", ALL_AT_ONCE)
 @pytest.mark.parametrize("chooses", [one_text, likeliest])
 def test_layers_that_leave_more_than_their_outputs_are_never_shared(

@@ -143,6 +143,7 @@ def test_one_set_of_weights_under_what_runs_before_is_not_cached() -> None:
             network(x)  # as it was
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("kernel", [kernels.RBF(), kernels.RBF(space="function")])
 @pytest.mark.parametrize("chunk_size", [None, 2])
 def test_svgd_is_the_same(kernel: Any, chunk_size: int | None) -> None:

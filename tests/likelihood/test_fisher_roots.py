@@ -249,6 +249,7 @@ def masked_and_expanded(fn: Any) -> Any:
     return fn.expand([2]).mask(torch.tensor([True, False])).to_event(1).expand([3])
 
 
+@pytest.mark.grid
 @every_case
 @pytest.mark.parametrize(
     ("variant", "count"),

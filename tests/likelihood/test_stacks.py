@@ -90,6 +90,7 @@ def test_rounding_under_an_autocast_of_the_models_own_is_no_mixing() -> None:
         assert_close(alone, logits.double().log_softmax(-1), rtol=0, atol=0.03)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("num", [1, 3])
 @pytest.mark.parametrize("name", WRONG)
 def test_draws(name: str, num: int) -> None:

@@ -55,6 +55,7 @@ def loss(lora: pl.LiftedNetwork, texts: dict[str, Tensor], draws: object) -> flo
     return float(torch.stack(losses).mean())
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("structure", [pl.structures.KFAC(), pl.structures.Exact()])
 @pytest.mark.parametrize("tolerance", [0.02, 0.2])
 def test_the_scale_is_the_largest_within_the_tolerance(

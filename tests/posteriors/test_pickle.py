@@ -91,6 +91,7 @@ POSTERIORS: dict[str, Callable[[], Any]] = {
 }
 
 
+@pytest.mark.grid
 @copied
 @pytest.mark.parametrize("make", POSTERIORS.values(), ids=POSTERIORS)
 def test_a_copy_of_a_posterior_predicts_the_same(
@@ -141,6 +142,7 @@ def test_a_copy_of_a_guide_goes_on(copied: Copied) -> None:
     assert posterior.networks[0] is not lora
 
 
+@pytest.mark.grid
 @copied
 @pytest.mark.parametrize("space", ["joint", "function"])
 @pytest.mark.parametrize(

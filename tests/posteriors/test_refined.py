@@ -147,6 +147,7 @@ def test_exact_is_dense(case: Case) -> None:
         assert_close(taus[0].log_evidence(), taus[1].log_evidence())
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("scale", [1.0, 0.3])
 @every_case
 def test_refining_under_the_prior_finds_the_mode(case: Case, scale: float) -> None:
@@ -185,6 +186,7 @@ def test_a_refined_mode_follows_the_prior(case: Case) -> None:
     assert_same_posterior(refined.with_prior_precision(5.0), dense, 1e-6)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("objective", ["loo", "evidence"])
 @pytest.mark.parametrize("name", ["categorical", "bernoulli", "poisson", "normal"])
 def test_refining_around_the_weights(name: str, objective: Any) -> None:
@@ -534,6 +536,7 @@ def test_is_a_guide() -> None:
     assert_same(trace.log_prob_sum(), refined.log_prob(weights)[0])
 
 
+@pytest.mark.grid
 @pytest.mark.filterwarnings("ignore:The best prior precision")
 @pytest.mark.parametrize("objective", ["evidence", "loo"])
 @pytest.mark.parametrize("per", ["all", "layer"])
@@ -559,6 +562,7 @@ def test_choosing_the_prior_of_a_refined_posterior(objective: Any, per: Any) -> 
             assert score(best) >= score(best.with_prior_precision(tau)) - 1e-2
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("num_inducing", [None, 5])
 @every_case
 def test_the_evidences_gradient_follows_the_mode(
@@ -789,6 +793,7 @@ def test_latents_that_stay_and_correlated_priors_are_said() -> None:
         exact.refine("prior")
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("scale", [0.01, 0.3, 3.0])
 @pytest.mark.parametrize("kind", ["laplace", "student_t", "normal", "symmetric"])
 @pytest.mark.parametrize("center", [0.0, 0.5])

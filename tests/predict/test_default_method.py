@@ -47,6 +47,7 @@ def posteriors() -> tuple[Any, list[dict[str, Tensor]], dict[str, tuple[Any, str
 KINDS = ["laplace", "mixture", "nested", "half", "particles", "ensemble"]
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("kind", [*KINDS, "stock", "function"])
 @pytest.mark.parametrize("num_samples", [None, 3])
 def test_the_default_is_the_posteriors_own(kind: str, num_samples: int | None) -> None:
@@ -215,6 +216,7 @@ def test_draws_far_worse_than_the_mode_are_told(kind: str, labelled: bool) -> No
                 assert form in str(told[0].message)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("kind", ["classes", "reals"])
 @pytest.mark.parametrize("labelled", [True, False])
 @pytest.mark.parametrize("sites", [None, "last_layer"])
@@ -238,6 +240,7 @@ def test_good_draws_pass_without_a_word(kind: str, labelled: bool, sites: Any) -
     assert not told
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("kind", ["laplace", "svgd", "mixture"])
 @pytest.mark.parametrize("name", ["attention_mask", "token_type_ids"])
 @pytest.mark.parametrize("fitted_with", [True, False])

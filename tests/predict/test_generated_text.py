@@ -77,6 +77,7 @@ def assert_scores(
     return length
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("padded", [False, True])
 def test_the_average_is_that_of_every_token(name: str, padded: bool) -> None:

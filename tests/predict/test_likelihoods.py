@@ -131,6 +131,7 @@ def log_prob_of(prediction: Any, case: Case, y: Tensor) -> Tensor:
     return prediction.log_probs.gather(1, classes[:, None])[:, 0]
 
 
+@pytest.mark.grid
 @every_case
 @pytest.mark.parametrize("num_batches", [1, 2])
 def test_draws_are_averaged_in_probability(case: Case, num_batches: int) -> None:

@@ -102,6 +102,7 @@ def problem(observe: Observe) -> tuple[Any, Any, list[dict], list[dict]]:
     return lora, model, batches, rows
 
 
+@pytest.mark.grid
 @every_way
 @pytest.mark.parametrize("method", ["sample", "linearized"])
 def test_metrics_are_those_of_the_data_that_count(
@@ -275,6 +276,7 @@ def by_numpy(seen: Tensor) -> bool:
 BRANCHES = [by_bool, by_item, by_list, by_member, by_numpy]
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("masks", BRANCHES)
 @pytest.mark.parametrize("method", ["sample", "linearized"])
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])

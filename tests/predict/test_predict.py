@@ -410,6 +410,7 @@ def test_an_integral_without_a_use_for_it_is_refused() -> None:
             )
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(
     "integral", [pl.integrals.class_log_probs, pl.integrals.probit]
 )

@@ -99,6 +99,7 @@ def test_hyper_latents_have_names_that_stock_guides_can_use(name: str) -> None:
         assert ("lora" in nodes[n]["infer"]) == (n in lora.sites)
 
 
+@pytest.mark.grid
 @each_prior
 @pytest.mark.parametrize("parallel", [False, True])
 def test_prior_predictive(name: str, parallel: bool) -> None:
@@ -123,6 +124,7 @@ def test_prior_predictive(name: str, parallel: bool) -> None:
     assert (expected[0] - expected[1]).abs().max() > 1e-6
 
 
+@pytest.mark.grid
 @each_prior
 @pytest.mark.parametrize("max_plate_nesting", [1, 2])
 def test_a_particle_plate_gives_each_particle_its_own_log_joint(
@@ -167,6 +169,7 @@ def test_factors_and_reparametrised_sites_are_no_latents(name: str) -> None:
             assert site["infer"]["_deterministic"]
 
 
+@pytest.mark.grid
 @each_prior
 @pytest.mark.parametrize("guide", [AutoDelta, AutoNormal])
 def test_stock_guides_train_all_latents(
@@ -231,6 +234,7 @@ def test_a_guides_draws_of_scales_and_noise_belong_together(parallel: bool) -> N
         assert_close(draw, scale * z, rtol=1e-10, atol=0)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(
     "name",
     ["normal", "laplace", "student_t", "horseshoe", "hierarchical", "rank_ard"],

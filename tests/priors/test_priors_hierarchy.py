@@ -108,6 +108,7 @@ def test_the_non_centred_form_is_the_same_prior(name: str) -> None:
     assert_close(centered, non_centered - jacobian, rtol=1e-10, atol=0)
 
 
+@pytest.mark.grid
 @each_prior
 @pytest.mark.parametrize("centered", [True, False])
 def test_draws_have_the_moments_of_their_scales(name: str, centered: bool) -> None:

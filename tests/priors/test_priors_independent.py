@@ -41,6 +41,7 @@ def log_probs(
     return {site: trace.nodes[site]["log_prob"] for site in weights}
 
 
+@pytest.mark.grid
 @each_family
 @pytest.mark.parametrize("lead", [(), (3, 1)])
 @pytest.mark.parametrize("center", [0.0, 0.7, "init", "other"])
@@ -135,6 +136,7 @@ def test_a_center_is_a_number_weights_or_init() -> None:
         pl.priors.normal(center="mean")  # type: ignore[arg-type]
 
 
+@pytest.mark.grid
 @each_family
 @pytest.mark.parametrize("what", ["scale", "center"])
 def test_scales_and_centers_are_given_for_exactly_the_sites(
