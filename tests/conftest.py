@@ -56,7 +56,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def beside_a_cover(cells: Sequence[pytest.Item]) -> list[pytest.Item]:
     """The cells of a grid beside some that have each value of each parameter."""
-    values = {cell: set(cell.callspec.indices.items()) for cell in cells}  # type: ignore[attr-defined]
+    # The same object in each cell that has it.
+    values = {
+        cell: {(name, id(value)) for name, value in cell.callspec.params.items()}  # type: ignore[attr-defined]
+        for cell in cells
+    }
     seen: set[tuple[str, int]] = set()
     rest = list(cells)
     # Those first that bring the most.

@@ -72,8 +72,13 @@ def test_ranks_give_what_one_process_gives(tmp_path: Path) -> None:
     # Of 7 batches some were done: each rank runs twice to start, and then the others.
     for found in ([again], three):
         assert sum(len(x["resumed KFAC"]["calls"]) - 2 for x in found) < 7
-    # Two pairs: each shares the data with the other, particles and draws in itself.
+
+
+@pytest.mark.slow
+def test_two_pairs_give_what_one_process_gives(tmp_path: Path) -> None:
+    # Each shares the data with the other, particles and draws in itself.
     dims = ["two dims", "draws", "weight sets of a log joint"]
+    one = launch.alone(dims, tmp_path / "one")
     four = launch.spawned(4, dims, tmp_path / "four")
     assert off(one, four, dims) == {}
 

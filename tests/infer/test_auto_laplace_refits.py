@@ -223,12 +223,10 @@ def test_a_refit_takes_a_laplace_posterior_and_an_optimizer() -> None:
 # Several precisions by held-out data.
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The best prior precision")
 @ignore_mode
-@pytest.mark.parametrize(
-    "per",
-    ["site", pytest.param("layer", marks=pytest.mark.slow)],  # there is one
-)
+@pytest.mark.parametrize("per", ["site", "layer"])
 def test_held_out_nll_of_several_precisions(per: Any) -> None:
     lora, texts = pl.lift(bert(2, num_layers=1, hidden_size=8)), batch(9)
     posterior = laplace(lora, texts)

@@ -459,11 +459,11 @@ def rows(num_data: int, **settings: Any) -> DataLoader[Any]:
     return DataLoader(each, **settings)  # type: ignore[arg-type]
 
 
-SETTINGS: list[dict[str, Any]] = [
+SETTINGS = [
     {},
-    {"chunk_size": 1},
+    pytest.param({"chunk_size": 1}, marks=pytest.mark.slow),
     {"space": "function"},
-    {"space": "function", "chunk_size": 1},
+    pytest.param({"space": "function", "chunk_size": 1}, marks=pytest.mark.slow),
 ]
 
 

@@ -95,7 +95,12 @@ def compile_wrapped(network: PeftModel, backend: Any) -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    "compiled", [compile_in_place, compile_each_layer, compile_wrapped]
+    "compiled",
+    [
+        compile_in_place,
+        pytest.param(compile_each_layer, marks=pytest.mark.slow),
+        pytest.param(compile_wrapped, marks=pytest.mark.slow),
+    ],
 )
 @leads
 def test_a_compiled_network_can_be_lifted(
@@ -149,6 +154,7 @@ def test_a_graph_is_used_for_what_is_bound_only(
             assert_same(out, bound_logits(eager, weights, texts), weights)
 
 
+@pytest.mark.slow
 def test_batches_of_any_size_share_a_graph(counter: CompileCounterWithBackend) -> None:
     eager, network = pair()
     lifted = pl.lift(network)
