@@ -199,7 +199,8 @@ class multiple_choice(FieldsShown):
 
     The model's keyword arguments are the network's inputs, among them
     ``attention_mask``, (B, T), padded on either side, and ``labels``, (B,), places in
-    ``choice_ids``, or None.
+    ``choice_ids``, or None. A network that takes ``position_ids`` gets those that count
+    real tokens alone, unless they are given.
 
     The network is asked for the logits from the first of the last real tokens on, where
     it takes ``logits_to_keep``: with padding on the left these are the last ones alone.
@@ -244,6 +245,7 @@ class multiple_choice(FieldsShown):
         last = -1 - real.flip(1).argmax(1)  # (B,), counted from the right
         if _takes(self.lora, "logits_to_keep") and len(last):
             inputs.setdefault("logits_to_keep", -int(ask(last.min(), usual=-2)))
+        _number_tokens(self.lora, attention_mask, inputs)
         net = self.lora()  # the pyro.sample statements
         logits = net(attention_mask=attention_mask, **inputs).logits
         rows = torch.arange(len(last), device=last.device)
@@ -275,7 +277,9 @@ class answer_likelihood(FieldsShown):
     ``labels``, (B,), places among the choices, or None; and ``answer_mask``, (B, C, T),
     1 at the tokens of the answer. A datum with fewer than C choices has rows of
     padding in place of the others, whose ``attention_mask`` is 0 throughout: these have
-    probability 0, and no part in anything. Other inputs of the network are (B, C, ...).
+    probability 0, and no part in anything. All batches have the same C. Other inputs of
+    the network are (B, C, ...); ``position_ids``, where it takes them and they aren't
+    given, count real tokens alone.
 
     The network is asked for the logits from the first answer's token on, where it takes
     ``logits_to_keep``: with padding on the left these are the answers' own.
@@ -313,6 +317,7 @@ class answer_likelihood(FieldsShown):
             inputs.setdefault("logits_to_keep", input_ids.shape[-1] - first)
         # Attention to nothing at all is NaN in some networks.
         mask = attention_mask.masked_fill(~present[..., None], 1)
+        _number_tokens(self.lora, mask, inputs)
         texts = {"input_ids": input_ids, "attention_mask": mask, **inputs}
         net = self.lora()  # the pyro.sample statements
         logits = net(**{name: _as_rows(x, present) for name, x in texts.items()}).logits
@@ -361,6 +366,8 @@ class language_model(FieldsShown):
 
     def __call__(self, labels: Tensor | None = None, **inputs: Any) -> Tensor:
         """Sample the weights and the labels of a batch."""
+        if "attention_mask" in inputs:
+            _number_tokens(self.lora, inputs["attention_mask"], inputs)
         net = self.lora()  # the pyro.sample statements
         logits = net(**inputs).logits
         _check_shapes("language_model", logits, labels, inputs)
@@ -489,6 +496,21 @@ def _takes(lora: LiftedNetwork, name: str) -> bool:
     network: Any = lora.network
     network = getattr(network, "get_base_model", lambda: network)()
     return name in inspect.signature(network.forward).parameters
+
+
+def _number_tokens(
+    lora: LiftedNetwork, attention_mask: Tensor, inputs: dict[str, Any]
+) -> None:
+    """Give ``position_ids`` to networks that take them, as ``generate`` counts them.
+
+    So padding on the left moves no token, also where positions are absolute.
+    """
+    config = getattr(lora.network, "active_peft_config", None)
+    if getattr(config, "is_prompt_learning", False):  # its own tokens come before
+        return
+    if _takes(lora, "position_ids"):
+        positions = ((attention_mask > 0).long().cumsum(-1) - 1).clamp_min(0)
+        inputs.setdefault("position_ids", positions)
 
 
 def _as_rows(value: Any, like: Tensor) -> Any:

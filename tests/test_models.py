@@ -20,9 +20,12 @@ from pyro.optim import Adam
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.testing import assert_close
+from transformers import AutoModelForCausalLM
 
 import pyro_lora as pl
 from tests import networks
+from tests.lifting.liftable_row import gpt2
+from tests.lifting.liftable_row import lora as lora_on
 from tests.networks import VOCABULARY
 
 NUM_DATA = 10
@@ -320,6 +323,44 @@ def test_without_labels_a_language_model_counts_real_tokens() -> None:
     assert torch.equal(found.base_dist._mask, expected.base_dist._mask)
     bare = {"input_ids": texts["input_ids"]}
     assert likelihood(model, lora, bare)["fn"].base_dist._mask.all()
+
+
+def absolute_positions() -> pl.LiftedNetwork:
+    network = gpt2(AutoModelForCausalLM, n_layer=1).double()
+    return pl.lift(lora_on(network, "c_attn", fan_in_fan_out=True))
+
+
+@pytest.mark.parametrize("kind", ["multiple_choice", "language_model", "answers"])
+def test_absolute_positions_are_counted_from_the_first_token(kind: str) -> None:
+    lora, right = absolute_positions(), networks.batch(5, 7)
+    makes: dict[str, Callable[[], Any]] = {
+        "multiple_choice": lambda: pl.models.multiple_choice(lora, 5, [3, 4]),
+        "language_model": lambda: pl.models.language_model(lora, 5),
+        "answers": lambda: pl.models.answer_likelihood(lora, 5),
+    }
+    shifts = (right["attention_mask"] == 0).sum(1)
+    left = {
+        name: torch.stack([row.roll(int(n)) for row, n in zip(x, shifts, strict=True)])
+        for name, x in networks.inputs(right).items()
+    }
+    found = []
+    for texts in (left, networks.inputs(right)):
+        batch: Any = dict(texts)
+        if kind == "answers":  # each text is a choice, its last token the answer
+            last = (
+                texts["attention_mask"].cumsum(1)
+                == texts["attention_mask"].sum(1)[:, None]
+            )
+            batch["answer_mask"] = (last & (texts["attention_mask"] > 0)).long()
+            batch = {name: x[None] for name, x in batch.items()}
+        batch["labels"] = torch.zeros(1, dtype=torch.long)
+        if kind == "multiple_choice":
+            batch["labels"] = right["labels"]
+        if kind == "language_model":
+            real = texts["attention_mask"] > 0
+            batch["labels"] = texts["input_ids"].where(real, torch.tensor(-100))
+        found.append(log_joint(makes[kind](), lora.weights(), batch))
+    assert found[0] == pytest.approx(found[1], rel=1e-10)
 
 
 @pytest.mark.parametrize("with_labels", [True, False])

@@ -79,8 +79,19 @@ on; other tasks than classification are open there.""",
 class Method(StrEnum):
     """How the posterior is found."""
 
+    refined = "refined"
     laplace = "laplace"
     svgd = "svgd"
+
+    @classmethod
+    def for_size(cls, num_rows: int, num_weights: int) -> Method:
+        """The best that stays small.
+
+        A refined posterior keeps a number for each weight and row, a text and class but
+        one, and its algebra is that of matrices with so many rows.
+        """
+        small = num_rows <= 2000 and num_rows * num_weights <= 10**8
+        return cls.refined if small else cls.laplace
 
 
 class Predictive(StrEnum):
@@ -196,12 +207,16 @@ def fit(
         Path, typer.Argument(help="Folder to write.", file_okay=False)
     ],
     method: Annotated[
-        Method,
+        Method | None,
         typer.Option(
-            help="laplace: a Gaussian around the adapter, its prior chosen by the "
-            "evidence. svgd: particles that are trained from it and repel each other."
+            help="refined: the exact Gaussian of the linearised network around its own "
+            "mode, for few texts. laplace: a Gaussian around the adapter (KFAC), for "
+            "any number. Of both the prior is chosen by the evidence. svgd: particles "
+            "that are trained from the adapter and repel each other.  [default: "
+            "refined for up to 2,000 texts (times classes but one) and 100 million "
+            "numbers (that times weights), else laplace]"
         ),
-    ] = Method.laplace,
+    ] = None,
     text_column: Annotated[str, typer.Option(help="Column of the texts.")] = "text",
     label_column: Annotated[str, typer.Option(help="Column of the labels.")] = "label",
     label_names: Annotated[
@@ -216,8 +231,8 @@ def fit(
         typer.Option(
             min=0,
             max=10**6,
-            help="Passes of training over the data. laplace: 0 takes the adapter as it "
-            "is.  [default: 0 for laplace, 3 for svgd]",
+            help="Passes of training over the data. 0 takes the adapter as it is.  "
+            "[default: 3 for svgd, else 0]",
         ),
     ] = None,
     learning_rate: Annotated[
@@ -246,12 +261,12 @@ def fit(
 ) -> None:
     """Put a posterior around a trained adapter.
 
-    `laplace` takes one pass over the data and no training. It is about a mode, and
-    warns where the adapter isn't one: then let `--epochs 1` take it there. `svgd` costs
-    as much as training `--num-particles` adapters.
+    `refined` and `laplace` take one pass over the data and no training. `laplace` is
+    about a mode, and warns where the adapter isn't one: then let `--epochs 1` take it
+    there. `svgd` costs as much as training `--num-particles` adapters.
     """
     with _errors_in_words():
-        laplace = method is Method.laplace
+        laplace = method is not Method.svgd
         epochs = (0 if laplace else 3) if epochs is None else epochs
         _refuse(
             laplace and num_particles is not None,
@@ -288,6 +303,8 @@ def fit(
         lora = saved.lifted(network, settings, device)
         saved.check_tokens(texts, settings, lora)
         model = pl.models.classification(lora, len(texts))
+        num_rows = len(texts) * (len(settings.label_names) - 1)
+        method = method or Method.for_size(num_rows, _num_weights(lora))
         batches = saved.text_batches(texts, settings, batch_size, lora)
         shuffled = saved.text_batches(texts, settings, batch_size, lora, shuffle=True)
         numbers: dict[str, float] = {}
@@ -299,7 +316,13 @@ def fit(
         if laplace:
             with saved.RightAnswers(len(texts)) as right:
                 fitted, of_fit = _laplace(
-                    model, lora, batches, shuffled, epochs, learning_rate
+                    model,
+                    lora,
+                    batches,
+                    shuffled,
+                    epochs,
+                    learning_rate,
+                    method is Method.refined,
                 )
             numbers[_AFTER_TRAINING if epochs else _AT_START] = right.accuracy()
             if not epochs:
@@ -335,8 +358,8 @@ def predict(
     method: Annotated[
         Predictive | None,
         typer.Option(
-            help="linearized: exact, for laplace. sample: an average over draws.  "
-            "[default: linearized where possible]"
+            help="linearized: exact, for refined and laplace. sample: an average over "
+            "draws.  [default: linearized where possible]"
         ),
     ] = None,
     num_samples: Annotated[
@@ -371,8 +394,8 @@ def predict(
         _refuse(
             method is not Predictive.sample and num_samples is not None,
             "--num-samples is for --method sample: say that, too. Without it "
-            "predictions are exact for laplace, by the linearized network, and means "
-            "over all particles for svgd.",
+            "predictions are exact for refined and laplace, by the linearized "
+            "network, and means over all particles for svgd.",
         )
         if output is not None:
             check_output(output, [data, posterior], replace)
@@ -469,7 +492,12 @@ def export(
         ),
     ] = None,
     mode: Annotated[
-        bool, typer.Option("--mode", help="Write the mode alone, for laplace.")
+        bool,
+        typer.Option(
+            "--mode",
+            help="Write one adapter, for laplace the mode, for refined the adapter "
+            "that was refined.",
+        ),
     ] = False,
     adapter: AdapterFolder = None,
     seed: Seed = 0,
@@ -480,8 +508,8 @@ def export(
     Each has a README.md that says how to load it, by `PeftModel.from_pretrained`, and
     whether servers of many LoRA adapters (vLLM, LoRAX) take it. The mean of the
     probabilities that they give is the prediction of particles (svgd). Draws of a
-    laplace posterior, which is about the linearised network, may predict at chance:
-    write its `--mode`, or particles.
+    refined or laplace posterior, which is about the linearised network, may predict at
+    chance: write its `--mode`, or particles.
     """
     with _errors_in_words():
         _refuse(
@@ -499,7 +527,9 @@ def export(
         lora, _ = saved.restored(folder, settings, "cpu")
         loaded = saved.load_with(folder, fitted, lora)
         if mode:
-            loaded = pl.ensemble(lora, [loaded.mode()])
+            is_laplace = isinstance(loaded, pl.LaplacePosterior)
+            one = loaded.origin() if is_laplace else loaded.mode()
+            loaded = pl.ensemble(lora, [one])
         if num_samples is None:
             num_samples = loaded.num_samples or 8
         pl.export_adapters(loaded, output, num_samples)
@@ -559,12 +589,17 @@ def _laplace(
     shuffled: Any,
     epochs: int,
     learning_rate: float,
+    refined: bool,
 ) -> tuple[pl.LaplacePosterior, dict[str, Any]]:
     import torch
     from pyro.infer import SVI, Trace_ELBO
     from tqdm.auto import trange
 
-    guide = pl.AutoLaplace(model, init_loc_fn=lora.init_to_adapter())
+    guide = pl.AutoLaplace(
+        model,
+        init_loc_fn=lora.init_to_adapter(),
+        structure=pl.structures.Exact() if refined else pl.structures.KFAC(),
+    )
     svi = SVI(model, guide, _adam(learning_rate), Trace_ELBO())
     lora.network.train()
     # On a terminal alone, as the library's own bars.
@@ -572,7 +607,11 @@ def _laplace(
         for batch in shuffled:
             svi.step(**batch)
     lora.network.eval()
-    first = guide.laplace_approximation(batches)
+    with warnings.catch_warnings():
+        if refined:  # then that is mended
+            warnings.filterwarnings("ignore", "The weights aren't a mode")
+        first = guide.laplace_approximation(batches)
+    first = first.refine() if refined else first
     tuned = first.optimize_prior()
     precision = torch.cat([p.flatten() for p in tuned.prior_precision.values()])
     return tuned, {
@@ -676,7 +715,7 @@ def _prepare(seed: int, online: bool) -> None:
 # What a command has in place of what the library advises.
 _REMEDIES = {
     "The weights aren't a mode": "Here: by (more) --epochs, as in "
-    "--epochs 1 --learning-rate 1e-4.",
+    "--epochs 1 --learning-rate 1e-4, or by --method refined.",
     "A Gaussian over several layers": "Here: write the mode, by --mode, or fit "
     "particles, by --method svgd.",
     "Averaged over draws of a Gaussian": "Here: leave out --method sample, or fit "

@@ -434,7 +434,7 @@ class _Evidence:
         Raises:
             LeftOut: If that has no answer here.
         """
-        modes = [part.mode() for _, part in self.posterior.gaussians()]
+        modes = [part.origin() for _, part in self.posterior.gaussians()]
         if self.posterior.num_samples is None and len(modes) < 2:
             raise LeftOut(f"{kind_of(self.posterior)} has none")
         if self.posterior.num_samples == 1:

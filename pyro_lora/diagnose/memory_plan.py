@@ -819,7 +819,7 @@ class _Job:
         ):
             warnings.simplefilter("ignore")  # of weights that are at random
             torch.manual_seed(0)
-            twin = narrow_twin(self.network, is_vocabulary_whole)
+            twin = narrow_twin(self.network, self._num_rows, is_vocabulary_whole)
             if twin is not None:
                 _Shares(twin, self._sharing)  # hooks count, where a network is watched
                 self._fitted(lift(twin), structure)

@@ -175,8 +175,9 @@ def export_adapters(
     of a Gaussian over one layer (``AutoLaplace(sites="last_layer")``). A Gaussian over
     several layers describes the linearised network; adapters drawn from it may predict
     at chance. With ``batches`` it is made narrow on them before, as by its
-    ``for_sampling``; without there is a warning, and the card says so. For the mode
-    alone: ``export_adapters(ensemble(lora, [posterior.mode()]), path, 1)``.
+    ``for_sampling``; without there is a warning, and the card says so. For one
+    adapter: ``export_adapters(ensemble(lora, [posterior.origin()]), path, 1)``, the
+    mode, or of a refined posterior the weights that it is linearised at.
 
     All are written aside, onto the disk, and the whole folder is then renamed: after
     ``kill -9``, too, it holds every draw or none. The network's own adapter stays what

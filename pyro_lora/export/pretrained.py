@@ -22,7 +22,7 @@ from dataclasses import fields, is_dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 import torch
@@ -50,7 +50,13 @@ from pyro_lora.lift import lift
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.lifting.sites import uncompiled
 from pyro_lora.likelihood.model_trace import Model
-from pyro_lora.posteriors.posterior import Posterior, kind_of
+from pyro_lora.posteriors.posterior import (
+    Posterior,
+    WithMode,
+    kind_of,
+    largest_gaussian,
+    point_to_serve,
+)
 from pyro_lora.posteriors.prior import with_scaled_sites
 from pyro_lora.priors import Prior
 
@@ -95,15 +101,9 @@ class _Pretrained(Schema):
     model: _ReadyModel | None = None
 
 
-class _WithMode(Posterior, Protocol):
-    """A posterior that says where its mode is, or that it has none."""
-
-    def mode(self) -> Weights: ...
-
-
 @leaving_no_trace
 def save_pretrained(
-    posterior: _WithMode,
+    posterior: WithMode,
     path: str | os.PathLike[str],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
@@ -147,7 +147,7 @@ def save_pretrained(
 
 
 def push_to_hub(
-    posterior: _WithMode,
+    posterior: WithMode,
     repo_id: str,
     *,
     private: bool | None,
@@ -393,8 +393,8 @@ def _built(
     return model
 
 
-def _point(posterior: _WithMode, lora: LiftedNetwork) -> Weights:
-    """The weights that the adapter gets: a mode, or the first particle.
+def _point(posterior: WithMode, lora: LiftedNetwork) -> Weights:
+    """The weights that the adapter gets: a mode, the first particle, or trained ones.
 
     Raises:
         ValueError: If it has neither.
@@ -403,16 +403,14 @@ def _point(posterior: _WithMode, lora: LiftedNetwork) -> Weights:
         every = posterior.sample(posterior.num_samples)
         draws = {site: x[:1] for site, x in every.items()}
     else:
-        # Of a mixture the mode of its largest Gaussian.
-        parts: list[tuple[float, Any]] = [*posterior.gaussians()]
-        _, largest = max(parts, key=lambda pair: pair[0], default=(1.0, posterior))
-        draws = {site: x[None] for site, x in largest.mode().items()}
+        point = point_to_serve(posterior)
+        draws = {site: x[None] for site, x in point.items()}
     # Under a prior that isn't centred, these are of a site's noise, not of the site.
     weights = with_scaled_sites(posterior.prior, (lora,), draws)
     return {site: weights[site][0] for site in lora.sites}
 
 
-def _check_made_again(posterior: _WithMode, lora: LiftedNetwork, at: Weights) -> None:
+def _check_made_again(posterior: WithMode, lora: LiftedNetwork, at: Weights) -> None:
     """The prior makes the same weights of an adapter that is lifted where it's written.
 
     Raises:
@@ -433,6 +431,9 @@ def _check_made_again(posterior: _WithMode, lora: LiftedNetwork, at: Weights) ->
 def _named(posterior: Posterior) -> str:
     if posterior.num_samples is not None:
         return "the first particle"
+    gaussian = largest_gaussian(posterior)
+    if gaussian is not None and gaussian.gaussian.is_refined:
+        return f"at the weights around which a {kind_of(posterior)} was refined"
     return f"the mode of a {kind_of(posterior)}"
 
 

@@ -385,7 +385,7 @@ class AutoLaplace(AutoDelta):
                 "A refit trains every site, but this posterior is over some of them, "
                 f"and {sorted(posterior.fixed)} are fixed. Fit without sites=."
             )
-        mode, networks = posterior.mode(), posterior.networks
+        mode, networks = posterior.origin(), posterior.networks
         (own_model,) = self._user_model
         # The posterior's prior, which tuning may have changed: the model has its own.
         model = under_prior(own_model, posterior.prior, networks, mode)

@@ -8,7 +8,13 @@ import inspect
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Set
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import (
+    AbstractContextManager,
+    ExitStack,
+    contextmanager,
+    nullcontext,
+    suppress,
+)
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -258,7 +264,8 @@ class Host:
         is_pretrained: Whether it is one of transformers', which are batch first.
         context_fn: Contexts that recompute with what is bound at the moment.
         has_slots: Whether every lifted parameter belongs to a slot.
-        has_tables: Whether a lifted parameter is that of an embedding.
+        has_tables: Whether a lifted parameter is that of an embedding of anything but
+            tokens, which alone are known to come batch first.
         argument_names: What the network's forward is known to take; of others a
             misspelled one is refused, since transformers' networks take any.
         checked: The forms of call, see ``_run``, that are known to take particles.
@@ -311,11 +318,16 @@ class Host:
         self.context_fn = functools.partial(checkpoint_contexts, self.bindings)
         owners = [p.owner for ps in self.members.values() for p in ps]
         self.has_slots = None not in owners
-        self.has_tables = any(isinstance(owner, nn.Embedding) for owner in owners)
         get_base = getattr(self.network, "get_base_model", lambda: self.network)
         network: Any = type(getattr(get_base(), "_orig_mod", get_base()))
         of_transformers = network.__module__.startswith("transformers.")
         self.is_pretrained = of_transformers and issubclass(network, PreTrainedModel)
+        tables = {owner for owner in owners if isinstance(owner, nn.Embedding)}
+        if self.is_pretrained:
+            base: Any = get_base()
+            with suppress(NotImplementedError):  # there are none
+                tables -= {*base.get_input_embeddings().modules()}
+        self.has_tables = bool(tables)
         self.bindings.are_of(self.network)
         self.bindings.is_pretrained = self.is_pretrained
         self.trunk.are_apart = self.is_pretrained

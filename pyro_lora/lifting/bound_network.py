@@ -29,6 +29,7 @@ from pyro_lora.lifting.folding import (
     call_form,
     check_batch_norm,
     check_zero_elsewhere,
+    equally_long,
     fold_input,
     is_ambiguous,
     is_compiled,
@@ -181,6 +182,10 @@ class BoundNetwork:
         outputs = [
             self._one(function, args, kwargs, s, trunk) for s in range(num_particles)
         ]
+        if repeats:
+            config = getattr(host.network, "generation_config", None)
+            pad = kwargs.get("pad_token_id", getattr(config, "pad_token_id", None))
+            outputs = equally_long(outputs, pad)
         output = stack_outputs(outputs, "output", lead)
         if reason is not None:  # else the inputs were wrong
             host.unfoldable.add(form)

@@ -34,13 +34,8 @@ _HEADS: dict[str, Any] = {
     "TOKEN_CLS": AutoModelForTokenClassification,
     "CAUSAL_LM": AutoModelForCausalLM,
 }
-# Of transformers' configurations what makes a network wide -> a twin's.
-_NARROW = {
-    "hidden_size": 8,
-    "num_attention_heads": 2,
-    "head_dim": 4,
-}
 _NARROW_VOCABULARY = 16
+# What makes a network wide, by transformers' names.
 _NEEDED = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
 
 
@@ -124,11 +119,15 @@ def without_values(network: nn.Module) -> nn.Module:
     return copy.deepcopy(network, tensors)  # what is in the memo isn't copied
 
 
-def narrow_twin(network: Any, is_vocabulary_whole: bool = False) -> nn.Module | None:
+def narrow_twin(
+    network: Any, num_rows: int, is_vocabulary_whole: bool = False
+) -> nn.Module | None:
     """A network of the same layers, narrow and with values, where it's known how.
 
     Args:
         network: With an adapter.
+        num_rows: Of a batch. No layer sums over as many numbers, which would look like
+            a sum over rows.
         is_vocabulary_whole: Whether it has all tokens, or 16.
     """
     base = base_of(network)
@@ -138,12 +137,19 @@ def narrow_twin(network: Any, is_vocabulary_whole: bool = False) -> nn.Module | 
         return None
     own_keys = getattr(config, "num_key_value_heads", None)
     num_keys = 2 if own_keys == config.num_attention_heads else 1
+    width = next(w for w in (8, 16, 24) if num_rows not in (w // 2, w, w + w // 2))
     # Layers of one shape may be known by each other, so others have another shape.
-    inner = 8 if config.intermediate_size == config.hidden_size else 12
-    own = {"num_key_value_heads": num_keys, "intermediate_size": inner}
+    is_square = config.intermediate_size == config.hidden_size
+    own = {
+        "hidden_size": width,
+        "num_attention_heads": 2,
+        "head_dim": width // 2,
+        "num_key_value_heads": num_keys,
+        "intermediate_size": width if is_square else width + width // 2,
+    }
     if not is_vocabulary_whole:
         own["vocab_size"] = _NARROW_VOCABULARY
-    for name, size in {**_NARROW, **own}.items():
+    for name, size in own.items():
         if hasattr(config, name):
             setattr(config, name, size)
     config.pad_token_id = 0

@@ -116,6 +116,15 @@ def unfold_output(value: Any, name: str, lead: torch.Size, fold: Fold) -> Any:
     return value
 
 
+def equally_long(texts: list[Any], pad: int | None) -> list[Any]:
+    """Token ids (B, T) of each particle, padded to the longest, as in one batch."""
+    is_ids = [isinstance(x, Tensor) and x.ndim == 2 for x in texts]
+    if pad is None or not all(is_ids):
+        return texts
+    length = max(x.shape[1] for x in texts)
+    return [nn.functional.pad(x, (0, length - x.shape[1]), value=pad) for x in texts]
+
+
 def stack_outputs(outputs: list[Any], name: str, lead: torch.Size) -> Any:
     """One output of each particle, tensors as ``(*lead, B, ...)``.
 

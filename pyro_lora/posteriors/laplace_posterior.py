@@ -138,8 +138,20 @@ class LaplacePosterior(marginals.ByMarginals, Shared):
         return [(1.0, self)]
 
     def mode(self) -> Weights:
-        """The mode, site -> value of the site's shape."""
+        """The mode, site -> value of the site's shape.
+
+        Of a refined posterior it is the mode of the linearised network. The network
+        itself may predict at chance there: see :meth:`origin`.
+        """
         return copied(self.gaussian.loc) | self.fixed | self.latents.values
+
+    def origin(self) -> Weights:
+        """The weights at which the network is linearised, site -> the site's shape.
+
+        They are the mode, but of a refined posterior, where they are the weights that
+        were trained: those at which the network itself predicts as it should.
+        """
+        return copied(self.gaussian.origin) | self.fixed | self.latents.values
 
     def sample(self, num_samples: int) -> Weights:
         """Draws, site -> value with a leading (S,)."""

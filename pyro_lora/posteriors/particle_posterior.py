@@ -166,7 +166,8 @@ def ensemble(
 ) -> ParticlePosterior:
     r"""Equally weighted members, :math:`q(w) = \frac1K \sum_k \delta(w - w_k)`.
 
-    ``ensemble(lora, [posterior.mode()])`` is the network at the mode;
+    ``ensemble(lora, [posterior.origin()])`` is the network at a Laplace posterior's
+    mode, or where it was before it was refined;
     ``ensemble(lora, [lora.weights()])`` is the adapter as it is; folders of adapters
     that were trained from different seeds are a deep ensemble (Lakshminarayanan et al.
     2017, https://arxiv.org/abs/1612.01474).

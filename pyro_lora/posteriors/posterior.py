@@ -91,6 +91,13 @@ class Posterior(Protocol):
         ...
 
 
+class WithMode(Posterior, Protocol):
+    """A posterior that says where its mode is, or that it has none."""
+
+    def mode(self) -> Weights:
+        """Site -> value."""
+
+
 @runtime_checkable
 class _Fitted(Protocol):
     """One that knows which arguments the model got in the fit, unless None."""
@@ -144,6 +151,23 @@ def only_gaussian(posterior: Posterior) -> LaplacePosterior | None:
     """The Gaussian that it is; None where it is none, or has other parts."""
     gaussians = posterior.gaussians()
     return gaussians[0][1] if len(gaussians) == 1 and is_gaussian(posterior) else None
+
+
+def largest_gaussian(posterior: Posterior) -> LaplacePosterior | None:
+    """The Gaussian with the most weight; None where there is none."""
+    parts = posterior.gaussians()
+    return max(parts, key=lambda pair: pair[0])[1] if parts else None
+
+
+def point_to_serve(posterior: WithMode) -> Weights:
+    """The one weight set for the network itself: the mode, or what was refined.
+
+    Raises:
+        ValueError: If the posterior has no mode.
+    """
+    gaussian = largest_gaussian(posterior)
+    # At the mode of the linearised network the network itself may predict at chance.
+    return posterior.mode() if gaussian is None else gaussian.origin()
 
 
 def one_weight_set(posterior: Posterior) -> Weights:

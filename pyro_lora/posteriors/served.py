@@ -45,8 +45,9 @@ def served(
         f"The network itself, which {caller} draws for, may predict at chance at draws "
         f"of it. Give rows with labels, {caller}(..., batches=...), on which it is "
         "made narrow as by posterior.for_sampling; or draws of a posterior over the "
-        "last layer (AutoLaplace(sites='last_layer')), particles (SVGD), or the mode "
-        "(ensemble(lora, [posterior.mode()])), which predict as they should."
+        "last layer (AutoLaplace(sites='last_layer')), particles (SVGD), or the "
+        "trained weights (ensemble(lora, [posterior.origin()])), which predict as they "
+        "should."
     )
     return posterior
 

@@ -21,10 +21,11 @@ class Shared(Summarised):
         """Write a PEFT adapter and this posterior into one folder.
 
         The folder is what ``save_pretrained`` of PEFT writes, the adapter being at the
-        posterior's mode (of particles: the first of them), and plain PEFT loads it. In
-        its folder ``posterior`` is what :func:`pyro_lora.save` writes.
-        :func:`pyro_lora.from_pretrained` reads both. Files of these names are replaced,
-        others, a tokenizer's for one, stay.
+        posterior's mode (of particles: the first of them; of a refined Gaussian: its
+        ``origin()``, since the network itself may predict at chance at its mode), and
+        plain PEFT loads it. In its folder ``posterior`` is what :func:`pyro_lora.save`
+        writes. :func:`pyro_lora.from_pretrained` reads both. Files of these names are
+        replaced, others, a tokenizer's for one, stay.
 
         Args:
             path: The folder, which is made if it isn't there.

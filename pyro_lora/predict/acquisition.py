@@ -142,7 +142,8 @@ def _batch_bald(
     scores: list[Tensor] = []
     is_exact = True
     for _ in steps:
-        weights = joint.softmax(1)
+        # A configuration that no draw allows has no weights, and a share of 0.
+        weights = joint.softmax(1).nan_to_num(0.0)
         gain = _expected_entropy(weights, share.exp(), p) - aleatoric
         gain[chosen] = -math.inf  # each datum once
         best = int(gain.argmax())

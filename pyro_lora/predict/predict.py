@@ -45,6 +45,8 @@ from pyro_lora.posteriors.posterior import (
     PredictionMethod,
     as_posterior,
     kind_of,
+    largest_gaussian,
+    one_weight_set,
     prediction_method,
 )
 from pyro_lora.predict.any_prediction import AnyPrediction
@@ -322,7 +324,7 @@ class _Question:
         if (self.method or own_method) == "sample":
             return self._by_draws(first)
         check_linearizable(self.posterior, self.obs_site)
-        source = self._source(_mode(self.posterior))
+        source = self._source(one_weight_set(self.posterior))
         site = likelihood_site(source.trace_of(first), self.obs_site, source.latents)
         which = which_outcomes(site, self.tokens)
         reason = None if self.method else not_linearizable(site["fn"], which)
@@ -367,10 +369,11 @@ class _Question:
             trace,
             self.draws_over,
         )
-        at_mode = None
-        if prediction_method(self.posterior) == "linearized" and which != "each":
-            mode = {site: x[None] for site, x in _mode(self.posterior).items()}
-            one = model_at_draws(self.model, mode, seen, self.obs_site, trace=trace)
+        at_mode, gaussian = None, largest_gaussian(self.posterior)
+        own_method = prediction_method(self.posterior)
+        if gaussian is not None and own_method == "linearized" and which != "each":
+            trained = {site: x[None] for site, x in gaussian.origin().items()}
+            one = model_at_draws(self.model, trained, seen, self.obs_site, trace=trace)
             at_mode = Sampled(one, which)
         way = Sampled(at_draws, which, self.keep_draws)
         networks = lifted_networks(trace)
@@ -399,12 +402,6 @@ def shown(
     """
     # Which tokens count is in their labels alone.
     return batch if which in ("last", "each") else source.hidden(batch)
-
-
-def _mode(posterior: Posterior) -> Weights:
-    """The mode of a Gaussian; in a mixture that of the one with the most weight."""
-    _, gaussian = max(posterior.gaussians(), key=lambda pair: pair[0])
-    return gaussian.mode()
 
 
 def warn_if_worse(by_draws: AnyPrediction, at_mode: AnyPrediction) -> None:

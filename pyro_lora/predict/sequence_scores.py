@@ -250,11 +250,13 @@ def lora_draws(
 def lora_mode(lora: LiftedNetwork, posterior: Posterior) -> Weights:
     """The posterior's mode, or a stock autoguide's median, site -> (1, ...).
 
+    Of a refined Gaussian, whose mode is the linearised network's, where it started.
+
     Raises:
         ValueError: If the posterior has neither.
     """
     gaussian = only_gaussian(posterior)
-    values = None if gaussian is None else gaussian.mode()
+    values = None if gaussian is None else gaussian.origin()
     if isinstance(posterior, GuidePosterior):
         values = posterior.median()
     if values is None:

@@ -33,7 +33,7 @@ from typer.testing import CliRunner
 
 import pyro_lora as pl
 from pyro_lora.cli import saved_classifier
-from pyro_lora.cli.commands import app
+from pyro_lora.cli.commands import Method, app
 from pyro_lora.cli.saved_classifier import (
     check_tokens,
     load_with,
@@ -149,16 +149,55 @@ def svgd(place: Place) -> Path:
     return posterior
 
 
-def test_fit_is_laplace_s_approximation(place: Place, laplace: Path) -> None:
+def refined_in_python(place: Place, lora: Any, model: Any, settings: Any) -> Any:
+    start, exact = lora.init_to_adapter(), pl.structures.Exact()
+    guide = pl.AutoLaplace(model, init_loc_fn=start, structure=exact)
+    train = texts(TEXTS, [str(int(y)) for y in LABELS])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The weights aren't a mode")
+        return guide.laplace_approximation(text_batches(train, settings, 5, lora))
+
+
+def test_a_fit_of_few_texts_is_refined(place: Place, laplace: Path) -> None:
     lora, model, settings = python_side(place)
     found = pl.load(laplace, lora, model=model)
     assert isinstance(found, pl.LaplacePosterior)
+    exact = refined_in_python(place, lora, model, settings)
+    expected = exact.refine().optimize_prior()
+    assert_close(found.mode(), expected.mode())
+    assert_close(found.variance(), expected.variance(), rtol=1e-3, atol=1e-6)
+
+
+def test_a_fit_of_many_is_laplace_s_approximation(place: Place, tmp_path: Path) -> None:
+    run("fit", place.adapter, place.train, tmp_path / "p", "--method", "laplace")
+    lora, model, settings = python_side(place)
+    found = pl.load(tmp_path / "p", lora, model=model)
     train = texts(TEXTS, [str(int(y)) for y in LABELS])
     guide = pl.AutoLaplace(model, init_loc_fn=lora.init_to_adapter())
     batches = text_batches(train, settings, 5, lora)
     expected = guide.laplace_approximation(batches).optimize_prior()
+    assert isinstance(found, pl.LaplacePosterior)
     assert_close(found.mode(), expected.mode())
     assert_close(found.variance(), expected.variance(), rtol=1e-3, atol=1e-6)
+    assert Method.for_size(2000, 50_000) is Method.refined
+    assert Method.for_size(2000, 50_001) is Method.laplace
+    assert Method.for_size(2001, 1) is Method.laplace
+
+
+def test_the_adapter_of_what_is_refined_is_the_trained_one(
+    place: Place, tmp_path: Path
+) -> None:
+    lora, model, settings = python_side(place)
+    exact = refined_in_python(place, lora, model, settings)
+    posterior = exact.refine(around="prior")
+    moved = [(x - posterior.mode()[s]).abs().max() for s, x in lora.weights().items()]
+    assert max(moved) > 0.01
+    pl.save(posterior, tmp_path / "refined")
+    options = ("--mode", "--adapter", place.adapter)
+    run("export", tmp_path / "refined", tmp_path / "out", *options)
+    (folder,) = (tmp_path / "out").iterdir()
+    found = pl.ensemble(lora, [folder]).particles
+    assert_close({s: x[0] for s, x in found.items()}, lora.weights())
 
 
 def test_particles_start_apart_as_far_as_half_precision_sees(
@@ -302,8 +341,7 @@ def test_all_particles_or_the_mode_are_exported(
     lora, _, _ = python_side(place)
     (folder,) = (tmp_path / "mode").iterdir()
     found = pl.ensemble(lora, [folder]).particles
-    mode = pl.load(laplace, lora).mode()
-    assert_close({s: x[0] for s, x in found.items()}, mode)
+    assert_close({s: x[0] for s, x in found.items()}, lora.weights())
     with warnings.catch_warnings():
         warnings.simplefilter("always")  # as in a terminal
         draws = run("export", laplace, tmp_path / "draws", "--num-samples", 1)
@@ -350,7 +388,8 @@ def test_what_is_written_stands_beside_the_text(
 def test_warnings_are_sentences(place: Place, tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("always")  # as in a terminal
-        output = run("fit", place.adapter, place.train, tmp_path / "p")
+        options = ("--method", "laplace")
+        output = run("fit", place.adapter, place.train, tmp_path / "p", *options)
     assert "Warning: The weights aren't a mode of the log joint" in output
     assert "by (more) --epochs, as in --epochs 1" in output
     assert "UserWarning" not in output

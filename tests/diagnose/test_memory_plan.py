@@ -453,3 +453,25 @@ else:
         )
         assert done.returncode == 0, done.stdout + done.stderr
         assert ("refused" in done.stdout) == (cap == "between")
+
+
+@pytest.mark.slow
+def test_as_many_rows_as_a_narrow_layer_is_wide() -> None:
+    # A narrow network, which tells how rows are laid out, has sums over its width.
+    rows, tokens = 8, 128
+    network = llama(
+        3, hidden_size=128, dtype=torch.float32, target_modules="all-linear"
+    )
+    plan = pl.plan_memory(network, batch=(rows, tokens))
+    lora = pl.lift(network)
+    model = pl.models.classification(lora, 2 * rows)
+    batches = [batch(rows, tokens), batch(rows, tokens)]
+
+    def fit() -> None:
+        guide = pl.AutoLaplace(model, init_loc_fn=lora.init_to_adapter(jitter=0.01))
+        guide.laplace_approximation(batches)
+
+    phase = plan["Laplace fit"]
+    measured = phase.weights + phase.posterior + allocated(fit)
+    planned = max(phase.peak, plan["Laplace finish"].peak)
+    assert planned == pytest.approx(measured, rel=0.01)

@@ -40,8 +40,8 @@ def joint_information(draws: Tensor, chosen: list[int]) -> float:
                 p *= float(draws[s, n, y])
             each.append(p)
         mean = sum(each) / num_draws
-        entropy -= mean * math.log(mean)
-        conditional -= sum(p * math.log(p) for p in each) / num_draws
+        entropy -= mean * math.log(mean or 1)
+        conditional -= sum(p * math.log(p or 1) for p in each) / num_draws
     return entropy - conditional
 
 
@@ -54,9 +54,14 @@ def test_bald_is_the_largest_mutual_information() -> None:
     assert found.scores.tolist() == pytest.approx([each[n] for n in expected])
 
 
+@pytest.mark.parametrize("num_absent", [0, 1])
 @pytest.mark.parametrize("num_classes", [2, 4])
-def test_batch_bald_is_greedy_on_the_joint_information(num_classes: int) -> None:
+def test_batch_bald_is_greedy_on_the_joint_information(
+    num_classes: int, num_absent: int
+) -> None:
+    """Also where choices aren't there, of which no draw has a probability."""
     draws = random_draws(5, 7, num_classes)
+    draws = torch.nn.functional.pad(draws, (0, num_absent))
     found = pl.acquire(prediction(draws), 3, method="batch_bald")
     chosen: list[int] = []
     scores = []

@@ -7,6 +7,7 @@ from typing import Any
 import pyro
 import pytest
 import torch
+from peft import PromptTuningConfig, get_peft_model
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoDiagonalNormal, AutoNormal
 from pyro.optim import Adam
@@ -43,6 +44,19 @@ def laplace(lora: pl.LiftedNetwork) -> pl.LaplacePosterior:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The weights aren't a mode")
         return guide.laplace_approximation([texts()])
+
+
+def refined(lora: pl.LiftedNetwork) -> pl.LaplacePosterior:
+    ids = list(range(3))
+    guide = pl.AutoLaplace(
+        pl.models.multiple_choice(lora, 6, ids),
+        init_loc_fn=lora.init_to_adapter(),
+        structure=pl.structures.Exact(),
+    )
+    data = texts() | {"labels": torch.arange(6) % 3}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The weights aren't a mode")
+        return guide.laplace_approximation([data]).refine(around="prior")
 
 
 def mixture(lora: pl.LiftedNetwork) -> pl.MixturePosterior:
@@ -146,6 +160,56 @@ def test_the_mode_s_text_and_what_the_draws_think_of_it(name: str) -> None:
     epistemic = expected["total"] - expected["aleatoric"]
     assert_close(found.epistemic_entropy[0, :length], epistemic)
     assert (epistemic > 0).all()
+
+
+def test_the_mode_s_text_of_what_is_refined_is_the_trained_networks() -> None:
+    lora = lifted()
+    posterior, prompt = refined(lora), prompts(1, 3)
+    trained, mode = lora.weights(), posterior.mode()
+    assert max((trained[s] - mode[s]).abs().max() for s in trained) > 0.1
+    assert_close(posterior.origin(), trained)
+    (alone,) = adapters(lora, {site: x[None] for site, x in trained.items()})
+    own = alone.generate(**prompt, max_new_tokens=NEW, do_sample=False)
+    found = pl.generate(posterior, **prompt, max_new_tokens=NEW, mode="mode")
+    assert torch.equal(found.sequences, own)
+
+
+@pytest.mark.filterwarnings("ignore:Position ids are not supported")
+def test_draws_that_run_one_at_a_time_end_where_they_end() -> None:
+    peft_model = networks.llama(None, num_layers=1).unload()
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    lora = pl.lift(get_peft_model(peft_model, config).double().eval())
+    weights = {
+        s: torch.randn(NUM_DRAWS, *x.shape).to(x) for s, x in lora.weights().items()
+    }
+    posterior = pl.ParticlePosterior(weights, (lora,), None, None)
+    prompt = torch.tensor([[5, 23, 42]])
+    lengths = set()
+    for end in range(3, 30):
+        options: Any = {"max_new_tokens": 5, "eos_token_id": end, "pad_token_id": 0}
+        each = []
+        for s in range(NUM_DRAWS):
+            one = pl.ensemble(lora, [{site: x[s] for site, x in weights.items()}])
+            found = pl.generate(
+                one, torch.tensor([[5, 23, 42]]), mode="draws", **options
+            )
+            each.append(found.new_tokens[0, 0])
+        longest = max(map(len, each))
+        expected = [torch.nn.functional.pad(x, (0, longest - len(x))) for x in each]
+        found = pl.generate(posterior, prompt, mode="draws", **options)
+        assert torch.equal(found.new_tokens[:, 0], torch.stack(expected))
+        lengths |= {tuple(map(len, each))}
+    assert any(len({*x}) > 1 for x in lengths)
+
+
+@pytest.mark.parametrize("length", [7, 8])
+def test_a_prompt_as_long_as_the_draws_where_tokens_are_learnt(length: int) -> None:
+    lora = pl.lift(networks.llama(None, num_layers=1, modules_to_save=["embed_tokens"]))
+    posterior, prompt = particles(lora, 8, 0.3), torch.arange(3, 3 + length)[None]
+    each = adapters(lora, posterior.sample(8))
+    found = pl.generate(posterior, prompt, max_new_tokens=NEW)
+    new = averaged_text(each, prompt[0], NEW, END)
+    assert torch.equal(found.new_tokens[0, : len(new)], new)
 
 
 def test_a_point_has_no_epistemic_entropy() -> None:
