@@ -88,6 +88,7 @@ def test_demo_prints_every_method_and_writes_its_files(
         "MAP + temperature scaling",
         "deep ensemble",
         "Laplace (evidence)",
+        "Laplace, refined (evidence)",
         "Laplace (held-out nll)",
         "SVGD (all weights)",
         "SVGD (function space)",
@@ -132,7 +133,12 @@ def test_demo_prints_every_method_and_writes_its_files(
     # Once more, with fewer methods: nothing of the first run is left among its files.
     (out / "notes.txt").write_text("mine")
     again = run_demo(model, rows, out, "--quick", "--layers=all")
-    assert list(again) == ["MAP", "MAP + temperature scaling", "Laplace (evidence)"]
+    assert list(again) == [
+        "MAP",
+        "MAP + temperature scaling",
+        "Laplace (evidence)",
+        "Laplace, refined (evidence)",
+    ]
     assert (out / "notes.txt").exists()
     assert not {"svgd", "svgd.nc", "mixture", "forces.png"} & {
         x.name for x in out.iterdir()
