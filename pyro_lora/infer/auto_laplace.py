@@ -349,7 +349,8 @@ class AutoLaplace(AutoDelta):
                 posterior = guide.refit(posterior, batches, optim).optimize_prior()
 
         Args:
-            posterior: Made by this guide, or loaded; it may have any prior.
+            posterior: Made by this guide, or loaded; it may have any prior. Of a
+                refined one the training starts at its ``origin()``.
             batches: All training data, as for :meth:`laplace_approximation`.
             optim: A ``pyro.optim`` optimizer.
             num_epochs: MAP epochs from the posterior's mode, dropout off, before the

@@ -111,8 +111,9 @@ def generate(
     Three answers. ``"average"``: one text, each token from the average of the draws'
     next-token distributions, :math:`\frac1S \sum_s p_s(y_t | y_{<t}, x)`.
     ``"draws"``: a text from each draw. ``"mode"``: the text of the posterior's mode
-    (of an autoguide: its median). In each case the entropies and log-probabilities
-    are those of the S draws given the text, without temperature, top-k or processors.
+    (of an autoguide its median, of a refined Gaussian its ``origin()``). In each case
+    the entropies and log-probabilities are those of the S draws given the text, without
+    temperature, top-k or processors.
 
     The network's own ``generate`` does the work, so that with one draw the tokens are
     those of PEFT's. Processors, also those of the network's generation config, act on
