@@ -455,7 +455,8 @@ def joined(predictions: Sequence[P], dims: Mapping[str, int], **own: Any) -> P:
                 raise ValueError(
                     f"predictions[{index}] doesn't fit the first one: its {name} is "
                     f"{_form(x)}, not {_form(values[0])}. Concatenate predictions of "
-                    "the same outcomes, with labels and as many draws, or all without."
+                    "the same outcomes (where data have choices, pad these to as many "
+                    "in each batch), with labels and as many draws, or all without."
                 )
         if name in dims:
             own[name] = torch.cat([x.to(values[0].device) for x in values], dims[name])
