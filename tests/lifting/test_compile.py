@@ -135,9 +135,8 @@ def test_a_lifted_network_can_be_compiled(
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize(
-    "build", [one_layer, pytest.param(adapted_gpt2, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("build", [one_layer, adapted_gpt2])
 def test_a_graph_is_used_for_what_is_bound_only(
     build: Callable[[], Any], counter: CompileCounterWithBackend
 ) -> None:

@@ -91,6 +91,7 @@ def test_rank_components_of_stacked_experts_are_paired_as_peft_pairs_them() -> N
         assert together == bool(rows[i] == columns[j])
 
 
+@pytest.mark.slow
 def test_rank_ard_finds_that_one_rank_is_enough() -> None:
     peft_model = adapted(nn.Sequential(nn.Linear(6, 5)).double(), target_modules=["0"])
     lora = pl.lift(peft_model, prior=pl.priors.rank_ard(df=0.2))
