@@ -323,10 +323,13 @@ class Host:
         of_transformers = network.__module__.startswith("transformers.")
         self.is_pretrained = of_transformers and issubclass(network, PreTrainedModel)
         tables = {owner for owner in owners if isinstance(owner, nn.Embedding)}
-        if self.is_pretrained:
+        if tables and self.is_pretrained:
             base: Any = get_base()
+            of_tokens = None
             with suppress(NotImplementedError):  # there are none
-                tables -= {*base.get_input_embeddings().modules()}
+                of_tokens = base.get_input_embeddings()
+            if isinstance(of_tokens, nn.Module):
+                tables -= {*of_tokens.modules()}
         self.has_tables = bool(tables)
         self.bindings.are_of(self.network)
         self.bindings.is_pretrained = self.is_pretrained

@@ -212,6 +212,25 @@ def test_a_prompt_as_long_as_the_draws_where_tokens_are_learnt(length: int) -> N
     assert torch.equal(found.new_tokens[0, : len(new)], new)
 
 
+@pytest.mark.parametrize("error", [NotImplementedError, None])
+def test_networks_that_do_not_name_their_tokens_table(
+    error: type[Exception] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = networks.llama(None, num_layers=1, modules_to_save=["embed_tokens"])
+
+    def unnamed(self: Any) -> None:
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(type(network.get_base_model()), "get_input_embeddings", unnamed)
+    lora = pl.lift(network)
+    assert any("embed_tokens" in site for site in lora.sites)
+    weights, given = networks.particles(lora, 2), texts()
+    found = networks.bound_logits(lora, weights, given)
+    one = {site: x[1] for site, x in weights.items()}
+    assert_close(found[1], networks.bound_logits(lora, one, given))
+
+
 def test_a_point_has_no_epistemic_entropy() -> None:
     lora = lifted()
     guide = stock(AutoDelta)(lora)
