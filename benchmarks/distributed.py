@@ -1,12 +1,12 @@
 """Time of a fit, predictions and SVGD on 1, 2 and 3 processes of one thread.
 
-Usage: ``python -m benchmarks.distributed [--out benchmarks/results/distributed.md]``,
+Usage: ``python -m benchmarks.distributed [--device cuda] [--out benchmarks/results]``,
 on a machine that does nothing else. The network has MiniLM's shapes and random weights.
+On GPUs each process has one, and there are 1, 2, 4, ... of them, as far as there are.
 """
 
 import argparse
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,11 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, BertConfig
 
 import pyro_lora as pl
+from benchmarks.main_job import seconds
 from benchmarks.tables import header, provenance
 
 BATCH, LENGTH, PARTICLES, STEPS = 16, 32, 6, 3
-SIZES = (1, 2, 3)
+SIZES = (1, 2, 3)  # processes on a CPU
 
 
 def network(hidden: int, num_layers: int) -> Any:
@@ -44,10 +45,10 @@ def network(hidden: int, num_layers: int) -> Any:
     return get_peft_model(base, lora).eval()
 
 
-def batches(num_data: int) -> list[dict[str, Tensor]]:
+def batches(num_data: int, device: str) -> list[dict[str, Tensor]]:
     """Texts of one length, with labels."""
-    ids = torch.randint(1, 1000, (num_data, LENGTH))
-    labels = torch.randint(2, (num_data,))
+    ids = torch.randint(1, 1000, (num_data, LENGTH), device=device)
+    labels = torch.randint(2, (num_data,), device=device)
     whole = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
     return [
         {name: x[i : i + BATCH] for name, x in whole.items()}
@@ -57,25 +58,34 @@ def batches(num_data: int) -> list[dict[str, Tensor]]:
 
 def timed(times: dict[str, float], name: str, run: Callable[[], Any]) -> Any:
     """What a run gives; its seconds, from when all processes are there."""
+    found: list[Any] = []
     if dist.is_initialized():
         dist.barrier()
-    start = time.perf_counter()
-    result = run()
-    times[name] = time.perf_counter() - start
-    return result
+    times[name] = seconds(lambda: found.append(run()))
+    return found[0]
 
 
 def measure(
-    rank: int, size: int, hidden: int, num_layers: int, num_data: int, folder: Path
+    rank: int,
+    size: int,
+    device: str,
+    hidden: int,
+    num_layers: int,
+    num_data: int,
+    folder: Path,
 ) -> None:
     """The work of one process; the first one writes its times."""
     torch.set_num_threads(1)
+    if device != "cpu":
+        torch.cuda.set_device(rank)
     if size > 1:
         store = f"file://{folder}/store{size}"
-        dist.init_process_group("gloo", store, rank=rank, world_size=size)
+        backend = "gloo" if device == "cpu" else "nccl"
+        dist.init_process_group(backend, store, rank=rank, world_size=size)
     torch.manual_seed(0)  # the same texts on all
-    data = batches(num_data)
-    lora = pl.lift(network(hidden, num_layers), prior=pl.priors.normal(scale=1.0))
+    data = batches(num_data, device)
+    peft_network = network(hidden, num_layers).to(device)
+    lora = pl.lift(peft_network, prior=pl.priors.normal(scale=1.0))
     model = pl.models.classification(lora, num_data)
     init = lora.init_to_adapter(jitter=0.01)
     guide = pl.AutoLaplace(model, init_loc_fn=lora.init_to_adapter())
@@ -99,13 +109,20 @@ def measure(
         dist.destroy_process_group()
 
 
-def table(hidden: int, num_layers: int, num_data: int) -> list[str]:
+def numbers(device: str) -> list[int]:
+    """How many processes there are, in turn."""
+    if device == "cpu":
+        return [*SIZES]
+    return [2**i for i in range(torch.cuda.device_count().bit_length())]
+
+
+def table(device: str, hidden: int, num_layers: int, num_data: int) -> list[str]:
     """Seconds of each part by the number of processes, and how many times faster."""
-    times = {}
+    times, sizes = {}, numbers(device)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for size in SIZES:
-            arguments = (size, hidden, num_layers, num_data, folder)
+        for size in sizes:
+            arguments = (size, device, hidden, num_layers, num_data, folder)
             mp.start_processes(measure, arguments, nprocs=size)  # type: ignore[arg-type]
             times[size] = torch.load(folder / f"{size}-0.pt")
     parts = {
@@ -114,13 +131,13 @@ def table(hidden: int, num_layers: int, num_data: int) -> list[str]:
         "draws": f"predict, {PARTICLES} particles, {num_data} texts",
         "SVGD": f"{STEPS} steps of SVGD, {PARTICLES} particles, function space",
     }
-    rows = header("", *(f"{size} process{'es'[: size * 2 - 2]}" for size in SIZES))
+    rows = header("", *(f"{size} process{'es'[: size * 2 - 2]}" for size in sizes))
     for part, words in parts.items():
         one = times[1][part]
         cells = [
             f"{times[n][part]:.2f} s"
             + (f" ({one / times[n][part]:.2f}x)" if n > 1 else "")
-            for n in SIZES
+            for n in sizes
         ]
         rows.append(f"| {words} | {' | '.join(cells)} |")
     return rows
@@ -131,7 +148,8 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=384)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--data", type=int, default=288)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
     torch.set_num_threads(1)
     lines = [
@@ -139,13 +157,13 @@ def main() -> None:
         "",
         f"`python -m benchmarks.distributed`: BERT of {options.layers} layers of "
         f"{options.hidden}, LoRA of rank 8 on query and value, batches of {BATCH} "
-        f"texts of {LENGTH} tokens. {provenance()}",
+        f"texts of {LENGTH} tokens. {provenance(device=options.device)}",
         "",
-        *table(options.hidden, options.layers, options.data),
+        *table(options.device, options.hidden, options.layers, options.data),
     ]
     print(text := "\n".join(lines))
-    if options.out:
-        options.out.write_text(text + "\n")
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "distributed.md").write_text(text + "\n")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
 """The price of eight draws of a prompt, in units of one draw's.
 
-Usage: ``python -m benchmarks.generate [--quick] [--repeats 3]
+Usage: ``python -m benchmarks.generate [--quick] [--repeats 3] [--device cuda]
 [--out benchmarks/results]``. The network has SmolLM2-135M's shape and random weights;
 no download.
 """
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from transformers import Cache, LlamaConfig, LlamaForCausalLM
 
 import pyro_lora as pl
 from benchmarks.allocator import SETTINGS, keep_freed_memory
+from benchmarks.devices import clock
 from benchmarks.tables import header, provenance, row
 from pyro_lora.predict.generate import Mode
 
@@ -95,10 +95,10 @@ def num_bytes(cache: Any) -> int:
     return sum(held.values())
 
 
-def measure(job: Job, repeats: int) -> dict[int, tuple[float, int]]:
-    """Draws -> median seconds of the processor, and bytes of the cache at its end."""
-    lora = pl.lift(network(job.adapted))
-    prompt = torch.randint(FIRST_TOKEN, VOCABULARY, (1, PROMPT))
+def measure(job: Job, repeats: int, device: str) -> dict[int, tuple[float, int]]:
+    """Draws -> median seconds, and bytes of the cache at its end."""
+    lora = pl.lift(network(job.adapted).to(device))
+    prompt = torch.randint(FIRST_TOKEN, VOCABULARY, (1, PROMPT), device=device)
     sizes = []
 
     def see(_: Any, args: Any, output: Any) -> None:
@@ -108,7 +108,7 @@ def measure(job: Job, repeats: int) -> dict[int, tuple[float, int]]:
 
     def run(num_draws: int) -> Callable[[], Any]:
         weights = {
-            site: value + 0.02 * torch.randn(num_draws, *value.shape)
+            site: value + 0.02 * torch.randn(num_draws, *value.shape, device=device)
             for site, value in lora.weights().items()
         }
         posterior = pl.ParticlePosterior(weights, (lora,), None, None)
@@ -126,16 +126,16 @@ def measure(job: Job, repeats: int) -> dict[int, tuple[float, int]]:
     for repeat in range(repeats + 1):
         for num_draws, write in jobs.items():
             sizes.clear()
-            start = time.process_time()
+            start = clock(device)
             write()
             if repeat > 0:  # the first one warms up
-                times[num_draws].append(time.process_time() - start)
+                times[num_draws].append(clock(device) - start)
             held[num_draws] = max(sizes)
     handle.remove()
     return {s: (statistics.median(times[s]), held[s]) for s in jobs}
 
 
-def table(jobs: list[Job], repeats: int) -> list[str]:
+def table(jobs: list[Job], repeats: int, device: str) -> list[str]:
     """The table's lines."""
     lines = header(
         "answer",
@@ -149,7 +149,7 @@ def table(jobs: list[Job], repeats: int) -> list[str]:
         "ratio",
     )
     for job in jobs:
-        measured = measure(job, repeats)
+        measured = measure(job, repeats, device)
         (one, held), (several, held_by_several) = measured[1], measured[NUM_DRAWS]
         lines.append(
             row(
@@ -172,6 +172,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one row, one repeat")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
     keep_freed_memory()
@@ -182,15 +183,16 @@ def main() -> None:
         "",
         f"`pl.generate` on a random network of SmolLM2-135M's shape ({NUM_LAYERS} "
         f"layers of 576, {VOCABULARY:,} tokens), float32, LoRA r=8 on query and value "
-        f"of the last layers, one prompt of {PROMPT} tokens. Seconds of one processor, "
+        f"of the last layers, one prompt of {PROMPT} tokens. Seconds of one processor "
+        f"(on a GPU, all of them), "
         f"medians of {1 if options.quick else options.repeats}, one draw and "
         f"{NUM_DRAWS} taking turns; bytes of the key-value cache at the end. "
         "The texts' scores are part of it: of each text under each draw. "
         f"Memory is kept by the allocator (`{SETTINGS}`).",
         "",
-        provenance(),
+        provenance(device=options.device),
         "",
-        *table(jobs, 1 if options.quick else options.repeats),
+        *table(jobs, 1 if options.quick else options.repeats, options.device),
         "",
         f"Target for an average with adapters on 4 of {NUM_LAYERS} layers: {TARGET:g} "
         "in time and in cache. With adapters on every layer there is nothing to share. "

@@ -4,9 +4,10 @@
 #     benchmarks/gpu.sh [out]
 #
 # Tests that are marked `gpu`, with the one in which nothing may wait but what says so
-# (torch.cuda.set_sync_debug_mode("error")), and every benchmark that has a --device.
-# Tables and logs go to the folder `out`, gpu-out by default; a step that fails is named
-# at the end.
+# (torch.cuda.set_sync_debug_mode("error")), and every benchmark of time and memory, at
+# its own sizes and at Llama-8B's. (Those of quality say the same on any device, and
+# need data.) Tables and logs go to the folder `out`, gpu-out by default; a step that
+# fails is named at the end.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=${1:-gpu-out}
@@ -28,7 +29,8 @@ step() { # name, command...
 
 step tests "$PYTHON" -m pytest -m gpu -rA
 step gpu_ready "$PYTHON" -m benchmarks.gpu_ready --out "$OUT"
-for name in main_job laplace svgd lifting; do
+for name in main_job laplace svgd lifting generate language_model memory distributed \
+  wide; do
   step "$name" "$PYTHON" -m "benchmarks.$name" --device cuda --out "$OUT"
 done
 # The factors of Llama-8B: one of its layers, multiplied.

@@ -1,13 +1,12 @@
 """What a posterior of a language model costs, in units of plain passes and steps.
 
 Usage: ``python -m benchmarks.language_model [--quick] [--repeats 3]
-[--rows 500] [--out benchmarks/results]``, on Linux with glibc. The network has
-SmolLM2-135M's shape and random weights; no download.
+[--rows 500] [--device cuda] [--out benchmarks/results]``, on Linux with glibc. The
+network has SmolLM2-135M's shape and random weights; no download.
 """
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,8 @@ from torch.nn.functional import cross_entropy
 
 import pyro_lora as pl
 from benchmarks.allocator import SETTINGS, keep_freed_memory
+from benchmarks.devices import allocated, clock
 from benchmarks.generate import FIRST_TOKEN, HEAD, NUM_LAYERS, VOCABULARY, network
-from benchmarks.memory import allocated
 from benchmarks.tables import header, provenance, row
 
 ADAPTED = 4
@@ -36,12 +35,12 @@ LIMITS = {
 }
 
 
-def prompts(num_batches: int, num_classes: int) -> list[dict[str, Any]]:
+def prompts(num_batches: int, num_classes: int, device: str) -> list[dict[str, Any]]:
     """Texts of one length, each with the place of its answer."""
     found = []
     for _ in range(num_batches):
-        ids = torch.randint(FIRST_TOKEN, VOCABULARY, (BATCH, LENGTH))
-        labels = torch.randint(num_classes, (BATCH,))
+        ids = torch.randint(FIRST_TOKEN, VOCABULARY, (BATCH, LENGTH), device=device)
+        labels = torch.randint(num_classes, (BATCH,), device=device)
         mask = torch.ones_like(ids)
         texts = {"input_ids": ids, "attention_mask": mask, "labels": labels}
         found.append({**texts, "logits_to_keep": 1})
@@ -56,14 +55,21 @@ class Jobs:
         num_heads: Of each layer, which are of 64 units.
         num_batches: Of the data.
         num_classes: C, the possible answers.
+        device: Where all is.
     """
 
     def __init__(
-        self, num_layers: int, num_heads: int, num_batches: int, num_classes: int
+        self,
+        num_layers: int,
+        num_heads: int,
+        num_batches: int,
+        num_classes: int,
+        device: str,
     ) -> None:
-        self.batches = prompts(num_batches, num_classes)
+        self.device = device
+        self.batches = prompts(num_batches, num_classes, device)
         self.choices = CHOICES[num_classes]
-        self.network = network(ADAPTED, TARGETS, num_layers, num_heads)
+        self.network = network(ADAPTED, TARGETS, num_layers, num_heads).to(device)
         self.lora = pl.lift(self.network, prior=pl.priors.normal(scale=1.0))
         self.model = pl.models.multiple_choice(
             self.lora, BATCH * num_batches, self.choices
@@ -141,17 +147,17 @@ class Jobs:
         }
 
 
-def measured(job: Callable[[], Any]) -> tuple[float, int]:
-    """Seconds of one processor, and bytes at the peak, of one and the same run."""
+def measured(job: Callable[[], Any], device: str) -> tuple[float, int]:
+    """Seconds, and bytes at the peak, of one and the same run."""
     seconds = 0.0
 
     def timed() -> None:
         nonlocal seconds
-        start = time.process_time()
+        start = clock(device)
         job()
-        seconds = time.process_time() - start
+        seconds = clock(device) - start
 
-    most = allocated(timed)
+    most = allocated(timed, device)
     return seconds, most
 
 
@@ -160,7 +166,7 @@ def table(jobs: Jobs, num_classes: int, repeats: int) -> list[str]:
     runs: dict[str, list[tuple[float, int]]] = {name: [] for name in jobs.all()}
     for _ in range(repeats):
         for name, job in jobs.all().items():
-            runs[name].append(measured(job))
+            runs[name].append(measured(job, jobs.device))
             print(num_classes, name, runs[name], flush=True)
     seconds = {name: statistics.median(s for s, _ in run) for name, run in runs.items()}
     lines = []
@@ -186,6 +192,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small, writes nothing")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--rows", type=int, default=500)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
     keep_freed_memory()
@@ -196,7 +203,7 @@ def main() -> None:
     repeats = 1 if options.quick else options.repeats
     rows = []
     for num_classes in CHOICES:
-        jobs = Jobs(num_layers, num_heads, num_batches, num_classes)
+        jobs = Jobs(num_layers, num_heads, num_batches, num_classes, options.device)
         rows += table(jobs, num_classes, repeats)
     lines = [
         "# Prices on a language model",
@@ -207,12 +214,12 @@ def main() -> None:
         f"{LENGTH} tokens in "
         f"batches of {BATCH}, an answer of one token (`models.multiple_choice`). "
         "Nothing is cached between batches; the layers below the adapters run once "
-        f"for all draws or particles. Seconds of one processor, medians of {repeats} "
-        "runs, the jobs taking turns, while memory is recorded; megabytes that a job "
-        "holds at its peak beyond what was there before. Memory is kept by the "
-        f"allocator (`{SETTINGS}`).",
+        "for all draws or particles. Seconds of one processor (on a GPU, all of them), "
+        f"medians of {repeats} runs, the jobs taking turns, while memory is recorded; "
+        "megabytes that a job holds at its peak beyond what was there before. Memory "
+        f"is kept by the allocator (`{SETTINGS}`).",
         "",
-        provenance(),
+        provenance(device=options.device),
         "",
         *header("C", "job", "s", "plain passes", "MAP epochs", "MB", "target"),
         *rows,

@@ -6,7 +6,6 @@ download.
 """
 
 import argparse
-import gc
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from transformers import AutoModelForSequenceClassification, BertConfig
 
 import pyro_lora as pl
 from benchmarks.allocator import SETTINGS, keep_freed_memory
+from benchmarks.devices import allocated
 from benchmarks.main_job import alternating_medians
 from benchmarks.tables import header, provenance
 from pyro_lora.ground.weights import Weights
@@ -265,16 +265,6 @@ def kept_bytes(function: Callable[[], Tensor], known: list[Tensor]) -> int:
     return sum(storages.values())
 
 
-def peak_bytes(run: Callable[[], None]) -> int:
-    """Peak of the device's memory during a pass, beside what was there before."""
-    run()
-    gc.collect()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    run()
-    return torch.cuda.max_memory_allocated() - before
-
-
 def memory(size: Size, count: int, device: str) -> list[str]:
     """A row: activations of S particles, and of a plain batch S times as large."""
     network, lora = size.network(device), pl.lift(size.network(device))
@@ -290,8 +280,10 @@ def memory(size: Size, count: int, device: str) -> list[str]:
         found = kept_bytes(lifted, known)
         plain = kept_bytes(lambda: forward(network, large), known)
     else:
-        found = peak_bytes(lifted_pass(lora, texts, weights))
-        plain = peak_bytes(plain_pass(network, large))
+        passes = lifted_pass(lora, texts, weights), plain_pass(network, large)
+        for run in passes:  # what the device takes once
+            run()
+        found, plain = (allocated(run, device) for run in passes)
     return [
         f"| {size}, S={count} | {plain / 2**20:.1f} | {found / 2**20:.1f} | "
         f"{found / plain:.3f} | {MAX_MEMORY} |"

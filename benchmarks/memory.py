@@ -1,14 +1,13 @@
 """Planned memory beside measured memory, of networks with random weights.
 
-What is measured is what PyTorch's CPU allocator has handed out at a time, at most, by
-its profiler. Writes ``results/memory.md``. Usage: ``python -m benchmarks.memory``; with
+What is measured is what PyTorch's allocator has handed out at a time, at most. Usage:
+``python -m benchmarks.memory [--device cuda] [--out benchmarks/results]``; with
 ``--large`` it plans what ``docs/large.md`` shows instead, and prints its table.
 """
 
 import argparse
-import gc
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,9 +26,9 @@ from transformers import (
 )
 
 import pyro_lora as pl
+from benchmarks.devices import allocated
 from benchmarks.tables import header, provenance, row
 
-RESULT = Path(__file__).parent / "results" / "memory.md"
 MB, GB = 1e6, 1e9
 JITTER = 0.01  # particles apart, and gradients that aren't zero
 HEADS: dict[str, Any] = {
@@ -154,38 +153,26 @@ def texts(config: Any, size: tuple[int, int], task: str) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-def allocated(run: Callable[[], object]) -> int:
-    """Bytes that a run has in use at most, beside those before it."""
-    gc.collect()
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(
-        activities=activities, profile_memory=True, acc_events=True
-    ) as profile:
-        run()
-    events: Any = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
-    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
-    now = most = 0
-    for _, change in sorted(changes, key=lambda x: x[0]):
-        now += change
-        most = max(most, now)
-    return most
-
-
 def measured(
     config: Any,
     lora_config: LoraConfig,
     structure: Any,
     size: tuple[int, int],
     num_particles: int,
+    device: str,
 ) -> Iterator[tuple[str, int]]:
     """Phase -> bytes, beside the network's and the posterior's own."""
     torch.manual_seed(0)
     task = str(lora_config.task_type)
     of_tokens = task == "CAUSAL_LM"
-    lora = pl.lift(get_peft_model(HEADS[task].from_config(config), lora_config))
+    base = HEADS[task].from_config(config)
+    lora = pl.lift(get_peft_model(base, lora_config).to(device))
     make = pl.models.language_model if of_tokens else pl.models.classification
     model = make(lora, 2 * size[0])
-    first, second = texts(config, size, task), texts(config, size, task)
+    first, second = (
+        {name: x.to(device) for name, x in texts(config, size, task).items()}
+        for _ in range(2)
+    )
     without = {k: x for k, x in first.items() if k != "labels"}
     kernels: dict[str, tuple[Any, int]] = {
         "MAP step": (pl.kernels.NoRepulsion(), 1),
@@ -202,7 +189,7 @@ def measured(
             svgd.step(**first)
 
     for name, of_phase in kernels.items():
-        yield name, allocated(partial(step, *of_phase))
+        yield name, allocated(partial(step, *of_phase), device)
     fisher: Any = "mc" if of_tokens else "exact"
     found: list[Any] = []
 
@@ -212,16 +199,21 @@ def measured(
         )
         found.append(guide.laplace_approximation([first, second]))
 
-    yield "Laplace fit", allocated(fit)
+    yield "Laplace fit", allocated(fit, device)
     tokens: Any = "last" if of_tokens else None
     methods = {"predict linearized": "linearized", "predict by draws": "sample"}
     for name, method in methods.items():
         if method == "sample" or not of_tokens:
             kwargs: Any = {"method": method, "tokens": tokens}
-            yield name, allocated(lambda k=kwargs: pl.predict(found[0], [without], **k))
+            yield (
+                name,
+                allocated(
+                    lambda k=kwargs: pl.predict(found[0], [without], **k), device
+                ),
+            )
 
 
-def rows() -> Iterator[str]:
+def rows(device: str) -> Iterator[str]:
     """The table's rows."""
     for name, config, lora_config, structure, size, number in SHAPES:
         plan = pl.plan_memory(
@@ -232,7 +224,7 @@ def rows() -> Iterator[str]:
             batch=size,
         )
         shape = f"{name}, {size[0]} x {size[1]}, K={number}, {structure!r}"
-        found = measured(config, lora_config, structure, size, number)
+        found = measured(config, lora_config, structure, size, number, device)
         for phase_name, peak in found:
             phase = plan[phase_name]
             planned = phase.peak
@@ -271,6 +263,8 @@ def large() -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--large", action="store_true")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
     warnings.simplefilter("ignore")  # the weights aren't a mode
     torch.set_num_threads(1)
@@ -288,13 +282,14 @@ def main() -> None:
         "batches of a fit, so that the first one's looking at the network is in it.",
         "The network and the posterior, which were there before, count as planned.",
         "",
-        provenance(),
+        provenance(device=args.device),
         "",
         *header("shape", "phase", "planned", "measured", "difference"),
-        *rows(),
+        *rows(args.device),
         "",
     ]
-    RESULT.write_text("\n".join(lines), encoding="utf-8")
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "memory.md").write_text("\n".join(lines), encoding="utf-8")
 
 
 if __name__ == "__main__":

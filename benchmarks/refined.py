@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import pyro_lora as pl
 from benchmarks import language_top
@@ -28,6 +28,7 @@ from benchmarks.corpora import chosen, corpus
 from benchmarks.encoder_top import (
     MAX_LENGTH,
     NUM_LAYERS,
+    EncoderTop,
     Rows,
     adapted,
     cache,
@@ -104,6 +105,17 @@ def language_model(folder: Path, number: int, seed: int, num_layers: int) -> Set
     )
 
 
+def plain_encoder(folder: Path, num_layers: int = NUM_LAYERS) -> nn.Module:
+    """MiniLM's layers, and the head that a data set's adapters bring theirs for."""
+    bert, _ = minilm(num_labels=len(corpus(folder).classes))
+    return EncoderTop(bert, num_layers)
+
+
+def plain_language_model(folder: Path, num_layers: int) -> nn.Module:
+    """SmolLM2's layers, and the scores of a data set's answers."""
+    return TASKS[folder.name].top(*language_top.language_model(), num_layers)
+
+
 @dataclass(frozen=True)
 class Network:
     """What is fine-tuned.
@@ -111,22 +123,30 @@ class Network:
     Attributes:
         about: What has adapters, for the table's readers.
         setting: A data set's folder, number of rows and seed -> a setting.
+        plain: A data set's folder -> the network without adapters, for PEFT to load
+            some into.
     """
 
     about: str
     setting: Callable[[Path, int, int], Setting]
+    plain: Callable[[Path], nn.Module]
 
 
 OF_MINILM = f"LoRA r={RANK} on query and value, and the head"
 NETWORKS = {
-    "minilm_2": Network(f"MiniLM's last two layers: {OF_MINILM}", encoder),
+    "minilm_2": Network(
+        f"MiniLM's last two layers: {OF_MINILM}", encoder, plain_encoder
+    ),
     "minilm_6": Network(
-        f"all six layers of MiniLM: {OF_MINILM}", partial(encoder, num_layers=6)
+        f"all six layers of MiniLM: {OF_MINILM}",
+        partial(encoder, num_layers=6),
+        partial(plain_encoder, num_layers=6),
     ),
     "smollm2_4": Network(
         "SmolLM2-135M-Instruct's last four layers: "
         f"LoRA r={language_top.RANK} on query, value and MLP, one token of answer",
         partial(language_model, num_layers=4),
+        partial(plain_language_model, num_layers=4),
     ),
 }
 

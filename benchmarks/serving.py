@@ -1,23 +1,23 @@
 """What can plain adapters serve of a posterior? Eight of them, averaged under PEFT.
 
 Usage: ``python -m benchmarks.serving --data FOLDER [--seeds 3] [--runs .cache/serving]
-[--sets sst2 agnews] [--layers 2 6] [--epochs 8] [--rows 500] [--shard 0/2]
+[--network minilm_6] [--sets sst2 agnews] [--epochs 8] [--rows 500] [--shard 0/2]
 [--parts draws ensemble] [--out benchmarks/results]``; ``--report`` writes the table of
 what there is.
 
-MiniLM as in ``benchmarks.refined``, with LoRA on its last two layers or on all six. The
-draws of each method are written by ``export_adapters``, loaded by PEFT into a network
-that has never been lifted, and their probabilities averaged. Each result is kept at
-once in ``raw/serving.jsonl``, the weights of each training in ``--runs``: what is there
-isn't computed again.
+Networks and data as in ``benchmarks.refined``. The draws of each method are written by
+``export_adapters``, loaded by PEFT into a network that has never been lifted, and their
+probabilities averaged. Each result is kept at once in ``raw/serving.jsonl``, the
+weights of each training in ``--runs``: what is there isn't computed again.
 """
 
 import argparse
 import tempfile
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +25,17 @@ import pyro
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import pyro_lora as pl
-from benchmarks.corpora import chosen, corpus
-from benchmarks.encoder_top import CachedRows, EncoderTop, adapted, cache, minilm
-from benchmarks.refined import RANK, mixed, predicted, scores
+from benchmarks.encoder_top import MAX_LENGTH, Rows
+from benchmarks.refined import NETWORKS, mixed, predicted, scores
 from benchmarks.runs import Result, arguments, keep, kept, raw, run_or_report, shard
-from benchmarks.seed_runs import PRIOR_PRECISION, Setting
+from benchmarks.seed_runs import Setting
 from benchmarks.tables import header, over_seeds, provenance, row
 from pyro_lora.ground.weights import Weights
 
-SETS, LAYERS = ("sst2", "agnews"), (2, 6)
+SETS = ("sst2", "agnews")
 NUM_ADAPTERS, NUM_TEST = 8, 300
 NUM_SCALING = 100  # training rows on which a scale is found
 SERVED = 1000  # seeds of draws to serve: others than those that a scale is found by
@@ -59,7 +58,7 @@ class Job:
     """One training, and the networks to serve."""
 
     setting: Setting
-    plain: EncoderTop
+    plain: nn.Module
     folder: Path  # of the weights of trainings
 
     def trained(self, member: int) -> Weights:
@@ -131,7 +130,7 @@ class Job:
 
 
 @torch.no_grad()
-def under_peft(plain: EncoderTop, adapter: Path, rows: CachedRows) -> Tensor:
+def under_peft(plain: nn.Module, adapter: Path, rows: Rows) -> Tensor:
     """Log probabilities (N, C) of one adapter, by PEFT alone."""
     network = PeftModel.from_pretrained(deepcopy(plain), adapter).eval()
     batches = rows.ordered()
@@ -139,69 +138,64 @@ def under_peft(plain: EncoderTop, adapter: Path, rows: CachedRows) -> Tensor:
     return torch.cat(logits).double().log_softmax(1)
 
 
-def job_of(args: argparse.Namespace, name: str, layers: int, seed: int) -> Job:
-    """A network with a new head, its rows on cached states, and it without LoRA."""
-    rows = corpus(args.data / name)
-    bert, tokenizer = minilm(num_labels=len(rows.classes))
-    plain = EncoderTop(deepcopy(bert), layers)
-    prior = pl.priors.normal(scale=PRIOR_PRECISION**-0.5)
-    parts = (chosen(rows.train, args.rows, seed), rows.test[:NUM_TEST])
-    train, test = (cache(bert, tokenizer, part, layers) for part in parts)
-    setting = Setting(
-        lora=pl.lift(adapted(bert, RANK, layers), prior=prior),
-        train=train,
-        test=test.by_length(),
-        epochs=args.epochs,
-        seed=seed,
+def job_of(args: argparse.Namespace, name: str, seed: int) -> Job:
+    """A network, its rows on cached states, and it without LoRA."""
+    network, folder = NETWORKS[args.network], args.data / name
+    setting = network.setting(folder, args.rows, seed)
+    test = setting.test.subset(range(NUM_TEST))
+    return Job(
+        replace(setting, epochs=args.epochs, test=test),
+        network.plain(folder),
+        args.runs / f"{args.network}-{name}-{args.rows}-{args.epochs}-{seed}",
     )
-    folder = args.runs / f"{name}-{layers}-{args.epochs}-{args.rows}-{seed}"
-    return Job(setting, plain, folder)
 
 
 def run(args: argparse.Namespace) -> None:
     """Every result that isn't there yet; ensembles, which take longest, last."""
     warnings.filterwarnings("ignore", "A Gaussian over several layers")
     jobs = [
-        (part, seed, layers, name)
+        (part, seed, name)
         for part in args.parts
         for seed in range(args.seeds)
-        for layers in args.layers
         for name in args.sets
     ]
-    for part, seed, layers, name in shard(jobs, args):
-        key = f"{name}-{layers}-{args.epochs}-{args.rows}-{seed}-{part}"
-        if key not in kept(raw(args)):
-            job = job_of(args, name, layers, seed)
+    for part, seed, name in shard(jobs, args):
+        of = f"{args.network}-{name}-{args.rows}-{args.epochs}-{seed}"
+        if (key := f"{of}-{part}") not in kept(raw(args)):
+            job = job_of(args, name, seed)
             keep(raw(args), key, job.draws() if part == "draws" else job.ensemble())
 
 
 def report(there: Mapping[str, Result]) -> list[str]:
     """All tables, in Markdown."""
-    results: dict[tuple[str, int], dict[str, list[Result]]] = {}
-    counts: dict[tuple[str, int], int] = {}
+    results: dict[tuple[str, str, int, int], dict[str, list[Result]]] = {}
+    counts: Counter[tuple[str, str, int, int]] = Counter()
     for kept_as, found in there.items():
-        name, layers, *_, part = kept_as.split("-")
-        key = name, int(layers)
-        counts[key] = counts.get(key, 0) + (part == "draws")
+        network, name, rows, epochs, _, part = kept_as.split("-")
+        key = network, name, int(rows), int(epochs)
+        counts[key] += part == "draws"
         for method, scored in found["metrics"].items():
-            results.setdefault(key, {}).setdefault(method, []).append(scored)
-        for method, scale in found.get("scales", {}).items():
-            results[key][method][-1]["scale"] = scale
+            scale = found.get("scales", {}).get(method)
+            cell = scored if scale is None else scored | {"scale": scale}
+            results.setdefault(key, {}).setdefault(method, []).append(cell)
     lines = [
         "# Draws worth serving",
         "",
-        f"MiniLM, LoRA r={RANK} on query and value, and the head; 500 training rows, "
-        f"8 epochs, {NUM_TEST} test rows, texts of at most 32 tokens. {NUM_ADAPTERS} "
-        "draws are exported as adapters, loaded by PEFT and their probabilities "
-        f"averaged. Scales are found on {NUM_SCALING} training rows. Mean ± standard "
+        f"{NUM_ADAPTERS} draws are exported as adapters, loaded by PEFT and their "
+        f"probabilities averaged; {NUM_TEST} test rows, texts of at most {MAX_LENGTH} "
+        f"tokens. Scales are found on {NUM_SCALING} training rows. Mean ± standard "
         "error over the seeds.",
         "",
         provenance(),
         "",
     ]
-    for (name, layers), methods in sorted(results.items()):
-        where = "all layers" if layers == max(LAYERS) else f"the last {layers} layers"
-        lines += [f"## {name}, LoRA on {where} (seeds: {counts[name, layers]})", ""]
+    of_networks: list[str] = []
+    for (network, name, num_rows, epochs), methods in sorted(results.items()):
+        if network not in of_networks:
+            of_networks.append(network)
+            lines += [f"## {NETWORKS[network].about}", ""]
+        count = counts[network, name, num_rows, epochs]
+        lines += [f"### {name}, {num_rows} rows, {epochs} epochs (seeds: {count})", ""]
         lines += header("method", "NLL", "accuracy", "ECE", "scale")
         for method, title in TITLES.items():
             if method in methods:
@@ -210,7 +204,7 @@ def report(there: Mapping[str, Result]) -> list[str]:
                     for metric in (*METRICS, "scale")
                 ]
                 number = len(methods[method])
-                of = f" (seeds: {number})" if number < counts[name, layers] else ""
+                of = f" (seeds: {number})" if number < count else ""
                 lines.append(row(title + of, *cells))
         lines.append("")
     return lines
@@ -218,7 +212,7 @@ def report(there: Mapping[str, Result]) -> list[str]:
 
 def main() -> None:
     parser = arguments(__doc__, "serving", SETS, rows=500)
-    parser.add_argument("--layers", nargs="+", type=int, default=list(LAYERS))
+    parser.add_argument("--network", choices=list(NETWORKS), default="minilm_2")
     parser.add_argument("--runs", type=Path, default=Path(".cache/serving"))
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--seeds", type=int, default=3)

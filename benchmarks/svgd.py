@@ -21,11 +21,11 @@ from torch import Tensor
 
 import pyro_lora as pl
 from benchmarks.allocator import SETTINGS, give_back_memory, keep_freed_memory
+from benchmarks.devices import allocated
 from benchmarks.lifting import (
     Size,
     Texts,
     one_after_another,
-    peak_bytes,
     plain_step,
 )
 from benchmarks.main_job import alternating_medians
@@ -73,9 +73,9 @@ def status(key: str) -> int:
 
 def peak(run: Job, device: str) -> int:
     """Most bytes in use during a call, beside those before."""
-    if device != "cpu":
-        return peak_bytes(run)
     run()
+    if device != "cpu":
+        return allocated(run, device)
     give_back_memory()
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak until now
     before = status("VmRSS")

@@ -1,14 +1,13 @@
 """Blocks of Llama-8B at full width, as many as fit: time in forward passes, and memory.
 
-Usage: ``python -m benchmarks.wide [--gb 20] [--blocks N] [--out benchmarks/results]``,
-alone on a machine with that much memory. Weights are random: times and sizes are those
-of the real network, and nothing else is. What 32 blocks take is extrapolated from the
-two depths that are run.
+Usage: ``python -m benchmarks.wide [--gb 20] [--blocks N] [--device cuda]
+[--out benchmarks/results]``, alone on a machine with that much memory. Weights are
+random: times and sizes are those of the real network, and nothing else is. What 32
+blocks take is extrapolated from the two depths that are run.
 """
 
 import argparse
 import gc
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +20,9 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, LlamaConfig
 
 import pyro_lora as pl
-from benchmarks.memory import GB, JITTER, adapter, allocated
+from benchmarks.devices import allocated
+from benchmarks.main_job import seconds
+from benchmarks.memory import GB, JITTER, adapter
 from benchmarks.tables import header, provenance, row
 
 WHOLE, LEAST = 32, 2  # blocks of Llama-8B, and of the shallower run
@@ -60,56 +61,56 @@ def peaks(num_blocks: int) -> dict[str, float]:
     return found | {"Laplace fit": max(found["Laplace fit"], end)}
 
 
+def memory_of(device: str) -> float:
+    """GB to be used."""
+    return 20.0 if device == "cpu" else 0.9 * torch.cuda.mem_get_info(device)[1] / GB
+
+
 def that_fit(gb: float) -> int:
     """The most blocks of which every phase fits; each takes as much as another."""
     few, twice = (max(peaks(n).values()) for n in (LEAST, 2 * LEAST))
     return min(LEAST + int((gb - few) / (twice - few) * LEAST), WHOLE)
 
 
-def text() -> dict[str, Tensor]:
+def text(device: str) -> dict[str, Tensor]:
     """One text with some padding, and its class."""
-    ids = torch.randint(1, 1000, (1, LENGTH))
+    ids = torch.randint(1, 1000, (1, LENGTH), device=device)
     mask = torch.ones_like(ids)
     mask[0, 0] = 0
-    labels = torch.zeros(1, dtype=torch.long)
+    labels = torch.zeros_like(ids[0, :1])
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-def timed(run: Callable[[], object]) -> tuple[float, float]:
+def timed(run: Callable[[], object], device: str) -> tuple[float, float]:
     """Seconds of a second run, and GB that weren't there before it."""
     run()
-    seconds: list[float] = []
-
-    def second_run() -> None:
-        start = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - start)
-
-    gc.collect()
-    memory = allocated(second_run)
-    return seconds[0], memory / GB
+    took: list[float] = []
+    memory = allocated(lambda: took.append(seconds(run)), device)
+    return took[0], memory / GB
 
 
-def measured(num_blocks: int) -> Iterator[tuple[str, tuple[float, float]]]:
+def measured(num_blocks: int, device: str) -> Iterator[tuple[str, tuple[float, float]]]:
     """Phase -> seconds of one batch, and GB with the network."""
     torch.manual_seed(0)
-    network = AutoModelForSequenceClassification.from_config(
-        config(num_blocks), dtype=torch.bfloat16
-    )
+    with torch.device(device):
+        network = AutoModelForSequenceClassification.from_config(
+            config(num_blocks), dtype=torch.bfloat16
+        )
     lora = pl.lift(get_peft_model(network, adapter("SEQ_CLS")).eval())
     weights = sum(x.nbytes for x in lora.network.parameters()) / GB
     model = pl.models.classification(lora, 2)
-    first, second = text(), text()
+    first, second = text(device), text(device)
     without = {k: x for k, x in first.items() if k != "labels"}
 
-    def with_network(found: tuple[float, float]) -> tuple[float, float]:
-        return found[0], found[1] + weights
+    def of(run: Callable[[], object]) -> tuple[float, float]:
+        took, memory = timed(run, device)
+        return took, memory + weights
 
     def forward() -> None:
         with torch.no_grad():
             lora.network(**without)
 
-    yield FORWARD, with_network(timed(forward))
+    yield FORWARD, of(forward)
     init = lora.init_to_adapter(jitter=JITTER)
     kernels: dict[str, tuple[Any, int]] = {
         "MAP step": (pl.kernels.NoRepulsion(), 1),
@@ -117,7 +118,7 @@ def measured(num_blocks: int) -> Iterator[tuple[str, tuple[float, float]]]:
     }
     for name, (kernel, number) in kernels.items():
         svgd = pl.SVGD(model, kernel, Adam({"lr": 1e-4}), number, init_loc_fn=init)
-        yield name, with_network(timed(lambda s=svgd: s.step(**first)))  # type: ignore[misc]
+        yield name, of(lambda s=svgd: s.step(**first))  # type: ignore[misc]
         del svgd
     guide = pl.AutoLaplace(model, init_loc_fn=init, structure=STRUCTURE)
     found: list[Any] = []
@@ -125,13 +126,9 @@ def measured(num_blocks: int) -> Iterator[tuple[str, tuple[float, float]]]:
     def fit() -> None:
         found[:] = [guide.laplace_approximation([first, second])]
 
-    seconds, memory = timed(fit)
-    yield "Laplace fit", with_network((seconds / 2, memory))
-    posterior = found[0]
-    yield (
-        "predict linearized",
-        with_network(timed(lambda: pl.predict(posterior, [without]))),
-    )
+    of_two, memory = of(fit)
+    yield "Laplace fit", (of_two / 2, memory)
+    yield "predict linearized", of(lambda: pl.predict(found[0], [without]))
 
 
 def rows(shallow: Found, deep: Found, num_blocks: int) -> Iterator[str]:
@@ -142,13 +139,13 @@ def rows(shallow: Found, deep: Found, num_blocks: int) -> Iterator[str]:
         few, many = shallow[name][which], deep[name][which]
         return many + (many - few) / (num_blocks - LEAST) * (WHOLE - num_blocks)
 
-    for name, (seconds, memory) in deep.items():
+    for name, (took, memory) in deep.items():
         plan = [plans[n].get(name) for n in plans]
         of_plan = [f"{x:.1f}" if x else "" for x in plan]
         yield row(
             name,
-            f"{seconds:.1f}",
-            f"{seconds / deep[FORWARD][0]:.2f}",
+            f"{took:.1f}",
+            f"{took / deep[FORWARD][0]:.2f}",
             f"{memory:.1f}",
             of_plan[0],
             f"{whole(name, 0):.1f}",
@@ -158,12 +155,12 @@ def rows(shallow: Found, deep: Found, num_blocks: int) -> Iterator[str]:
         )
 
 
-def report(num_blocks: int) -> list[str]:
+def report(num_blocks: int, device: str) -> list[str]:
     """The page."""
     found: dict[int, Found] = {}
     for number in (LEAST, num_blocks):
         found[number] = {}
-        for name, values in measured(number):
+        for name, values in measured(number, device):
             found[number][name] = values
             print(number, name, *values, flush=True)
         gc.collect()
@@ -179,7 +176,7 @@ def report(num_blocks: int) -> list[str]:
         f"{WHOLE} blocks time and memory are extrapolated from those of {LEAST} and "
         f"{num_blocks}.",
         "",
-        provenance(),
+        provenance(device=device),
         "",
         *header(
             "",
@@ -199,12 +196,14 @@ def report(num_blocks: int) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--gb", type=float, default=20.0)
+    parser.add_argument("--gb", type=float, help="20, or most of a GPU's")
     parser.add_argument("--blocks", type=int, help="in place of as many as fit")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
     warnings.simplefilter("ignore")  # the weights aren't a mode
-    lines = report(args.blocks or that_fit(args.gb))
+    gb = args.gb or memory_of(args.device)
+    lines = report(args.blocks or that_fit(gb), args.device)
     print("\n".join(lines))
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "wide.md").write_text("\n".join(lines), encoding="utf-8")

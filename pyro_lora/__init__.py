@@ -17,7 +17,6 @@ if TYPE_CHECKING:  # what _HOMES says below, for whom no code runs
     from pyro_lora.curvature import integrals, structures
     from pyro_lora.diagnose.diagnose import diagnose
     from pyro_lora.diagnose.effective_predictions import effective_num_predictions
-    from pyro_lora.diagnose.memory_plan import plan_memory
     from pyro_lora.diagnose.stein_discrepancy import kernelized_stein_discrepancy
     from pyro_lora.export import plots
     from pyro_lora.export.adapters import export_adapters
@@ -36,6 +35,7 @@ if TYPE_CHECKING:  # what _HOMES says below, for whom no code runs
     from pyro_lora.lifting.lifted_network import LiftedNetwork
     from pyro_lora.likelihood import likelihoods
     from pyro_lora.likelihood.text_batches import text_batches
+    from pyro_lora.memory_plan import plan_memory
     from pyro_lora.posteriors.dropout import mc_dropout
     from pyro_lora.posteriors.laplace_posterior import LaplacePosterior
     from pyro_lora.posteriors.mixture_posterior import MixturePosterior
@@ -106,7 +106,6 @@ _HOMES = {
     "pyro_lora.curvature": "integrals structures",
     "pyro_lora.diagnose.diagnose": "diagnose",
     "pyro_lora.diagnose.effective_predictions": "effective_num_predictions",
-    "pyro_lora.diagnose.memory_plan": "plan_memory",
     "pyro_lora.diagnose.stein_discrepancy": "kernelized_stein_discrepancy",
     "pyro_lora.export": "plots",
     "pyro_lora.export.adapters": "export_adapters",
@@ -125,6 +124,7 @@ _HOMES = {
     "pyro_lora.lifting.lifted_network": "LiftedNetwork",
     "pyro_lora.likelihood": "likelihoods",
     "pyro_lora.likelihood.text_batches": "text_batches",
+    "pyro_lora.memory_plan": "plan_memory",
     "pyro_lora.posteriors.dropout": "mc_dropout",
     "pyro_lora.posteriors.laplace_posterior": "LaplacePosterior",
     "pyro_lora.posteriors.mixture_posterior": "MixturePosterior",

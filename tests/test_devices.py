@@ -100,6 +100,10 @@ def test_laplace(structure: str, num_labels: int, tmp_path: Path) -> None:
             "probs": [prediction.probs, sampled.probs, prediction[:3].probs],
             "metrics": prediction.metrics(),
             "joint": joint.covariance_matrix.detach(),
+            "scale": tuned.for_sampling(batches, num_samples=2).scale,
+            "tree": pl.to_datatree(tuned, batches, num_samples=2)["sample_stats"][
+                "lp"
+            ].values.tolist(),
             "temperature": pl.fit_temperature(prediction),
         }
 

@@ -24,11 +24,13 @@ from pyro_lora.curvature.layout import Call, Layout, Run, find_layouts, mixes_da
 from pyro_lora.ground.accumulation import at_least_float32
 from pyro_lora.ground.interrupts import eagerly, hooked
 from pyro_lora.ground.memory import address
+from pyro_lora.ground.ranks import Ranks
 from pyro_lora.ground.settings import check_gradients
 from pyro_lora.ground.synchronisation import ask
 from pyro_lora.lifting.folding import tensors_in
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.lifting.sites import LiftedParameter
+from pyro_lora.lifting.split_layers import meet, who_run
 from pyro_lora.likelihood.model_trace import lifted_networks
 
 
@@ -74,6 +76,11 @@ class Recording:
     runs: list[Run] = field(default_factory=list)
     layouts: dict[Call, Layout] = field(default_factory=dict)
 
+    @property
+    def ranks(self) -> Ranks:
+        """Who runs each pass together, since layers are split over them."""
+        return who_run(self.networks)
+
     def find_layouts(self, terms: Tensor, max_bytes: float = math.inf) -> None:
         """Find which positions of each layer belong to which datum.
 
@@ -92,7 +99,9 @@ class Recording:
                 "activations."
             )
         with eagerly():
-            self.layouts = find_layouts([self.outside, *self.runs], terms, max_bytes)
+            self.layouts = find_layouts(
+                [self.outside, *self.runs], terms, max_bytes, self.ranks
+            )
 
     def mixes_data(self, terms: Tensor) -> bool:
         """Whether the terms, (M, B), of several data depend on the same output."""
@@ -298,6 +307,7 @@ def capture_layers(
         if slot in slots and (laid_out := [c for c in of_slot if c in record.layouts])
     }
     outputs = [call.output for of_slot in calls.values() for call in of_slot]
+    meet(record.ranks, f"{len(terms)} backward passes to {len(outputs)} layers")
     rows = [  # M queues, from which each gradient is taken once, to free its memory
         deque(_output_gradients(term, outputs, keep_graph or i < len(terms) - 1))
         for i, term in enumerate(terms)

@@ -156,7 +156,9 @@ def over_ranks(
         ranks: Who has some.
         own: Over this rank's batches; None if it has none yet, as another has.
         device: Where they are.
-        keep: Whether they are still needed; else what they sum to takes their place.
+        keep: Whether they are still needed, and what they sum to is for the first
+            process's files: there on the CPU, on others without values, so that none
+            holds all of it beside them. Else it takes their place.
 
     Returns:
         On all ranks the same.
@@ -182,6 +184,8 @@ def over_ranks(
         elif keep or times[x] > 1:
             x = x.clone()
         by_key[key] = ranks.sum(x)
+        if keep:
+            by_key[key] = by_key[key].to("cpu" if is_first() else "meta")
     sums = {name: by_key[key] for name, key in keys.items()}
     factors: dict[int, Any] = {}
     for i, (kind, fields) in like.factors.items():
@@ -241,7 +245,7 @@ class PassState:
     Attributes:
         sums: Over the batches done.
         batches: The digest of each batch done.
-        random: The random generators' states after them, by device.
+        random: The random generators' states after them, "cpu" and perhaps "cuda".
         folder: Where it was read.
     """
 
@@ -313,11 +317,10 @@ class PassState:
 
     def restore_random_state(self) -> None:
         """Set the generators, so that the next labels drawn are those that were due."""
-        for device, state in self.random.items():
-            if device == "cpu":
-                torch.set_rng_state(state)
-            else:
-                torch.cuda.set_rng_state(state, device)
+        torch.set_rng_state(self.random["cpu"])
+        if "cuda" in self.random:
+            device = self.sums.log_likelihood.device
+            torch.cuda.set_rng_state(self.random["cuda"], device)
 
 
 @dataclass
@@ -378,10 +381,10 @@ class PassCheckpoint:
             ValueError: If they can't.
         """
         random = {
-            device: _generator(
-                tensors.pop(f"random/{device}", None), device, self.device
-            )
-            for device in saved.random
+            kind: _generator(state, kind, self.device)
+            for kind in saved.random
+            for state in [tensors.pop(f"random/{kind}", None)]
+            if kind in ("cpu", self.device.type)  # else the fit has moved
         }
         if "cpu" not in random:
             raise ValueError("the generator's state is missing")
@@ -455,7 +458,12 @@ class PassCheckpoint:
         return self.folder / f"rows-{first}"
 
     def write(
-        self, ranks: Ranks, own: DataSums | None, batches: Sequence[str], ready: bool
+        self,
+        ranks: Ranks,
+        own: DataSums | None,
+        batches: Sequence[str],
+        ready: bool,
+        at_once: bool = False,
     ) -> None:
         """Write the state, unless the last write is so recent that it would cost.
 
@@ -466,9 +474,11 @@ class PassCheckpoint:
             own: Over this rank's batches done, None if there are none yet.
             batches: Digests of these.
             ready: Whether there is something new.
+            at_once: Whether it has to be written, whatever it costs.
         """
         started = time.monotonic()
-        if not ranks.first_says(ready and started >= self._resting_until):
+        is_time = at_once or started >= self._resting_until
+        if not ranks.first_says(ready and is_time):
             return
         if own is not None:
             new = {  # since the last write, of what grows
@@ -483,8 +493,8 @@ class PassCheckpoint:
             return
         random = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
-            random[str(self.device)] = torch.cuda.get_rng_state(self.device)
-        tensors = {f"random/{device}": state for device, state in random.items()}
+            random["cuda"] = torch.cuda.get_rng_state(self.device)
+        tensors = {f"random/{kind}": state for kind, state in random.items()}
         shared: dict[str, str] = {}
         names: dict[Tensor, str] = {}
         for name, x in sums.named().items():
@@ -582,10 +592,11 @@ class PassLog:
             self.before.restore_random_state()
         self._skips = False
 
-    def write(self, sums: DataSums | None) -> None:
-        """Write the sums so far, over this rank's batches."""
+    def write(self, sums: DataSums | None, at_once: bool = False) -> None:
+        """Write the sums so far over this rank's batches, perhaps at any cost."""
         if self.checkpoint is not None:
-            self.checkpoint.write(self.ranks, sums, self._done, not self._skips)
+            ready = not self._skips
+            self.checkpoint.write(self.ranks, sums, self._done, ready, at_once)
 
     def check(self) -> None:
         """Check at the end that all batches that were done were given again."""
@@ -617,19 +628,23 @@ def _known(name: str) -> type[AnyFactors]:
     return kind
 
 
-def _generator(state: Tensor | None, device: str, sums: torch.device) -> Tensor:
-    """The state of a device's generator, once it's seen to be one.
+def _generator(state: Tensor | None, kind: str, device: torch.device) -> Tensor:
+    """The state of a generator, once it's seen to be one.
+
+    Args:
+        state: What was read.
+        kind: "cpu", or that of the sums' device.
+        device: The sums'.
 
     Raises:
         ValueError: If it isn't.
     """
-    is_used = device in ("cpu", str(sums))
-    if state is None or not is_used or state.dtype != torch.uint8 or state.ndim != 1:
-        raise ValueError(f"the generator's state of {device!r:.80} is missing or none")
+    if state is None or state.dtype != torch.uint8 or state.ndim != 1:
+        raise ValueError(f"the generator's state of {kind!r} is missing or none")
     try:
-        torch.Generator("cpu" if device == "cpu" else sums).set_state(state)
+        torch.Generator("cpu" if kind == "cpu" else device).set_state(state)
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"the generator's state of {device!r}: {error}") from error
+        raise ValueError(f"the generator's state of {kind!r}: {error}") from error
     return state
 
 

@@ -26,7 +26,7 @@ from collections.abc import (
 )
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, count
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +80,10 @@ from pyro_lora.ground.ranks import ALONE, Ranks, is_first
 from pyro_lora.ground.synchronisation import gathered, require, validated
 from pyro_lora.ground.warning import warn
 from pyro_lora.ground.weights import Weights
-from pyro_lora.lifting.cached_trunk import forget_trunk
+from pyro_lora.lifting.cached_trunk import end_trunk_once
 from pyro_lora.lifting.fingerprint import fingerprint_of_whole
 from pyro_lora.lifting.lifted_network import LiftedNetwork
-from pyro_lora.lifting.split_layers import has_parts
+from pyro_lora.lifting.split_layers import who_run
 from pyro_lora.likelihood import likelihoods
 from pyro_lora.likelihood.batch import (
     NO_BATCHES,
@@ -330,11 +330,12 @@ class FisherPasses:
             raise ValueError(READ_ONCE.format(why))
         mode = self.mode
         leaves = {site: x.clone().requires_grad_() for site, x in mode.items()}
-        names = chain(["Fisher"], (f"Fisher-{n}" for n in count(2)))
+        numbers = count(1)
         checkpoints: list[PassCheckpoint] = []
 
         def one_pass(summed: BatchStructure) -> tuple[DataSums, Any]:
-            name = next(names)
+            number = next(numbers)
+            name = "Fisher" if number == 1 else f"Fisher-{number}"
             if self.checkpoint is not None:
                 checkpoints.append(self._pass_checkpoint(Path(self.checkpoint), name))
             return self._sum(
@@ -342,6 +343,7 @@ class FisherPasses:
                 leaves,
                 progress(batches, title=name, unit="batch", shown=self.progress_bar),
                 checkpoints[-1] if checkpoints else None,
+                is_last=number == self.structure.num_passes,
             )
 
         def next_pass(summed: BatchStructure) -> Factors:
@@ -422,7 +424,7 @@ class FisherPasses:
         device = next(iter(mode.values())).device
         shapes = {site: tuple(x.shape) for site, x in mode.items()}
         # Who runs parts of the first's passes leaves out those that the first does.
-        joint = any(has_parts(lora.network) for lora in self.networks)
+        joint = who_run(self.networks).size > 1
         reads = is_first() or (joint and self.ranks.rank == 0)
         return PassCheckpoint(folder / name.lower(), fit, device, shapes, reads)
 
@@ -432,8 +434,12 @@ class FisherPasses:
         leaves: Weights,
         batches: Iterable[Batch],
         checkpoint: PassCheckpoint | None,
+        is_last: bool,
     ) -> tuple[DataSums, Any]:
         """The sums over all data of all ranks, and the last batch's trace.
+
+        What another pass is made of must be there when that one is resumed: rows that
+        were drawn can't be drawn again.
 
         Raises:
             ValueError: As :meth:`fit` does.
@@ -496,8 +502,10 @@ class FisherPasses:
                         before.check_factors(layers)
                     sums.add_factors(layers)
             del factors, layers
-            forget_trunk(self.networks)
+            end_trunk_once(self.networks)
         log.check()
+        if not is_last:
+            log.write(sums, at_once=True)
         if last is None:
             raise ValueError(ranks.none_here(NO_BATCHES))
         if trace is None:  # for the prior, where all batches were done before

@@ -31,6 +31,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import torch
@@ -40,8 +41,10 @@ from torch.autograd.function import BackwardCFunction
 
 from pyro_lora.ground.accumulation import at_least_float32
 from pyro_lora.ground.memory import address
+from pyro_lora.ground.ranks import ALONE, Ranks
 from pyro_lora.ground.synchronisation import Answer, ask, require
 from pyro_lora.lifting.lifted_network import LiftedNetwork
+from pyro_lora.lifting.split_layers import meet
 
 NOBODY, SEVERAL = -1, -2  # in place of a datum
 AT_ONCE = 2**22  # entries that temporary tensors have
@@ -222,7 +225,10 @@ class KeptLayout:
 
 
 def find_layouts(
-    runs: Sequence[Run], terms: Tensor, max_bytes: float = math.inf
+    runs: Sequence[Run],
+    terms: Tensor,
+    max_bytes: float = math.inf,
+    ranks: Ranks = ALONE,
 ) -> dict[Call, Layout]:
     """How the positions of every call are those of the data.
 
@@ -230,6 +236,7 @@ def find_layouts(
         runs: Calls of the networks, with those of the slots.
         terms: (M, B), each datum's terms depending on that datum alone.
         max_bytes: Of gradients at a time, where it takes more than one tensor.
+        ranks: Who runs each pass together, since layers are split over them.
 
     Returns:
         Call -> layout, but for calls without positions, as of an expert without tokens.
@@ -245,15 +252,18 @@ def find_layouts(
     ]
     calls = [call for run in runs for call in run.calls]
     num_data = terms.shape[1]
-    if num_data == 1:
+    probe = _Probe(terms, max_bytes, calls, ranks)
+    if probe.num_data == 1:
+        return dict.fromkeys(calls, Layout(1))
+    outputs = [x for run in runs for x in run.outputs]
+    if num_data == 1:  # this rank only takes part in the others' passes
+        probe.owners([], outputs)
+        probe.owners([])
         return dict.fromkeys(calls, Layout(1))
     kept = {run: run.network.layouts.get(run.form) for run in runs if run.network}
-    probe = _Probe(terms, max_bytes)
     first = [c for run in runs for c in _unknown(run, kept.get(run))]
-    outputs = [x for run in runs for x in run.outputs]
-    probed = probe.owners([*outputs, *(call.output for call in first)], len(outputs))
-    of_outputs = iter(probed[: len(outputs)])
-    owners = dict(zip(first, probed[len(outputs) :], strict=True))
+    owners, probed = probe.owners(first, outputs)
+    of_outputs = iter(probed)
     # All is asked before the first answer is needed.
     by_run = {run: [next(of_outputs) for _ in run.outputs] for run in runs}
     asked = {r: _Outputs(r, by_run[r], kept.get(r), num_data) for r in runs}
@@ -272,9 +282,9 @@ def find_layouts(
             kept[run] = None
             rows[run] = _Outputs(run, by_run[run], None, num_data).rows()
     rest = [c for run in runs for c in _unknown(run, kept.get(run)) if c not in owners]
-    if rest:
-        more = probe.owners([call.output for call in rest])
-        owners |= dict(zip(rest, more, strict=True))
+    more, _ = probe.owners(rest)
+    if more:
+        owners |= more
         _require_single(owners, num_data)
         families = _families(owners)
     for family in families:
@@ -307,7 +317,7 @@ def mixes_data(runs: Sequence[Run], terms: Tensor) -> bool:
         terms: (M, B).
     """
     outputs = [x for run in runs for x in run.outputs]
-    owners = _Probe(terms, math.inf).owners(outputs, len(outputs))
+    _, owners = _Probe(terms, math.inf).owners([], outputs)
     return any([ask((owner == SEVERAL).any(), usual=False) for owner in owners])
 
 
@@ -323,9 +333,20 @@ class _Probe:
     Args:
         terms: (M, B).
         max_bytes: Of gradients at a time.
+        calls: All that may be looked at.
+        ranks: Who runs each pass together: all look at what one of them doesn't know.
+
+    Attributes:
+        num_data: The most that one of these has, by which they take as many passes.
     """
 
-    def __init__(self, terms: Tensor, max_bytes: float) -> None:
+    def __init__(
+        self,
+        terms: Tensor,
+        max_bytes: float,
+        calls: Sequence[Call] = (),
+        ranks: Ranks = ALONE,
+    ) -> None:
         # One number for each datum, whose gradient is zero only where all terms' are.
         mix = torch.linspace(1, 2, len(terms), dtype=terms.dtype, device=terms.device)
         data = torch.arange(terms.shape[1], dtype=torch.float64, device=terms.device)
@@ -333,19 +354,36 @@ class _Probe:
         irregular = 1 + data * (5**0.5 - 1) / 2 % 1
         self._data = (mix @ terms) * irregular.to(terms)  # (B,)
         self._max_bytes = max_bytes
+        self._calls, self._ranks = calls, ranks
+        meet(ranks, f"a look at {len(calls)} calls of layers")
+        self.num_data = max(ranks.counts(terms.shape[1]))
 
-    def owners(self, tensors: Sequence[Tensor], num_outputs: int = 0) -> list[Tensor]:
+    def owners(
+        self, calls: Sequence[Call], outputs: Sequence[Tensor] = ()
+    ) -> tuple[dict[Call, Tensor], list[Tensor]]:
         """Of every position of tensors (..., X) the datum, (...), or a marker.
 
         Args:
-            tensors: Outputs of networks, then of layers.
-            num_outputs: How many of the first: of these, one with two dims or one may
-                have no features, but a position (..., 1) for every number.
+            calls: Those to be looked at; with the ranks, also those of others.
+            outputs: Of networks: one with two dims or one may have no features, but a
+                position (..., 1) for every number.
         """
+        places = {call: i for i, call in enumerate(self._calls)}
+        wanted = [places[call] for call in calls]
+        of_ranks = self._ranks.collected(wanted)
+        looked_at = [self._calls[i] for i in sorted({*chain(*of_ranks)})]
+        tensors = [*outputs, *(call.output for call in looked_at)]
+        found = self._owners(tensors, len(outputs))
+        of_calls = found[len(outputs) :]
+        return dict(zip(looked_at, of_calls, strict=True)), found[: len(outputs)]
+
+    def _owners(self, tensors: Sequence[Tensor], num_outputs: int) -> list[Tensor]:
         single = [i < num_outputs and x.ndim < 3 for i, x in enumerate(tensors)]
         decoded: dict[int, tuple[Tensor, Tensor]] = {}
-        wanted = [i for i, x in enumerate(tensors) if x.requires_grad and x.numel()]
-        for group in self._groups([(i, tensors[i].nbytes) for i in wanted]):
+        own_sizes = [x.nbytes if x.requires_grad else 0 for x in tensors]
+        of_ranks = zip(*self._ranks.collected(own_sizes), strict=True)
+        nbytes = [max(of_rank) for of_rank in of_ranks]
+        for group in self._groups([(i, n) for i, n in enumerate(nbytes) if n]):
             decoded |= self._decoded({i: tensors[i] for i in group}, single)
         num_data = len(self._data)
         sizes = {  # of each datum, its largest; what nobody owns is put behind them
@@ -389,7 +427,7 @@ class _Probe:
         owner = {i: torch.zeros_like(at) for i, (at, _) in top.items()}
         # Datum b has the digits b // base^k % base, and two passes find one of them.
         place = 1
-        while place < num_data:
+        while place < self.num_data:
             digits = data // place % base
             last = min(base, -(-num_data // place)) - 1
             rising, falling = (

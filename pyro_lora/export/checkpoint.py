@@ -29,6 +29,7 @@ from pyro_lora.export.posterior_state import (
     sites_of,
 )
 from pyro_lora.export.weight_variables import bare_parameters
+from pyro_lora.ground.autocast import outside_autocast
 from pyro_lora.ground.checked_tensors import CheckedTensors
 from pyro_lora.ground.interrupts import leaving_no_trace
 from pyro_lora.ground.settings import check_kind
@@ -172,7 +173,8 @@ def load(
         if manifest.version > 1:  # else there were none
             saved = restored(content.networks or (), tensors.values)
             check_networks(saved, networks, "the posterior")
-        posterior = restore(content.posterior, tensors, networks, model)
+        with outside_autocast():  # what was read is checked by products
+            posterior = restore(content.posterior, tensors, networks, model)
         if sites_of(posterior) != content.sites:
             raise ValueError(
                 f"the sites have the shapes {sites_of(posterior)}, the manifest says "

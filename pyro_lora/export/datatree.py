@@ -423,7 +423,7 @@ class Draws:
     def of(self, component: int) -> Tensor:
         """The places of a component's draws."""
         if self.component is None:
-            return torch.arange(len(self))
+            return torch.arange(len(self), device="cpu")
         return (self.component == component).nonzero()[:, 0]
 
 
@@ -466,7 +466,7 @@ def chains_of(posterior: Posterior | MCMC | Samples, num_samples: int | None) ->
     if isinstance(posterior, MCMC):
         samples = posterior.get_samples(group_by_chain=True)
         chains = _of_samples(samples, num_samples)
-        diverging = torch.zeros(next(iter(samples.values())).shape[:2])
+        diverging = torch.zeros(next(iter(samples.values())).shape[:2], device="cpu")
         divergences = posterior.diagnostics().get("divergences", {})
         for index, draws in enumerate(divergences.values()):
             diverging[index, draws] = 1

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -186,8 +187,19 @@ def _made_again(outputs: Any) -> Callable[[], Any] | None:
 class FusedAttention(TorchFunctionMode):
     """Attention as it's computed on a device, where the meta device has none.
 
-    The fused kernels keep no weight for each pair of tokens.
+    The fused kernels keep no weight for each pair of tokens. In a backward pass, where
+    gradient checkpointing runs layers again, PyTorch's modes of functions are off: so
+    there is another function in the module, too.
     """
+
+    def __enter__(self) -> FusedAttention:
+        functional.scaled_dot_product_attention = _fused
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        functional.scaled_dot_product_attention = scaled_dot_product_attention
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -197,6 +209,13 @@ class FusedAttention(TorchFunctionMode):
         if func is scaled_dot_product_attention and args[0].is_meta:
             return _attention(func, *args, **kwargs)
         return func(*args, **kwargs)
+
+
+def _fused(query: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Attention where the mode is on, by the module's name for it."""
+    if query.is_meta:
+        return _attention(scaled_dot_product_attention, query, *args, **kwargs)
+    return scaled_dot_product_attention(query, *args, **kwargs)
 
 
 def _attention(

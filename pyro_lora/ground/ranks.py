@@ -133,7 +133,16 @@ class Ranks:
 
     def total(self, number: int) -> int:
         """The sum of a count over all ranks."""
-        return sum(self._meet("a count", number=number))
+        return sum(self.counts(number))
+
+    def counts(self, number: int, form: str = "a count") -> list[int]:
+        """Those of all ranks, in their order.
+
+        Args:
+            number: This rank's.
+            form: What it's for, in words.
+        """
+        return self._meet(form, number=number)
 
     def gathered(self, x: Tensor, dim: int = 0) -> Tensor:
         """What the ranks have, joined along a dim in their order.
@@ -262,6 +271,19 @@ class Ranks:
                 return name, int(others[0])
         return None
 
+    def given_another(self, values: Mapping[str, Any]) -> tuple[str, int] | None:
+        """What isn't the same to the last bit on a rank as on the first, and that rank.
+
+        Args:
+            values: By name, tensors or what holds some.
+        """
+        by_rank = self.collected({name: _digest(x) for name, x in values.items()})
+        for rank, digests in enumerate(by_rank):
+            for name in sorted({*digests, *by_rank[0]}):
+                if digests.get(name) != by_rank[0].get(name):
+                    return name, rank
+        return None
+
     def meet(self, form: str) -> None:
         """Wait until all ranks are about to do the same.
 
@@ -285,11 +307,7 @@ class Ranks:
         """
         if self.size == 1:
             return
-        digest = 0
-        for x in tree_leaves(values):
-            if isinstance(x, Tensor):
-                rows = x.detach().cpu().contiguous().reshape(-1)
-                digest = zlib.crc32(rows.view(torch.uint8).numpy().data, digest)
+        digest = _digest(values)
         for rank, other in enumerate(said := self._meet("a batch's digest", digest)):
             if other != said[0]:
                 raise ValueError(
@@ -444,9 +462,12 @@ class Ranks:
 
         Raises:
             agreed: A RuntimeError, in our words.
+            OutOfMemoryError: This rank's own.
         """
         try:
             yield
+        except torch.OutOfMemoryError:  # this rank's own
+            raise
         except RuntimeError as error:
             own, size = self.everyone.rank(), self.everyone.size()
             others = [r for r in range(size) if r != own]
@@ -633,6 +654,16 @@ def _summable(dtype: torch.dtype) -> torch.dtype:
     return (
         torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else dtype
     )
+
+
+def _digest(values: Any) -> int:
+    """Of all tensors in dicts, lists and tuples."""
+    digest = 0
+    for x in tree_leaves(values):
+        if isinstance(x, Tensor):
+            rows = x.detach().cpu().contiguous().reshape(-1)
+            digest = zlib.crc32(rows.view(torch.uint8).numpy().data, digest)
+    return digest
 
 
 def _cuda_state() -> Tensor | None:

@@ -45,6 +45,7 @@ from pyro_lora.infer.svgd.kernels import NoRepulsion
 from pyro_lora.infer.svgd.svgd import SVGD
 from pyro_lora.infer.svgd.training_state import check_optimizer
 from pyro_lora.lifting.cached_trunk import trunk_once
+from pyro_lora.lifting.fingerprint import check_same_networks
 from pyro_lora.lifting.initialization import check_start
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.likelihood.batch import (
@@ -312,6 +313,7 @@ class AutoLaplace(AutoDelta):
             }
             _check_mode(values)
             ranks.check_same(values, "the weights", SAME_START)
+            check_same_networks(networks, ranks)
             (model,) = self._user_model
             passes = FisherPasses(
                 model=model,

@@ -37,7 +37,7 @@ from pyro_lora.lifting.slots import (
     Location,
     Slot,
 )
-from pyro_lora.lifting.split_layers import is_split, is_tensor_parallel
+from pyro_lora.lifting.split_layers import is_split, is_tensor_parallel, mesh_of
 from pyro_lora.lifting.trunk import Trunk
 
 # One weight set, or that of all particles, by the parameter that is replaced.
@@ -272,7 +272,7 @@ class Host:
         unfoldable: Those that need one particle at a time.
         steps: The steps from the network down to what holds lifted parameters: parent,
             name and child.
-        is_split: Whether some of its parameters are split over processes.
+        mesh: Over which some of its parameters are split; None if none are.
         is_tensor_parallel: Whether these compute parts of the same outputs.
         layouts: Form of call -> how its layers lay out the rows of its outputs, as far
             as the curvature has seen.
@@ -293,7 +293,7 @@ class Host:
     checked: set[tuple[Any, ...]] = field(default_factory=set)
     unfoldable: set[tuple[Any, ...]] = field(default_factory=set)
     steps: tuple[tuple[nn.Module, str, nn.Module], ...] = field(init=False)
-    is_split: bool = field(init=False)
+    mesh: Any = field(init=False)
     is_tensor_parallel: bool = field(init=False)
     layouts: dict[tuple[Any, ...], Any] = field(default_factory=dict)
     lifted_anew: str | None = None
@@ -312,7 +312,7 @@ class Host:
         self.steps = self._steps_down()
         split = [n for n, p in self.network.named_parameters() if is_split(p)]
         modules = dict(self.network.named_modules())
-        self.is_split = bool(split)
+        self.mesh = mesh_of(self.network)
         self.is_tensor_parallel = any(is_tensor_parallel(n, modules) for n in split)
         # torch.compile takes a partial, but no bound method.
         self.context_fn = functools.partial(checkpoint_contexts, self.bindings)

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import Cache
 
 from pyro_lora.ground.interrupts import eagerly, entered, leaving_no_trace
+from pyro_lora.ground.ranks import Ranks
 from pyro_lora.ground.synchronisation import values_are_known
 from pyro_lora.ground.weights import drawing_nothing
 from pyro_lora.lifting.binding import (
@@ -44,7 +45,14 @@ from pyro_lora.lifting.folding import (
 )
 from pyro_lora.lifting.sites import LiftedParameter
 from pyro_lora.lifting.slots import Fold, LinearSlot, NotFoldable, swapped
-from pyro_lora.lifting.split_layers import check_alike, meet, meet_before_backward
+from pyro_lora.lifting.split_layers import (
+    OF_SPLIT,
+    check_alike,
+    check_writes,
+    meet,
+    meet_before_backward,
+    ranks_on,
+)
 from pyro_lora.lifting.text_trunk import TextTrunk, check_caches
 from pyro_lora.lifting.trunk import Call, Trunk
 
@@ -67,6 +75,7 @@ class BoundNetwork:
         self._own: Binding | None = None  # that of the `with` block
         self._lead, self._values = _values(host, weights)
         self._num_calls = 0
+        self._are_as_many = False  # particles of all over whom the network is split
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The network's output, tensors as ``(*lead, B, ...)``.
@@ -91,8 +100,8 @@ class BoundNetwork:
         if not torch.compiler.is_compiling():
             self._num_calls += 1
         output = self._run(host.network, args, kwargs, trunk, ())
-        if host.is_split and not torch.compiler.is_compiling():
-            meet_before_backward(host.network, tensors_in(output))
+        if host.mesh is not None and not torch.compiler.is_compiling():
+            meet_before_backward(self._ranks, tensors_in(output))
         return output
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -104,9 +113,13 @@ class BoundNetwork:
 
         Raises:
             RuntimeError: As for a call.
-            ValueError: As for a call.
+            ValueError: As for a call, or if FSDP doesn't know of ``generate``.
         """
-        generate: Any = self._host.network.generate
+        host = self._host
+        if host.mesh is not None and not host.is_tensor_parallel:
+            check_writes(host.network)
+            kwargs.setdefault("synced_gpus", True)  # until the longest text is written
+        generate: Any = host.network.generate
         beams = range(1, sys.maxsize)
         return self._run(generate, args, kwargs, self._text_trunk(), beams)
 
@@ -161,10 +174,14 @@ class BoundNetwork:
             check_checkpointing(host)
         if host.is_tensor_parallel and not torch.compiler.is_compiling():
             weights = {p.name: value for p, value in self._values.items()}
-            check_alike(host.network, weights, {**dict(enumerate(args)), **kwargs})
-        if not lead and not host.is_split:  # split, it has no nodes of its own
+            given: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
+            check_alike(self._ranks, weights, given)
+        if not lead and host.mesh is None:  # split, it has no nodes of its own
             return self._one(function, args, kwargs, 0, trunk)
         num_particles = lead.numel()
+        if host.mesh is not None and not torch.compiler.is_compiling():
+            start = f"the start of a pass {OF_SPLIT}"
+            self._are_as_many = len({*self._ranks.counts(num_particles, start)}) == 1
         if num_particles > 1:  # what particles would share or mix is refused
             check_caches([*enumerate(args), *kwargs.items()], num_particles)
             check_batch_norm(host.batch_norms)
@@ -250,14 +267,14 @@ class BoundNetwork:
             # Of T5's relative positions, say, which have a (T, T) and no batch.
             raise NotFoldable("a sequence is as long as the batches of all particles")
         # What has filled a cache was checked then.
-        checked = form in host.checked or bool(_caches_in(given))
-        if checked or repeats or torch.compiler.is_compiling():
+        known = form in host.checked or bool(_caches_in(given)) or bool(repeats)
+        if torch.compiler.is_compiling() or not self._of_any(not known):
             return self._call_folded(self._values, function, args, kwargs, trunk, fold)
         if not host.is_pretrained:
             self._check_independent(function, args, kwargs, fold)
             # Gradients don't tell of what is detached, nor of the batch's size.
             self._check_alone(function, args, kwargs, fold)
-        elif is_ambiguous(given, fold):
+        elif self._of_any(is_ambiguous(given, fold)):
             self._check_batch_first(function, args, kwargs, fold)
         call = partial(self._call_folded, self._values, function, args, kwargs)
         statistics = StatisticsOfBatch(fold)
@@ -270,9 +287,9 @@ class BoundNetwork:
         else:
             with entered(statistics):
                 output = call(trunk, fold)
-        if statistics.noticed and host.is_pretrained:
+        if host.is_pretrained and self._of_any(statistics.noticed):
             self._check_alone(function, args, kwargs, fold)
-        if host.is_pretrained and is_ambiguous(tensors_in(output), fold):
+        if host.is_pretrained and self._of_any(is_ambiguous(tensors_in(output), fold)):
             self._check_independent(function, args, kwargs, fold)
         host.checked.add(form)
         return output
@@ -304,8 +321,21 @@ class BoundNetwork:
 
     def _meet(self) -> None:
         """Wait for the processes over which the network's layers are split, if any."""
-        if self._host.is_split and not torch.compiler.is_compiling():
-            meet(self._host.network)
+        if self._host.mesh is not None and not torch.compiler.is_compiling():
+            meet(self._ranks)
+
+    @property
+    def _ranks(self) -> Ranks:
+        """The processes over which the network's layers are split."""
+        return ranks_on(self._host.mesh)
+
+    def _of_any(self, flag: bool) -> bool:
+        """Whether something holds for one of these: all take as many passes.
+
+        Those that have other numbers of particles don't ask each other.
+        """
+        form = f"a question before or after a pass {OF_SPLIT}"
+        return any(self._ranks.counts(flag, form)) if self._are_as_many else flag
 
     @leaving_no_trace
     @torch.no_grad()

@@ -117,7 +117,7 @@ def trunk_once(
         yield
 
 
-def forget_trunk(networks: Iterable[LiftedNetwork]) -> None:
+def end_trunk_once(networks: Iterable[LiftedNetwork]) -> None:
     """End what :func:`trunk_once` keeps: another batch comes.
 
     Args:
@@ -125,7 +125,7 @@ def forget_trunk(networks: Iterable[LiftedNetwork]) -> None:
     """
     for lora in networks:
         if lora.trunk.cache is not None:
-            lora.trunk.cache.next_batch()
+            lora.trunk.cache.end_batch()
 
 
 class OneBatch:
@@ -156,7 +156,7 @@ class OneBatch:
         first, hidden = self._kept[place]
         if inputs.equals(first, self._is_read_again):
             return hidden
-        self.next_batch()  # each comparison waits for the device
+        self.end_batch()  # each comparison waits for the device
         return None
 
     def put(self, key: tuple[int, _Inputs], hidden: Tensor) -> None:
@@ -167,9 +167,9 @@ class OneBatch:
 
     def refuse(self, reason: str) -> None:
         """Keep nothing from now on: nobody has asked for it."""
-        self.next_batch()
+        self.end_batch()
 
-    def next_batch(self) -> None:
+    def end_batch(self) -> None:
         """Keep nothing from now on."""
         self.has_ended = True
         self._kept.clear()
@@ -255,7 +255,7 @@ class TrunkCache:
             for i in range(batch_size)
         ]
 
-    def next_batch(self) -> None:
+    def end_batch(self) -> None:
         """Keep all that is there."""
 
     def refuse(self, reason: str) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
@@ -26,9 +26,10 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from pyro_lora.ground.interrupts import leaving_no_trace
+from pyro_lora.ground.ranks import SAME_START, Ranks
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.lifting.sites import adapter_configs, bare_names
-from pyro_lora.lifting.split_layers import has_parts, is_split, ranks_of
+from pyro_lora.lifting.split_layers import is_split
 
 NUM_VALUES = 32  # of each tensor
 _GOLDEN = (5**0.5 - 1) / 2  # its multiples fall evenly between 0 and 1
@@ -151,12 +152,34 @@ def fingerprint_of_whole(lora: LiftedNetwork) -> Fingerprint:
         lora: The network.
     """
     own = fingerprint(lora)
-    if not has_parts(lora.network):
-        return own
     values = own.values
-    for other in ranks_of(lora.network).collected(values):
+    for other in lora.ranks.collected(values):
         values = values.where(~values.isnan(), other)
     return replace(own, values=values)
+
+
+def check_same_networks(networks: Iterable[LiftedNetwork], ranks: Ranks) -> None:
+    """Check that all ranks have the same frozen weights, by a few values of each.
+
+    Args:
+        networks: The networks.
+        ranks: Who shares work with them.
+
+    Raises:
+        ValueError: If they don't, naming a weight and a rank.
+    """
+    if ranks.size == 1:
+        return
+    for lora in networks:
+        own = fingerprint_of_whole(lora)
+        values = dict(zip(own.tensors, own.values, strict=True))
+        other = ranks.given_another(values)
+        if other is not None:
+            name, rank = other
+            raise ValueError(
+                f"The frozen weight {name!r} of rank {rank} is another than that of "
+                f"rank 0. {SAME_START}"
+            )
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from pyro.poutine.subsample_messenger import SubsampleMessenger
 from torch import Tensor, nn
 
 from pyro_lora.ground.interrupts import leaving_no_trace, undone
+from pyro_lora.ground.ranks import Ranks
 from pyro_lora.ground.settings import check_function, check_kind
 from pyro_lora.ground.summary import Summarised, brief, weights_facts
 from pyro_lora.ground.synchronisation import require
@@ -42,6 +43,7 @@ from pyro_lora.lifting.sites import (
     lifted_parameters,
 )
 from pyro_lora.lifting.slots import Location, as_slot
+from pyro_lora.lifting.split_layers import ranks_on
 from pyro_lora.lifting.trunk import Trunk, find_trunk
 
 # The lifted networks that are in use, to tell those whose parameters are lifted anew.
@@ -385,6 +387,11 @@ class LiftedNetwork(Summarised):
     def trunk(self) -> Trunk:
         """The layers below the first adapted one, the same for all particles."""
         return self._host.trunk
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes over which its layers are split: this one, if they aren't."""
+        return ranks_on(self._host.mesh)
 
     @property
     def layouts(self) -> dict[tuple[Any, ...], Any]:

@@ -384,8 +384,8 @@ class Cache(Protocol):
         """Whether nothing is kept, nor will be."""
         ...
 
-    def next_batch(self) -> None:
-        """Be told that another batch comes."""
+    def end_batch(self) -> None:
+        """Be told that the batch is done."""
         ...
 
     def key(self, call: Call, state: Any, are_apart: bool, is_seen: bool) -> Any | None:

@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 from pyro.poutine.util import site_is_subsample
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributions as td
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from pyro_lora.ground.interrupts import eagerly, entered
+from pyro_lora.ground.interrupts import eagerly, entered, hooked
 from pyro_lora.ground.synchronisation import (
     Answer,
     NeedsAllRanksError,
@@ -33,7 +33,7 @@ from pyro_lora.ground.synchronisation import (
 from pyro_lora.lifting.folding import is_setting
 from pyro_lora.likelihood import likelihoods
 from pyro_lora.likelihood.batch import Batch, PlacedBatch, checked_batch
-from pyro_lora.likelihood.model_trace import IGNORED, likelihood_site
+from pyro_lora.likelihood.model_trace import IGNORED, lifted_networks, likelihood_site
 from pyro_lora.likelihood.outcomes import (
     impossible,
     is_possible,
@@ -212,11 +212,24 @@ class OutcomeSource:
             made_of = frozenset({"labels"})
             return Origin(("labels",), True, True, name, shape, made_of)
         following = _Following(batch)
-        with eagerly(), torch.no_grad(), entered(following):
+        shown: list[frozenset[str]] = []
+
+        # A network may drop an argument, as transformers' do a mask that is all ones,
+        # and read it in the next batch. Labels they take for a loss of their own.
+        def sees(network: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            given = [*args, *(x for k, x in kwargs.items() if k != "labels")]
+            shown.extend(map(following.origins, _leaves(given)))
+
+        networks = [lora.network for lora in lifted_networks(trace)]
+        with (
+            torch.no_grad(),
+            hooked({}, before=dict.fromkeys(networks, sees)),
+            entered(following),
+        ):
             trace = self.trace(batch)
         site = trace.nodes[name]
         names = following.origins(site["value"])
-        shown = [
+        shown += [
             following.origins(x) for x in _parameters(single_outcomes(site["fn"]).fn)
         ]
         shown += [

@@ -19,9 +19,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from pyro_lora.ground.interrupts import hooked
-from pyro_lora.ground.ranks import is_agreed
+from pyro_lora.ground.ranks import ALONE, Ranks, is_agreed
 from pyro_lora.ground.synchronisation import ask
 from pyro_lora.ground.weights import Weights, drawing_nothing
+from pyro_lora.lifting.split_layers import OF_SPLIT
 from pyro_lora.likelihood.model_trace import Model, lifted_networks
 from pyro_lora.likelihood.outcomes import values_to_score
 
@@ -44,6 +45,7 @@ class Stacking:
         run: Weight set -> trace.
         run_stack: Weight sets, (S, ...) each -> trace.
         at_once: The most that memory has room for.
+        ranks: Who runs each pass together: all check what one of them hasn't seen.
     """
 
     model: Model
@@ -52,6 +54,7 @@ class Stacking:
     run: Callable[[Weights], Any]
     run_stack: Callable[[Weights], Any]
     at_once: int = 3
+    ranks: Ranks = ALONE
 
     def check(self, at: Weights, trace: Any = None) -> None:
         """Check that weight sets don't mix, where shapes fit: else a run will say so.
@@ -106,7 +109,8 @@ class Stacking:
         Raises:
             RuntimeError: If shapes don't fit, or a ValueError.
         """
-        if self._is_seen():
+        look = f"a look at a stack of weights {OF_SPLIT}"
+        if not any(self.ranks.counts(not self._is_seen(), look)):
             return None
         with drawing_nothing(at):
             trace = self.run(at) if trace is None else trace

@@ -29,6 +29,7 @@ from pyro_lora.ground.warning import warn
 from pyro_lora.ground.weights import Weights, check_sites, handing_out_copies
 from pyro_lora.lifting.cached_trunk import trunk_once
 from pyro_lora.lifting.lifted_network import LiftedNetwork
+from pyro_lora.lifting.split_layers import who_run
 from pyro_lora.likelihood.batch import (
     NO_BATCHES,
     Batch,
@@ -388,7 +389,8 @@ class LossOfDraws:
                     total -= counted / num_draws
             counts = torch.stack([data_that_count(site) for site in sites]).any(0)
             number += int(counts.sum())
-        total = float(self.ranks.sum(torch.tensor(total, dtype=torch.float64)))
+        of_rank = torch.tensor(total, dtype=torch.float64, device="cpu")
+        total = float(self.ranks.sum(of_rank))
         number = self.ranks.total(number)
         if number == 0:
             raise ValueError(
@@ -419,6 +421,7 @@ class LossOfDraws:
             self._places[1],
             run,
             lambda stack: run(self._stacked(stack)),
+            ranks=who_run(self.networks),
         )
 
     def _stacked(self, weights: Weights) -> Weights:

@@ -26,6 +26,7 @@ from pyro_lora.ground.settings import check_count, check_name
 from pyro_lora.ground.warning import warn
 from pyro_lora.ground.weights import Weights
 from pyro_lora.lifting.lifted_network import LiftedNetwork
+from pyro_lora.lifting.split_layers import who_run
 from pyro_lora.likelihood.batch import Batch, PlacedBatch
 from pyro_lora.likelihood.batch_dims import batch_dims, plates_of
 from pyro_lora.likelihood.data_plate import data_plate
@@ -333,6 +334,7 @@ def model_at_draws(
         return {name: dims.stacked(stack[name]) for name, dims in places.items()}
 
     at = {name: trace.nodes[name]["value"] for name in places}
+    networks = lifted_networks(trace)
 
     def check(batch: Batch, trace: Any = None) -> None:
         Stacking(
@@ -342,6 +344,7 @@ def model_at_draws(
             partial(run, batch),
             lambda stack: run(batch, padded(stack), obs["name"]),
             draws_at_once,
+            who_run(networks),
         ).check(at, trace)
 
     check(batch, trace)
@@ -350,7 +353,7 @@ def model_at_draws(
         model,
         padded(weights),
         obs["name"],
-        lifted_networks(trace),
+        networks,
         batch_first,
         check,
         draws_at_once,

@@ -27,7 +27,7 @@ from pyro_lora.ground.settings import check_count, check_function, check_word
 from pyro_lora.ground.synchronisation import gathered
 from pyro_lora.ground.warning import warn
 from pyro_lora.ground.weights import Weights
-from pyro_lora.lifting.cached_trunk import forget_trunk, trunk_once
+from pyro_lora.lifting.cached_trunk import end_trunk_once, trunk_once
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.likelihood.batch import (
     Batch,
@@ -239,7 +239,7 @@ def predict(
                         prediction = prediction.with_labels(observed, batch.place)
                 predictions.append(prediction)
                 plan.source.forget()  # a batch that has gone by
-                forget_trunk(posterior.networks)
+                end_trunk_once(posterior.networks)
     kind = type(predictions[0])
     own = [kind.concatenated(x) for x in (predictions, at_mode) if x]
     shares = [ranks.collected(x) for x in own]

@@ -6,7 +6,7 @@ return; where there are several ranks ``pl.share`` leaves each its own part.
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,15 +19,15 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 import pyro_lora as pl
-from benchmarks.memory import allocated
+from benchmarks.devices import allocated
 from pyro_lora.curvature import data_sums, structures
 from pyro_lora.diagnose.log_joint import LogJoint, WeightSets, exact, linear_pass
 from pyro_lora.ground.ranks import all_ranks, ranks_of
 from tests.curvature.own_structures import LayerDense, OwnFactors
-from tests.networks import batch, bert, classifier, llama
+from tests.networks import VOCABULARY, batch, bert, classifier, llama
 
 Batch = dict[str, Tensor]
 NUM_DATA = 7  # which neither 2 nor 3 ranks divide
@@ -483,6 +483,36 @@ def engine(
     return pl.SVGD(model, kernel, optim, num, init_loc_fn=init, **options)
 
 
+def masks_of_particles(folder: Path) -> Any:
+    """Particles at one place go apart by dropout alone, whoever runs them."""
+    lora, model = lifted(dropout=0.5)
+    lora.network.train()
+    optim = pyro.optim.SGD({"lr": 1e-2})
+    init, kernel = lora.init_to_adapter(), pl.kernels.NoRepulsion()
+    made = pl.SVGD(model, kernel, optim, 3, init_loc_fn=init)
+    made.step(**data()[0])
+    moved = made.get_named_particles()[next(iter(lora.sites))].flatten(1)
+    return {"apart": torch.pdist(moved).gt(0).all()}
+
+
+def written(is_told: bool, folder: Path) -> Any:
+    """Texts by draws, of a base that the ranks share out."""
+    network = llama(None)
+    trained = {p for p in network.parameters() if p.requires_grad}
+    if size() > 1:
+        mesh = init_device_mesh("cpu", (size(),))
+        for module in (*network.get_base_model().model.layers, network):
+            fully_shard(module, mesh=mesh, ignored_params=trained)
+        if is_told:
+            register_fsdp_forward_method(network, "generate")
+    lora = pl.lift(network)
+    torch.manual_seed(0)
+    prompts = torch.randint(3, VOCABULARY, (2, 5))
+    draws = pl.ensemble(lora, members(lora, 3))
+    texts = pl.generate(draws, prompts, max_new_tokens=4, progress_bar=False)
+    return {"texts": texts.sequences, "log_probs": texts.log_probs}
+
+
 def svgd(kernel: Any, options: dict[str, Any], folder: Path) -> Any:
     lora, model = lifted()
     batches = data()
@@ -763,6 +793,14 @@ def few_particles(folder: Path) -> Any:
     engine(lora, model, pl.kernels.RBF(), 1).run(data(), num_epochs=1)
 
 
+def other_base(folder: Path) -> Any:
+    lora, model = lifted()
+    frozen = next(p for p in lora.network.parameters() if not p.requires_grad)
+    with torch.no_grad():
+        frozen.add_(1e-3 * rank())
+    return guide_of(lora, model).laplace_approximation(pl.share(data()))
+
+
 def no_mesh(folder: Path) -> Any:
     fitted, batches = posterior()
     return pl.predict(fitted, pl.share(batches), mesh=(2, 1))  # type: ignore[arg-type]
@@ -775,14 +813,16 @@ def mesh_of_others(folder: Path) -> Any:
 
 
 class Interrupted:
-    """Batches whose reading fails after so many, on the last rank."""
+    """Batches whose reading fails after so many, in one of the passes, on a rank."""
 
-    def __init__(self, batches: Any, after: int) -> None:
-        self.batches, self.after = batches, after
+    def __init__(self, batches: Any, after: int, passes: int = 1) -> None:
+        self.batches, self.after, self.passes = batches, after, passes
 
     def __iter__(self) -> Iterator[Batch]:
         for index, one in enumerate(self.batches):
-            if index == self.after and rank() == size() - 1:
+            self.passes -= index == self.after
+            is_time = index == self.after and self.passes == 0
+            if is_time and rank() == size() - 1:
                 raise PowerCutError(f"after {index} batches")
             yield one
 
@@ -794,8 +834,9 @@ def writing_each_batch() -> Any:
 def interrupted_fit(name: str, folder: Path) -> Any:
     lora, model = lifted()
     guide = guide_of(lora, model, structure=STRUCTURES[name])
-    batches = Interrupted(pl.share(data(by=1)), 2)
-    with writing_each_batch():
+    batches = Interrupted(pl.share(data(by=1)), 2, CUT[name])
+    # Else the first pass writes after its first batch, and at its end.
+    with writing_each_batch() if CUT[name] == 1 else nullcontext():
         return guide.laplace_approximation(batches, checkpoint=folder / "fits" / name)
 
 
@@ -882,6 +923,7 @@ STRUCTURES = {
     "Diagonal": pl.structures.Diagonal(),
     "Dense": pl.structures.Dense(),
     "Exact": pl.structures.Exact(),
+    "all rows drawn": pl.structures.Exact(num_inducing=14),
     "own factors": OwnFactors(),
     "dense layers": LayerDense(),
 }
@@ -919,6 +961,8 @@ SAME: dict[str, Callable[[Path], Any]] = {
     "ensemble": partial(svgd, pl.kernels.NoRepulsion(), {}),
     "shares, joint": partial(svgd_on_shares, RBF()),
     "shares, function": partial(svgd_on_shares, RBF(space="function")),
+    "masks of particles": masks_of_particles,
+    "texts of a split base": partial(written, True),
     "plan": plan,
 }
 OF_LABEL = r"Batch \d, site 'y'.* (9|10|11) is outside of the support of Cat"
@@ -943,6 +987,11 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "broken factors": (broken_factors, r"Site '.*', layer 0: the factor of its inp"),
     "too many rows": (too_many_rows, r"contrasts, here 10 or more, and takes 8"),
     "other weights": (other_weights, r"Site '.*': the weights of rank 1 are others"),
+    "another base": (other_base, r"The frozen weight '.*' of rank 1 is another"),
+    "texts of a split base, untold": (
+        partial(written, False),
+        r"register_fsdp_forward_method\(network, 'generate'\)",
+    ),
     "other particles": (other_particles, r"Site '.*': the particles of rank 1"),
     "a padded sampler": (
         padded_sampler,
@@ -967,8 +1016,8 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a mesh that is none": (no_mesh, "mesh must be a torch.distributed"),
     "a mesh of other dims": (mesh_of_others, r"mesh has the dims \('rows',\)"),
 }
-# Sums, sums of two passes, rows, and sums of a user's own
-CUT = ("KFAC", "EKFAC", "Exact", "own factors")
+# Sums, sums of two passes, rows, and sums of a user's own; and the pass that is cut
+CUT = {"KFAC": 1, "EKFAC": 1, "Exact": 1, "own factors": 1, "all rows drawn": 2}
 INTERRUPTED = {f"interrupted {name}": partial(interrupted_fit, name) for name in CUT}
 RESUMED = {f"resumed {name}": partial(resumed_fit, name) for name in CUT}
 JOBS: dict[str, Callable[[Path], Any]] = {

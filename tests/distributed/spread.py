@@ -250,20 +250,30 @@ def trained(network: nn.Module) -> set[nn.Parameter]:
     return {p for p in network.parameters() if p.requires_grad}
 
 
-def sharded(network: PeftModel, folder: Path, *, whole: bool = True) -> PeftModel:
-    """By FSDP2, with or without the adapter."""
-    options = {"ignored_params": trained(network)} if whole else {}
+def sharded(
+    network: PeftModel,
+    folder: Path,
+    *,
+    whole: bool = True,
+    by_block: bool = True,
+    **options: Any,
+) -> PeftModel:
+    """By FSDP2, with or without the adapter, each block by itself or all at once."""
+    if whole:
+        options["ignored_params"] = trained(network)
     encoder = network.base_model.model.bert
     mesh = init_device_mesh("cpu", (size(),))
-    for module in (*encoder.encoder.layer, network):
+    for module in (*(encoder.encoder.layer if by_block else ()), network):
         fully_shard(module, mesh=mesh, **options)
     assert isinstance(encoder.encoder.layer[0].output.dense.weight, DTensor)
     return network
 
 
-def split(network: PeftModel, folder: Path, **styles: Any) -> PeftModel:
+def split(
+    network: PeftModel, folder: Path, mesh: DeviceMesh | None = None, **styles: Any
+) -> PeftModel:
     """Linear layers of each block by PyTorch's tensor parallelism."""
-    mesh = init_device_mesh("cpu", (size(),))
+    mesh = mesh or init_device_mesh("cpu", (size(),))
     before = trained(network)
     for layer in network.base_model.model.bert.encoder.layer:
         plan = {name.replace("__", "."): style() for name, style in styles.items()}
@@ -271,6 +281,23 @@ def split(network: PeftModel, folder: Path, **styles: Any) -> PeftModel:
     for parameter in network.parameters():
         parameter.requires_grad_(parameter in before)  # torch 2.10 has all trained
     return network
+
+
+def split_and_sharded(network: PeftModel, folder: Path) -> PeftModel:
+    """The same, and what each rank has of a block by FSDP2, over one rank."""
+    mesh = init_device_mesh("cpu", (1, size()), mesh_dim_names=("fsdp", "tensor"))
+    split(network, folder, mesh["tensor"], **MLP)
+    for layer in network.base_model.model.bert.encoder.layer:
+        fully_shard(layer, mesh=mesh["fsdp"], ignored_params=trained(network))
+    return network
+
+
+def in_another_order(folder: Path) -> Any:
+    """Rank 1 runs a network that is tensor parallel on the rows reversed."""
+    lora = pl.lift(split(SMALL(), folder, **MLP))
+    rows = {k: x.flip(0) if rank() else x for k, x in inputs(batch(4)).items()}
+    with lora.bind(lora.weights()) as net:
+        return net(**rows).logits
 
 
 def planned(network: PeftModel, folder: Path, *, plan: Any) -> PeftModel:
@@ -337,6 +364,19 @@ OF_RANKS = (
         chunk_size=1,
     ),
     Form(
+        name="FSDP2 by one call, of the whole network",
+        spread=partial(sharded, by_block=False),
+    ),
+    Form(
+        name="FSDP2 that keeps what it gathers, `reshard_after_forward=False`",
+        spread=partial(sharded, reshard_after_forward=False),
+    ),
+    Form(
+        name="FSDP2 where one rank's batches have more rows, another's one",
+        spread=sharded,
+        num_data=3,
+    ),
+    Form(
         name="tensor parallel, of layers without an adapter",
         spread=partial(split, **MLP),
         mesh=all_on_each,
@@ -349,6 +389,11 @@ OF_RANKS = (
         name="tensor parallel, particles and draws shared out by `mesh=`",
         spread=partial(split, **MLP),
         mesh=particles_over_each,
+    ),
+    Form(
+        name="FSDP2 and tensor parallel together, of layers without an adapter",
+        spread=split_and_sharded,
+        mesh=all_on_each,
     ),
     Form(
         name="tensor parallel, of a layer with an adapter",
@@ -377,7 +422,10 @@ OFFLOADED = (
     Form(name="offloaded to a disk, of a layer with one", spread=offloaded),
 )
 TWO_DEVICES = "`device_map` over two devices of one process"
-JOBS = {form.name: partial(cells, form) for form in OF_RANKS}
+JOBS: dict[str, Callable[[Path], Any]] = {
+    **{form.name: partial(cells, form) for form in OF_RANKS},
+    "another order": in_another_order,
+}
 
 # The table
 

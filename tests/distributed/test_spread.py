@@ -29,6 +29,8 @@ def test_the_pages_table(tmp_path: Path) -> None:
         return spread.filled(partial(whole, *key), found)
 
     two = launch.spawned(2, [*spread.JOBS], tmp_path / "two")
+    for of_rank in two:
+        assert "rank 1 runs it with another" in str(of_rank["another order"])
     rows = {x.name: row(x, [of_rank[x.name] for of_rank in two]) for x in OF_RANKS}
     # An old version of PyTorch has no second device; the others see to that row.
     if not test_other.pytestmark.args[0]:

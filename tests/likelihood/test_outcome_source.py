@@ -120,6 +120,29 @@ def test_the_argument_is_found_and_hidden(how: str) -> None:
         assert source.outcomes({k: x for k, x in batch.items() if k != name}) is None
 
 
+def test_what_the_network_is_given_isnt_hidden_with_the_outcomes() -> None:
+    # transformers drop a mask that is all ones, and its outputs then don't depend on it
+    lora = pl.lift(networks.bert(1, num_layers=1))
+
+    def rate(labels: Any = None, **texts: Tensor) -> None:
+        score = lora()(**texts).logits[..., 0]
+        obs = None if labels is None else labels / texts["attention_mask"].sum(1)
+        with pyro.plate("data", NUM, subsample=texts["input_ids"]):
+            pyro.sample("y", dist.Normal(score, 1.0), obs=obs)
+
+    whole, padded = (networks.batch(4, 6) for _ in range(2))
+    whole["attention_mask"].fill_(1)
+    padded["attention_mask"][:, 3:] = 0
+    batches = [b | {"labels": torch.rand(4).double()} for b in (whole, padded)]
+    posterior = pl.ensemble(lora, [lora.weights()], model=rate)
+    found = pl.predict(posterior, batches)
+    with torch.no_grad():
+        texts = [{k: x for k, x in b.items() if k != "labels"} for b in batches]
+        expected = torch.cat([lora.network(**x).logits[:, 0] for x in texts])
+    assert_close(found.mean, expected)
+    assert "attention_mask" in pl.to_datatree(posterior, batches)["constant_data"]
+
+
 def test_an_argument_that_is_named_is_taken_at_its_word() -> None:
     lora, _ = models.classifier()
     model = two_outcomes(lora, SAME["float"])

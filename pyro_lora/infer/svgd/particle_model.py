@@ -46,6 +46,7 @@ from pyro_lora.ground.synchronisation import (
 from pyro_lora.ground.weights import Weights, check_weights
 from pyro_lora.lifting.initialization import check_number_of_starts, check_start
 from pyro_lora.lifting.lifted_network import LiftedNetwork
+from pyro_lora.lifting.split_layers import who_run
 from pyro_lora.likelihood.batch import Batch, explaining
 from pyro_lora.likelihood.data_plate import GivenRows, data_plate
 from pyro_lora.likelihood.model_trace import (
@@ -183,7 +184,10 @@ class ParticleModel:
                 return several.trace(particles)[0]
 
         inputs = [*args, *kwargs.values()]
-        Stacking(self.model, inputs, self.data_sites, run, run_stack).check(at, trace)
+        ranks = who_run(self.networks)
+        Stacking(
+            self.model, inputs, self.data_sites, run, run_stack, ranks=ranks
+        ).check(at, trace)
 
     def constrained(self, particles: Weights) -> Weights:
         """Particles on the sites' supports, (K, ...)."""

@@ -90,6 +90,7 @@ from pyro_lora.lifting.cached_trunk import trunk_once
 from pyro_lora.lifting.fingerprint import (
     Fingerprint,
     check_networks,
+    check_same_networks,
     described,
     fingerprint,
     restored,
@@ -317,7 +318,10 @@ class SVGD(Summarised):
         with self._naming_batch(), gathered() as gathering:
             check_finite(particles, "value")
             temperature, repulsion = self._settings()
-            with trunk_once([] if at.is_one_chunk else target.networks):
+            with (
+                trunk_once([] if at.is_one_chunk else target.networks),
+                all_ranks().drawing_apart(),  # dropout's masks
+            ):
                 direction = self._space.direction(at, temperature, repulsion)
             self._move(direction, at, gathering)
         self._num_batches += 1
@@ -659,6 +663,7 @@ class SVGD(Summarised):
             warn_if_together(self._particles)
         if is_new:
             ranks.check_same(self._particles, "the particles", SAME_START)
+            check_same_networks(self._target.networks, ranks)
         return self._target, self._particles
 
     def _progress(self) -> dict[str, str]:

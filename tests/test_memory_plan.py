@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, LlamaConfig
 
 import pyro_lora as pl
-from benchmarks.memory import allocated
+from benchmarks.devices import allocated
 from pyro_lora.curvature.structures import Factors
-from pyro_lora.diagnose.memory_plan import MemoryPlan, tensor_bytes
 from pyro_lora.ground.ranks import ALONE
+from pyro_lora.memory_plan import MemoryPlan, tensor_bytes
 from tests.distributed import jobs, launch
 from tests.networks import VOCABULARY, bert, llama
 
@@ -336,6 +336,77 @@ def test_it_says_what_to_change() -> None:
     assert pl.plan_memory(network, **kwargs, world_size=4)["SVGD step"] == one
 
 
+def test_predictions_take_less_with_fewer_draws_at_a_time() -> None:
+    network = llama(num_layers=1, dtype=torch.float32)
+    kwargs: Any = {"structure": pl.structures.Diagonal(), "batch": (16, 24)}
+    plan = pl.plan_memory(network, **kwargs)
+    phase = plan["predict by draws"]
+    assert phase.peak > 2 * plan["MAP step"].weights
+    small = pl.plan_memory(network, **kwargs, device_gb=0.9 * phase.peak / 1e9)
+    ways = small.changes["predict by draws"]
+    (fits,) = [found for way, found in ways if way == "chunk_size of predict=1"]
+    lora = pl.lift(network)
+    guide = pl.AutoLaplace(
+        pl.models.classification(lora, 32),
+        init_loc_fn=lora.init_to_adapter(),
+        structure=pl.structures.Diagonal(),
+    )
+    texts = batch(16, 24)
+    fitted = guide.laplace_approximation([texts] * 2)
+    texts.pop("labels")
+    peak = allocated(lambda: pl.predict(fitted, [texts], method="sample", chunk_size=1))
+    whole = peak + phase.weights + phase.posterior
+    assert fits.peak == pytest.approx(whole, rel=0.1)
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable")
+def test_gradient_checkpointing_is_planned() -> None:
+    network = llama(num_layers=4, hidden_size=32, dtype=torch.float32)
+    lora = pl.lift(network)
+    kwargs: Any = {"structure": None, "batch": (16, 24)}
+    plain = pl.plan_memory(lora, **kwargs)["MAP step"]
+    network.gradient_checkpointing_enable(
+        gradient_checkpointing_kwargs={
+            "use_reentrant": False,
+            "context_fn": lora.context_fn,
+        }
+    )
+    network.train()  # else transformers don't
+    phase = pl.plan_memory(lora, **kwargs)["MAP step"]
+    assert phase.peak < 0.7 * plain.peak
+    model, init = pl.models.classification(lora, 32), lora.init_to_adapter()
+    texts = batch(16, 24)
+
+    def steps() -> None:
+        kernel, adam = pl.kernels.NoRepulsion(), Adam({"lr": 1e-3})
+        svgd = pl.SVGD(model, kernel, adam, 1, init_loc_fn=init)
+        for _ in range(2):
+            svgd.step(**texts)
+
+    assert phase.peak == pytest.approx(allocated(steps) + phase.weights, rel=0.05)
+
+
+def test_pairs_are_planned() -> None:
+    network = llama(1, num_layers=1, dtype=torch.float32)
+    kwargs: Any = {"structure": pl.structures.KFAC(), "model": pl.models.preference}
+    plan = pl.plan_memory(network, batch=(12, 24), **kwargs)
+    lora = pl.lift(network)
+    model = pl.models.preference(lora, 12)
+    pairs = [batch(12, 24) | {"labels": torch.ones(6)} for _ in range(2)]
+    given = pl.plan_memory(network, batch=pairs[0], **kwargs)["MAP step"]
+    assert given.peak == pytest.approx(plan["MAP step"].peak, rel=1e-3)
+    guide = pl.AutoLaplace(model, init_loc_fn=lora.init_to_adapter(jitter=0.01))
+    found: list[Any] = []
+    fit = allocated(lambda: found.append(guide.laplace_approximation(pairs)))
+    phase = plan["Laplace fit"]
+    assert phase.peak == pytest.approx(fit + phase.weights, rel=0.05)
+    unseen = {k: None if k == "labels" else x for k, x in pairs[0].items()}
+    drawn = allocated(lambda: pl.predict(found[0], [unseen], method="sample"))
+    phase = plan["predict by draws"]
+    whole = drawn + phase.weights + phase.posterior
+    assert phase.peak == pytest.approx(whole, rel=0.05)
+
+
 @pytest.mark.slow
 def test_ranks_that_can_share_a_large_base_are_told_so() -> None:
     network = llama(num_layers=8, hidden_size=64, dtype=torch.float32)
@@ -401,7 +472,7 @@ def test_tensors_that_are_there_twice_count_once() -> None:
 def test_a_fit_under_a_cap_succeeds_or_is_refused() -> None:
     code = """
 import resource, sys, torch, pyro_lora as pl
-from tests.diagnose.test_memory_plan import batch
+from tests.test_memory_plan import batch
 from tests.networks import llama
 
 torch.set_num_threads(1)

@@ -73,10 +73,12 @@ from pyro_lora.likelihood.model_trace import Model
 from pyro_lora.models import (
     classification,
     language_model,
+    preference,
     regression,
     token_classification,
 )
 from pyro_lora.posteriors.posterior import Posterior, PredictionMethod
+from pyro_lora.predict.draws import DRAWS_AT_ONCE
 from pyro_lora.predict.predict import predict
 
 if TYPE_CHECKING:
@@ -101,6 +103,8 @@ _HEADS = {
 }
 _BY_TOKEN = (token_classification, language_model)
 _TRAINING = ("MAP step", "SVGD step", "predict by particles")
+_BY_DRAWS = ("predict by particles", "predict by draws")
+_NAMES = {"draws_at_once": "chunk_size of predict"}  # of what a job calls otherwise
 _RANK = 64  # of what is advised: see the docs page on large networks
 _JITTER = 0.01  # any: particles apart, B not zero, so that A has gradients
 
@@ -197,8 +201,10 @@ class MemoryPlan(Summarised):
         if phase.weights > GB * self.device_gb:
             most = "the network alone is larger: load it in bfloat16 or quantised"
         else:
-            most = "nothing tried is enough: give shorter texts, turn gradient "
-            most += "checkpointing on, adapt fewer layers"
+            most = "nothing tried is enough: give shorter texts, "
+            if phase.name not in _BY_DRAWS:  # which has no backward pass
+                most += "turn gradient checkpointing on, "
+            most += "adapt fewer layers"
         if self.shard_base:
             return f"{takes}, and {most}, or share it out over more devices"
         shared = [x.peak for name, x in ways if "shard_base" in name]
@@ -579,10 +585,23 @@ def _planned(
             memory.add(p, shares.sizes.get(p))
         for x in copied.buffers():
             memory.add(x)
-        run = _Run(lift(copied), memory, shapes, memory.now, shares)
+        lora = lift(copied)
+        _recompute_with(lora)
+        run = _Run(lora, memory, shapes, memory.now, shares)
         run.watch_forward(copied)
         run.begin()
         yield run
+
+
+def _recompute_with(lora: LiftedNetwork) -> None:
+    """Let a copy's gradient checkpointing ask the copy, where it asked the original."""
+    for module in lora.network.modules():
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        if isinstance(function, partial) and function.keywords.get("context_fn"):
+            settings = {**function.keywords, "context_fn": lora.context_fn}
+            module._gradient_checkpointing_func = partial(  # type: ignore[assignment]
+                function.func, *function.args, **settings
+            )
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -601,6 +620,7 @@ class _Job:
     max_memory_gb: float | None
     world_size: int
     shard_base: bool
+    draws_at_once: int = DRAWS_AT_ONCE
 
     @property
     def batch_words(self) -> str:
@@ -703,10 +723,18 @@ class _Job:
         stays: Mapping[str, int],
     ) -> Phase:
         batch = self._example(run.lora, run.shapes)
-        batch.pop("labels", None)
+        if "labels" in batch or self.make_model is preference:
+            batch["labels"] = None  # left out, the first of a pair would be preferred
         tokens: Any = "last" if self.make_model in _BY_TOKEN else None
         run.begin()
-        predict(posterior, [batch], method=method, tokens=tokens, progress_bar=False)
+        predict(
+            posterior,
+            [batch],
+            method=method,
+            tokens=tokens,
+            chunk_size=self.draws_at_once,
+            progress_bar=False,
+        )
         return run.phase(name, **stays)
 
     def _batches(
@@ -715,7 +743,7 @@ class _Job:
         """The number of data, and batches that have them all: three at most."""
         number = min(3, self._num_batches)
         batches: list[Batch] = [self._example(lora, shapes) for _ in range(number)]
-        return number * self._num_rows, batches
+        return number * self._data_in_batch, batches
 
     @property
     def _num_rows(self) -> int:
@@ -725,11 +753,19 @@ class _Job:
         return self.batch[0]
 
     @property
+    def _data_in_batch(self) -> int:
+        """Rows, or half of them, where two make a pair."""
+        labels = self.batch.get("labels") if isinstance(self.batch, Mapping) else None
+        if isinstance(labels, Tensor) and labels.ndim:
+            return len(labels)
+        return self._num_rows // (2 if self.make_model is preference else 1)
+
+    @property
     def _num_batches(self) -> int:
         """Of a fit: two, unless it keeps rows of all of them rather than their sum."""
         if self.num_data is None or not (self.structure and self.structure.linear):
             return 2
-        return max(2, -(-self.num_data // self._num_rows))
+        return max(2, -(-self.num_data // self._data_in_batch))
 
     def _example(
         self, lora: LiftedNetwork, shapes: WithoutValues | None
@@ -757,7 +793,8 @@ class _Job:
         mask = torch.ones_like(ids)
         if ids.shape[1] > 1:
             mask[0, -1] = 0
-        labels = ids if self.make_model in _BY_TOKEN else ids.new_zeros(len(ids))
+        by_token = self.make_model in _BY_TOKEN
+        labels = ids if by_token else ids.new_zeros(self._data_in_batch)
         if self.make_model is regression:
             labels = labels.float()
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
@@ -770,7 +807,9 @@ class _Job:
             device_gb: What there is, in GB.
         """
         ways: list[dict[str, Any]] = [{"chunk_size": 1}]
-        if phase.name not in _TRAINING:
+        if phase.name in _BY_DRAWS:
+            ways = [{"draws_at_once": 1}]
+        elif phase.name not in _TRAINING:
             least: dict[str, Any] = {"max_memory_gb": device_gb / 20}
             ways = [least]
             if self.structure in (KFAC(), KFAC(reduce=True), EKFAC()):
@@ -796,7 +835,8 @@ class _Job:
             )
             (found,) = (x for x in phases if x.name == phase.name)
             if found.peak < phase.peak:
-                yield ", ".join(f"{k}={_said(x)}" for k, x in way.items()), found
+                words = (f"{_NAMES.get(k, k)}={_said(x)}" for k, x in way.items())
+                yield ", ".join(words), found
             if found.peak <= GB * device_gb:
                 return
 
