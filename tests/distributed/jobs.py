@@ -489,7 +489,7 @@ def masks_of_particles(folder: Path) -> Any:
     lora.network.train()
     optim = pyro.optim.SGD({"lr": 1e-2})
     init, kernel = lora.init_to_adapter(), pl.kernels.NoRepulsion()
-    made = pl.SVGD(model, kernel, optim, 3, init_loc_fn=init)
+    made = pl.SVGD(model, kernel, optim, 4, init_loc_fn=init)
     made.step(**data()[0])
     moved = made.get_named_particles()[next(iter(lora.sites))].flatten(1)
     return {"apart": torch.pdist(moved).gt(0).all()}
