@@ -110,7 +110,9 @@ class LinearizedNetwork:
     networks: Sequence[LiftedNetwork]
     obs_site: str | None
 
-    def at(self, batch: Batch, tokens: Tokens | None = None) -> LinearizedBatch:
+    def at(
+        self, batch: Batch, tokens: Tokens | None = None, every: bool = False
+    ) -> LinearizedBatch:
         """The network at a batch: C - 1 backward passes, whatever the batch's size.
 
         P outputs take P, with scales 2 P, and each token asked for takes C - 1 of its
@@ -119,6 +121,7 @@ class LinearizedNetwork:
         Args:
             batch: The model's keyword arguments; labels aren't needed.
             tokens: Where a datum has several outcomes, which of them.
+            every: Whether it is all of them, and the one where it has one.
 
         Raises:
             TypeError: If the likelihood isn't a known type.
@@ -130,6 +133,8 @@ class LinearizedNetwork:
             with recording(self.networks, leaves) as record:
                 trace = trace_at(self.model, leaves, batch, undrawn=self.obs_site)
             site: dict[str, Any] = likelihood_site(trace, self.obs_site, self.mode)
+            if every and _has_several_classes(site):
+                tokens = "each"
             fn, likelihood, mask = _single_outcomes(site, tokens)
             if likelihood.classes is None:  # a scale is linearised, cutpoints are held
                 likelihood = likelihood.whole
@@ -477,6 +482,14 @@ def _single_outcomes(
             "tokens='each', or their positions."
         )
     return fn, likelihood, mask
+
+
+def _has_several_classes(site: dict[str, Any]) -> bool:
+    """Whether each datum has several outcomes that are classes, (B, T)."""
+    single = single_outcomes(site["fn"])
+    likelihood = likelihoods.known(single.fn)
+    are_classes = likelihood is not None and likelihood.classes is not None
+    return single.event_dims == 1 and are_classes
 
 
 def _positions(tokens: Tokens, mask: Tensor, site: str) -> Tensor:

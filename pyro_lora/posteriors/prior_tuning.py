@@ -438,7 +438,7 @@ def _nll(
     num_outcomes = 0
     for index, batch in enumerate(ranks.in_step(checked_batches(batches))):
         with naming_batch(index):
-            at_batch = network.at(batch)
+            at_batch = network.at(batch, every=True)
             site, logits = at_batch.site, at_batch.logits(gaussian, priors)
             if not site["is_observed"]:
                 raise ValueError(

@@ -341,6 +341,39 @@ def test_held_out_nll_picks_the_best_of_the_grid() -> None:
     assert min(losses) < losses[-1]
 
 
+@pytest.mark.filterwarnings("ignore:The weights aren't a mode")
+@pytest.mark.filterwarnings("ignore:The best prior precision is")
+@pytest.mark.parametrize("of_tokens", [True, False])
+def test_held_out_nll_of_several_outcomes_a_datum(of_tokens: bool) -> None:
+    lora = pl.lift(bert(3, num_layers=1, of_tokens=of_tokens))
+    texts, held_out = batch(6, num_labels=3), batch(6, num_labels=3)
+    with torch.no_grad(), lora.bind(lora.weights()) as net:
+        for one in (texts, held_out):
+            logits = net(**inputs(one)).logits
+            if of_tokens:  # less often what the network says than it is sure of
+                one["labels"] = dist.Categorical(logits=0.5 * logits).sample()
+                one["labels"][:, 0] = -100
+            else:
+                one["labels"] = (logits > 0).long()
+                one["labels"][::2] = 1 - one["labels"][::2]
+                one["labels"][0, 1] = -100
+    models = pl.models
+    model = (models.token_classification if of_tokens else models.multi_label)(lora, 6)
+    guide = pl.AutoLaplace(model, init_loc_fn=lora.init_to_adapter())
+    posterior = guide.laplace_approximation([texts])
+    best = posterior.optimize_prior(objective="nll", batches=split(held_out, 2))
+    tau = float(next(iter(best.prior_precision.values())).flatten()[0])
+
+    def nll(tau: float) -> float:
+        tuned = posterior.with_prior_precision(tau)
+        found = pl.predict(tuned, [held_out], method="linearized", tokens="each")
+        return found.metrics()["nll"]
+
+    others = [tau * 10 ** (k / 8) for k in (-15, -8, -1, 1, 8, 15)]
+    assert nll(tau) < max(map(nll, others))
+    assert nll(tau) <= min(nll(x) for x in others if 1e-4 <= x <= 1e6)
+
+
 @given(slope=st.sampled_from([0.0, 1.0, -1.0]), per=st.sampled_from(["all", "site"]))
 @settings(max_examples=6, deadline=None, database=None)
 def test_held_out_nll_at_the_grids_end_warns(slope: float, per: Any) -> None:
