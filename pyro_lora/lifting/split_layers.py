@@ -49,8 +49,7 @@ def is_tensor_parallel(name: str, modules: Mapping[str, nn.Module]) -> bool:
     layer = modules.get(f"{path}.base_layer", modules[holder])
     if getattr(layer, "_hf_tp_plan", None) is not None:  # transformers' own
         return True
-    weight: Any = getattr(layer, "weight", None)
-    if not is_split(weight):
+    if not is_split(getattr(layer, "weight", None)):
         return False
     from torch.distributed.fsdp import FSDPModule  # loaded by who made the DTensor
 
