@@ -201,10 +201,7 @@ class MemoryPlan(Summarised):
         if phase.weights > GB * self.device_gb:
             most = "the network alone is larger: load it in bfloat16 or quantised"
         else:
-            most = "nothing tried is enough: give shorter texts, "
-            if phase.name not in _BY_DRAWS:  # which has no backward pass
-                most += "turn gradient checkpointing on, "
-            most += "adapt fewer layers"
+            most = "nothing tried is enough: give shorter texts, adapt fewer layers"
         if self.shard_base:
             return f"{takes}, and {most}, or share it out over more devices"
         shared = [x.peak for name, x in ways if "shard_base" in name]
@@ -264,6 +261,7 @@ def plan_memory(
     model: MakeModel | None = None,
     kernel: Kernel | NoRepulsion | None = None,
     chunk_size: int | None = None,
+    gradient_checkpointing: bool = False,
     fisher: Literal["exact", "mc", "empirical"] | None = None,
     num_data: int | None = None,
     max_memory_gb: float | None = None,
@@ -300,6 +298,9 @@ def plan_memory(
             those of ``models``; None is the one for the network's head.
         kernel: Of SVGD; None is ``kernels.RBF()``.
         chunk_size: Of SVGD.
+        gradient_checkpointing: Whether it's switched on for training, as
+            ``gradient_checkpointing_enable`` of transformers' networks does it; where
+            the network has it on, and is in training mode, it is anyway.
         fisher: Of ``AutoLaplace``; None is ``"mc"`` for language models, else
             ``"exact"``.
         num_data: N, which counts for ``structures.Exact`` alone; None is two batches.
@@ -316,8 +317,9 @@ def plan_memory(
     Raises:
         TypeError: If an argument is of a wrong kind.
         ValueError: If a configuration has no ``peft_config``, it can't be told what
-            the network is for, it's split over processes already, or there are more
-            rows than ``structures.Exact`` takes.
+            the network is for, it's split over processes already, there are more
+            rows than ``structures.Exact`` takes, or the network has no gradient
+            checkpointing.
 
     Example, of a network on the meta device::
 
@@ -357,6 +359,7 @@ def plan_memory(
         batch=batch,
         kernel=RBF() if kernel is None else kernel,
         chunk_size=at_once,
+        gradient_checkpointing=gradient_checkpointing,
         fisher=fisher,
         num_data=num_data,
         max_memory_gb=max_memory_gb,
@@ -593,6 +596,23 @@ def _planned(
         yield run
 
 
+def _switch_checkpointing_on(lora: LiftedNetwork) -> None:
+    """As its users do, and in training mode, where transformers' networks mind it.
+
+    Raises:
+        ValueError: If there is nothing to switch on.
+    """
+    base: Any = base_of(lora.network)
+    if not getattr(base, "supports_gradient_checkpointing", False):
+        raise ValueError(
+            f"gradient_checkpointing=True: {type(base).__name__} has none that is "
+            "switched on by gradient_checkpointing_enable. Leave it out."
+        )
+    settings = {"use_reentrant": False, "context_fn": lora.context_fn}
+    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+    lora.network.train()
+
+
 def _recompute_with(lora: LiftedNetwork) -> None:
     """Let a copy's gradient checkpointing ask the copy, where it asked the original."""
     for module in lora.network.modules():
@@ -615,6 +635,7 @@ class _Job:
     batch: OneBatch
     kernel: Kernel | NoRepulsion
     chunk_size: int
+    gradient_checkpointing: bool
     fisher: Literal["exact", "mc", "empirical"]
     num_data: int | None
     max_memory_gb: float | None
@@ -646,11 +667,15 @@ class _Job:
     def training(self) -> Iterator[Phase]:
         """A step of one weight set, of SVGD, and predictions by particles."""
         with self._run() as run:
+            if self.gradient_checkpointing:
+                _switch_checkpointing_on(run.lora)
             # Of one particle, which nothing repels, SVGD is training.
             yield self._step(run, "MAP step", NoRepulsion(), 1)[0]
         if self.num_particles is None:
             return
         with self._run() as run:
+            if self.gradient_checkpointing:
+                _switch_checkpointing_on(run.lora)
             name, number = "SVGD step", self.num_particles
             phase, posterior = self._step(run, name, self.kernel, number)
             yield phase
@@ -807,6 +832,10 @@ class _Job:
             device_gb: What there is, in GB.
         """
         ways: list[dict[str, Any]] = [{"chunk_size": 1}]
+        base = base_of(self.network)
+        if getattr(base, "supports_gradient_checkpointing", False):
+            again = {"gradient_checkpointing": True}
+            ways += [again, {"chunk_size": 1, **again}]
         if phase.name in _BY_DRAWS:
             ways = [{"draws_at_once": 1}]
         elif phase.name not in _TRAINING:

@@ -384,6 +384,30 @@ def test_gradient_checkpointing_is_planned() -> None:
             svgd.step(**texts)
 
     assert phase.peak == pytest.approx(allocated(steps) + phase.weights, rel=0.05)
+    of_config = pl.plan_memory(
+        network.config,
+        peft_config=network.peft_config["default"],
+        **kwargs,
+        gradient_checkpointing=True,
+    )
+    assert of_config["MAP step"].peak == phase.peak
+    size = 1.5 * phase.peak / 1e9
+    advised = pl.plan_memory(lora.network.eval(), **kwargs, device_gb=size)
+    ways = dict(advised.changes["MAP step"])
+    assert ways["gradient_checkpointing=True"].peak == phase.peak
+
+
+def test_checkpointing_that_is_not_there_is_refused() -> None:
+    network = get_peft_model(
+        nn.Sequential(nn.Linear(3, 2)), LoraConfig(target_modules=["0"])
+    )
+    with pytest.raises(ValueError, match=r"gradient_checkpointing=True: Sequential"):
+        pl.plan_memory(
+            network,
+            model=lambda lora, num_data: lambda **kwargs: None,
+            batch={"input": torch.ones(2, 3)},
+            gradient_checkpointing=True,
+        )
 
 
 def test_pairs_are_planned() -> None:

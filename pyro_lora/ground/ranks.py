@@ -317,6 +317,16 @@ class Ranks:
                     "each; don't share them out but over a mesh's dim 'data'."
                 )
 
+    def are_given_one(self, values: Any) -> bool:
+        """Whether several ranks are all given the same, to the last bit.
+
+        Args:
+            values: Of which all tensors count, in dicts, lists and tuples.
+        """
+        if self.size == 1:
+            return False
+        return len({*self._meet("a batch's digest", _digest(values))}) == 1
+
     def none_here(self, alone: str) -> str:
         """What is said where this rank has no batches.
 
@@ -635,6 +645,9 @@ def share(batches: Any, *, mesh: DeviceMesh | None = None) -> Any:
 
     Raises:
         TypeError: If there is no length.
+        ValueError: If it is a loader that shuffles by torch's global generator: ranks
+            draw other numbers while they have data of their own, and each would leave
+            out other data than the others take.
 
     >>> list(share([1, 2, 3]))
     [1, 2, 3]
@@ -646,7 +659,22 @@ def share(batches: Any, *, mesh: DeviceMesh | None = None) -> Any:
             f"share takes what has a length, found a {type(batches).__name__}. Give a "
             "list, a data set or a DataLoader of one; or let each rank read its own."
         ) from error
-    return Share(batches, ranks_of(mesh, "data").owned(number))
+    ranks = ranks_of(mesh, "data")
+    if ranks.size > 1 and _is_shuffled(batches):
+        raise ValueError(
+            "share got a loader that shuffles by torch's global generator, of which "
+            "ranks draw other numbers, so that each would leave out other data than "
+            "the others take. Share its data set, DataLoader(pl.share(dataset), "
+            "shuffle=True); or give it generator=torch.Generator().manual_seed(0)."
+        )
+    return Share(batches, ranks.owned(number))
+
+
+def _is_shuffled(loader: Any) -> bool:
+    """Whether a loader's order is drawn by torch's global generator."""
+    inner = getattr(loader, "batch_sampler", None)
+    samplers = getattr(loader, "sampler", None), getattr(inner, "sampler", None)
+    return any(getattr(x, "generator", x) is None for x in samplers if x is not None)
 
 
 def _summable(dtype: torch.dtype) -> torch.dtype:

@@ -342,7 +342,8 @@ def check_parameter(
         raise ValueError(
             f"Parameter {name!r} can't be lifted: it is sharded over processes. Leave "
             "what is trained whole: fully_shard(module, ignored_params={p for p in "
-            "network.parameters() if p.requires_grad})."
+            "network.parameters() if p.requires_grad}). A saved adapter is trained if "
+            "it's loaded with is_trainable=True."
         )
 
 

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 
 from pyro_lora.ground.ranks import ALONE, Ranks
 from pyro_lora.ground.synchronisation import lacks_values, require
+from pyro_lora.ground.warning import warn
 from pyro_lora.lifting.lifted_network import LORA_IN_PLATE, LiftedNetwork
 from pyro_lora.likelihood.outcomes import (
     impossible,
@@ -150,11 +151,22 @@ def next_batch(
 
     Raises:
         ValueError: If there is none.
+
+    Warns:
+        UserWarning: If all who should share the data have the same batch.
     """
     batch = next(batches, None)
     if batch is None:
         message = f"{caller} got no batches. Is the iterable used up already?"
         raise ValueError(ranks.none_here(message))
+    if ranks.are_given_one(dict(batch)):
+        warn(
+            f"{caller}: all {ranks.size} ranks have the same batch, so that each datum "
+            "seems to be there as many times. Give each rank its share, "
+            "pl.share(batches); or, where each should have all data, mesh="
+            f"init_device_mesh(device, (1, {ranks.size}), mesh_dim_names=('data', "
+            "'particles'))."
+        )
     return batch
 
 

@@ -281,7 +281,7 @@ class NumberPrediction(AnyPrediction):
             noise = at_mode.noise_variance
             if not is_ahead((shift - noise).flatten(), 0.0):
                 return None
-            moved, scale = shift.mean().sqrt(), noise.mean().sqrt()
+            moved, scale = (float(x.mean().sqrt()) for x in (shift, noise))
             return f"the outcomes' mean is {moved:.3g} (noise {scale:.3g}) from that"
         counts = self.labels.isfinite()
         error, best = ((p.mean - self.labels).square()[counts] for p in (self, at_mode))
@@ -289,10 +289,8 @@ class NumberPrediction(AnyPrediction):
         gain = float(((1 + _RMSE) ** 2 - 1) * best.mean())
         if not is_ahead(error - best, gain):
             return None
-        return (
-            f"the prediction has RMSE {error.mean().sqrt():.3g}, against "
-            f"{best.mean().sqrt():.3g}"
-        )
+        rmse, at_best = (float(x.mean().sqrt()) for x in (error, best))
+        return f"the prediction has RMSE {rmse:.3g}, against {at_best:.3g}"
 
     @property
     def _has_label(self) -> Tensor:

@@ -5,6 +5,7 @@ return; where there are several ranks ``pl.share`` leaves each its own part.
 """
 
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ import torch.distributed
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.utils.data import DataLoader
 
 import pyro_lora as pl
 from benchmarks.devices import allocated
@@ -513,6 +515,19 @@ def written(is_told: bool, folder: Path) -> Any:
     return {"texts": texts.sequences, "log_probs": texts.log_probs}
 
 
+def all_data_to_each(folder: Path) -> Any:
+    """Whoever forgets to share the data is told so, and nobody else."""
+    fitted, batches = posterior()
+    told = {}
+    for name, given in (("all", batches), ("shares", pl.share(batches))):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            pl.predict(fitted, given)
+        found = any("ranks have the same batch" in str(x.message) for x in caught)
+        told[name] = found == (name == "all" and size() > 1)
+    return told
+
+
 def svgd(kernel: Any, options: dict[str, Any], folder: Path) -> Any:
     lora, model = lifted()
     batches = data()
@@ -801,6 +816,10 @@ def other_base(folder: Path) -> Any:
     return guide_of(lora, model).laplace_approximation(pl.share(data()))
 
 
+def shuffled_share(folder: Path) -> Any:
+    return pl.share(DataLoader(list(range(7)), shuffle=True))  # type: ignore[arg-type]
+
+
 def no_mesh(folder: Path) -> Any:
     fitted, batches = posterior()
     return pl.predict(fitted, pl.share(batches), mesh=(2, 1))  # type: ignore[arg-type]
@@ -961,6 +980,7 @@ SAME: dict[str, Callable[[Path], Any]] = {
     "ensemble": partial(svgd, pl.kernels.NoRepulsion(), {}),
     "shares, joint": partial(svgd_on_shares, RBF()),
     "shares, function": partial(svgd_on_shares, RBF(space="function")),
+    "all data to each": all_data_to_each,
     "masks of particles": masks_of_particles,
     "texts of a split base": partial(written, True),
     "plan": plan,
@@ -987,6 +1007,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "broken factors": (broken_factors, r"Site '.*', layer 0: the factor of its inp"),
     "too many rows": (too_many_rows, r"contrasts, here 10 or more, and takes 8"),
     "other weights": (other_weights, r"Site '.*': the weights of rank 1 are others"),
+    "a shuffled share": (shuffled_share, r"DataLoader\(pl\.share\(dataset\), shuffle"),
     "another base": (other_base, r"The frozen weight '.*' of rank 1 is another"),
     "texts of a split base, untold": (
         partial(written, False),
