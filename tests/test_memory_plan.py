@@ -423,12 +423,12 @@ def test_pairs_are_planned() -> None:
     found: list[Any] = []
     fit = allocated(lambda: found.append(guide.laplace_approximation(pairs)))
     phase = plan["Laplace fit"]
-    assert phase.peak == pytest.approx(fit + phase.weights, rel=0.05)
+    assert phase.peak == pytest.approx(fit + phase.weights, rel=0.1)
     unseen = {k: None if k == "labels" else x for k, x in pairs[0].items()}
     drawn = allocated(lambda: pl.predict(found[0], [unseen], method="sample"))
     phase = plan["predict by draws"]
     whole = drawn + phase.weights + phase.posterior
-    assert phase.peak == pytest.approx(whole, rel=0.05)
+    assert phase.peak == pytest.approx(whole, rel=0.1)
 
 
 @pytest.mark.slow
