@@ -194,6 +194,8 @@ def _chunks(
         own = 0 if slot in seen else sum(call.output.nbytes for call in calls)
         sizes[key] = sizes.get(key, 0) + own
         seen.add(slot)  # a weight and a bias have the same gradients
+    # Who runs each pass together cuts alike, by the longest batch.
+    sizes = dict(zip(sizes, record.ranks.largest([*sizes.values()]), strict=True))
     num_terms, total = len(terms), sum(sizes.values())
     step = num_terms
     if num_terms * total > max_bytes:

@@ -380,9 +380,8 @@ class _Probe:
     def _owners(self, tensors: Sequence[Tensor], num_outputs: int) -> list[Tensor]:
         single = [i < num_outputs and x.ndim < 3 for i, x in enumerate(tensors)]
         decoded: dict[int, tuple[Tensor, Tensor]] = {}
-        own_sizes = [x.nbytes if x.requires_grad else 0 for x in tensors]
-        of_ranks = zip(*self._ranks.collected(own_sizes), strict=True)
-        nbytes = [max(of_rank) for of_rank in of_ranks]
+        nbytes = [x.nbytes if x.requires_grad else 0 for x in tensors]
+        nbytes = self._ranks.largest(nbytes)
         for group in self._groups([(i, n) for i, n in enumerate(nbytes) if n]):
             decoded |= self._decoded({i: tensors[i] for i in group}, single)
         num_data = len(self._data)

@@ -144,6 +144,10 @@ class Ranks:
         """
         return self._meet(form, number=number)
 
+    def largest(self, numbers: Sequence[int]) -> list[int]:
+        """Of each of several numbers, as many on all ranks, the largest."""
+        return [*map(max, *self.collected(numbers))] if self.size > 1 else [*numbers]
+
     def gathered(self, x: Tensor, dim: int = 0) -> Tensor:
         """What the ranks have, joined along a dim in their order.
 
@@ -307,8 +311,7 @@ class Ranks:
         """
         if self.size == 1:
             return
-        digest = _digest(values)
-        for rank, other in enumerate(said := self._meet("a batch's digest", digest)):
+        for rank, other in enumerate(said := self._digests(values)):
             if other != said[0]:
                 raise ValueError(
                     f"The batch of rank {rank} is another than that of rank 0. Ranks "
@@ -323,9 +326,10 @@ class Ranks:
         Args:
             values: Of which all tensors count, in dicts, lists and tuples.
         """
-        if self.size == 1:
-            return False
-        return len({*self._meet("a batch's digest", _digest(values))}) == 1
+        return self.size > 1 and len({*self._digests(values)}) == 1
+
+    def _digests(self, values: Any) -> list[int]:
+        return self._meet("a batch's digest", _digest(values))
 
     def none_here(self, alone: str) -> str:
         """What is said where this rank has no batches.

@@ -67,6 +67,20 @@ def sharded() -> tuple[pl.LiftedNetwork, Any]:
     return lora, classifier(lora, 8)
 
 
+def fit_of_split_in_chunks(folder: Path) -> Any:
+    """A rank's batch has more gradients than fit at a time, the other's has one row."""
+    lora, model = sharded()
+    (whole,) = data(by=8, number=8)
+    batches = [
+        {k: x[:1] for k, x in whole.items()},
+        {k: x[1:] for k, x in whole.items()},
+    ]
+    guide = guide_of(lora, model)
+    return numbers_of(
+        guide.laplace_approximation(pl.share(batches), max_memory_gb=2e-6)
+    )
+
+
 def data(num_labels: int = 3, by: int = 2, number: int = NUM_DATA) -> list[Batch]:
     whole = batch(number, 6, num_labels=num_labels)
     return [
@@ -951,6 +965,7 @@ SAME: dict[str, Callable[[Path], Any]] = {
     "Exact": fit_exact,
     "few batches": fit_of_few_batches,
     "chunks of terms": fit_in_chunks,
+    "chunks of a split base": fit_of_split_in_chunks,
     "decompositions": decompositions,
     "latent noise": fit_latents,
     "all data on each": partial(repeated, True),
