@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from pyro import optim
@@ -87,6 +87,7 @@ if TYPE_CHECKING:
 GB = 1e9
 OneBatch = tuple[int, int] | Batch
 MakeModel = Callable[[LiftedNetwork, int], Model]
+Fisher = Literal["exact", "mc", "empirical"]
 
 # PEFT's task -> our model.
 _MODELS: dict[str, MakeModel] = {
@@ -101,12 +102,113 @@ _HEADS = {
     "ForCausalLM": "CAUSAL_LM",
     "LMHeadModel": "CAUSAL_LM",
 }
-_BY_TOKEN = (token_classification, language_model)
 _TRAINING = ("MAP step", "SVGD step", "predict by particles")
 _BY_DRAWS = ("predict by particles", "predict by draws")
 _NAMES = {"draws_at_once": "chunk_size of predict"}  # of what a job calls otherwise
 _RANK = 64  # of what is advised: see the docs page on large networks
 _JITTER = 0.01  # any: particles apart, B not zero, so that A has gradients
+
+
+@dataclass(frozen=True)
+class _Outcomes:
+    """What a model observes of a batch of texts.
+
+    Attributes:
+        rows: Texts that make a datum.
+        by_token: Whether each of a text's tokens has an outcome.
+        dtype: Of a label.
+        fisher: Of ``AutoLaplace``, where nothing else is said.
+    """
+
+    rows: int = 1
+    by_token: bool = False
+    dtype: torch.dtype = torch.long
+    fisher: Fisher = "exact"
+
+
+# Our models, which take ``labels=None``.
+_OUTCOMES: dict[MakeModel, _Outcomes] = {
+    classification: _Outcomes(),
+    regression: _Outcomes(dtype=torch.float32),
+    token_classification: _Outcomes(by_token=True),
+    language_model: _Outcomes(by_token=True, fisher="mc"),
+    preference: _Outcomes(rows=2),
+}
+
+
+@dataclass(frozen=True, repr=False)
+class _Texts:
+    """A batch that is known by its size."""
+
+    rows: int
+    tokens: int
+
+    has_twin: ClassVar[bool] = True  # of so many rows, for the narrow network
+
+    def __repr__(self) -> str:
+        """As ``plan_memory`` is told."""
+        return f"({self.rows}, {self.tokens})"
+
+    @property
+    def words(self) -> str:
+        """What it is."""
+        return f"{self.rows:,} texts of {self.tokens:,} tokens"
+
+    def num_data(self, outcomes: _Outcomes) -> int:
+        """Of which a model observes an outcome."""
+        return self.rows // outcomes.rows
+
+    def example(self, outcomes: _Outcomes, device: torch.device) -> dict[str, Any]:
+        """Texts with some padding."""
+        ids = torch.ones(self.rows, self.tokens, dtype=torch.long, device=device)
+        mask = torch.ones_like(ids)
+        if self.tokens > 1:
+            mask[0, -1] = 0
+        labels = ids if outcomes.by_token else ids.new_zeros(self.num_data(outcomes))
+        labels = labels.to(outcomes.dtype)
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+    def fewer(self) -> Iterator[_Texts]:
+        """Half of it, a quarter and so on."""
+        for k in range(1, self.rows.bit_length()):
+            yield _Texts(self.rows // 2**k, self.tokens)
+
+
+@dataclass(frozen=True, eq=False)
+class _Given:
+    """A batch that is given, of which only shapes count."""
+
+    batch: Batch
+
+    has_twin: ClassVar[bool] = False
+
+    @property
+    def words(self) -> str:
+        """What it is."""
+        return brief(dict(self.batch))
+
+    @property
+    def rows(self) -> int:
+        """Of its first tensor."""
+        return len(next(iter(self.batch.values())))
+
+    def num_data(self, outcomes: _Outcomes) -> int:
+        """Of which a model observes an outcome."""
+        labels = self.batch.get("labels")
+        if isinstance(labels, Tensor) and labels.ndim:
+            return len(labels)
+        return self.rows // outcomes.rows
+
+    def example(self, outcomes: _Outcomes, device: torch.device) -> dict[str, Any]:
+        """It, without values."""
+        return {
+            name: x.to("meta") if isinstance(x, Tensor) else x
+            for name, x in self.batch.items()
+        }
+
+    def fewer(self) -> Iterator[_Given]:
+        """None: who gave it knows what is in it."""
+        yield from ()
 
 
 @dataclass(frozen=True)
@@ -262,7 +364,7 @@ def plan_memory(
     kernel: Kernel | NoRepulsion | None = None,
     chunk_size: int | None = None,
     gradient_checkpointing: bool = False,
-    fisher: Literal["exact", "mc", "empirical"] | None = None,
+    fisher: Fisher | None = None,
     num_data: int | None = None,
     max_memory_gb: float | None = None,
     device_gb: float | None = None,
@@ -343,24 +445,24 @@ def plan_memory(
         if size is not None:
             check_positive(name, size)
     check_word("fisher", fisher, ("exact", "mc", "empirical", None))
-    _check_batch(batch)
+    planned = _planned_batch(batch)
     whole = described_network(network, peft_config, dtype)
     make_model = _model_for(whole) if model is None else model
-    if fisher is None:
-        fisher = "mc" if make_model is language_model else "exact"
+    outcomes = _OUTCOMES.get(make_model, _Outcomes())
     at_once = chunk_size or num_particles or 1
     if num_particles is not None:  # W ranks, or as many as there are particles
         at_once = min(at_once, -(-num_particles // world_size))
     job = _Job(
         network=whole,
         make_model=make_model,
+        outcomes=outcomes,
         structure=structure,
         num_particles=num_particles,
-        batch=batch,
+        batch=planned,
         kernel=RBF() if kernel is None else kernel,
         chunk_size=at_once,
         gradient_checkpointing=gradient_checkpointing,
-        fisher=fisher,
+        fisher=fisher or outcomes.fisher,
         num_data=num_data,
         max_memory_gb=max_memory_gb,
         world_size=world_size,
@@ -370,7 +472,7 @@ def plan_memory(
         phases = tuple(job.phases())
         plan = MemoryPlan(
             type(base_of(whole)).__name__,
-            job.batch_words,
+            planned.words,
             phases,
             device_gb,
             shard_base=shard_base,
@@ -394,14 +496,15 @@ def _quick_collections() -> Iterator[None]:
             gc.unfreeze()
 
 
-def _check_batch(batch: OneBatch) -> None:
+def _planned_batch(batch: OneBatch) -> _Texts | _Given:
     if isinstance(batch, Mapping):
-        return
+        return _Given(batch)
     check_kind("batch", batch, Sequence, "(rows, tokens), or a mapping of tensors")
     if len(batch) != 2:
         raise ValueError(f"batch must be (rows, tokens), found {tuple(batch)}.")
     for name, size in zip(("rows", "tokens"), batch, strict=True):
         check_count(f"The {name} of batch", size)
+    return _Texts(*batch)
 
 
 def _model_for(network: nn.Module) -> MakeModel:
@@ -626,29 +729,28 @@ def _recompute_with(lora: LiftedNetwork) -> None:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class _Job:
-    """What is planned; the fields are :func:`plan_memory`'s arguments."""
+    """What is planned; the fields are :func:`plan_memory`'s arguments, but for two.
+
+    Attributes:
+        outcomes: Of the model.
+        draws_at_once: In a prediction by draws.
+    """
 
     network: nn.Module
     make_model: MakeModel
+    outcomes: _Outcomes
     structure: Structure | None
     num_particles: int | None
-    batch: OneBatch
+    batch: _Texts | _Given
     kernel: Kernel | NoRepulsion
     chunk_size: int
     gradient_checkpointing: bool
-    fisher: Literal["exact", "mc", "empirical"]
+    fisher: Fisher
     num_data: int | None
     max_memory_gb: float | None
     world_size: int
     shard_base: bool
     draws_at_once: int = DRAWS_AT_ONCE
-
-    @property
-    def batch_words(self) -> str:
-        """What a batch is."""
-        if isinstance(self.batch, Mapping):
-            return brief(dict(self.batch))
-        return f"{self.batch[0]:,} texts of {self.batch[1]:,} tokens"
 
     @property
     def _sharing(self) -> int:
@@ -693,7 +795,7 @@ class _Job:
             finish = max(noting.finish, run.memory.most)
             yield run.phase("Laplace fit", noting.passes, factors=noting.factors)
             yield replace(run.phase("Laplace finish", finish, **stays), activations=0)
-            if self.make_model not in _BY_TOKEN:
+            if not self.outcomes.by_token:
                 name = "predict linearized"
                 yield self._predicting(run, posterior, name, "linearized", stays)
             name = "predict by draws"
@@ -748,9 +850,9 @@ class _Job:
         stays: Mapping[str, int],
     ) -> Phase:
         batch = self._example(run.lora, run.shapes)
-        if "labels" in batch or self.make_model is preference:
+        if "labels" in batch or self.make_model in _OUTCOMES:
             batch["labels"] = None  # left out, the first of a pair would be preferred
-        tokens: Any = "last" if self.make_model in _BY_TOKEN else None
+        tokens: Any = "last" if self.outcomes.by_token else None
         run.begin()
         predict(
             posterior,
@@ -771,19 +873,8 @@ class _Job:
         return number * self._data_in_batch, batches
 
     @property
-    def _num_rows(self) -> int:
-        """Of a batch."""
-        if isinstance(self.batch, Mapping):
-            return len(next(iter(self.batch.values())))
-        return self.batch[0]
-
-    @property
     def _data_in_batch(self) -> int:
-        """Rows, or half of them, where two make a pair."""
-        labels = self.batch.get("labels") if isinstance(self.batch, Mapping) else None
-        if isinstance(labels, Tensor) and labels.ndim:
-            return len(labels)
-        return self._num_rows // (2 if self.make_model is preference else 1)
+        return self.batch.num_data(self.outcomes)
 
     @property
     def _num_batches(self) -> int:
@@ -801,28 +892,12 @@ class _Job:
             lora: The network.
             shapes: What runs it, if it has no values.
         """
-        batch = self._made(lora)
+        device = next(iter(lora.zeros().values())).device
+        batch = self.batch.example(self.outcomes, device)
         for name, x in batch.items():
             if shapes is not None and "mask" in name:
                 shapes.mask(x)
         return batch
-
-    def _made(self, lora: LiftedNetwork) -> dict[str, Any]:
-        if isinstance(self.batch, Mapping):
-            return {
-                name: x.to("meta") if isinstance(x, Tensor) else x
-                for name, x in self.batch.items()
-            }
-        device = next(iter(lora.zeros().values())).device
-        ids = torch.ones(*self.batch, dtype=torch.long, device=device)
-        mask = torch.ones_like(ids)
-        if ids.shape[1] > 1:
-            mask[0, -1] = 0
-        by_token = self.make_model in _BY_TOKEN
-        labels = ids if by_token else ids.new_zeros(self._data_in_batch)
-        if self.make_model is regression:
-            labels = labels.float()
-        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
     def smaller(self, phase: Phase, device_gb: float) -> Iterator[tuple[str, Phase]]:
         """Settings under which a phase takes less, until it fits, and what it takes.
@@ -845,12 +920,7 @@ class _Job:
                 reduce = self.structure == KFAC(reduce=True)
                 narrow = KFAC(reduce=reduce, rank=_RANK)
                 ways += [{"structure": narrow}, {**least, "structure": narrow}]
-        if not isinstance(self.batch, Mapping):
-            rows, tokens = self.batch
-            ways += [
-                {**ways[-1], "batch": (size, tokens)}
-                for size in (rows // 2**k for k in range(1, rows.bit_length()))
-            ]
+        ways += [{**ways[-1], "batch": few} for few in self.batch.fewer()]
         if self.world_size > 1 and not self.shard_base:
             shared = [{"shard_base": True, **way} for way in ({}, *ways)]
             is_larger = phase.weights > GB * device_gb  # whatever the other settings
@@ -871,7 +941,7 @@ class _Job:
 
     def _answers_of_twin(self) -> Sequence[float]:
         """What a fit asks of values, answered by a network that has some."""
-        if isinstance(self.batch, Mapping) or self.structure is None:
+        if self.structure is None or not self.batch.has_twin:
             return ()
         try:
             return self._twin_fitted(self.structure)
@@ -888,7 +958,7 @@ class _Job:
         ):
             warnings.simplefilter("ignore")  # of weights that are at random
             torch.manual_seed(0)
-            twin = narrow_twin(self.network, self._num_rows, is_vocabulary_whole)
+            twin = narrow_twin(self.network, self.batch.rows, is_vocabulary_whole)
             if twin is not None:
                 _Shares(twin, self._sharing)  # hooks count, where a network is watched
                 self._fitted(lift(twin), structure)
