@@ -382,7 +382,8 @@ def fit_temperature(held_out: Prediction) -> float:
 
     Returns:
         T, within 0.01 to 100: at an end of it where the NLL falls beyond (0.01 if
-        all held-out data are classified correctly).
+        all held-out data are classified correctly), and 1 where it's the same at all
+        of them, as of uniform predictions.
 
     Raises:
         ValueError: If there are no labels, or no classes.
@@ -412,6 +413,8 @@ def fit_temperature(held_out: Prediction) -> float:
         return float((q * (log_probs - chosen)).sum(-1).mean())
 
     low, high = math.log(MIN_TEMPERATURE), math.log(MAX_TEMPERATURE)
+    if slope(low) == slope(high) == 0:
+        return 1.0
     for _ in range(_NUM_BISECTIONS):
         middle = (low + high) / 2
         # dNLL/dbeta > 0: beta is too large, so the temperature is too small.

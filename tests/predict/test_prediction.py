@@ -133,6 +133,13 @@ def test_fitted_temperature_stops_at_the_bounds() -> None:
     assert pl.fit_temperature(certain(3, [1, 1, 1])) == pytest.approx(100)
 
 
+@pytest.mark.parametrize("num_classes", [2, 3, 10])
+def test_no_temperature_is_fitted_to_uniform_predictions(num_classes: int) -> None:
+    labels = torch.arange(8) % num_classes
+    uniform = prediction(torch.full((8, num_classes), 7.0), labels)
+    assert pl.fit_temperature(uniform) == 1
+
+
 def test_fitted_temperature_takes_classes_of_probability_zero() -> None:
     log_probs = torch.tensor([[0.7, 0.3, 0.0], [0.6, 0.4, 0.0]]).double().log()
     labels = torch.tensor([0, 1])
