@@ -33,6 +33,7 @@ from transformers import PretrainedConfig
 
 from pyro_lora.curvature.data_sums import OBSERVED
 from pyro_lora.curvature.fit import check_rows
+from pyro_lora.curvature.prior_moments import PriorAtMode
 from pyro_lora.curvature.saved_observations import ObservedFactors
 from pyro_lora.curvature.structures import (
     EKFAC,
@@ -997,7 +998,7 @@ class _Noting(Structure):
     def gaussian(
         self,
         loc: Weights,
-        prior_precision: Weights,
+        prior: PriorAtMode,
         factors: Factors,
         next_pass: Callable[[BatchStructure], Factors],
         ranks: Ranks = ALONE,
@@ -1014,7 +1015,7 @@ class _Noting(Structure):
             self._complete(summed, sums)
             return sums
 
-        return self._structure.gaussian(loc, prior_precision, factors, noted, ranks)
+        return self._structure.gaussian(loc, prior, factors, noted, ranks)
 
     def _few(self, summed: BatchStructure) -> BatchStructure:
         return summed if self._number == 1 else _FewBatches(summed, self._number)

@@ -67,7 +67,7 @@ class Summed(pl.structures.Structure):
     def gaussian(
         self,
         loc: Any,
-        prior_precision: Any,
+        prior: Any,
         factors: Factors,
         next_pass: Any,
         ranks: Any = ALONE,
@@ -79,7 +79,7 @@ class Summed(pl.structures.Structure):
                 if isinstance(one, Tensor):
                     storages[one.data_ptr()] = one.nbytes
         self.num_bytes = sum(storages.values())
-        return self._structure.gaussian(loc, prior_precision, factors, next_pass, ranks)
+        return self._structure.gaussian(loc, prior, factors, next_pass, ranks)
 
 
 def batch(rows: int, tokens: int, labels: bool = True) -> dict[str, Tensor]:

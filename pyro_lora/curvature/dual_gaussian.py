@@ -275,6 +275,18 @@ class EachRow:
         inside = half[:, rows].permute(1, 2, 0)
         return kernel[rows[:, :, None], rows[:, None, :]] - inside @ inside.mT
 
+    def outside(self, kernel: Tensor, rows: Tensor) -> Tensor:
+        """Prior covariance of the data's rows that K hasn't, in the form of blocks.
+
+        Args:
+            kernel: K, (k, k).
+            rows: (data, rows).
+
+        Returns:
+            (data, rows, rows).
+        """
+        return kernel.new_zeros(*rows.shape, rows.shape[1])
+
     def tensors(self) -> Weights:
         """What a file holds of it, by name."""
         return {}
@@ -331,6 +343,13 @@ class InSubspace(FieldsShown):
         """See :class:`EachRow`."""
         own = self.matrix[rows]  # (data, rows, k)
         return own @ (kernel - half.mT @ half) @ own.mT
+
+    def outside(self, kernel: Tensor, rows: Tensor) -> Tensor:
+        """See :class:`EachRow`: the variances alone, which scale as those of the span.
+
+        At the prior of the fit K is I, and under t times its precision I / t.
+        """
+        return torch.diag_embed(self.residual[rows] * kernel.diagonal().mean())
 
     def tensors(self) -> Weights:
         """See :class:`EachRow`."""

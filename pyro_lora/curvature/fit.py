@@ -378,7 +378,7 @@ class FisherPasses:
                 "or use SVGD, or SVI with another guide, which keep the whole prior."
             )
         gaussian = self.structure.gaussian(
-            mode, prior.precision, sums.factors, next_pass, self.ranks
+            mode, prior, sums.factors, next_pass, self.ranks
         )
         for written in checkpoints:
             written.delete()

@@ -11,6 +11,10 @@ is Nyström's approximation of K, which with all rows drawn is K itself. Outside
 span the posterior is the prior, which no datum narrows there. With J = (1, 0), (0, 1)
 and (3, 3), T = I and the first and third row drawn, U is I up to a rotation and nothing
 is lost; with the third alone U = (1, 1) / sqrt 2, and of the first row half is.
+
+One more row is :math:`T (c - \hat w)`, so that the way from the weights to the prior's
+mean c is in the span, and :math:`\Phi U (c - \hat w)` is :math:`J (c - \hat w)`
+exactly: what the network is at c, from where a mode under the prior is looked for.
 """
 
 from __future__ import annotations
@@ -31,7 +35,10 @@ from pyro_lora.curvature.dual_gaussian import (
 )
 from pyro_lora.curvature.factors import RowFactors, RowSample
 from pyro_lora.curvature.observations import Observations, joined
+from pyro_lora.curvature.prior_moments import PriorAtMode
 from pyro_lora.ground.weights import Weights
+
+_TINY = 1e-300  # of a network without gradients
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,14 +75,12 @@ class Span:
         return inside, square
 
 
-def span_of(
-    loc: Weights, prior_precision: Weights, factors: Mapping[int, RowSample]
-) -> Span:
-    """The span of the rows drawn, at the weights at which they were taken.
+def span_of(loc: Weights, prior: PriorAtMode, factors: Mapping[int, RowSample]) -> Span:
+    """The span of the rows drawn, and of the way to the prior's mean.
 
     Args:
-        loc: These weights, site -> (L, ...).
-        prior_precision: Site -> tau.
+        loc: The weights at which the rows were taken, site -> (L, ...).
+        prior: At these weights.
         factors: Rows by place among the layers.
     """
     first = factors[0]
@@ -85,14 +90,26 @@ def span_of(
         site: torch.stack([factors[next(layers)].values[drawn] for _ in x])
         for site, x in loc.items()
     }
+    to_mean = {s: prior.precision[s] * (prior.mean[s] - x) for s, x in loc.items()}
+    values = {
+        site: torch.cat([x, to_mean[site].reshape(len(x), 1, -1).to(x)], 1)
+        for site, x in values.items()
+    }
     sample = Rows(loc, values)
-    tau = sample.by_matrix(prior_precision)
-    eigenvalues, vectors = torch.linalg.eigh(sample.kernel(tau))
+    tau = sample.by_matrix(prior.precision)
+    kernel = sample.kernel(tau)
+    # As long as the others are on average: how far the mean is has no say in what
+    # counts as a direction.
+    length = torch.ones_like(kernel[0])
+    if bool(kernel[-1, -1] > 0):
+        length[-1] = (kernel.diagonal()[:-1].mean() / kernel[-1, -1]).sqrt()
+    eigenvalues, vectors = torch.linalg.eigh(length[:, None] * kernel * length)
     # Rows that say what others say are no further direction; but one is kept at least,
     # also where the network has no gradient.
-    least = len(drawn) * torch.finfo(torch.float64).eps * eigenvalues[-1:]
+    least = len(kernel) * torch.finfo(torch.float64).eps * eigenvalues[-1:]
     number = int((eigenvalues[:-1] <= least).sum())
-    weights = (vectors * eigenvalues.clamp_min(least + 1e-300).rsqrt())[:, number:]
+    weights = (vectors * eigenvalues.clamp_min(least + _TINY).rsqrt())[:, number:]
+    weights = length[:, None] * weights
     basis = {
         site: torch.stack([(weights.mT @ x.double()).to(x) for x in matrices])
         for site, matrices in values.items()

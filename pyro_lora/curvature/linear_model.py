@@ -43,7 +43,7 @@ _MAX_STEPS = 200
 _MAX_SCORING = 12  # steps with the Fisher information, which mostly is the Hessian
 _CONVERGED = 1e-20  # gain of a Newton step, in nats for each nat of the objective
 _CONVERGED_IN_SEARCH = 1e-8
-_MISSED = 1e-6  # likewise, of a step that the line search can't take
+_MISSED = 1e-6  # likewise, of a step that the line search can't take, or down
 _JITTER = 1e-12  # of the kernel's mean diagonal, where contrasts are given weights
 # Where the precision around the trained weights is looked for, in decades from the one
 # at which a contrast has a prior variance of 1: at the first the weights stay.
@@ -168,12 +168,15 @@ class LinearMode:
         kernel: K of the k rows, (k, k).
         alpha: Gradient of the log likelihood in h, (k,); h = K alpha is the mode.
         at: The likelihood there.
+        missing: Nats that one more Newton step would gain, or lose by rounding, where
+            that's too many for a mode; else 0.
     """
 
     data: LinearData
     kernel: Tensor
     alpha: Tensor
     at: _At
+    missing: float = 0.0
 
     @property
     def contrasts(self) -> Tensor:
@@ -211,9 +214,6 @@ def find_mode(
 
     Returns:
         The mode. Where the likelihood isn't log-concave, a local one.
-
-    Warns:
-        UserWarning: If it isn't found.
     """
     alpha = kernel.new_zeros(len(kernel))
     step = kernel @ alpha
@@ -238,7 +238,8 @@ def find_mode(
         move = kernel @ direction
         gain = (at.pull - alpha) @ move  # twice, of a whole step
         if not bool(gain > tolerance * (1 + value.abs())):
-            missed = not bool(gain.isfinite())
+            # Far below 0 it's no step up, but what rounding has left of one.
+            missed = not bool(gain > -_MISSED * (1 + value.abs()))
             break
         size = 1.0
         while True:
@@ -254,13 +255,7 @@ def find_mode(
         alpha, step, at, value = ahead, step + size * move, new, further
     else:
         missed = True
-    if missed:
-        warn(
-            "The mode of the linearised network isn't found: one more Newton step "
-            f"should gain {float(gain) / 2:.3g} nats. The likelihood may have kinks, "
-            "as Laplace's, or its rate overflow. A larger prior precision may help."
-        )
-    return LinearMode(data, kernel, alpha, at)
+    return LinearMode(data, kernel, alpha, at, float(gain.abs()) / 2 if missed else 0.0)
 
 
 class FollowedEvidence:
@@ -352,7 +347,8 @@ def _each_left_out(mode: LinearMode, kernel: Tensor) -> list[Tensor]:
     Exact for the Gaussian approximation: with :math:`\Sigma = (K^{-1} + W)^{-1}`, a
     datum without its own part has the covariance :math:`C = \Sigma_{nn} (I - W_n
     \Sigma_{nn})^{-1}` and the mean :math:`z_n - C s_n`. All of a datum's outcomes are
-    left out together.
+    left out together. What of its row lies outside of the span adds the prior's
+    variance, as it does in a prediction.
     """
     observations, coordinates = mode.data.observations, mode.data.coordinates
     rows_of = torch.cat(
@@ -377,7 +373,7 @@ def _each_left_out(mode: LinearMode, kernel: Tensor) -> list[Tensor]:
         rows = by_datum[starts[data][:, None] + torch.arange(count, device=data.device)]
         w = _fisher_blocks(at.fisher, observations, rows)
         c = _without_own(coordinates.covariance(kernel, of_width, rows), w)
-        covariance[rows, :count] = c
+        covariance[rows, :count] = c + coordinates.outside(kernel, rows)
         if of_mean is not of_width:
             c = _without_own(coordinates.covariance(mode.kernel, of_mean, rows), w)
         mean[rows] = contrasts[rows] - (c @ at.score[rows][..., None])[..., 0]
@@ -497,6 +493,9 @@ def at_mode_under(
     Returns:
         The same rows and prior precision, around the mode; and the log likelihood
         there, nats.
+
+    Warns:
+        UserWarning: If it isn't found.
     """
     tau = gaussian.rows.by_matrix(precision)
     kernel = gaussian.rows.kernel(tau)
@@ -511,6 +510,13 @@ def at_mode_under(
         if not int(info):
             start = torch.cholesky_solve(distance[:, None], root)[:, 0]
     mode = find_mode(kernel, data_under(gaussian, mean), start)
+    if mode.missing:
+        warn(
+            "The mode of the linearised network isn't found: one more Newton step "
+            f"should change the log joint by {mode.missing:.3g} nats. The likelihood "
+            "may have kinks, as Laplace's, its rate overflow, or a noise scale that "
+            "the network outputs go to 0. A larger prior precision may help."
+        )
     return _moved(gaussian, mean, tau, mode), mode.at.log_likelihood
 
 
@@ -530,6 +536,9 @@ def near_weights(
     Returns:
         The same rows and prior precision, around the mode; and the log likelihood
         there, nats.
+
+    Warns:
+        UserWarning: If the mode isn't found.
     """
     ones = {site: x.new_ones(()) for site, x in gaussian.loc.items()}
     gram = gaussian.rows.kernel(ones)

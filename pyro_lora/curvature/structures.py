@@ -51,6 +51,7 @@ from pyro_lora.curvature.factors import (
 )
 from pyro_lora.curvature.inducing import Span, projected_gaussian, span_of
 from pyro_lora.curvature.nystrom import gram
+from pyro_lora.curvature.prior_moments import PriorAtMode
 from pyro_lora.curvature.saved_observations import ObservedFactors
 from pyro_lora.curvature.weight_gaussian import WeightGaussian
 from pyro_lora.ground.accumulation import at_least_float32
@@ -127,7 +128,7 @@ class Structure(ABC):
     def gaussian(
         self,
         loc: Weights,
-        prior_precision: Weights,
+        prior: PriorAtMode,
         factors: Factors,
         next_pass: Callable[[BatchStructure], Factors],
         ranks: Ranks = ALONE,
@@ -136,7 +137,7 @@ class Structure(ABC):
 
         Args:
             loc: The mode, site -> (L, ...).
-            prior_precision: Site -> tau.
+            prior: Its mean and precision there.
             factors: What the first pass summed; used up.
             next_pass: Sums over the data once more.
             ranks: Who comes here with the same factors, and shares what is to be done.
@@ -254,7 +255,7 @@ class LayerStructure(Structure, BatchStructure):
     def gaussian(
         self,
         loc: Weights,
-        prior_precision: Weights,
+        prior: PriorAtMode,
         factors: Factors,
         next_pass: Callable[[BatchStructure], Factors],
         ranks: Ranks = ALONE,
@@ -271,7 +272,7 @@ class LayerStructure(Structure, BatchStructure):
                     f"subclass structures.EigenFactors, or give {type(self).__name__} "
                     "a method gaussian."
                 )
-        return _blocks(loc, prior_precision, factors, ranks)
+        return _blocks(loc, prior.precision, factors, ranks)
 
 
 @dataclass(frozen=True)
@@ -379,16 +380,16 @@ class EKFAC(Structure):
     def gaussian(
         self,
         loc: Weights,
-        prior_precision: Weights,
+        prior: PriorAtMode,
         factors: Factors,
         next_pass: Callable[[BatchStructure], Factors],
         ranks: Ranks = ALONE,
     ) -> WeightGaussian:
         """See the base class."""
-        kfac = _blocks(loc, prior_precision, factors, ranks)
+        kfac = _blocks(loc, prior.precision, factors, ranks)
         bases = [basis for block in kfac.blocks.values() for basis in block.bases()]
         # Of all diagonals L, |F - U L U^T| is least at that of U^T F U.
-        moments = _blocks(loc, prior_precision, next_pass(_InBases(tuple(bases))))
+        moments = _blocks(loc, prior.precision, next_pass(_InBases(tuple(bases))))
         return with_values(kfac, moments)
 
 
@@ -465,13 +466,13 @@ class JointStructure(Structure, BatchStructure):
     def gaussian(
         self,
         loc: Weights,
-        prior_precision: Weights,
+        prior: PriorAtMode,
         factors: Factors,
         next_pass: Callable[[BatchStructure], Factors],
         ranks: Ranks = ALONE,
     ) -> WeightGaussian:
         """See the base class."""
-        return DenseGaussian(loc, prior_precision, factors[0].matrix.double())
+        return DenseGaussian(loc, prior.precision, factors[0].matrix.double())
 
 
 @dataclass(frozen=True)
@@ -536,7 +537,7 @@ class Exact(Structure):
     def gaussian(
         self,
         loc: Weights,
-        prior_precision: Weights,
+        prior: PriorAtMode,
         factors: Factors,
         next_pass: Callable[[BatchStructure], Factors],
         ranks: Ranks = ALONE,
@@ -544,8 +545,8 @@ class Exact(Structure):
         """See the base class."""
         observed = factors.pop(OBSERVED, ObservedFactors(())).batches
         if self.num_inducing is None:
-            return dual_gaussian(loc, prior_precision, factors, observed)
-        span = span_of(loc, prior_precision, factors)
+            return dual_gaussian(loc, prior.precision, factors, observed)
+        span = span_of(loc, prior, factors)
         del factors
         projected = next_pass(_Projected(span, MAX_ROWS**2 // self.num_inducing))
         observed = projected.pop(OBSERVED, ObservedFactors(())).batches

@@ -358,6 +358,12 @@ class LaplacePosterior(marginals.ByMarginals, Shared):
                 for site, tau in posterior.gaussian.prior_precision.items()
             ):
                 break
+        else:
+            warn(
+                f"The mode under a prior that isn't normal isn't found: after "
+                f"{_MAX_REWEIGHTED} normal priors in its place weights still move. "
+                "Refine again from here, or refine(around='weights')."
+            )
         if present.correlated:
             warn(
                 f"The prior of {list(present.correlated)} has correlations between "

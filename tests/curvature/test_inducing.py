@@ -17,6 +17,7 @@ import pyro_lora as pl
 from pyro_lora.curvature import dual_gaussian
 from pyro_lora.curvature import structures as own_structures
 from tests.curvature.gauss_newton import assert_same, flatten, laplace, split
+from tests.infer.linear_regression import NOISE_SD, linear_regression
 from tests.networks import batch, bert, inputs
 from tests.posteriors.test_refined import (
     SMOOTH,
@@ -93,6 +94,48 @@ def test_some_rows_are_exact_for_the_projected_network(
     assert_same(found.log_prob(draws), normal.log_prob(flat))
     log_q = found.log_prob({s: x[None] for s, x in found.mode().items()})[0]
     assert_same(found.log_evidence(), found.log_likelihood + found.log_prior - log_q)
+
+
+@pytest.mark.parametrize("name", ["categorical", "poisson", "heteroscedastic"])
+@pytest.mark.parametrize("number", [1, 3])
+@pytest.mark.parametrize("mean", [0.0, 1.5])
+def test_the_mode_fits_the_data_as_it_says(name: str, number: int, mean: float) -> None:
+    def prior(lora: pl.LiftedNetwork) -> dict[str, Tensor]:
+        at = {s: torch.full_like(x, mean) for s, x in lora.zeros().items()}
+        return {
+            s: pyro.sample(s, dist.Normal(x, 0.7).to_event(x.ndim))
+            for s, x in at.items()
+        }
+
+    task = Linear(SMOOTH[name])
+    task.lora = pl.lift(task.lora.network, prior=prior)
+    fit = task.fit(moved(task.lora), pl.structures.Exact(num_inducing=number))
+    for refined in (fit.refine("prior"), fit.refine()):
+        with task.lora.bind(refined.mode()) as network:  # linear in its weights
+            fn = task.case.likelihood(network(task.batch["x"]))
+        log_likelihood = fn.log_prob(task.batch["y"]).sum()
+        assert_same(refined.log_likelihood, log_likelihood)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_leave_one_out_is_refitting_in_the_span(number: int) -> None:
+    task = linear_regression()
+    structure = pl.structures.Exact(num_inducing=number)
+    found: Any = task.laplace(structure=structure).refine("prior")
+    assert found.gaussian.coordinates.lost > 0.01
+    flat = [x.transpose(0, 1).flatten(1) for x in found.gaussian.rows.values.values()]
+    basis = torch.cat(flat, 1)  # orthonormal under the prior
+    design = task.design @ basis.mT @ basis * task.prior_sd**2
+    tau = torch.eye(design.shape[1]).double() / task.prior_sd**2
+    for n in range(len(task.x)):
+        kept = torch.arange(len(task.x)) != n
+        inside, y = design[kept], task.y[kept]
+        precision = inside.mT @ inside / NOISE_SD**2 + tau
+        mean = torch.linalg.solve(precision, inside.mT @ y / NOISE_SD**2)
+        row = task.design[n]  # the network's own, as predictions have it
+        variance = row @ torch.linalg.solve(precision, row) + NOISE_SD**2
+        expected = dist.Normal(row @ mean, variance.sqrt()).log_prob(task.y[n])
+        assert_same(found.leave_one_out()[n], expected)
 
 
 def transformer(num_labels: int = 3) -> tuple[pl.LiftedNetwork, Any, Any]:
@@ -265,7 +308,7 @@ def test_outcomes_that_are_certain_leave_the_fisher_information_singular() -> No
 def test_says_what_is_lost() -> None:
     task = Linear(CASES["categorical"])
     fit = task.fit(task.lora.weights(), pl.structures.Exact(num_inducing=4))
-    assert "4 directions" in repr(fit.gaussian)
+    assert "5 directions" in repr(fit.gaussian)
     assert "lost, of 12 rows of 6 data" in repr(fit.gaussian)
 
 

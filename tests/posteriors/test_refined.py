@@ -752,6 +752,23 @@ def test_a_mode_that_is_not_found_is_said() -> None:
         exact.refine("prior")
 
 
+def test_a_noise_scale_that_goes_to_zero_has_no_mode() -> None:
+    # As many weights as fit all data: rounding leaves steps that go down.
+    case = Case(lambda f: dist.Normal(f[..., 0], f[..., 1].exp()), 2)
+    for _ in range(5):
+        task = Linear(case)
+        task.lora = task.lora.with_prior(pl.priors.normal(scale=50.0))
+        task.batch["y"] = 1e-3 * task.batch["y"] + task.batch["x"].sum(1)
+        exact = task.fit(moved(task.lora), pl.structures.Exact())
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            refined = exact.refine("prior")
+        gradient = _gradient(task.model, task.batch, refined)
+        is_mode = bool(gradient.abs().max() < 1e-3)
+        said = any("isn't found" in str(w.message) for w in caught)
+        assert is_mode != said, (gradient.abs().max(), [str(w.message) for w in caught])
+
+
 def test_a_prior_that_changed_since_the_fit_is_refused() -> None:
     task = Linear(CASES["bernoulli"])
 
