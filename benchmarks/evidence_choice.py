@@ -181,10 +181,13 @@ def read(there: Mapping[str, Result]) -> tuple[Table, int]:
     table: Table = {}
     number = 0
     for kept_as, found in there.items():
-        name, rows, of, _ = kept_as.rsplit("_", 3)
+        name, rows, of, seed = kept_as.rsplit("_", 3)
         rank, layers, precision, epochs = of.split("-")
         key = Candidate(int(rank), int(layers), float(precision), int(epochs))
-        table.setdefault(name, {})[key] = found
+        title = name if int(seed) == 0 else f"{name}, seed {seed}"
+        table.setdefault(title, {})[key] = found
+        if number not in (0, int(rows)):
+            raise SystemExit(f"There are fits of {number} rows and of {rows}.")
         number = int(rows)
     return table, number
 

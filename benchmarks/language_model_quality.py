@@ -217,7 +217,7 @@ def last_states(lora: pl.LiftedNetwork, weights: Weights, rows: CachedRows) -> T
     """What the answer's scores are made of, (N, I), at a weight set."""
     states: list[Tensor] = []
     norm = lora.network.get_submodule("base_model.model.norm")
-    handle = norm.register_forward_hook(lambda _, __, out: states.append(out))
+    handle = norm.register_forward_hook(lambda _, __, out: states.append(out[:, 0]))
     with lora.bind(weights) as network:
         for batch in rows.ordered():
             network(batch["hidden"], batch["attention_mask"])

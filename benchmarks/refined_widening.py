@@ -33,7 +33,7 @@ from benchmarks.runs import Result, arguments, run_or_report
 from benchmarks.seed_runs import Setting
 from benchmarks.tables import header, over_seeds, provenance, row
 from pyro_lora.curvature import linear_model
-from pyro_lora.curvature.dual_gaussian import DualGaussian, Roots
+from pyro_lora.curvature.dual_gaussian import DualGaussian, Roots, cholesky_of
 from pyro_lora.ground.weights import Weights
 
 SETS, EPOCHS = ("agnews", "boolq_closed", "sst2", "vader"), (2, 4, 8, 25)
@@ -52,7 +52,7 @@ TITLES = {
 def expected_roots(gaussian: DualGaussian) -> Roots:
     r"""Roots of :math:`E_q[W]`, q the Gaussian with these roots: a fixed point."""
     kernel = gaussian.rows.kernel(gaussian.prior_precision)
-    z = linear_model.contrasts_at(gaussian, gaussian.loc)
+    z = linear_model.data_under(gaussian, gaussian.loc).offset
     (part,) = gaussian.observations
     num, width = part.at_fit.shape
     points = _normal_points(width)
@@ -60,7 +60,7 @@ def expected_roots(gaussian: DualGaussian) -> Roots:
     roots = gaussian.roots
     for _ in range(NUM_ROUNDS):
         inside = torch.linalg.solve_triangular(
-            linear_model.cholesky_of(kernel, roots), roots.right(kernel), upper=False
+            cholesky_of(kernel, roots), roots.right(kernel), upper=False
         ).mT.reshape(num, width, -1)
         own = kernel.reshape(num, width, num, width).diagonal(dim1=0, dim2=2)
         sigma = own.movedim(-1, 0) - inside @ inside.mT
@@ -86,17 +86,15 @@ def matched_precision(gaussian: DualGaussian, around: Weights, like: float) -> f
     """The tau of N(around, 1/tau) at whose mode the data have this log likelihood."""
     ones = {site: x.new_ones(()) for site, x in gaussian.loc.items()}
     gram = gaussian.rows.kernel(ones)
-    offset = linear_model.contrasts_at(gaussian, around)
+    data = linear_model.data_under(gaussian, around)
     first = math.log10(float(gram.diagonal().mean()))
     low, high = first - 4.5, first + 2
     start = None
     for _ in range(NUM_BISECTIONS):
         middle = (low + high) / 2
-        mode = linear_model.find_mode(
-            gram / 10**middle, offset, gaussian.observations, start, 1e-5
-        )
-        start = mode.score
-        weak = float(mode.log_likelihood) > like
+        mode = linear_model.find_mode(gram / 10**middle, data, start, 1e-5)
+        start = mode.at.pull
+        weak = float(mode.at.log_likelihood) > like
         low, high = (middle, high) if weak else (low, middle)
     return float(10 ** ((low + high) / 2))
 

@@ -31,7 +31,7 @@ import pyro_lora as pl
 from benchmarks.encoder_top import MAX_LENGTH, Rows
 from benchmarks.refined import NETWORKS, mixed, predicted, scores
 from benchmarks.runs import Result, arguments, keep, kept, raw, run_or_report, shard
-from benchmarks.seed_runs import Setting
+from benchmarks.seed_runs import NUM_MEMBERS, Setting
 from benchmarks.tables import header, over_seeds, provenance, row
 from pyro_lora.ground.weights import Weights
 
@@ -111,7 +111,10 @@ class Job:
 
     def ensemble(self) -> Result:
         """Eight trainings."""
-        lora, members = self.setting.lora, map(self.trained, range(NUM_ADAPTERS))
+        lora, seed = self.setting.lora, self.setting.seed
+        # Those beyond a study's five members would have the next seed's starts.
+        others = (1000 + 10 * seed + i for i in range(NUM_MEMBERS, NUM_ADAPTERS))
+        members = map(self.trained, (*range(NUM_MEMBERS), *others))
         log_probs = self.served(pl.ensemble(lora, list(members)))
         scored = scores(log_probs, self.setting.test.labels)
         return {"metrics": {"ensemble": scored}}

@@ -24,9 +24,9 @@ Job = Callable[[], Any]
 
 def direction(particles: Tensor, scores: Tensor) -> Tensor:
     """Kernel and Stein direction of particles (K, D), as SVGD's steps find them."""
-    target = ParticleModel(lambda: None, {}, 0, (), False, None)
+    target = ParticleModel(lambda: None, {}, 0, (), False, (), None)
     at = ParticlePass(target, {"x": particles}, (), {}, len(particles))
-    known = Scores({"x": scores}, scores.new_zeros(len(scores)), 1.0)
+    known = Scores({"x": scores}, scores.new_zeros(len(scores)), None, 1.0)
     return JointSpace(pl.kernels.RBF()).move(at, known, 1.0).by_site["x"]
 
 

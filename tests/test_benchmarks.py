@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification
 
 import pyro_lora as pl
+from benchmarks import refined_widening, svgd_growth
 from benchmarks.dense_ggn import dense_ggn, layers_of, logit_jacobian
 from benchmarks.encoder_top import CachedRows, EncoderTop, adapted
 from benchmarks.refined import at_weights, mixed
@@ -126,6 +127,22 @@ def test_the_best_precision_is_that_of_the_librarys_evidence(
     tuned = setting.laplace(setting.train, mode, pl.structures.Dense()).optimize_prior()
     found = float(next(iter(tuned.prior_precision.values())).flatten()[0])
     assert found == pytest.approx(exact.best_precision(), rel=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:The weights aren't a mode")
+@pytest.mark.filterwarnings("ignore:The best prior precision")
+def test_rules_of_when_to_widen(setting: Setting) -> None:
+    found = refined_widening.with_choices(refined_widening.run_one(setting))
+    assert found.keys() == refined_widening.TITLES.keys()
+    assert all(0 < nll < 5 for nll in found.values())
+
+
+@pytest.mark.untrained
+def test_the_direction_that_is_timed_goes_up() -> None:
+    x, scores = torch.randn(2, 5, 3)
+    found = svgd_growth.direction(x, 100 * scores)  # beside it repulsion is little
+    assert found.shape == x.shape
+    assert float((found * scores).sum() / (found.norm() * scores.norm())) > 0.5
 
 
 @pytest.mark.untrained

@@ -376,8 +376,8 @@ def _not_linearizable(
     gaussians = [only_gaussian(part) for part in chains.posteriors]
     if gaussians[0] is None or None in gaussians:
         return "a component of the posterior is no single Gaussian", data.obs_site
-    mode = {site: value[None] for site, value in gaussians[0].mode().items()}
-    at = model_at_draws(data.model, mode, data.first, data.obs_site)
+    origin = {site: value[None] for site, value in gaussians[0].origin().items()}
+    at = model_at_draws(data.model, origin, data.first, data.obs_site)
     (trace,) = at.traces(data.first)
     if any(part is not None and part.latents.values for part in gaussians):
         return "the posterior has latent sites besides the weights", at.obs_site
@@ -553,7 +553,7 @@ class LinearizedAtDraws:
         return ALONE
 
     def traces(self, batch: Batch) -> Iterator[Any]:
-        """One trace, at the mode but for the likelihood's distribution.
+        """One trace, at the origin but for the likelihood's distribution.
 
         Args:
             batch: The model's keyword arguments.
@@ -568,7 +568,7 @@ class LinearizedAtDraws:
                 continue
             # f(x; ŵ) + J (w_s - ŵ): one Jacobian a batch for all draws of a component
             with evaluating(gaussian.networks):
-                trace = trace_at(self.model, gaussian.mode(), batch)
+                trace = trace_at(self.model, gaussian.origin(), batch)
                 held = {**gaussian.fixed, **gaussian.latents.values}
                 network = LinearizedNetwork(
                     poutine.condition(self.model, held),

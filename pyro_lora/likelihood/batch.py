@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 
 from pyro_lora.ground.ranks import ALONE, Ranks
@@ -96,6 +97,10 @@ class PlacedBatch(dict[str, Any]):
         """The same batch with other values of some arguments."""
         return PlacedBatch({**self, **values}, self.place)
 
+    def copied(self) -> PlacedBatch:
+        """The same batch, in memory of its own."""
+        return PlacedBatch(tree_map_only(Tensor, Tensor.clone, dict(self)), self.place)
+
 
 def check_batches(batches: object, name: str = "batches") -> None:
     """Check that there can be batches in something.
@@ -125,7 +130,8 @@ def checked_batches(
         batches: Mappings of model keyword arguments.
 
     Yields:
-        Each batch, with its place.
+        Each batch, with its place. It is a copy, of which parts may be kept: some
+        loaders fill the same tensors again for the next one.
 
     Raises:
         ValueError: As :func:`checked_batch`, or if arguments differ.
@@ -136,7 +142,7 @@ def checked_batches(
         if expected is None:
             expected = checked.given
         checked.check_given(expected)
-        yield checked
+        yield checked.copied()
 
 
 def next_batch(

@@ -219,8 +219,8 @@ class Linearized:
         first = self.gaussians[0]
         assert first.model is not None  # linearized_at has set it
         with torch.no_grad(), evaluating_model():
-            trace = trace_at(first.model, first.mode(), batch)
-        site = likelihood_site(trace, first.obs_site, first.mode())
+            trace = trace_at(first.model, first.origin(), batch)
+        site = likelihood_site(trace, first.obs_site, first.origin())
         single = single_outcomes(site["fn"])
         likelihood = likelihoods.of(single.fn)
         assert likelihood.classes is not None  # which_outcomes has seen to it

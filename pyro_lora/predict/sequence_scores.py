@@ -16,6 +16,7 @@ import copy
 import inspect
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -256,9 +257,14 @@ def lora_mode(lora: LiftedNetwork, posterior: Posterior) -> Weights:
         ValueError: If the posterior has neither.
     """
     gaussian = only_gaussian(posterior)
-    values = None if gaussian is None else gaussian.origin()
-    if isinstance(posterior, GuidePosterior):
+    values: Weights | None = None
+    if gaussian is not None:
+        values = gaussian.origin()
+    elif isinstance(posterior, GuidePosterior):
         values = posterior.median()
+    elif hasattr(posterior, "mode"):
+        with suppress(ValueError):  # of particles and mixtures, which say so
+            values = posterior.mode()
     if values is None:
         raise ValueError(
             f"There is no mode: a {kind_of(posterior)} has neither a mode nor a "

@@ -752,6 +752,18 @@ def test_a_mode_that_is_not_found_is_said() -> None:
         exact.refine("prior")
 
 
+def test_a_tree_of_a_refined_posterior_has_what_predict_says() -> None:
+    task = Linear(Case(learned_cutpoints, 2))
+    refined = task.fit(moved(task.lora, 1.0), pl.structures.Exact()).refine()
+    narrow = refined.with_prior_precision(1e8)  # draws are the mean
+    batches = [task.batch]
+    tree = pl.to_datatree(narrow, batches, num_samples=2)
+    found = torch.as_tensor(tree["log_likelihood"]["y"].values)[0, 0]
+    prediction = pl.predict(narrow, batches)
+    expected = prediction.log_probs.gather(1, task.batch["y"][:, None].long())[:, 0]
+    assert_close(found, expected, rtol=5e-3, atol=5e-3)
+
+
 def test_a_noise_scale_that_goes_to_zero_has_no_mode() -> None:
     # As many weights as fit all data: rounding leaves steps that go down.
     case = Case(lambda f: dist.Normal(f[..., 0], f[..., 1].exp()), 2)

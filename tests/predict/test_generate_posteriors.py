@@ -174,6 +174,23 @@ def test_the_mode_s_text_of_what_is_refined_is_the_trained_networks() -> None:
     assert torch.equal(found.sequences, own)
 
 
+@pytest.mark.filterwarnings("ignore:No width up to")
+@pytest.mark.parametrize("name", ["for_sampling", "tfb"])
+def test_the_mode_s_text_of_what_was_made_narrow(name: str) -> None:
+    lora = lifted()
+    data = texts() | {"labels": torch.arange(6) % 3}
+    if name == "tfb":
+        model = pl.models.multiple_choice(lora, 6, list(range(3)))
+        posterior: Any = pl.methods.tfb(model, [data], weights=lora.weights())
+    else:
+        posterior = refined(lora).for_sampling([data])
+    centre, prompt = posterior.mode(), prompts(1, 3)
+    (alone,) = adapters(lora, {site: centre[site][None] for site in lora.sites})
+    own = alone.generate(**prompt, max_new_tokens=NEW, do_sample=False)
+    found = pl.generate(posterior, **prompt, max_new_tokens=NEW, mode="mode")
+    assert torch.equal(found.sequences, own)
+
+
 @pytest.mark.filterwarnings("ignore:Position ids are not supported")
 def test_draws_that_run_one_at_a_time_end_where_they_end() -> None:
     peft_model = networks.llama(None, num_layers=1).unload()
