@@ -59,7 +59,7 @@ TITLES = {
     "evidence": "both steps, evidence in step 1",
     "prior loo": "refined under the prior, leave-one-out",
     "prior evidence": "refined under the prior, evidence",
-    "twice": "both steps, linearised again at the refined mode",
+    "twice": "both steps, linearised again at the mode by leave-one-out",
     "mixture kfac": "mixture of KFAC at 5 members",
     "mixture loo": "mixture of both steps at 5 members",
 }
@@ -301,7 +301,8 @@ def report(there: Mapping[str, Result]) -> list[str]:
         f"Texts of at most {MAX_LENGTH} tokens, {NUM_TEST} test rows; each seed draws "
         "its own training rows, initial weights and order. Prior precision in training "
         f"{PRIOR_PRECISION}. Mean ± standard error over the seeds, where there are "
-        "several. No label is held out but for temperature.",
+        "several. No label is held out but for temperature. Of a mixture of both steps "
+        "one member has leave-one-out in step 1, the others the evidence.",
         "",
         provenance(),
         "",

@@ -38,18 +38,19 @@ _WIDE = 1.5  # sd from which the integral doesn't run over the noise
 class GaussianLogits(OutsideAutocast, FieldsShown):
     r"""A Gaussian over the logits of each datum (their mean over classes removed).
 
-    :math:`N(f(x, \hat w), J P^{-1} J^T)`, the network linearised at the mode (Immer et
-    al. 2021, https://arxiv.org/abs/2008.08400, eq. 8).
+    :math:`N(f(x, \hat w) + J (\mu - \hat w), J P^{-1} J^T)`, of the network linearised
+    at the weights :math:`\hat w`, which are the mean :math:`\mu` unless it was refined
+    (Immer et al. 2021, https://arxiv.org/abs/2008.08400, eq. 8).
 
     Attributes:
         mean: (B, C), or (B, T, C) for T tokens.
         covariance_matrix: (B, C, C) or (B, T, C, C), singular: only C - 1 contrasts
             vary. A Normal likelihood has its C locations, and a regular one.
-        noise_variance: Of a Normal likelihood, at the mode, of the mean's shape; None
+        noise_variance: Of a Normal likelihood, where it's linearised, (B, C); None
             for classes, and where the network outputs it.
         cutpoints: Of ordered classes, (B, C - 1) or (B, T, C - 1): the Gaussian is then
             over their one predictor, mean (B, 1), and the cutpoints are held at their
-            values at the mode, learned or not. None for others.
+            values there, learned or not. None for others.
         numbers: Where outcomes are numbers, such as counts: their distribution at
             values (..., B, P) of the predictor, the Gaussian's, of P outputs. None for
             classes, and for some tokens of all.

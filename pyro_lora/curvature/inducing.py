@@ -101,7 +101,7 @@ def span_of(loc: Weights, prior: PriorAtMode, factors: Mapping[int, RowSample]) 
     # As long as the others are on average: how far the mean is has no say in what
     # counts as a direction.
     length = torch.ones_like(kernel[0])
-    if bool(kernel[-1, -1] > 0):
+    if len(drawn) and bool(kernel[-1, -1] > 0):
         length[-1] = (kernel.diagonal()[:-1].mean() / kernel[-1, -1]).sqrt()
     eigenvalues, vectors = torch.linalg.eigh(length[:, None] * kernel * length)
     # Rows that say what others say are no further direction; but one is kept at least,
@@ -131,7 +131,11 @@ def projected_gaussian(
     """
     observations, places = joined(observed)
     matrix, square = (in_order(factors[i], places) for i in (0, 1))
-    outside = (square[:, 0] - matrix.square().sum(1)).clamp_min(0)
+    outside = square[:, 0] - matrix.square().sum(1)
+    # Below the digits of U it is rounding, which predictions would take for variance.
+    basis = next(iter(span.rows.values.values()))
+    digits = len(span.rows) * torch.finfo(basis.dtype).eps
+    outside = outside.where(outside > digits * square[:, 0], 0.0)
     coordinates = InSubspace(matrix, outside)
     return DualGaussian(
         span.rows.origin,

@@ -1,7 +1,9 @@
-r"""The network linearised at a mode: :math:`f(x, \hat w) + J (w - \hat w)`.
+r"""The network linearised at weights: :math:`f(x, \hat w) + J (w - \hat w)`.
 
-Under :math:`w \sim N(\hat w, P^{-1})` its logits are
-:math:`N(f(x, \hat w), J P^{-1} J^T)`, for each datum or for all data of a batch.
+Under :math:`w \sim N(\mu, P^{-1})` its logits are
+:math:`N(f(x, \hat w) + J (\mu - \hat w), J P^{-1} J^T)`, for each datum or for all
+data of a batch. The mean :math:`\mu` is the origin :math:`\hat w`, unless it was
+refined.
 "Logits" are whatever the likelihood's predictor is: of classes their logits, of which
 only C - 1 contrasts count; of real numbers their location, with the scale's logarithm
 if the network outputs that, too; of counts a log rate.
@@ -96,17 +98,17 @@ def _helmert(logits: Tensor, are_all_there: bool | None) -> tuple[Tensor, Tensor
 
 @dataclass(frozen=True, eq=False)
 class LinearizedNetwork:
-    r"""A model's network linearised at a mode, :math:`f(x, \hat w) + J (w - \hat w)`.
+    r"""A model's network linearised at weights: :math:`f(x, \hat w) + J (w - \hat w)`.
 
     Attributes:
         model: A Pyro model.
-        mode: :math:`\hat w`, lifted site -> value.
+        origin: :math:`\hat w`, lifted site -> value.
         networks: The lifted networks in the model.
         obs_site: The likelihood's site; None is the only observed one.
     """
 
     model: Model
-    mode: Weights
+    origin: Weights
     networks: Sequence[LiftedNetwork]
     obs_site: str | None
 
@@ -127,12 +129,12 @@ class LinearizedNetwork:
             TypeError: If the likelihood isn't a known type.
             ValueError: If its event dims and ``tokens`` don't fit.
         """
-        leaves = {site: x.detach().requires_grad_() for site, x in self.mode.items()}
+        leaves = {site: x.detach().requires_grad_() for site, x in self.origin.items()}
         with torch.enable_grad():
             # Not around the backward passes: a checkpointed network runs again in them.
             with recording(self.networks, leaves) as record:
                 trace = trace_at(self.model, leaves, batch, undrawn=self.obs_site)
-            site: dict[str, Any] = likelihood_site(trace, self.obs_site, self.mode)
+            site: dict[str, Any] = likelihood_site(trace, self.obs_site, self.origin)
             if every and _has_several_classes(site):
                 tokens = "each"
             fn, likelihood, mask = _single_outcomes(site, tokens)
@@ -181,7 +183,7 @@ class LinearizedNetwork:
             with outside_autocast():
                 captures = capture_layers(record, terms)
         return LinearizedBatch(
-            self.mode,
+            self.origin,
             site,
             values.detach(),
             basis,
@@ -196,11 +198,11 @@ class LinearizedNetwork:
 
 @dataclass(frozen=True, eq=False)
 class LinearizedBatch(OutsideAutocast):
-    """A batch's contrasts at the mode, and what their Jacobian is made of.
+    """A batch's contrasts at the origin, and what their Jacobian is made of.
 
     Attributes:
-        mode: Site -> value.
-        site: The likelihood's, a node of the trace at the mode.
+        origin: Site -> value.
+        site: The likelihood's, a node of the trace at the origin.
         values: The contrasts, (B, ..., M).
         basis: (C, M), or (B, ..., C, M) where choices are missing.
         captures: All layers, gradients of the flattened (..., M).
@@ -211,7 +213,7 @@ class LinearizedBatch(OutsideAutocast):
         has_scale: Whether these are locations and logarithms of scales, C = 2 P.
     """
 
-    mode: Weights
+    origin: Weights
     site: dict[str, Any]
     values: Tensor
     basis: Tensor
@@ -247,9 +249,10 @@ class LinearizedBatch(OutsideAutocast):
         gaussian: WeightGaussian,
         prior_precisions: Sequence[Mapping[str, Tensor]] | None = None,
     ) -> list[GaussianLogits]:
-        r"""The Gaussian :math:`N(f(x), J P^{-1} J^T)`, for each of Q priors.
+        r"""The Gaussian of mean :math:`f(x) + J (\mu - \hat w)`, for each of Q priors.
 
-        Immer et al. 2021, https://arxiv.org/abs/2008.08400, eq. 9.
+        Its covariance is :math:`J P^{-1} J^T` (Immer et al. 2021,
+        https://arxiv.org/abs/2008.08400, eq. 9).
 
         Args:
             gaussian: Over the weights.
@@ -323,7 +326,7 @@ class LinearizedBatch(OutsideAutocast):
         Returns:
             (S, B, C), with T tokens (S, B, T, C), the mean over classes removed.
         """
-        steps = {site: weights[site] - x for site, x in self.mode.items()}
+        steps = {site: weights[site] - x for site, x in self.origin.items()}
         return self.mean + self.logits_along(steps)
 
     def logits_along(self, steps: Weights) -> Tensor:
@@ -343,7 +346,7 @@ class LinearizedBatch(OutsideAutocast):
         return moved.reshape(-1, *self.mean.shape)
 
     def gradient(self, function: Callable[[Tensor], Tensor]) -> Weights:
-        r"""Gradient at the mode of a function of the logits, without a backward pass.
+        r"""Gradient at the origin of a function of the logits, without a backward pass.
 
         Args:
             function: Of the logits (B, C), with T tokens (B, T, C); a scalar.
@@ -355,20 +358,20 @@ class LinearizedBatch(OutsideAutocast):
         with torch.enable_grad():
             value = function(self._logits_of(contrasts))
             (alpha,) = torch.autograd.grad(value, contrasts)
-        by_layer: dict[str, list[Tensor]] = {site: [] for site in self.mode}
+        by_layer: dict[str, list[Tensor]] = {site: [] for site in self.origin}
         for capture in self.captures:
             g = score_gradient(capture, alpha.flatten(1).mT)
             by_layer[capture.site].append(g)
         return {
-            site: torch.stack(layers).reshape(self.mode[site].shape)
+            site: torch.stack(layers).reshape(self.origin[site].shape)
             for site, layers in by_layer.items()
         }
 
     def _step_to(self, gaussian: WeightGaussian) -> _Step:
         """To the Gaussian's mean, which a refined one has elsewhere."""
-        if gaussian.loc is self.mode:
+        if gaussian.loc is self.origin:
             return _Step({}, {})
-        return _Step(self.mode, {site: x[None] for site, x in gaussian.loc.items()})
+        return _Step(self.origin, {site: x[None] for site, x in gaussian.loc.items()})
 
     def _moved_by(self, step: _Step) -> Tensor:
         """The logits' mean after a step of one weight set."""
@@ -387,17 +390,17 @@ class _Step:
     r""":math:`J (w - \hat w)`, summed while a pass over the Jacobian goes by.
 
     Args:
-        mode: :math:`\hat w`, site -> (L, ...); empty for no step.
+        origin: :math:`\hat w`, site -> (L, ...); empty for no step.
         weights: Site -> (S, L, ...).
 
     Attributes:
         moved: (S, rows, M) after the pass; None where there is no step.
     """
 
-    def __init__(self, mode: Weights, weights: Weights) -> None:
+    def __init__(self, origin: Weights, weights: Weights) -> None:
         self.moved: Tensor | None = None
         self._layers = {
-            site: iter((weights[site] - x).unbind(1)) for site, x in mode.items()
+            site: iter((weights[site] - x).unbind(1)) for site, x in origin.items()
         }
 
     def along(

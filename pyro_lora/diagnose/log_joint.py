@@ -328,7 +328,7 @@ class WeightSets(OutsideAutocast):
                     self.draws[site] - x,
                 ]
             )
-            for site, x in at.mode.items()
+            for site, x in at.origin.items()
         }
         moved = at.logits_along(moves)
         num_steps = self.coordinates.shape[1]

@@ -244,7 +244,7 @@ class AutoLaplace(AutoDelta):
         max_memory_gb: float | None = None,
         mesh: DeviceMesh | None = None,
     ) -> LaplacePosterior:
-        """Fit the Gaussian at the guide's present mode, in one pass over the data.
+        """Fit the Gaussian at the guide's present mode, in a pass over the data or two.
 
         Nothing is trained; dropout is off during the pass and restored after it. Away
         from a mode it warns, with the gradient's norm. Small
@@ -284,9 +284,10 @@ class AutoLaplace(AutoDelta):
                 is of another fit or other batches, or ``max_memory_gb`` isn't positive.
 
         Warns:
-            UserWarning: If the prior has correlations between weights, such as a
-                previous posterior's, of whose precision only the diagonal counts; or
-                the model observes other sites than those of ``obs_site``.
+            UserWarning: If the weights aren't a mode of the log joint; the prior has
+                correlations between weights, such as a previous posterior's, of whose
+                precision only the diagonal counts; or the model observes other sites
+                than those of ``obs_site``.
         """
         check_gradients()
         if max_memory_gb is not None:
@@ -355,8 +356,7 @@ class AutoLaplace(AutoDelta):
                 refined one the training starts at its ``origin()``.
             batches: All training data, as for :meth:`laplace_approximation`.
             optim: A ``pyro.optim`` optimizer.
-            num_epochs: MAP epochs from the posterior's mode, dropout off, before the
-                pass that fits.
+            num_epochs: MAP epochs from there, dropout off, before the pass that fits.
             progress_bar: Show one; None: on a terminal or in a notebook.
             max_memory_gb: As for :meth:`laplace_approximation`.
 

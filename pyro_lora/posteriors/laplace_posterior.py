@@ -71,7 +71,8 @@ class LaplacePosterior(marginals.ByMarginals, Shared):
     Attributes:
         gaussian: Mode, Fisher information of all data (nats), prior precision.
         prior_mean: Site -> mean of the prior.
-        log_likelihood: Of all data at the mode, nats, float64.
+        log_likelihood: Of all data at the mode, nats, float64; of a refined posterior
+            the linearised network's.
         log_prior: At the mode, nats, float64.
         prior: The prior that this posterior was made with.
         networks: The lifted networks in the model.
@@ -215,7 +216,9 @@ class LaplacePosterior(marginals.ByMarginals, Shared):
         .. math:: \log p(y, \hat w) - \log q(\hat w) = \log p(y | \hat w)
                   + \log p(\hat w) + \frac{D}{2} \log 2 \pi - \frac12 \log \det P
 
-        (MacKay 1992, eq. 6).
+        (MacKay 1992, eq. 6). It stands for the evidence where :math:`\hat w` is a mode
+        under the prior; elsewhere, as with weights that were trained for too short or
+        too long, of which a fit warns, it may be off by as much as there is.
 
         Under a prior that isn't normal :math:`p(\hat w)` is still its own density, and
         P has its scale-mixture weight (see
@@ -231,6 +234,10 @@ class LaplacePosterior(marginals.ByMarginals, Shared):
 
         Returns:
             A scalar, nats, float64.
+
+        Raises:
+            ValueError: If with ``structures.Exact()`` the data say so much more than
+                the prior that float64 can't tell it.
         """
         num_weights = sum(x.numel() for x in self.gaussian.loc.values())
         # log q at its own mode: the Gaussian's normaliser alone is left.
@@ -454,7 +461,7 @@ class LaplacePosterior(marginals.ByMarginals, Shared):
             raise ValueError(
                 f"optimize_prior got per={per!r}, objective={objective!r}, batches="
                 f"{'None' if batches is None else 'given'}: 'nll' needs held-out "
-                "batches and takes no per='prior', and the evidence takes no batches."
+                "batches and takes no per='prior'; evidence and 'loo' take no batches."
             )
         if held_out and self.follows_prior:
             raise ValueError(
@@ -546,14 +553,16 @@ class LaplacePosterior(marginals.ByMarginals, Shared):
         chance in the network itself, where servers of adapters, ``export_adapters``,
         ``generate`` and ``predict(method="sample")`` use them. Here they are
         :math:`c + s (w - \hat w)`, with the largest s in (0, 1] under which one draw
-        loses no more than a tolerance on some rows: five to eight forward passes.
+        loses no more than a tolerance on some rows: five to nine passes over them, of
+        so many draws, and five of one weight set where the posterior was refined.
 
         Args:
-            batches: Rows with labels to measure the loss on. Of a posterior that was
-                refined, rows that weren't trained on: its center c is then the point
-                between the trained weights and the refined mode with the least loss.
-            tolerance: Nats a datum that a draw may lose, on average over draws; what
-                their mean probability loses is less.
+            batches: Rows with labels to measure the loss on, a hundred or so. Of a
+                posterior that was refined, rows that weren't trained on: its center c
+                is then the point between the trained weights and the refined mode with
+                the least loss.
+            tolerance: Nats a datum that a draw may lose, on average over draws: a
+                single one may lose more, and what their mean probability loses is less.
             num_samples: Draws, the same at every s.
             progress_bar: Show one; None: on a terminal or in a notebook.
             mesh: A ``DeviceMesh`` whose dim ``"data"`` shares the batches; None: all
@@ -597,6 +606,7 @@ class LaplacePosterior(marginals.ByMarginals, Shared):
             model=self.model,
             obs_site=self.obs_site,
             prior=self.prior,
+            fit_arguments=self.fit_arguments,
         )
 
     @overload
@@ -629,6 +639,7 @@ class LaplacePosterior(marginals.ByMarginals, Shared):
     ) -> GaussianLogits | JointGaussianLogits:
         r"""Gaussian over the logits of a batch, :math:`N(f(x), J P^{-1} J^T)`.
 
+        Of a refined posterior :math:`f(x)` is the linearised network's, at the mode.
         One forward pass and C - 1 backward passes for C classes; P for numbers of P
         outputs (``.to_event(1)``), a Normal's with the noise variance. Where the
         network outputs scales, too, it's 2 P, and the Gaussian is over the location and

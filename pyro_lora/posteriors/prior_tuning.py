@@ -374,7 +374,7 @@ def minimize_nll(
     first of one for all; then of each group in turn, the others fixed, twice.
 
     Args:
-        network: At the mode.
+        network: Linearised at the Gaussian's origin.
         gaussian: Mode and Fisher information.
         batches: Held-out batches with labels.
         per: ``"all"``, ``"site"`` or ``"layer"``: what shares one precision.

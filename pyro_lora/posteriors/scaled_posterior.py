@@ -88,6 +88,7 @@ class ScaledPosterior(marginals.ByMarginals, Shared):
         model: The Pyro model; None where it isn't known.
         obs_site: The likelihood's site, None for the only one.
         prior: That of the posterior.
+        fit_arguments: Those that the fit's batches gave to the model, where known.
     """
 
     base: _Base
@@ -99,6 +100,7 @@ class ScaledPosterior(marginals.ByMarginals, Shared):
     model: Model | None
     obs_site: str | None
     prior: Prior
+    fit_arguments: frozenset[str] | None = None
 
     num_samples: ClassVar[int | None] = None
 

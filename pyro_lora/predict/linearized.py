@@ -1,10 +1,10 @@
-r"""Predictions of one batch by the network linearised around the mode.
+r"""Predictions of one batch by the network linearised at the trained weights.
 
-With weights w ~ N(ŵ, Σ) and J the Jacobian at ŵ, the outputs f(x; ŵ) + J (w - ŵ) are
-Gaussian, N(f(x; ŵ), J Σ Jᵀ), and :math:`p(y | x) = \int p(y | f) N(f) df` is an
-integral over a few numbers, without draws of weights. Of a mixture :math:`\sum_n \pi_n
-N_n` it's the weighted mean of its Gaussians' integrals: the network runs once around
-each mode.
+With weights w ~ N(μ, Σ) and J the Jacobian at ŵ, the outputs f(x; ŵ) + J (w - ŵ) are
+Gaussian, N(f(x; ŵ) + J (μ - ŵ), J Σ Jᵀ), μ being ŵ unless it was refined, and
+:math:`p(y | x) = \int p(y | f) N(f) df` is an integral over a few numbers, without
+draws of weights. Of a mixture :math:`\sum_n \pi_n N_n` it's the weighted mean of its
+Gaussians' integrals: the network runs once for each.
 """
 
 from __future__ import annotations
