@@ -33,6 +33,7 @@ from pyro_lora.curvature.factors import EigenFactors
 from pyro_lora.curvature.kronecker_normal import KroneckerNormal, left_product
 from pyro_lora.curvature.nystrom import eigh_psd, num_eigenvalues
 from pyro_lora.curvature.weight_gaussian import WeightGaussian
+from pyro_lora.ground.checked_tensors import DOUBLE, CheckedTensors
 from pyro_lora.ground.ranks import Ranks
 from pyro_lora.ground.summary import FieldsShown
 from pyro_lora.ground.weights import Weights
@@ -53,6 +54,50 @@ class Eigenblocks(FieldsShown):
     values: Tensor
     rows: Tensor | None
     columns: Tensor | None
+
+    @classmethod
+    def restored(cls, site: str, loc: Tensor, tensors: CheckedTensors) -> Eigenblocks:
+        """Eigenvalues and bases of a file that fit together, and the site.
+
+        Args:
+            site: Its name.
+            loc: Its value.
+            tensors: With ``values/SITE``, and ``rows/SITE`` and ``columns/SITE``.
+
+        Raises:
+            ValueError: If they don't.
+        """
+        if loc.ndim not in (2, 3):
+            raise ValueError(
+                f"site {site!r} has shape {tuple(loc.shape)}, and no matrices to have "
+                "eigenvalues"
+            )
+        # F = Σ_ab values_ab (u_a u_aᵀ) ⊗ (v_b v_bᵀ), u_a of the j columns of `rows`
+        # and v_b of the k of `columns`.
+        num_layers, out, width = (*loc.shape, 1)[:3]  # a bias: a matrix of one column
+        values = tensors.under("values/").not_negative(site, None, DOUBLE)
+        bases = [name for name in ("rows", "columns") if f"{name}/{site}" in tensors]
+        if not bases:
+            whole = (num_layers, out, width)
+            return cls(
+                tensors.under("values/").not_negative(site, whole, DOUBLE), None, None
+            )
+        if values.ndim != 3 or values.shape[0] != num_layers:
+            raise ValueError(
+                f"tensor {tensors.prefix}values/{site} has shape "
+                f"{tuple(values.shape)}, expected ({num_layers}, j, k)"
+            )
+        _, j, k = values.shape
+        if not (0 < j <= out and 0 < k <= width):
+            raise ValueError(
+                f"tensor {tensors.prefix}values/{site} has {j} x {k} eigenvalues a "
+                f"matrix, expected at most {out} x {width}"
+            )
+        return cls(
+            values,
+            tensors.under("rows/").orthonormal(site, (num_layers, out, j)),
+            tensors.under("columns/").orthonormal(site, (num_layers, width, k)),
+        )
 
     def bases(self) -> list[tuple[Tensor, Tensor]]:
         """Rows (O, O) and columns (I, I) of each layer, where there are any."""
@@ -233,6 +278,40 @@ class BlockGaussian(WeightGaussian):
     def origin(self) -> Weights:
         """See the base class."""
         return self.loc
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """See the base class."""
+        return {
+            f"{name}/{site}": x
+            for site, block in self.blocks.items()
+            for name, x in vars(block).items()
+            if x is not None
+        }
+
+    @classmethod
+    def restored(
+        cls,
+        loc: Weights,
+        tensors: CheckedTensors,
+        observations: tuple[Any, ...],
+        in_dtypes: Callable[[Weights], Weights],
+    ) -> BlockGaussian:
+        """See the base class."""
+        inner = tensors.under("prior_precision/")
+        # As τI alone is diagonal in a block's bases, there is one for each matrix;
+        # without bases each weight may have its own.
+        tau = {
+            site: inner.positive(
+                site,
+                (len(x), *[1] * (x.ndim - 1))
+                if f"rows/{site}" in tensors
+                else tuple(x.shape),
+            )
+            for site, x in loc.items()
+        }
+        blocks = {s: Eigenblocks.restored(s, x, tensors) for s, x in loc.items()}
+        return cls(loc, in_dtypes(tau), blocks)
 
     def with_prior_precision(
         self, prior_precision: Mapping[str, Tensor]

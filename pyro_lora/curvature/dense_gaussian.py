@@ -8,7 +8,7 @@ R_{ii}` and :math:`J P^{-1} J^T = |R^{-1} J^T|^2`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -22,7 +22,13 @@ from pyro_lora.curvature.joint_distribution import (
     sample_parts,
     unflatten_weights,
 )
-from pyro_lora.curvature.weight_gaussian import WeightGaussian
+from pyro_lora.curvature.weight_gaussian import WeightGaussian, restored_precision
+from pyro_lora.ground.checked_tensors import (
+    DOUBLE,
+    FLOAT32,
+    CheckedTensors,
+    check_definite,
+)
 from pyro_lora.ground.weights import Weights
 
 
@@ -49,6 +55,27 @@ class DenseGaussian(WeightGaussian):
     def origin(self) -> Weights:
         """See the base class."""
         return self.loc
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """See the base class."""
+        return {"fisher": self.fisher}
+
+    @classmethod
+    def restored(
+        cls,
+        loc: Weights,
+        tensors: CheckedTensors,
+        observations: tuple[Any, ...],
+        in_dtypes: Callable[[Weights], Weights],
+    ) -> DenseGaussian:
+        """See the base class."""
+        size = sum(x.numel() for x in loc.values())
+        fisher = tensors.real("fisher", (size, size), DOUBLE)
+        check_definite(fisher, f"tensor {tensors.prefix}fisher", floor=FLOAT32)
+        gaussian = cls(loc, in_dtypes(restored_precision(loc, tensors)), fisher)
+        gaussian.variance()  # raises where the precision isn't definite
+        return gaussian
 
     def with_prior_precision(
         self, prior_precision: Mapping[str, Tensor]

@@ -18,7 +18,7 @@ is the same algebra on k x k matrices (``inducing``).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -26,10 +26,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_lora.curvature.factors import RowFactors
+from pyro_lora.curvature.factors import WIDE, RowFactors
 from pyro_lora.curvature.joint_distribution import JointDistribution, sample_parts
 from pyro_lora.curvature.observations import Observations, joined
-from pyro_lora.curvature.weight_gaussian import WeightGaussian
+from pyro_lora.curvature.weight_gaussian import (
+    WeightGaussian,
+    restored_precision,
+    under,
+)
+from pyro_lora.ground.checked_tensors import (
+    DOUBLE,
+    CheckedTensors,
+    check_broadcasts,
+)
 from pyro_lora.ground.summary import FieldsShown
 from pyro_lora.ground.weights import Weights
 
@@ -287,9 +296,14 @@ class EachRow:
         """
         return kernel.new_zeros(*rows.shape, rows.shape[1])
 
+    @property
     def tensors(self) -> Weights:
         """What a file holds of it, by name."""
         return {}
+
+    def root_shapes(self, shapes: Sequence[tuple[int, ...]]) -> Sequence[Any]:
+        """Of the Gaussian's roots, (N, M) a block, by those of the data's."""
+        return shapes
 
     def words(self, size: int) -> str:
         """What the Gaussian is, of so many rows."""
@@ -351,14 +365,39 @@ class InSubspace(FieldsShown):
         """
         return torch.diag_embed(self.residual[rows] * kernel.diagonal().mean())
 
+    @property
     def tensors(self) -> Weights:
         """See :class:`EachRow`."""
         return {"matrix": self.matrix, "residual": self.residual}
+
+    def root_shapes(self, shapes: Sequence[tuple[int, ...]]) -> Sequence[Any]:
+        """See :class:`EachRow`."""
+        return [(1, self.matrix.shape[1])]
 
     def words(self, size: int) -> str:
         """See :class:`EachRow`."""
         number = len(self.matrix)
         return f"{size:,} directions, {self.lost:.2g} lost, of {number:,} rows"
+
+
+def _restored_coordinates(
+    tensors: CheckedTensors, shapes: Sequence[tuple[int, ...]], sizes: set[int]
+) -> EachRow | InSubspace:
+    """The data's rows as coordinates in the Jacobian's, or as these.
+
+    Raises:
+        ValueError: If they fit neither the outcomes nor the Jacobian.
+    """
+    if "matrix" not in tensors:
+        return EachRow()
+    matrix = tensors.real("matrix", None, DOUBLE)
+    number = sum(map(math.prod, shapes)) if shapes else len(matrix)
+    if matrix.ndim != 2 or len(matrix) != number or {matrix.shape[1]} != sizes:
+        raise ValueError(
+            f"tensor {tensors.prefix}matrix has shape {tuple(matrix.shape)}, expected "
+            f"({number}, {sorted(sizes)})"
+        )
+    return InSubspace(matrix, tensors.not_negative("residual", (number,), DOUBLE))
 
 
 class UnresolvedError(ValueError):
@@ -412,6 +451,86 @@ class DualGaussian(WeightGaussian):
     observations: tuple[Observations, ...] = ()
     mode_precision: Weights | None = None
     coordinates: EachRow | InSubspace = field(default_factory=EachRow)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """See the base class."""
+        roots = {str(i): x for i, x in enumerate(self.roots.blocks)}
+        tensors = under("jacobian", self.rows.values) | under("roots", roots)
+        tensors |= under("coordinates", self.coordinates.tensors)
+        if self.is_refined:
+            tensors |= under("origin", self.origin)
+        return tensors | under("mode_precision", self.mode_precision or {})
+
+    @classmethod
+    def restored(
+        cls,
+        loc: Weights,
+        tensors: CheckedTensors,
+        observations: tuple[Observations, ...],
+        in_dtypes: Callable[[Weights], Weights],
+    ) -> DualGaussian:
+        """See the base class: rows, roots and observations that fit together.
+
+        Raises:
+            ValueError: If they don't.
+        """
+        values, sizes = {}, set()
+        for site, x in loc.items():
+            j = tensors.under("jacobian/").real(site, None, WIDE)
+            expected = (x.shape[0], j.shape[1] if j.ndim == 3 else 0, x[0].numel())
+            if tuple(j.shape) != expected:
+                raise ValueError(
+                    f"tensor {tensors.prefix}jacobian/{site} has shape "
+                    f"{tuple(j.shape)}, expected ({expected[0]}, n, {expected[2]})"
+                )
+            values[site] = j
+            sizes.add(expected[1])
+        shapes = [tuple(part.at_fit.shape) for part in observations]
+        coordinates = _restored_coordinates(
+            tensors.under("coordinates/"), shapes, sizes
+        )
+        expected_roots = coordinates.root_shapes(shapes)
+        blocks = []
+        for i in range(len(expected_roots) or 1):
+            block = tensors.under("roots/").real(str(i), None, DOUBLE)
+            shape = tuple(block.shape[:2])
+            if block.ndim != 3 or (expected_roots and shape != expected_roots[i]):
+                of = (*expected_roots[i], "k") if expected_roots else "(N, M, k)"
+                raise ValueError(
+                    f"tensor {tensors.prefix}roots/{i} has shape {tuple(block.shape)}, "
+                    f"expected {of}"
+                )
+            blocks.append(block)
+        num_rows = sum(block.shape[0] * block.shape[1] for block in blocks)
+        if sizes != {num_rows}:
+            raise ValueError(
+                f"tensors {tensors.prefix}jacobian/... have {sorted(sizes)} rows, but "
+                f"there are roots of {num_rows}"
+            )
+        origin, mode_precision = loc, None
+        if any(f"origin/{site}" in tensors for site in loc):
+            inner = tensors.under("origin/")
+            origin = in_dtypes({s: inner.real(s, x.shape) for s, x in loc.items()})
+        rows = Rows(origin, values)
+        if any(f"mode_precision/{site}" in tensors for site in loc):
+            inner = tensors.under("mode_precision/")
+            found = {
+                s: check_broadcasts(
+                    inner.positive(s), x.shape, f"mode_precision of {s}"
+                )
+                for s, x in loc.items()
+            }
+            mode_precision = rows.by_matrix(in_dtypes(found))
+        return cls(
+            loc,
+            rows.by_matrix(in_dtypes(restored_precision(loc, tensors))),
+            rows,
+            Roots(tuple(blocks)),
+            observations,
+            mode_precision,
+            coordinates,
+        )
 
     @property
     def structure(self) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from pyro_lora.ground.autocast import OutsideAutocast
+from pyro_lora.ground.checked_tensors import CheckedTensors, check_broadcasts
 from pyro_lora.ground.summary import Summarised, extent, weights_facts
 from pyro_lora.ground.weights import Weights
 
@@ -23,10 +24,12 @@ class WeightGaussian(OutsideAutocast, Summarised):
     Attributes:
         loc: The mode, site -> value.
         prior_precision: Site -> tau, broadcasting over the site.
+        observations: Of the fit's data, where they are kept.
     """
 
     loc: Weights
     prior_precision: Weights
+    observations: tuple[Any, ...] = ()
 
     @property
     def knows_log_det(self) -> bool:
@@ -91,6 +94,40 @@ class WeightGaussian(OutsideAutocast, Summarised):
             first: the data's share of the precision.
         """
 
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """What a file holds of it besides mean and prior precision, by name.
+
+        Raises:
+            TypeError: If files don't hold such ones.
+        """
+        raise TypeError(
+            "Files hold the Gaussians of pyro_lora's structures, found a "
+            f"{type(self).__name__}. Keep draws of the posterior instead, by "
+            "export_adapters."
+        )
+
+    @classmethod
+    def restored(
+        cls,
+        loc: Weights,
+        tensors: CheckedTensors,
+        observations: tuple[Any, ...],
+        in_dtypes: Callable[[Weights], Weights],
+    ) -> Self:
+        """The Gaussian of a file.
+
+        Args:
+            loc: Its mean, site -> value.
+            tensors: What :attr:`tensors` gave, and ``prior_precision/SITE``.
+            observations: Of the fit's data, where they were kept.
+            in_dtypes: Weights of the file -> those of the network's dtypes.
+
+        Raises:
+            ValueError: If they make none.
+        """
+        raise NotImplementedError
+
     def _facts(self) -> dict[str, str]:
         return {
             **weights_facts(self.loc),
@@ -142,3 +179,27 @@ class WeightGaussian(OutsideAutocast, Summarised):
         Returns:
             Site -> the value sampled.
         """
+
+
+def under(name: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by their names in a file, each after another name."""
+    return {f"{name}/{key}": x for key, x in values.items()}
+
+
+def restored_precision(loc: Weights, tensors: CheckedTensors) -> Weights:
+    """Prior precisions of a file, each of a shape that broadcasts over its site.
+
+    Args:
+        loc: Site -> value.
+        tensors: With ``prior_precision/SITE``.
+
+    Raises:
+        ValueError: If they aren't positive, or don't broadcast.
+    """
+    inner = tensors.under("prior_precision/")
+    return {
+        site: check_broadcasts(
+            inner.positive(site), x.shape, f"tensor {inner.prefix}{site}"
+        )
+        for site, x in loc.items()
+    }

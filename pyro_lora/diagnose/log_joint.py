@@ -25,13 +25,11 @@ from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pyro import poutine
 from torch import Tensor
 
 from pyro_lora.curvature.gaussian_logits import class_log_probs
 from pyro_lora.curvature.linearize import (
     LinearizedBatch,
-    LinearizedNetwork,
     likelihood_at,
 )
 from pyro_lora.curvature.prior_moments import model_scales
@@ -561,13 +559,7 @@ def linear_pass(
     Returns:
         What was found, of all ranks.
     """
-    held = {**gaussian.fixed, **gaussian.latents.values}
-    network = LinearizedNetwork(
-        poutine.condition(joint.model, held) if held else joint.model,
-        gaussian.gaussian.origin,
-        gaussian.networks,
-        joint.obs_site,
-    )
+    network = gaussian.linearized_network(joint.model, joint.obs_site)
     which = which_outcomes(joint.site, None)
     way = linearized_at(
         gaussian, joint.model, joint.obs_site, class_log_probs, which, 0

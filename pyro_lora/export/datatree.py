@@ -24,11 +24,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from pyro import poutine
 from pyro.infer import MCMC
 from torch import Tensor
 
-from pyro_lora.curvature.linearize import LinearizedNetwork, likelihood_at
+from pyro_lora.curvature.linearize import likelihood_at
 from pyro_lora.export.weight_variables import (
     Variables,
     check_raw_size,
@@ -569,13 +568,7 @@ class LinearizedAtDraws:
             # f(x; ŵ) + J (w_s - ŵ): one Jacobian a batch for all draws of a component
             with evaluating(gaussian.networks):
                 trace = trace_at(self.model, gaussian.origin(), batch)
-                held = {**gaussian.fixed, **gaussian.latents.values}
-                network = LinearizedNetwork(
-                    poutine.condition(self.model, held),
-                    gaussian.gaussian.origin,
-                    gaussian.networks,
-                    self.obs_site,
-                )
+                network = gaussian.linearized_network(self.model, self.obs_site)
                 weights = _draws_at(self.draws.weights, index)
                 fn = trace.nodes[self.obs_site]["fn"]
                 tokens: Any = "each" if _has_several_classes(fn) else None

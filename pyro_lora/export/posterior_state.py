@@ -15,7 +15,6 @@ support: ``biject_to``'s, described by the names of its parts.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,15 +28,9 @@ from torch import distributions as td
 from torch.distributions import constraints, transforms
 from torch.distributions.transforms import Transform
 
-from pyro_lora.curvature.block_gaussian import BlockGaussian, Eigenblocks
+from pyro_lora.curvature.block_gaussian import BlockGaussian
 from pyro_lora.curvature.dense_gaussian import DenseGaussian
-from pyro_lora.curvature.dual_gaussian import (
-    DualGaussian,
-    EachRow,
-    InSubspace,
-    Roots,
-    Rows,
-)
+from pyro_lora.curvature.dual_gaussian import DualGaussian
 from pyro_lora.curvature.latent_block import MAX_LATENTS, LatentBlock
 from pyro_lora.curvature.prior_moments import counted_scale
 from pyro_lora.curvature.saved_observations import (
@@ -48,7 +41,6 @@ from pyro_lora.curvature.saved_observations import (
 from pyro_lora.curvature.weight_gaussian import WeightGaussian
 from pyro_lora.ground.checked_tensors import (
     DOUBLE,
-    FLOAT32,
     CheckedTensors,
     check_broadcasts,
     check_definite,
@@ -78,7 +70,11 @@ from pyro_lora.priors import Prior
 Tensors = dict[str, Tensor]
 Dtypes = tuple[dict[str, torch.dtype], dict[torch.dtype, torch.dtype]]
 
-WIDE = (torch.float32, torch.float64)
+_GAUSSIANS: dict[str, type[WeightGaussian]] = {
+    "blocks": BlockGaussian,
+    "dense": DenseGaussian,
+    "rows": DualGaussian,
+}
 _OF_LATENTS = ("precision", "log_prior", "gradient")
 _ROUNDING = 1e-6  # of a sum of float64 weights, far above it
 _SAME = 1e-5  # relative difference of two log densities, summed in another order
@@ -454,7 +450,10 @@ def _set_of(names: Sequence[str] | None) -> frozenset[str] | None:
 def _describe_laplace(
     posterior: LaplacePosterior, prefix: str
 ) -> tuple[dict[str, Any], Tensors]:
-    kind, tensors = _describe_gaussian(posterior.gaussian, prefix)
+    gaussian = posterior.gaussian
+    tensors = _named(prefix, gaussian.tensors)
+    tensors |= _named(f"{prefix}loc/", gaussian.loc)
+    tensors |= _named(f"{prefix}prior_precision/", gaussian.prior_precision)
     tensors |= _named(f"{prefix}prior_mean/", posterior.prior_mean)
     tensors[f"{prefix}log_likelihood"] = posterior.log_likelihood
     tensors[f"{prefix}log_prior"] = posterior.log_prior
@@ -463,8 +462,8 @@ def _describe_laplace(
     latents, of_latents = _describe_latents(posterior.latents, f"{prefix}latents/")
     description: dict[str, Any] = {
         "kind": "laplace",
-        "gaussian": kind,
-        "sites": list(posterior.gaussian.loc),
+        "gaussian": next(k for k, x in _GAUSSIANS.items() if x is type(gaussian)),
+        "sites": list(gaussian.loc),
         "fixed": list(posterior.fixed),
         "obs_site": posterior.obs_site,
         "prior": prior,
@@ -473,13 +472,12 @@ def _describe_laplace(
         "num_data": posterior.num_data,
         "obs_sites": list(posterior.obs_sites),
     }
-    if isinstance(posterior.gaussian, DualGaussian):
-        parts, of_parts = describe_observations(
-            posterior.gaussian.observations, f"{prefix}observations/"
+    if gaussian.observations:
+        description["observations"], of_observations = describe_observations(
+            gaussian.observations, f"{prefix}observations/"
         )
-        description["observations"] = parts
         description["follows_prior"] = posterior.follows_prior
-        tensors |= of_parts
+        tensors |= of_observations
     return description, tensors | of_prior | of_latents
 
 
@@ -498,21 +496,27 @@ def _restore_laplace(
         return {site: inner.real(site, shapes[site]) for site in sites}
 
     mode, fixed_there = values("loc", sites), values("fixed", description.fixed)
-    tau_there = _precisions(tensors, description, shapes)
     dtypes = _dtypes({**mode, **fixed_there}, networks)
-    loc, mean, tau, fixed = (
-        _in_dtypes(x, dtypes)
-        for x in (mode, values("prior_mean", sites), tau_there, fixed_there)
+    loc, mean, fixed = (
+        _in_dtypes(x, dtypes) for x in (mode, values("prior_mean", sites), fixed_there)
+    )
+    observations = restore_observations(
+        description.observations, tensors.under("observations/")
+    )
+    if description.follows_prior and not observations:
+        raise ValueError("follows_prior is true, but nothing was observed")
+    gaussian = _GAUSSIANS[description.gaussian].restored(
+        loc, tensors, observations, partial(_in_dtypes, dtypes=dtypes)
     )
     if isinstance(description.prior, NormalPrior):
-        prior = normal_prior(mean, tau, fixed)
+        prior = normal_prior(mean, gaussian.prior_precision, fixed)
     else:
         parameters = tensors.under("prior_parameters/")
         own = {n: parameters.real(n) for n in description.prior.parameters}
         own = _in_dtypes(own, dtypes)
         prior = fixing(_prior_of(description.prior, own, networks, mode), fixed)
     return LaplacePosterior(
-        _restore_gaussian(description, loc, tau, tensors, dtypes),
+        gaussian,
         mean,
         tensors.real("log_likelihood", (), DOUBLE),
         tensors.real("log_prior", (), DOUBLE),
@@ -781,216 +785,10 @@ def _particles(
     return particles
 
 
-def _precisions(
-    tensors: CheckedTensors,
-    description: LaplaceDescription,
-    shapes: Mapping[str, tuple[int, ...]],
-) -> Weights:
-    """Prior precisions in the shapes in which the Gaussians keep them.
-
-    Raises:
-        ValueError: If they aren't positive, or of another shape.
-    """
-    precisions = {}
-    inner = tensors.under("prior_precision/")
-    for site in description.sites:
-        shape = shapes[site]
-        # A Kronecker block has one prior precision for each matrix, as τI alone is
-        # diagonal in its bases; without bases each weight may have its own.
-        if description.gaussian != "blocks":
-            tau = inner.positive(site)
-            check_broadcasts(tau, shape, f"tensor {inner.prefix}{site}")
-        elif f"rows/{site}" in tensors:  # one for each matrix
-            tau = inner.positive(site, (shape[0], *[1] * (len(shape) - 1)))
-        else:
-            tau = inner.positive(site, shape)
-        precisions[site] = tau
-    return precisions
-
-
 def sites_of(posterior: Posterior) -> dict[str, tuple[int, ...]]:
     """Site -> its shape."""
     one = one_weight_set(posterior)
     return {site: tuple(value.shape) for site, value in one.items()}
-
-
-def _describe_gaussian(gaussian: WeightGaussian, prefix: str) -> tuple[str, Tensors]:
-    tensors = _named(f"{prefix}loc/", gaussian.loc)
-    tensors |= _named(f"{prefix}prior_precision/", gaussian.prior_precision)
-    if isinstance(gaussian, DenseGaussian):
-        return "dense", tensors | {f"{prefix}fisher": gaussian.fisher}
-    if isinstance(gaussian, DualGaussian):
-        roots = {str(i): x for i, x in enumerate(gaussian.roots.blocks)}
-        tensors |= _named(f"{prefix}jacobian/", gaussian.rows.values)
-        tensors |= _named(f"{prefix}roots/", roots)
-        tensors |= _named(f"{prefix}coordinates/", gaussian.coordinates.tensors())
-        if gaussian.is_refined:
-            tensors |= _named(f"{prefix}origin/", gaussian.origin)
-        if gaussian.mode_precision is not None:
-            tensors |= _named(f"{prefix}mode_precision/", gaussian.mode_precision)
-        return "rows", tensors
-    if not isinstance(gaussian, BlockGaussian):
-        raise TypeError(
-            "Files hold the Gaussians of pyro_lora's structures, found a "
-            f"{type(gaussian).__name__}. Keep draws of the posterior instead, by "
-            "export_adapters."
-        )
-    for site, block in gaussian.blocks.items():
-        tensors[f"{prefix}values/{site}"] = block.values
-        if block.rows is not None:
-            tensors[f"{prefix}rows/{site}"] = block.rows
-        if block.columns is not None:
-            tensors[f"{prefix}columns/{site}"] = block.columns
-    return "blocks", tensors
-
-
-def _restore_gaussian(
-    description: LaplaceDescription,
-    loc: Weights,
-    tau: Weights,
-    tensors: CheckedTensors,
-    dtypes: Dtypes,
-) -> WeightGaussian:
-    if description.gaussian == "rows":
-        return _restore_dual(description, loc, tau, tensors, dtypes)
-    if description.gaussian == "dense":
-        size = sum(x.numel() for x in loc.values())
-        fisher = tensors.real("fisher", (size, size), DOUBLE)
-        check_definite(fisher, f"tensor {tensors.prefix}fisher", floor=FLOAT32)
-        gaussian = DenseGaussian(loc, tau, fisher)
-        gaussian.variance()  # raises where the precision isn't definite
-        return gaussian
-    return BlockGaussian(loc, tau, {s: _block(s, x, tensors) for s, x in loc.items()})
-
-
-def _restore_dual(
-    description: LaplaceDescription,
-    loc: Weights,
-    tau: Weights,
-    tensors: CheckedTensors,
-    dtypes: Dtypes,
-) -> DualGaussian:
-    """Rows, roots and observations that fit together, and the sites.
-
-    Raises:
-        ValueError: If they don't.
-    """
-    values, sizes = {}, set()
-    for site, x in loc.items():
-        j = tensors.under("jacobian/").real(site, None, WIDE)
-        expected = (x.shape[0], j.shape[1] if j.ndim == 3 else 0, x[0].numel())
-        if tuple(j.shape) != expected:
-            raise ValueError(
-                f"tensor {tensors.prefix}jacobian/{site} has shape "
-                f"{tuple(j.shape)}, expected ({expected[0]}, n, {expected[2]})"
-            )
-        values[site] = j
-        sizes.add(expected[1])
-    origin = mode_precision = None
-    if any(f"origin/{site}" in tensors for site in loc):
-        inner = tensors.under("origin/")
-        origin = {s: inner.real(s, x.shape) for s, x in loc.items()}
-        origin = _in_dtypes(origin, dtypes)
-    observations = restore_observations(
-        description.observations, tensors.under("observations/")
-    )
-    shapes = [tuple(part.at_fit.shape) for part in observations]
-    coordinates = _restore_coordinates(tensors.under("coordinates/"), shapes, sizes)
-    if isinstance(coordinates, InSubspace):  # and roots of these, all in one
-        shapes = [(1, coordinates.matrix.shape[1])]
-    blocks = []
-    for i in range(len(shapes) or 1):
-        block = tensors.under("roots/").real(str(i), None, DOUBLE)
-        if block.ndim != 3 or (shapes and tuple(block.shape[:2]) != shapes[i]):
-            raise ValueError(
-                f"tensor {tensors.prefix}roots/{i} has shape {tuple(block.shape)}, "
-                f"expected {(*shapes[i], 'k') if shapes else '(N, M, k)'}"
-            )
-        blocks.append(block)
-    num_rows = sum(block.shape[0] * block.shape[1] for block in blocks)
-    if sizes != {num_rows}:
-        raise ValueError(
-            f"tensors {tensors.prefix}jacobian/... have {sorted(sizes)} rows, but "
-            f"there are roots of {num_rows}"
-        )
-    rows = Rows(loc if origin is None else origin, values)
-    if any(f"mode_precision/{site}" in tensors for site in loc):
-        inner = tensors.under("mode_precision/")
-        mode_precision = {
-            s: check_broadcasts(inner.positive(s), x.shape, f"mode_precision of {s}")
-            for s, x in loc.items()
-        }
-        mode_precision = rows.by_matrix(_in_dtypes(mode_precision, dtypes))
-    if description.follows_prior and not observations:
-        raise ValueError("follows_prior is true, but nothing was observed")
-    return DualGaussian(
-        loc,
-        rows.by_matrix(tau),
-        rows,
-        Roots(tuple(blocks)),
-        observations,
-        mode_precision,
-        coordinates,
-    )
-
-
-def _restore_coordinates(
-    tensors: CheckedTensors, shapes: Sequence[tuple[int, ...]], sizes: set[int]
-) -> EachRow | InSubspace:
-    """The data's rows as coordinates in the Jacobian's, or as these.
-
-    Raises:
-        ValueError: If they fit neither the outcomes nor the Jacobian.
-    """
-    if "matrix" not in tensors:
-        return EachRow()
-    matrix = tensors.real("matrix", None, DOUBLE)
-    number = sum(map(math.prod, shapes)) if shapes else len(matrix)
-    if matrix.ndim != 2 or len(matrix) != number or {matrix.shape[1]} != sizes:
-        raise ValueError(
-            f"tensor {tensors.prefix}matrix has shape {tuple(matrix.shape)}, expected "
-            f"({number}, {sorted(sizes)})"
-        )
-    return InSubspace(matrix, tensors.not_negative("residual", (number,), DOUBLE))
-
-
-def _block(site: str, loc: Tensor, tensors: CheckedTensors) -> Eigenblocks:
-    """Eigenvalues and bases that fit together, and the site.
-
-    Raises:
-        ValueError: If they don't.
-    """
-    if loc.ndim not in (2, 3):
-        raise ValueError(
-            f"site {site!r} has shape {tuple(loc.shape)}, and no matrices to have "
-            "eigenvalues"
-        )
-    # F = Σ_ab values_ab (u_a u_aᵀ) ⊗ (v_b v_bᵀ), u_a of the j columns of `rows` and
-    # v_b of the k of `columns`.
-    num_layers, out, width = (*loc.shape, 1)[:3]  # a bias is a matrix of one column
-    values = tensors.under("values/").not_negative(site, None, DOUBLE)
-    bases = [name for name in ("rows", "columns") if f"{name}/{site}" in tensors]
-    if not bases:
-        whole = (num_layers, out, width)
-        return Eigenblocks(
-            tensors.under("values/").not_negative(site, whole, DOUBLE), None, None
-        )
-    if values.ndim != 3 or values.shape[0] != num_layers:
-        raise ValueError(
-            f"tensor {tensors.prefix}values/{site} has shape {tuple(values.shape)}, "
-            f"expected ({num_layers}, j, k)"
-        )
-    _, j, k = values.shape
-    if not (0 < j <= out and 0 < k <= width):
-        raise ValueError(
-            f"tensor {tensors.prefix}values/{site} has {j} x {k} eigenvalues a matrix, "
-            f"expected at most {out} x {width}"
-        )
-    return Eigenblocks(
-        values,
-        tensors.under("rows/").orthonormal(site, (num_layers, out, j)),
-        tensors.under("columns/").orthonormal(site, (num_layers, width, k)),
-    )
 
 
 def _describe_latents(

@@ -471,7 +471,8 @@ class LaplacePosterior(marginals.ByMarginals, Shared):
             )
         if batches is not None:
             ranks = ranks_of(mesh, "data")
-            network = self._linearized("optimize_prior(objective='nll')", obs_site)
+            model = self._own_model("optimize_prior(objective='nll')")
+            network = self.linearized_network(model, obs_site or self.obs_site)
             with ranks.together(), evaluating(self.networks):
                 tau = prior_tuning.minimize_nll(
                     network, self.gaussian, batches, per, progress_bar, ranks
@@ -663,20 +664,27 @@ class LaplacePosterior(marginals.ByMarginals, Shared):
             ValueError: If this posterior was loaded without a model, or ``tokens``
                 doesn't fit the likelihood.
         """
-        network, batch = self._linearized("linearized", obs_site), checked_batch(batch)
+        model, batch = self._own_model("linearized"), checked_batch(batch)
+        network = self.linearized_network(model, obs_site or self.obs_site)
         with evaluating(self.networks):
             at_batch = network.at(batch, tokens)
             if joint:
                 return at_batch.joint_logits(self.gaussian)
             return at_batch.logits(self.gaussian)[0]
 
-    def _linearized(self, caller: str, obs_site: str | None) -> LinearizedNetwork:
-        model = self._own_model(caller)
+    def linearized_network(
+        self, model: Model, obs_site: str | None
+    ) -> LinearizedNetwork:
+        """A model's network linearised at the origin, what isn't the Gaussian's held.
+
+        Args:
+            model: The posterior's own, or one like it.
+            obs_site: The likelihood's site; None is the only observed one.
+        """
         # The Gaussian is over the other sites alone: J has no columns of these.
         held = {**self.fixed, **self.latents.values}
         model = poutine.condition(model, held) if held else model
-        site = obs_site or self.obs_site
-        return LinearizedNetwork(model, self.gaussian.origin, self.networks, site)
+        return LinearizedNetwork(model, self.gaussian.origin, self.networks, obs_site)
 
     def _own_model(self, caller: str) -> Model:
         if self.model is None:
