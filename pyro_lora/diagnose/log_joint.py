@@ -57,7 +57,10 @@ from pyro_lora.likelihood.model_trace import (
 )
 from pyro_lora.likelihood.outcome_source import GivenLabels
 from pyro_lora.likelihood.outcomes import single_outcomes
-from pyro_lora.posteriors.laplace_posterior import LaplacePosterior
+from pyro_lora.posteriors.laplace_posterior import (
+    LaplacePosterior,
+    linearized_network,
+)
 from pyro_lora.posteriors.posterior import Posterior, one_weight_set, tempered_prior
 from pyro_lora.posteriors.prior import log_prior_by_site
 from pyro_lora.predict.any_prediction import AnyPrediction
@@ -559,7 +562,7 @@ def linear_pass(
     Returns:
         What was found, of all ranks.
     """
-    network = gaussian.linearized_network(joint.model, joint.obs_site)
+    network = linearized_network(gaussian, joint.model, joint.obs_site)
     which = which_outcomes(joint.site, None)
     way = linearized_at(
         gaussian, joint.model, joint.obs_site, class_log_probs, which, 0

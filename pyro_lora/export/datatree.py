@@ -67,7 +67,10 @@ from pyro_lora.likelihood.outcome_source import OutcomeSource
 from pyro_lora.likelihood.outcomes import single_outcomes
 from pyro_lora.posteriors.dropout import check_no_dropout
 from pyro_lora.posteriors.guide_posterior import Guide
-from pyro_lora.posteriors.laplace_posterior import LaplacePosterior
+from pyro_lora.posteriors.laplace_posterior import (
+    LaplacePosterior,
+    linearized_network,
+)
 from pyro_lora.posteriors.mixture_posterior import MixturePosterior
 from pyro_lora.posteriors.posterior import (
     Posterior,
@@ -568,7 +571,7 @@ class LinearizedAtDraws:
             # f(x; ŵ) + J (w_s - ŵ): one Jacobian a batch for all draws of a component
             with evaluating(gaussian.networks):
                 trace = trace_at(self.model, gaussian.origin(), batch)
-                network = gaussian.linearized_network(self.model, self.obs_site)
+                network = linearized_network(gaussian, self.model, self.obs_site)
                 weights = _draws_at(self.draws.weights, index)
                 fn = trace.nodes[self.obs_site]["fn"]
                 tokens: Any = "each" if _has_several_classes(fn) else None

@@ -472,7 +472,7 @@ class LaplacePosterior(marginals.ByMarginals, Shared):
         if batches is not None:
             ranks = ranks_of(mesh, "data")
             model = self._own_model("optimize_prior(objective='nll')")
-            network = self.linearized_network(model, obs_site or self.obs_site)
+            network = linearized_network(self, model, obs_site or self.obs_site)
             with ranks.together(), evaluating(self.networks):
                 tau = prior_tuning.minimize_nll(
                     network, self.gaussian, batches, per, progress_bar, ranks
@@ -665,26 +665,12 @@ class LaplacePosterior(marginals.ByMarginals, Shared):
                 doesn't fit the likelihood.
         """
         model, batch = self._own_model("linearized"), checked_batch(batch)
-        network = self.linearized_network(model, obs_site or self.obs_site)
+        network = linearized_network(self, model, obs_site or self.obs_site)
         with evaluating(self.networks):
             at_batch = network.at(batch, tokens)
             if joint:
                 return at_batch.joint_logits(self.gaussian)
             return at_batch.logits(self.gaussian)[0]
-
-    def linearized_network(
-        self, model: Model, obs_site: str | None
-    ) -> LinearizedNetwork:
-        """A model's network linearised at the origin, what isn't the Gaussian's held.
-
-        Args:
-            model: The posterior's own, or one like it.
-            obs_site: The likelihood's site; None is the only observed one.
-        """
-        # The Gaussian is over the other sites alone: J has no columns of these.
-        held = {**self.fixed, **self.latents.values}
-        model = poutine.condition(model, held) if held else model
-        return LinearizedNetwork(model, self.gaussian.origin, self.networks, obs_site)
 
     def _own_model(self, caller: str) -> Model:
         if self.model is None:
@@ -693,6 +679,23 @@ class LaplacePosterior(marginals.ByMarginals, Shared):
                 "Use load(path, lora, model=model)."
             )
         return self.model
+
+
+def linearized_network(
+    posterior: LaplacePosterior, model: Model, obs_site: str | None
+) -> LinearizedNetwork:
+    """A model's network linearised at the origin, what isn't the Gaussian's held.
+
+    Args:
+        posterior: A posterior.
+        model: Its own, or one like it.
+        obs_site: The likelihood's site; None is the only observed one.
+    """
+    # The Gaussian is over the other sites alone: J has no columns of these.
+    held = {**posterior.fixed, **posterior.latents.values}
+    model = poutine.condition(model, held) if held else model
+    origin = posterior.gaussian.origin
+    return LinearizedNetwork(model, origin, posterior.networks, obs_site)
 
 
 def knows_evidence(posterior: LaplacePosterior) -> bool:
