@@ -435,7 +435,7 @@ def test_held_out_nll_of_real_outcomes() -> None:
         ({"objective": "nll", "per": "site", "batches": [{}]}, "Batch 0, .*input_ids"),
         ({"objective": "nll", "per": "prior", "batches": [{}]}, "no per='prior'"),
         ({"per": "prior"}, "no pyro.param.*'layer'"),
-        ({"batches": [{}]}, "evidence takes no batches"),
+        ({"batches": [{}]}, "take no batches"),
         ({"objective": "nll", "batches": []}, "no batches"),
         (
             {"objective": "nll", "batches": [inputs(batch(3))]},
