@@ -580,7 +580,9 @@ class DualGaussian(WeightGaussian):
         of_data = self.roots.right(self.rows.dot(moved).mT).square().sum(0)
         of_prior = torch.stack(
             [
-                (self.prior_precision[s] * x.square()).flatten(1).sum(1).double()
+                (self.prior_precision[s] * x.square())
+                .flatten(1)
+                .sum(1, dtype=torch.float64)
                 for s, x in moved.items()
             ]
         ).sum(0)

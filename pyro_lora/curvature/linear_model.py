@@ -44,6 +44,7 @@ _MAX_SCORING = 12  # steps with the Fisher information, which mostly is the Hess
 _CONVERGED = 1e-20  # gain of a Newton step, in nats for each nat of the objective
 _CONVERGED_IN_SEARCH = 1e-8
 _MISSED = 1e-6  # likewise, of a step that the line search can't take, or down
+_ENOUGH, _LEAST_STEP = 1e-4, 1e-10  # of what a line search's step promises; a step
 _JITTER = 1e-12  # of the kernel's mean diagonal, where contrasts are given weights
 # Where the precision around the trained weights is looked for, in decades from the one
 # at which a contrast has a prior variance of 1: at the first the weights stay.
@@ -246,7 +247,7 @@ def find_mode(
             ahead = alpha + size * direction
             new = data.at(step + size * move)
             further = new.log_likelihood - 0.5 * ahead @ (step + size * move)
-            if bool(further >= value + 1e-4 * size * gain) or size < 1e-10:
+            if bool(further >= value + _ENOUGH * size * gain) or size < _LEAST_STEP:
                 break
             size /= 2
         if not bool(further > value):  # as good as the digits allow, or no step up

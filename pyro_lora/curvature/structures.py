@@ -504,10 +504,12 @@ class Exact(Structure):
     a second pass over the data (Nyström's approximation; Quiñonero-Candela & Rasmussen
     2005, https://www.jmlr.org/papers/v6/quinonero-candela05a.html, section 5, of which
     the predictions are those of DTC): m D numbers and N (C - 1) m. Outside of the span
-    the posterior is the prior. With all rows drawn it is exact.
+    the posterior is the prior. With all rows drawn it is exact. The way from the
+    weights to the prior's mean is a row of the span, too.
 
     Attributes:
-        num_inducing: m; None is all rows, of which 20,000 are taken at most.
+        num_inducing: m; None is all rows, of which 20,000 are taken at most. Which are
+            drawn depends on PyTorch's global generator (``pyro.set_rng_seed``).
     """
 
     num_inducing: int | None = None
