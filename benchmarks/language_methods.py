@@ -40,7 +40,7 @@ NUM_ANCHORS = 100  # training rows on which TFB measures the loss
 NUM_ITERATES = 16  # of SWAG
 SUBSPACE_RATE, SUBSPACE_SCALE = 1e-2, 0.05
 # Draws start with a standard deviation of .018, as in the paper for LoRA. The rate is
-# the largest of 3, 1 and .3 with which no data set's training diverged.
+# the largest of 3, 1 and .3 with which no training on sst2 and agnews diverged.
 IVON_RATE, IVON_HESSIAN = 0.3, 15.0
 
 

@@ -17,6 +17,7 @@ computed again; states and the weights of trainings are in ``--runs``.
 
 import argparse
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -363,6 +364,13 @@ class Results:
             k for k in METHODS if any(k in found for found in self.of.values())
         ]
 
+    def replicated(self) -> "Results":
+        """The same of the cells with several seeds, where there are any."""
+        found = copy(self)
+        several = [x for x in self.cells if len(self.of[x].get("map", {})) > 1]
+        found.cells = several or self.cells
+        return found
+
     def metric(self, cell: Cell, key: str, name: str) -> list[float]:
         """Of each seed."""
         return [r[name] for r in self.of[cell].get(key, {}).values()]
@@ -589,6 +597,7 @@ def report(there: Mapping[str, Result]) -> list[str]:
     """All tables, in Markdown."""
     scales = {Scale.read(name)[0]: None for name in there}
     results = Results(there, Scale())
+    several = results.replicated()
     lines = [
         "# Every method on a language model",
         "",
@@ -614,13 +623,17 @@ def report(there: Mapping[str, Result]) -> list[str]:
         "",
         OVERVIEW,
         "",
-        *overview(results),
+        *overview(several),
         OVERVIEW_END,
         "",
         "## Who is ahead",
         "",
-        *conclusions(results),
+        *conclusions(several),
     ]
+    single = [cell for cell in results.cells if cell not in several.cells]
+    if single:
+        names = "; ".join(map(title, single))
+        lines += [f"Of one seed, and no part of the above: {names}. They follow.", ""]
     for cell in results.cells:
         lines += of_cell(results, cell)
     for scale in scales:
