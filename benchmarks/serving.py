@@ -185,8 +185,8 @@ def report(there: Mapping[str, Result]) -> list[str]:
         "# Draws worth serving",
         "",
         f"{NUM_ADAPTERS} draws are exported as adapters, loaded by PEFT and their "
-        f"probabilities averaged; {NUM_TEST} test rows, texts of at most {MAX_LENGTH} "
-        f"tokens. Scales are found on {NUM_SCALING} training rows. Mean ± standard "
+        f"probabilities averaged; the {NUM_TEST} shortest test rows, texts of at most "
+        f"{MAX_LENGTH} tokens. Scales are found on {NUM_SCALING} training rows. Mean ± standard "
         "error over the seeds.",
         "",
         provenance(),
