@@ -186,8 +186,8 @@ def report(there: Mapping[str, Result]) -> list[str]:
         "",
         f"{NUM_ADAPTERS} draws are exported as adapters, loaded by PEFT and their "
         f"probabilities averaged; the {NUM_TEST} shortest test rows, texts of at most "
-        f"{MAX_LENGTH} tokens. Scales are found on {NUM_SCALING} training rows. Mean ± standard "
-        "error over the seeds.",
+        f"{MAX_LENGTH} tokens. Scales are found on {NUM_SCALING} training rows. Mean ± "
+        "standard error over the seeds.",
         "",
         provenance(),
         "",
