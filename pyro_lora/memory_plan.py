@@ -119,15 +119,16 @@ class _Outcomes:
         by_token: Whether each of a text's tokens has an outcome.
         dtype: Of a label.
         fisher: Of ``AutoLaplace``, where nothing else is said.
+        is_ours: Whether the model is, which takes ``labels=None``.
     """
 
     rows: int = 1
     by_token: bool = False
     dtype: torch.dtype = torch.long
     fisher: Fisher = "exact"
+    is_ours: bool = True
 
 
-# Our models, which take ``labels=None``.
 _OUTCOMES: dict[MakeModel, _Outcomes] = {
     classification: _Outcomes(),
     regression: _Outcomes(dtype=torch.float32),
@@ -449,7 +450,8 @@ def plan_memory(
     planned = _planned_batch(batch)
     whole = described_network(network, peft_config, dtype)
     make_model = _model_for(whole) if model is None else model
-    outcomes = _OUTCOMES.get(make_model, _Outcomes())
+    of_ours = (x for own, x in _OUTCOMES.items() if own is make_model)
+    outcomes = next(of_ours, _Outcomes(is_ours=False))
     at_once = chunk_size or num_particles or 1
     if num_particles is not None:  # W ranks, or as many as there are particles
         at_once = min(at_once, -(-num_particles // world_size))
@@ -851,7 +853,7 @@ class _Job:
         stays: Mapping[str, int],
     ) -> Phase:
         batch = self._example(run.lora, run.shapes)
-        if "labels" in batch or self.make_model in _OUTCOMES:
+        if "labels" in batch or self.outcomes.is_ours:
             batch["labels"] = None  # left out, the first of a pair would be preferred
         tokens: Any = "last" if self.outcomes.by_token else None
         run.begin()
