@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyro
@@ -260,6 +260,8 @@ class BlockGaussian(WeightGaussian):
     loc: Weights
     prior_precision: Weights
     blocks: Mapping[str, Eigenblocks]
+
+    kind: ClassVar[str] = "blocks"
 
     @property
     def knows_log_det(self) -> bool:

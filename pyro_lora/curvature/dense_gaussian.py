@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import pyro.distributions as dist
 import torch
@@ -45,6 +45,8 @@ class DenseGaussian(WeightGaussian):
     loc: Weights
     prior_precision: Weights
     fisher: Tensor
+
+    kind: ClassVar[str] = "dense"
 
     @property
     def structure(self) -> str:

@@ -21,7 +21,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -451,6 +451,8 @@ class DualGaussian(WeightGaussian):
     observations: tuple[Observations, ...] = ()
     mode_precision: Weights | None = None
     coordinates: EachRow | InSubspace = field(default_factory=EachRow)
+
+    kind: ClassVar[str] = "rows"
 
     @property
     def tensors(self) -> dict[str, Tensor]:

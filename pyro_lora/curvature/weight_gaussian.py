@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -25,11 +25,13 @@ class WeightGaussian(OutsideAutocast, Summarised):
         loc: The mode, site -> value.
         prior_precision: Site -> tau, broadcasting over the site.
         observations: Of the fit's data, where they are kept.
+        kind: What a file calls such Gaussians; none of a user's own.
     """
 
     loc: Weights
     prior_precision: Weights
     observations: tuple[Any, ...] = ()
+    kind: ClassVar[str] = ""
 
     @property
     def knows_log_det(self) -> bool:

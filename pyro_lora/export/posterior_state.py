@@ -71,9 +71,7 @@ Tensors = dict[str, Tensor]
 Dtypes = tuple[dict[str, torch.dtype], dict[torch.dtype, torch.dtype]]
 
 _GAUSSIANS: dict[str, type[WeightGaussian]] = {
-    "blocks": BlockGaussian,
-    "dense": DenseGaussian,
-    "rows": DualGaussian,
+    x.kind: x for x in (BlockGaussian, DenseGaussian, DualGaussian)
 }
 _OF_LATENTS = ("precision", "log_prior", "gradient")
 _ROUNDING = 1e-6  # of a sum of float64 weights, far above it
@@ -462,7 +460,7 @@ def _describe_laplace(
     latents, of_latents = _describe_latents(posterior.latents, f"{prefix}latents/")
     description: dict[str, Any] = {
         "kind": "laplace",
-        "gaussian": next(k for k, x in _GAUSSIANS.items() if x is type(gaussian)),
+        "gaussian": gaussian.kind,
         "sites": list(gaussian.loc),
         "fixed": list(posterior.fixed),
         "obs_site": posterior.obs_site,

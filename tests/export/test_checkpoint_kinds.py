@@ -1,6 +1,7 @@
 """Checkpoints of latents beside the weights, other priors, and other dtypes."""
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 import pyro_lora as pl
 from pyro_lora.curvature.structures import Structure
+from pyro_lora.curvature.weight_gaussian import WeightGaussian
 from tests import networks
 from tests.predict import models
 
@@ -351,3 +353,37 @@ def test_another_device(tmp_path: Path) -> None:
     assert {x.device.type for x in found.sample(2).values()} == {"cuda"}
     pl.save(found, tmp_path / "back")
     assert_same(pl.load(tmp_path / "back", lora), posterior)
+
+
+@pytest.mark.parametrize("structure", ["Diagonal", "Dense", "Exact"])
+def test_a_gaussian_of_ones_own_is_saved_as_what_it_is(
+    structure: str, tmp_path: Path
+) -> None:
+    lora, model = models.classifier()
+    kind = getattr(pl.structures, structure)()
+    posterior: Any = models.laplace(lora, model, models.two_batches(), kind)
+    given = posterior.gaussian
+    own_kind = dataclasses.dataclass(frozen=True, eq=False, repr=False)(
+        type("Own", (type(given),), {"__annotations__": {}})
+    )
+    values = {f.name: getattr(given, f.name) for f in dataclasses.fields(given)}
+    own = dataclasses.replace(posterior, gaussian=own_kind(**values))
+    pl.save(own, tmp_path / "own")
+    loaded: Any = pl.load(tmp_path / "own", lora, model=model)
+    draws = posterior.sample(2)
+    assert type(loaded.gaussian) is type(given)
+    assert torch.equal(loaded.log_prob(draws), posterior.log_prob(draws))
+
+
+def test_a_gaussian_that_files_do_not_hold_is_refused(tmp_path: Path) -> None:
+    lora, model = models.classifier()
+    posterior: Any = models.laplace(lora, model, models.two_batches())
+    other = type("Other", (WeightGaussian,), dict(vars(type(posterior.gaussian))))
+    for name in ("tensors", "restored", "kind"):
+        delattr(other, name)
+    gaussian = object.__new__(other)
+    vars(gaussian).update(vars(posterior.gaussian))
+    own = dataclasses.replace(posterior, gaussian=gaussian)
+    with pytest.raises(TypeError, match="found a Other"):
+        pl.save(own, tmp_path / "own")
+    assert not (tmp_path / "own").exists()
