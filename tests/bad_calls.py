@@ -1028,7 +1028,7 @@ def knobs() -> dict[str, Knob]:
     add("mean_field", "guide", methods.mean_field, (None, "ab", 3.0))
     parameter = torch.nn.Parameter(torch.ones(2))
     ivon = bound(methods.IVON, [parameter], lr=0.1, num_data=5)
-    for name in ("lr", "prior_precision", "init_hessian"):
+    for name in ("lr", "prior_precision", "init_hessian", "clip_radius"):
         add("IVON", name, ivon, (*NUMBERS, 0.0))
     add("IVON", "num_data", ivon, COUNTS)
     pairs = ((0.9, 1.0), (0.9, -1.0), ("a", 0.9), (0.9,), 0.9, None)

@@ -513,7 +513,8 @@ def test_what_is_no_subspace_is_refused() -> None:
 # IVON
 
 
-def test_ivon_is_the_papers_algorithm() -> None:
+@pytest.mark.parametrize("radius", [None, 0.4])
+def test_ivon_is_the_papers_algorithm(radius: float | None) -> None:
     """Three steps by hand, of one number each, with the noise of the generator."""
     torch.manual_seed(0)
     num_data, tau, lr, (beta1, beta2), h0 = 50, 2.0, 0.3, (0.8, 0.9), 0.5
@@ -533,7 +534,9 @@ def test_ivon_is_the_papers_algorithm() -> None:
         prior_precision=tau,
         betas=(beta1, beta2),
         init_hessian=h0,
+        clip_radius=radius,
     )
+    is_cut = []
     m, g = p.detach().clone(), torch.zeros(2).double()
     h, delta = torch.full((2,), h0).double(), tau / num_data
     for step in (1, 2, 3):
@@ -551,9 +554,14 @@ def test_ivon_is_the_papers_algorithm() -> None:
             + (1 - beta2) ** 2 * (h - estimate) ** 2 / (2 * (h + delta))
         )
         corrected = g / (1 - beta1**step)
-        m = m - lr * (h0 + delta) * (corrected + delta * m) / (h + delta)
+        d = (h0 + delta) * (corrected + delta * m) / (h + delta)
+        is_cut.append(d.abs() > (radius or math.inf))
+        m = m - lr * torch.where(is_cut[-1], d.sign() * (radius or 0), d)
         assert_same(p.detach(), m)
         assert_same(optimizer.state[p]["hessian"], h)
+    cut = torch.stack(is_cut)
+    assert not cut.all()
+    assert bool(cut.any()) is (radius is not None)
 
 
 def test_ivon_finds_the_hessian_of_a_quadratic() -> None:
@@ -686,6 +694,7 @@ def test_ivon_says_what_is_wrong() -> None:
         {"num_data": 5, "betas": (0.9, 1.0)},
         {"num_data": 5, "init_hessian": 0.0},
         {"num_data": 5, "prior_precision": -1.0},
+        {"num_data": 5, "clip_radius": 0.0},
     ):
         with pytest.raises(ValueError, match=list(wrong)[-1]):
             pl.methods.IVON([p], 0.1, **wrong)  # type: ignore[arg-type]

@@ -53,6 +53,10 @@ class IVON(torch.optim.Optimizer):
             forgets after 1 / (1 - beta) steps: for fewer of them, take a smaller one.
         init_hessian: h at first, of the mean loss. Too small a value starts from
             draws that are far away.
+        clip_radius: No weight moves further than ``lr * clip_radius`` in a step, as
+            under Adam none moves much further than its rate; None: as far as the
+            gradient says. Where an estimate of the curvature is far too small, or a
+            gradient far too large, that is a step from which no later one returns.
 
     Raises:
         TypeError: If an argument is of a wrong kind.
@@ -71,11 +75,14 @@ class IVON(torch.optim.Optimizer):
         prior_precision: float = 1.0,
         betas: tuple[float, float] = (0.9, 0.999),
         init_hessian: float = 1.0,
+        clip_radius: float | None = None,
     ) -> None:
         check_positive("lr", lr)
         check_count("num_data", num_data)
         check_positive("prior_precision", prior_precision)
         check_positive("init_hessian", init_hessian)
+        if clip_radius is not None:
+            check_positive("clip_radius", clip_radius)
         if not isinstance(betas, Sequence) or len(betas) != 2:
             raise TypeError(f"betas must be two numbers, found {betas!r}.")
         for beta in betas:
@@ -88,6 +95,7 @@ class IVON(torch.optim.Optimizer):
             "prior_precision": prior_precision,
             "betas": tuple(betas),
             "init_hessian": init_hessian,
+            "clip_radius": clip_radius,
         }
         super().__init__(params, defaults)
 
@@ -188,8 +196,11 @@ class IVON(torch.optim.Optimizer):
             change = (1 - beta2) * (estimate - h)
             state["hessian"] = h + change + change.square() / (2 * (h + delta))
             gradient = state["momentum"] / (1 - beta1 ** state["step"])
-            lr = group["lr"] * (group["init_hessian"] + delta)
-            p.sub_(lr * (gradient + delta * p) / (state["hessian"] + delta))
+            relative = (state["hessian"] + delta) / (group["init_hessian"] + delta)
+            direction = (gradient + delta * p) / relative
+            if (radius := group["clip_radius"]) is not None:
+                direction = direction.clamp(-radius, radius)
+            p.sub_(group["lr"] * direction)
         return loss
 
     def posterior(
