@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification
 
 import pyro_lora as pl
-from benchmarks import refined_widening, svgd_growth
+from benchmarks import refined_mixtures, refined_widening, svgd_growth
 from benchmarks.dense_ggn import dense_ggn, layers_of, logit_jacobian
 from benchmarks.encoder_top import CachedRows, EncoderTop, adapted
 from benchmarks.refined import at_weights, mixed
@@ -135,6 +135,21 @@ def test_rules_of_when_to_widen(setting: Setting) -> None:
     found = refined_widening.with_choices(refined_widening.run_one(setting))
     assert found.keys() == refined_widening.TITLES.keys()
     assert all(0 < nll < 5 for nll in found.values())
+
+
+@pytest.mark.filterwarnings("ignore:The weights aren't a mode")
+@pytest.mark.filterwarnings("ignore:The best prior precision")
+def test_mixtures_are_those_of_their_members(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one member, everything is that member's."""
+    found = refined_mixtures.run_one(setting)["metrics"]
+    assert found.keys() == refined_mixtures.TITLES.keys()
+    assert found["one, refined"] != found["ensemble, refined"] != found["svgd, refined"]
+    monkeypatch.setattr(refined_mixtures, "NUM_MEMBERS", 1)
+    found = refined_mixtures.run_one(setting)["metrics"]
+    for kind in ("plain", "kfac", "refined"):
+        assert found[f"one, {kind}"] == pytest.approx(found[f"ensemble, {kind}"])
 
 
 @pytest.mark.untrained
