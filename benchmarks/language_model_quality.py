@@ -191,17 +191,20 @@ def baselines(job: Job, test: Read, foreign: Mapping[str, Read]) -> Result:
         return {
             "last hidden state": last_states(job.lora, mode, texts),
             "last token below the adapters": torch.stack([x[-1] for x in texts.hidden]),
-            "mean below the adapters": torch.stack([x.mean(0) for x in texts.hidden]),
         }
 
     distances = {
         name: Mahalanobis.of(x, train.labels) for name, x in states(train).items()
     }
 
+    posterior = pl.ensemble(job.lora, [mode], model=job.model)
+    distance = pl.state_distance(posterior, train.ordered())
+
     def scores(texts: Read) -> dict[str, Tensor]:
         own = states(texts.rows)
         found = {f"Mahalanobis, {k}": d(own[k]) for k, d in distances.items()}
         return found | {
+            "`pl.state_distance`": distance(texts.rows.ordered()),
             "perplexity": texts.surprise,
             "number of tokens": torch.tensor([len(x) for x in texts.rows.hidden]),
         }

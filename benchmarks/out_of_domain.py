@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import pyro_lora as pl
+from pyro_lora.predict.state_distance import shrunk_covariance
 
 Batches = Iterable[dict[str, Tensor]]
 
@@ -87,19 +88,3 @@ class Mahalanobis:
         errors = states.double() - self.means[:, None]  # (C, N, I)
         whitened = torch.linalg.solve_triangular(self.root, errors.mT, upper=False)
         return whitened.square().sum(-2).amin(0)
-
-
-def shrunk_covariance(errors: Tensor) -> Tensor:
-    r"""Ledoit and Wolf's estimate, (I, I), from (N, I) of mean 0.
-
-    :math:`(1 - \rho) S + \rho \mu I` with :math:`\mu` the mean eigenvalue of S, and
-    :math:`\rho = \min(1, \sum_n |x_n x_n^T - S|^2 / (N^2 |S - \mu I|^2))`.
-    """
-    number, size = errors.shape
-    s = errors.mT @ errors / number
-    mu = s.diagonal().mean()
-    eye = torch.eye(size, dtype=s.dtype)
-    # |x x' - S|^2 summed over the rows: the cross terms add up to -2 N |S|^2.
-    spread = errors.square().sum(1).square().sum() - number * s.square().sum()
-    rho = (spread / number**2 / (s - mu * eye).square().sum()).clamp_max(1)
-    return (1 - rho) * s + rho * mu * eye

@@ -66,6 +66,26 @@ def measure(outcome: Outcome, corpus: Corpus) -> dict[str, float | None]:
     }
 
 
+def told_apart(task: Task) -> dict[str, float]:
+    """How well the states below the adapters tell the test rows from other domains.
+
+    Args:
+        task: The task.
+
+    Returns:
+        Domain -> AUROC.
+    """
+    corpus = task.corpus
+    weights = task.lora.weights()  # any: adapters don't change what is below them
+    posterior = pl.ensemble(task.lora, [weights], model=task.model(corpus.train))
+    distance = pl.state_distance(posterior, task.ordered(corpus.train))
+    test = distance(task.ordered(corpus.test))
+    return {
+        name: pl.auroc(test, distance(task.ordered(rows)))
+        for name, rows in corpus.domains.items()
+    }
+
+
 def table(rows: Mapping[str, Mapping[str, float | None]]) -> str:
     """The rows as plain text.
 
@@ -152,13 +172,19 @@ def write(study: Study, task: Task, model: str, out: Path) -> str:
         The text of the table, and what the files are called.
     """
     rows = {o.name: measure(o, task.corpus) for o in study.outcomes}
-    text = "\n\n".join([heading(task, model), table(rows), NOTE])
+    parts = [heading(task, model), table(rows)]
+    apart = told_apart(task)
+    if apart:
+        cells = ", ".join(f"{name} {auroc:.3f}" for name, auroc in apart.items())
+        parts.append(f"auroc of the distance of states (no posterior): {cells}")
+    text = "\n\n".join([*parts, NOTE])
     record = {
         "model": model,
         "epochs": task.epochs,
         "num_particles": task.num_particles,
         "seed": task.seed,
         "rows": rows,
+        "state_distance": apart,
     }
     _clear(out)
     (out / MARK).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

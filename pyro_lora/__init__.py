@@ -50,6 +50,7 @@ if TYPE_CHECKING:  # what _HOMES says below, for whom no code runs
     from pyro_lora.predict.regression import RegressionPrediction
     from pyro_lora.predict.semantic import semantic_entropy
     from pyro_lora.predict.sequence_scores import sequence_log_prob
+    from pyro_lora.predict.state_distance import state_distance
     from pyro_lora.predict.token_prediction import TokenPrediction
 
 __all__ = [
@@ -95,6 +96,7 @@ __all__ = [
     "semantic_entropy",
     "sequence_log_prob",
     "share",
+    "state_distance",
     "structures",
     "text_batches",
     "to_datatree",
@@ -139,6 +141,7 @@ _HOMES = {
     "pyro_lora.predict.regression": "RegressionPrediction",
     "pyro_lora.predict.semantic": "semantic_entropy",
     "pyro_lora.predict.sequence_scores": "sequence_log_prob",
+    "pyro_lora.predict.state_distance": "state_distance",
     "pyro_lora.predict.token_prediction": "TokenPrediction",
 }
 

@@ -189,7 +189,12 @@ def test_other_domains_and_ratings_are_measured_and_drawn(
     demo.main([f"--model={model}", f"--out={out}", "--epochs=1", "--quick"])
     table = (out / "table.txt").read_text()
     assert "test 32, news 4, shops 4" in table
-    for name, values in json.loads((out / "table.json").read_text())["rows"].items():
+    record = json.loads((out / "table.json").read_text())
+    apart = record["state_distance"]
+    assert apart.keys() == {"news", "shops"}
+    assert min(apart.values()) > 0.8  # of words in an order that is nowhere else
+    assert f"news {apart['news']:.3f}, shops {apart['shops']:.3f}" in table
+    for name, values in record["rows"].items():
         assert 0 <= values["auroc"] <= 1
         assert -1 <= values["spearman"] <= 1
         (line,) = [x for x in table.splitlines() if x.startswith(f"{name}  ")]

@@ -65,6 +65,7 @@ from pyro_lora.posteriors.particle_posterior import ParticlePosterior
 from pyro_lora.posteriors.posterior import (
     Posterior,
     as_posterior,
+    fit_arguments,
     is_gaussian,
     kind_of,
     only_gaussian,
@@ -282,7 +283,8 @@ class _Evidence:
         """A Gaussian's pass over the data; None where there is none."""
         if self.gaussian is None or why_not_linear(self.joint) is not None:
             return None
-        check_same_inputs(self.posterior, self.joint.first)
+        fitted_with = fit_arguments(self.posterior)
+        check_same_inputs(self.posterior.networks, fitted_with, self.joint.first)
         has_joint = self.joint.why_not is None
         num_rows = self.num_rows if has_joint else None
         return linear_pass(

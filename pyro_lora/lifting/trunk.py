@@ -90,7 +90,11 @@ def find_trunk(network: nn.Module, adapted: Iterable[nn.Module]) -> Trunk:
         for module in network.modules()
         if isinstance(module, nn.Embedding)
     }
-    return Trunk(layers[:-1], _caches(network), dict(below), tables, readers, network)
+    first = layers[-1] if layers else None
+    return Trunk(
+        *(layers[:-1], _caches(network), dict(below), tables, readers, network),
+        first_adapted=first,
+    )
 
 
 def _layers_to(
@@ -480,6 +484,7 @@ class Trunk:
         readers: The frozen parts of the first adapted layer, some of which read what
             the trunk gives.
         network: The whole.
+        first_adapted: The layer above; None where the network has no stack of layers.
 
     Attributes:
         are_apart: Whether data of a batch are known not to depend on each other.
@@ -493,8 +498,10 @@ class Trunk:
         tables: Container[int] = (),
         readers: Sequence[nn.Module] = (),
         network: nn.Module = _NO_NETWORK,
+        first_adapted: nn.Module | None = None,
     ) -> None:
         self.layers = layers
+        self.first_adapted = first_adapted
         self.caches = caches
         self.cache: Cache | None = None  # of what the last layer gives
         self._below = below or {}

@@ -43,7 +43,7 @@ from pyro_lora.likelihood.model_trace import (
 from pyro_lora.likelihood.outcome_source import OutcomeSource
 from pyro_lora.likelihood.stacks import Stacking
 from pyro_lora.posteriors.dropout import drop
-from pyro_lora.posteriors.posterior import Posterior, fit_arguments, kind_of
+from pyro_lora.posteriors.posterior import Posterior, kind_of
 
 # Draws folded into one forward pass: a few fill the processor, more cost memory.
 DRAWS_AT_ONCE = 8
@@ -94,19 +94,23 @@ def check_names(model: object, obs_site: object, labels: object = None) -> None:
     check_name("labels", labels)
 
 
-def check_same_inputs(posterior: Posterior, batch: PlacedBatch) -> None:
-    """Warn where the network gets other arguments than it was fitted with.
+def check_same_inputs(
+    networks: Sequence[LiftedNetwork],
+    fitted_with: frozenset[str] | None,
+    batch: PlacedBatch,
+) -> None:
+    """Warn where the networks get other arguments than in a fit.
 
     A model whose ``attention_mask`` has a default runs without one, and padding counts.
 
     Args:
-        posterior: Any; ours know their fit's arguments.
+        networks: Those of the posterior.
+        fitted_with: The arguments of the fit's batches; None where it isn't known.
         batch: The first one.
     """
-    fitted_with = fit_arguments(posterior)
     if fitted_with is None:
         return
-    takes = {name for lora in posterior.networks for name in lora.input_names}
+    takes = {name for lora in networks for name in lora.input_names}
     for name in sorted((fitted_with ^ batch.given) & takes):
         has, had = ("no", "with") if name in fitted_with else ("a", "without")
         warn(

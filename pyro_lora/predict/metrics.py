@@ -220,7 +220,7 @@ def auroc_of_scores(inside: Tensor, outside: Tensor) -> float:
     """
     from torchmetrics.functional.classification import binary_auroc
 
-    scores = torch.cat([inside, outside.to(inside)])
+    scores = torch.cat([inside, outside.to(inside.device)])  # of the wider type
     outside_mark = torch.arange(len(scores), device=scores.device) >= len(inside)
     # torchmetrics takes scores above 1 for logits, and its sigmoid would tie small
     # ones, so it gets ranks.

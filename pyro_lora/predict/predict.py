@@ -44,6 +44,7 @@ from pyro_lora.posteriors.posterior import (
     Posterior,
     PredictionMethod,
     as_posterior,
+    fit_arguments,
     kind_of,
     largest_gaussian,
     one_weight_set,
@@ -194,7 +195,7 @@ def predict(
     posterior = as_posterior(posterior, model, first)
     model = model_of(posterior, model, "predict")
     check_names(model, obs_site, labels)
-    check_same_inputs(posterior, first)
+    check_same_inputs(posterior.networks, fit_arguments(posterior), first)
     question = _Question(
         posterior=posterior,
         model=model,

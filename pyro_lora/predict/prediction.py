@@ -423,35 +423,57 @@ def fit_temperature(held_out: Prediction) -> float:
 
 
 def auroc(
-    in_domain: Prediction,
-    out_of_domain: Prediction,
+    in_domain: Prediction | Tensor,
+    out_of_domain: Prediction | Tensor,
     score: Literal["total", "epistemic"] = "total",
 ) -> float:
-    """Area under the ROC curve for telling out-of-domain data by their entropy.
+    """Area under the ROC curve for telling out-of-domain data by a score.
 
     Args:
-        in_domain: Prediction for data like those trained on.
-        out_of_domain: Prediction for other data.
-        score: The entropy that should be larger out of domain.
+        in_domain: Prediction for data like those trained on; or a score of each datum,
+            (N,), such as a distance.
+        out_of_domain: The same for other data.
+        score: Of predictions, the entropy that should be larger out of domain.
 
     Returns:
         The probability that a datum out of domain has the larger score than one in
         domain, ties counting half.
 
     Raises:
-        ValueError: If ``score`` is something else.
+        TypeError: If one is a prediction and the other isn't.
+        ValueError: If ``score`` is something else, or scores aren't numbers (N,).
 
     >>> def prediction(p):
     ...     probs = torch.tensor([[p, 1 - p]])
     ...     return Prediction(log_probs=probs.log(), aleatoric_entropy=torch.zeros(1))
     >>> auroc(prediction(0.99), prediction(0.6))
     1.0
+    >>> auroc(torch.tensor([0.9, 1.1]), torch.tensor([1.0, 3.0]))
+    0.75
     """
     check_word("score", score, ("total", "epistemic"))
-    for name, given in {"in_domain": in_domain, "out_of_domain": out_of_domain}.items():
-        check_kind(name, given, Prediction, "a Prediction of classes")
-    inside, outside = (
-        p.total_entropy if score == "total" else p.epistemic_entropy
-        for p in (in_domain, out_of_domain)
-    )
+    if isinstance(in_domain, Tensor) is not isinstance(out_of_domain, Tensor):
+        raise TypeError(
+            "in_domain and out_of_domain must be two predictions, or scores of both; "
+            f"found {type(in_domain).__name__} and {type(out_of_domain).__name__}."
+        )
+    inside = _scores("in_domain", in_domain, score)
+    outside = _scores("out_of_domain", out_of_domain, score)
     return auroc_of_scores(inside, outside)
+
+
+def _scores(name: str, given: Prediction | Tensor, score: str) -> Tensor:
+    """Of each datum, (N,), the larger the more foreign.
+
+    Raises:
+        ValueError: If they aren't numbers of N data.
+    """
+    if not isinstance(given, Tensor):
+        check_kind(name, given, Prediction, "a Prediction of classes, or scores (N,)")
+        return given.total_entropy if score == "total" else given.epistemic_entropy
+    if given.ndim != 1 or not len(given) or given.is_complex() or given.isnan().any():
+        raise ValueError(
+            f"{name} should be one score a datum, real numbers (N,) without NaN, found "
+            f"{given.dtype} of shape {tuple(given.shape)}."
+        )
+    return given

@@ -220,6 +220,7 @@ def predict(folder: Path) -> Any:
         "metrics": linear.metrics(),
         "sampled": drawn.probs,
         "draws": drawn.draw_log_probs,
+        "distances": pl.state_distance(fitted, pl.share(batches))(pl.share(batches)),
     }
 
 

@@ -55,8 +55,8 @@ class IVON(torch.optim.Optimizer):
             draws that are far away.
         clip_radius: No weight moves further than ``lr * clip_radius`` in a step, as
             under Adam none moves much further than its rate; None: as far as the
-            gradient says. Where an estimate of the curvature is far too small, or a
-            gradient far too large, that is a step from which no later one returns.
+            gradient says. Where an estimate of the curvature is far too small, that is
+            a step from which no later one returns. The estimate itself stays as it is.
 
     Raises:
         TypeError: If an argument is of a wrong kind.
@@ -98,6 +98,11 @@ class IVON(torch.optim.Optimizer):
             "clip_radius": clip_radius,
         }
         super().__init__(params, defaults)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:  # of a state that was saved without it
+            group.setdefault("clip_radius", None)
 
     @contextmanager
     def sampled(self) -> Iterator[None]:
