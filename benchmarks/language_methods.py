@@ -152,21 +152,8 @@ class Job:
         setting = self.setting
 
         def train() -> Weights:
-            pyro.set_rng_seed(setting.seed)
-            batches = setting.train.shuffled(setting.seed)
-            optim = decaying_adam(setting.epochs * len(batches))
-            engine = pl.SVGD(
-                self.model,
-                pl.kernels.RBF(space="function"),
-                optim,
-                NUM_MEMBERS,
-                init_loc_fn=self.lora.init_to_fresh(),
-            )
-            for _ in range(setting.epochs):
-                for batch in batches:
-                    engine.step(**batch)
-                    optim.step()
-            return engine.posterior().particles
+            kernel = pl.kernels.RBF(space="function")
+            return setting.fit_particles(setting.train, kernel).particles
 
         particles = self.trainings("svgd", train)
         return pl.ParticlePosterior(particles, (self.lora,), self.model, None)

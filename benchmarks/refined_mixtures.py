@@ -13,13 +13,12 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-import pyro
 from torch import Tensor
 
 import pyro_lora as pl
 from benchmarks.refined import at_weights, mixed, predicted, run, scores
 from benchmarks.runs import Result, arguments, run_or_report
-from benchmarks.seed_runs import NUM_MEMBERS, Setting, decaying_adam
+from benchmarks.seed_runs import NUM_MEMBERS, Setting
 from benchmarks.tables import header, over_seeds, provenance, row
 from pyro_lora.ground.weights import Weights
 
@@ -43,21 +42,8 @@ def ensemble(job: Setting) -> list[Weights]:
 
 def svgd(job: Setting) -> list[Weights]:
     """Particles that repel one another by their predictions."""
-    pyro.set_rng_seed(job.seed)
-    batches = job.train.shuffled(job.seed)
-    optim = decaying_adam(job.epochs * len(batches))
-    engine = pl.SVGD(
-        job.model(len(job.train)),
-        pl.kernels.RBF(space="function"),
-        optim,
-        NUM_MEMBERS,
-        init_loc_fn=job.lora.init_to_fresh(),
-    )
-    for _ in range(job.epochs):
-        for batch in batches:
-            engine.step(**batch)
-            optim.step()
-    found = engine.posterior().particles
+    kernel = pl.kernels.RBF(space="function")
+    found = job.fit_particles(job.train, kernel, NUM_MEMBERS).particles
     return [{s: x[k] for s, x in found.items()} for k in range(NUM_MEMBERS)]
 
 

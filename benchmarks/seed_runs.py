@@ -90,6 +90,31 @@ class Setting:
             median = guide.median()
         return {site: median[site].detach().clone() for site in self.lora.sites}
 
+    def fit_particles(
+        self,
+        rows: Rows,
+        kernel: pl.kernels.Kernel | pl.kernels.NoRepulsion,
+        num_particles: int = NUM_MEMBERS,
+        **options: Any,
+    ) -> pl.ParticlePosterior:
+        """SVGD from fresh adapters, the same for each kernel with the same seed."""
+        pyro.set_rng_seed(self.seed)
+        batches = rows.shuffled(self.seed)
+        optim = decaying_adam(self.epochs * len(batches))
+        svgd = pl.SVGD(
+            self.model(len(rows)),
+            kernel,
+            optim,
+            num_particles,
+            init_loc_fn=self.lora.init_to_fresh(),
+            **options,
+        )
+        for _ in range(self.epochs):
+            for batch in batches:
+                svgd.step(**batch)
+                optim.step()
+        return svgd.posterior()
+
     def laplace(self, rows: Rows, mode: Weights, structure: Any) -> pl.LaplacePosterior:
         """Around the mode, under the prior that it was trained with."""
         guide = pl.AutoLaplace(

@@ -16,14 +16,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pyro
 import torch
 
 import pyro_lora as pl
 from benchmarks.curvature_quality import EPOCHS, NUM_TRAIN, RANK, Study, study
 from benchmarks.encoder_top import MAX_LENGTH, CachedRows, cache
 from benchmarks.runs import Result, keep, kept
-from benchmarks.seed_runs import PRIOR_PRECISION, Setting, decaying_adam
+from benchmarks.seed_runs import PRIOR_PRECISION, Setting
 from benchmarks.tables import header, over_seeds, provenance
 
 NUM_PARTICLES, NUM_MORE = 5, 8
@@ -44,32 +43,6 @@ class Job:
         self.setting = setting
         self.test, self.other = setting.test.ordered(), other.ordered()
         self.model = setting.model(len(setting.train))
-
-    def particles(
-        self,
-        rows: CachedRows,
-        kernel: pl.kernels.Kernel | pl.kernels.NoRepulsion,
-        num_particles: int = NUM_PARTICLES,
-        **options: Any,
-    ) -> pl.ParticlePosterior:
-        """From fresh adapters, the same for each method with the same seed."""
-        setting = self.setting
-        pyro.set_rng_seed(setting.seed)
-        batches = rows.shuffled(setting.seed)
-        optim = decaying_adam(setting.epochs * len(batches))
-        svgd = pl.SVGD(
-            setting.model(len(rows)),
-            kernel,
-            optim,
-            num_particles,
-            init_loc_fn=setting.lora.init_to_fresh(),
-            **options,
-        )
-        for _ in range(setting.epochs):
-            for batch in batches:
-                svgd.step(**batch)
-                optim.step()
-        return svgd.posterior()
 
     def some(
         self, posterior: pl.ParticlePosterior, number: int
@@ -109,7 +82,9 @@ class Job:
 
     def run_ensembles(self) -> Result:
         """MAP and deep ensembles, with and without temperature or Laplace."""
-        many = self.particles(self.setting.train, pl.kernels.NoRepulsion(), NUM_MORE)
+        many = self.setting.fit_particles(
+            self.setting.train, pl.kernels.NoRepulsion(), NUM_MORE
+        )
         few = self.some(many, NUM_PARTICLES)
         mixture = self.laplace(few)
         found = {
@@ -123,7 +98,7 @@ class Job:
             "mixture of Laplace": self.result(mixture),
         }
         kept, held_out = self.setting.halves()
-        halves = self.particles(kept, pl.kernels.NoRepulsion())
+        halves = self.setting.fit_particles(kept, pl.kernels.NoRepulsion())
         for name, number in (("MAP", 1), ("deep ensemble of 5", NUM_PARTICLES)):
             posterior = self.some(halves, number)
             tune = pl.predict(posterior, held_out.ordered(), model=self.model)
@@ -154,7 +129,7 @@ class Job:
         }
         found = {}
         for name, repulsion in rules.items():
-            posterior = self.particles(
+            posterior = self.setting.fit_particles(
                 self.setting.train,
                 pl.kernels.RBF(space="function"),
                 repulsion=repulsion,
@@ -169,12 +144,14 @@ class Job:
         """Textbook SVGD over weights, and hotter."""
         train = self.setting.train
         found = {
-            name: self.result(self.particles(train, pl.kernels.RBF(space=space)))
+            name: self.result(
+                self.setting.fit_particles(train, pl.kernels.RBF(space=space))
+            )
             for name, space in SPACES.items()
         }
         hot = ensembles["Laplace"][EFFECTIVE] / math.log(NUM_PARTICLES + 1)
         found["SVGD, all weights, T by Laplace"] = self.result(
-            self.particles(train, pl.kernels.RBF(), temperature=hot)
+            self.setting.fit_particles(train, pl.kernels.RBF(), temperature=hot)
         )
         return found
 

@@ -201,12 +201,7 @@ def check_recorded(record: Recording, trace: Any, values: Tensor, site: str) -> 
             f"posterior's weights, so nothing is known of them. "
             f"{_why_not_called(lora, sampled, record)}"
         )
-    if not values.requires_grad:
-        raise ValueError(
-            f"The likelihood of site {site!r} doesn't depend on the lifted "
-            "network: no gradient reaches its outputs. Call the network that lora() "
-            "returns inside the model, without torch.no_grad() or detach()."
-        )
+    check_reached(values, site)
     is_new = any(
         run.network is None or run.form not in run.network.layouts
         for run in record.runs
@@ -229,6 +224,24 @@ def check_recorded(record: Recording, trace: Any, values: Tensor, site: str) -> 
                 "not its .forward, and not read the weight itself; or freeze the "
                 "parameter before lifting."
             )
+
+
+def check_reached(values: Tensor, site: str) -> None:
+    """Check that what a likelihood is a function of depends on the network.
+
+    Args:
+        values: Outputs of the model.
+        site: The likelihood's.
+
+    Raises:
+        ValueError: If they have no gradient.
+    """
+    if not values.requires_grad:
+        raise ValueError(
+            f"The likelihood of site {site!r} doesn't depend on the lifted "
+            "network: no gradient reaches its outputs. Call the network that lora() "
+            "returns inside the model, without torch.no_grad() or detach()."
+        )
 
 
 def _why_not_called(

@@ -90,10 +90,14 @@ def find_trunk(network: nn.Module, adapted: Iterable[nn.Module]) -> Trunk:
         for module in network.modules()
         if isinstance(module, nn.Embedding)
     }
-    first = layers[-1] if layers else None
     return Trunk(
-        *(layers[:-1], _caches(network), dict(below), tables, readers, network),
-        first_adapted=first,
+        layers[:-1],
+        _caches(network),
+        dict(below),
+        tables,
+        readers,
+        network,
+        layers[-1] if layers else None,
     )
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_lora.curvature.capture import check_reached
 from pyro_lora.ground.accumulation import at_least_float32
 from pyro_lora.ground.autocast import OutsideAutocast, outside_autocast
 from pyro_lora.ground.interrupts import eagerly, hooked, leaving_no_trace, undone
@@ -109,8 +110,12 @@ class StateDistance(OutsideAutocast, Summarised):
                 have for the training data, or the other way round.
         """
         states = _see(
-            *(self.posterior, batches, self.model, self.obs_site, progress_bar),
-            arguments=self.arguments,
+            self.posterior,
+            batches,
+            self.model,
+            self.obs_site,
+            progress_bar,
+            self.arguments,
         ).states
         if states.shape[1:] != self.mean.shape:
             raise ValueError(
@@ -188,7 +193,13 @@ def state_distance(
         )
     root = torch.linalg.cholesky(shrunk_covariance(errors))
     return StateDistance(
-        *(mean, root, len(states), seen.posterior, seen.model, obs_site, seen.arguments)
+        mean=mean,
+        root=root,
+        num_data=len(states),
+        posterior=seen.posterior,
+        model=seen.model,
+        obs_site=obs_site,
+        arguments=seen.arguments,
     )
 
 
@@ -292,7 +303,10 @@ def _mean_states(
         ValueError: If a state isn't one datum's alone, depends on trained weights, or
             a datum has none.
     """
-    leaves = {site: x.detach().requires_grad_() for site, x in weights.items()}
+    # A guide of the user's may have indices among its sites.
+    leaves = {
+        s: x.detach().requires_grad_(x.is_floating_point()) for s, x in weights.items()
+    }
     readers = [_Reader(lora, batch.place) for lora in networks]
     starts = {x.lora.network: x.starts for x in readers}
     reads = {layer: x.reads for x in readers for layer in x.layers}
@@ -309,31 +323,20 @@ def _mean_states(
         outputs = _outputs(likelihood_site(trace, obs_site, weights))
         for reader in readers:
             reader.check_below(leaves)
-        states = [x for reader in readers for x in reader.states]
         number = len(outputs)
         totals = [outputs.sum()]
         for digit in _digits(number, outputs):
             totals.append((outputs * (digit + 1) / _DIGITS).sum())
         with eagerly(), outside_autocast():
             gradients = [
-                torch.autograd.grad(
-                    total,
-                    states,
-                    retain_graph=True,
-                    allow_unused=True,
-                    materialize_grads=True,
-                )
-                for total in totals
+                [_gradients(total, reader.states) for total in totals]
+                for reader in readers
             ]
-    by_datum = [
-        _by_datum(x, of_call, number, batch.place)
-        for x, of_call in zip(states, zip(*gradients, strict=True), strict=True)
-    ]
     means = []
-    for reader in readers:
-        own = [by_datum.pop(0) for _ in reader.states]
-        sums = torch.stack([sums for sums, _ in own]).sum(0)
-        counts = torch.stack([counts for _, counts in own]).sum(0)
+    for reader, of_totals in zip(readers, gradients, strict=True):
+        by_call = zip(reader.states, zip(*of_totals, strict=True), strict=True)
+        own = [_by_datum(x, of_x, number, batch.place) for x, of_x in by_call]
+        sums, counts = (torch.stack(parts).sum(0) for parts in zip(*own, strict=True))
         if not bool((counts > 0).all()):
             raise ValueError(
                 f"{batch.place}: the outcome of datum "
@@ -344,21 +347,22 @@ def _mean_states(
     return torch.cat(means, 1)
 
 
+def _gradients(total: Tensor, states: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """In each call's states, zeros where it doesn't depend on them."""
+    return torch.autograd.grad(
+        total, states, retain_graph=True, allow_unused=True, materialize_grads=True
+    )
+
+
 def _outputs(site: dict[str, Any]) -> Tensor:
     """A number for each datum that depends on all that its outcomes do, (B,).
 
     Raises:
         TypeError: If the likelihood isn't of a known type.
-        ValueError: If it depends on no network.
     """
     single, plate = single_outcomes(site["fn"]), data_plate(site)
     f = at_least_float32(likelihood_of(single.fn).predictor)  # (..., P)
-    if not f.requires_grad:
-        raise ValueError(
-            f"The likelihood of site {site['name']!r} doesn't depend on the lifted "
-            "network: no gradient reaches its outputs. Call the network that lora() "
-            "returns inside the model, without torch.no_grad() or detach()."
-        )
+    check_reached(f, site["name"])
     f = f.where(f.isfinite() & single.unmasked[..., None], 0)  # choices may be absent
     # Logits count up to a shift of all of them: no constant weights.
     weights = torch.arange(1, f.shape[-1] + 1, device=f.device).to(f).cos()
@@ -493,11 +497,12 @@ class _Reader:
         given = [x.sum() for x in self.states if x.grad_fn is not None]
         if not given:
             return
+        trained = {site: x for site, x in leaves.items() if x.requires_grad}
         with eagerly(), outside_autocast():
             found = torch.autograd.grad(
-                given, [*leaves.values()], retain_graph=True, allow_unused=True
+                given, [*trained.values()], retain_graph=True, allow_unused=True
             )
-        made_by = [s for s, g in zip(leaves, found, strict=True) if g is not None]
+        made_by = [s for s, g in zip(trained, found, strict=True) if g is not None]
         if made_by:
             raise ValueError(
                 f"{self._place}: what the first adapted layer of {kind} is given "

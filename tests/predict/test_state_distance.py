@@ -237,9 +237,14 @@ def test_a_guide_that_is_a_function_will_do() -> None:
     def guide(**batch: Any) -> None:
         for site, x in lora.weights().items():
             pyro.sample(site, dist.Delta(x, event_dim=x.ndim))
+        pyro.sample("kind", dist.Categorical(torch.ones(3)))
+
+    def of_kind(**batch: Any) -> Tensor:
+        pyro.sample("kind", dist.Categorical(torch.ones(3)))
+        return model(**batch)
 
     train = many(6)
-    found = pl.state_distance(guide, train, model=model)(train)
+    found = pl.state_distance(guide, train, model=of_kind)(train)
     states = mean_states(lora.network, train, 0)
     assert_close(found, distances(states, states), rtol=1e-8, atol=0)
 
