@@ -4,7 +4,6 @@ Each is a value with fields, which is called with a batch: it can be printed, co
 and pickled, as a function inside a function can't.
 """
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,6 +19,7 @@ from pyro_lora.ground.settings import check_count, check_kind, check_positive
 from pyro_lora.ground.summary import FieldsShown
 from pyro_lora.ground.synchronisation import ask, require
 from pyro_lora.lifting.lifted_network import LiftedNetwork, check_lora
+from pyro_lora.lifting.positions import position_ids, takes
 from pyro_lora.likelihood.model_trace import IGNORED
 
 _NO_NOISE = 1e-4  # beside rewards that differ by some units: nothing is observed
@@ -240,10 +240,16 @@ class multiple_choice(FieldsShown):
     def __call__(
         self, attention_mask: Tensor, labels: Tensor | None = None, **inputs: Any
     ) -> Tensor:
-        """Sample the weights and the labels of a batch."""
+        """Sample the weights and the labels of a batch.
+
+        Raises:
+            ValueError: If a text has no token (where Pyro validates distributions).
+        """
         real = (attention_mask > 0).int()
+        if pyro.settings.get("validate_distributions_pyro"):
+            require(real.any(1).all(), _no_text)
         last = -1 - real.flip(1).argmax(1)  # (B,), counted from the right
-        if _takes(self.lora, "logits_to_keep") and len(last):
+        if takes(self.lora.network, "logits_to_keep") and len(last):
             inputs.setdefault("logits_to_keep", -int(ask(last.min(), usual=-2)))
         _number_tokens(self.lora, attention_mask, inputs)
         net = self.lora()  # the pyro.sample statements
@@ -312,7 +318,7 @@ class answer_likelihood(FieldsShown):
         real, present = attention_mask > 0, (attention_mask > 0).any(-1)  # (B, C)
         # What says how likely a token is stands at the place before it.
         counts = real[..., :-1] & real[..., 1:] & (answer_mask[..., 1:] > 0)
-        if _takes(self.lora, "logits_to_keep"):
+        if takes(self.lora.network, "logits_to_keep"):
             first = int(counts.flatten(0, 1).any(0).byte().argmax())
             inputs.setdefault("logits_to_keep", input_ids.shape[-1] - first)
         # Attention to nothing at all is NaN in some networks.
@@ -491,26 +497,21 @@ def _check_data(model: Any) -> None:
     object.__setattr__(model, "num_data", int(model.num_data))
 
 
-def _takes(lora: LiftedNetwork, name: str) -> bool:
-    """Whether the network under the adapter takes an argument."""
-    network: Any = lora.network
-    network = getattr(network, "get_base_model", lambda: network)()
-    return name in inspect.signature(network.forward).parameters
+def _no_text() -> ValueError:
+    return ValueError(
+        "models.multiple_choice: expected texts with a token whose attention_mask "
+        "isn't 0, found one that has none. Leave it out."
+    )
 
 
 def _number_tokens(
     lora: LiftedNetwork, attention_mask: Tensor, inputs: dict[str, Any]
 ) -> None:
-    """Give ``position_ids`` to networks that take them, as ``generate`` counts them.
-
-    So padding on the left moves no token, also where positions are absolute.
-    """
-    config = getattr(lora.network, "active_peft_config", None)
-    if getattr(config, "is_prompt_learning", False):  # its own tokens come before
-        return
-    if _takes(lora, "position_ids"):
-        positions = ((attention_mask > 0).long().cumsum(-1) - 1).clamp_min(0)
-        inputs.setdefault("position_ids", positions)
+    """Give ``position_ids`` to networks that take them, so that padding moves none."""
+    if "position_ids" not in inputs:
+        positions = position_ids(lora.network, attention_mask)
+        if positions is not None:
+            inputs["position_ids"] = positions
 
 
 def _as_rows(value: Any, like: Tensor) -> Any:

@@ -217,6 +217,14 @@ def test_choices_whatever_the_padding() -> None:
     assert_close(likelihood(model, lora, whole)["fn"].logits, expected)
 
 
+def test_a_text_without_a_token_has_no_answer() -> None:
+    lora, model, batches = multiple_choice()
+    batch = batches[1]
+    batch["attention_mask"][1] = 0
+    with pytest.raises(ValueError, match=r"multiple_choice: expected texts with a tok"):
+        likelihood(model, lora, batch)
+
+
 def test_logits_are_computed_where_a_text_ends() -> None:
     lora, model, batches = multiple_choice()
     asked: list[int] = []

@@ -440,7 +440,7 @@ class DualGaussian(WeightGaussian):
         observations: What the data's rows are the contrasts of, in order; empty where
             they are Fisher terms.
         mode_precision: Of the normal prior under which the mean is the mode of the
-            linearised network; None where it's none.
+            linearised network; None where the mean is the rows' origin.
         coordinates: Of the data's rows in these.
     """
 
@@ -460,9 +460,10 @@ class DualGaussian(WeightGaussian):
         roots = {str(i): x for i, x in enumerate(self.roots.blocks)}
         tensors = under("jacobian", self.rows.values) | under("roots", roots)
         tensors |= under("coordinates", self.coordinates.tensors)
-        if self.is_refined:
-            tensors |= under("origin", self.origin)
-        return tensors | under("mode_precision", self.mode_precision or {})
+        if self.mode_precision is None:
+            return tensors
+        tensors |= under("origin", self.origin)
+        return tensors | under("mode_precision", self.mode_precision)
 
     @classmethod
     def restored(
@@ -510,13 +511,12 @@ class DualGaussian(WeightGaussian):
                 f"tensors {tensors.prefix}jacobian/... have {sorted(sizes)} rows, but "
                 f"there are roots of {num_rows}"
             )
-        origin, mode_precision = loc, None
-        if any(f"origin/{site}" in tensors for site in loc):
-            inner = tensors.under("origin/")
-            origin = in_dtypes({s: inner.real(s, x.shape) for s, x in loc.items()})
-        rows = Rows(origin, values)
-        if any(f"mode_precision/{site}" in tensors for site in loc):
-            inner = tensors.under("mode_precision/")
+        rows, mode_precision = Rows(loc, values), None
+        refined = ("origin", "mode_precision")
+        if any(f"{name}/{site}" in tensors for name in refined for site in loc):
+            origins, inner = (tensors.under(f"{name}/") for name in refined)
+            origin = in_dtypes({s: origins.real(s, x.shape) for s, x in loc.items()})
+            rows = Rows(origin, values)
             found = {
                 s: check_broadcasts(
                     inner.positive(s), x.shape, f"mode_precision of {s}"
@@ -545,6 +545,11 @@ class DualGaussian(WeightGaussian):
     def origin(self) -> Weights:
         """See the base class."""
         return self.rows.origin
+
+    @property
+    def is_refined(self) -> bool:
+        """See the base class."""
+        return self.mode_precision is not None
 
     def with_prior_precision(
         self, prior_precision: Mapping[str, Tensor]

@@ -643,27 +643,7 @@ def _check_number(
             " Each rank gives its own share, pl.share(batches); a "
             "DistributedSampler repeats data where they don't divide by the ranks."
         )
-    says = f"the plate of site {site!r} says {plate.full_size}"
-    remedy = (
-        "Give batches that cover every datum exactly once (drop_last=False, no "
-        "repeats), or correct num_data in the model's pyro.plate."
-    )
-    in_all = 'pyro.plate("data", num_data, subsample=input_ids)'
-    if plate.name is None:
-        says = (
-            f"site {site!r} is in no plate, so that each batch, such as one of "
-            f"{plate.size}, would be all data"
-        )
-        remedy = f"Put its pyro.sample into a plate: with {in_all}."
-    elif plate.size == plate.full_size and num_seen > plate.full_size:
-        says = (
-            f"the plate {plate.name!r} of site {site!r} has the size of a batch, "
-            f"{plate.size}, which would then be all data"
-        )
-        remedy = (
-            f"Say how many there are in all, {in_all}; if these are all, give them "
-            "once."
-        )
+    says, remedy = plate.contradiction(num_seen, site)
     raise ValueError(
         f"The batches{whose} hold {num_seen} data{where}, but {says}. {remedy}{shared}"
     )

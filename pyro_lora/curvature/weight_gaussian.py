@@ -54,7 +54,7 @@ class WeightGaussian(OutsideAutocast, Summarised):
     @property
     def is_refined(self) -> bool:
         """Whether the mode is another than the weights it is linearised at."""
-        return self.loc is not self.origin
+        return False
 
     @abstractmethod
     def with_prior_precision(self, prior_precision: Mapping[str, Tensor]) -> Self:

@@ -44,11 +44,14 @@ from pyro_lora.ground.tensor_folder import (
     write_folder,
 )
 from pyro_lora.lifting.fingerprint import (
+    NUM_VALUES,
     NetworkDescription,
     check_networks,
     described,
     fingerprint,
     restored,
+    rounding,
+    sample,
 )
 from pyro_lora.lifting.lifted_network import LiftedNetwork, check_lora
 from pyro_lora.lifting.prior import NOISE
@@ -56,7 +59,7 @@ from pyro_lora.lifting.sites import bare_names
 from pyro_lora.likelihood.model_trace import Model
 from pyro_lora.posteriors.guide_posterior import Guide
 from pyro_lora.posteriors.posterior import Posterior, as_posterior
-from pyro_lora.posteriors.prior import made_of_latents
+from pyro_lora.posteriors.prior import made_of_latents, networks_prior
 
 
 class _Layers(Schema):
@@ -67,14 +70,20 @@ class _Layers(Schema):
 
 
 class SavedPosterior(Schema):
-    """The fields of a posterior's manifest; version 1 had no ``networks``."""
+    """The fields of a posterior's manifest; version 1 had no ``networks``.
+
+    ``made`` has the dtypes of sites that the prior makes of latents.
+    """
 
     posterior: Description
     sites: dict[str, Shape]
     layers: _Layers
     networks: tuple[NetworkDescription, ...] | None = None
+    made: dict[str, str] = msgspec.field(default_factory=dict)
     metadata: dict[str, str] = msgspec.field(default_factory=dict)
 
+
+_ROUNDING = 1e-5  # relative, in float32
 
 FORMAT = Format("pyro_lora posterior", 2, "Save the posterior again.", SavedPosterior)
 
@@ -114,9 +123,13 @@ def save(
     posterior = as_posterior(posterior)
     description, tensors = describe(posterior)
     networks, values = described([fingerprint(lora) for lora in posterior.networks])
+    sites = sites_of(posterior)
+    made = made_of_latents(posterior.prior, posterior.networks, sites)
+    values |= {f"made/{site}": sample(x).cpu() for site, x in made.items()}
     content = {
         "posterior": description,
-        "sites": {site: list(shape) for site, shape in sites_of(posterior).items()},
+        "sites": {site: list(shape) for site, shape in sites.items()},
+        "made": {s: str(x.dtype).removeprefix("torch.") for s, x in made.items()},
         "layers": _layers(posterior.networks),
         "metadata": metadata,
         "networks": networks,
@@ -175,6 +188,7 @@ def load(
             check_networks(saved, networks, "the posterior")
         with outside_autocast():  # what was read is checked by products
             posterior = restore(content.posterior, tensors, networks, model)
+            _check_made(content, tensors.under("made/"), posterior)
         if sites_of(posterior) != content.sites:
             raise ValueError(
                 f"the sites have the shapes {sites_of(posterior)}, the manifest says "
@@ -220,6 +234,35 @@ def _layers(networks: Sequence[LiftedNetwork]) -> dict[str, Any]:
     return {"parameters": parameters, "scalings": scalings}
 
 
+def _check_made(
+    saved: SavedPosterior, samples: CheckedTensors, posterior: Posterior
+) -> None:
+    """Check that the prior makes the same sites of latents as where they were saved.
+
+    Raises:
+        ValueError: If it doesn't.
+    """
+    if not saved.made:
+        return
+    here = made_of_latents(posterior.prior, posterior.networks, saved.sites)
+    for site, dtype in saved.made.items():
+        then = samples.real(site, (NUM_VALUES,), (torch.float32,))
+        if site not in here or not hasattr(torch, dtype):
+            raise ValueError(f"made: {site!r} is none of latents, or has no dtype")
+        now = sample(here[site]).to(then)
+        rtol, atol = rounding(dtype, str(here[site].dtype).removeprefix("torch."))
+        # Another device may round a product otherwise.
+        off = ~torch.isclose(now, then, rtol=max(rtol, _ROUNDING), atol=atol)
+        if off.any():
+            i = int(off.nonzero()[0])
+            raise ValueError(
+                f"site {site!r}: the prior makes it of the saved latents and of what "
+                f"this network was lifted with, and of latents of 1 {float(now[i]):.6g}"
+                f" where it made {float(then[i]):.6g}. Lift the network with the "
+                "adapter and the prior that the posterior was fitted with."
+            )
+
+
 def _check_network(
     file: Path, saved: SavedPosterior, networks: Sequence[LiftedNetwork]
 ) -> None:
@@ -227,7 +270,8 @@ def _check_network(
     remedy = "Lift the network that the posterior was made for."
     absent = {s for s in here if not {s, f"{s}{NOISE}"} & saved.sites.keys()}
     if absent:
-        made = absent & made_of_latents(networks, saved.sites)
+        prior = networks_prior(networks)
+        made = absent & made_of_latents(prior, networks, saved.sites).keys()
         here = {site: shape for site, shape in here.items() if site not in made}
     for site, shape in here.items():
         there = saved.sites.get(site, saved.sites.get(f"{site}{NOISE}"))

@@ -572,7 +572,7 @@ def _lifted(
     if saved is None or lifted.keys() <= {*saved}:
         return lifted
     named = {*saved} | {site.removesuffix(NOISE) for site in saved}
-    made = made_of_latents(networks, saved) - named
+    made = made_of_latents(networks_prior(networks), networks, saved).keys() - named
     return {site: x for site, x in lifted.items() if site not in made}
 
 

@@ -95,7 +95,7 @@ class Fingerprint:
             self.values, self.tensors.items(), strict=True
         ):
             other = here.values[order[name]]
-            rtol, atol = _rounding(dtype, here.tensors[name][0])
+            rtol, atol = rounding(dtype, here.tensors[name][0])
             unseen = row.isnan() | other.isnan()
             off = ~(torch.isclose(row, other, rtol=rtol, atol=atol) | unseen)
             if off.any():
@@ -341,7 +341,7 @@ def _comparable(
     return tuple(then[1]) == tuple(now[1]) and (wide or then[0] == now[0])
 
 
-def _rounding(then: str, now: str) -> tuple[float, float]:
+def rounding(then: str, now: str) -> tuple[float, float]:
     """Relative and absolute differences that a change of dtype makes."""
     if then == now:
         return 0.0, 0.0

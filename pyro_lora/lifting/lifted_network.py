@@ -41,6 +41,7 @@ from pyro_lora.lifting.sites import (
     config_at,
     keep_bitsandbytes_differentiable,
     lifted_parameters,
+    others_in_use,
 )
 from pyro_lora.lifting.slots import Location, as_slot
 from pyro_lora.lifting.split_layers import ranks_on
@@ -74,7 +75,8 @@ class LiftedNetwork(Summarised):
         check_network(model)
         self.adapter = adapter_name(model, adapter)
         self._adapter_modules = adapter_modules(model, self.adapter)
-        check_in_use(self._adapter_modules, self.adapter)
+        self._others = others_in_use(self._adapter_modules, self.adapter)
+        check_in_use(self._adapter_modules, self.adapter, self._others)
         self.network = model
         self._prior = prior
         by_site: dict[str, list[LiftedParameter]] = {}
@@ -212,7 +214,7 @@ class LiftedNetwork(Summarised):
         self._check_current()
         self._check_shapes(weights)
         self._host.check_in_place()
-        check_in_use(self._adapter_modules, self.adapter)
+        check_in_use(self._adapter_modules, self.adapter, self._others)
         return BoundNetwork(self._host, self._masked(weights))
 
     def _masked(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, cast
@@ -146,12 +147,25 @@ def check_unmerged(modules: AdapterModules) -> None:
             )
 
 
-def check_in_use(modules: AdapterModules, adapter: str | None) -> None:
-    """Check that the network computes with the adapter's layers.
+def others_in_use(modules: AdapterModules, adapter: str | None) -> set[str]:
+    """The adapters that are active beside this one."""
+    active = {x for module in modules.values() for x in module.active_adapters}
+    return active - {adapter}
+
+
+def check_in_use(
+    modules: AdapterModules, adapter: str | None, others: Set[str]
+) -> None:
+    """Check that the network computes with the adapter's layers, and those it had.
+
+    Args:
+        modules: Those that hold weights of the adapter, by path.
+        adapter: Its name.
+        others: The adapters that were active beside it where it was lifted.
 
     Raises:
         ValueError: If the adapter is merged, disabled or not the active one, so that
-            weights bound to it would change nothing.
+            weights bound to it would change nothing, or others are active beside it.
     """
     check_unmerged(modules)
     for path, module in modules.items():
@@ -165,6 +179,13 @@ def check_in_use(modules: AdapterModules, adapter: str | None) -> None:
                 f"{path}: adapter {adapter!r} is not active (active: "
                 f"{module.active_adapters}). Call model.set_adapter({adapter!r})."
             )
+    found = others_in_use(modules, adapter)
+    if found != others:
+        raise ValueError(
+            f"Beside adapter {adapter!r} {sorted(found) or 'none'} is active, where it "
+            f"was lifted {sorted(others) or 'none'}: that is another network. Call "
+            "model.set_adapter as before, or lift it anew."
+        )
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
@@ -453,6 +474,7 @@ _ROLES = {
     "trainable_tokens_delta": ("trainable_tokens", "delta"),
 }
 _COMPILED = "_orig_mod"  # the part of a path that torch.compile adds
+_SHAPE = re.compile(r"_\d+(x\d+)*$")
 # What isn't part of the adapter, and is lifted only if it is trainable.
 _OUTSIDE = ("base", "prompt", "other adapter", "setting")
 
@@ -599,6 +621,11 @@ def _short(modules: Mapping[str, nn.Module], module_path: str) -> str:
     path = ".".join(p for p in module_path.split(".") if p != _COMPILED)
     path = path.removeprefix("base_model.model.").removeprefix("model.")
     return ".".join(part for part in path.split(".") if not part.isdigit())
+
+
+def without_shape(site: str) -> str:
+    """The name of a site without a suffix such as ``_4x64``."""
+    return _SHAPE.sub("", site)
 
 
 def _with_shape_suffixes(lifted: Iterable[LiftedParameter]) -> list[LiftedParameter]:

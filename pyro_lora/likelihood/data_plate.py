@@ -11,6 +11,7 @@ that looks them up.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -50,8 +51,39 @@ class DataPlate:
         # The terms' dim is right of the batch dims, so theirs count one further.
         return value.movedim(self.dim - 1, -1).flatten(0, -2)
 
+    def is_contradicted(self, num_seen: int) -> bool:
+        """Whether a batch says that it's all data, and more than it has were seen."""
+        return self.size == self.full_size and num_seen > self.full_size
 
-def data_plate(site: dict[str, Any]) -> DataPlate:
+    def contradiction(self, num_seen: int, site: str) -> tuple[str, str]:
+        """What was said of the number of data, which is another, and what to do.
+
+        Args:
+            num_seen: The data of all batches.
+            site: The observed site.
+        """
+        in_all = 'pyro.plate("data", num_data, subsample=input_ids)'
+        if self.name is None:
+            return (
+                f"site {site!r} is in no plate, so that each batch, such as one of "
+                f"{self.size}, would be all data",
+                f"Put its pyro.sample into a plate: with {in_all}.",
+            )
+        if self.is_contradicted(num_seen):
+            return (
+                f"the plate {self.name!r} of site {site!r} has the size of a batch, "
+                f"{self.size}, which would then be all data",
+                f"Say how many there are in all, {in_all}; if these are all, give them "
+                "once.",
+            )
+        return (
+            f"the plate of site {site!r} says {self.full_size}",
+            "Give batches that cover every datum exactly once (drop_last=False, no "
+            "repeats), or correct num_data in the model's pyro.plate.",
+        )
+
+
+def data_plate(site: Mapping[str, Any]) -> DataPlate:
     """Find the data plate of an observed site in a trace.
 
     The subsampled plate (the outermost one), else the rightmost, else the last batch

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch import distributions as td
 
 from pyro_lora.likelihood import likelihoods
+from pyro_lora.likelihood.data_plate import DataPlate, data_plate
 
 Site = Mapping[str, Any]
 
@@ -202,20 +203,21 @@ def outcomes_that_count(site: Site) -> Tensor:
     return _unmasked(site, single) & is_given(single.fn, site["value"])
 
 
-def data_that_count(site: Site) -> Tensor:
+def data_that_count(site: Site, plate: DataPlate | None = None) -> Tensor:
     """Which data of a site count: those of which an outcome does.
 
     Args:
-        site: A node of a trace, of batch shape (B,), or (S, B) at S draws, which then
-            all have the same masks.
+        site: A node of a trace, at one weight set or at S, left of all other batch
+            dims, which then all have the same masks.
+        plate: The data's at one weight set; None: as this node has it.
 
     Returns:
         (B,).
     """
-    counts = outcomes_that_count(site)
+    plate = data_plate(site) if plate is None else plate
     shape = site["fn"].batch_shape
-    by_datum = counts.reshape(*shape, -1).any(-1)
-    return by_datum.reshape(-1, *shape[-1:])[0]
+    counts = outcomes_that_count(site).reshape(*shape, -1)
+    return plate.data_last(counts, shape).any(0)
 
 
 def values_to_score(site: Site) -> Tensor:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import constraints
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -120,11 +121,13 @@ class Stacking:
                 if name in trace.nodes
             }
             # Weights of zero, as a new head's may be, would say the same of all data.
-            lifted = {site for lora in lifted_networks(trace) for site in lora.sites}
+            moving = {site for lora in lifted_networks(trace) for site in lora.sites}
+            if not moving <= at.keys():  # a prior makes some of other latents
+                moving |= {s for s in at if _is_real(trace.nodes.get(s))}
 
             def moved() -> Weights:
                 return {
-                    s: x + _STEP * torch.randn_like(x) if s in lifted else x
+                    s: x + _STEP * torch.randn_like(x) if s in moving else x
                     for s, x in at.items()
                 }
 
@@ -174,6 +177,16 @@ class Stacking:
     def _shapes(self) -> tuple[tuple[int, ...], ...]:
         tensors = (x for x in tree_leaves([*self.inputs]) if isinstance(x, Tensor))
         return tuple(tuple(x.shape) for x in tensors)
+
+
+def _is_real(node: Any) -> bool:
+    """Whether a site may have any real number."""
+    if node is None or not node["value"].is_floating_point():
+        return False
+    support = getattr(node["fn"], "support", None)
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support is constraints.real
 
 
 def _log_densities(trace: Any, values: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -238,9 +238,30 @@ def mean_field(guide: Guide, *, model: Model | None = None) -> GaussianPosterior
     """
     check_function("guide", guide, "a Pyro guide")
     wrapped = GuidePosterior(guide, model)
-    with torch.no_grad():
-        trace = wrapped.trace()
-    latents = latent_nodes(trace)
+    loc, scale = _normals(wrapped)
+    # Parameters that are made of another site's draw are others in the next call.
+    for first, second in zip((loc, scale), _normals(wrapped), strict=True):
+        for site, x in first.items():
+            if not torch.equal(x, second[site]):
+                raise ValueError(
+                    f"Site {site!r}: the guide's distribution is another in each call, "
+                    "as where it depends on the draw of a site before it; mean_field "
+                    "is of sites that are normal each by itself. Take an AutoNormal, "
+                    "or draws: ensemble(lora, [...])."
+                )
+    return GaussianPosterior(
+        loc, scale, wrapped.networks, wrapped.model if model is None else model
+    )
+
+
+@torch.no_grad()
+def _normals(wrapped: GuidePosterior) -> tuple[Weights, Weights]:
+    """Means, and standard deviations of the sites that have some, of one call.
+
+    Raises:
+        ValueError: If a site isn't normal, or depends on auxiliary ones.
+    """
+    latents = latent_nodes(wrapped.trace())
     auxiliary = {s for s, node in latents.items() if node["infer"].get("is_auxiliary")}
     loc: Weights = {}
     scale: Weights = {}
@@ -274,6 +295,4 @@ def mean_field(guide: Guide, *, model: Model | None = None) -> GaussianPosterior
             "mean_field is of sites that are normal each by itself. Take an "
             "AutoNormal, or draws: ensemble(lora, [...])."
         )
-    return GaussianPosterior(
-        loc, scale, wrapped.networks, wrapped.model if model is None else model
-    )
+    return loc, scale

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from pyro import poutine
+from pyro.infer.autoguide.initialization import InitMessenger
 from torch import Tensor, nn
 
 from pyro_lora.ground.interrupts import leaving_no_trace
@@ -72,9 +74,19 @@ class GuidePosterior(Summarised):
         if self.own_model is not None:
             return self.own_model
         try:
-            return getattr(self.guide, "model", None)
+            model: Any = getattr(self.guide, "model", None)
         except TypeError:  # Pyro's forget it when they are copied
             return None
+        # Stock guides start their latents by a handler around it, which would start
+        # the outcomes, too, that a batch without labels leaves open.
+        while True:
+            call = getattr(model, "func", None)
+            if not isinstance(call, partial) or len(call.args) != 2:
+                return model
+            handler, inner = call.args
+            if not isinstance(handler, InitMessenger):
+                return model
+            model = inner
 
     def trace(self) -> Any:
         """Of one call of the guide.

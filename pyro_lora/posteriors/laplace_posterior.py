@@ -418,9 +418,10 @@ class LaplacePosterior(marginals.ByMarginals, Shared):
                 trains them, too, to the joint mode, where a scale goes to 0: hide them
                 from it by ``pyro.poutine.block``.)
             objective: ``"evidence"``: maximise :meth:`log_evidence`, no pass over the
-                data. ``"nll"``: minimise the negative log likelihood of the
-                linearised predictive on held-out ``batches``, over a grid in one pass
-                over them; with several precisions one after the other, twice, each in
+                data; weights of which the data say nothing keep their precision.
+                ``"nll"``: minimise the negative log likelihood of the linearised
+                predictive on held-out ``batches``, over a grid in one pass over them;
+                with several precisions one after the other, twice, each in
                 a pass of its own. For any likelihood in the table.
                 ``"loo"``: maximise the leave-one-out log density of the data of the
                 fit, each as often as it counts by a ``poutine.scale``, of
@@ -441,8 +442,8 @@ class LaplacePosterior(marginals.ByMarginals, Shared):
                 prior has no parameters, or with ``per="prior"`` is tempered.
 
         Warns:
-            UserWarning: If the best precision is at an end of those tried: 1e-4 or
-                1e6 with ``"nll"``; with ``"loo"``, and after
+            UserWarning: If the best precision is at an end of those tried: 1e-8 or
+                1e8; 1e-4 or 1e6 with ``"nll"``; with ``"loo"``, and after
                 ``refine(around="prior")``, 1e-6 or 1e7.
         """
         check_word("objective", objective, ("evidence", "loo", "nll"))

@@ -281,22 +281,30 @@ def with_scaled_sites(
     return dict(draws) | {site: torch.stack(values) for site, values in made.items()}
 
 
+@torch.no_grad()
 def made_of_latents(
-    networks: Sequence[LiftedNetwork], sites: Container[str]
-) -> set[str]:
-    """The lifted sites that their prior makes of latents that are all among ``sites``.
+    prior: Prior, networks: Sequence[LiftedNetwork], sites: Container[str]
+) -> Weights:
+    """The lifted sites that a prior makes of latents that are all among ``sites``.
 
     Args:
+        prior: The prior.
         networks: The lifted networks.
         sites: Names of latent sites.
+
+    Returns:
+        Site -> the value that it has where all latents are 1.
     """
-    made: set[str] = set()
+    made: Weights = {}
     for lora in networks:
-        with torch.no_grad(), drawing_nothing(lora.zeros()):
-            trace = trace_at(partial(lora.prior, lora), {}, {})
-        latents = latent_nodes(trace).keys()
-        if all(site in sites for site in latents):
-            made |= lora.sites.keys() - latents
+        of_network = partial(prior, lora)
+        with drawing_nothing(lora.zeros()):
+            latents = latent_nodes(trace_at(of_network, {}, {}))
+            if all(site in sites for site in latents):
+                ones = {s: torch.ones_like(x["value"]) for s, x in latents.items()}
+                nodes = trace_at(of_network, ones, {}).nodes
+                names = [site for site in lora.sites if site not in latents]
+                made |= {site: nodes[site]["value"] for site in names}
     return made
 
 

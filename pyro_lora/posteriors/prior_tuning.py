@@ -8,9 +8,11 @@ mean, is up to a constant
           \mathrm{diag}\,\tau),
 
 and takes no pass over the data. Where F is large beside :math:`\tau` its maximum is at
-:math:`\tau_g = n_g / d_g`, one over the weights' mean square; what the data don't
-determine adds nothing to :math:`d_g` and pulls :math:`\tau_g` up. Held-out data are
-predicted under a grid of precisions in one pass: only :math:`J P^{-1} J^T` differs.
+:math:`\tau_g = n_g / d_g`, one over the weights' mean square; in general it's at
+:math:`\gamma_g / d_g` with the effective parameters :math:`\gamma_g \le n_g`
+(MacKay 1992, section 4), and a group of which the data say nothing keeps what it has.
+Held-out data are predicted under a grid of precisions in one pass: only
+:math:`J P^{-1} J^T` differs.
 """
 
 from __future__ import annotations
@@ -56,6 +58,7 @@ _NUM_STEPS = 500  # of L-BFGS at most; concave in log tau, a few dozen are usual
 _NUM_PARAMETER_STEPS = 200  # likewise, of the prior's own parameters
 _ROUNDING = 1e-6  # relative, of a precision at an end
 _SAME = 1e-4  # relative difference of two log densities, in float32
+_NOTHING = 1e-9  # effective parameters under a precision of 1, far above rounding
 _NUM_SWEEPS = 2  # over the groups, of the search on held-out data
 _UNRESOLVED = 1e30  # nats, where float64 can't tell an evidence
 _DECADES = [float(x) for x in range(7, -7, -1)]  # of the search by a score
@@ -119,7 +122,9 @@ def maximize_evidence(
     r"""Prior precisions that maximise the Laplace evidence at the given mode.
 
     Up to constants the log evidence is :math:`\frac12 \sum_g [n_g \log \tau_g - \tau_g
-    |w_g - m_g|^2] - \frac12 \log\det(F + \mathrm{diag}\,\tau)`.
+    |w_g - m_g|^2] - \frac12 \log\det(F + \mathrm{diag}\,\tau)`. Of a group without
+    Fisher information, as an expert that no token reaches, that is :math:`-\tau_g
+    |w_g - m_g|^2 / 2`, and would leave no prior at all: it keeps its own.
 
     Args:
         gaussian: Mode and Fisher information.
@@ -132,9 +137,12 @@ def maximize_evidence(
 
     Raises:
         ValueError: If ``per`` is something else.
+
+    Warns:
+        UserWarning: If one is at an end.
     """
     check_gradients()
-    size = _num_precisions(gaussian.loc, per)
+    _num_precisions(gaussian.loc, per)
     loc = gaussian.loc
     distance = torch.cat(  # |w - m|^2, of each matrix
         [
@@ -142,21 +150,39 @@ def maximize_evidence(
             for s, x in loc.items()
         ]
     )
-    first = next(iter(loc.values()))
     sizes = torch.cat(  # n, of each matrix
         [distance.new_full(x.shape[:1], x[0].numel()) for x in loc.values()]
     )
 
-    def log_evidence(log_tau: Tensor) -> Tensor:
-        # One number for all stays one, whose gradient takes no matrix of each layer.
+    def log_shrinkage(log_tau: Tensor) -> Tensor:
+        # Its gradient is gamma, the effective parameters of each group. One number for
+        # all stays one, for which that takes no matrix of each layer.
         tau = _by_matrix(log_tau.exp(), loc, per)
-        log_tau = _by_matrix(log_tau, loc, per)
-        log_prior = 0.5 * (sizes * log_tau - tau * distance).sum()
-        return log_prior - 0.5 * gaussian.log_det(_by_site(tau, loc))
+        log_det = gaussian.log_det(_by_site(tau, loc))
+        return (sizes * _by_matrix(log_tau, loc, per)).sum() - log_det
 
     # Logarithms, in which no step leaves the positive numbers; they start at tau = 1.
-    theta = torch.zeros(size, dtype=torch.float64, device=first.device)
-    return _climbed(log_evidence, theta, loc, per, 1e-9, 1e-12)
+    present = _log_means(gaussian.prior_precision, per)
+    start = torch.zeros_like(present, requires_grad=True)
+    with torch.enable_grad():
+        (gamma,) = torch.autograd.grad(log_shrinkage(start), start)
+    is_informed = gamma > _NOTHING
+
+    def log_evidence(log_tau: Tensor) -> Tensor:
+        log_tau = log_tau.where(is_informed, present)
+        tau = _by_matrix(log_tau.exp(), loc, per)
+        return 0.5 * (log_shrinkage(log_tau) - (tau * distance).sum())
+
+    found = _climbed(log_evidence, start.detach(), loc, per, 1e-9, 1e-12)
+    informed = _by_site(_by_matrix(is_informed, loc, per), loc)
+    _warn_at_ends(
+        {s: tau[informed[s]] for s, tau in found.items()},
+        2 * MIN_PRECISION,
+        MAX_PRECISION / 2,
+        "Use per='all'",
+    )
+    kept = gaussian.prior_precision
+    return {s: tau.where(informed[s], kept[s].to(tau)) for s, tau in found.items()}
 
 
 def maximize_followed_evidence(

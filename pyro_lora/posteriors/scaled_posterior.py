@@ -37,7 +37,7 @@ from pyro_lora.likelihood.batch import (
     checked_batches,
 )
 from pyro_lora.likelihood.batch_dims import BatchDims, batch_dims
-from pyro_lora.likelihood.data_plate import data_plate
+from pyro_lora.likelihood.data_plate import DataPlate, data_plate
 from pyro_lora.likelihood.model_trace import (
     Model,
     evaluating,
@@ -378,10 +378,11 @@ class LossOfDraws:
             weights: Site -> (S, ...), all latent sites.
 
         Raises:
-            ValueError: If nothing is observed.
+            ValueError: If nothing is observed, or each batch would be all data and
+                doesn't count each once.
         """
         num_draws = len(next(iter(weights.values())))
-        total, number = 0.0, 0
+        total, number, num_seen = 0.0, 0, 0
         for index, batch in enumerate(self.ranks.in_step(self.batches)):
             runs = [*self._runs(weights, batch, index)]
             with trunk_once(self.networks if len(runs) > 1 else []):
@@ -389,8 +390,19 @@ class LossOfDraws:
                     _, sites = self._run(at, batch, index)
                     counted = sum(float(_counted(site).sum()) for site in sites)
                     total -= counted / num_draws
-            counts = torch.stack([data_that_count(site) for site in sites]).any(0)
+            plates = [self._plate(site) for site in sites]
+            each = map(data_that_count, sites, plates)
+            counts = torch.stack([*each]).any(0)
             number += int(counts.sum())
+            num_seen += len(counts)
+        for plate, site in zip(plates, sites, strict=True):
+            tempered = bool((torch.as_tensor(plate.scale) != 1).any())
+            if plate.is_contradicted(num_seen) and (tempered or plate.dim is None):
+                says, remedy = plate.contradiction(num_seen, site["name"])
+                raise ValueError(
+                    f"{self.caller}: the batches hold {num_seen} data, but {says}. "
+                    f"{remedy}"
+                )
         of_rank = torch.tensor(total, dtype=torch.float64, device="cpu")
         total = float(self.ranks.sum(of_rank))
         number = self.ranks.total(number)
@@ -434,11 +446,16 @@ class LossOfDraws:
         return {site: x[0] for site, x in self.one.items()}
 
     @cached_property
-    def _places(self) -> tuple[dict[str, BatchDims], list[str]]:
-        """Where draws go among the model's batch dims, and the observed sites."""
+    def _places(self) -> tuple[dict[str, BatchDims], dict[str, DataPlate]]:
+        """Where draws go among the model's batch dims, and the data of each site."""
         trace, sites = self._run(self._first, next(iter(self.batches)), 0)
         latents = {s: trace.nodes[s] for s in self.one if s in trace.nodes}
-        return batch_dims(sites, latents), [site["name"] for site in sites]
+        return batch_dims(sites, latents), {x["name"]: data_plate(x) for x in sites}
+
+    def _plate(self, site: Mapping[str, Any]) -> DataPlate:
+        """The data's, where draws may be in the place of data that have no dim."""
+        alone = self._places[1][site["name"]]
+        return alone if alone.dim is None else data_plate(site)
 
     def _run(
         self, weights: Weights, batch: Batch, index: int

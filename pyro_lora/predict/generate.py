@@ -28,6 +28,7 @@ from pyro_lora.ground.settings import (
 )
 from pyro_lora.ground.summary import FieldsShown
 from pyro_lora.lifting.lifted_network import LiftedNetwork
+from pyro_lora.lifting.positions import counted, first_position, takes
 from pyro_lora.likelihood.batch import Batch
 from pyro_lora.likelihood.model_trace import evaluating
 from pyro_lora.posteriors.guide_posterior import Guide
@@ -198,10 +199,14 @@ def generate(
         title="Generate", unit="token", total=max_new_tokens, shown=progress_bar
     )
     choice = _NextToken(averaged, len(input_ids), warpers, do_sample, generator, bar)
+    # transformers counts from 0 in every network.
+    counts = takes(network, "position_ids") and first_position(network) > 0
+    starts = {"position_ids": counted(network, mask)} if counts else {}
     with bar, evaluating((lora,)), lora.bind(weights) as net:
         sequences = net.generate(
             input_ids,
             attention_mask=mask,
+            **starts,
             logits_processor=LogitsProcessorList([*logits_processor, choice]),
             max_new_tokens=max_new_tokens,
             eos_token_id=eos or None,

@@ -32,6 +32,7 @@ from pyro_lora.ground.summary import FieldsShown
 from pyro_lora.ground.synchronisation import require
 from pyro_lora.ground.weights import Weights
 from pyro_lora.lifting.lifted_network import LiftedNetwork, check_lora
+from pyro_lora.lifting.positions import counted
 from pyro_lora.lifting.text_trunk import holds_rows
 from pyro_lora.likelihood.model_trace import IGNORED, evaluating, trace_at
 from pyro_lora.posteriors.dropout import check_no_dropout
@@ -334,8 +335,7 @@ def next_token_log_probs(
     num_draws, num_new = len(next(iter(weights.values()))), scored.shape[-1]
     vocabulary = network.get_output_embeddings().weight.shape[0]
     step = max(1, MAX_LOG_PROBS // (num_draws * num_new * vocabulary))
-    # As generate counts them: padding on the left moves nothing.
-    positions = (masks.cumsum(-1) - 1).clamp(min=0)
+    positions = counted(lora.network, masks)
 
     def inputs(text: int, rows: slice, places: slice, kept: int) -> dict[str, Any]:
         named = {

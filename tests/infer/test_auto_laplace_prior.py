@@ -275,6 +275,7 @@ def synthetic(seed: int) -> BlockGaussian:
     return BlockGaussian(loc, {s: torch.ones(4, 1, 1) for s in loc}, blocks)
 
 
+@pytest.mark.filterwarnings("ignore:The best prior precision is 2e-08")
 @pytest.mark.parametrize("seed", range(8))
 def test_precisions_decades_apart_are_found(seed: int) -> None:
     gaussian = synthetic(seed)
@@ -301,11 +302,42 @@ def test_precisions_stay_within_their_bounds() -> None:
     gaussian = BlockGaussian(
         {"a": loc}, {"a": torch.ones(2, 1, 1)}, {"a": Eigenblocks(values, None, None)}
     )
-    tau = maximize_evidence(gaussian, {"a": torch.zeros_like(loc)}, "layer")["a"]
+    with pytest.warns(UserWarning, match=r"precision is .* at \['a'\]: the data given"):
+        tau = maximize_evidence(gaussian, {"a": torch.zeros_like(loc)}, "layer")["a"]
     assert_same(tau.flatten(), torch.tensor([1e8, 1e-8]).double(), rtol=0.0)
     checked_precision({"a": tau}, {"a": loc})  # isn't refused for its rounding
 
 
+@pytest.mark.parametrize("per", ["all", "site", "layer"])
+def test_weights_of_which_the_data_say_nothing_keep_their_prior(per: str) -> None:
+    """A layer of which no datum knows, beside one that all know."""
+    torch.manual_seed(0)
+    loc = torch.randn(2, 3, 5).double()
+    values = torch.rand(2, 3, 5).double() * 100
+    values[1] = 0
+    own = torch.tensor([2.0, 7.0]).double().reshape(2, 1, 1)
+    other = {"x": torch.randn(1, 4, 2).double()}
+    gaussian = BlockGaussian(
+        {"a": loc} | other,
+        {"a": own, "x": torch.full((1, 1, 1), 3.0).double()},
+        {"a": Eigenblocks(values, None, None)}
+        | {"x": Eigenblocks(torch.zeros(1, 4, 2).double(), None, None)},
+    )
+    mean = {site: torch.zeros_like(x) for site, x in gaussian.loc.items()}
+    found = maximize_evidence(gaussian, mean, per)
+    tau = float(found["a"][0])
+    assert abs(tau - 2) > 0.1
+    if per == "all":  # they share it with those of which the data do
+        assert all((x == tau).all() for x in found.values())
+        return
+    assert float(found["x"]) == 3
+    if per == "layer":
+        assert float(found["a"][1]) == 7
+        gamma = (values[0] / (values[0] + tau)).sum()  # MacKay's fixed point
+        assert_same(tau * loc[0].square().sum(), gamma, rtol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:The best prior precision is 5e.07, the strongest")
 def test_weights_at_their_prior_mean_have_no_best_precision() -> None:
     network = bert(3)
     with torch.no_grad():  # LoRA's B before training

@@ -160,6 +160,21 @@ def test_save_and_load(method: str, tmp_path: Path) -> None:
     if method.startswith("subspace"):
         with pytest.raises(ValueError, match="no such site"):
             pl.load(tmp_path / "folder", task().lora)  # under another prior
+        torch.manual_seed(1)
+        other = pl.lift(bert(2), prior=lora.prior)  # of another adapter
+        base = dict(lora.network.named_buffers()) | dict(
+            lora.network.named_parameters()
+        )
+        lifted = {name for names in lora.sites.values() for name in names}
+        rest = {name: x for name, x in base.items() if name not in lifted}
+        other.network.load_state_dict(rest, strict=False)
+        with pytest.raises(
+            ValueError, match=r"\.A'.* Lift the network with the adapter"
+        ):
+            pl.load(tmp_path / "folder", other)
+        other.load(lora.weights())
+        again = pl.load(tmp_path / "folder", pl.lift(other.network, prior=lora.prior))
+        assert_same(again.mean(), found.mean())
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -272,6 +287,14 @@ def test_blob_says_which_sites_it_could_take() -> None:
     for wrong, error in (({"init_scale": 0.0}, ValueError), ({"sites": 3}, TypeError)):
         with pytest.raises(error, match=next(iter(wrong))):
             pl.methods.blob(t.model, init_loc_fn=start, **wrong)
+    ranks = bert(2, rank_pattern={"layer.0.attention.self.query": 5})
+    lora = pl.lift(ranks)
+    model = pl.models.classification(lora, NUM)
+    guide = pl.methods.blob(model, init_loc_fn=lora.init_to_adapter())
+    guide(**t.batches[0])
+    scale = pl.methods.mean_field(guide).scale
+    assert scale.keys() == {s for s in lora.sites if ".A" in s}
+    assert len(scale) == 3
     b_random = pl.methods.blob(t.model, init_loc_fn=start, sites="*.B")
     b_random(**t.batches[0])
     assert all(s.endswith(".B") for s in pl.methods.mean_field(b_random).scale)
@@ -346,6 +369,63 @@ def test_tfb_is_as_wide_as_the_tolerance_allows(
     assert at(1 + 2**-6) > least + tolerance
     for site, x in t.lora.weights().items():
         assert torch.equal(x, before[site])
+
+
+def in_a_dim_of_its_own(t: Task) -> Any:
+    def model(labels: Tensor | None = None, **texts: Tensor) -> None:
+        logits = t.lora()(**texts).logits[..., None, :]
+        obs = None if labels is None else labels[:, None]
+        with pyro.plate("data", NUM, dim=-2, subsample=texts["input_ids"]):
+            pyro.sample("y", dist.Categorical(logits=logits), obs=obs)
+
+    return model
+
+
+def in_a_plate_of_a_batch(t: Task) -> Any:
+    def model(labels: Tensor | None = None, **texts: Tensor) -> None:
+        logits = t.lora()(**texts).logits
+        size = logits.shape[-2]
+        with poutine.scale(scale=NUM / size), pyro.plate("data", size):
+            pyro.sample("y", dist.Categorical(logits=logits), obs=labels)
+
+    return model
+
+
+def in_no_plate(t: Task) -> Any:
+    def model(labels: Tensor | None = None, **texts: Tensor) -> None:
+        logits = t.lora()(**texts).logits
+        pyro.sample("y", dist.Categorical(logits=logits).to_event(1), obs=labels)
+
+    return model
+
+
+def test_tfb_counts_data_as_the_model_has_them() -> None:
+    t = confident()
+    whole = [
+        {
+            k: torch.cat([b[k][:, :7] if b[k].ndim > 1 else b[k] for b in t.batches])
+            for k in t.batches[0]
+        }
+    ]
+    parts = [{k: x[i : i + 5] for k, x in whole[0].items()} for i in (0, 5)]
+
+    def width(model: Any, batches: list[Batch], tolerance: float = 0.05) -> Tensor:
+        pyro.set_rng_seed(0)
+        found = pl.methods.tfb(
+            model, batches, tolerance=tolerance, num_samples=3, progress_bar=False
+        )
+        return next(iter(found.rows.values()))
+
+    expected = width(t.model, whole)
+    for batches in (whole, parts):
+        assert_same(width(in_a_dim_of_its_own(t), batches), expected, rtol=1e-6)
+    assert_same(width(in_a_plate_of_a_batch(t), whole), expected, rtol=1e-6)
+    with pytest.raises(ValueError, match=r"hold 10 data, .* the size of a batch, 5"):
+        width(in_a_plate_of_a_batch(t), parts)
+    one_datum = width(in_no_plate(t), whole, 0.05 * NUM)
+    assert_same(one_datum, expected, rtol=1e-6)
+    with pytest.raises(ValueError, match=r"tfb: .* hold 2 data, .* is in no plate"):
+        width(in_no_plate(t), parts)
 
 
 def test_tfb_says_what_it_lacks() -> None:
@@ -594,7 +674,7 @@ def test_ivon_finds_the_hessian_of_a_quadratic() -> None:
 
 
 def test_ivons_precision_is_that_of_hessian_and_prior() -> None:
-    lora = pl.lift(bert(2))
+    lora = pl.lift(bert(2), prior=pl.priors.normal(3**-0.5))
     optimizer = pl.methods.IVON(
         lora.network.parameters(), 0.1, num_data=7, prior_precision=3.0
     )
@@ -666,6 +746,54 @@ def test_ivon_forgets_gradients_wherever_they_are_zeroed() -> None:
     assert "estimate" not in optimizer.state[p]
 
 
+@pytest.mark.parametrize("unscales", [False, True])
+def test_ivon_is_the_same_whatever_the_loss_is_scaled_by(unscales: bool) -> None:
+    def trained(scale: float) -> tuple[Tensor, Tensor]:
+        torch.manual_seed(0)
+        p = nn.Parameter(torch.ones(3).double())
+        optimizer = pl.methods.IVON([p], 0.1, num_data=5)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        for _ in range(3):
+            optimizer.zero_grad()
+            with optimizer.sampled(scaler):
+                scaler.scale(p.pow(4).sum()).backward()
+            if unscales:  # as before gradients are clipped
+                scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            scaler.update()
+        return p.detach(), optimizer.state[p]["hessian"]
+
+    for found, expected in zip(trained(2.0**16), trained(1.0), strict=True):
+        assert_same(found, expected)
+
+
+def test_ivon_leaves_out_a_step_that_overflows() -> None:
+    p = nn.Parameter(torch.ones(3).double())
+    optimizer = pl.methods.IVON([p], 0.1, num_data=5)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    with optimizer.sampled(scaler):
+        scaler.scale(p.sum() / 0).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert torch.equal(p.detach(), torch.ones(3).double())
+    assert "step" not in optimizer.state[p]
+    optimizer.zero_grad()
+    with optimizer.sampled():  # which isn't told
+        scaler.scale(p.sum()).backward()
+    with pytest.raises(RuntimeError, match=r"GradScaler.*optimizer\.sampled\(scaler\)"):
+        scaler.step(optimizer)
+
+
+def test_a_curvature_that_is_no_number_is_refused() -> None:
+    lora = pl.lift(bert(2))
+    optimizer = pl.methods.IVON(lora.network.parameters(), 0.1, num_data=5)
+    with optimizer.sampled():
+        (lora.network(**batch()).loss * float("nan")).backward()
+    optimizer.step()
+    with pytest.raises(ValueError, match=r"curvature is NaN or infinite.*lower lr"):
+        optimizer.posterior(lora)
+
+
 def test_ivon_goes_on_from_its_state() -> None:
     def steps(number: int, state: Any = None, value: Any = None) -> tuple[Any, Any]:
         p = nn.Parameter(torch.ones(3).double() if value is None else value.clone())
@@ -707,6 +835,17 @@ def test_ivon_says_what_is_wrong() -> None:
     lora = pl.lift(bert(2))
     with pytest.raises(ValueError, match="none of the network's parameters"):
         optimizer.posterior(lora)
+    strong = pl.methods.IVON(
+        lora.network.parameters(), 0.1, num_data=5, prior_precision=9.0
+    )
+    with strong.sampled():
+        lora.network(**batch()).loss.backward()
+    strong.step()
+    with pytest.warns(
+        UserWarning, match=r"lifted with, normal\(.*prior=priors\.normal"
+    ):
+        strong.posterior(lora)
+    strong.posterior(lora.with_prior(pl.priors.normal(1 / 3)))
     untrained = pl.methods.IVON(lora.network.parameters(), 0.1, num_data=5)
     untrained.zero_grad()
     with untrained.sampled():
@@ -779,6 +918,9 @@ def test_swag_says_what_is_wrong() -> None:
     t = Task()
     with pytest.raises(ValueError, match="two iterates at least, found 1"):
         pl.methods.swag(t.lora, t.iterates(1))
+    wrong = {s: x * float("nan") for s, x in t.lora.weights().items()}
+    with pytest.raises(ValueError, match=r"Site '.*': an iterate is NaN or infinite"):
+        pl.methods.swag(t.lora, [*t.iterates(2), wrong])
     with pytest.raises(ValueError, match="rank must be at least 2"):
         pl.methods.swag(t.lora, t.iterates(), rank=1)
     one, two = t.iterates(2)

@@ -95,6 +95,23 @@ def test_an_adapter_that_is_not_active() -> None:
     pl.lift(network, adapter="other")
 
 
+def test_another_adapter_made_active_later() -> None:
+    network = llama(None)
+    lora = pl.lift(network)
+    two_adapters(network)
+    with lora.bind(lora.weights()) as net:
+        net(**inputs(batch()))
+    network.base_model.set_adapter(["default", "other"])
+    with (
+        pytest.raises(ValueError, match=r"'default' \['other'\] is active, .* none"),
+        lora.bind(lora.weights()),
+    ):
+        pass
+    network.base_model.set_adapter(["default"])
+    with lora.bind(lora.weights()):
+        pass
+
+
 def test_several_active_adapters() -> None:
     network = two_adapters(llama(None))
     network.base_model.set_adapter(["default", "other"])

@@ -8,6 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer.autoguide import AutoNormal
 from pyro.optim import SGD
 from torch import Tensor
 from torch.testing import assert_close
@@ -41,11 +42,11 @@ RIGHT: dict[str, Logits] = {
 
 
 def parts(
-    likelihood: Logits, num_data: int = NUM_DATA
+    likelihood: Logits, num_data: int = NUM_DATA, prior: Any = None
 ) -> tuple[pl.LiftedNetwork, Any, list[dict[str, Tensor]]]:
     """A network, a model and two batches."""
     num_outputs = 1 if likelihood in (WRONG["a column"], RIGHT["a column"]) else 3
-    lora = pl.lift(networks.bert(num_outputs))
+    lora = pl.lift(networks.bert(num_outputs), prior=prior or pl.priors.normal(1.0))
 
     def model(labels: Tensor | None = None, **inputs: Tensor) -> Tensor:
         fn = likelihood(lora()(**inputs).logits)
@@ -102,6 +103,14 @@ def test_draws(name: str, num: int) -> None:
         pl.to_datatree(particles(lora, model, num), batches)
     with pytest.raises(ValueError, match=r"Site 'y'.*from the right"):
         svgd(lora, model).step(**batches[0])
+
+
+def test_draws_of_latents_that_a_prior_makes_the_sites_of() -> None:
+    _, model, batches = parts(WRONG["mean"], prior=pl.priors.subspace(0.3))
+    guide = AutoNormal(model, init_scale=0.1)
+    guide(**batches[0])
+    with pytest.raises(ValueError, match=r"Site 'y'.*from the right, logits\[\.\."):
+        pl.predict(guide, batches, num_samples=3)
 
 
 @pytest.mark.parametrize("name", RIGHT)

@@ -226,6 +226,16 @@ def test_what_is_no_mean_field_guide_is_refused() -> None:
     found = pl.methods.mean_field(guide)
     assert found.loc["noise"] > 0
     assert "noise" not in found.scale
+    first, second, *_ = weights = task.lora.weights()
+
+    def chained(**_: Any) -> None:
+        loc, other = weights[first], weights[second]
+        w = pyro.sample(first, dist.Normal(loc, 0.2).to_event(loc.ndim))
+        fn = dist.Normal(other + w.sum(), 0.1).to_event(other.ndim)
+        pyro.sample(second, fn)
+
+    with pytest.raises(ValueError, match=rf"{second}.*another in each call.*AutoN"):
+        pl.methods.mean_field(chained)
     with pytest.raises(TypeError, match="guide must be"):
         pl.methods.mean_field(3)  # type: ignore[arg-type]
 

@@ -160,3 +160,18 @@ def test_a_progress_bar_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Predict" not in capsys.readouterr().err
     pl.predict(posterior, models.two_batches(), model=model, progress_bar=True)
     assert "Predict" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "kind", ["AutoNormal", "AutoDelta", "AutoLowRankMultivariateNormal"]
+)
+def test_stock_guides_that_start_anywhere(kind: str) -> None:
+    """With their own way to start, which they wrap the model in."""
+    lora = pl.lift(networks.bert(3))
+    model = pl.models.classification(lora, 5)
+    texts = networks.batch(5, num_labels=3)
+    guide = getattr(autoguide, kind)(model)
+    guide(**texts)
+    found = pl.predict(guide, [networks.inputs(texts)], num_samples=2)
+    assert found.probs.shape == (5, 3)
+    assert pl.diagnose(guide, [texts], num_samples=25).confidence is not None

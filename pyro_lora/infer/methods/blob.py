@@ -21,6 +21,7 @@ from pyro.infer.autoguide.initialization import InitMessenger
 from torch import Tensor
 
 from pyro_lora.ground.settings import check_function, check_kind, check_positive
+from pyro_lora.lifting.sites import without_shape
 from pyro_lora.likelihood.model_trace import Model, check_model
 from pyro_lora.posteriors.prior import latent_nodes
 
@@ -50,7 +51,8 @@ def blob(
         init_loc_fn: Where means and points start, such as ``lora.init_to_adapter()``.
         init_scale: Standard deviations at first. With those of the order of the
             weights' own, training starts from noise.
-        sites: Which are normal, a pattern of ``fnmatch`` for their names.
+        sites: Which are normal, a pattern of ``fnmatch`` for their names, the shapes
+            left out that layers of several ranks have in theirs.
 
     Returns:
         The guide.
@@ -100,4 +102,6 @@ class _Part:
     def _hides(self, site: Any) -> bool:
         if site["type"] != "sample" or site["is_observed"]:
             return False
-        return fnmatchcase(site["name"], self.pattern) is not self.matches
+        name = site["name"]
+        matches = any(fnmatchcase(x, self.pattern) for x in (name, without_shape(name)))
+        return matches is not self.matches

@@ -14,14 +14,22 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 
 from pyro_lora.ground.interrupts import undone
 from pyro_lora.ground.settings import check_count, check_number, check_positive
+from pyro_lora.ground.summary import brief
+from pyro_lora.ground.warning import warn
+from pyro_lora.ground.weights import drawing_nothing
 from pyro_lora.lifting.lifted_network import LiftedNetwork, check_lora
 from pyro_lora.likelihood.model_trace import Model
 from pyro_lora.posteriors.gaussian_posterior import GaussianPosterior
+from pyro_lora.posteriors.prior import log_prior_by_site
+
+_SAME = 1e-5  # relative difference of two log densities
 
 
 class IVON(torch.optim.Optimizer):
@@ -40,7 +48,8 @@ class IVON(torch.optim.Optimizer):
 
     or a closure does all of that, ``optimizer.step(closure)``. Several blocks before a
     step add up, as gradients do: divide each loss by their number. With
-    ``transformers.Trainer``, put the block around ``training_step``.
+    ``transformers.Trainer``, put the block around ``training_step``. A ``GradScaler``
+    goes into the block, ``optimizer.sampled(scaler)``.
 
     Args:
         params: Parameters, or groups of them. Frozen ones stay as they are.
@@ -65,6 +74,9 @@ class IVON(torch.optim.Optimizer):
 
     # In a block of `sampled`, what the gradients are after it; None outside.
     _gradients: dict[nn.Parameter, Tensor | None] | None = None
+    _knows_scale = False  # of a GradScaler, in all blocks since the last step
+    # It then says that it is there, by grad_scale and found_inf, and leaves the rest.
+    _step_supports_amp_scaling = True
 
     def __init__(
         self,
@@ -105,8 +117,11 @@ class IVON(torch.optim.Optimizer):
             group.setdefault("clip_radius", None)
 
     @contextmanager
-    def sampled(self) -> Iterator[None]:
+    def sampled(self, scaler: GradScaler | None = None) -> Iterator[None]:
         """A block in which the parameters are a draw; a backward pass belongs there.
+
+        Args:
+            scaler: What the loss is scaled by, of which the curvature mustn't know.
 
         Yields:
             Nothing.
@@ -128,6 +143,8 @@ class IVON(torch.optim.Optimizer):
 
         with undone(put_back):
             self._gradients = gradients
+            self._knows_scale = scaler is not None
+            loss_scale = 1.0 if scaler is None else scaler.get_scale()
             noises: dict[nn.Parameter, tuple[Tensor, Tensor]] = {}
             with torch.no_grad():
                 for p, group in self._parameters():
@@ -143,7 +160,7 @@ class IVON(torch.optim.Optimizer):
                     if p.grad is None:
                         continue
                     # g (w - m) / sigma^2, whose mean is the Hessian's diagonal
-                    estimate = p.grad * noise / sd.square()
+                    estimate = p.grad * noise / (sd.square() * loss_scale)
                     state, earlier = self.state[p], gradients[p]
                     state["estimate"] = state.get("estimate", 0) + estimate
                     gradients[p] = p.grad if earlier is None else earlier + p.grad
@@ -172,9 +189,24 @@ class IVON(torch.optim.Optimizer):
 
         Raises:
             RuntimeError: If a gradient wasn't taken in a block of :meth:`sampled`, or
-                a step in one.
+                a step in one, or a ``GradScaler`` was in none.
         """
         loss = None
+        found_inf = getattr(self, "found_inf", None)  # by a GradScaler's step
+        if found_inf is not None:
+            if not self._knows_scale:
+                raise RuntimeError(
+                    "The loss is scaled by a GradScaler, and so would be the "
+                    "curvature: take the gradient in `with optimizer.sampled(scaler):`."
+                )
+            if bool(found_inf):
+                for p, _ in self._parameters():
+                    self.state[p].pop("estimate", None)
+                return loss
+            if (scale := getattr(self, "grad_scale", None)) is not None:
+                for p, _ in self._parameters():
+                    if p.grad is not None:
+                        p.grad.div_(scale.to(p.grad.device))
         if self._gradients is not None:
             raise RuntimeError("step is taken after the block of sampled, not in it.")
         if closure is not None:
@@ -230,6 +262,10 @@ class IVON(torch.optim.Optimizer):
             TypeError: If ``lora`` is something else.
             ValueError: If it trains none of the network's parameters, or some layers of
                 a site and others not.
+
+        Warns:
+            UserWarning: If the network was lifted with another prior, which is the
+                posterior's.
         """
         check_lora(lora)
         if self._gradients is not None:
@@ -253,12 +289,37 @@ class IVON(torch.optim.Optimizer):
                 )
             sds = [self._sd(p, groups[p]).to(like) for p in own]
             scale[site] = torch.stack(sds)
+            if not scale[site].isfinite().all():
+                raise ValueError(
+                    f"Site {site!r}: IVON's curvature is NaN or infinite, as after a "
+                    "gradient that was. Skip such steps, or lower lr."
+                )
         if not scale:
             raise ValueError(
                 "This IVON has trained none of the network's parameters. Give it "
                 "lora.network.parameters(), and take a step."
             )
-        return GaussianPosterior(lora.weights(), scale, (lora,), model, obs_site)
+        weights = lora.weights()
+        with drawing_nothing(weights):
+            at = {site: x[None] for site, x in weights.items()}
+            log_prior = log_prior_by_site(lora.prior, (lora,), at)
+        for site in scale:
+            own = sum(
+                dist.Normal(0.0, groups[x.parameter]["prior_precision"] ** -0.5)
+                .log_prob(x.parameter.detach().double())
+                .sum()
+                for x in lora.parameters[site]
+            )
+            there = log_prior.get(site)
+            if there is None or not torch.allclose(there[0], own, rtol=_SAME):
+                warn(
+                    f"Site {site!r}: IVON trained under N(0, 1 / prior_precision), and "
+                    "the posterior has the prior that the network was lifted with, "
+                    f"{brief(lora.prior)}. Lift it with prior=priors.normal("
+                    "prior_precision ** -0.5)."
+                )
+                break
+        return GaussianPosterior(weights, scale, (lora,), model, obs_site)
 
     def _parameters(self) -> Iterator[tuple[nn.Parameter, dict[str, Any]]]:
         for group in self.param_groups:

@@ -58,7 +58,7 @@ def swag(
     Raises:
         TypeError: If an argument is of a wrong kind.
         ValueError: If there are fewer than two iterates, one has other sites or shapes
-            than the network, or ``rank`` is less than two.
+            than the network or isn't finite, or ``rank`` is less than two.
     """
     check_lora(lora)
     check_count("rank", rank, 2)
@@ -89,6 +89,12 @@ def swag(
             squares[site] = squares.get(site, 0 * wide) + change
     if number < 2:
         raise ValueError(f"swag needs two iterates at least, found {number}.")
+    for site, x in squares.items():
+        if not x.isfinite().all():
+            raise ValueError(
+                f"Site {site!r}: an iterate is NaN or infinite. Train at a lower "
+                "learning rate, or give iterates from before."
+            )
     weight = (2 * (len(last) - 1)) ** -0.5
     loc, scale, deviations = {}, {}, {}
     for site, center in mean.items():
