@@ -50,7 +50,7 @@ if TYPE_CHECKING:  # what _HOMES says below, for whom no code runs
     from pyro_lora.predict.regression import RegressionPrediction
     from pyro_lora.predict.semantic import semantic_entropy
     from pyro_lora.predict.sequence_scores import sequence_log_prob
-    from pyro_lora.predict.state_distance import state_distance
+    from pyro_lora.predict.state_distance import load_state_distance, state_distance
     from pyro_lora.predict.token_prediction import TokenPrediction
 
 __all__ = [
@@ -84,6 +84,7 @@ __all__ = [
     "likelihoods",
     "load",
     "load_metadata",
+    "load_state_distance",
     "mc_dropout",
     "methods",
     "models",
@@ -141,7 +142,7 @@ _HOMES = {
     "pyro_lora.predict.regression": "RegressionPrediction",
     "pyro_lora.predict.semantic": "semantic_entropy",
     "pyro_lora.predict.sequence_scores": "sequence_log_prob",
-    "pyro_lora.predict.state_distance": "state_distance",
+    "pyro_lora.predict.state_distance": "load_state_distance state_distance",
     "pyro_lora.predict.token_prediction": "TokenPrediction",
 }
 

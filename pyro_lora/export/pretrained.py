@@ -257,7 +257,9 @@ def from_pretrained(
         network = PeftModel.from_pretrained(network, str(folder))
     lora = lift(network.eval(), prior=prior)
     built = model(lora) if model is not None else _built(folder, about.model, lora)
-    return load(folder / _FOLDER, lora, model=built)
+    posterior = load(folder / _FOLDER, lora, model=built)
+    _name_classes(lora.network, about.class_names)
+    return posterior
 
 
 @contextmanager
@@ -357,6 +359,16 @@ def _class_names(network: PeftModel) -> tuple[str, ...] | None:
     if not isinstance(names, Mapping):
         return None
     return tuple(str(names[c]) for c in sorted(names))
+
+
+def _name_classes(network: Any, names: tuple[str, ...] | None) -> None:
+    """Give a network the names of its classes, where it has only transformers' own."""
+    own = _class_names(network)
+    unnamed = tuple(f"LABEL_{c}" for c in range(len(own or ())))
+    if names is None or own != unnamed:
+        return
+    network.config.id2label = dict(enumerate(names))
+    network.config.label2id = {name: c for c, name in enumerate(names)}
 
 
 def _described(model: Model | None) -> _ReadyModel | None:

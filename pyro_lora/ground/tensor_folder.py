@@ -199,9 +199,11 @@ def read_manifest(folder: Path, form: Format) -> Manifest:
     """
     file = folder / MANIFEST
     if not file.is_file():
+        inside = [x.parent for x in sorted(folder.glob(f"*/{MANIFEST}"))]
+        remedy = f"There is one in {inside[0]}." if inside else "Check the path."
         raise ValueError(
             f"{file} doesn't exist, so its folder is no checkpoint of pyro_lora. "
-            "Check the path."
+            f"{remedy}"
         )
     manifest = _read_manifest(file, form)
     version = manifest.get("version")

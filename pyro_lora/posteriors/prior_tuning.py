@@ -379,9 +379,11 @@ def _warn_at_ends(precisions: Weights, low: float, high: float, remedy: str) -> 
             if bool((sign * (tau / end).log() >= -_ROUNDING).any())
         ]
         if sites:
+            is_all = 1 < len(sites) == len(precisions)
+            where = "all sites" if is_all else f"{sites}"
             warn(
                 f"The best prior precision is {end:g}, the {of_prior} prior tried, at "
-                f"{sites}: the data given don't set it. {remedy}, or choose one "
+                f"{where}: the data given don't set it. {remedy}, or choose one "
                 "yourself by with_prior_precision."
             )
 

@@ -13,22 +13,34 @@ C = 1, and a state of 4 has d = 3.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
+import msgspec
 import torch
 from torch import Tensor, nn
 
 from pyro_lora.curvature.capture import check_reached
 from pyro_lora.ground.accumulation import at_least_float32
 from pyro_lora.ground.autocast import OutsideAutocast, outside_autocast
+from pyro_lora.ground.checked_tensors import DOUBLE, CheckedTensors
 from pyro_lora.ground.interrupts import eagerly, hooked, leaving_no_trace, undone
 from pyro_lora.ground.progress import progress
 from pyro_lora.ground.ranks import ranks_of, sharing_data
 from pyro_lora.ground.settings import check_gradients
 from pyro_lora.ground.summary import Summarised
+from pyro_lora.ground.tensor_folder import Format, Schema, read_folder, write_folder
 from pyro_lora.ground.weights import Weights
+from pyro_lora.lifting.fingerprint import (
+    NetworkDescription,
+    check_networks,
+    described,
+    fingerprint,
+    restored,
+)
 from pyro_lora.lifting.folding import tensors_in
 from pyro_lora.lifting.lifted_network import LiftedNetwork
 from pyro_lora.likelihood.batch import (
@@ -127,8 +139,93 @@ class StateDistance(OutsideAutocast, Summarised):
         whitened = torch.linalg.solve_triangular(self.root, errors, upper=False)
         return whitened.square().mean(0).sqrt()
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it into a folder, which is made if it isn't there.
+
+        As ``pyro_lora.save`` writes a posterior: two files, safetensors and JSON, and a
+        crash at any time leaves the old content or the new one.
+
+        Args:
+            path: The folder, another than the posterior's.
+
+        Raises:
+            ValueError: If the folder holds a ``manifest.json`` of something else.
+        """
+        prints = [fingerprint(lora) for lora in self.posterior.networks]
+        networks, values = described(prints)
+        content = {
+            "num_data": self.num_data,
+            "obs_site": self.obs_site,
+            "arguments": sorted(self.arguments),
+            "networks": networks,
+        }
+        tensors = {"mean": self.mean, "root": self.root} | values
+        write_folder(Path(path), FORMAT, content, tensors)
+
     def _facts(self) -> dict[str, str]:
         return {"I": f"{len(self.mean):,}", "num_data": f"{self.num_data:,}"}
+
+
+class _Saved(Schema):
+    """The fields of its manifest."""
+
+    num_data: Annotated[int, msgspec.Meta(ge=2)]
+    obs_site: str | None
+    arguments: tuple[str, ...]
+    networks: tuple[NetworkDescription, ...]
+
+
+FORMAT = Format("pyro_lora state distance", 1, "Save it again.", _Saved)
+
+
+@leaving_no_trace
+def load_state_distance(
+    path: str | os.PathLike[str],
+    posterior: Posterior | Guide,
+    *,
+    model: Model | None = None,
+) -> StateDistance:
+    """Read what :meth:`StateDistance.save` wrote, without the training data.
+
+    Args:
+        path: The folder.
+        posterior: A posterior, or any Pyro guide that has run, over the same networks.
+        model: The Pyro model; None is the posterior's own.
+
+    Returns:
+        What was saved, on the network's device.
+
+    Raises:
+        ValueError: If a file is missing, truncated, altered or of something else, or
+            the posterior is of another network.
+    """
+    posterior = as_posterior(posterior, model)
+    networks = posterior.networks
+    sites = [x for lora in networks[:1] for x in lora.zeros().values()]
+    device = sites[0].device if sites else torch.device("cpu")
+    manifest, read = read_folder(Path(path), FORMAT, device)
+    content: _Saved = manifest.content
+    tensors = CheckedTensors(read)
+    try:
+        mean = tensors.real("mean", None, DOUBLE)
+        root = tensors.real("root", (mean.numel(), mean.numel()), DOUBLE)
+        if mean.ndim != 1 or not bool((root.diagonal() > 0).all()):
+            raise ValueError(
+                f"tensors mean and root aren't (I,) and a factor. {FORMAT.remedy}"
+            )
+        prints = restored(content.networks, tensors.values)
+        check_networks(prints, networks, "the state distance")
+    except ValueError as error:
+        raise ValueError(f"{manifest.file}: {error}") from error
+    return StateDistance(
+        mean=mean,
+        root=root,
+        num_data=content.num_data,
+        posterior=posterior,
+        model=model_of(posterior, model, "load_state_distance"),
+        obs_site=content.obs_site,
+        arguments=frozenset(content.arguments),
+    )
 
 
 def state_distance(
@@ -167,8 +264,9 @@ def state_distance(
     Returns:
         A function of batches: ``distance(test_loader)`` is (N',), about 1 for data like
         these, ``pl.auroc(distance(test_loader), distance(other_loader))`` how well it
-        tells others. Where to draw the line, rows of the same kind say that weren't
-        trained on: ``distance(held_out).quantile(0.95)``.
+        tells others, and ``distance.save(folder)`` keeps it. Where to draw the line,
+        rows of the same kind say that weren't trained on:
+        ``distance(held_out).quantile(0.95)``.
 
     Raises:
         TypeError: If the likelihood isn't of a known type.

@@ -117,6 +117,15 @@ def test_back_from_a_folder(kind: Any, tmp_path: Path) -> None:
     assert again.model.num_data == len(words.TEXTS)  # type: ignore[union-attr]
     assert pl.load_metadata(folder / "posterior")["made by"] == "me"
     assert not any(folder.glob("*.tmp"))
+    base = words.saved_base(
+        tmp_path / "base", num_labels=3
+    )  # whose classes no one named
+    own = pl.from_pretrained(folder, network=base)
+    assert pl.predict(own, batches()).class_names == ("no", "perhaps", "yes")
+    base = words.saved_base(tmp_path / "base", num_labels=3)
+    base.config.id2label = {0: "a", 1: "b", 2: "c"}
+    own = pl.from_pretrained(folder, network=base)
+    assert pl.predict(own, batches()).class_names == ("a", "b", "c")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,6 +1,7 @@
 """State distances against hidden states, and scikit-learn's covariance of them."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pyro
@@ -261,6 +262,34 @@ def test_a_row_of_several_data_is_refused() -> None:
     batch = networks.inputs(networks.batch(10, 7))
     with pytest.raises(ValueError, match="outcomes of several data depend on row 0"):
         pl.state_distance(models.particles(lora, model), [batch])
+
+
+def test_saved_it_is_the_same_for_the_same_network_alone(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    lora = pl.lift(networks.bert(2))
+    model = pl.models.classification(lora, 12)
+    posterior = pl.ensemble(lora, [lora.weights()], model=model)
+    train, others = many(12), many(5)
+    distance = pl.state_distance(posterior, train)
+    distance.save(tmp_path / "distance")
+    again = pl.load_state_distance(tmp_path / "distance", posterior)
+    assert torch.equal(again(others), distance(others))
+    assert repr(again) == repr(distance)
+    with pytest.warns(UserWarning, match="attention_mask"):  # as the first one does
+        again([{"input_ids": others[0]["input_ids"]}])
+    pl.save(posterior, tmp_path / "posterior")
+    with pytest.raises(ValueError, match="pyro_lora posterior"):
+        pl.load_state_distance(tmp_path / "posterior", posterior)
+    with pytest.raises(ValueError, match="pyro_lora state distance"):
+        pl.load(tmp_path / "distance", lora)
+    with pytest.raises(ValueError, match=rf"There is one in {tmp_path}"):
+        pl.load_metadata(tmp_path)
+    other = pl.lift(networks.bert(2))
+    of_other = pl.ensemble(
+        other, [other.weights()], model=pl.models.classification(other, 12)
+    )
+    with pytest.raises(ValueError, match=r"manifest.json: .*this is another network"):
+        pl.load_state_distance(tmp_path / "distance", of_other)
 
 
 def test_what_is_wrong_is_said() -> None:
