@@ -38,15 +38,24 @@ NOT_A_MODE = pytest.mark.filterwarnings("ignore:The weights aren't a mode")
 # Before slow tests are left out.
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    grids = defaultdict(list)
+    grids, lists = defaultdict(list), defaultdict(list)
     for item in items:
         if item.get_closest_marker("untrained"):
             item.add_marker(NOT_A_MODE)
-        if item.get_closest_marker("grid") and not item.get_closest_marker("slow"):
-            grids[item.nodeid.partition("[")[0]].append(item)
+        if item.get_closest_marker("slow"):
+            continue
+        for marker, tests in (("grid", grids), ("few", lists)):
+            if item.get_closest_marker(marker):
+                tests[item.nodeid.partition("[")[0]].append(item)
     for cells in grids.values():
         for cell in beside_a_cover(cells):
             cell.add_marker(pytest.mark.slow)
+    for cells in lists.values():
+        (number,) = cells[0].get_closest_marker("few").args  # type: ignore[union-attr]
+        kept = {i * len(cells) // number for i in range(number)}
+        for index, cell in enumerate(cells):
+            if index not in kept:
+                cell.add_marker(pytest.mark.slow)
     if torch.cuda.is_available():
         return
     for item in items:

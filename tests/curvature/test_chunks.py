@@ -71,6 +71,7 @@ def test_chunks_give_the_same_posterior(structure: Structure, fisher: str) -> No
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.few(3)
 def test_each_token_counts_for_the_backward_passes_that_it_has_a_part_in(
     structure: Structure,
 ) -> None:

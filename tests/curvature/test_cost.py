@@ -52,6 +52,7 @@ class Passes:
 
 
 @pytest.mark.parametrize("num_labels", [2, 3, 5])
+@pytest.mark.few(2)
 def test_a_fit_takes_one_backward_pass_less_than_there_are_classes(
     num_labels: int,
 ) -> None:
@@ -81,6 +82,7 @@ def test_ekfac_takes_two_passes() -> None:
 
 
 @pytest.mark.parametrize("num_labels", [2, 3, 5])
+@pytest.mark.few(2)
 def test_a_linearised_batch_takes_one_forward_pass(num_labels: int) -> None:
     network = bert(num_labels)
     lora, texts = pl.lift(network), batch(7, num_labels=num_labels)
@@ -205,6 +207,7 @@ class LargestTensor(TorchDispatchMode):
         pl.structures.Diagonal(),
     ],
 )
+@pytest.mark.few(2)
 def test_nothing_is_as_large_as_a_block_of_the_precision(
     structure: Structure,
 ) -> None:
@@ -264,6 +267,7 @@ class Decompositions(TorchDispatchMode):
         pl.structures.KFAC(reduce=True, rank=2),
     ],
 )
+@pytest.mark.few(3)
 def test_decompositions_are_in_float64_and_after_the_pass(structure: Structure) -> None:
     lora = pl.lift(bert(3, dtype=torch.float32))
     texts = batch(6, 5, num_labels=3)
@@ -279,6 +283,7 @@ def test_decompositions_are_in_float64_and_after_the_pass(structure: Structure) 
 @pytest.mark.parametrize(
     "structure", [pl.structures.KFAC(), pl.structures.KFAC(reduce=True)]
 )
+@pytest.mark.few(1)
 def test_query_and_value_share_the_factor_of_their_input(
     structure: Structure, tmp_path: Path
 ) -> None:

@@ -40,6 +40,7 @@ def eigenbasis(posterior: pl.LaplacePosterior, site: str, layer: int) -> Tensor:
 @pytest.mark.grid
 @pytest.mark.parametrize("num_labels", [2, 3])
 @pytest.mark.parametrize("build", [bert, llama])
+@pytest.mark.few(1)
 def test_it_is_the_exact_diagonal_in_the_eigenbasis_of_kfac_expand(
     build: Build, num_labels: int
 ) -> None:

@@ -57,6 +57,7 @@ def assert_same_posterior(
 @pytest.mark.grid
 @pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize("build", [bert, llama])
+@pytest.mark.few(3)
 def test_any_split_gives_the_same(build: Any, structure: Structure) -> None:
     lora, texts = pl.lift(build(3)), batch(7, num_labels=3)
     expected = laplace(lora, texts, structure=structure)
@@ -87,6 +88,7 @@ def test_tokens_of_a_datum_without_doubt_count_in_any_batch() -> None:
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.few(3)
 def test_the_order_of_data_does_not_matter(structure: Structure) -> None:
     lora, texts = pl.lift(bert(3)), batch(7, num_labels=3)
     order = torch.randperm(7)
@@ -96,6 +98,7 @@ def test_the_order_of_data_does_not_matter(structure: Structure) -> None:
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.few(3)
 def test_seeing_the_data_twice_doubles_the_information(structure: Structure) -> None:
     lora, texts = pl.lift(bert(3)), batch(4, num_labels=3)
     twice = {name: torch.cat([value, value]) for name, value in texts.items()}

@@ -44,6 +44,7 @@ def summary(posterior: pl.LaplacePosterior, texts: dict[str, Tensor]) -> Tensor:
 @pytest.mark.grid
 @pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize("build", [bert, llama])
+@pytest.mark.few(2)
 def test_gradient_checkpointing_changes_nothing(
     build: Any, structure: Structure
 ) -> None:
@@ -249,6 +250,7 @@ OF_KIND: dict[str, tuple[Callable[[], Any], dict[str, Call]]] = {
 
 @pytest.mark.parametrize("kind", OF_KIND)
 @pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.few(3)
 def test_autocast_around_everything_is_that_of_the_network(kind: str) -> None:
     # Whose passes are the same in both: nothing else may be rounded.
     make, calls = OF_KIND[kind]

@@ -77,6 +77,7 @@ def assert_identical(a: pl.LaplacePosterior, b: pl.LaplacePosterior) -> None:
     ],
     ids=repr,
 )
+@pytest.mark.few(4)
 def test_a_resumed_fit_is_the_uninterrupted_one(
     structure: Structure, fisher: str, tmp_path: Path
 ) -> None:

@@ -35,6 +35,7 @@ pytestmark = [
 
 
 @every_case
+@pytest.mark.few(6)
 def test_all_rows_drawn_are_exact(case: Case) -> None:
     task = Linear(case)
     start = moved(task.lora)
@@ -99,6 +100,7 @@ def test_some_rows_are_exact_for_the_projected_network(
 @pytest.mark.parametrize("name", ["categorical", "poisson", "heteroscedastic"])
 @pytest.mark.parametrize("number", [1, 3])
 @pytest.mark.parametrize("mean", [0.0, 1.5])
+@pytest.mark.few(6)
 def test_the_mode_fits_the_data_as_it_says(name: str, number: int, mean: float) -> None:
     def prior(lora: pl.LiftedNetwork) -> dict[str, Tensor]:
         at = {s: torch.full_like(x, mean) for s, x in lora.zeros().items()}
@@ -189,6 +191,7 @@ def test_the_rows_lost_are_those_of_the_dense_projection(
 
 
 @pytest.mark.parametrize("number", [1, 3, 6, 12])
+@pytest.mark.few(2)
 def test_the_log_determinant_is_within_its_bound(number: int) -> None:
     lora = pl.lift(bert(2), prior=pl.priors.normal(scale=0.7))
     texts = batch(12, num_labels=2)
@@ -313,6 +316,7 @@ def test_says_what_is_lost() -> None:
 
 
 @pytest.mark.parametrize("per", ["site", "layer"])
+@pytest.mark.few(1)
 def test_grams_that_are_not_kept_are_the_same(
     per: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

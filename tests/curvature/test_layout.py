@@ -254,6 +254,7 @@ def test_a_batch_is_what_its_data_are_one_by_one(name: str, structure: Any) -> N
 @pytest.mark.grid
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("terms", [exact_terms, empirical_terms])
+@pytest.mark.few(6)
 def test_the_fisher_information_is_that_of_jacobians(name: str, terms: Any) -> None:
     case = Case(name)
     j = case.jacobian()
@@ -270,6 +271,7 @@ def test_the_fisher_information_is_that_of_jacobians(name: str, terms: Any) -> N
 
 
 @pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.few(6)
 def test_linearised_logits_are_of_their_own_datum(name: str) -> None:
     case = Case(name)
     posterior = case.fit(4, 3, structure=pl.structures.Dense())
@@ -289,6 +291,7 @@ def test_linearised_logits_are_of_their_own_datum(name: str) -> None:
 @pytest.mark.grid
 @pytest.mark.parametrize("name", ["time-major", "pairs, joined", "sorted", "routed"])
 @pytest.mark.parametrize("seen", [[0], [0, 1, 2, 4]])
+@pytest.mark.few(2)
 def test_data_that_say_nothing_own_nothing(name: str, seen: list[int]) -> None:
     case = Case(name)
     mask = torch.zeros(NUM_DATA).index_fill(0, torch.tensor(seen).long(), 1).bool()
@@ -391,6 +394,7 @@ def shares(kind: str, pairs: Tensor, num_data: int) -> Tensor:
 )
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("num_data", [2, 32, 45])
+@pytest.mark.grid
 def test_shared_positions_belong_to_nobody(
     num_data: int, dtype: torch.dtype, kind: str
 ) -> None:
@@ -554,6 +558,7 @@ class SortedInside(Layers):
 
 
 @pytest.mark.parametrize("way", PUT_BACK)
+@pytest.mark.few(6)
 def test_an_order_that_was_none_in_one_batch_is_one_in_another(
     way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

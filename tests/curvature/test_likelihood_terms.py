@@ -157,6 +157,7 @@ def test_mc_draws_the_sites_of_a_datum_together() -> None:
 @pytest.mark.parametrize(
     ("fisher", "passes"), [("exact", 2 + 1), ("mc", 2 + 1), ("empirical", 1 + 1)]
 )
+@pytest.mark.few(1)
 def test_backward_passes_of_two_sites(fisher: Any, passes: int) -> None:
     # Exact: classes less one, and the measurement. Else: a sample each, and the score.
     exact, counter = TwoOutcomes(), Passes()

@@ -82,6 +82,7 @@ def eigenvalues(posterior: pl.LaplacePosterior) -> dict[str, Tensor]:
 @pytest.mark.grid
 @pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize("build", [bert, llama])
+@pytest.mark.few(2)
 def test_right_padding_changes_nothing(
     build: Callable[..., PeftModel], structure: Structure
 ) -> None:
@@ -99,6 +100,7 @@ def test_right_padding_changes_nothing(
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.few(3)
 def test_left_padding_changes_nothing(structure: Structure) -> None:
     torch.manual_seed(SEED)
     lora, texts = pl.lift(llama(3)), batch(5, 6, num_labels=3)
@@ -116,6 +118,7 @@ def test_left_padding_changes_nothing(structure: Structure) -> None:
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.few(2)
 def test_each_batch_may_be_padded_in_its_own_way(structure: Structure) -> None:
     torch.manual_seed(SEED)
     lora, texts = pl.lift(llama(2)), batch(6, 6)

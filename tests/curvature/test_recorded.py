@@ -85,6 +85,7 @@ def fit(model: Any, lora: pl.LiftedNetwork, *batches: Any, **settings: Any) -> A
         pytest.param(in_place, "after fitting", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.few(1)
 def test_a_compiled_network_gives_the_posterior_of_the_plain_one(
     compiled: Compile, when: str
 ) -> None:
@@ -133,6 +134,7 @@ class Checkpointed(nn.Module):
 
 
 @pytest.mark.parametrize("fisher", ["exact", "empirical"])
+@pytest.mark.few(1)
 def test_what_is_compiled_is_checkpointed_as_if_it_werent(fisher: str) -> None:
     evidences = []
     for backend in (None, "aot_eager"):

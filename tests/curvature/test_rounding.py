@@ -37,6 +37,7 @@ _NATS = 0.02  # of an evidence of a thousand: that rounding again, in log det P
     ("structure", "num_labels", "scale"),
     [(pl.structures.KFAC(), 2, 1.0), *((x, 3, 30.0) for x in TOLERANCES)],
 )
+@pytest.mark.few(4)
 def test_float32_is_float64(
     structure: Structure, num_labels: int, scale: float
 ) -> None:

@@ -66,6 +66,7 @@ def token_gradients(lora: pl.LiftedNetwork, texts: Batch) -> tuple[Tensor, Tenso
 
 
 @pytest.mark.parametrize("form", ["event", "plate"])
+@pytest.mark.few(1)
 def test_mc_of_tokens_converges_to_the_sum_over_tokens(form: str) -> None:
     num_samples = 150
     lora = pl.lift(llama(None, num_layers=1, hidden_size=8))
@@ -89,6 +90,7 @@ def test_mc_of_tokens_converges_to_the_sum_over_tokens(form: str) -> None:
 @pytest.mark.grid
 @pytest.mark.parametrize("form", ["event", "plate"])
 @pytest.mark.parametrize("num_samples", [1, 3])
+@pytest.mark.few(1)
 def test_tokens_and_vocabulary_cost_no_backward_pass(
     form: str, num_samples: int
 ) -> None:

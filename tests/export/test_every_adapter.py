@@ -88,6 +88,7 @@ def test_the_tree_holds_every_update_and_files_hold_every_site(
 @pytest.mark.parametrize(
     "row", [p for p in ROWS if p.values[0].group.startswith("LoRA")]
 )
+@pytest.mark.few(14)
 def test_the_updates_are_those_of_peft(row: Row) -> None:
     posterior = posterior_of(row)
     (lora,) = posterior.networks
@@ -112,6 +113,7 @@ OTHER_BASE = {
 
 @pytest.mark.filterwarnings("ignore")  # PEFT's, about its own methods
 @pytest.mark.parametrize("row", FIRST_OF_THEIR_SITES)
+@pytest.mark.few(28)
 def test_peft_and_an_ensemble_read_what_is_exported(
     row: Row, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -417,6 +417,7 @@ def regression_batch(**settings: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("space", SPACES)
 @pytest.mark.parametrize("sampled", [True, False])
 @pytest.mark.parametrize("obs_site", [None, "y"])
+@pytest.mark.grid
 def test_a_later_batch_without_labels(
     space: dict[str, Any], sampled: bool, obs_site: str | None
 ) -> None:
@@ -448,6 +449,7 @@ def test_an_outcome_beside_the_named_one_without_labels() -> None:
 
 @pytest.mark.parametrize("space", SPACES)
 @pytest.mark.parametrize("name", ["no_such_site", "w", "data"])
+@pytest.mark.grid
 def test_a_site_that_is_not_observed_is_refused_at_once(
     space: dict[str, Any], name: str
 ) -> None:

@@ -92,6 +92,7 @@ SINGLE: list[tuple[Any, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("kernel", "settings"), SINGLE)
+@pytest.mark.few(8)
 def test_one_particle_is_map(kernel: Any, settings: dict[str, Any]) -> None:
     # Of a mode there is nothing to say: a warning would be an error.
     target = bert(1)

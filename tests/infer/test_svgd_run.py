@@ -96,6 +96,7 @@ ALONE = (
 
 
 @pytest.mark.parametrize("name", ALONE)
+@pytest.mark.few(5)
 def test_any_optimizer(name: str) -> None:
     target = hierarchical_regression(2)
     settings = {} if name == "AdagradRMSProp" else {"lr": 0.01}

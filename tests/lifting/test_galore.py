@@ -119,6 +119,7 @@ LAST_MLP = [
         (by_the_trainer, LAST_LAYERS),
     ],
 )
+@pytest.mark.few(1)
 def test_laplace_over_a_part_of_it(
     train: Train, chosen: list[str], tmp_path: Path
 ) -> None:

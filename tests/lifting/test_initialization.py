@@ -362,6 +362,7 @@ def fresh_adapters(
 
 
 @pytest.mark.parametrize("rule", [True, "gaussian", False])
+@pytest.mark.few(1)
 def test_fresh_weights_have_pefts_own_distribution(rule: Any) -> None:
     def make() -> PeftModel:
         network = without_peft(bert(target_modules=["query"]))

@@ -111,6 +111,7 @@ def assert_named_well(lora: pl.LiftedNetwork, trainable: set[str]) -> None:
 
 
 @pytest.mark.parametrize("row", rows(refused=False))
+@pytest.mark.few(64)
 def test_can_be_lifted(row: Row, caplog: pytest.LogCaptureFixture) -> None:
     original = built(row)
     network, inputs = copy.deepcopy(original), row.inputs()

@@ -167,6 +167,7 @@ def on(device: torch.device, texts: dict[str, Tensor]) -> dict[str, Tensor]:
     + [(q, torch.bfloat16) for q in (INT8, "bitsandbytes nf4", "hqq 3", "torchao 2")],
     ids=str,
 )
+@pytest.mark.few(12)
 def test_lifted_on_a_quantized_base(
     quantizer: str, dtype: torch.dtype, checkpoint: Path, device: torch.device
 ) -> None:

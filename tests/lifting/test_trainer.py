@@ -66,6 +66,7 @@ def one_by_one(
 
 @pytest.mark.untrained  # no prior in training
 @pytest.mark.parametrize("kind", [bert, llama])
+@pytest.mark.few(1)
 def test_lifted_in_three_lines(kind: Any, tmp_path: Path) -> None:
     network = kind(dtype=torch.float32, lora_dropout=0.1)
     frozen = {
@@ -136,6 +137,7 @@ def test_a_saved_adapter_is_reloaded_and_lifted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True, None])
+@pytest.mark.few(1)
 def test_gradient_checkpointing_left_on_by_the_trainer(
     use_reentrant: bool | None, tmp_path: Path
 ) -> None:

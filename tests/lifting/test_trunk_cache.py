@@ -593,6 +593,7 @@ BY_THE_LIBRARY: dict[str, Callable[..., Any]] = {
 
 @pytest.mark.untrained
 @pytest.mark.parametrize("what", BY_THE_LIBRARY)
+@pytest.mark.few(2)
 def test_a_batch_that_is_run_again_skips_the_trunk(
     what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

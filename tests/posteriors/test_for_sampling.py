@@ -309,6 +309,7 @@ def test_losses_of_all_sites_of_the_fit_add_up(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 12])
+@pytest.mark.few(2)
 def test_a_model_that_takes_no_stack_runs_draw_by_draw(size: int) -> None:
     # Indexed from the left, or a latent scale that isn't put beside the classes' dim: a
     # stack of as many draws as there are data would be mixed with them.
@@ -344,6 +345,7 @@ def test_a_model_that_takes_no_stack_runs_draw_by_draw(size: int) -> None:
 
 
 @pytest.mark.parametrize("method", ["for_sampling", "tfb"])
+@pytest.mark.few(1)
 def test_a_model_that_mixes_draws_in_shapes_that_fit_runs_draw_by_draw(
     method: str, texts: dict[str, Tensor]
 ) -> None:

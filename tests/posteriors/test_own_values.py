@@ -208,6 +208,7 @@ def said(posterior: Any) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.few(6)
 def test_writing_to_what_is_handed_out_changes_nothing(kind: str) -> None:
     pyro.clear_param_store()
     pyro.set_rng_seed(0)

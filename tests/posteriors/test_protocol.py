@@ -213,6 +213,7 @@ def test_predict(task: Task, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.few(6)
 def test_diagnose(task: Task, kind: str) -> None:
     model = task.model if kind == "function" else None
     diagnosis = seeded(
@@ -232,6 +233,7 @@ def test_diagnose(task: Task, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.few(6)
 def test_to_datatree(task: Task, kind: str) -> None:
     posterior, model = task.rows[kind], None
     if kind == "dropout":
@@ -303,6 +305,7 @@ def test_from_posterior(task: Task, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.few(4)
 def test_plots(task: Task, kind: str) -> None:
     posterior = task.rows[kind]
     for plot, can in (

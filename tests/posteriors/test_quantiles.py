@@ -86,6 +86,7 @@ KINDS: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
+@pytest.mark.few(3)
 def test_quantiles_are_those_of_draws(make: Callable[[], Any]) -> None:
     posterior, num = make(), 20_000
     draws, found = posterior.sample(num), posterior.quantiles(LEVELS)
@@ -117,6 +118,7 @@ def test_moments_of_a_mixture_are_those_of_its_parts() -> None:
 
 
 @pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
+@pytest.mark.few(3)
 def test_medians_are_quantiles_of_a_half(make: Callable[[], Any]) -> None:
     posterior = make()
     half = posterior.quantiles(0.5)

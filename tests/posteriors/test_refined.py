@@ -137,6 +137,7 @@ def assert_same_posterior(
 
 
 @every_case
+@pytest.mark.few(6)
 def test_exact_is_dense(case: Case) -> None:
     task = Linear(case)
     exact = task.fit(task.lora.weights(), pl.structures.Exact())
@@ -540,6 +541,7 @@ def test_is_a_guide() -> None:
 @pytest.mark.filterwarnings("ignore:The best prior precision")
 @pytest.mark.parametrize("objective", ["evidence", "loo"])
 @pytest.mark.parametrize("per", ["all", "layer"])
+@pytest.mark.few(1)
 def test_choosing_the_prior_of_a_refined_posterior(objective: Any, per: Any) -> None:
     task = Linear(CASES["categorical"])
     refined = task.fit(moved(task.lora), pl.structures.Exact()).refine("prior")
@@ -637,6 +639,7 @@ def test_one_scale_of_all_weights_takes_no_product_of_rows_each(
 
 
 @every_case
+@pytest.mark.few(6)
 def test_saved_and_loaded_it_can_be_refined_and_leaves_out(
     case: Case, tmp_path: Path
 ) -> None:
@@ -658,6 +661,7 @@ def test_saved_and_loaded_it_can_be_refined_and_leaves_out(
 
 
 @every_case
+@pytest.mark.few(6)
 def test_a_resumed_fit_is_refined_as_the_uninterrupted_one(
     case: Case, tmp_path: Path
 ) -> None:

@@ -172,6 +172,7 @@ INDICES = st.one_of(
 @pytest.mark.parametrize("make", KINDS)
 @settings(deadline=None, max_examples=40)
 @given(index=INDICES, form=st.sampled_from([None, torch.tensor, np.array]))
+@pytest.mark.few(5)
 def test_an_index_takes_the_rows_that_it_takes_of_an_array(
     make: Callable[[], Any], index: Any, form: Any
 ) -> None:
@@ -190,6 +191,7 @@ def test_an_index_takes_the_rows_that_it_takes_of_an_array(
 @pytest.mark.parametrize("make", KINDS)
 @settings(deadline=None, max_examples=25)
 @given(data=st.data())
+@pytest.mark.few(5)
 def test_pieces_make_up_the_whole(make: Callable[[], Any], data: Any) -> None:
     prediction = make()
     order = data.draw(st.permutations(range(NUM_DATA)))

@@ -50,6 +50,7 @@ KINDS = ["laplace", "mixture", "nested", "half", "particles", "ensemble"]
 @pytest.mark.grid
 @pytest.mark.parametrize("kind", [*KINDS, "stock", "function"])
 @pytest.mark.parametrize("num_samples", [None, 3])
+@pytest.mark.few(4)
 def test_the_default_is_the_posteriors_own(kind: str, num_samples: int | None) -> None:
     model, batches, kinds = posteriors()
     posterior, method = kinds[kind]

@@ -220,6 +220,7 @@ def test_draws_that_run_one_at_a_time_end_where_they_end() -> None:
 
 
 @pytest.mark.parametrize("length", [7, 8])
+@pytest.mark.few(1)
 def test_a_prompt_as_long_as_the_draws_where_tokens_are_learnt(length: int) -> None:
     lora = pl.lift(networks.llama(None, num_layers=1, modules_to_save=["embed_tokens"]))
     posterior, prompt = particles(lora, 8, 0.3), torch.arange(3, 3 + length)[None]

@@ -80,6 +80,7 @@ def assert_scores(
 @pytest.mark.grid
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.few(2)
 def test_the_average_is_that_of_every_token(name: str, padded: bool) -> None:
     lifted = pl.lift(NETWORKS[name]())
     posterior, given = particles(lifted), prompts()
@@ -99,6 +100,7 @@ def test_the_average_is_that_of_every_token(name: str, padded: bool) -> None:
 
 
 @pytest.mark.parametrize("name", ["Llama", "Llama, its last layer"])
+@pytest.mark.few(1)
 def test_each_draw_has_its_own_text(name: str) -> None:
     lifted = pl.lift(NETWORKS[name]())
     posterior, given = particles(lifted), prompts()
@@ -149,6 +151,7 @@ SAMPLING: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("mode", ["average", "draws"])
 @pytest.mark.parametrize("settings", SAMPLING)
+@pytest.mark.few(5)
 def test_one_draw_samples_what_peft_does(mode: Any, settings: dict[str, Any]) -> None:
     lifted = pl.lift(llama())
     posterior, given = particles(lifted, 1), prompts(4)

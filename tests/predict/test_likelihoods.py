@@ -176,6 +176,7 @@ def dense(found: Problem) -> pl.LaplacePosterior:
 
 
 @every_case
+@pytest.mark.few(9)
 def test_linearised_is_the_integral_over_the_predictor(case: Case) -> None:
     found = problem(case)
     posterior = dense(found)
@@ -235,6 +236,7 @@ def test_a_multivariate_normal_is_the_closed_form() -> None:
 
 
 @every_case
+@pytest.mark.few(6)
 def test_every_reader_of_the_table_answers(case: Case) -> None:
     found = problem(case)
     posterior = dense(found)  # the exact Fisher information

@@ -258,6 +258,7 @@ def test_nuts_on_the_non_centred_form_finds_the_posterior(name: str) -> None:
         (pl.priors.rank_ard, "other_scale"),
     ],
 )
+@pytest.mark.grid
 def test_hyper_parameters_are_positive_and_finite(
     prior: Hyper, argument: str, value: float
 ) -> None:
