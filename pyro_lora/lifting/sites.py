@@ -474,6 +474,7 @@ _ROLES = {
     "trainable_tokens_delta": ("trainable_tokens", "delta"),
 }
 _COMPILED = "_orig_mod"  # the part of a path that torch.compile adds
+_FACTOR = re.compile(r"\.lora_(?:embedding_)?([ABE])\b(?!.*\.bias$)")
 _SHAPE = re.compile(r"_\d+(x\d+)*$")
 # What isn't part of the adapter, and is lifted only if it is trainable.
 _OUTSIDE = ("base", "prompt", "other adapter", "setting")
@@ -621,6 +622,12 @@ def _short(modules: Mapping[str, nn.Module], module_path: str) -> str:
     path = ".".join(p for p in module_path.split(".") if p != _COMPILED)
     path = path.removeprefix("base_model.model.").removeprefix("model.")
     return ".".join(part for part in path.split(".") if not part.isdigit())
+
+
+def lora_factor(parameter: str) -> tuple[str, str] | None:
+    """Module path and role, A, B or (AdaLoRA) E, of a parameter; None for another."""
+    match = _FACTOR.search(parameter)
+    return None if match is None else (parameter[: match.start()], match[1])
 
 
 def without_shape(site: str) -> str:

@@ -379,7 +379,7 @@ def _warn_at_ends(precisions: Weights, low: float, high: float, remedy: str) -> 
             if bool((sign * (tau / end).log() >= -_ROUNDING).any())
         ]
         if sites:
-            is_all = 1 < len(sites) == len(precisions)
+            is_all = 3 < len(sites) == len(precisions)
             where = "all sites" if is_all else f"{sites}"
             warn(
                 f"The best prior precision is {end:g}, the {of_prior} prior tried, at "
@@ -572,7 +572,10 @@ def train_parameters(
 
     _check_normalised(_nodes(prior, networks, gaussian, values()))
     # F was found at a mode under the parameters' values then.
-    check_as_fitted(_log_prior(prior, networks, gaussian, values()), log_prior)
+    at_first = PriorAtParameters(prior, {k: x.detach() for k, x in values().items()})
+    check_as_fitted(
+        float(moments_at(at_first, networks, gaussian.loc).log_prob), log_prior
+    )
     optimizer = torch.optim.LBFGS(
         list(free.values()),
         max_iter=_NUM_PARAMETER_STEPS,
@@ -630,19 +633,6 @@ def _check_normalised(nodes: Sequence[Mapping[str, Any]]) -> None:
                 "no evidence to train its parameters by. Use per='all', 'site' or "
                 "'layer', which find a normal prior; or scale the likelihood alone."
             )
-
-
-@torch.no_grad()
-def _log_prior(
-    prior: Prior,
-    networks: Sequence[LiftedNetwork],
-    gaussian: WeightGaussian,
-    values: Mapping[str, Tensor],
-) -> float:
-    return sum(
-        float(node["fn"].log_prob(gaussian.loc[node["name"]]).sum())
-        for node in _nodes(prior, networks, gaussian, values)
-    )
 
 
 def check_as_fitted(now: float, then: Tensor) -> None:

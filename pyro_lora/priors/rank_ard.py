@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import KW_ONLY, dataclass
 
 import pyro
@@ -13,17 +12,11 @@ from torch import Tensor
 from pyro_lora.ground.settings import check_positive
 from pyro_lora.ground.summary import FieldsShown
 from pyro_lora.lifting.prior import Network
+from pyro_lora.lifting.sites import lora_factor
 from pyro_lora.priors.prior import hyper_name, over_event, sample_normal
 
-_FACTOR = re.compile(r"\.lora_(?:embedding_)?([ABE])\b(?!.*\.bias$)")
 # Which dim of a stacked site is the rank: A (L, R, I), B (L, O, R), E (L, R, 1).
 _RANK_DIM = {"A": 1, "B": 2, "E": 1}
-
-
-def lora_factor(parameter: str) -> tuple[str, str] | None:
-    """Module path and role, A, B or (AdaLoRA) E, of a parameter; None for another."""
-    match = _FACTOR.search(parameter)
-    return None if match is None else (parameter[: match.start()], match[1])
 
 
 @dataclass(frozen=True, repr=False)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pyro_lora.ground.settings import check_function, check_name
 from pyro_lora.ground.summary import FieldsShown
 from pyro_lora.lifting.prior import Network, Prior
-from pyro_lora.priors.rank_ard import lora_factor
+from pyro_lora.lifting.sites import lora_factor
 
 
 @dataclass(frozen=True, repr=False)

@@ -14,9 +14,9 @@ from pyro_lora.ground.autocast import outside_autocast
 from pyro_lora.ground.settings import check_function, check_positive
 from pyro_lora.ground.summary import FieldsShown
 from pyro_lora.lifting.prior import Network, Prior, check_prior
+from pyro_lora.lifting.sites import lora_factor
 from pyro_lora.priors.independent import normal
 from pyro_lora.priors.prior import hyper_name
-from pyro_lora.priors.rank_ard import lora_factor
 
 SpectralPenalty = Callable[[Tensor], Tensor]
 

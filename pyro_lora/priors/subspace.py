@@ -13,8 +13,8 @@ from pyro_lora.ground.settings import check_number, check_positive
 from pyro_lora.ground.summary import FieldsShown
 from pyro_lora.ground.weights import check_weights
 from pyro_lora.lifting.prior import Network
+from pyro_lora.lifting.sites import lora_factor
 from pyro_lora.priors.prior import hyper_name
-from pyro_lora.priors.rank_ard import lora_factor
 
 
 @dataclass(frozen=True, repr=False)

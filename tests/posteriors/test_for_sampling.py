@@ -17,11 +17,8 @@ from torch.testing import assert_close
 
 import pyro_lora as pl
 from pyro_lora.ground.ranks import ALONE
-from pyro_lora.posteriors.scaled_posterior import (
-    LossOfDraws,
-    ScaledPosterior,
-    largest_scale,
-)
+from pyro_lora.posteriors.loss_of_draws import LossOfDraws, largest_scale
+from pyro_lora.posteriors.scaled_posterior import ScaledPosterior
 from tests.curvature.gauss_newton import assert_same, flatten, laplace, split
 from tests.infer.linear_regression import linear_regression
 from tests.networks import batch, bert, inputs, llama

@@ -28,6 +28,7 @@ from pyro_lora.ground.settings import check_count, check_positive
 from pyro_lora.ground.warning import warn
 from pyro_lora.ground.weights import Weights, check_weights, drawing_nothing
 from pyro_lora.lifting.lifted_network import LiftedNetwork
+from pyro_lora.lifting.sites import lora_factor
 from pyro_lora.likelihood import likelihoods
 from pyro_lora.likelihood.batch import (
     NO_BATCHES,
@@ -46,9 +47,8 @@ from pyro_lora.likelihood.model_trace import (
 )
 from pyro_lora.likelihood.outcomes import single_outcomes
 from pyro_lora.posteriors.gaussian_posterior import GaussianPosterior
+from pyro_lora.posteriors.loss_of_draws import LossOfDraws, largest_scale
 from pyro_lora.posteriors.prior import latent_nodes
-from pyro_lora.posteriors.scaled_posterior import LossOfDraws, largest_scale
-from pyro_lora.priors.rank_ard import lora_factor
 from pyro_lora.priors.spectral import squared_frobenius_norm
 
 if TYPE_CHECKING:
