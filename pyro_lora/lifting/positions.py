@@ -16,11 +16,10 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from peft import PeftType
 from torch import Tensor, nn
 
 # PEFT moves given positions past these prompts, and ignores them beside others.
-_AFTER_PROMPTS = (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE)
+_AFTER_PROMPTS = ("PREFIX_TUNING", "CARTRIDGE")
 
 
 def takes(network: nn.Module, name: str) -> bool:
