@@ -200,7 +200,8 @@ class multiple_choice(FieldsShown):
     The model's keyword arguments are the network's inputs, among them
     ``attention_mask``, (B, T), padded on either side, and ``labels``, (B,), places in
     ``choice_ids``, or None. A network that takes ``position_ids`` gets those that count
-    real tokens alone, unless they are given.
+    real tokens alone, unless they are given; one that takes none, as BART or under
+    prompt tuning, counts padding on the left, and wants it on the right.
 
     The network is asked for the logits from the first of the last real tokens on, where
     it takes ``logits_to_keep``: with padding on the left these are the last ones alone.
@@ -285,7 +286,7 @@ class answer_likelihood(FieldsShown):
     padding in place of the others, whose ``attention_mask`` is 0 throughout: these have
     probability 0, and no part in anything. All batches have the same C. Other inputs of
     the network are (B, C, ...); ``position_ids``, where it takes them and they aren't
-    given, count real tokens alone.
+    given, count real tokens alone. Where it takes none, pad on the right.
 
     The network is asked for the logits from the first answer's token on, where it takes
     ``logits_to_keep``: with padding on the left these are the answers' own.
