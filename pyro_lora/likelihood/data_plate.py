@@ -51,6 +51,12 @@ class DataPlate:
         # The terms' dim is right of the batch dims, so theirs count one further.
         return value.movedim(self.dim - 1, -1).flatten(0, -2)
 
+    @property
+    def is_tempered(self) -> bool:
+        """Whether data count otherwise than once each."""
+        other = self.scale != 1
+        return bool(other.any()) if isinstance(other, Tensor) else other
+
     def is_contradicted(self, num_seen: int) -> bool:
         """Whether a batch says that it's all data, and more than it has were seen."""
         return self.size == self.full_size and num_seen > self.full_size

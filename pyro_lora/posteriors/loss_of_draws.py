@@ -165,8 +165,8 @@ class LossOfDraws:
             number += int(counts.sum())
             num_seen += len(counts)
         for plate, site in zip(plates, sites, strict=True):
-            tempered = bool((torch.as_tensor(plate.scale) != 1).any())
-            if plate.is_contradicted(num_seen) and (tempered or plate.dim is None):
+            miscounts = plate.dim is None or plate.is_tempered
+            if plate.is_contradicted(num_seen) and miscounts:
                 says, remedy = plate.contradiction(num_seen, site["name"])
                 raise ValueError(
                     f"{self.caller}: the batches hold {num_seen} data, but {says}. "
