@@ -189,6 +189,7 @@ def test_more_padding_and_more_absent_choices_change_nothing() -> None:
     ],
 )
 @pytest.mark.filterwarnings("ignore:The weights aren't a mode")
+@pytest.mark.few(2)
 def test_laplace_is_that_of_a_loop(options: Any) -> None:
     task = Task()
     found, expected = task.fits(**options)

@@ -73,6 +73,7 @@ def numbers(posterior: pl.LaplacePosterior) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("structure", "num_labels"), [("KFAC", 2), *((x, 3) for x in STRUCTURES)]
 )
+@pytest.mark.few(4)
 def test_laplace(structure: str, num_labels: int, tmp_path: Path) -> None:
     lora = pl.lift(bert(num_labels, num_layers=1))
     batches = texts(num_labels)
@@ -157,6 +158,7 @@ LIKELIHOODS: dict[str, Callable[[Tensor], Any]] = {
         ("Normal", "empirical"),
     ],
 )
+@pytest.mark.few(4)
 def test_likelihoods(likelihood: str, fisher: Any) -> None:
     lora = pl.lift(bert(num_layers=1))
     batches = texts()

@@ -68,6 +68,7 @@ def by_time(name: str) -> Any:
 
 
 @pytest.mark.parametrize("name", [by_time(name) for name in PAGES])
+@pytest.mark.few(1)
 def test_it_runs(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     for package in NEEDS.get(name, []):
         pytest.importorskip(package)

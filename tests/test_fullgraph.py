@@ -113,6 +113,7 @@ FUNCTIONS: dict[str, Callable[[], Function]] = {
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.few(4)
 def test_one_graph(name: str) -> None:
     function, given = FUNCTIONS[name]()
     expected = function(*given)  # what is found out once, too

@@ -25,6 +25,7 @@ def unmentioned(names: list[str], text: str) -> list[str]:
     return [name for name in names if not re.search(rf"\b{re.escape(name)}\b", text)]
 
 
+@pytest.mark.slow
 def test_what_is_large_and_seldom_used_loads_when_it_is_used() -> None:
     code = """
 import sys

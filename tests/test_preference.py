@@ -105,6 +105,7 @@ def test_unknown_labels_are_drawn() -> None:
 @pytest.mark.grid
 @pytest.mark.parametrize("fisher", ["exact", "mc", "empirical"])
 @pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.few(2)
 def test_laplace_is_that_of_two_calls(structure: Any, fisher: Any) -> None:
     lora, data = pl.lift(llama(1, num_layers=1)), batches()
     options = {"structure": structure, "fisher": fisher}

@@ -226,6 +226,7 @@ def test_strength_of_repulsion_is_a_temperature() -> None:
         ({"transport": "repulsive", "repulsion": 400 / math.log(6)}, 1.0),
     ],
 )
+@pytest.mark.few(1)
 def test_variance_of_few_particles_in_many_dims(
     settings: dict[str, Any], share: float
 ) -> None:

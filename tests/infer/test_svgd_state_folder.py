@@ -55,6 +55,7 @@ OPTIMIZERS_AND_SCHEDULES = {
 @pytest.mark.grid
 @pytest.mark.parametrize("name", list(OPTIMIZERS_AND_SCHEDULES))
 @pytest.mark.parametrize("fresh", [True, False])
+@pytest.mark.few(4)
 def test_resumed_is_uninterrupted(name: str, fresh: bool, tmp_path: Path) -> None:
     target, optim = hierarchical_regression(3), OPTIMIZERS_AND_SCHEDULES[name]
     batches = regression_batches()
