@@ -247,7 +247,9 @@ def _check_made(
     here = made_of_latents(posterior.prior, posterior.networks, saved.sites)
     for site, dtype in saved.made.items():
         then = samples.real(site, (NUM_VALUES,), (torch.float32,))
-        if site not in here or not hasattr(torch, dtype):
+        kind = getattr(torch, dtype, None)
+        is_real = isinstance(kind, torch.dtype) and kind.is_floating_point
+        if site not in here or not is_real:
             raise ValueError(f"made: {site!r} is none of latents, or has no dtype")
         now = sample(here[site]).to(then)
         rtol, atol = rounding(dtype, str(here[site].dtype).removeprefix("torch."))

@@ -47,7 +47,8 @@ def position_ids(network: nn.Module, attention_mask: Tensor) -> Tensor | None:
     prompts = getattr(config, "is_prompt_learning", False)
     if prompts and config.peft_type not in _AFTER_PROMPTS:
         return None
-    by_itself = any(hasattr(type(x), "get_rope_index") for x in network.modules())
+    base = _base(network)
+    by_itself = any(hasattr(x, "get_rope_index") for x in (base, *base.children()))
     if by_itself or not takes(network, "position_ids"):
         return None
     return counted(network, attention_mask)

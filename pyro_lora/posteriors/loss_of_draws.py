@@ -152,6 +152,7 @@ class LossOfDraws:
         """
         num_draws = len(next(iter(weights.values())))
         total, number, num_seen = 0.0, 0, 0
+        plates: dict[str, DataPlate] = {}
         for index, batch in enumerate(self.ranks.in_step(self.batches)):
             runs = [*self._runs(weights, batch, index)]
             with trunk_once(self.networks if len(runs) > 1 else []):
@@ -159,22 +160,23 @@ class LossOfDraws:
                     _, sites = self._run(at, batch, index)
                     counted = sum(float(_counted(site).sum()) for site in sites)
                     total -= counted / num_draws
-            plates = [self._plate(site) for site in sites]
-            each = map(data_that_count, sites, plates)
+            plates = {site["name"]: self._plate(site) for site in sites}
+            each = map(data_that_count, sites, plates.values())
             counts = torch.stack([*each]).any(0)
             number += int(counts.sum())
             num_seen += len(counts)
-        for plate, site in zip(plates, sites, strict=True):
+        of_rank = torch.tensor(total, dtype=torch.float64, device="cpu")
+        total = float(self.ranks.sum(of_rank))
+        number = self.ranks.total(number)
+        num_seen = self.ranks.total(num_seen)
+        for name, plate in plates.items():
             miscounts = plate.dim is None or plate.is_tempered
             if plate.is_contradicted(num_seen) and miscounts:
-                says, remedy = plate.contradiction(num_seen, site["name"])
+                says, remedy = plate.contradiction(num_seen, name)
                 raise ValueError(
                     f"{self.caller}: the batches hold {num_seen} data, but {says}. "
                     f"{remedy}"
                 )
-        of_rank = torch.tensor(total, dtype=torch.float64, device="cpu")
-        total = float(self.ranks.sum(of_rank))
-        number = self.ranks.total(number)
         if number == 0:
             raise ValueError(
                 f"{self.caller} got no outcome that counts: all data are masked or "

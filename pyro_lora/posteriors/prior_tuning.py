@@ -177,9 +177,10 @@ def maximize_evidence(
     informed = _by_site(_by_matrix(is_informed, loc, per), loc)
     _warn_at_ends(
         {s: tau[informed[s]] for s, tau in found.items()},
-        2 * MIN_PRECISION,
-        MAX_PRECISION / 2,
+        MIN_PRECISION,
+        MAX_PRECISION,
         "Use per='all'",
+        within=math.log(2),  # where the bounds' parabola stops it
     )
     kept = gaussian.prior_precision
     return {s: tau.where(informed[s], kept[s].to(tau)) for s, tau in found.items()}
@@ -363,7 +364,13 @@ def search_precision(
     return found
 
 
-def _warn_at_ends(precisions: Weights, low: float, high: float, remedy: str) -> None:
+def _warn_at_ends(
+    precisions: Weights,
+    low: float,
+    high: float,
+    remedy: str,
+    within: float = _ROUNDING,
+) -> None:
     """Warn of precisions at the ends of those tried: the best lie beyond, or nowhere.
 
     Args:
@@ -371,12 +378,13 @@ def _warn_at_ends(precisions: Weights, low: float, high: float, remedy: str) -> 
         low: The least that was tried.
         high: The largest.
         remedy: What to do, other than what has just been done.
+        within: A distance of logarithms, up to which one is at an end.
     """
     for end, sign, of_prior in ((high, 1, "strongest"), (low, -1, "weakest")):
         sites = [
             site
             for site, tau in precisions.items()
-            if bool((sign * (tau / end).log() >= -_ROUNDING).any())
+            if bool((sign * (tau / end).log() >= -within).any())
         ]
         if sites:
             is_all = 3 < len(sites) == len(precisions)

@@ -275,7 +275,7 @@ def synthetic(seed: int) -> BlockGaussian:
     return BlockGaussian(loc, {s: torch.ones(4, 1, 1) for s in loc}, blocks)
 
 
-@pytest.mark.filterwarnings("ignore:The best prior precision is 2e-08")
+@pytest.mark.filterwarnings("ignore:The best prior precision is 1e-08")
 @pytest.mark.parametrize("seed", range(8))
 def test_precisions_decades_apart_are_found(seed: int) -> None:
     gaussian = synthetic(seed)
@@ -337,7 +337,7 @@ def test_weights_of_which_the_data_say_nothing_keep_their_prior(per: str) -> Non
         assert_same(tau * loc[0].square().sum(), gamma, rtol=1e-6)
 
 
-@pytest.mark.filterwarnings("ignore:The best prior precision is 5e.07, the strongest")
+@pytest.mark.filterwarnings("ignore:The best prior precision is 1e.08, the strongest")
 def test_weights_at_their_prior_mean_have_no_best_precision() -> None:
     network = bert(3)
     with torch.no_grad():  # LoRA's B before training

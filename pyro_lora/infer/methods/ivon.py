@@ -74,7 +74,7 @@ class IVON(torch.optim.Optimizer):
 
     # In a block of `sampled`, what the gradients are after it; None outside.
     _gradients: dict[nn.Parameter, Tensor | None] | None = None
-    _knows_scale = False  # of a GradScaler, in all blocks since the last step
+    _has_untold = False  # whether a block since the last step wasn't told of a scaler
     # It then says that it is there, by grad_scale and found_inf, and leaves the rest.
     _step_supports_amp_scaling = True
 
@@ -143,7 +143,7 @@ class IVON(torch.optim.Optimizer):
 
         with undone(put_back):
             self._gradients = gradients
-            self._knows_scale = scaler is not None
+            self._has_untold |= scaler is None
             loss_scale = 1.0 if scaler is None else scaler.get_scale()
             noises: dict[nn.Parameter, tuple[Tensor, Tensor]] = {}
             with torch.no_grad():
@@ -172,6 +172,7 @@ class IVON(torch.optim.Optimizer):
             set_to_none: As in every optimiser.
         """
         super().zero_grad(set_to_none)
+        self._has_untold &= self._gradients is not None  # the block that it is in stays
         for p, _ in self._parameters():
             self.state[p].pop("estimate", None)
             if self._gradients is not None:
@@ -192,9 +193,11 @@ class IVON(torch.optim.Optimizer):
                 a step in one, or a ``GradScaler`` was in none.
         """
         loss = None
+        if self._gradients is not None:
+            raise RuntimeError("step is taken after the block of sampled, not in it.")
         found_inf = getattr(self, "found_inf", None)  # by a GradScaler's step
         if found_inf is not None:
-            if not self._knows_scale:
+            if self._has_untold:
                 raise RuntimeError(
                     "The loss is scaled by a GradScaler, and so would be the "
                     "curvature: take the gradient in `with optimizer.sampled(scaler):`."
@@ -207,8 +210,6 @@ class IVON(torch.optim.Optimizer):
                 for p, _ in self._parameters():
                     if p.grad is not None:
                         p.grad.div_(scale.to(p.grad.device))
-        if self._gradients is not None:
-            raise RuntimeError("step is taken after the block of sampled, not in it.")
         if closure is not None:
             with self.sampled(), torch.enable_grad():
                 loss = closure()
